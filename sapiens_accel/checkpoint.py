@@ -1,0 +1,129 @@
+"""Resumable state on disk: saved atomically, found again, pruned.
+
+STAGE/checkpoints/step_N holds Accelerate's state (model, optimizer, random states; DeepSpeed's shards), the objective's
+(the teacher) and the step. A folder of that name is whole: it is written under another name and renamed.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from sapiens_accel.config import UserError
+from sapiens_accel.distributed import description, zero_stage
+from sapiens_accel.objective import Objective
+from sapiens_accel.weights import FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a checkpoint stands, and the world that wrote it."""
+
+    stage: str
+    step: int
+    num_processes: int
+    zero_stage: int
+
+
+def save(
+    stage_folder: Path, accelerator: Accelerator, objective: Objective, stage: str, step: int, *, keep: int
+) -> Path:
+    """Write stage_folder/checkpoints/step_N and prune the oldest beyond `keep`. All ranks must call it."""
+    folder = stage_folder / "checkpoints"
+    target = folder / f"step_{step}"
+    temporary = folder / f"step_{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        # The teacher is the same on every rank.
+        save_file({n: v.contiguous() for n, v in objective.state_dict().items()}, temporary / "objective.safetensors")
+        world = {"num_processes": accelerator.num_processes, "zero_stage": zero_stage(accelerator)}
+        position = Position(stage=stage, step=step, **world)
+        (temporary / "position.json").write_text(json.dumps(asdict(position)))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load(folder: Path, accelerator: Accelerator, objective: Objective) -> Position:
+    """Restore everything that `save` wrote; all ranks must call it.
+
+    Raises:
+        UserError: another number of processes or ZeRO stage wrote it.
+    """
+    saved = position(folder)
+    now = {"num_processes": accelerator.num_processes, "zero_stage": zero_stage(accelerator)}
+    then = {"num_processes": saved.num_processes, "zero_stage": saved.zero_stage}
+    if now != then:
+        raise UserError(
+            f"{folder}: written by {saved.num_processes} process(es) under ZeRO-{saved.zero_stage}, this is "
+            f"{description(accelerator)}; launch it as it was, or start a new run from weights with --weights"
+        )
+    accelerator.load_state(str(folder))
+    objective.load_state_dict(load_file(folder / "objective.safetensors"))
+    return saved
+
+
+def position(folder: Path) -> Position:
+    """Where a checkpoint folder stands.
+
+    Raises:
+        UserError: it is not one.
+    """
+    file = folder / "position.json"
+    if not file.is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: not a checkpoint; expected latest or STAGE/checkpoints/step_N"
+        )
+    return Position(**json.loads(file.read_text()))
+
+
+def to_resume(run_folder: Path, asked: str | None, stage: str) -> Path | None:
+    """The checkpoint that a stage goes on from, if any: the last whole one, or the folder asked for if it is its own.
+
+    Raises:
+        UserError: the folder asked for is not a checkpoint.
+    """
+    if asked is None:
+        return None
+    if asked == "latest":
+        return next(reversed(found(run_folder / stage / "checkpoints")), None)
+    return Path(asked) if position(Path(asked)).stage == stage else None
+
+
+def finished(stage_folder: Path, last: int) -> dict[str, float] | None:
+    """The metrics of a stage that has reached its last step, else None."""
+    file = stage_folder / "eval.json"
+    if not (file.is_file() and (stage_folder / "weights" / FILE).is_file()):
+        return None
+    metrics = json.loads(file.read_text())
+    return metrics if metrics.get("step", -1) >= last else None
+
+
+def set_aside(stage_folder: Path) -> None:
+    """Make way for a stage that starts anew: what it trained before is kept under STAGE.1, STAGE.2, ..."""
+    if not stage_folder.exists():
+        return
+    number = 1
+    while (old := stage_folder.with_name(f"{stage_folder.name}.{number}")).exists():
+        number += 1
+    stage_folder.rename(old)
+    print(f"{stage_folder} was there already; it is kept as {old}", flush=True)
+
+
+def found(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step_")))

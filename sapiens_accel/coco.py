@@ -1,0 +1,300 @@
+"""COCO keypoint JSON and picture folders to Hugging Face `datasets` rows, one per person.
+
+Labelled and unlabelled people share one schema; a person without a single v > 0 is unlabelled. The table is Arrow,
+memory-mapped, cached by the content of the JSON; pictures are referenced by name and never copied.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import datasets
+import numpy as np
+from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
+from jaxtyping import Bool, Float
+from numpy import ndarray as Array
+from tqdm import tqdm
+
+from sapiens_accel.config import UserError
+
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
+
+SCHEMA_VERSION = 1
+DECODE_AT_MOST = 5000
+JPEG_END = b"\xff\xd9"
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class People:
+    """Rows of people and the folder that their pictures are in.
+
+    A row: file_name (relative to root), image_id, ann_id, box_xywh [4] and keypoints [K, 3] (x, y, v) in image px, area
+    in px^2.
+
+    Attributes:
+        annotations: the JSON that the rows came from, or the folder of whole pictures.
+        num_skipped: people left out because their picture does not decode.
+    """
+
+    rows: Dataset
+    root: Path
+    annotations: Path
+    num_skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def labelled_people(root: Path, annotations: str, images: str, num_keypoints: int, cache: Path) -> People:
+    """The people of a COCO keypoint JSON with at least one labelled keypoint; crowds and empty boxes are left out.
+
+    Args:
+        annotations, images: the JSON and the folder of its pictures, relative to `root`.
+
+    Raises:
+        UserError: the file is missing, is no COCO keypoint JSON, or names no such person.
+    """
+    people = _people(root, annotations, images, num_keypoints, cache)
+    kept = np.flatnonzero(_labelled(people.rows))
+    if not len(kept):
+        raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
+    return replace(people, rows=people.rows.select(kept))
+
+
+def people_with_boxes(
+    root: Path, annotations: str, images: str, num_keypoints: int, min_side: float, cache: Path
+) -> People:
+    """The people of a COCO JSON that have a box of at least `min_side` px and no labelled keypoint.
+
+    Raises:
+        UserError: the file is missing or is no COCO JSON.
+    """
+    people = _people(root, annotations, images, num_keypoints, cache, keypoints="optional")
+    sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
+    return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
+
+
+def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> People:
+    """Every picture of a folder as one unlabelled person, whose box is the picture.
+
+    Raises:
+        UserError: the folder holds no picture, or one that does not decode.
+    """
+    folder = root / images
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not names:
+        raise UserError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it")
+    digest = _digest("\n".join(names).encode(), str(folder))
+    rows = _table(_whole_picture_rows, digest, num_keypoints, cache, root=str(root), images=images, names=names)
+    return People(rows=rows, root=root, annotations=folder)
+
+
+def together(several: Sequence[People]) -> People:
+    """The people of several sources of one root."""
+    return replace(several[0], rows=concatenate_datasets([people.rows for people in several]))
+
+
+def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Literal["auto", "ends", "decode"]) -> People:
+    """The same people once every picture is known to be there and to decode.
+
+    Raises:
+        UserError: a picture that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
+    """
+    names = people.rows.unique("file_name")
+    folders = {folder: _listing(folder) for folder in {(people.root / name).parent for name in names}}
+    for path in (people.root / name for name in names):
+        if path.name not in folders[path.parent]:
+            raise UserError(f"{_whose(people, path)}: its picture {path} is not there")
+    decode = check == "decode" or (check == "auto" and len(names) <= DECODE_AT_MOST)
+    bad = _corrupt(people.root, names, decode)
+    if bad and on_bad_image == "stop":
+        raise UserError(f"{people.root / bad[0]}: does not decode; mend it, or --data.on_bad_image skip")
+    for name in bad:
+        print(f"skipped: {people.root / name} does not decode", flush=True)
+    kept = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), bad))
+    num_skipped = len(people) - len(kept)
+    return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped) if bad else people
+
+
+def read_image(path: Path) -> Array:
+    """An RGB picture, uint8 [h, w, 3], turned as its EXIF data says.
+
+    Raises:
+        UserError: the file does not decode.
+    """
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"{path}: does not decode; mend it, or run with --data.check_images decode")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
+    """All keypoints (image px, v) as one array."""
+    return _column(rows, "keypoints", rows.features["keypoints"].shape)
+
+
+def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
+    """All boxes, x y w h in image px."""
+    return _column(rows, "box_xywh", (4,))
+
+
+def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    values = rows.with_format("numpy")[name][:] if len(rows) else ()
+    return np.asarray(values, dtype=np.float64).reshape(len(rows), *shape)
+
+
+def _labelled(rows: Dataset) -> Bool[Array, "n"]:
+    return np.asarray((keypoints_of(rows)[..., 2] > 0).any(axis=-1))
+
+
+def _people(
+    root: Path,
+    annotations: str,
+    images: str,
+    num_keypoints: int,
+    cache: Path,
+    keypoints: Literal["needed", "optional"] = "needed",
+) -> People:
+    file = root / annotations
+    if not file.is_file():
+        raise UserError(f"{file}: no such annotation file; see --data.root and --data.train_annotations")
+    digest = _digest(file.read_bytes(), keypoints, images)
+    source = {"annotations": str(file), "images": images, "keypoints": keypoints}
+    return People(rows=_table(_coco_rows, digest, num_keypoints, cache, **source), root=root, annotations=file)
+
+
+def _digest(content: bytes, *more: str) -> str:
+    return hashlib.sha256(b"\0".join([content, *(word.encode() for word in more)])).hexdigest()[:32]
+
+
+def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: Any) -> Dataset:
+    """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
+    folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
+    if not (folder / "dataset_info.json").is_file():
+        table = Dataset.from_list(list(rows(num_keypoints=num_keypoints, **source)), features=_features(num_keypoints))
+        _save_atomically(table, folder)
+    return Dataset.load_from_disk(str(folder))
+
+
+def _save_atomically(table: Dataset, folder: Path) -> None:
+    # A name for this process only: another one may be writing the same table.
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    table.save_to_disk(str(temporary))
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other one was first
+        shutil.rmtree(temporary)
+
+
+def _features(num_keypoints: int) -> Features:
+    return Features(
+        {
+            "file_name": Value("string"),
+            "image_id": Value("int64"),
+            "ann_id": Value("int64"),
+            "box_xywh": List(Value("float64"), length=4),
+            "area": Value("float64"),
+            "keypoints": Array2D((num_keypoints, 3), "float64"),
+        }
+    )
+
+
+def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str) -> Iterator[dict[str, Any]]:
+    path = Path(annotations)
+    tree = _read_json(path)
+    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    if keypoints == "needed" and not any("keypoints" in person for person in tree["annotations"]):
+        raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
+    for person in tree["annotations"]:
+        who = f"{path}: annotation {person.get('id')}"
+        if person.get("iscrowd"):
+            continue
+        box = person.get("bbox")
+        if not isinstance(box, list) or len(box) != 4:
+            raise UserError(f"{who}: expected 'bbox' of 4 numbers, found {box!r}")
+        if box[2] <= 0 or box[3] <= 0:
+            continue
+        if person.get("image_id") not in names:
+            raise UserError(f"{who}: its picture {person.get('image_id')} is not among 'images'")
+        points = person.get("keypoints") or [0] * 3 * num_keypoints
+        if len(points) != 3 * num_keypoints:
+            raise UserError(f"{who}: expected {3 * num_keypoints} keypoint numbers, found {len(points)}")
+        yield {
+            "file_name": f"{images}/{names[person['image_id']]}",
+            "image_id": person["image_id"],
+            "ann_id": person["id"],
+            "box_xywh": [float(v) for v in box],
+            "area": float(person.get("area", box[2] * box[3])),
+            "keypoints": np.asarray(points, dtype=np.float64).reshape(num_keypoints, 3),
+        }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    missing = [key for key in ("images", "annotations") if not isinstance(tree, dict) or key not in tree]
+    if missing:
+        raise UserError(f"{path}: no {missing[0]!r} in it; expected a COCO annotation file")
+    return tree
+
+
+def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
+    for index, name in enumerate(names):
+        height, width = read_image(Path(root) / images / name).shape[:2]
+        yield {
+            "file_name": f"{images}/{name}",
+            "image_id": index,
+            "ann_id": index,
+            "box_xywh": [0.0, 0.0, float(width), float(height)],
+            "area": float(width * height),
+            "keypoints": np.zeros((num_keypoints, 3)),
+        }
+
+
+def _listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _whose(people: People, picture: Path) -> str:
+    """The first annotation of a picture."""
+    names = people.rows["file_name"][:]
+    row = people.rows[next(i for i, name in enumerate(names) if people.root / name == picture)]
+    return f"{people.annotations}: annotation {row['ann_id']}"
+
+
+def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
+    def bad(name: str) -> bool:
+        path = root / name
+        return not _whole(path) or (decode and cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_8) is None)
+
+    with ThreadPoolExecutor(8) as pool:
+        progress = tqdm(pool.map(bad, names), total=len(names), desc="checking pictures", disable=None, leave=False)
+        return [name for name, is_bad in zip(names, progress, strict=True) if is_bad]
+
+
+def _whole(path: Path) -> bool:
+    """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        tail = file.read()
+        if head[:2] == b"\xff\xd8" and JPEG_END not in tail:
+            # Cameras append data of their own; a thumbnail, which ends the same way, stands in the first half.
+            file.seek(size // 2)
+            tail = file.read()
+    if head[:2] == b"\xff\xd8":
+        return JPEG_END in tail
+    return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8

@@ -1,0 +1,377 @@
+"""The typed tree of every knob that changes the maths: defaults <- recipe (YAML) <- command line.
+
+The defaults are the specification (512x384, sigma 3, global batch 32, ...); a recipe in `recipes/` says only what
+differs. Processes, precision and ZeRO are owned by `accelerate_configs/` and `ds_configs/` and never appear here.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+StageName = Literal["phase1", "phase2", "ssl"]
+STAGES: tuple[StageName, ...] = ("phase1", "phase2", "ssl")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: the culprit, what was expected, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    num_train: int = 600
+    """Labelled people to draw for training."""
+    num_unlabelled: int = 600
+    """People to draw without labels."""
+    num_val: int = 160
+    """Labelled people to draw for validation."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: str | None = None
+    """Folder in COCO's form. Without one, the built-in synthetic people are drawn."""
+    train_annotations: str = "annotations/person_keypoints_train2017.json"
+    """COCO keypoint JSON of the training people, relative to the root."""
+    train_images: str = "train2017"
+    """Folder of its pictures, relative to the root."""
+    val_annotations: str = "annotations/person_keypoints_val2017.json"
+    """COCO keypoint JSON of the validation people, relative to the root."""
+    val_images: str = "val2017"
+    """Folder of its pictures, relative to the root."""
+    unlabelled_images: str = "unlabeled2017"
+    """Folder of pictures without labels, relative to the root, for stage ssl."""
+    unlabelled_annotations: str | None = None
+    """COCO JSON with the boxes of the people in them. Default: annotations/person_boxes_<folder>.json where there is
+    one, else each whole picture counts as one person."""
+    unlabelled_train_people: bool = True
+    """Whether the training people that have a box but no keypoints join the unlabelled ones (112,000 in COCO)."""
+    unlabelled_min_side: float = 64.0
+    """Unlabelled boxes whose shorter side is below this (image px) are left out: nothing can be learnt from them."""
+    input_hw: tuple[int, int] = (512, 384)
+    """Height and width of the crop that the network sees, in pixels."""
+    sigma: float = 3.0
+    """Width of the target Gaussian in heatmap pixels. An integer keeps the published patch exactly."""
+    box_padding: float = 1.25
+    """A person's box is enlarged by this factor before it is cropped."""
+    occluded_weight: float = 0.5
+    """Target weight of a labelled but occluded keypoint (v=1). Published: 1.0. Unlabelled is 0 and visible is 1."""
+    num_workers: int = 4
+    """Decoding processes for each rank; the batches are the same bytes for any number."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about a picture that does not decode: stop and name it, or name it and leave its people out."""
+    check_images: Literal["auto", "ends", "decode"] = "auto"
+    """How pictures are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
+    auto decodes sets of up to 5,000 pictures."""
+    cache_dir: str | None = None
+    """Where drawn people and Arrow tables are kept. Default: $SAPIENS_ACCEL_CACHE or ~/.cache/sapiens_accel."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Sapiens' training augmentation: facebookresearch/sapiens pose/mmpose/datasets/transforms (recipe of COCO)."""
+
+    flip_p: float = 0.5
+    """Probability of mirroring."""
+    half_body_p: float = 0.3
+    """Probability of cropping to the upper or lower body, for people with at least 9 labelled keypoints."""
+    scale: float = 0.5
+    """The box is scaled by 1 + scale * t, t from a standard normal truncated to [-1, 1]."""
+    rotation: float = 80.0
+    """The box is rotated by rotation * t degrees ..."""
+    rotation_p: float = 0.6
+    """... with this probability."""
+    shift: float = 0.16
+    """The box is shifted by shift * t of its size, in x and y ..."""
+    shift_p: float = 0.3
+    """... with this probability."""
+    photometric_p: float = 0.5
+    """Probability of each photometric change: brightness and contrast, hue and saturation, channel order."""
+    blur_p: float = 0.1
+    """Probability of each of box blur and median blur, 3 to 7 px."""
+    coarse_dropout_p: float = 0.5
+    """Probability of one black rectangle of 20-40 % of the height and of the width. Published: 1.0."""
+    weak_rotation: float = 10.0
+    """ssl, the teacher's view: rotation is weak_rotation * t degrees, t standard normal truncated to [-2, 2]."""
+    weak_scale: float = 0.15
+    """ssl, the teacher's view: scale is uniform in 1 +- weak_scale."""
+    strong_rotation: float = 30.0
+    """ssl, the student's view: further rotation of strong_rotation * t degrees."""
+    strong_scale: float = 0.35
+    """ssl, the student's view: further scale, uniform in 1 +- strong_scale."""
+    strong_shift: float = 0.06
+    """ssl, the student's view: further shift, uniform in +- strong_shift of the box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "sapiens_1b"
+    """A key of `sapiens_accel.model.SIZES`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What trades memory for time and never changes the losses."""
+
+    micro_batch: int | None = None
+    """People of one forward and backward on one device. Default: the largest that the device is predicted to hold."""
+    gradient_checkpointing: bool = True
+    """Keep only each transformer block's input and compute the rest again in the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 5e-4
+    """Peak learning rate of the head; a block's is lr * layer_decay ^ (its distance from the head)."""
+    layer_decay: float = 0.85
+    """Layer-wise learning rate decay; 1 gives every layer the same rate."""
+    weight_decay: float = 0.05
+    """AdamW weight decay; never on biases, norms and the position embedding. Published: 0.1."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up from 0.001 of the rate; at most a tenth of the stage."""
+    schedule: Literal["constant", "multistep", "cosine", "linear"] = "multistep"
+    """What follows the warm-up."""
+    milestones: tuple[float, ...] = (170 / 210, 200 / 210)
+    """multistep: fractions of the stage at which the rate falls to a tenth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The mean teacher of stage ssl (Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780)."""
+
+    ema_decay: float | None = None
+    """Decay of the teacher's moving average for one step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
+    threshold: float = 0.7
+    """A keypoint is learnt from where the teacher's normalised confidence is above this."""
+    temperature: float = 0.5
+    """Sharpening T of both heatmaps: h^(1/T) / sum h^(1/T)."""
+    weight: float = 1.0
+    """Weight of the unlabelled loss against the labelled one, after the ramp."""
+    ramp: float = 0.05
+    """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
+    ratio: int = 1
+    """Unlabelled people for each labelled one in a batch."""
+    cutout: int = 5
+    """Black squares put on the student's view, each on one of the teacher's keypoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    epochs: float = 100
+    """Passes over the labelled people ..."""
+    steps: int | None = None
+    """... or optimizer steps; where given, these count."""
+    global_batch: int = 32
+    """Labelled people of one optimizer step, over all processes and accumulated micro-batches."""
+    frozen: tuple[str, ...] = ()
+    """Layer groups that do not learn: shell patterns over embeddings, block_0 ... block_N, norm, head."""
+    loss_weight: float = 1.0
+    """Factor on the heatmap loss. Published Sapiens2: 10."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Its optimizer."""
+    teacher: TeacherConfig | None = None
+    """Present: the stage also learns from unlabelled people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    split: Literal["val", "train"] = "val"
+    """People to evaluate on."""
+    flip: bool = True
+    """Average the heatmaps of the crop and of its mirror image."""
+    batch_size: int = 32
+    """Crops of one forward."""
+    nms_threshold: float = 0.9
+    """People of one picture whose OKS is above this are the same person."""
+    score_threshold: float = 0.2
+    """Keypoints below this do not count in a person's score."""
+    num_pictures: int = 8
+    """People drawn with their prediction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every knob of a run."""
+
+    recipe: str = "demo"
+    """Name of a recipe in sapiens_accel/recipes, or a YAML file."""
+    stage: Literal["phase1", "phase2", "ssl", "all"] = "all"
+    """What to train; each stage starts from the weights of the one before it."""
+    output_dir: str = "runs/{recipe}"
+    """Run folder."""
+    seed: int = 0
+    """Seed of the weights, the batches and the augmentation."""
+    weights: str | None = None
+    """Weights to start from: a file or folder. Default: the stage before, else random."""
+    max_steps: int | None = None
+    """Stop each stage after this many steps of its schedule."""
+    log_every: int = 20
+    """Steps between log lines."""
+    save_every: int | None = None
+    """Steps between resumable checkpoints. Default: none but the stage's final weights."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept for each stage."""
+    eval_every: int | None = None
+    """Steps between evaluations. Default: at the end of each stage."""
+    resume_from_checkpoint: str | None = None
+    """latest, or a checkpoint folder."""
+    dry_run: bool = False
+    """Build and check everything, take one step of the first stage, write no weights."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where scalars and pictures go, beside metrics.jsonl."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    phase1: StageConfig = field(
+        default_factory=lambda: StageConfig(epochs=10, frozen=("embeddings", "block_*", "norm"))
+    )
+    phase2: StageConfig = field(default_factory=StageConfig)
+    ssl: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            epochs=50, teacher=TeacherConfig(), optim=OptimConfig(lr=1e-4, schedule="cosine")
+        )
+    )
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        return STAGES if self.stage == "all" else (self.stage,)
+
+    def of(self, stage: StageName) -> StageConfig:
+        return {"phase1": self.phase1, "phase2": self.phase2, "ssl": self.ssl}[stage]
+
+
+def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) -> Config:
+    """Defaults, then the recipe (`--recipe`, or the file `base`), then the other arguments.
+
+    Raises:
+        UserError: no such recipe, a key that does not exist (with the nearest one that does), a value of another type.
+    """
+    words = _spell_out_switches(argv)
+    recipe = _value_of(words, "recipe") or Config.recipe
+    path = base or recipe_path(recipe)
+    _check_keys(words, path)
+    parser = ArgumentParser(
+        prog=prog, default_config_files=[str(path)], exit_on_error=False, description=Config.__doc__
+    )
+    parser.add_class_arguments(Config)
+    try:
+        config = Config(**vars(parser.instantiate_classes(parser.parse_args(words))))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return dataclasses.replace(config, output_dir=config.output_dir.format(recipe=Path(config.recipe).stem))
+
+
+def guarded(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(10)  # rank 0 mostly says the same; its exit ends this process before the line is said again
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def recipe_path(recipe: str) -> Path:
+    """The YAML file of a recipe's name, or the file itself.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise UserError(f"--recipe {recipe}: no such file")
+        return Path(recipe)
+    folder = Path(str(resources.files("sapiens_accel.recipes")))
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if recipe not in names:
+        raise UserError(f"--recipe {recipe}: no such recipe{_nearest(recipe, names)}. There are: {', '.join(names)}")
+    return folder / f"{recipe}.yaml"
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the whole tree as YAML; `load` with this file as `base` gives an equal one back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    for spec in dataclasses.fields(kind):
+        yield prefix + spec.name
+        inner = TeacherConfig if spec.name == "teacher" else spec.type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from _keys(inner, f"{prefix}{spec.name}.")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _check_keys(words: Sequence[str], path: Path) -> None:
+    known = list(_keys(Config))
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    for key in _flatten(tree):
+        if key not in known:
+            raise UserError(f"{path}: no such key {key!r}{_nearest(key, known)}")
+    for word in words:
+        key = word[2:].split("=")[0]
+        if word.startswith("--") and key not in (*known, "help", "print_config"):
+            raise UserError(f"no such option --{key}{_nearest(key, known, '--')}")
+
+
+def _nearest(word: str, names: Sequence[str], dashes: str = "") -> str:
+    # A forgotten or wrong group (--lr for --phase2.optim.lr) is as common as a slip of the finger.
+    close = difflib.get_close_matches(word, names, n=1) or [n for n in names if n.split(".")[-1] == word.split(".")[-1]]
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _value_of(words: Sequence[str], name: str) -> str | None:
+    for word, following in pairwise([*words, ""]):
+        if word == f"--{name}":
+            return following
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _spell_out_switches(argv: Sequence[str]) -> list[str]:
+    """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
+    switches = {"--dry_run"}
+    bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
+    return [f"{word}=true" if word in switches and last else word for word, last in zip(argv, bare, strict=True)]

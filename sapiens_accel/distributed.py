@@ -1,0 +1,220 @@
+"""The Accelerator, DeepSpeed's values, and whole fp32 parameters: the only file that knows of several devices.
+
+One recipe means the same training on 1 or on 8 devices: `share_of` derives micro-batch and accumulation from the global
+batch, and `prepare` writes them, with the clipping, into DeepSpeed's config anew for each stage (its "auto" values are
+filled once only: a second stage would silently keep the first one's).
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sapiens_accel.config import UserError
+from sapiens_accel.data import Share
+
+BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a launch lays out a training state.
+
+    Attributes:
+        zero: DeepSpeed's ZeRO stage; 0 is none.
+        half: 16-bit arithmetic.
+        offload: the optimizer's state lives on the host.
+    """
+
+    zero: int
+    num_ranks: int
+    half: bool
+    offload: bool
+
+
+def start(num_workers: int) -> Accelerator:
+    """The Accelerator of this launch, at the best precision that was asked for and that the device really has.
+
+    Args:
+        num_workers: decoding processes of each rank; on a CPU they and the arithmetic share the cores.
+    """
+    cuda = torch.cuda.is_available()
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if with_deepspeed and "LOCAL_RANK" not in os.environ:
+        raise UserError("DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml")
+    # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if not cuda and "LOCAL_RANK" in os.environ else []
+    precision = _precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cuda)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not cuda and not with_deepspeed,
+        kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
+    )
+    if not cuda:
+        # Threads that wait for a core at each barrier: 2 threads and 2 workers on 2 cores ran 8 times slower than 1 and 2.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local - num_workers))
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UserError(f"{expected} processes were launched, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def _precision(asked: str, cuda: bool) -> str:
+    """bf16 only where the hardware has it (compute capability 8.0): torch emulates it on older cards, slowly."""
+    if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
+        return "fp16"
+    return asked
+
+
+def description(accelerator: Accelerator) -> str:
+    """One line: processes, device, ZeRO stage, precision and why."""
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    zero = f", ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else ""
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    why = ""
+    if asked == "bf16" and precision == "fp16":
+        why = " with loss scaling (bf16 was asked for; this GPU's compute capability is below 8.0)"
+    elif precision == "fp32" and accelerator.device.type == "cuda":
+        why = " (mixed_precision is 'no'; an accelerate config with bf16 or fp16 halves time and memory)"
+    return f"{accelerator.num_processes} process(es) on {device}{zero}, {precision}{why}"
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    return int(_deepspeed_config(accelerator).get("zero_optimization", {}).get("stage", 0))
+
+
+def _deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
+    """The live config of DeepSpeed's plugin; an empty one without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin if is_deepspeed(accelerator) else None
+    return plugin.deepspeed_config if plugin else {}
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The dtype of mixed-precision arithmetic, None for fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, concatenated along their first dimension."""
+    return torch.as_tensor(accelerator.gather(tensor))
+
+
+def strategy(accelerator: Accelerator) -> Strategy:
+    """How this launch lays out a training state, for the memory plan."""
+    offload = _deepspeed_config(accelerator).get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    half = accelerator.mixed_precision != "no"
+    return Strategy(zero=zero_stage(accelerator), num_ranks=accelerator.num_processes, half=half, offload=offload)
+
+
+def free_bytes(accelerator: Accelerator) -> int | None:
+    """Free memory of this rank's GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(accelerator.device)[0] if accelerator.device.type == "cuda" else None
+
+
+def share_of(accelerator: Accelerator, stage: str, global_batch: int, micro_batch: int | None, largest: int) -> Share:
+    """This rank's share of the global batch.
+
+    Args:
+        micro_batch: the one asked for; None takes the largest divisor of a rank's part that is at most `largest`.
+
+    Raises:
+        UserError: the global batch is not a multiple of processes x micro-batch.
+    """
+    ranks = accelerator.num_processes
+    if global_batch % (ranks * (micro_batch or 1)):
+        raise UserError(
+            f"--{stage}.global_batch {global_batch} is not divisible by {ranks} processes"
+            + (f" x micro-batch {micro_batch} (--memory.micro_batch)" if micro_batch else "")
+        )
+    part = global_batch // ranks
+    size = micro_batch or max(n for n in range(1, part + 1) if part % n == 0 and n <= max(1, largest))
+    return Share(rank=accelerator.process_index, num_ranks=ranks, micro_batch=size, accumulation=part // size)
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, share: Share, clip_norm: float
+) -> tuple[nn.Module, Any]:
+    """The model and optimizer as this launch runs them."""
+    accelerator.gradient_accumulation_steps = share.accumulation
+    if is_deepspeed(accelerator):
+        config = _deepspeed_config(accelerator)
+        config.pop("train_batch_size", None)
+        config["train_micro_batch_size_per_gpu"] = share.micro_batch
+        config["gradient_accumulation_steps"] = share.accumulation
+        config["gradient_clipping"] = clip_norm  # missing would mean 1.0
+        if share.accumulation > 1 and accelerator.mixed_precision == "bf16":
+            # Sums of bf16 gradients lose their small terms.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.num_processes > 1 and prepared_model is model:
+        raise RuntimeError("several processes, but the model is not wrapped: the ranks would diverge")
+    return prepared_model, prepared_optimizer
+
+
+def clip(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor | float | None:
+    """Clip the gradients to the global norm (0: not at all); returns what it was. DeepSpeed clips by itself."""
+    return accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+
+
+def release(accelerator: Accelerator, *prepared: Any) -> None:
+    """Give back the memory of a stage before the next one is built."""
+    for item in prepared:
+        if is_deepspeed(accelerator) and hasattr(item, "destroy"):
+            item.destroy()
+    accelerator.free_memory(*prepared)
+
+
+def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole value of each parameter, as the forward sees it. Under ZeRO-3 all ranks iterate to the end."""
+    for name, parameter in _module(model).named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+        else:
+            yield name, parameter.data
+
+
+def frozen_masters(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
+    """Copies of the frozen parameters before `prepare`, on rank 0, where the engine is going to round them.
+
+    A 16-bit DeepSpeed engine casts every parameter and keeps fp32 masters of those that learn only.
+    """
+    rounds = is_deepspeed(accelerator) and accelerator.mixed_precision != "no" and accelerator.is_main_process
+    return {n: p.detach().clone() for n, p in model.named_parameters() if rounds and not p.requires_grad}
+
+
+def _module(model: nn.Module) -> nn.Module:
+    """What an engine or DistributedDataParallel wraps. Accelerate's own way there imports deepspeed in any run."""
+    return getattr(model, "module", model)
+
+
+def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
+    """All weights in fp32 on the CPU of rank 0 (empty elsewhere): the optimizer's masters where there are any.
+
+    All ranks must call it.
+    """
+    state = {}
+    masters = is_deepspeed(accelerator) and accelerator.mixed_precision != "no"
+    for (name, value), parameter in zip(full_parameters(accelerator, model), _module(model).parameters(), strict=True):
+        if masters and parameter.requires_grad:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            value = torch.as_tensor(safe_get_full_fp32_param(parameter))
+        if accelerator.is_main_process:
+            state[name] = value.detach().float().cpu().clone()
+    return state

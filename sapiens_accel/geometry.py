@@ -1,0 +1,94 @@
+"""One 2x3 matrix for each view: the crop of a person, its inverse, and what follows from them.
+
+Frames: *image* px is the photograph, *input* px the crop that the network sees; x to the right, y down, and the centre
+of the first pixel is (0, 0). The unbiased convention (UDP, Huang et al. 2020, https://arxiv.org/abs/1911.07524)
+measures sizes between the centres of the first and the last pixel, W - 1, and it lives only here.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray as Array
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A rotated rectangle of the image, and whether it is seen mirrored.
+
+    Attributes:
+        center_xy: its centre, image px.
+        size_wh: its width and height, image px; `with_aspect` makes their ratio that of the input.
+        degrees: how far its content turns in the input picture, clockwise as one sees it (y is down).
+        flip: the input picture is mirrored; the caller swaps left and right keypoints.
+    """
+
+    center_xy: tuple[float, float]
+    size_wh: tuple[float, float]
+    degrees: float = 0.0
+    flip: bool = False
+
+    def matrix(self, input_hw: tuple[int, int]) -> Float[Array, "2 3"]:
+        """input_from_image: float64, the UDP warp of mmpose's `get_udp_warp_matrix`, then the mirror if any."""
+        input_h, input_w = input_hw
+        (center_x, center_y), (width, height) = self.center_xy, self.size_wh
+        scale_x, scale_y = (input_w - 1) / width, (input_h - 1) / height
+        cos, sin = np.cos(np.deg2rad(self.degrees)), np.sin(np.deg2rad(self.degrees))
+        matrix = np.array(
+            [
+                [scale_x * cos, -scale_x * sin, scale_x * (-center_x * cos + center_y * sin + 0.5 * width)],
+                [scale_y * sin, scale_y * cos, scale_y * (-center_x * sin - center_y * cos + 0.5 * height)],
+            ]
+        )
+        if self.flip:
+            matrix[0] = -matrix[0]
+            matrix[0, 2] += input_w - 1
+        return matrix
+
+
+def box_crop(box_xywh: Float[Array, "4"], padding: float, input_hw: tuple[int, int]) -> Crop:
+    """The upright crop around a box (image px): enlarged by `padding`, then the short side to the input's aspect."""
+    x, y, w, h = (float(v) for v in box_xywh)
+    return Crop(center_xy=(x + w / 2, y + h / 2), size_wh=with_aspect((w * padding, h * padding), input_hw))
+
+
+def with_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple[float, float]:
+    """Grow the short side until width / height is the input's."""
+    aspect = input_hw[1] / input_hw[0]
+    width, height = size_wh
+    return (width, width / aspect) if width > height * aspect else (height * aspect, height)
+
+
+def warp(
+    image: UInt8[Array, "image_h image_w 3"], matrix: Float[Array, "2 3"], input_hw: tuple[int, int]
+) -> UInt8[Array, "h w 3"]:
+    """The input picture: bilinear, black outside the image."""
+    return cv2.warpAffine(image, matrix, (input_hw[1], input_hw[0]), flags=cv2.INTER_LINEAR)
+
+
+def apply(matrix: Float[Array, "2 3"], points_xy: Float[Array, "*batch 2"]) -> Float[Array, "*batch 2"]:
+    """The points where the matrix puts them."""
+    return points_xy @ matrix[:, :2].T + matrix[:, 2]
+
+
+def invert(matrix: Float[Array, "2 3"]) -> Float[Array, "2 3"]:
+    """The way back: image_from_input of an input_from_image."""
+    return np.linalg.inv(np.vstack([matrix, [0.0, 0.0, 1.0]]))[:2]
+
+
+def apply_batch(matrices: Float[Tensor, "b 2 3"], points_xy: Float[Tensor, "b k 2"]) -> Float[Tensor, "b k 2"]:
+    """`apply` for a batch of views, on the device."""
+    return points_xy @ matrices[:, :, :2].mT + matrices[:, None, :, 2]
+
+
+def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 2 3"]:
+    """strong @ inv(weak): takes points of the teacher's view into the student's, both input px.
+
+    In float64 whatever comes in: a matrix holds offsets of thousands of pixels, and half precision has no inverse.
+    """
+    last = weak.new_tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(len(weak), 1, 3)
+    square = [torch.cat([matrix.double(), last], dim=1) for matrix in (strong, weak)]
+    return (square[0] @ torch.linalg.inv(square[1]))[:, :2].to(strong.dtype)

@@ -1,0 +1,174 @@
+"""Train: for each stage build, step, log, save, evaluate, and hand the weights to the next one.
+
+accelerate launch train.py                                                          the demo: no data, no GPU needed
+accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe sapiens_1b_coco --data.root DIR
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, weights
+from sapiens_accel.augment import Augmenter
+from sapiens_accel.config import Config, StageName
+from sapiens_accel.data import Sets, Share, TrainingPeople
+from sapiens_accel.evaluate import Predictions
+from sapiens_accel.heatmap import Codec
+from sapiens_accel.loop import steps
+from sapiens_accel.model import SapiensPose
+from sapiens_accel.objective import MeanTeacher, Objective, Supervised
+from sapiens_accel.report import Report
+from sapiens_accel.skeleton import COCO17 as SKELETON
+
+
+def main(argv: Sequence[str]) -> None:
+    run = config.load(argv)
+    accelerator = distributed.start(run.data.num_workers)
+    accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
+    with accelerator.main_process_first():
+        sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).teacher for stage in run.stages))
+    accelerator.print(sets)
+    folder = Path(run.output_dir)
+    if accelerator.is_main_process and not run.dry_run:
+        config.save(run, folder / "config.yaml")
+    table = {}
+    for stage in run.stages:
+        last = data.num_steps(run.of(stage), len(sets.train), run.max_steps)
+        # A run that goes on leaves alone what it has finished.
+        metrics = checkpoint.finished(folder / stage, last) if run.resume_from_checkpoint else None
+        table[stage] = metrics or train(accelerator, run, stage, sets, last)
+        if run.dry_run:
+            return accelerator.print("dry run: all of it could be built, and one step was taken; nothing was written")
+    accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
+    accelerator.print("\n".join(f"  {path}" for stage in run.stages for path in folder.glob(f"pictures/{stage}_*.jpg")))
+    accelerator.end_training()
+
+
+def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, last: int) -> dict[str, float]:
+    """Run one stage up to step `last`, write its weights and return its metrics."""
+    plan, folder, main = run.of(stage), Path(run.output_dir), accelerator.is_main_process
+    schedule = data.num_steps(plan, len(sets.train))
+
+    # ---- Build
+    set_seed(run.seed)
+    checkpointed = run.memory.gradient_checkpointing
+    model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw, gradient_checkpointing=checkpointed)
+    given = run.weights if stage == run.stages[0] else None
+    start = given or weights.starting_point(folder, stage)
+    accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
+    model.freeze(plan.frozen)
+    share = share_of(accelerator, run, stage, model)
+    frozen = distributed.frozen_masters(accelerator, model)
+    optimizer = optim.adamw(optim.param_groups(model.layer_groups(), plan.optim), plan.optim, accelerator.device)
+    engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, plan.optim.clip_norm)
+    objective = build_objective(accelerator, run, stage, engine, start, schedule)
+
+    # ---- Where to begin
+    resume = checkpoint.to_resume(folder, run.resume_from_checkpoint, stage)
+    first = checkpoint.load(resume, accelerator, objective).step if resume else 0
+    if main and not resume and not run.dry_run:
+        checkpoint.set_aside(folder / stage)
+    accelerator.wait_for_everyone()
+    last = first + 1 if run.dry_run else last
+    accelerator.print(f"{stage}: steps {first + 1} to {last}, {share}")
+
+    # ---- Step
+    augmenter = Augmenter(config=run.augment, skeleton=SKELETON, input_hw=run.data.input_hw)
+    people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
+    stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
+    report = Report(accelerator, run, stage, first=first, last=last)
+    report.crops(people, objective.codec, SKELETON)
+    for step, logs in steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule):
+        report.step()
+        if step % run.log_every == 0 or step == last:
+            report.scalars(step, logs)
+        if run.save_every and step % run.save_every == 0 and not run.dry_run:
+            checkpoint.save(folder / stage, accelerator, objective, stage, step, keep=run.keep_checkpoints)
+        if run.eval_every and step % run.eval_every == 0 and step < last:
+            report.write(step, score(accelerator, run, sets, objective, engine)[0])
+
+    # ---- Hand over
+    metrics: dict[str, float] = {}
+    if not run.dry_run:
+        student = {**distributed.full_state(accelerator, engine), **frozen}
+        if main:
+            for name, state in objective.results(student).items():
+                weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
+        metrics, predictions = score(accelerator, run, sets, objective, engine)
+        report.finish(last, metrics, predictions, sets.split(run.eval.split), SKELETON)
+    report.close()
+    distributed.release(accelerator, engine, optimizer)
+    return metrics
+
+
+def build_model(run: Config) -> SapiensPose:
+    """The network with its seeded random weights: the same each time it is called."""
+    set_seed(run.seed)
+    checkpointed = run.memory.gradient_checkpointing
+    return SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw, gradient_checkpointing=checkpointed)
+
+
+def share_of(accelerator: Accelerator, run: Config, stage: StageName, model: SapiensPose) -> Share:
+    """This rank's micro-batches: as asked for, else the largest that are predicted to fit."""
+    plan = run.of(stage)
+    largest = memory.largest_micro_batch(
+        model,
+        distributed.free_bytes(accelerator),
+        distributed.strategy(accelerator),
+        checkpointed=run.memory.gradient_checkpointing,
+        teacher=plan.teacher is not None,
+    )
+    return distributed.share_of(accelerator, stage, plan.global_batch, run.memory.micro_batch, largest)
+
+
+def build_objective(
+    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, start: str | None, schedule: int
+) -> Objective:
+    """What the stage minimises: with a teacher, it starts from the student's own weights."""
+    plan = run.of(stage)
+    model = build_model(run)
+    codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
+    supervised = Supervised(codec=codec, loss_weight=plan.loss_weight)
+    if plan.teacher is None:
+        return supervised
+    if start:
+        weights.load(model, start)
+    return MeanTeacher(
+        supervised,
+        model.to(accelerator.device),
+        lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
+        plan.teacher,
+        SKELETON.mirror,
+        num_steps=schedule,
+        gather=partial(distributed.gather, accelerator),
+        autocast=distributed.autocast_dtype(accelerator),
+    )
+
+
+def score(
+    accelerator: Accelerator, run: Config, sets: Sets, objective: Objective, engine: nn.Module
+) -> tuple[dict[str, float], Predictions]:
+    """Metrics and predictions of what the stage hands on, on all ranks."""
+    people = sets.split(run.eval.split)
+    predictions = evaluate.predict(
+        objective.result(engine),
+        people,
+        objective.codec,
+        SKELETON,
+        run.data,
+        run.eval,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        gather=partial(distributed.gather, accelerator),
+        autocast=distributed.autocast_dtype(accelerator),
+    )
+    return evaluate.coco_ap(predictions, people, SKELETON, run.data, run.eval), predictions
+
+
+if __name__ == "__main__":
+    config.guarded(main)
