@@ -45,7 +45,6 @@ def main(argv: Sequence[str]) -> None:
             return accelerator.print("dry run: all of it could be built, and one step was taken; nothing was written")
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
     accelerator.print("\n".join(f"  {path}" for stage in run.stages for path in folder.glob(f"pictures/{stage}_*.jpg")))
-    accelerator.end_training()
 
 
 def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, last: int) -> dict[str, float]:
@@ -172,3 +171,4 @@ def score(
 
 if __name__ == "__main__":
     config.guarded(main)
+    distributed.stop()

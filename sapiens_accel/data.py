@@ -120,7 +120,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
 
 def _drawn(config: DataConfig, cache: Path) -> Path:
     drawn = config.synthetic
-    name = f"synthetic-{drawn.num_train}-{drawn.num_unlabelled}-{drawn.num_val}-{drawn.seed}"
+    name = f"synthetic{synthetic.VERSION}-{drawn.num_train}-{drawn.num_unlabelled}-{drawn.num_val}-{drawn.seed}"
     return synthetic.write(cache / name, **dataclasses.asdict(drawn))
 
 

@@ -57,8 +57,9 @@ def start(num_workers: int) -> Accelerator:
         cpu=not cuda and not with_deepspeed,
         kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
     )
-    if not cuda:
-        # Threads that wait for a core at each barrier: 2 threads and 2 workers on 2 cores ran 8 times slower than 1 and 2.
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        # Threads wait for each other at each operation: 2 of them on 2 cores, of which another process had one, ran 8
+        # times slower than 1. So the decoding processes are counted.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local - num_workers))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,6 +73,12 @@ def _precision(asked: str, cuda: bool) -> str:
     if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
         return "fp16"
     return asked
+
+
+def stop() -> None:
+    """Leave the process group, if there is one, so that the launcher sees a clean end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def description(accelerator: Accelerator) -> str:

@@ -44,7 +44,7 @@ class Size:
 
 # Published: facebookresearch/sapiens and sapiens2. The 0.1b has no published pose head; it gets the 0.4b's.
 SIZES = {
-    "sapiens_tiny": Size(family="sapiens", width=128, depth=4, heads=4, upsample=(64, 64), convs=(64, 64)),
+    "sapiens_tiny": Size(family="sapiens", width=128, depth=4, heads=4, upsample=(64, 32), convs=(32, 32)),
     "sapiens_0.3b": Size(family="sapiens", width=1024, depth=24, heads=16),
     "sapiens_0.6b": Size(family="sapiens", width=1280, depth=32, heads=16),
     "sapiens_1b": Size(family="sapiens", width=1536, depth=40, heads=24),
@@ -214,11 +214,24 @@ def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) ->
     )
     backbone = VitPoseBackbone(config)
     positions = backbone.embeddings.position_embeddings
+    grid_hw = (input_hw[0] // size.patch, input_hw[1] // size.patch)
     with torch.no_grad():
         positions[:, 0] = 0.0
+        positions[:, 1:] = sine_cosine_positions(grid_hw, size.width)
     # VitPose adds slot 0 to every position; Sapiens has no such slot. Without a gradient it stays what it is: zero.
     positions.register_hook(_without_first_slot)
     return backbone, HeatmapHead(size, num_keypoints)
+
+
+def sine_cosine_positions(grid_hw: tuple[int, int], width: int) -> Float[Tensor, "n c"]:
+    """What Sapiens' position embedding starts from: half of the channels for the column, half for the row.
+
+    As in its MAE pre-training (He et al. 2021, https://arxiv.org/abs/2111.06377, official code's `pos_embed.py`).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid_hw[0]), torch.arange(grid_hw[1]), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
 
 
 def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n c"]:

@@ -1,0 +1,117 @@
+"""The same losses on 1 and 2 processes, plain and under ZeRO 0 to 3, with and without accumulation: really sharded, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RELATIVE = 1e-5
+STEPS = 20
+GLOBAL_BATCH = 8
+
+pytestmark = pytest.mark.launch
+
+COMMON = [
+    "--data.synthetic.num_train=24", "--data.synthetic.num_unlabelled=16", "--data.synthetic.num_val=6",
+    "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1", "--report_to=none",
+    *(f"--{stage}.{knob}" for stage in ("phase1", "phase2", "ssl")
+      for knob in (f"steps={STEPS}", f"global_batch={GLOBAL_BATCH}", "optim.warmup_steps=2", "loss_weight=100")),
+    "--phase2.optim.layer_decay=0.8", "--phase2.optim.clip_norm=0.05", "--ssl.teacher.threshold=0.2",
+]  # fmt: skip
+
+
+def job(folder: Path, *, stage: str, micro_batch: int, zero: int | None = None, extra: Iterable[str] = ()) -> dict:
+    """One call of train.main; its run folder is `folder`."""
+    argv = [*COMMON, f"--stage={stage}", f"--output_dir={folder}", f"--memory.micro_batch={micro_batch}", *extra]
+    env = {} if zero is None else {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(deepspeed_config(folder.parent, zero))}
+    return {"argv": argv, "env": env}
+
+
+def deepspeed_config(folder: Path, zero: int) -> Path:
+    """The shipped JSON of a ZeRO stage; stage 0 is stage 1's with the number changed."""
+    if zero:
+        return ROOT / "ds_configs" / f"zero{zero}.json"
+    tree = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
+    path = folder / "zero0.json"
+    path.write_text(json.dumps({**tree, "zero_optimization": {"stage": 0}}))
+    return path
+
+
+def launch(jobs: list[dict], cache: Path, *, processes: int, deepspeed: bool) -> None:
+    """All jobs in one launch: building the process group costs more than the training."""
+    listing = cache / f"jobs_{processes}_{deepspeed}.json"
+    listing.write_text(json.dumps(jobs))
+    env = {
+        **os.environ,
+        "SAPIENS_ACCEL_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_DEEPSPEED": str(deepspeed).lower(),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(torchrun if deepspeed or processes > 1 else [sys.executable]), "tests/parity.py", str(listing)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def losses(folder: Path, stage: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+
+
+def assert_same(folder: Path, reference: Path, stage: str) -> None:
+    found, expected = losses(folder, stage), losses(reference, stage)
+    assert len(found) == len(expected) == STEPS
+    assert found == pytest.approx(expected, rel=RELATIVE), folder.name
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def reference(cache) -> Path:
+    """Plain, one process, whole batches, all three stages."""
+    folder = cache / "reference"
+    launch([job(folder, stage="all", micro_batch=GLOBAL_BATCH)], cache, processes=1, deepspeed=False)
+    # It learns, and the teacher has something to say: equal losses of a dead network would prove nothing.
+    assert losses(folder, "phase2")[-1] < 0.95 * losses(folder, "phase2")[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("keep", 0) for line in lines) > 0.05
+    return folder
+
+
+def after(reference: Path) -> list[str]:
+    return [f"--weights={reference / 'phase2' / 'weights'}"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_deepspeed_equals_plain(processes, cache, reference):
+    start = [f"--weights={reference / 'phase1' / 'weights'}"]
+    runs = [(zero, accumulation) for zero in (0, 1, 2, 3) for accumulation in (1, 2)]
+    jobs, expected = [], []
+    for zero, accumulation in runs:
+        folder = cache / f"p{processes}-z{zero}-a{accumulation}"
+        micro_batch = GLOBAL_BATCH // processes // accumulation
+        jobs.append(job(folder, stage="phase2", micro_batch=micro_batch, zero=zero, extra=start))
+        expected.append((folder, "phase2"))
+    for zero, stage, extra in ((2, "phase1", []), (2, "ssl", after(reference)), (3, "ssl", after(reference))):
+        folder = cache / f"p{processes}-z{zero}-{stage}"
+        jobs.append(job(folder, stage=stage, micro_batch=GLOBAL_BATCH // processes // 2, zero=zero, extra=extra))
+        expected.append((folder, stage))
+    launch(jobs, cache, processes=processes, deepspeed=True)
+    for folder, stage in expected:
+        assert_same(folder, reference, stage)
+
+
+def test_plain_processes_and_accumulation_equal_one_batch(cache, reference):
+    folder = cache / "ddp"
+    launch([job(folder, stage="all", micro_batch=2)], cache, processes=2, deepspeed=False)
+    for stage in ("phase1", "phase2", "ssl"):
+        assert_same(folder, reference, stage)
