@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+# Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
+import sapiens_accel  # isort: skip  # noqa: F401
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -15,7 +17,7 @@ from torch import nn
 from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, StageName
-from sapiens_accel.data import Sets, Share, TrainingPeople
+from sapiens_accel.data import Sets, TrainingPeople
 from sapiens_accel.evaluate import Predictions
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.loop import steps
@@ -27,7 +29,7 @@ from sapiens_accel.skeleton import COCO17 as SKELETON
 
 def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
-    accelerator = distributed.start(run.data.num_workers)
+    accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
     with accelerator.main_process_first():
         sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).teacher for stage in run.stages))
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         if run.dry_run:
             return accelerator.print("dry run: all of it could be built, and one step was taken; nothing was written")
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
-    accelerator.print("\n".join(f"  {path}" for stage in run.stages for path in folder.glob(f"pictures/{stage}_*.jpg")))
+    accelerator.print("\n".join(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))))
 
 
 def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, last: int) -> dict[str, float]:
@@ -53,14 +55,12 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     schedule = data.num_steps(plan, len(sets.train))
 
     # ---- Build
-    set_seed(run.seed)
-    checkpointed = run.memory.gradient_checkpointing
-    model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw, gradient_checkpointing=checkpointed)
+    model = build_model(run)
     given = run.weights if stage == run.stages[0] else None
     start = given or weights.starting_point(folder, stage)
     accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
-    share = share_of(accelerator, run, stage, model)
+    share = memory.share_of(accelerator, stage, plan, model, run.memory)
     frozen = distributed.frozen_masters(accelerator, model)
     optimizer = optim.adamw(optim.param_groups(model.layer_groups(), plan.optim), plan.optim, accelerator.device)
     engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, plan.optim.clip_norm)
@@ -81,6 +81,12 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
     report = Report(accelerator, run, stage, first=first, last=last)
     report.crops(people, objective.codec, SKELETON)
+    judged = sets.split(run.eval.split)
+
+    def score(objective: Objective) -> tuple[dict[str, float], Predictions]:
+        result, codec = objective.result(engine), objective.codec
+        return evaluate.score(accelerator, result, judged, codec, SKELETON, run.data, run.eval)
+
     for step, logs in steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule):
         report.step()
         if step % run.log_every == 0 or step == last:
@@ -88,7 +94,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
         if run.save_every and step % run.save_every == 0 and not run.dry_run:
             checkpoint.save(folder / stage, accelerator, objective, stage, step, keep=run.keep_checkpoints)
         if run.eval_every and step % run.eval_every == 0 and step < last:
-            report.write(step, score(accelerator, run, sets, objective, engine)[0])
+            report.write(step, score(objective)[0])
 
     # ---- Hand over
     metrics: dict[str, float] = {}
@@ -97,8 +103,8 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
         if main:
             for name, state in objective.results(student).items():
                 weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
-        metrics, predictions = score(accelerator, run, sets, objective, engine)
-        report.finish(last, metrics, predictions, sets.split(run.eval.split), SKELETON)
+        metrics, predictions = score(objective)
+        report.finish(last, metrics, predictions, judged, SKELETON)
     report.close()
     distributed.release(accelerator, engine, optimizer)
     return metrics
@@ -109,19 +115,6 @@ def build_model(run: Config) -> SapiensPose:
     set_seed(run.seed)
     checkpointed = run.memory.gradient_checkpointing
     return SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw, gradient_checkpointing=checkpointed)
-
-
-def share_of(accelerator: Accelerator, run: Config, stage: StageName, model: SapiensPose) -> Share:
-    """This rank's micro-batches: as asked for, else the largest that are predicted to fit."""
-    plan = run.of(stage)
-    largest = memory.largest_micro_batch(
-        model,
-        distributed.free_bytes(accelerator),
-        distributed.strategy(accelerator),
-        checkpointed=run.memory.gradient_checkpointing,
-        teacher=plan.teacher is not None,
-    )
-    return distributed.share_of(accelerator, stage, plan.global_batch, run.memory.micro_batch, largest)
 
 
 def build_objective(
@@ -146,27 +139,6 @@ def build_objective(
         gather=partial(distributed.gather, accelerator),
         autocast=distributed.autocast_dtype(accelerator),
     )
-
-
-def score(
-    accelerator: Accelerator, run: Config, sets: Sets, objective: Objective, engine: nn.Module
-) -> tuple[dict[str, float], Predictions]:
-    """Metrics and predictions of what the stage hands on, on all ranks."""
-    people = sets.split(run.eval.split)
-    predictions = evaluate.predict(
-        objective.result(engine),
-        people,
-        objective.codec,
-        SKELETON,
-        run.data,
-        run.eval,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        gather=partial(distributed.gather, accelerator),
-        autocast=distributed.autocast_dtype(accelerator),
-    )
-    return evaluate.coco_ap(predictions, people, SKELETON, run.data, run.eval), predictions
 
 
 if __name__ == "__main__":

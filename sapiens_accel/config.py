@@ -267,7 +267,8 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
     Raises:
         UserError: no such recipe, a key that does not exist (with the nearest one that does), a value of another type.
     """
-    words = _spell_out_switches(argv)
+    show = "--print_config" in argv
+    words = _spell_out_switches([word for word in argv if word != "--print_config"])
     recipe = _value_of(words, "recipe") or Config.recipe
     path = base or recipe_path(recipe)
     _check_keys(words, path)
@@ -279,7 +280,11 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         config = Config(**vars(parser.instantiate_classes(parser.parse_args(words))))
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    return dataclasses.replace(config, output_dir=config.output_dir.format(recipe=Path(config.recipe).stem))
+    config = dataclasses.replace(config, output_dir=config.output_dir.format(recipe=Path(config.recipe).stem))
+    if show:
+        print(_as_yaml(config), end="")
+        sys.exit(0)
+    return config
 
 
 def guarded(main: Callable[[Sequence[str]], None]) -> None:
@@ -314,7 +319,11 @@ def recipe_path(recipe: str) -> Path:
 def save(config: Config, path: Path) -> None:
     """Write the whole tree as YAML; `load` with this file as `base` gives an equal one back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    path.write_text(_as_yaml(config))
+
+
+def _as_yaml(config: Config) -> str:
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
@@ -351,7 +360,7 @@ def _check_keys(words: Sequence[str], path: Path) -> None:
             raise UserError(f"{path}: no such key {key!r}{_nearest(key, known)}")
     for word in words:
         key = word[2:].split("=")[0]
-        if word.startswith("--") and key not in (*known, "help", "print_config"):
+        if word.startswith("--") and key not in (*known, "help"):
             raise UserError(f"no such option --{key}{_nearest(key, known, '--')}")
 
 

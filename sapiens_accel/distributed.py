@@ -39,12 +39,8 @@ class Strategy:
     offload: bool
 
 
-def start(num_workers: int) -> Accelerator:
-    """The Accelerator of this launch, at the best precision that was asked for and that the device really has.
-
-    Args:
-        num_workers: decoding processes of each rank; on a CPU they and the arithmetic share the cores.
-    """
+def start() -> Accelerator:
+    """The Accelerator of this launch, at the best precision that was asked for and that the device really has."""
     cuda = torch.cuda.is_available()
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if with_deepspeed and "LOCAL_RANK" not in os.environ:
@@ -57,11 +53,6 @@ def start(num_workers: int) -> Accelerator:
         cpu=not cuda and not with_deepspeed,
         kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
     )
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Threads wait for each other at each operation: 2 of them on 2 cores, of which another process had one, ran 8
-        # times slower than 1. So the decoding processes are counted.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local - num_workers))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were launched, but Accelerate sees {accelerator.num_processes}")
@@ -121,7 +112,8 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 def strategy(accelerator: Accelerator) -> Strategy:
     """How this launch lays out a training state, for the memory plan."""
-    offload = _deepspeed_config(accelerator).get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    zero_config = _deepspeed_config(accelerator).get("zero_optimization", {})
+    offload = zero_config.get("offload_optimizer", {}).get("device", "none") != "none"
     half = accelerator.mixed_precision != "no"
     return Strategy(zero=zero_stage(accelerator), num_ranks=accelerator.num_processes, half=half, offload=offload)
 

@@ -10,10 +10,12 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from pycocotools.coco import COCO
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from sapiens_accel import geometry, heatmap
+from sapiens_accel import distributed, geometry, heatmap
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, EvalConfig
 from sapiens_accel.data import EvaluationPeople, to_device
@@ -97,6 +99,32 @@ def _assemble(index: Int[Array, "m"], rows: Float[Array, "m k 3"], num_people: i
     whole = np.zeros((num_people, *rows.shape[1:]))
     whole[index] = rows
     return Predictions(points_xy=whole[..., :2], scores=whole[..., 2])
+
+
+def score(
+    accelerator: Accelerator,
+    model: nn.Module,
+    people: People,
+    codec: Codec,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+) -> tuple[dict[str, float], Predictions]:
+    """Metrics and predictions of all people, each rank predicting its part. All ranks must call it."""
+    predictions = predict(
+        model,
+        people,
+        codec,
+        skeleton,
+        data,
+        config,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        gather=partial(distributed.gather, accelerator),
+        autocast=distributed.autocast_dtype(accelerator),
+    )
+    return coco_ap(predictions, people, skeleton, data, config), predictions
 
 
 def coco_ap(

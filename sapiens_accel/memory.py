@@ -4,6 +4,11 @@ Weights, gradients and AdamW states by the ZeRO stage; for each person the block
 block's working set and the head's activations.
 """
 
+from accelerate import Accelerator
+
+from sapiens_accel import distributed
+from sapiens_accel.config import MemoryConfig, StageConfig
+from sapiens_accel.data import Share
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.model import SapiensPose
 
@@ -49,3 +54,17 @@ def largest_micro_batch(
     states = state_bytes(num_parameters, num_learning, strategy) + (4 * num_parameters if teacher else 0)
     person = person_bytes(model, half=strategy.half, checkpointed=checkpointed) * (2 if teacher else 1)
     return max(1, int((free_bytes * RESERVE - states) / person))
+
+
+def share_of(
+    accelerator: Accelerator, stage: str, plan: StageConfig, model: SapiensPose, config: MemoryConfig
+) -> Share:
+    """This rank's micro-batches: as asked for, else the largest that are predicted to fit."""
+    largest = largest_micro_batch(
+        model,
+        distributed.free_bytes(accelerator),
+        distributed.strategy(accelerator),
+        checkpointed=config.gradient_checkpointing,
+        teacher=plan.teacher is not None,
+    )
+    return distributed.share_of(accelerator, stage, plan.global_batch, config.micro_batch, largest)

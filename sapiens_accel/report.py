@@ -1,6 +1,7 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard, pictures and the progress line, on rank 0."""
 
 import json
+import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ class Report:
         people = (step - self.since_step) * self.run.of(self.stage).global_batch
         means["people_per_second"] = people / (now - self.since)
         self.since, self.since_step = now, step
+        means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
         if device.type == "cuda":
             means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         self.write(step, means)

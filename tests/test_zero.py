@@ -1,4 +1,4 @@
-"""The same losses on 1 and 2 processes, plain and under ZeRO 0 to 3, with and without accumulation: really sharded, on a CPU."""
+"""The same losses on 1 and 2 processes, plain and under ZeRO 0 to 3, with and without accumulation; really sharded."""
 
 import json
 import os
@@ -108,6 +108,25 @@ def test_deepspeed_equals_plain(processes, cache, reference):
     launch(jobs, cache, processes=processes, deepspeed=True)
     for folder, stage in expected:
         assert_same(folder, reference, stage)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(cache, reference):
+    """Cut after 8 of 20 steps and continued, in two processes: the same 20 losses, to the last digit."""
+    jobs, whole = [], {}
+    for zero, stage in ((2, "phase2"), (3, "phase2"), (2, "ssl")):
+        start = after(reference) if stage == "ssl" else [f"--weights={reference / 'phase1' / 'weights'}"]
+        folder = cache / f"resumed-z{zero}-{stage}"
+        run = {"stage": stage, "micro_batch": 2, "zero": zero}
+        jobs.append(job(folder, **run, extra=[*start, "--max_steps=8", "--save_every=4"]))
+        jobs.append(job(folder, **run, extra=[*start, "--resume_from_checkpoint=latest"]))
+        whole[folder] = cache / f"whole-z{zero}-{stage}"
+        jobs.append(job(whole[folder], **run, extra=start))
+    launch(jobs, cache, processes=2, deepspeed=True)
+    for resumed, uninterrupted in whole.items():
+        stage = resumed.name.split("-")[-1]
+        assert len(losses(resumed, stage)) == STEPS
+        assert losses(resumed, stage) == losses(uninterrupted, stage)
+        assert sorted(path.name for path in (resumed / stage / "checkpoints").iterdir()) == ["step_4", "step_8"]
 
 
 def test_plain_processes_and_accumulation_equal_one_batch(cache, reference):
