@@ -3,6 +3,7 @@
 python eval.py RUN_DIR [--stage ssl] [--data.root DIR] [--eval.flip false] [any other option of the run]
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
         weights.load(model, str(folder / stage / "weights"))
         codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=network["sigma"])
         model.to(accelerator.device)
-        table[stage], found = evaluate.score(accelerator, model, people, codec, SKELETON, run.data, run.eval)
+        seen = dataclasses.replace(run.data, input_hw=model.input_hw)  # what these weights were trained on
+        table[stage], found = evaluate.score(accelerator, model, people, codec, SKELETON, seen, run.eval)
         picture = report.prediction_picture(found, people, SKELETON, run.eval.num_pictures)
         pictures.append((picture, folder / "pictures" / f"{stage}_{run.eval.split}_predictions.jpg"))
     if accelerator.is_main_process:

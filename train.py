@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
 import sapiens_accel  # isort: skip  # noqa: F401
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -21,7 +22,7 @@ from sapiens_accel.data import Sets, TrainingPeople
 from sapiens_accel.evaluate import Predictions
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.loop import steps
-from sapiens_accel.model import SapiensPose
+from sapiens_accel.model import SIZES, SapiensPose
 from sapiens_accel.objective import MeanTeacher, Objective, Supervised
 from sapiens_accel.report import Report
 from sapiens_accel.skeleton import COCO17 as SKELETON
@@ -35,16 +36,21 @@ def main(argv: Sequence[str]) -> None:
         sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).teacher for stage in run.stages))
     accelerator.print(sets)
     folder = Path(run.output_dir)
+    lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
+    with torch.device("meta"):
+        memory.check_plans(accelerator, {stage: run.of(stage) for stage in run.stages}, build_model(run), run.memory)
+    done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
     if accelerator.is_main_process and not run.dry_run:
+        if run.resume_from_checkpoint is None:
+            checkpoint.set_aside(folder, run.stages, run.weights)
         config.save(run, folder / "config.yaml")
+    accelerator.wait_for_everyone()
     table = {}
     for stage in run.stages:
-        last = data.num_steps(run.of(stage), len(sets.train), run.max_steps)
-        # A run that goes on leaves alone what it has finished.
-        metrics = checkpoint.finished(folder / stage, last) if run.resume_from_checkpoint else None
-        table[stage] = metrics or train(accelerator, run, stage, sets, last)
+        table[stage] = done.get(stage) or train(accelerator, run, stage, sets, lasts[stage])
+        accelerator.free_memory()  # what the stage held is unreachable only now
         if run.dry_run:
-            return accelerator.print("dry run: all of it could be built, and one step was taken; nothing was written")
+            return accelerator.print(f"dry run: {stage} could be built, and one step was taken; nothing was written")
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
     accelerator.print("\n".join(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))))
 
@@ -69,9 +75,6 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     # ---- Where to begin
     resume = checkpoint.to_resume(folder, run.resume_from_checkpoint, stage)
     first = checkpoint.load(resume, accelerator, objective).step if resume else 0
-    if main and not resume and not run.dry_run:
-        checkpoint.set_aside(folder / stage)
-    accelerator.wait_for_everyone()
     last = first + 1 if run.dry_run else last
     accelerator.print(f"{stage}: steps {first + 1} to {last}, {share}")
 
@@ -93,8 +96,10 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
             report.scalars(step, logs)
         if run.save_every and step % run.save_every == 0 and not run.dry_run:
             checkpoint.save(folder / stage, accelerator, objective, stage, step, keep=run.keep_checkpoints)
+            report.restart_clock(step)
         if run.eval_every and step % run.eval_every == 0 and step < last:
             report.write(step, score(objective)[0])
+            report.restart_clock(step)
 
     # ---- Hand over
     metrics: dict[str, float] = {}
@@ -122,11 +127,12 @@ def build_objective(
 ) -> Objective:
     """What the stage minimises: with a teacher, it starts from the student's own weights."""
     plan = run.of(stage)
-    model = build_model(run)
-    codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
+    heatmap_hw = SIZES[run.model.name].heatmap_hw(run.data.input_hw)
+    codec = Codec(input_hw=run.data.input_hw, heatmap_hw=heatmap_hw, sigma=run.data.sigma)
     supervised = Supervised(codec=codec, loss_weight=plan.loss_weight)
     if plan.teacher is None:
         return supervised
+    model = build_model(run)
     if start:
         weights.load(model, start)
     return MeanTeacher(

@@ -75,10 +75,9 @@ class Augmenter:
         p = self.config.photometric_p
         return A.Compose(
             [
-                A.ColorJitter(
-                    brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=0.1, p=p
-                ),
-                A.ChannelShuffle(p=p / 2),
+                A.RandomBrightnessContrast(brightness_limit=32 / 255, contrast_limit=0.5, p=p),
+                A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=0.1, p=p),
+                A.ChannelShuffle(p=p),
                 A.Blur(blur_limit=(3, 7), p=self.config.blur_p),
                 A.MedianBlur(blur_limit=(3, 7), p=self.config.blur_p),
                 A.CoarseDropout(
@@ -112,7 +111,9 @@ class Augmenter:
 
 def change_pixels(changes: A.Compose, image: UInt8[Array, "h w 3"], rng: Generator) -> UInt8[Array, "h w 3"]:
     """Run the changes with draws that depend on `rng` alone, whatever ran before in this process."""
-    changes.set_random_seed(int(rng.integers(2**31)))
+    # Each with a seed of its own: Compose gives all of them the same one, and then they fire together or not at all.
+    for change in changes.transforms:
+        change.set_random_seed(int(rng.integers(2**31)))
     return changes(image=image)["image"]
 
 

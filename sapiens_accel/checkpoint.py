@@ -7,6 +7,7 @@ STAGE/checkpoints/step_N holds Accelerate's state (model, optimizer, random stat
 import json
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def load(folder: Path, accelerator: Accelerator, objective: Objective) -> Positi
             f"{description(accelerator)}; launch it as it was, or start a new run from weights with --weights"
         )
     accelerator.load_state(str(folder))
+    # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
+    accelerator.step = 0
     objective.load_state_dict(load_file(folder / "objective.safetensors"))
     return saved
 
@@ -91,11 +94,7 @@ def position(folder: Path) -> Position:
 
 
 def to_resume(run_folder: Path, asked: str | None, stage: str) -> Path | None:
-    """The checkpoint that a stage goes on from, if any: the last whole one, or the folder asked for if it is its own.
-
-    Raises:
-        UserError: the folder asked for is not a checkpoint.
-    """
+    """The checkpoint that a stage goes on from, if any: its last whole one, or the folder asked for if its own."""
     if asked is None:
         return None
     if asked == "latest":
@@ -103,8 +102,32 @@ def to_resume(run_folder: Path, asked: str | None, stage: str) -> Path | None:
     return Path(asked) if position(Path(asked)).stage == stage else None
 
 
-def finished(stage_folder: Path, last: int) -> dict[str, float] | None:
-    """The metrics of a stage that has reached its last step, else None."""
+def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
+    """The metrics of the stages that a resumed run need not train again.
+
+    Args:
+        lasts: the run's stages, in order, and the step that each ends with.
+        asked: `--resume_from_checkpoint`. latest leaves alone all stages that reached their end; a folder, those before
+            its stage: that one and what follows it are trained from there.
+
+    Raises:
+        UserError: a folder that is no checkpoint, or one of a stage that is not trained.
+    """
+    stages = list(lasts)
+    if asked is None:
+        return {}
+    if asked != "latest":
+        stage = position(Path(asked)).stage
+        if stage not in stages:
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: of stage {stage}, but --stage trains {', '.join(stages)}"
+            )
+        stages = stages[: stages.index(stage)]
+    found_metrics = {stage: _metrics(run_folder / stage, lasts[stage]) for stage in stages}
+    return {stage: metrics for stage, metrics in found_metrics.items() if metrics}
+
+
+def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
     file = stage_folder / "eval.json"
     if not (file.is_file() and (stage_folder / "weights" / FILE).is_file()):
         return None
@@ -112,15 +135,22 @@ def finished(stage_folder: Path, last: int) -> dict[str, float] | None:
     return metrics if metrics.get("step", -1) >= last else None
 
 
-def set_aside(stage_folder: Path) -> None:
-    """Make way for a stage that starts anew: what it trained before is kept under STAGE.1, STAGE.2, ..."""
-    if not stage_folder.exists():
-        return
-    number = 1
-    while (old := stage_folder.with_name(f"{stage_folder.name}.{number}")).exists():
-        number += 1
-    stage_folder.rename(old)
-    print(f"{stage_folder} was there already; it is kept as {old}", flush=True)
+def set_aside(run_folder: Path, stages: Iterable[str], start: str | None) -> None:
+    """Make way for stages that start anew: what they trained before is kept as STAGE.1, STAGE.2, ...
+
+    Raises:
+        UserError: the weights to start from are among it.
+    """
+    for old in (run_folder / stage for stage in stages):
+        if not old.exists():
+            continue
+        if start and old.resolve() in Path(start).resolve().parents:
+            raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
+        number = 1
+        while (kept := old.with_name(f"{old.name}.{number}")).exists():
+            number += 1
+        old.rename(kept)
+        print(f"{old} was there already; it is kept as {kept}", flush=True)
 
 
 def found(folder: Path) -> list[Path]:

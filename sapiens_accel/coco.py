@@ -31,6 +31,7 @@ if not sys.stderr.isatty():
 SCHEMA_VERSION = 1
 DECODE_AT_MOST = 5000
 JPEG_END = b"\xff\xd9"
+JPEG_START_OF_SCAN = 0xDA
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -88,13 +89,15 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
     """Every picture of a folder as one unlabelled person, whose box is the picture.
 
     Raises:
-        UserError: the folder holds no picture, or one that does not decode.
+        UserError: the folder holds no picture.
     """
     folder = root / images
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)
     if not names:
         raise UserError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it")
-    digest = _digest("\n".join(names).encode(), str(folder))
+    stats = [(folder / name).stat() for name in names]
+    content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
+    digest = _digest("\n".join(content).encode(), str(folder))
     rows = _table(_whole_picture_rows, digest, num_keypoints, cache, root=str(root), images=images, names=names)
     return People(rows=rows, root=root, annotations=folder)
 
@@ -123,6 +126,8 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
         print(f"skipped: {people.root / name} does not decode", flush=True)
     kept = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), bad))
     num_skipped = len(people) - len(kept)
+    if not len(kept):
+        raise UserError(f"{people.annotations}: nobody is left: none of its {len(names)} pictures decodes")
     return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped) if bad else people
 
 
@@ -149,7 +154,7 @@ def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
 
 
 def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    values = rows.with_format("numpy")[name][:] if len(rows) else ()
+    values = rows.with_format("numpy", dtype=np.float64)[name][:] if len(rows) else ()
     return np.asarray(values, dtype=np.float64).reshape(len(rows), *shape)
 
 
@@ -167,7 +172,7 @@ def _people(
 ) -> People:
     file = root / annotations
     if not file.is_file():
-        raise UserError(f"{file}: no such annotation file; see --data.root and --data.train_annotations")
+        raise UserError(f"{file}: no such annotation file; see --data.root and --data.*_annotations")
     digest = _digest(file.read_bytes(), keypoints, images)
     source = {"annotations": str(file), "images": images, "keypoints": keypoints}
     return People(rows=_table(_coco_rows, digest, num_keypoints, cache, **source), root=root, annotations=file)
@@ -215,28 +220,49 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     if keypoints == "needed" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
+    # A JSON of many kinds of things names the people among them.
+    kinds = [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") == "person"]
     for person in tree["annotations"]:
-        who = f"{path}: annotation {person.get('id')}"
-        if person.get("iscrowd"):
+        if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
-        box = person.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
-            raise UserError(f"{who}: expected 'bbox' of 4 numbers, found {box!r}")
-        if box[2] <= 0 or box[3] <= 0:
-            continue
-        if person.get("image_id") not in names:
-            raise UserError(f"{who}: its picture {person.get('image_id')} is not among 'images'")
-        points = person.get("keypoints") or [0] * 3 * num_keypoints
-        if len(points) != 3 * num_keypoints:
-            raise UserError(f"{who}: expected {3 * num_keypoints} keypoint numbers, found {len(points)}")
-        yield {
-            "file_name": f"{images}/{names[person['image_id']]}",
-            "image_id": person["image_id"],
-            "ann_id": person["id"],
-            "box_xywh": [float(v) for v in box],
-            "area": float(person.get("area", box[2] * box[3])),
-            "keypoints": np.asarray(points, dtype=np.float64).reshape(num_keypoints, 3),
-        }
+        try:
+            row = _row(person, names, images, num_keypoints)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            who = person.get("id") if isinstance(person, dict) else person
+            raise UserError(f"{path}: annotation {who}: {type(error).__name__}: {error}") from None
+        if row:
+            yield row
+
+
+def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int) -> dict[str, Any] | None:
+    """The row of one COCO annotation; None for a crowd or an empty box."""
+    if person.get("iscrowd"):
+        return None
+    box = _numbers(person.get("bbox"))
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"expected 'bbox' of 4 numbers, found {person.get('bbox')!r}")
+    if box[2] <= 0 or box[3] <= 0:
+        return None
+    if person.get("image_id") not in names:
+        raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
+    points = _numbers(person.get("keypoints") or [0] * 3 * num_keypoints)
+    if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
+        raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
+    return {
+        "file_name": f"{images}/{names[person['image_id']]}",
+        "image_id": int(person["image_id"]),
+        "ann_id": int(person["id"]),
+        "box_xywh": box.tolist(),
+        "area": float(person["area"]) if "area" in person else float(box[2] * box[3]),
+        "keypoints": points.reshape(num_keypoints, 3),
+    }
+
+
+def _numbers(values: Any) -> Float[Array, "n"]:
+    # numpy would read the numbers in a text, too.
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
+    return np.asarray(values, dtype=np.float64)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -244,15 +270,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
-    missing = [key for key in ("images", "annotations") if not isinstance(tree, dict) or key not in tree]
-    if missing:
-        raise UserError(f"{path}: no {missing[0]!r} in it; expected a COCO annotation file")
+    for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
+        items = tree.get(key) if isinstance(tree, dict) else None
+        if not isinstance(items, list):
+            raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
+        odd = [item for item in items if not isinstance(item, dict) or any(name not in item for name in needed)]
+        if odd:
+            raise UserError(f"{path}: {key}: expected {' and '.join(needed) or 'keys'}, found {str(odd[0])[:80]}")
     return tree
 
 
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
     for index, name in enumerate(names):
-        height, width = read_image(Path(root) / images / name).shape[:2]
+        image = cv2.imread(str(Path(root) / images / name), cv2.IMREAD_COLOR)
+        height, width = (1, 1) if image is None else image.shape[:2]  # `checked` names those that do not decode
         yield {
             "file_name": f"{images}/{name}",
             "image_id": index,
@@ -288,13 +319,17 @@ def _whole(path: Path) -> bool:
     """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
     with path.open("rb") as file:
         head = file.read(8)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
         tail = file.read()
-        if head[:2] == b"\xff\xd8" and JPEG_END not in tail:
-            # Cameras append data of their own; a thumbnail, which ends the same way, stands in the first half.
-            file.seek(size // 2)
-            tail = file.read()
     if head[:2] == b"\xff\xd8":
-        return JPEG_END in tail
+        # Cameras append data of their own, so the end need not be the last thing in the file.
+        return JPEG_END in tail or JPEG_END in _jpeg_scan(path.read_bytes())
     return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8
+
+
+def _jpeg_scan(content: bytes) -> bytes:
+    """What follows the headers: they may hold a thumbnail with an end of its own. Segments are marker, length, data."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != JPEG_START_OF_SCAN:
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return content[at:]

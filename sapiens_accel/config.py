@@ -6,6 +6,7 @@ differs. Processes, precision and ZeRO are owned by `accelerate_configs/` and `d
 
 import dataclasses
 import difflib
+import glob
 import os
 import sys
 import time
@@ -171,7 +172,7 @@ class TeacherConfig:
     ratio: int = 1
     """Unlabelled people for each labelled one in a batch."""
     cutout: int = 5
-    """Black squares put on the student's view, each on one of the teacher's keypoints."""
+    """Squares of the mean colour put on the student's view, each on one of the teacher's keypoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,14 +274,15 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
     path = base or recipe_path(recipe)
     _check_keys(words, path)
     parser = ArgumentParser(
-        prog=prog, default_config_files=[str(path)], exit_on_error=False, description=Config.__doc__
+        prog=prog, default_config_files=[glob.escape(str(path))], exit_on_error=False, description=Config.__doc__
     )
     parser.add_class_arguments(Config)
     try:
-        config = Config(**vars(parser.instantiate_classes(parser.parse_args(words))))
+        config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    config = dataclasses.replace(config, output_dir=config.output_dir.format(recipe=Path(config.recipe).stem))
+    config = dataclasses.replace(config, output_dir=config.output_dir.replace("{recipe}", _recipe_name(config.recipe)))
+    _check_values(config)
     if show:
         print(_as_yaml(config), end="")
         sys.exit(0)
@@ -314,6 +316,26 @@ def recipe_path(recipe: str) -> Path:
     if recipe not in names:
         raise UserError(f"--recipe {recipe}: no such recipe{_nearest(recipe, names)}. There are: {', '.join(names)}")
     return folder / f"{recipe}.yaml"
+
+
+def _check_values(config: Config) -> None:
+    """Refuse numbers that no run can have."""
+    positive = {"log_every": config.log_every, "save_every": config.save_every, "eval_every": config.eval_every}
+    positive |= {"keep_checkpoints": config.keep_checkpoints, "max_steps": config.max_steps}
+    positive |= {"data.sigma": config.data.sigma, "memory.micro_batch": config.memory.micro_batch}
+    for stage in STAGES:
+        plan = config.of(stage)
+        positive |= {f"{stage}.{knob}": getattr(plan, knob) for knob in ("steps", "epochs", "global_batch")}
+        if plan.teacher:
+            positive[f"{stage}.teacher.ratio"] = plan.teacher.ratio
+    for knob, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{knob} {value}: expected a number above 0")
+
+
+def _recipe_name(recipe: str) -> str:
+    # Only a file has a stem: in sapiens_0.3b_coco the dot is part of the name.
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
 def save(config: Config, path: Path) -> None:

@@ -178,7 +178,8 @@ def steps_per_epoch(num_people: int, global_batch: int) -> int:
 
 def num_steps(plan: StageConfig, num_people: int, at_most: int | None = None) -> int:
     """Optimizer steps of a stage; `at_most` cuts it short."""
-    steps = plan.steps or max(1, round(plan.epochs * steps_per_epoch(num_people, plan.global_batch)))
+    by_epochs = max(1, round(plan.epochs * steps_per_epoch(num_people, plan.global_batch)))
+    steps = by_epochs if plan.steps is None else plan.steps
     return steps if at_most is None else min(steps, at_most)
 
 
@@ -304,10 +305,15 @@ def batches(
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=one_thread,
     )
-    for batch in loader:
-        yield to_device(batch, device)
+    try:
+        for batch in loader:
+            yield to_device(batch, device)
+    except UserError as error:  # a worker's comes wrapped in its traceback
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
 
 
 class _Keys:
@@ -343,23 +349,27 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return tree
 
 
-def _quiet_worker(_: int) -> None:
-    # One decoding thread a worker: the workers are the parallelism.
+def one_thread(_: int) -> None:
+    """Start a worker with one decoding thread: the workers are the parallelism."""
     cv2.setNumThreads(0)
 
 
 def check_targets(people: People, config: DataConfig) -> None:
-    """Refuse people whose labelled keypoints all lie outside their crops: every target would be zero.
+    """Refuse people whose labelled keypoints mostly lie outside their crops: nearly every target would be zero.
 
     Raises:
-        UserError: with the first such annotation.
+        UserError: with an annotation for which it is so.
     """
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     sizes = np.array([geometry.with_aspect((w, h), config.input_hw) for w, h in boxes[:, 2:] * config.box_padding])
     offset = np.abs(keypoints[..., :2] - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None])
-    inside = (offset <= sizes[:, None] / 2).all(axis=-1) & (keypoints[..., 2] > 0)
-    if not inside.any():
+    labelled = keypoints[..., 2] > 0
+    inside = (offset <= sizes[:, None] / 2).all(axis=-1) & labelled
+    tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
+    if inside.sum() < labelled.sum() / 2 or tiny:
+        worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))
         raise UserError(
-            f"{people.annotations}: all targets are zero: no labelled keypoint lies in its person's box (annotation "
-            f"{people.rows[0]['ann_id']}: box {boxes[0].tolist()}); expected both in pixels of the picture"
+            f"{people.annotations}: {'nearly ' if inside.any() else ''}all targets are zero: {inside.sum()} of "
+            f"{labelled.sum()} labelled keypoints lie in their person's box (annotation "
+            f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the picture"
         )

@@ -8,6 +8,7 @@ filled once only: a second stage would silently keep the first one's).
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def start() -> Accelerator:
     if with_deepspeed and "LOCAL_RANK" not in os.environ:
         raise UserError("DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml")
     # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if not cuda and "LOCAL_RANK" in os.environ else []
+    # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
+    backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3))]
     precision = _precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cuda)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -119,11 +122,16 @@ def strategy(accelerator: Accelerator) -> Strategy:
 
 
 def free_bytes(accelerator: Accelerator) -> int | None:
-    """Free memory of this rank's GPU; None on a CPU."""
-    return torch.cuda.mem_get_info(accelerator.device)[0] if accelerator.device.type == "cuda" else None
+    """Memory of a GPU that a stage can have: the least of all ranks, so that they plan alike. None on a CPU."""
+    device = accelerator.device
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.tensor([torch.cuda.mem_get_info(device)[0] + cached], device=device)
+    return int(gather(accelerator, free).min())
 
 
-def share_of(accelerator: Accelerator, stage: str, global_batch: int, micro_batch: int | None, largest: int) -> Share:
+def divide(accelerator: Accelerator, stage: str, global_batch: int, micro_batch: int | None, largest: int) -> Share:
     """This rank's share of the global batch.
 
     Args:
@@ -164,8 +172,16 @@ def prepare(
 
 
 def clip(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor | float | None:
-    """Clip the gradients to the global norm (0: not at all); returns what it was. DeepSpeed clips by itself."""
+    """Clip the gradients to the global norm (0: not at all); returns what it was."""
+    if is_engine(model):
+        engine: Any = model
+        return engine.get_global_grad_norm()  # it clips by itself; Accelerate would wait for the number
     return accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+
+
+def is_engine(model: Any) -> bool:
+    """Whether DeepSpeed runs this module: then it also sets the precision of its forward."""
+    return hasattr(model, "get_global_grad_norm")
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:

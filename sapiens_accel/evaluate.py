@@ -7,6 +7,7 @@ ground truth's, whose score is 1: an easier number than with a detector's boxes,
 
 import contextlib
 import io
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from pycocotools.coco import COCO
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from sapiens_accel import distributed, geometry, heatmap
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, EvalConfig
-from sapiens_accel.data import EvaluationPeople, to_device
+from sapiens_accel.data import EvaluationPeople, one_thread, to_device
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.skeleton import Skeleton
 
@@ -70,6 +72,7 @@ def predict(
         num_workers=data.num_workers,
         collate_fn=default_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=one_thread,
     )
     training, found = model.training, []
     model.eval()
@@ -122,9 +125,10 @@ def score(
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         gather=partial(distributed.gather, accelerator),
-        autocast=distributed.autocast_dtype(accelerator),
+        autocast=None if distributed.is_engine(model) else distributed.autocast_dtype(accelerator),
     )
-    return coco_ap(predictions, people, skeleton, data, config), predictions
+    metrics = [coco_ap(predictions, people, skeleton, data, config) if accelerator.is_main_process else {}]
+    return broadcast_object_list(metrics)[0], predictions
 
 
 def coco_ap(
@@ -132,8 +136,9 @@ def coco_ap(
 ) -> dict[str, float]:
     """COCO's keypoint metrics (METRICS, 0..1) of predictions over the JSON that the people came from."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(people.annotations))
-        truth.dataset = {"info": {}, **truth.dataset}  # pyright: ignore  (loadRes wants it; exported files often lack it)
+        truth = COCO()
+        truth.dataset = _truth(people)  # pyright: ignore[reportAttributeAccessIssue]
+        truth.createIndex()
         results: Any = _results(predictions, people, skeleton, data, config)
         evaluation = COCOeval(truth, truth.loadRes(results), "keypoints")
         evaluation.params.kpt_oks_sigmas = np.array(skeleton.sigmas)
@@ -141,6 +146,35 @@ def coco_ap(
         evaluation.accumulate()
         evaluation.summarize()
     return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=True))
+
+
+def _truth(people: People) -> dict[str, Any]:
+    """The JSON as pycocotools wants it, whatever it leaves out: a single category, areas and counts.
+
+    Labelled people who are not among the rows (their picture does not decode, their box is empty) are to be ignored, as
+    crowds and people without keypoints are: nobody could have predicted them.
+    """
+    tree = json.loads(people.annotations.read_text())
+    known = set(people.rows["ann_id"][:])
+    zeros = [0.0] * (3 * people.rows.features["keypoints"].shape[0])
+    annotations = []
+    for person in tree["annotations"]:
+        box = person.get("bbox") or [0, 0, 0, 0]
+        keypoints = person.get("keypoints") if person.get("id") in known else None
+        annotations.append(
+            {
+                "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
+                "image_id": person["image_id"],
+                "category_id": 1,
+                "iscrowd": int(bool(person.get("iscrowd"))),
+                "area": float(person.get("area", box[2] * box[3])),
+                "bbox": box,
+                "keypoints": keypoints or zeros,
+                "num_keypoints": sum(v > 0 for v in keypoints[2::3]) if keypoints else 0,
+            }
+        )
+    images = [{"id": image["id"]} for image in tree["images"]]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
 
 
 def _results(
@@ -225,5 +259,7 @@ def table(rows: dict[str, dict[str, float]], title: str) -> str:
     """Metrics of several models as text, one line each, in percent."""
     width = max(len(name) for name in rows)
     head = f"{'':<{width}}" + "".join(f"{metric:>7}" for metric in METRICS)
-    lines = [f"{name:<{width}}" + "".join(f"{100 * row[m]:>7.1f}" for m in METRICS) for name, row in rows.items()]
+    # pycocotools says -1 where there is nobody to measure, as for AP_L without a large person.
+    cells = {n: [f"{100 * row[m]:.1f}" if row[m] >= 0 else "-" for m in METRICS] for n, row in rows.items()}
+    lines = [f"{name:<{width}}" + "".join(f"{cell:>7}" for cell in row) for name, row in cells.items()]
     return "\n".join([title, head, *lines])

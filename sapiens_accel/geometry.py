@@ -89,6 +89,6 @@ def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"
 
     In float64 whatever comes in: a matrix holds offsets of thousands of pixels, and half precision has no inverse.
     """
-    last = weak.new_tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(len(weak), 1, 3)
+    last = torch.eye(3, dtype=torch.float64, device=weak.device)[2].expand(len(weak), 1, 3)
     square = [torch.cat([matrix.double(), last], dim=1) for matrix in (strong, weak)]
-    return (square[0] @ torch.linalg.inv(square[1]))[:, :2].to(strong.dtype)
+    return (square[0] @ torch.linalg.inv_ex(square[1])[0])[:, :2].to(strong.dtype)

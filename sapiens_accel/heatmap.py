@@ -63,19 +63,25 @@ class Codec:
         width = heatmaps.shape[-1]
         peak_xy = torch.stack([index % width, index // width], dim=-1)
         points_xy = peak_xy + _dark_step(heatmaps, peak_xy, scores)
-        middle = points_xy.new_tensor([(size - 1) / 2 for size in reversed(self.heatmap_hw)])
-        points_xy = torch.where(scores[..., None] > 0, points_xy, middle)
+        seen = scores > 0
+        middle_x, middle_y = ((size - 1) / 2 for size in reversed(self.heatmap_hw))
+        x, y = points_xy.unbind(-1)
+        points_xy = torch.stack([torch.where(seen, x, middle_x), torch.where(seen, y, middle_y)], dim=-1)
         return self._to_input(points_xy), scores
 
+    # With plain numbers, not tensors of them: a copy to the device would wait for it in every step.
+
     def _to_heatmap(self, points_xy: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
-        return points_xy.float() * points_xy.new_tensor(self._heatmap_per_input(), dtype=torch.float32)
+        scale_x, scale_y = self._heatmap_per_input()
+        return torch.stack([points_xy[..., 0].float() * scale_x, points_xy[..., 1].float() * scale_y], dim=-1)
 
     def _to_input(self, points_xy: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
-        return points_xy / points_xy.new_tensor(self._heatmap_per_input())
+        scale_x, scale_y = self._heatmap_per_input()
+        return torch.stack([points_xy[..., 0] / scale_x, points_xy[..., 1] / scale_y], dim=-1)
 
-    def _heatmap_per_input(self) -> list[float]:
-        sizes = zip(reversed(self.heatmap_hw), reversed(self.input_hw), strict=True)
-        return [(heatmap - 1) / (pixels - 1) for heatmap, pixels in sizes]
+    def _heatmap_per_input(self) -> tuple[float, float]:
+        (heatmap_h, heatmap_w), (input_h, input_w) = self.heatmap_hw, self.input_hw
+        return (heatmap_w - 1) / (input_w - 1), (heatmap_h - 1) / (input_h - 1)
 
     def _profile(
         self, center: Float[Tensor, "b k"], pixel: Float[Tensor, "b k"], size: int, radius: int
@@ -97,11 +103,12 @@ def _dark_step(
     """From each map's highest pixel to the top of the parabola through its logarithm, heatmap px.
 
     Inside: one Newton step on the blurred map, as published. That blur sees zeros beyond the map and pulls points near
-    the border inwards (2.7 heatmap px on average at sigma 6), so there the parabola is fitted to the map's own pixels.
+    the border inwards (by 2.7 input px on average at sigma 6), so there the parabola is fitted to the map's own pixels.
     """
     reach = BLUR_KERNEL // 2
-    size = peak_xy.new_tensor([heatmaps.shape[-1], heatmaps.shape[-2]])
-    near_border = ((peak_xy <= reach) | (peak_xy >= size - 1 - reach)).any(dim=-1)
+    height, width = heatmaps.shape[-2:]
+    x, y = peak_xy.unbind(-1)
+    near_border = (x <= reach) | (y <= reach) | (x >= width - 1 - reach) | (y >= height - 1 - reach)
     inside = -_newton(_blurred_patch(heatmaps, peak_xy, peak).clamp(1e-3, 50.0).log())
     step = torch.where(near_border[..., None], _fitted_step(heatmaps, peak_xy), inside)
     # Further than the blur reaches, a step has left the data that it was computed from.

@@ -4,10 +4,12 @@ Weights, gradients and AdamW states by the ZeRO stage; for each person the block
 block's working set and the head's activations.
 """
 
+from collections.abc import Mapping
+
 from accelerate import Accelerator
 
 from sapiens_accel import distributed
-from sapiens_accel.config import MemoryConfig, StageConfig
+from sapiens_accel.config import MemoryConfig, StageConfig, UserError
 from sapiens_accel.data import Share
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.model import SapiensPose
@@ -43,6 +45,9 @@ def largest_micro_batch(
 ) -> int:
     """How many people are predicted to fit; at least 1.
 
+    Raises:
+        UserError: the training state alone does not fit.
+
     Args:
         free_bytes: what the device has left; None is a device whose memory does not limit (a CPU).
         teacher: a second network in fp32 lives on the device, and each labelled person brings an unlabelled one.
@@ -52,6 +57,12 @@ def largest_micro_batch(
     num_parameters = sum(p.numel() for p in model.parameters())
     num_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = state_bytes(num_parameters, num_learning, strategy) + (4 * num_parameters if teacher else 0)
+    if states > free_bytes:
+        raise UserError(
+            f"{model.name}: weights, gradients and optimizer state need {states / 2**30:.1f} GiB (predicted), the GPU "
+            f"has {free_bytes / 2**30:.1f} GiB free; try accelerate_configs/zero2_offload.yaml or zero3_offload.yaml, "
+            "more GPUs under zero2.yaml or zero3.yaml, or a smaller model"
+        )
     person = person_bytes(model, half=strategy.half, checkpointed=checkpointed) * (2 if teacher else 1)
     return max(1, int((free_bytes * RESERVE - states) / person))
 
@@ -67,4 +78,20 @@ def share_of(
         checkpointed=config.gradient_checkpointing,
         teacher=plan.teacher is not None,
     )
-    return distributed.share_of(accelerator, stage, plan.global_batch, config.micro_batch, largest)
+    return distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, largest)
+
+
+def check_plans(
+    accelerator: Accelerator, plans: Mapping[str, StageConfig], model: SapiensPose, config: MemoryConfig
+) -> None:
+    """Refuse now what a later stage would refuse after hours of the ones before it.
+
+    Args:
+        model: the network that all stages train; on the meta device it costs nothing.
+
+    Raises:
+        UserError: a global batch that does not divide, a frozen pattern that matches nothing.
+    """
+    for stage, plan in plans.items():
+        model.freeze(plan.frozen)
+        distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, largest=1)

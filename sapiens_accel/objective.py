@@ -137,10 +137,11 @@ class MeanTeacher:
     ) -> None:
         self.supervised, self.codec = supervised, supervised.codec
         self.teacher = teacher.float().eval().requires_grad_(False)
-        self.student_parameters, self.config, self.mirror = student_parameters, config, list(mirror)
+        self.student_parameters, self.config = student_parameters, config
         self.num_steps, self.gather, self.autocast = num_steps, gather, autocast
         self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(num_steps)
         device = next(teacher.parameters()).device
+        self.mirror = torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
 
@@ -219,8 +220,8 @@ class MeanTeacher:
     def _weigh(self, points_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
         """Normalised confidence where a keypoint is learnt from, else 0."""
         confidence = (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
-        last_xy = points_xy.new_tensor([self.codec.input_hw[1] - 1, self.codec.input_hw[0] - 1])
-        inside = ((points_xy >= 0) & (points_xy <= last_xy)).all(dim=-1)
+        x, y = points_xy.unbind(-1)
+        inside = (x >= 0) & (y >= 0) & (x <= self.codec.input_hw[1] - 1) & (y <= self.codec.input_hw[0] - 1)
         kept = (confidence > self.config.threshold) & inside
         kept &= kept.sum(dim=1, keepdim=True) >= MIN_KEPT
         return confidence * kept

@@ -1,6 +1,7 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard, pictures and the progress line, on rank 0."""
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -65,18 +66,23 @@ class Report:
         means = dict(zip(logs, torch.as_tensor(self.accelerator.reduce(values, "mean")).tolist(), strict=True))
         now = time.perf_counter()
         people = (step - self.since_step) * self.run.of(self.stage).global_batch
-        means["people_per_second"] = people / (now - self.since)
-        self.since, self.since_step = now, step
+        means["people_per_second"] = people / max(now - self.since, 1e-9)
+        self.restart_clock(step)
         means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
         if device.type == "cuda":
             means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         self.write(step, means)
         self.progress.set_postfix({"loss": f"{means['loss']:.2e}", "people/s": f"{means['people_per_second']:.0f}"})
 
+    def restart_clock(self, step: int) -> None:
+        """Leave what was just done (evaluating, saving) out of the speed."""
+        self.since, self.since_step = time.perf_counter(), step
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values as they are."""
+        """Write values as they are; what is no number (an fp16 overflow's gradient norm) as null."""
         if self.file:
-            self.file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.file.write(json.dumps({"stage": self.stage, "step": step, **finite}) + "\n")
             self.file.flush()
         for name, value in values.items():
             if self.board:
@@ -143,7 +149,15 @@ def prediction_picture(predictions: Predictions, people: People, skeleton: Skele
 
 def _without_later_lines(file: Path, stage: str, step: int) -> Path:
     if file.is_file():
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the run was cut off while it wrote this one
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line + "\n")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(file)
     return file

@@ -95,9 +95,10 @@ def load(model: SapiensPose, reference: str) -> Report:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--weights {reference}: no such file, or a folder without {FILE}")
-    state = _renamed(_read(file), model)
-    own = model.state_dict()
-    reshaped = _fit_positions(state, own, model)
+    read, own = _read(file), model.state_dict()
+    state = _renamed(read, model)
+    is_published = any(key.endswith("pos_embed") for key in read)
+    reshaped = _fit_positions(state, own, model, is_published)
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
     lost = [key for key in absent if key.startswith("backbone.")]
@@ -153,21 +154,19 @@ def description(folder: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> State:
-    if file.suffix == ".safetensors":
-        return load_file(file)
     # Published files carry numpy scalars in their meta data; nothing else than plain tensors and these is unpickled.
     allowed = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]  # pyright: ignore
     allowed += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
     try:
         with torch.serialization.safe_globals(allowed):
-            tree = torch.load(file, map_location="cpu", weights_only=True)
+            safe = file.suffix == ".safetensors"
+            tree: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        for nested in ("state_dict", "model"):
+            tree = tree.get(nested, tree)
+        return {key: value for key, value in tree.items() if isinstance(value, Tensor)}
     except Exception as error:
-        raise UserError(
-            f"--weights {file}: not a file of plain tensors: {' '.join(str(error).split())[:300]}"
-        ) from None
-    for nested in ("state_dict", "model"):
-        tree = tree.get(nested, tree)
-    return {key: value for key, value in tree.items() if isinstance(value, Tensor)}
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--weights {file}: not a file of plain tensors: {reason}") from None
 
 
 def _renamed(state: State, model: SapiensPose) -> State:
@@ -191,10 +190,13 @@ def _split(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     return [(key, value)]
 
 
-def _fit_positions(state: State, own: State, model: SapiensPose) -> list[str]:
-    """Resize Sapiens v1's position embedding in place to the model's grid, with VitPose's empty slot 0."""
+def _fit_positions(state: State, own: State, model: SapiensPose, is_published: bool) -> list[str]:
+    """Resize Sapiens v1's position embedding in place to the model's grid, with VitPose's empty slot 0.
+
+    A published one may have a class position where ours has that slot: of equal shape, and not to be taken for it.
+    """
     key = "backbone.embeddings.position_embeddings"
-    if key not in state or key not in own or state[key].shape == own[key].shape:
+    if key not in state or key not in own or (state[key].shape == own[key].shape and not is_published):
         return []
     source, target = state[key].float(), own[key]
     grid_hw = _grid_hw(source.shape[1])

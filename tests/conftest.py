@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from sapiens_accel import config
+from sapiens_accel.config import Config
+from sapiens_accel.model import SapiensPose
+
+# One thread: the tests share the machine, and tiny tensors gain nothing from more.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["sapiens_tiny", "sapiens2_tiny"])
+def tiny(request: pytest.FixtureRequest) -> SapiensPose:
+    """A tiny network of each family for 64x48 pictures, with weights that make every layer matter."""
+    torch.manual_seed(0)
+    model = SapiensPose(request.param, 17, (64, 48))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # The heads start at 1e-3 and the layer scales at 1e-4: a wrong block would not show in the output.
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter) + (0.0 if name.endswith("bias") else 1.0))
+            elif name.startswith("head."):
+                parameter.normal_(std=0.1)
+        if model.size.family == "sapiens":
+            model.backbone.embeddings.position_embeddings[:, 1:].normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def picture() -> torch.Tensor:
+    """Two uint8 pictures of 64x48."""
+    return torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def recipes() -> dict[str, Config]:
+    """Every recipe in sapiens_accel/recipes, loaded by its name (once: each takes a third of a second)."""
+    folder = Path(config.__file__).parent / "recipes"
+    return {path.stem: config.load(["--recipe", path.stem]) for path in sorted(folder.glob("*.yaml"))}

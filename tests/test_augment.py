@@ -1,0 +1,259 @@
+import math
+import random
+
+import numpy as np
+import pytest
+
+from sapiens_accel.augment import Augmenter, change_pixels
+from sapiens_accel.config import AugmentConfig
+from sapiens_accel.geometry import Crop, invert
+from sapiens_accel.skeleton import COCO17
+
+INPUT_HW = (256, 192)
+BASE = Crop(center_xy=(300.0, 200.0), size_wh=(150.0, 200.0))
+UPPER, LOWER = range(11), range(11, 17)
+NUM = 2000
+
+
+def _augmenter(**changes: float) -> Augmenter:
+    return Augmenter(
+        config=AugmentConfig(**{name: float(p) for name, p in changes.items()}), skeleton=COCO17, input_hw=INPUT_HW
+    )
+
+
+def _person(labelled: list[int]) -> np.ndarray:
+    """Keypoints spread over a body; those without a label lie far away, where they would show."""
+    keypoints = np.zeros((17, 3))
+    keypoints[:, :2] = np.random.default_rng(9).uniform([250, 100], [350, 300], (17, 2))
+    keypoints[:, 2] = np.where(np.isin(np.arange(17), labelled), 2, 0)
+    keypoints[keypoints[:, 2] == 0, :2] = -5000.0
+    return keypoints
+
+
+WHOLE = _person(list(range(17)))
+TOO_FEW = _person([0, 1, 2, 3, 4, 5, 11, 12])
+
+
+def _is_share(happened: np.ndarray, p: float) -> bool:
+    """Within 4 standard deviations of the probability."""
+    return abs(happened.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(happened))
+
+
+def _scales(crops: list[Crop], base: Crop = BASE) -> np.ndarray:
+    ratios = np.array([crop.size_wh for crop in crops]) / base.size_wh
+    np.testing.assert_allclose(ratios[:, 0], ratios[:, 1], rtol=1e-12)
+    return ratios[:, 0]
+
+
+def _shifts(crops: list[Crop], base: Crop = BASE) -> np.ndarray:
+    return (np.array([crop.center_xy for crop in crops]) - base.center_xy) / base.size_wh
+
+
+def _spread(values: np.ndarray, limit: float) -> bool:
+    """Inside the limits, and close to both of them."""
+    return bool(np.abs(values).max() <= limit + 1e-12 and values.max() > 0.93 * limit and values.min() < -0.93 * limit)
+
+
+def test_the_same_generator_gives_the_same_crops() -> None:
+    augmenter = _augmenter()
+
+    def crops(seed: int) -> list[Crop]:
+        rng = np.random.default_rng(seed)
+        weak = augmenter.weak_crop(BASE, rng)
+        return [augmenter.train_crop(BASE, WHOLE, rng), weak, augmenter.strong_crop(weak, rng)]
+
+    assert all(crops(seed) == crops(seed) for seed in range(50))
+    assert len({crop for seed in range(50) for crop in crops(seed)}) == 150
+
+
+# ---- Crops of the supervised stages
+
+
+def test_train_crops_stay_inside_the_published_ranges_with_the_published_probabilities() -> None:
+    rng, augmenter = np.random.default_rng(0), _augmenter()
+    crops = [augmenter.train_crop(BASE, TOO_FEW, rng) for _ in range(NUM)]
+    degrees, shifts, scales = np.array([crop.degrees for crop in crops]), _shifts(crops), _scales(crops)
+    assert _spread(scales - 1, 0.5)
+    assert _spread(degrees, 80.0) and _is_share(degrees != 0, 0.6)
+    assert _spread(shifts[:, 0], 0.16) and _spread(shifts[:, 1], 0.16)
+    assert _is_share((shifts != 0).all(axis=1), 0.3) and _is_share((shifts != 0).any(axis=1), 0.3)
+    assert _is_share(np.array([crop.flip for crop in crops]), 0.5)
+
+
+def test_draws_are_truncated_normal_not_clipped_and_not_uniform() -> None:
+    """Standard normal within [-1, 1]: variance 1 - 2 phi(1) / (2 Phi(1) - 1) = 0.291; clipped 0.516, uniform 0.333."""
+    rng, augmenter = np.random.default_rng(1), _augmenter()
+    t = (_scales([augmenter.train_crop(BASE, TOO_FEW, rng) for _ in range(NUM)]) - 1) / 0.5
+    assert t.var() == pytest.approx(0.291, abs=4 * 0.27 / math.sqrt(NUM))
+    assert abs(t.mean()) < 4 * 0.54 / math.sqrt(NUM)
+    assert len(np.unique(t)) == NUM
+
+
+def test_other_settings_are_obeyed() -> None:
+    rng = np.random.default_rng(2)
+    augmenter = _augmenter(scale=0.1, rotation=20.0, rotation_p=0.9, shift=0.3, shift_p=0.8, flip_p=0.1)
+    crops = [augmenter.train_crop(BASE, TOO_FEW, rng) for _ in range(NUM)]
+    degrees, shifts = np.array([crop.degrees for crop in crops]), _shifts(crops)
+    assert _spread(_scales(crops) - 1, 0.1) and _spread(degrees, 20.0) and _spread(shifts[:, 0], 0.3)
+    assert _is_share(degrees != 0, 0.9) and _is_share(shifts[:, 0] != 0, 0.8)
+    assert _is_share(np.array([crop.flip for crop in crops]), 0.1)
+
+
+def test_nothing_to_draw_leaves_the_crop() -> None:
+    augmenter = _augmenter(scale=0, rotation_p=0, shift_p=0, flip_p=0, half_body_p=0)
+    assert augmenter.train_crop(BASE, WHOLE, np.random.default_rng(3)) == BASE
+
+
+# ---- Half body
+
+
+def _half_crops(keypoints: np.ndarray, num: int, half_body_p: float = 1.0) -> list[Crop]:
+    augmenter = _augmenter(half_body_p=half_body_p, scale=0, rotation_p=0, shift_p=0, flip_p=0)
+    rng = np.random.default_rng(4)
+    return [augmenter.train_crop(BASE, keypoints, rng) for _ in range(num)]
+
+
+def _expected_half(keypoints: np.ndarray, members: range) -> Crop:
+    """The labelled keypoints' mean, and 1.5 x their extent with the short side grown to 3:4."""
+    points_xy = np.array([keypoints[k, :2] for k in members if keypoints[k, 2] > 0])
+    width, height = 1.5 * (points_xy.max(axis=0) - points_xy.min(axis=0))
+    width, height = max(width, height * 3 / 4), max(height, width * 4 / 3)
+    return Crop(center_xy=tuple(points_xy.mean(axis=0)), size_wh=(width, height))
+
+
+def _is(crop: Crop, expected: Crop) -> bool:
+    return bool(np.allclose([*crop.center_xy, *crop.size_wh], [*expected.center_xy, *expected.size_wh], rtol=1e-12))
+
+
+@pytest.mark.parametrize("labelled", [list(range(17)), [0, 1, 5, 6, 7, 8, 9, 11, 12, 13]])
+def test_half_body_is_the_upper_or_lower_keypoints_box(labelled: list[int]) -> None:
+    keypoints = _person(labelled)
+    upper, lower = _expected_half(keypoints, UPPER), _expected_half(keypoints, LOWER)
+    crops = _half_crops(keypoints, 1000)
+    is_upper = np.array([_is(crop, upper) for crop in crops])
+    assert all(up or _is(crop, lower) for up, crop in zip(is_upper, crops, strict=True))
+    assert _is_share(is_upper, 0.7)
+
+
+def test_half_body_happens_with_its_probability() -> None:
+    crops = _half_crops(WHOLE, NUM, half_body_p=0.3)
+    assert _is_share(np.array([crop != BASE for crop in crops]), 0.3)
+
+
+def test_a_half_with_too_few_keypoints_is_never_taken() -> None:
+    """Two labelled legs' keypoints are no lower body, one of the head is no upper one; 9 in all are needed."""
+    no_legs = _person([*range(8), 11, 12])
+    assert all(_is(crop, _expected_half(no_legs, UPPER)) for crop in _half_crops(no_legs, 100))
+    assert all(crop == BASE for crop in _half_crops(TOO_FEW, 100))
+    assert all(crop == BASE for crop in _half_crops(_person([*range(2), *LOWER]), 100)), "8 labelled"
+    nine = _person([*range(3), *LOWER])
+    assert all(crop != BASE for crop in _half_crops(nine, 100)), "9 labelled"
+
+
+# ---- Views of the semi-supervised stage
+
+
+def test_weak_crops_turn_and_scale_a_little_and_never_shift() -> None:
+    rng, augmenter = np.random.default_rng(5), _augmenter()
+    crops = [augmenter.weak_crop(BASE, rng) for _ in range(NUM)]
+    degrees = np.array([crop.degrees for crop in crops])
+    assert _spread(degrees, 20.0) and (degrees != 0).all()
+    assert _spread(_scales(crops) - 1, 0.15) and not _shifts(crops).any()
+    assert _is_share(np.array([crop.flip for crop in crops]), 0.5)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_strong_crops_go_further_from_the_weak_one(flip: bool) -> None:
+    rng, augmenter = np.random.default_rng(6), _augmenter()
+    weak = Crop(center_xy=(100.0, 120.0), size_wh=(90.0, 120.0), degrees=12.0, flip=flip)
+    crops = [augmenter.strong_crop(weak, rng) for _ in range(NUM)]
+    degrees, shifts = np.array([crop.degrees for crop in crops]) - 12.0, _shifts(crops, weak)
+    assert _spread(degrees, 60.0) and _is_share(degrees != 0, 0.8)
+    assert _spread(_scales(crops, weak) - 1, 0.35)
+    assert _spread(shifts[:, 0], 0.06) and _spread(shifts[:, 1], 0.06)
+    assert _is_share(np.array([crop.flip != flip for crop in crops]), 0.5)
+
+
+def test_a_mirrored_view_is_turned_as_an_unmirrored_one() -> None:
+    """What the same draws do to the picture that is seen does not depend on whether it was mirrored before."""
+    augmenter = _augmenter(flip_p=0.0)
+    for seed in range(20):
+        changes = []
+        for flip in (False, True):
+            weak = Crop(center_xy=(100.0, 120.0), size_wh=(90.0, 120.0), degrees=12.0, flip=flip)
+            strong = augmenter.strong_crop(weak, np.random.default_rng(seed))
+            moved = strong.matrix(INPUT_HW)[:, :2] @ invert(weak.matrix(INPUT_HW))[:, :2]
+            changes.append(moved)
+        np.testing.assert_allclose(changes[0], changes[1], atol=1e-9)
+
+
+# ---- Pixels
+
+
+def _image(seed: int = 7) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+
+
+def test_pixel_changes_depend_on_the_generator_alone() -> None:
+    """Whatever ran before in the process, with this pipeline or with any other generator."""
+    used, image = _augmenter(blur_p=0.5).pixel_changes(), _image()
+    for seed in range(10):
+        first = change_pixels(_augmenter(blur_p=0.5).pixel_changes(), image, np.random.default_rng(seed))
+        random.seed(seed + 1)
+        np.random.seed(seed + 2)
+        change_pixels(used, _image(8), np.random.default_rng(99))
+        again = change_pixels(used, image, np.random.default_rng(seed))
+        assert again.dtype == np.uint8 and again.shape == image.shape
+        np.testing.assert_array_equal(again, first)
+    outcomes = {change_pixels(used, image, np.random.default_rng(seed)).tobytes() for seed in range(20)}
+    assert len(outcomes) > 15
+    np.testing.assert_array_equal(image, _image(), err_msg="the picture itself is left alone")
+
+
+def test_pixel_changes_happen_independently_of_each_other() -> None:
+    """One seed for all of them would make the hole come exactly with the new colours, and neither in half of cases."""
+    changes = _augmenter(blur_p=0).pixel_changes()
+    flat, rng = np.empty((40, 30, 3), np.uint8), np.random.default_rng(12)
+    flat[:] = (200, 120, 60)
+    pictures = [change_pixels(changes, flat, rng) for _ in range(NUM)]
+    has_hole = np.array([(picture == 0).all(axis=2).any() for picture in pictures])
+    colours = np.array([picture.max(axis=(0, 1)) for picture in pictures])
+    recoloured = (np.sort(colours, axis=1) != (60, 120, 200)).any(axis=1)
+    reordered = ~recoloured & (colours != (200, 120, 60)).any(axis=1)
+    # Brightness and contrast with half the probability, saturation and hue with half: one of them in three of four.
+    assert _is_share(has_hole, 0.5) and _is_share(recoloured, 0.75)
+    assert _is_share(has_hole[recoloured], 0.5) and _is_share(has_hole[~recoloured], 0.5)
+    # The channels' order is drawn with half the probability, and one in six orders is the old one.
+    assert _is_share(reordered[~recoloured], 0.5 * 5 / 6)
+    assert _is_share(has_hole[reordered], 0.5)
+
+
+def test_no_change_without_probability() -> None:
+    none = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=0).pixel_changes()
+    for seed in range(10):
+        np.testing.assert_array_equal(change_pixels(none, _image(), np.random.default_rng(seed)), _image())
+
+
+def test_coarse_dropout_is_one_black_rectangle_of_20_to_40_percent_of_each_side() -> None:
+    only_holes = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=1).pixel_changes()
+    white, rng, sides, places = np.full((200, 150, 3), 255, np.uint8), np.random.default_rng(10), [], []
+    for _ in range(200):
+        picture = change_pixels(only_holes, white, rng)
+        black = (picture == 0).all(axis=2)
+        assert ((picture == 255).all(axis=2) | black).all()
+        rows, columns = np.flatnonzero(black.any(axis=1)), np.flatnonzero(black.any(axis=0))
+        sides.append((len(rows) / 200, len(columns) / 150))
+        places.append((rows[0], columns[0]))
+        assert black[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all(), "no gap"
+        assert black.sum() == len(rows) * len(columns), "and nothing else: a single rectangle"
+    sides = np.array(sides)
+    # Whole pixels: one pixel of 150 is 0.7 %.
+    assert sides.min() >= 0.2 - 0.007 and sides.max() <= 0.4 + 0.007
+    assert (sides.min(axis=0) < 0.22).all() and (sides.max(axis=0) > 0.38).all()
+    assert len(set(places)) > 150
+
+
+def test_coarse_dropout_happens_with_its_probability() -> None:
+    holes = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=0.5).pixel_changes()
+    white, rng = np.full((40, 30, 3), 255, np.uint8), np.random.default_rng(11)
+    assert _is_share(np.array([(change_pixels(holes, white, rng) == 0).any() for _ in range(400)]), 0.5)
