@@ -42,8 +42,10 @@ def main(argv: Sequence[str]) -> None:
         picture = report.prediction_picture(found, people, SKELETON, run.eval.num_pictures)
         pictures.append((picture, folder / "pictures" / f"{stage}_{run.eval.split}_predictions.jpg"))
     if accelerator.is_main_process:
-        rows = {stage: {**metrics, **evaluate.how(run.eval)} for stage, metrics in table.items()}
-        (folder / "eval.json").write_text(json.dumps(rows, indent=2))
+        file = folder / "eval.json"
+        rows = json.loads(file.read_text()) if file.is_file() else {}
+        rows |= {stage: {**metrics, **evaluate.how(run.eval)} for stage, metrics in table.items()}
+        file.write_text(json.dumps(rows, indent=2))
         saved = [str(draw.save(*picture)) for picture in pictures]
         print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:", *saved, sep="\n  ")
 

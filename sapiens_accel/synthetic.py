@@ -17,7 +17,7 @@ from sapiens_accel.skeleton import COCO17
 
 # The body frame: x to the person's left, y down, z forward; unit: the standing height. The view frame: x right in the
 # picture, y down, z towards the camera. Someone who faces the camera has both frames equal, so left is at larger x.
-VERSION = 3  # of the drawing: other pictures for the same seed need another number
+VERSION = 4  # of the drawing: other pictures for the same seed need another number
 NUM_MIN_KEYPOINTS = 8  # a labelled person has at least so many keypoints inside the picture
 _SPLITS = {"train2017": "person_keypoints", "unlabeled2017": "person_boxes", "val2017": "person_keypoints"}
 _OBJECT = 255  # owner of a pixel that a foreground object covers
@@ -39,7 +39,7 @@ _ARMS = np.array([
     [(.2, .5), (.3, .8), (-.3, .1), (1.6, 2.2)],  # hand to the head
     [(1.2, 1.7), (-.1, .3), (-.5, .3), (0, .4)],  # stretched sideways
 ])  # fmt: skip
-_ARM_SHARES = np.array([0.24, 0.2, 0.09, 0.08, 0.09, 0.05, 0.06, 0.08, 0.06, 0.05])
+_ARM_SHARES = np.array([0.4, 0.2, 0.08, 0.06, 0.07, 0.03, 0.04, 0.05, 0.04, 0.03])
 _FACE = np.array(
     [(0, 0.013, 0.068), (0.025, -0.006, 0.054), (-0.025, -0.006, 0.054), (0.06, 0.004, -0.004), (-0.06, 0.004, -0.004)]
 )
@@ -52,7 +52,7 @@ _LEGS = np.array([
     [[(.2, .6), (-.1, .3), (-.5, 0), (-.5, 0)], [(.2, .6), (-.1, .3), (-.5, 0), (-.5, 0)]],  # legs apart
     [[(.05, .3), (.8, 1.5), (-.1, .1), (-1.6, -.2)], [(.02, .2), (-.5, 0), (-.1, .1), (-.7, 0)]],  # lunge or kick
 ])  # fmt: skip
-_LEG_SHARES = np.array([0.34, 0.25, 0.12, 0.09, 0.11, 0.09])
+_LEG_SHARES = np.array([0.45, 0.27, 0.08, 0.06, 0.08, 0.06])
 _LEANS = np.array([(-0.08, 0.12), (-0.05, 0.2), (-0.1, 0.3), (0.3, 0.8), (-0.1, 0.3), (-0.2, 0.4)])
 
 _SKINS = np.array([(180, 205, 240), (150, 180, 225), (120, 155, 205), (90, 120, 170), (60, 85, 130), (45, 62, 95)])
@@ -243,7 +243,7 @@ def random_pose(rng: np.random.Generator) -> Pose:
     The shares decide how hard the data are: with as many backs as faces, a small model needs several times the steps.
     """
     arm = _ARMS[rng.choice(len(_ARMS), 2, p=_ARM_SHARES)]
-    if rng.random() < 0.4:  # both arms often do the same
+    if rng.random() < 0.5:  # both arms often do the same
         arm[1] = arm[0]
     stance = rng.choice(len(_LEGS), p=_LEG_SHARES)
     leg = _LEGS[stance][:: rng.choice([-1, 1])]

@@ -332,8 +332,8 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
         assert (written[stage]["split"], written[stage]["flip"]) == ("train", False)
         # What was trained stays finished: a resumed run must not train it again because it was evaluated.
         last = 80 if stage == "phase2" else 2
-        assert checkpoint.finished(folder / stage, last) is not None
-        assert checkpoint.finished(folder / stage, last + 1) is None
+        assert stage in checkpoint.finished(folder, {stage: last}, "latest")
+        assert not checkpoint.finished(folder, {stage: last + 1}, "latest")
 
 
 # ---- A run that was cut goes on
