@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
+REAL = (ROOT / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini").resolve()
 RELATIVE = 1e-5
 STEPS = 20
 GLOBAL_BATCH = 8
@@ -159,3 +160,23 @@ def test_bf16_follows_fp32(cache, reference):
     weights = load_file(cache / "bf16-phase2" / "phase2" / "weights" / "model.safetensors")
     head = weights["head.final_layer.weight"]
     assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
+
+
+@pytest.mark.skipif(not (REAL / "train2017").is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+def test_the_shipped_launch_trains_real_people_on_a_cpu(cache):
+    """The README's command for machines without a GPU, unchanged: ZeRO-2, two processes, gloo chosen by itself."""
+    folder = cache / "launched"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero2.yaml"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "train.py", f"--data.root={REAL}"]
+    command += [word for word in COMMON if not word.startswith("--data.synthetic")]
+    env = {**os.environ, "SAPIENS_ACCEL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--output_dir={folder}", "--max_steps=2"],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "2 process(es) on CPU, ZeRO-2, fp32" in done.stdout
+    assert "people: 86 train, 68 val, " in done.stdout
+    for stage in ("phase1", "phase2", "ssl"):
+        assert len(losses(folder, stage)) == 2
+        assert 0 <= json.loads((folder / stage / "eval.json").read_text())["AP"] <= 1
