@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-# Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-import sapiens_accel  # isort: skip  # noqa: F401
+import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -57,13 +56,12 @@ def main(argv: Sequence[str]) -> None:
 
 def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, last: int) -> dict[str, float]:
     """Run one stage up to step `last`, write its weights and return its metrics."""
-    plan, folder, main = run.of(stage), Path(run.output_dir), accelerator.is_main_process
+    plan, folder = run.of(stage), Path(run.output_dir)
     schedule = data.num_steps(plan, len(sets.train))
 
     # ---- Build
     model = build_model(run)
-    given = run.weights if stage == run.stages[0] else None
-    start = given or weights.starting_point(folder, stage)
+    start = (run.weights if stage == run.stages[0] else None) or weights.starting_point(folder, stage)
     accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
     share = memory.share_of(accelerator, stage, plan, model, run.memory)
@@ -87,8 +85,8 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     judged = sets.split(run.eval.split)
 
     def score(objective: Objective) -> tuple[dict[str, float], Predictions]:
-        result, codec = objective.result(engine), objective.codec
-        return evaluate.score(accelerator, result, judged, codec, SKELETON, run.data, run.eval)
+        result = objective.result(engine)
+        return evaluate.score(accelerator, result, judged, objective.codec, SKELETON, run.data, run.eval)
 
     for step, logs in steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule):
         report.step()
@@ -105,7 +103,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     metrics: dict[str, float] = {}
     if not run.dry_run:
         student = {**distributed.full_state(accelerator, engine), **frozen}
-        if main:
+        if accelerator.is_main_process:
             for name, state in objective.results(student).items():
                 weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
         metrics, predictions = score(objective)
