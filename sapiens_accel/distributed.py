@@ -31,13 +31,15 @@ class Strategy:
     Attributes:
         zero: DeepSpeed's ZeRO stage; 0 is none.
         half: 16-bit arithmetic.
-        offload: the optimizer's state lives on the host.
+        offload: the optimizer's state lives on the host, and the gradients go there during the backward.
+        offload_weights: the weights live there too, and come by when they are needed.
     """
 
     zero: int
     num_ranks: int
     half: bool
     offload: bool
+    offload_weights: bool = False
 
 
 def start() -> Accelerator:
@@ -116,9 +118,17 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 def strategy(accelerator: Accelerator) -> Strategy:
     """How this launch lays out a training state, for the memory plan."""
     zero_config = _deepspeed_config(accelerator).get("zero_optimization", {})
-    offload = zero_config.get("offload_optimizer", {}).get("device", "none") != "none"
+    offload, offload_weights = (
+        zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
+    )
     half = accelerator.mixed_precision != "no"
-    return Strategy(zero=zero_stage(accelerator), num_ranks=accelerator.num_processes, half=half, offload=offload)
+    return Strategy(
+        zero=zero_stage(accelerator),
+        num_ranks=accelerator.num_processes,
+        half=half,
+        offload=offload,
+        offload_weights=offload_weights,
+    )
 
 
 def free_bytes(accelerator: Accelerator) -> int | None:

@@ -26,7 +26,7 @@ def state_bytes(num_parameters: int, num_learning: int, strategy: Strategy) -> f
     weights = (2 if sixteen else 4) * num_parameters / (ranks if zero == 3 else 1)
     gradients = (2 if sixteen else 4) * num_learning / (ranks if zero >= 2 else 1)
     optimizer = (12 if sixteen else 8) * num_learning / (ranks if zero >= 1 else 1)
-    return weights + gradients + (0 if strategy.offload else optimizer)
+    return (0 if strategy.offload_weights else weights) + (0 if strategy.offload else gradients + optimizer)
 
 
 def person_bytes(model: SapiensPose, *, half: bool, checkpointed: bool) -> float:
@@ -61,7 +61,7 @@ def largest_micro_batch(
         raise UserError(
             f"{model.name}: weights, gradients and optimizer state need {states / 2**30:.1f} GiB (predicted), the GPU "
             f"has {free_bytes / 2**30:.1f} GiB free; try accelerate_configs/zero2_offload.yaml or zero3_offload.yaml, "
-            "more GPUs under zero2.yaml or zero3.yaml, or a smaller model"
+            "more GPUs under zero2.yaml or zero3.yaml, a smaller model, or --memory.micro_batch N to try all the same"
         )
     person = person_bytes(model, half=strategy.half, checkpointed=checkpointed) * (2 if teacher else 1)
     return max(1, int((free_bytes * RESERVE - states) / person))
@@ -71,6 +71,8 @@ def share_of(
     accelerator: Accelerator, stage: str, plan: StageConfig, model: SapiensPose, config: MemoryConfig
 ) -> Share:
     """This rank's micro-batches: as asked for, else the largest that are predicted to fit."""
+    if config.micro_batch:  # asked for: the device will tell, not a prediction
+        return distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, config.micro_batch)
     largest = largest_micro_batch(
         model,
         distributed.free_bytes(accelerator),
@@ -78,7 +80,7 @@ def share_of(
         checkpointed=config.gradient_checkpointing,
         teacher=plan.teacher is not None,
     )
-    return distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, largest)
+    return distributed.divide(accelerator, stage, plan.global_batch, None, largest)
 
 
 def check_plans(

@@ -12,8 +12,8 @@ GIB = 2**30
 INPUT_HW = (512, 384)
 
 
-def strategy(zero: int = 0, num_ranks: int = 1, half: bool = True, offload: bool = False) -> Strategy:
-    return Strategy(zero=zero, num_ranks=num_ranks, half=half, offload=offload)
+def strategy(zero: int = 0, num_ranks: int = 1, half: bool = True, **offloads: bool) -> Strategy:
+    return Strategy(zero=zero, num_ranks=num_ranks, half=half, **{"offload": False, **offloads})
 
 
 def network(name: str) -> SapiensPose:
@@ -30,7 +30,8 @@ def network(name: str) -> SapiensPose:
         (strategy(zero=1, num_ranks=4), 2 + 2 + (4 + 8) / 4),
         (strategy(zero=2), 2 + 2 + 4 + 8),
         (strategy(zero=2, num_ranks=4), 2 + (2 + 4 + 8) / 4),
-        (strategy(zero=2, offload=True), 2 + 2),
+        (strategy(zero=2, offload=True), 2),
+        (strategy(zero=3, offload=True, offload_weights=True), 0),
         (strategy(zero=3, num_ranks=4), (2 + 2 + 4 + 8) / 4),
     ],
 )
@@ -45,6 +46,18 @@ def test_frozen_parameters_are_weights_alone() -> None:
 def test_one_billion_under_adamw_does_not_fit_16_gib_and_is_refused() -> None:
     with pytest.raises(UserError, match=r"sapiens_1b: .* need 1\d\.\d GiB \(predicted\).*zero2_offload\.yaml"):
         largest_micro_batch(network("sapiens_1b"), 15 * GIB, strategy(zero=2), checkpointed=True, teacher=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("sapiens_1b", strategy(zero=2, offload=True)),
+        ("sapiens_2b", strategy(zero=2, offload=True)),
+        ("sapiens2_5b", strategy(zero=3, offload=True, offload_weights=True)),
+    ],
+)
+def test_what_the_recipes_recommend_is_not_refused(name: str, plan: Strategy) -> None:
+    assert largest_micro_batch(network(name), 15 * GIB, plan, checkpointed=True, teacher=False) >= 1
 
 
 def test_more_people_fit_with_more_memory_and_with_checkpointing() -> None:
