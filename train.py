@@ -5,11 +5,11 @@ accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe 
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -18,11 +18,12 @@ from sapiens_accel import checkpoint, config, data, distributed, evaluate, memor
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, StageName
 from sapiens_accel.data import Sets, TrainingPeople
-from sapiens_accel.evaluate import Predictions
+from sapiens_accel.evaluate import Metrics, Predictions
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.loop import steps
 from sapiens_accel.model import SIZES, SapiensPose
 from sapiens_accel.objective import MeanTeacher, Objective, Supervised
+from sapiens_accel.plan import Plan
 from sapiens_accel.report import Report
 from sapiens_accel.skeleton import COCO17 as SKELETON
 
@@ -36,8 +37,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator.print(sets)
     folder = Path(run.output_dir)
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
-    with torch.device("meta"):
-        memory.check_plans(accelerator, {stage: run.of(stage) for stage in run.stages}, build_model(run), run.memory)
+    plans = memory.plans(accelerator, run, argv)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
     if accelerator.is_main_process and not run.dry_run:
         if run.resume_from_checkpoint is None:
@@ -46,61 +46,69 @@ def main(argv: Sequence[str]) -> None:
     accelerator.wait_for_everyone()
     table = {}
     for stage in run.stages:
-        table[stage] = done.get(stage) or train(accelerator, run, stage, sets, lasts[stage])
+        table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage])
         accelerator.free_memory()  # what the stage held is unreachable only now
         if run.dry_run:
             return accelerator.print(f"dry run: {stage} could be built, and one step was taken; nothing was written")
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
-    accelerator.print("\n".join(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))))
+    accelerator.print(*(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))), sep="\n")
 
 
-def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, last: int) -> dict[str, float]:
+def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, planned: Plan, last: int) -> Metrics:
     """Run one stage up to step `last`, write its weights and return its metrics."""
-    plan, folder = run.of(stage), Path(run.output_dir)
+    plan, share, folder = run.of(stage), planned.share, Path(run.output_dir)
     schedule = data.num_steps(plan, len(sets.train))
 
     # ---- Build
-    model = build_model(run)
+    set_seed(run.seed)
+    model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
     start = (run.weights if stage == run.stages[0] else None) or weights.starting_point(folder, stage)
     accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
-    share = memory.share_of(accelerator, stage, plan, model, run.memory)
+    model.lay_out(planned.layout)
+    teacher = deepcopy(model).to(accelerator.device) if plan.teacher else None  # it starts as the student does
     frozen = distributed.frozen_masters(accelerator, model)
-    optimizer = optim.adamw(optim.param_groups(model.layer_groups(), plan.optim), plan.optim, accelerator.device)
+    groups = optim.param_groups(model.layer_groups(), plan.optim)
+    optimizer = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
     engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, plan.optim.clip_norm)
-    objective = build_objective(accelerator, run, stage, engine, start, schedule)
+    objective = build_objective(accelerator, run, stage, engine, teacher, schedule)
 
     # ---- Where to begin
     resume = checkpoint.to_resume(folder, run.resume_from_checkpoint, stage)
     first = checkpoint.load(resume, accelerator, objective).step if resume else 0
     last = first + 1 if run.dry_run else last
-    accelerator.print(f"{stage}: steps {first + 1} to {last}, {share}")
+    accelerator.print(f"{stage}: steps {first + 1} to {last}, {planned}")
 
     # ---- Step
     augmenter = Augmenter(config=run.augment, skeleton=SKELETON, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
     stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
-    report = Report(accelerator, run, stage, first=first, last=last)
+    report = Report(accelerator, run, stage, planned, first=first, last=last)
     report.crops(people, objective.codec, SKELETON)
     judged = sets.split(run.eval.split)
 
-    def score(objective: Objective) -> tuple[dict[str, float], Predictions]:
+    def score(objective: Objective) -> tuple[Metrics, Predictions]:
         result = objective.result(engine)
         return evaluate.score(accelerator, result, judged, objective.codec, SKELETON, run.data, run.eval)
 
-    for step, logs in steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule):
-        report.step()
-        if step % run.log_every == 0 or step == last:
-            report.scalars(step, logs)
-        if run.save_every and step % run.save_every == 0 and not run.dry_run:
-            checkpoint.save(folder / stage, accelerator, objective, stage, step, keep=run.keep_checkpoints)
-            report.restart_clock(step)
-        if run.eval_every and step % run.eval_every == 0 and step < last:
-            report.write(step, score(objective)[0])
-            report.restart_clock(step)
+    save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
+    drop = partial(distributed.drop_gradients, engine, optimizer)
+    step, offload = first, run.memory.offload_activations
+    stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
+    with memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None):
+        for step, logs in stepping:
+            report.step()
+            if step % run.log_every == 0 or step == last:
+                report.scalars(step, logs)
+            if run.save_every and step % run.save_every == 0 and not run.dry_run:
+                save(step)
+                report.restart_clock(step)
+            if run.eval_every and step % run.eval_every == 0 and step < last:
+                report.write(step, score(objective)[0])
+                report.restart_clock(step)
 
     # ---- Hand over
-    metrics: dict[str, float] = {}
+    metrics: Metrics = {}
     if not run.dry_run:
         student = {**distributed.full_state(accelerator, engine), **frozen}
         if accelerator.is_main_process:
@@ -113,29 +121,19 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, l
     return metrics
 
 
-def build_model(run: Config) -> SapiensPose:
-    """The network with its seeded random weights: the same each time it is called."""
-    set_seed(run.seed)
-    checkpointed = run.memory.gradient_checkpointing
-    return SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw, gradient_checkpointing=checkpointed)
-
-
 def build_objective(
-    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, start: str | None, schedule: int
+    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, teacher: nn.Module | None, schedule: int
 ) -> Objective:
-    """What the stage minimises: with a teacher, it starts from the student's own weights."""
+    """What the stage minimises."""
     plan = run.of(stage)
     heatmap_hw = SIZES[run.model.name].heatmap_hw(run.data.input_hw)
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=heatmap_hw, sigma=run.data.sigma)
     supervised = Supervised(codec=codec, loss_weight=plan.loss_weight)
-    if plan.teacher is None:
+    if plan.teacher is None or teacher is None:
         return supervised
-    model = build_model(run)
-    if start:
-        weights.load(model, start)
     return MeanTeacher(
         supervised,
-        model.to(accelerator.device),
+        teacher,
         lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
         plan.teacher,
         SKELETON.mirror,

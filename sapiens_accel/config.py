@@ -127,12 +127,24 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What trades memory for time and never changes the losses."""
+    """What trades memory for time; the losses stay the same, up to rounding. The plan chooses what is not given."""
 
     micro_batch: int | None = None
     """People of one forward and backward on one device. Default: the largest that the device is predicted to hold."""
-    gradient_checkpointing: bool = True
-    """Keep only each transformer block's input and compute the rest again in the backward."""
+    checkpointed_blocks: int | None = None
+    """Transformer blocks, from the first on, that keep only their input and compute the rest again in the backward.
+    Default: as few as fit."""
+    head_chunk: int | None = None
+    """People whose heatmaps and loss are computed at a time. Default: as many as do not raise the peak."""
+    offload_activations: bool = False
+    """Block inputs wait for the backward in pinned host memory; the copies overlap with the arithmetic."""
+    adam_8bit: bool = False
+    """Keep AdamW's moments in 8 bits (torchao; pip install torchao): 2 bytes a parameter in place of 8, for a GPU
+    without host memory to offload to. Not with DeepSpeed. This one does change the losses a little."""
+    compile_blocks: bool = False
+    """Compile the transformer blocks with torch.compile: minutes at the start, faster steps. Not with ZeRO-3."""
+    force: bool = False
+    """Run although the plan predicts that the device does not hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +335,7 @@ def _check_values(config: Config) -> None:
     positive = {"log_every": config.log_every, "save_every": config.save_every, "eval_every": config.eval_every}
     positive |= {"keep_checkpoints": config.keep_checkpoints, "max_steps": config.max_steps}
     positive |= {"data.sigma": config.data.sigma, "memory.micro_batch": config.memory.micro_batch}
+    positive |= {"memory.head_chunk": config.memory.head_chunk}
     for stage in STAGES:
         plan = config.of(stage)
         positive |= {f"{stage}.{knob}": getattr(plan, knob) for knob in ("steps", "epochs", "global_batch")}
@@ -403,6 +416,7 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
-    switches = {"--dry_run"}
+    options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
+    switches = {f"--{name}" for name in ("dry_run", *options)}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [f"{word}=true" if word in switches and last else word for word, last in zip(argv, bare, strict=True)]

@@ -6,20 +6,21 @@ filled once only: a second stage would silently keep the first one's).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sapiens_accel.config import UserError
 from sapiens_accel.data import Share
+from sapiens_accel.model import SapiensPose
 
 BF16_CAPABILITY = (8, 0)
 
@@ -30,16 +31,21 @@ class Strategy:
 
     Attributes:
         zero: DeepSpeed's ZeRO stage; 0 is none.
+        num_ranks: processes, one a device.
         half: 16-bit arithmetic.
         offload: the optimizer's state lives on the host, and the gradients go there during the backward.
         offload_weights: the weights live there too, and come by when they are needed.
+        bucket: elements of the buffers in which gradients are put together, all buffers of one device.
+        live: ZeRO-3: gathered weights that may be on a device at a time, elements.
     """
 
-    zero: int
-    num_ranks: int
-    half: bool
-    offload: bool
+    zero: int = 0
+    num_ranks: int = 1
+    half: bool = True
+    offload: bool = False
     offload_weights: bool = False
+    bucket: int = 0
+    live: int = 0
 
 
 def start() -> Accelerator:
@@ -51,7 +57,11 @@ def start() -> Accelerator:
     # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
     # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
     backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
-    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3))]
+    # Each weight is used once in a forward: autocast's cache would keep all of their 16-bit copies for nothing.
+    handlers = [
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3)),
+        AutocastKwargs(cache_enabled=False),
+    ]
     precision = _precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cuda)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -117,17 +127,26 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 def strategy(accelerator: Accelerator) -> Strategy:
     """How this launch lays out a training state, for the memory plan."""
-    zero_config = _deepspeed_config(accelerator).get("zero_optimization", {})
+    shared = {"num_ranks": accelerator.num_processes, "half": accelerator.mixed_precision != "no"}
+    return strategy_of(_deepspeed_config(accelerator).get("zero_optimization", {}), **shared)
+
+
+def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, half: bool) -> Strategy:
+    """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
     offload, offload_weights = (
         zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
     )
-    half = accelerator.mixed_precision != "no"
+    zero = int(zero_config.get("stage", 0))
+    buffers = 2 if zero in (1, 2) and zero_config.get("overlap_comm") else 1
+    prefetched = zero_config.get("stage3_prefetch_bucket_size", 50_000_000)
     return Strategy(
-        zero=zero_stage(accelerator),
-        num_ranks=accelerator.num_processes,
+        zero=zero,
+        num_ranks=num_ranks,
         half=half,
         offload=offload,
         offload_weights=offload_weights,
+        bucket=buffers * zero_config.get("reduce_bucket_size", 500_000_000) if zero else 0,
+        live=zero_config.get("stage3_max_live_parameters", 1_000_000_000) + prefetched if zero == 3 else 0,
     )
 
 
@@ -141,28 +160,8 @@ def free_bytes(accelerator: Accelerator) -> int | None:
     return int(gather(accelerator, free).min())
 
 
-def divide(accelerator: Accelerator, stage: str, global_batch: int, micro_batch: int | None, largest: int) -> Share:
-    """This rank's share of the global batch.
-
-    Args:
-        micro_batch: the one asked for; None takes the largest divisor of a rank's part that is at most `largest`.
-
-    Raises:
-        UserError: the global batch is not a multiple of processes x micro-batch.
-    """
-    ranks = accelerator.num_processes
-    if global_batch % (ranks * (micro_batch or 1)):
-        raise UserError(
-            f"--{stage}.global_batch {global_batch} is not divisible by {ranks} processes"
-            + (f" x micro-batch {micro_batch} (--memory.micro_batch)" if micro_batch else "")
-        )
-    part = global_batch // ranks
-    size = micro_batch or max(n for n in range(1, part + 1) if part % n == 0 and n <= max(1, largest))
-    return Share(rank=accelerator.process_index, num_ranks=ranks, micro_batch=size, accumulation=part // size)
-
-
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, share: Share, clip_norm: float
+    accelerator: Accelerator, model: SapiensPose, optimizer: Optimizer, share: Share, clip_norm: float
 ) -> tuple[nn.Module, Any]:
     """The model and optimizer as this launch runs them."""
     accelerator.gradient_accumulation_steps = share.accumulation
@@ -175,6 +174,10 @@ def prepare(
         if share.accumulation > 1 and accelerator.mixed_precision == "bf16":
             # Sums of bf16 gradients lose their small terms.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if zero_stage(accelerator) == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(model.head, True)  # its weights are gathered once for all chunks, not for each
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1 and prepared_model is model:
         raise RuntimeError("several processes, but the model is not wrapped: the ranks would diverge")
@@ -192,6 +195,13 @@ def clip(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor
 def is_engine(model: Any) -> bool:
     """Whether DeepSpeed runs this module: then it also sets the precision of its forward."""
     return hasattr(model, "get_global_grad_norm")
+
+
+def drop_gradients(model: Any, optimizer: Any) -> None:
+    """Forget the gradients of a step that was cut off, so that what is saved stands between two steps."""
+    if is_engine(model):
+        model.micro_steps -= model.micro_steps % model.gradient_accumulation_steps()
+    optimizer.zero_grad()
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:

@@ -33,6 +33,7 @@ from sapiens_accel.data import EvaluationPeople, one_thread, to_device
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.skeleton import Skeleton
 
+Metrics = dict[str, float]
 METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 
 

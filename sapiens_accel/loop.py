@@ -11,6 +11,7 @@ from sapiens_accel import distributed
 from sapiens_accel.config import OptimConfig
 from sapiens_accel.data import Batch, Share
 from sapiens_accel.objective import Objective
+from sapiens_accel.offload import offloaded
 from sapiens_accel.optim import lr_at, set_lr
 
 Logs = Mapping[str, Tensor | float]
@@ -26,12 +27,14 @@ def steps(
     config: OptimConfig,
     first: int,
     num_steps: int,
+    offload: bool = False,
 ) -> Iterator[tuple[int, Logs]]:
     """Train, and yield (steps done, logs) after each optimizer step.
 
     Args:
         batches: this rank's micro-batches from step `first` on; the stage ends with them.
         num_steps: length of the whole schedule.
+        offload: what a forward saves waits for its backward in host memory.
 
     The logs are this rank's, on the device: nothing here waits for it.
     """
@@ -45,7 +48,8 @@ def steps(
         grad_norm = None
         for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
             with accelerator.accumulate(model):
-                loss, parts = objective.loss(model, batch, prepared)
+                with offloaded(accelerator.device, wanted=offload):
+                    loss, parts = objective.loss(model, batch, prepared)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = distributed.clip(accelerator, model, config.clip_norm)

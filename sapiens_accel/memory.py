@@ -1,99 +1,291 @@
-"""How many people of one step a device holds: closed formulas, predicted and not measured on a GPU.
+"""Before a run: what it needs, and the fastest way to fit it on the GPUs that there are.
 
-Weights, gradients and AdamW states by the ZeRO stage; for each person the block inputs that checkpointing keeps, one
-block's working set and the head's activations.
+    python -m sapiens_accel.memory --recipe sapiens_1b_coco --stage phase2 --gpu_memory 16GiB --host_memory 64GiB
+
+Nothing is allocated and no GPU is needed. All of it is predicted (`plan`).
 """
 
-from collections.abc import Mapping
+import argparse
+import dataclasses
+import gc
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
 
-from sapiens_accel import distributed
-from sapiens_accel.config import MemoryConfig, StageConfig, UserError
-from sapiens_accel.data import Share
-from sapiens_accel.distributed import Strategy
-from sapiens_accel.model import SapiensPose
+from sapiens_accel import config, distributed
+from sapiens_accel.config import Config, StageName, UserError
+from sapiens_accel.plan import CONTEXT, GIB, Plan, Way, command, fit, stage_of, ways
 
-RESERVE = 0.85  # the part of free memory to plan with: context, workspaces and fragmentation take the rest
-BLOCK_WORKING_SET = 34  # half-precision values a token and channel that one block's backward holds
-HEAD_MAPS = 10  # maps of the head's width at full size that its backward holds
-
-
-def state_bytes(num_parameters: int, num_learning: int, strategy: Strategy) -> float:
-    """Bytes of weights, gradients, masters and Adam moments on one device."""
-    zero, ranks = strategy.zero, strategy.num_ranks
-    sixteen = strategy.half and zero > 0  # without DeepSpeed, weights stay fp32 under autocast
-    weights = (2 if sixteen else 4) * num_parameters / (ranks if zero == 3 else 1)
-    gradients = (2 if sixteen else 4) * num_learning / (ranks if zero >= 2 else 1)
-    optimizer = (12 if sixteen else 8) * num_learning / (ranks if zero >= 1 else 1)
-    return (0 if strategy.offload_weights else weights) + (0 if strategy.offload else gradients + optimizer)
+UNITS = {
+    "B": 1,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "M": 2**20,
+    "G": 2**30,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
-def person_bytes(model: SapiensPose, *, half: bool, checkpointed: bool) -> float:
-    """Bytes of activations that one more person in the micro-batch takes."""
-    size, (height, width) = model.size, model.input_hw
-    tokens = (height // size.patch) * (width // size.patch)
-    blocks = size.depth + BLOCK_WORKING_SET if checkpointed else BLOCK_WORKING_SET * size.depth
-    learns = any(p.requires_grad for p in model.backbone.parameters())
-    map_h, map_w = model.heatmap_hw
-    head = map_h * map_w * max(size.upsample + size.convs) * HEAD_MAPS
-    return (2 if half else 4) * (head + tokens * size.width * (blocks if learns else BLOCK_WORKING_SET))
+# ---- In a run
+
+Table = Mapping[StageName, Sequence[Plan]]
 
 
-def largest_micro_batch(
-    model: SapiensPose, free_bytes: int | None, strategy: Strategy, *, checkpointed: bool, teacher: bool
-) -> int:
-    """How many people are predicted to fit; at least 1.
-
-    Raises:
-        UserError: the training state alone does not fit.
+def plans(accelerator: Accelerator, run: Config, words: Sequence[str]) -> dict[StageName, Plan]:
+    """This launch's plan of each stage of the run: made before any of them, so that the last does not fail after days.
 
     Args:
-        free_bytes: what the device has left; None is a device whose memory does not limit (a CPU).
-        teacher: a second network in fp32 lives on the device, and each labelled person brings an unlabelled one.
+        words: the command line, to say which one would fit.
+
+    Raises:
+        UserError: a stage that does not fit (not with --memory.force); options that do not go together.
     """
-    if free_bytes is None:
-        return 2**31
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = state_bytes(num_parameters, num_learning, strategy) + (4 * num_parameters if teacher else 0)
-    if states > free_bytes:
+    strategy, memory = distributed.strategy(accelerator), run.memory
+    if memory.adam_8bit and strategy.zero:
         raise UserError(
-            f"{model.name}: weights, gradients and optimizer state need {states / 2**30:.1f} GiB (predicted), the GPU "
-            f"has {free_bytes / 2**30:.1f} GiB free; try accelerate_configs/zero2_offload.yaml or zero3_offload.yaml, "
-            "more GPUs under zero2.yaml or zero3.yaml, a smaller model, or --memory.micro_batch N to try all the same"
+            "--memory.adam_8bit is for launches without DeepSpeed, such as accelerate_configs/single_gpu.yaml"
         )
-    person = person_bytes(model, half=strategy.half, checkpointed=checkpointed) * (2 if teacher else 1)
-    return max(1, int((free_bytes * RESERVE - states) / person))
+    if memory.compile_blocks and strategy.zero == 3:
+        raise UserError("--memory.compile_blocks does not go with ZeRO-3, whose weights come by while a block runs")
+    flags = {"offload_activations": memory.offload_activations, "adam_8bit": memory.adam_8bit}
+    way = Way(name="this launch", launch="", strategy=strategy, **flags)
+    room, rank = distributed.free_bytes(accelerator), accelerator.process_index
+    host_room = None if room is None else free_host_bytes()
+    chosen = {}
+    for name in run.stages:
+        stage = stage_of(run, name, strategy.half)
+        plan = chosen[name] = fit(stage, name, way, room, host_room, rank)
+        if not plan.fits and not memory.force:
+            raise UserError(f"{name}: {_shortage(plan)}; {_way_out(run, name, plan, words)}, or --memory.force to try")
+    return chosen
 
 
-def share_of(
-    accelerator: Accelerator, stage: str, plan: StageConfig, model: SapiensPose, config: MemoryConfig
-) -> Share:
-    """This rank's micro-batches: as asked for, else the largest that are predicted to fit."""
-    if config.micro_batch:  # asked for: the device will tell, not a prediction
-        return distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, config.micro_batch)
-    largest = largest_micro_batch(
-        model,
-        distributed.free_bytes(accelerator),
-        distributed.strategy(accelerator),
-        checkpointed=config.gradient_checkpointing,
-        teacher=plan.teacher is not None,
-    )
-    return distributed.divide(accelerator, stage, plan.global_batch, None, largest)
+def free_host_bytes() -> float:
+    """Host memory that this process may still use: of the machine, or of the container that it runs in."""
+    free = float(psutil.virtual_memory().available)
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    return free
 
 
-def check_plans(
-    accelerator: Accelerator, plans: Mapping[str, StageConfig], model: SapiensPose, config: MemoryConfig
-) -> None:
-    """Refuse now what a later stage would refuse after hours of the ones before it.
+def _shortage(plan: Plan) -> str:
+    needs = plan.gpu_peak + plan.allowance
+    if plan.room is not None and needs > plan.room:
+        where = f"needs {needs / GIB:.1f} GiB of GPU memory (predicted), {max(plan.room, 0) / GIB:.1f} GiB can be used"
+        largest = sorted(plan.gpu, key=lambda part: -plan.gpu[part])[:3]
+        return f"{where} ({', '.join(f'{part} {plan.gpu[part] / GIB:.1f}' for part in largest)}, ...)"
+    assert plan.host_room is not None
+    return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
+
+
+def _way_out(run: Config, name: StageName, plan: Plan, words: Sequence[str]) -> str:
+    """The nearest launch that fits, of the same GPUs."""
+    asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None)
+    stage = stage_of(dataclasses.replace(run, memory=asked), name, plan.way.strategy.half)
+    ranks = plan.way.strategy.num_ranks
+    tried = [fit(stage, name, way, plan.room, plan.host_room) for way in ways(ranks, plan.way.strategy.half)]
+    best = _fastest(tried)
+    if best is None:
+        return _nothing_fits(tried)
+    return f"the nearest that fits: {command(best.way, _without_memory(words))}"
+
+
+def _fastest(tried: Sequence[Plan]) -> Plan | None:
+    return min((plan for plan in tried if plan.fits), key=lambda plan: plan.seconds, default=None)
+
+
+def _nothing_fits(tried: Sequence[Plan]) -> str:
+    least = min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
+    gpu, host = (least.gpu_peak + least.allowance) / GIB, least.host_peak / GIB
+    takes = f"takes {gpu:.1f} GiB of it and {host:.1f} GiB of host memory (predicted)"
+    least_of_gpu = f"what needs the least GPU memory, {least.way.name}, {takes}"
+    return f"nothing fits: {least_of_gpu}; take a smaller model or more GPUs"
+
+
+def _without_memory(words: Sequence[str]) -> list[str]:
+    """A command line without its --memory options."""
+    kept, skip = [], False
+    for word in words:
+        if word.startswith("--memory."):
+            skip = "=" not in word
+        elif skip and not word.startswith("--"):
+            skip = False
+        else:
+            skip = False
+            kept.append(word)
+    return kept
+
+
+# ---- Out of memory all the same
+
+
+@contextmanager
+def out_of_memory_told(
+    accelerator: Accelerator, name: StageName, plan: Plan, drop: Callable[[], None], save: Callable[[], Path | None]
+) -> Iterator[None]:
+    """Turn running out of memory into one line that says what to do, after what was trained has been saved.
+
+    Of several processes only some may have come here, and saving needs all: then the last checkpoint has to do.
 
     Args:
-        model: the network that all stages train; on the meta device it costs nothing.
+        drop: forgets the gradients of the step that was cut off.
+        save: writes the state of the last whole step and returns where; None where there is nothing to save.
 
     Raises:
-        UserError: a global batch that does not divide, a frozen pattern that matches nothing.
+        UserError: in place of torch's error.
     """
-    for stage, plan in plans.items():
-        model.freeze(plan.frozen)
-        distributed.divide(accelerator, stage, plan.global_batch, config.micro_batch, largest=1)
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = str(error).split(". ")[0].splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    drop()
+    kept = save() if accelerator.num_processes == 1 else None
+    predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
+    again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
+    tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
+    raise UserError(f"{name}: {tried}; {again} {_smaller(plan)} [{said}]")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, or of the host under a run on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _smaller(plan: Plan) -> str:
+    """The option to try next."""
+    size = plan.share.micro_batch
+    if size == 1:
+        return "another launch" if plan.way.offload_activations else "--memory.offload_activations"
+    part = size * plan.share.accumulation
+    return f"--memory.micro_batch {max(n for n in range(1, size) if part % n == 0)}"
+
+
+# ---- python -m sapiens_accel.memory
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.memory",
+        description="Predict what a run needs, way by way. Options of train.py may follow: --recipe, --stage, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
+    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each: 16GiB, 24GB, 15360MiB, ... (16GiB)")
+    parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    asked, rest = parser.parse_known_args(words)
+    if asked.gpus < 1:
+        raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
+    room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
+    run = config.load(rest, prog="python -m sapiens_accel.memory")
+    table: Table = {name: _table(run, name, asked.gpus, room, host_room) for name in run.stages}
+    best = _fastest_of_all(table)
+    words = [word for word in rest if word != "--print_config"]
+    if asked.json:
+        print(json.dumps(_as_json(table, best, words), indent=2))
+    else:
+        _show(run, table, best, words, asked)
+    if best is None:
+        raise UserError(_nothing_fits(next(iter(table.values()))))
+
+
+def bytes_of(option: str, text: str) -> float:
+    """A size with its unit, in bytes.
+
+    Raises:
+        UserError: no number, no unit or one that is not known.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if not found or unit is None or float(found[1]) == 0:
+        raise UserError(f"--{option} {text}: expected a size with its unit, such as 16GiB, 24GB or 15360MiB")
+    return float(found[1]) * unit
+
+
+def _table(run: Config, name: StageName, gpus: int, room: float, host_room: float) -> list[Plan]:
+    stage = stage_of(run, name)
+    return [fit(stage, name, way, room, host_room) for way in ways(gpus)]
+
+
+def _fastest_of_all(table: Table) -> list[Plan] | None:
+    """The plans of the way that fits all stages and takes the least time over them."""
+    columns = [list(plans) for plans in zip(*table.values(), strict=True)]
+    fitting = [plans for plans in columns if all(plan.fits for plan in plans)]
+    return min(fitting, key=lambda plans: sum(plan.seconds for plan in plans), default=None)
+
+
+def _as_json(table: Table, best: list[Plan] | None, words: Sequence[str]) -> dict[str, Any]:
+    """Of several stages: the hungriest one's plan for each way."""
+    worst = [max(plans, key=lambda plan: plan.gpu_peak) for plans in zip(*table.values(), strict=True)]
+    recommended = None if best is None else _plan_json(max(best, key=lambda plan: plan.gpu_peak), words)
+    return {"predicted": True, "recommended": recommended, "strategies": [_plan_json(plan, words) for plan in worst]}
+
+
+def _plan_json(plan: Plan, words: Sequence[str]) -> dict[str, Any]:
+    gib = {where: {part: round(size / GIB, 4) for part, size in parts.items()} for where, parts in _parts(plan).items()}
+    return {
+        "strategy": plan.way.name,
+        "fits": plan.fits,
+        "micro_batch": plan.share.micro_batch,
+        "accumulation": plan.share.accumulation,
+        "checkpointed_blocks": plan.layout.checkpointed_blocks,
+        "head_chunk": plan.layout.head_chunk,
+        "gpu_peak_gib": round(plan.gpu_peak / GIB, 4),
+        "gpu_allowance_gib": round((plan.allowance + CONTEXT) / GIB, 4),
+        "host_gib": round(plan.host_peak / GIB, 4),
+        "command": command(plan.way, words),
+        "parts": gib,
+    }
+
+
+def _parts(plan: Plan) -> dict[str, Mapping[str, float]]:
+    """`gpu` adds up to the peak; the allowance comes on top of it; `gpu_at_other_times` is not there at the peak."""
+    allowance = {"context": CONTEXT, "workspaces_and_fragmentation": plan.allowance}
+    return {"gpu": plan.gpu, "gpu_allowance": allowance, "gpu_at_other_times": plan.later, "host": plan.host}
+
+
+def _show(run: Config, table: Table, best: list[Plan] | None, words: Sequence[str], asked: Any) -> None:
+    print(f"{run.recipe} ({run.model.name}, {run.data.input_hw[0]}x{run.data.input_hw[1]}), predicted, in GiB")
+    cuda = f"of which {CONTEXT / GIB:g} GiB are CUDA's"
+    print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; host {asked.host_memory}")
+    for name, plans in table.items():
+        print(f"\n{name}, global batch {run.of(name).global_batch}")
+        layout = f"{'micro-batch':>12}{'checkpointed':>14}{'head chunk':>12}"
+        print(f"  {'way':26}{layout}{'GPU peak':>10}{'host':>8}{'time':>10}")
+        fastest = min((plan.seconds for plan in plans if plan.fits), default=None)
+        for plan in plans:
+            layout, peak, host = plan.layout, plan.gpu_peak / GIB, plan.host_peak / GIB
+            time = f"x {plan.seconds / fastest:.2f}" if fastest and plan.fits else "too big"
+            sizes = f"{plan.share.micro_batch:12}{layout.checkpointed_blocks:14}{layout.head_chunk:12}"
+            print(f"  {plan.way.name:26}{sizes}{peak:10.2f}{host:8.1f}{time:>10}")
+    for name, plan in zip(table, best or [], strict=False):
+        print(f"\n{name} by {plan.way.name}: {plan}")
+        for where, parts in _parts(plan).items():
+            print(f"  {where.replace('_', ' ')}")
+            for part, size in parts.items():
+                print(f"    {part.replace('_', ' '):32}{size / GIB:8.2f}")
+    if best:
+        print(f"\nRecommended:\n  {command(best[0].way, words)}")
+
+
+if __name__ == "__main__":
+    config.guarded(main)

@@ -8,7 +8,7 @@ Shape letters: b people, k keypoints, c channels, H W the input picture, h w the
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackbone, VitPoseBackboneConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
 
+from sapiens_accel.chunked import ChunkedHead, Criterion
 from sapiens_accel.config import UserError
 
 # ImageNet's, as Sapiens was trained with (RGB, 0..255).
@@ -66,7 +69,23 @@ SIZES = {
 }
 
 
-class HeatmapHead(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What of a training step is kept and what is computed again; it changes memory and time, never the losses.
+
+    Attributes:
+        checkpointed_blocks: blocks, from the first on, of which only the input is kept. The last ones are kept whole
+            first: the backward frees them before the others need room.
+        head_chunk: people whose heatmaps and loss are computed at a time; None is all of them.
+        compiled: the blocks run compiled.
+    """
+
+    checkpointed_blocks: int = 0
+    head_chunk: int | None = None
+    compiled: bool = False
+
+
+class HeatmapHead(ChunkedHead):
     """Sapiens v1's head: 4x4 deconvolutions without bias, 1x1 convolutions, InstanceNorm without parameters, SiLU.
 
     The layers are numbered as in the published checkpoints (deconv_layers.{0,3}, conv_layers.{0,3}, final_layer).
@@ -85,8 +104,15 @@ class HeatmapHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, features: Float[Tensor, "b c grid_h grid_w"]) -> Float[Tensor, "b k h w"]:
+    def maps(self, features: Float[Tensor, "b c grid_h grid_w"]) -> Float[Tensor, "b k h w"]:
         return self.final_layer(self.conv_layers(self.deconv_layers(features)))
+
+
+class Sapiens2PoseHead(ChunkedHead, Sapiens2Head):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """transformers' head."""
+
+    def maps(self, features: Float[Tensor, "b c grid_h grid_w"]) -> Float[Tensor, "b k h w"]:
+        return Sapiens2Head.forward(self, features)
 
 
 def _deconv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
@@ -104,48 +130,62 @@ class SapiensPose(nn.Module):
         name: a key of `SIZES`.
         num_keypoints: K.
         input_hw: the crop's height and width in pixels, multiples of the patch.
-        gradient_checkpointing: keep only each block's input for the backward.
+        depth: fewer blocks than the published network has, to measure one of them.
 
     Raises:
         UserError: no such size; an input that patches do not tile.
     """
 
-    def __init__(
-        self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, gradient_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None) -> None:
         super().__init__()
         if name not in SIZES:
             raise UserError(f"no such model {name!r}; there are: {', '.join(SIZES)}")
-        size = SIZES[name]
+        size = replace(SIZES[name], depth=depth or SIZES[name].depth)
         if any(pixels % size.patch for pixels in input_hw):
             raise UserError(f"input {input_hw[0]}x{input_hw[1]}: {name} needs multiples of its {size.patch}-px patch")
         self.name, self.size = name, size
         self.num_keypoints, self.input_hw = num_keypoints, input_hw
         build = _build_sapiens if size.family == "sapiens" else _build_sapiens2
         self.backbone: Any
+        self.head: ChunkedHead
         self.backbone, self.head = build(size, num_keypoints, input_hw)
-        if gradient_checkpointing:
-            # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none.
-            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def heatmap_hw(self) -> tuple[int, int]:
         return self.size.heatmap_hw(self.input_hw)
 
-    def forward(self, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
-        pixels = _normalise(image).to(next(self.parameters()).dtype)
+    @property
+    def blocks(self) -> list[GradientCheckpointingLayer]:
+        """The transformer blocks, from input to output."""
+        return [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def lay_out(self, layout: Layout) -> None:
+        """Keep and compute again what the layout says, from the next forward on."""
+        # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none.
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        for index, block in enumerate(self.blocks):
+            block.gradient_checkpointing = index < layout.checkpointed_blocks
+            if layout.compiled:
+                block.compile()
+        self.head.chunk = layout.head_chunk
+
+    def forward(
+        self, image: UInt8[Tensor, "b 3 H W"], criterion: Criterion | None = None
+    ) -> Float[Tensor, "b k h w"] | tuple[Float[Tensor, ""], Float[Tensor, "t"]]:
+        """Heatmaps; with a criterion, their loss and its terms, and the head only ever holds a chunk of them."""
         # A frozen backbone keeps no activations, whether its blocks are checkpointed or not.
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = self._features(pixels)
-        return self.head(features)
+            features = self._features(_normalise(image).to(next(self.parameters()).dtype))
+        return self.head(features, criterion)
 
     def _features(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c grid_h grid_w"]:
         grid_hw = [pixels.shape[-2] // self.size.patch, pixels.shape[-1] // self.size.patch]
         if self.size.family == "sapiens":
             # By its parts: the backbone's own forward records the output of every block, which would stay in memory.
-            tokens = self.backbone.encoder(self.backbone.embeddings(pixels)).last_hidden_state
-            tokens = self.backbone.layernorm(tokens)
+            tokens = self.backbone.embeddings(pixels)
+            del pixels  # a variable would keep them through the whole forward
+            tokens = self.backbone.layernorm(self.backbone.encoder(tokens).last_hidden_state)
         else:
             tokens = self.backbone(pixels).last_hidden_state[:, -grid_hw[0] * grid_hw[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid_hw)
@@ -203,7 +243,7 @@ def _normalise(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, nn.Module]:
+def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
     config = VitPoseBackboneConfig(
         image_size=input_hw,
         patch_size=(size.patch, size.patch),
@@ -238,12 +278,14 @@ def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n 
     return torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], dim=1)
 
 
-def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, nn.Module]:
+def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
     config = sapiens2_config(size, num_keypoints, input_hw)
     pose = Sapiens2ForPoseEstimation(config)
+    head = Sapiens2PoseHead(config)
+    head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)
     # Published: kaiming. With few keypoints its maps start at a standard deviation of 3.3, and the loss at 10.
-    nn.init.normal_(pose.decode_head.predictor.weight, std=0.001)
-    return pose.model, pose.decode_head
+    nn.init.normal_(head.predictor.weight, std=0.001)
+    return pose.model, head
 
 
 def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> Sapiens2Config:

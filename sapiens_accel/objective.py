@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sapiens_accel import geometry
 from sapiens_accel.config import TeacherConfig
-from sapiens_accel.data import Batch, Pair
+from sapiens_accel.data import Batch, Labelled, Pair
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import PIXEL_MEAN
 
@@ -73,13 +73,17 @@ class Supervised:
         return [None] * len(batches)
 
     def loss(self, model: nn.Module, batch: Batch, prepared: None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        heatmaps = model(batch.labelled.view.image)
-        return self.heatmap_loss(heatmaps, batch), {}
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "1"]:
+            return self.heatmap_loss(heatmaps, batch.labelled, people).reshape(1)
 
-    def heatmap_loss(self, heatmaps: Float[Tensor, "b k h w"], batch: Batch) -> Float[Tensor, ""]:
-        target, weights = self.codec.encode(batch.labelled.points_xy, batch.labelled.weights)
+        loss, _ = model(batch.labelled.view.image, terms)
+        return loss, {}
+
+    def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labelled: Labelled, people: slice) -> Float[Tensor, ""]:
+        """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
+        target, weights = self.codec.encode(labelled.points_xy[people], labelled.weights[people])
         error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        return self.loss_weight * (weights * error).mean()
+        return self.loss_weight * (weights * error).sum() / labelled.weights.numel()
 
     def after_step(self) -> None:
         pass
@@ -169,14 +173,27 @@ class MeanTeacher:
         self, model: nn.Module, batch: Batch, prepared: PseudoLabels
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         labelled = batch.labelled.view.image
+        border = len(labelled)
+
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
+            """The labelled people come first; a chunk may hold some of both."""
+            first, last = (
+                slice(min(people.start, border), min(people.stop, border)),
+                slice(max(people.start, border) - border, max(people.stop, border) - border),
+            )
+            num = first.stop - first.start
+            supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labelled, first)
+            unsupervised = self._agreement(heatmaps[num:], prepared, last)
+            return torch.stack([supervised, unsupervised])
+
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
-        heatmaps = model(torch.cat([labelled, prepared.image]))
-        supervised = self.supervised.heatmap_loss(heatmaps[: len(labelled)], batch)
-        target, _ = self.codec.encode(prepared.points_xy, prepared.weights)
-        kl = heatmap_kl(heatmaps[len(labelled) :], target, self.codec.sigma, self.config.temperature)
-        unsupervised = prepared.scale * (prepared.weights * kl).sum()
-        logs = {"loss_labelled": supervised.detach(), "loss_unlabelled": unsupervised.detach(), **prepared.logs}
-        return supervised + unsupervised, logs
+        loss, (supervised, unsupervised) = model(torch.cat([labelled, prepared.image]), terms)
+        return loss, {"loss_labelled": supervised, "loss_unlabelled": unsupervised, **prepared.logs}
+
+    def _agreement(self, heatmaps: Float[Tensor, "n k h w"], labels: PseudoLabels, people: slice) -> Float[Tensor, ""]:
+        target, _ = self.codec.encode(labels.points_xy[people], labels.weights[people])
+        kl = heatmap_kl(heatmaps, target, self.codec.sigma, self.config.temperature)
+        return labels.scale * (labels.weights[people] * kl).sum()
 
     @torch.no_grad()
     def after_step(self) -> None:

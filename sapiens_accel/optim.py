@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sapiens_accel.config import OptimConfig
+from sapiens_accel.config import OptimConfig, UserError
 
 WARMUP_FROM = 0.001
 
@@ -45,15 +45,33 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias") and "position_embeddings" not in name
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW over the groups, fused on CUDA."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
+def adamw(
+    groups: list[dict[str, Any]], config: OptimConfig, device: torch.device, *, eight_bit: bool = False
+) -> torch.optim.Optimizer:
+    """torch's AdamW over the groups, fused on CUDA; or torchao's, which keeps its moments in 8 bits.
+
+    8 bits: blocks of 256 values share a scale (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    if not eight_bit:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
+    try:
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--memory.adam_8bit needs torchao: pip install torchao") from None
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its share of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):  # compiled optimizers: another number would compile them again
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:

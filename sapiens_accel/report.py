@@ -22,6 +22,7 @@ from sapiens_accel.data import Key, Labelled, TrainingPeople
 from sapiens_accel.evaluate import Predictions
 from sapiens_accel.geometry import Crop, apply, warp
 from sapiens_accel.heatmap import Codec
+from sapiens_accel.plan import GIB, Plan
 from sapiens_accel.skeleton import Skeleton
 
 NUM_CROPS = 8
@@ -33,17 +34,22 @@ class Report:
     """One stage's scalars and pictures.
 
     Args:
+        planned: what the memory plan said.
         first: steps already done. Later lines of this stage in metrics.jsonl, of a run that was cut off, are dropped.
         last: the step that the stage ends with.
     """
 
-    def __init__(self, accelerator: Accelerator, run: Config, stage: StageName, *, first: int, last: int) -> None:
-        self.accelerator, self.run = accelerator, run
+    def __init__(
+        self, accelerator: Accelerator, run: Config, stage: StageName, planned: Plan, *, first: int, last: int
+    ) -> None:
+        self.accelerator, self.run, self.planned = accelerator, run, planned
         self.stage: StageName = stage
         self.folder, self.first = Path(run.output_dir), first
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         shown = None if accelerator.is_main_process else True  # None: where there is a terminal
         self.progress = tqdm(initial=first, total=last, desc=stage, unit="step", disable=shown, dynamic_ncols=True)
         if self.writes:
@@ -70,8 +76,14 @@ class Report:
         self.restart_clock(step)
         means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
         if device.type == "cuda":
-            means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+            means["gpu_peak_predicted_gib"] = self.planned.gpu_peak / GIB
         self.write(step, means)
+        if device.type == "cuda" and step - self.first <= self.run.log_every:
+            measured, predicted = means["gpu_peak_gib"], means["gpu_peak_predicted_gib"]
+            self.accelerator.print(
+                f"{self.stage}: GPU memory {measured:.2f} GiB measured, {predicted:.2f} GiB predicted"
+            )
         self.progress.set_postfix({"loss": f"{means['loss']:.2e}", "people/s": f"{means['people_per_second']:.0f}"})
 
     def restart_clock(self, step: int) -> None:

@@ -15,9 +15,11 @@ LAYERS = (
     ("train", "eval"),
     ("report",),
     ("loop", "evaluate", "checkpoint", "memory"),
+    ("plan",),
+    ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
-    ("augment", "coco", "synthetic", "heatmap"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload"),
     ("geometry", "skeleton", "config"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

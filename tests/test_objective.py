@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sapiens_accel.chunked import ChunkedHead
 from sapiens_accel.config import TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair, View
 from sapiens_accel.geometry import Crop, apply
@@ -136,19 +137,19 @@ def test_supervised_is_the_mean_of_weighted_squared_errors() -> None:
     assert objective.result(network) is network and objective.state_dict() == {}
 
 
-class _Constant(nn.Module):
+class _Constant(ChunkedHead):
     def __init__(self, heatmaps: Tensor) -> None:
         super().__init__()
         self.heatmaps = heatmaps
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.heatmaps[: len(image)]
+    def maps(self, features: Tensor) -> Tensor:
+        return self.heatmaps[: len(features)]
 
 
 # ---- MeanTeacher with a network that knows the answers
 
 
-class Oracle(nn.Module):
+class Oracle(ChunkedHead):
     """Reads an index from a picture's first pixel and draws that entry's points, at that entry's heights."""
 
     def __init__(self, codec: Codec, points_xy: Tensor, heights: Tensor | None = None) -> None:
@@ -157,8 +158,8 @@ class Oracle(nn.Module):
         self.heights = torch.ones(points_xy.shape[:2]) if heights is None else heights
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, image: Tensor) -> Tensor:
-        index = image[:, 0, 0, 0].long()
+    def maps(self, features: Tensor) -> Tensor:
+        index = features[:, 0, 0, 0].long()
         maps, _ = self.codec.encode(self.points_xy[index], torch.ones_like(self.heights[index]))
         return self.gain * self.heights[index][..., None, None] * maps
 
