@@ -32,6 +32,7 @@ class Strategy:
     Attributes:
         zero: DeepSpeed's ZeRO stage; 0 is none.
         num_ranks: processes, one a device.
+        num_local: of them, those on this machine.
         half: 16-bit arithmetic.
         offload: the optimizer's state lives on the host, and the gradients go there during the backward.
         offload_weights: the weights live there too, and come by when they are needed.
@@ -41,6 +42,7 @@ class Strategy:
 
     zero: int = 0
     num_ranks: int = 1
+    num_local: int = 1
     half: bool = True
     offload: bool = False
     offload_weights: bool = False
@@ -127,11 +129,13 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 def strategy(accelerator: Accelerator) -> Strategy:
     """How this launch lays out a training state, for the memory plan."""
-    shared = {"num_ranks": accelerator.num_processes, "half": accelerator.mixed_precision != "no"}
-    return strategy_of(_deepspeed_config(accelerator).get("zero_optimization", {}), **shared)
+    ranks, half = accelerator.num_processes, accelerator.mixed_precision != "no"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    zero_config = _deepspeed_config(accelerator).get("zero_optimization", {})
+    return strategy_of(zero_config, num_ranks=ranks, num_local=local, half=half)
 
 
-def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, half: bool) -> Strategy:
+def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, half: bool) -> Strategy:
     """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
     offload, offload_weights = (
         zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
@@ -142,6 +146,7 @@ def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, half: bool) -
     return Strategy(
         zero=zero,
         num_ranks=num_ranks,
+        num_local=num_local,
         half=half,
         offload=offload,
         offload_weights=offload_weights,

@@ -8,6 +8,7 @@ Nothing is allocated and no GPU is needed. All of it is predicted (`plan`).
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import re
 import traceback
@@ -22,6 +23,7 @@ from accelerate import Accelerator
 
 from sapiens_accel import config, distributed
 from sapiens_accel.config import Config, StageName, UserError
+from sapiens_accel.distributed import Strategy
 from sapiens_accel.plan import CONTEXT, GIB, Plan, Way, command, fit, stage_of, ways
 
 UNITS = {
@@ -43,25 +45,35 @@ Table = Mapping[StageName, Sequence[Plan]]
 
 
 def plans(accelerator: Accelerator, run: Config, words: Sequence[str]) -> dict[StageName, Plan]:
-    """This launch's plan of each stage of the run: made before any of them, so that the last does not fail after days.
+    """This launch's plan of each stage of the run, for what its devices have free; see `planned`."""
+    room = distributed.free_bytes(accelerator)
+    host_room = None if room is None else free_host_bytes()
+    strategy = distributed.strategy(accelerator)
+    return planned(run, strategy, room, host_room, words, rank=accelerator.process_index)
+
+
+def planned(
+    run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0
+) -> dict[StageName, Plan]:
+    """The plan of each stage, made before the first of them, so that the last is not refused after days.
 
     Args:
+        room: bytes of a device that may be used; None where memory does not limit.
+        host_room: likewise of the host.
         words: the command line, to say which one would fit.
 
     Raises:
         UserError: a stage that does not fit (not with --memory.force); options that do not go together.
     """
-    strategy, memory = distributed.strategy(accelerator), run.memory
+    memory = run.memory
     if memory.adam_8bit and strategy.zero:
-        raise UserError(
-            "--memory.adam_8bit is for launches without DeepSpeed, such as accelerate_configs/single_gpu.yaml"
-        )
+        raise UserError("--memory.adam_8bit is for launches without DeepSpeed, such as single_gpu.yaml")
+    if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
+        raise UserError("--memory.adam_8bit needs torchao: pip install torchao")
     if memory.compile_blocks and strategy.zero == 3:
         raise UserError("--memory.compile_blocks does not go with ZeRO-3, whose weights come by while a block runs")
     flags = {"offload_activations": memory.offload_activations, "adam_8bit": memory.adam_8bit}
     way = Way(name="this launch", launch="", strategy=strategy, **flags)
-    room, rank = distributed.free_bytes(accelerator), accelerator.process_index
-    host_room = None if room is None else free_host_bytes()
     chosen = {}
     for name in run.stages:
         stage = stage_of(run, name, strategy.half)
@@ -103,7 +115,9 @@ def _way_out(run: Config, name: StageName, plan: Plan, words: Sequence[str]) -> 
 
 
 def _fastest(tried: Sequence[Plan]) -> Plan | None:
-    return min((plan for plan in tried if plan.fits), key=lambda plan: plan.seconds, default=None)
+    """Moments in 8 bits change the losses a little: they are for where nothing else fits."""
+    fitting = [plan for plan in tried if plan.fits]
+    return min(fitting, key=lambda plan: (plan.way.adam_8bit, plan.seconds), default=None)
 
 
 def _nothing_fits(tried: Sequence[Plan]) -> str:
@@ -205,7 +219,9 @@ def main(words: Sequence[str]) -> None:
     else:
         _show(run, table, best, words, asked)
     if best is None:
-        raise UserError(_nothing_fits(next(iter(table.values()))))
+        too_big = {name: plans for name, plans in table.items() if not any(plan.fits for plan in plans)}
+        why = (f"{name}: {_nothing_fits(plans)}" for name, plans in too_big.items())
+        raise UserError(next(why, "no launch fits all stages; ask for each with --stage"))
 
 
 def bytes_of(option: str, text: str) -> float:
@@ -230,7 +246,7 @@ def _fastest_of_all(table: Table) -> list[Plan] | None:
     """The plans of the way that fits all stages and takes the least time over them."""
     columns = [list(plans) for plans in zip(*table.values(), strict=True)]
     fitting = [plans for plans in columns if all(plan.fits for plan in plans)]
-    return min(fitting, key=lambda plans: sum(plan.seconds for plan in plans), default=None)
+    return min(fitting, key=lambda p: (p[0].way.adam_8bit, sum(plan.seconds for plan in p)), default=None)
 
 
 def _as_json(table: Table, best: list[Plan] | None, words: Sequence[str]) -> dict[str, Any]:

@@ -175,10 +175,12 @@ def need(
     plain = strategy.zero == 0
     prints = stage.prints(plain and strategy.half)
     p, n = share.micro_batch * (1 + stage.ratio), layout.head_chunk or share.micro_batch * (1 + stage.ratio)
-    state = _state(stage, way, accumulates)
+    state = state_bytes(stage, way, accumulates)
     gradients = state.pop("gradients")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
-    # Without DeepSpeed a gradient exists from its backward to the optimizer's step; its buffers are there all the time.
+    # A gradient exists from its backward to the optimizer's step; ZeRO-3's buffer of them is there all the time, and
+    # ZeRO-1 and 2 make theirs for all of them when the first bucket is full, early in the backward.
+    forward = gradients if accumulates or strategy.zero == 3 else 0.0
     early = 0.0 if plain and not accumulates else gradients
     ranks, four = strategy.num_ranks, 4.0
     if plain and ranks > 1:
@@ -195,7 +197,7 @@ def need(
             "block_checkpoints": on_device * kept,
             "whole_blocks": whole * saved,
             "head_chunk": prints.head(p, n),
-            "gradients": early,
+            "gradients": forward,
         }
     }
     if whole and saved:
@@ -213,11 +215,11 @@ def need(
         ending = gradients - four * stage.stem_learning if plain and not accumulates else gradients
         phases["last"] = {**block, "gradients": ending}
     if not saved:
-        phases["forward"] = {"features": prints.forward(p), "gradients": early}
+        phases["forward"] = {"features": prints.forward(p), "gradients": forward}
     if stage.plan.teacher:
         u = share.micro_batch * stage.ratio
         decoding = 5 * u * stage.map_bytes  # in fp32: the maps, blurred along each axis, padded, and their logarithm
-        phases["teacher"] = {"features": max(prints.forward(u), u * stage.map_bytes + decoding), "gradients": early}
+        phases["teacher"] = {"features": max(prints.forward(u), u * stage.map_bytes + decoding), "gradients": forward}
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
     moving = {part: size for part, size in phases[name].items() if part != "gradients"}
     gpu = {**state, **phases[name]}
@@ -241,7 +243,7 @@ def need(
     )
 
 
-def _state(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
+def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     """Bytes on a device that stay through a step; `gradients` when all of them are there."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     everything, learning = stage.num_parameters, stage.num_learning
@@ -271,22 +273,22 @@ def _state(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
 
 def _host(stage: Stage, way: Way, accumulates: bool, waiting: float) -> dict[str, float]:
     """Bytes of the machine's memory at the worst moment: all ranks load, or the state has been built."""
-    strategy, ranks = way.strategy, way.strategy.num_ranks
-    always = {"process": PROCESS * ranks, "workers": WORKER * stage.num_workers * ranks}
-    loading = 8.0 * stage.num_parameters * ranks  # the network and the file, in fp32, on every rank
+    strategy, ranks, here = way.strategy, way.strategy.num_ranks, way.strategy.num_local
+    always = {"process": PROCESS * here, "workers": WORKER * stage.num_workers * here}
+    loading = 8.0 * stage.num_parameters * here  # the network and the file, in fp32, on every rank
     state: dict[str, float] = {}
     if strategy.offload:
         groups = [size / ranks for size in stage.groups]
-        state["masters"] = ranks * _pinned([4 * size for size in groups])
-        state["gradients"] = ranks * _pinned([4 * size for size in groups])
-        state["adam"] = ranks * sum(8 * size for size in groups)
-        state["weights"] = ranks * _pinned([2 * size for size in groups])
+        state["masters"] = here * _pinned([4 * size for size in groups])
+        state["gradients"] = here * _pinned([4 * size for size in groups])
+        state["adam"] = here * sum(8 * size for size in groups)
+        state["weights"] = here * _pinned([2 * size for size in groups])
         if accumulates and strategy.zero == 3:
-            state["gradients"] += 4.0 * stage.num_learning
+            state["gradients"] += 4.0 * stage.num_learning * here / ranks
     if strategy.offload_weights:
-        state["weights"] = 2.0 * stage.num_parameters
+        state["weights"] = 2.0 * stage.num_parameters * here / ranks
     if waiting:
-        state["block_checkpoints"] = ranks * waiting
+        state["block_checkpoints"] = here * waiting
     saving = 4.0 * stage.num_parameters * (2 if stage.plan.teacher else 1)  # rank 0 collects the weights
     return {**always, **state, "loading_and_saving": max(saving, loading - sum(state.values()))}
 
@@ -345,18 +347,25 @@ def fit(
     for size in sizes:
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
         for checkpointed in blocks:
-            for chunk in _chunks(stage, way, share, checkpointed, room, cuda):
+            last = checkpointed == blocks[-1]
+            for chunk in _chunks(stage, way, share, checkpointed, room, cuda, smallest=last):
                 layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk, compiled=asked.compile_blocks)
                 plan = need(stage, way, share, layout, room, host_room, cuda)
-                spends = checkpointed < blocks[-1] and plan.gpu_peak + plan.allowance > SPENT * room
+                spends = not last and plan.gpu_peak + plan.allowance > SPENT * room
                 if plan.fits and not spends:
                     return plan
     assert plan is not None
     return plan
 
 
-def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, room: float, cuda: bool) -> Sequence[int]:
-    """Chunks of the head to try: the largest that does not raise the peak, but not so few that the GPU waits."""
+def _chunks(
+    stage: Stage, way: Way, share: Share, checkpointed: int, room: float, cuda: bool, *, smallest: bool
+) -> Sequence[int]:
+    """Chunks of the head to try: the largest that does not raise the peak, but not so few that the GPU waits.
+
+    Args:
+        smallest: try a single person too, when nothing else is left to save.
+    """
     if stage.memory.head_chunk:
         return [stage.memory.head_chunk]
     p = share.micro_batch * (1 + stage.ratio)
@@ -366,8 +375,8 @@ def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, room: float
         if "head_chunk" in plan.gpu:
             break
         free = n
-    few = min(p, FEW)
-    return [few, free] if free < few else [free]
+    few = max(free, min(p, FEW))
+    return [few, 1] if smallest and few > 1 else [few]
 
 
 def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int | None) -> int:
@@ -395,7 +404,7 @@ def ways(num_ranks: int, half: bool = True) -> list[Way]:
     def add(name: str, launch: str, **options: Any) -> None:
         file = folder / "ds_configs" / f"{launch}.json"
         zero = json.loads(file.read_text())["zero_optimization"] if launch.startswith("zero") else {}
-        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, half=half)
+        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, half=half)
         found.append(Way(name=name, launch=launch, strategy=strategy, **options))
 
     plain = "single_gpu" if num_ranks == 1 else "multi_gpu"

@@ -9,7 +9,7 @@ from transformers import Sapiens2Config, Sapiens2ForPoseEstimation
 
 from sapiens_accel import optim
 from sapiens_accel.config import STAGES, Config, OptimConfig, UserError
-from sapiens_accel.model import SIZES, SapiensPose
+from sapiens_accel.model import SIZES, Layout, SapiensPose
 
 PHASE1 = ("embeddings", "block_*", "norm")
 
@@ -194,10 +194,30 @@ def _step(model: SapiensPose, picture: Tensor) -> tuple[Tensor, dict[str, Tensor
     return output.detach(), _gradients(model), len(runs)
 
 
+def _checkpointed(name: str) -> SapiensPose:
+    model = SapiensPose(name, 17, (64, 48))
+    model.lay_out(Layout(checkpointed_blocks=4))
+    return model
+
+
+def test_only_the_first_blocks_are_checkpointed(tiny: SapiensPose, picture: Tensor) -> None:
+    for checkpointed in range(5):
+        tiny.lay_out(Layout(checkpointed_blocks=checkpointed))
+        runs = [[] for _ in tiny.blocks]
+        hooks = [
+            next(block.children()).register_forward_hook(lambda *_, mine=mine: mine.append(None))
+            for block, mine in zip(tiny.blocks, runs, strict=True)
+        ]
+        tiny.train()(picture).sum().backward()
+        assert [len(mine) for mine in runs] == [2] * checkpointed + [1] * (4 - checkpointed)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_gradient_checkpointing_computes_blocks_twice_and_the_same_gradients(
     tiny: SapiensPose, picture: Tensor
 ) -> None:
-    checkpointed = SapiensPose(tiny.name, 17, (64, 48), gradient_checkpointing=True)
+    checkpointed = _checkpointed(tiny.name)
     checkpointed.load_state_dict(tiny.state_dict())
     output, gradients, runs = _step(tiny.double(), picture)
     again, same, runs_checkpointed = _step(checkpointed.double(), picture)
@@ -209,7 +229,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same_gradients(
 
 
 def test_a_frozen_backbone_is_not_computed_twice(tiny: SapiensPose, picture: Tensor) -> None:
-    checkpointed = SapiensPose(tiny.name, 17, (64, 48), gradient_checkpointing=True)
+    checkpointed = _checkpointed(tiny.name)
     checkpointed.freeze(PHASE1)
     assert _step(checkpointed, picture)[2] == 4
 
@@ -218,7 +238,7 @@ def test_checkpointing_with_the_bottom_frozen_gives_the_gradients_of_the_rest(
     tiny: SapiensPose, picture: Tensor
 ) -> None:
     """The reentrant kind would give none: the first checkpointed input needs no gradient."""
-    checkpointed = SapiensPose(tiny.name, 17, (64, 48), gradient_checkpointing=True)
+    checkpointed = _checkpointed(tiny.name)
     checkpointed.load_state_dict(tiny.state_dict())
     for model in (tiny.double(), checkpointed.double()):
         model.freeze(("embeddings", "block_0"))

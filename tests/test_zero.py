@@ -27,6 +27,13 @@ COMMON = [
     "--phase2.optim.layer_decay=0.8", "--phase2.optim.clip_norm=0.05", "--ssl.teacher.threshold=0.2",
 ]  # fmt: skip
 
+# What the memory plan may choose, from nothing to everything; the reference runs without any of it.
+SPARING = (
+    [],
+    ["--memory.head_chunk=1", "--memory.checkpointed_blocks=4"],
+    ["--memory.head_chunk=3", "--memory.checkpointed_blocks=2", "--memory.offload_activations=true"],
+)
+
 
 def job(folder: Path, *, stage: str, micro_batch: int, zero: int | None = None, extra: Iterable[str] = ()) -> dict:
     """One call of train.main; its run folder is `folder`."""
@@ -99,12 +106,17 @@ def test_deepspeed_equals_plain(processes, cache, reference):
     start = [f"--weights={reference / 'phase1' / 'weights'}"]
     runs = [(zero, accumulation) for zero in (0, 1, 2, 3) for accumulation in (1, 2)]
     jobs, expected = [], []
-    for zero, accumulation in runs:
+    for index, (zero, accumulation) in enumerate(runs):
         folder = cache / f"p{processes}-z{zero}-a{accumulation}"
         micro_batch = GLOBAL_BATCH // processes // accumulation
-        jobs.append(job(folder, stage="phase2", micro_batch=micro_batch, zero=zero, extra=start))
+        extra = [*start, *SPARING[index % len(SPARING)]]
+        jobs.append(job(folder, stage="phase2", micro_batch=micro_batch, zero=zero, extra=extra))
         expected.append((folder, "phase2"))
-    for zero, stage, extra in ((2, "phase1", []), (2, "ssl", after(reference)), (3, "ssl", after(reference))):
+    for zero, stage, extra in (
+        (2, "phase1", SPARING[1]),
+        (2, "ssl", [*after(reference), *SPARING[2]]),
+        (3, "ssl", [*after(reference), *SPARING[1]]),
+    ):
         folder = cache / f"p{processes}-z{zero}-{stage}"
         jobs.append(job(folder, stage=stage, micro_batch=GLOBAL_BATCH // processes // 2, zero=zero, extra=extra))
         expected.append((folder, stage))
@@ -149,7 +161,8 @@ def test_bf16_follows_fp32(cache, reference):
     """A bf16 engine with fp32 masters, accumulated, in a supervised stage and in ssl: within 2 % of fp32's losses."""
     start = {"phase2": [f"--weights={reference / 'phase1' / 'weights'}"], "ssl": after(reference)}
     jobs = [
-        job(cache / f"bf16-{stage}", stage=stage, micro_batch=4, zero=2, extra=extra) for stage, extra in start.items()
+        job(cache / f"bf16-{stage}", stage=stage, micro_batch=4, zero=2, extra=[*extra, *SPARING[2]])
+        for stage, extra in start.items()
     ]
     for one in jobs:
         one["env"]["ACCELERATE_MIXED_PRECISION"] = "bf16"

@@ -1,0 +1,118 @@
+"""Real training steps and what the allocator gave them at most, beside what the plan predicts.
+
+    python tests/peaks.py CASES.json        CASES: a list of keyword arguments for `measure`; prints a list of results
+
+How it is launched (accelerate launch, ACCELERATE_*) is the strategy that is measured.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate import Accelerator
+
+from sapiens_accel import config, distributed, optim, plan
+from sapiens_accel.config import OptimConfig
+from sapiens_accel.data import Batch, Labelled, Pair, Share, View
+from sapiens_accel.heatmap import Codec
+from sapiens_accel.loop import steps
+from sapiens_accel.model import Layout, SapiensPose
+from sapiens_accel.objective import MeanTeacher, Objective, Supervised
+from sapiens_accel.skeleton import COCO17
+
+INPUT_HW = (256, 192)
+
+
+def batch(num: int, num_unlabelled: int) -> Batch:
+    def view(n: int) -> View:
+        image = torch.randint(0, 256, (n, 3, *INPUT_HW), dtype=torch.uint8)
+        return View(image, torch.eye(3)[:2].repeat(n, 1, 1), torch.zeros(n, dtype=torch.bool))
+
+    points_xy = torch.rand(num, 17, 2) * torch.tensor([191.0, 255.0])
+    labelled = Labelled(view(num), points_xy, torch.ones(num, 17), torch.arange(num))
+    if not num_unlabelled:
+        return Batch(labelled, None)
+    return Batch(labelled, Pair(view(num_unlabelled), view(num_unlabelled), torch.rand(num_unlabelled, 5, 4)))
+
+
+def measure(
+    accelerator: Accelerator, name: str, stage: str, micro_batch: int, accumulation: int, checkpointed: int, chunk: int
+) -> dict[str, float]:
+    """Bytes that two steps of a run take at most, everything but the batches counted, and what was predicted."""
+    words = [f"--model.name={name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
+    run = config.load([*words, f"--{stage}.global_batch={micro_batch * accumulation}"])
+    counted = plan.stage_of(run, stage, accelerator.mixed_precision != "no")
+    way = plan.Way(name="here", launch="", strategy=distributed.strategy(accelerator))
+    share = Share(rank=0, num_ranks=1, micro_batch=micro_batch, accumulation=accumulation)
+    layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk)
+    predicted = plan.need(counted, way, share, layout, None, None, cuda=False)
+    batches = [batch(micro_batch, micro_batch * counted.ratio) for _ in range(2 * accumulation)]
+    # The pictures with cutouts are made in a step: a quarter of an unlabelled person's and its labelled one's data.
+    outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
+    most = peak(accelerator, name, run.of(stage), share, layout, batches)
+    return {"predicted": predicted.gpu_peak - outside, "measured": most}
+
+
+def peak(
+    accelerator: Accelerator, name: str, stage: config.StageConfig, share: Share, layout: Layout, batches: list[Batch]
+) -> float:
+    """What the allocator had given out at most, from before the network is built to the end of two steps."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = SapiensPose(name, 17, INPUT_HW)
+        model.freeze(stage.frozen)
+        model.lay_out(layout)
+        teacher = deepcopy(model) if stage.teacher else None
+        groups = optim.param_groups(model.layer_groups(), stage.optim)
+        optimizer = optim.adamw(groups, stage.optim, torch.device("cpu"))
+        engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, 1.0)
+        objective = _objective(accelerator, model, teacher, engine, stage)
+        for _ in steps(accelerator, engine, optimizer, objective, _fresh(batches), share, OptimConfig(), 0, 100):
+            pass
+    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    now = most = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += size
+        most = max(most, now)
+    return most
+
+
+def _fresh(batches: list[Batch]) -> Iterator[Batch]:
+    yield from batches
+
+
+def _objective(
+    accelerator: Accelerator,
+    model: SapiensPose,
+    teacher: nn.Module | None,
+    engine: nn.Module,
+    stage: config.StageConfig,
+) -> Objective:
+    codec = Codec(input_hw=INPUT_HW, heatmap_hw=model.heatmap_hw, sigma=2)
+    supervised = Supervised(codec=codec)
+    if teacher is None or stage.teacher is None:
+        return supervised
+    return MeanTeacher(
+        supervised,
+        teacher,
+        lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
+        stage.teacher,
+        COCO17.mirror,
+        num_steps=100,
+        gather=lambda tensor: tensor,
+        autocast=distributed.autocast_dtype(accelerator),
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    launched = distributed.start()
+    print(json.dumps([measure(launched, **case) for case in json.loads(Path(sys.argv[1]).read_text())]))
+    distributed.stop()
