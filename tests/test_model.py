@@ -228,6 +228,20 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same_gradients(
         torch.testing.assert_close(same[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_compiled_blocks_compute_the_same(picture: Tensor) -> None:
+    """Checkpointed and whole; and the weights keep their names."""
+    torch.manual_seed(0)
+    plain = SapiensPose("sapiens_tiny", 17, (64, 48), depth=2)
+    compiled = SapiensPose("sapiens_tiny", 17, (64, 48), depth=2)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.lay_out(Layout(checkpointed_blocks=1, compiled=True))
+    for model in (plain, compiled):
+        model.train()(picture).square().sum().backward()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    same, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (compiled, plain))
+    assert (same - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_a_frozen_backbone_is_not_computed_twice(tiny: SapiensPose, picture: Tensor) -> None:
     checkpointed = _checkpointed(tiny.name)
     checkpointed.freeze(PHASE1)
