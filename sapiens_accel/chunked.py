@@ -19,9 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 # Heatmaps of the people `slice` of a micro-batch -> what each term of the loss gets from them.
 Criterion = Callable[[Float[Tensor, "n k h w"], slice], Float[Tensor, "t"]]
 
-# A mean over b * k * h * w pixels has gradients below what fp16 can hold. Inside, its sum over pixels is differentiated
-# instead, and divided by this much so that the sums over a map stay below 65504.
-HALF_HEADROOM = 16
+# fp16 holds 6e-8 to 65504: the gradient of a chunk's maps is scaled so that the largest of its maps sums to this.
+HALF_SUM = 4096.0
 
 
 class ChunkedHead(nn.Module):
@@ -64,44 +63,62 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, maps: Callable, criterion: Criterion, chunk: int, features: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[3]
-        gradient = torch.empty_like(features) if wanted else None
-        ctx.parameters, ctx.scale, total = None, 1.0, None
+        # A loss scaler comes too late for what is summed here: in fp16 it would be zeros.
+        wide = torch.float32 if features.dtype == torch.float16 else features.dtype
+        gradient = torch.empty_like(features, dtype=wide) if wanted else None
+        ctx.parameters, total = None, None
         # What a chunk saves dies with it: hooks that would bring it elsewhere have nothing to do here.
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             for people in _chunks(len(features), chunk):
                 part = features[people].detach().requires_grad_(wanted)
                 heatmaps = maps(part)
-                if heatmaps.dtype == torch.float16:
-                    ctx.scale = len(features) * heatmaps[0].numel() / HALF_HEADROOM
-                terms = criterion(heatmaps, people)
-                del heatmaps
+                terms, outer, scale = _of_maps(heatmaps, criterion, people)
                 inputs = [part, *parameters] if wanted else list(parameters)
-                grads = list(torch.autograd.grad(terms.sum() * ctx.scale, inputs))
+                grads = list(torch.autograd.grad(heatmaps, inputs, outer))
+                del heatmaps, outer, inputs, part
                 if gradient is not None:
-                    gradient[people] = grads.pop(0)
-                # In fp32: sums of 16-bit gradients lose their small terms.
-                ctx.parameters = _added(ctx.parameters, grads)
-                total = terms.detach() if total is None else total + terms.detach()
-                del grads, inputs, part, terms
+                    gradient[people] = _unscaled(grads.pop(0), scale)
+                ctx.parameters = _added(ctx.parameters, grads, scale)
+                total = terms if total is None else total + terms
+                del grads
         assert total is not None
-        ctx.features = gradient
-        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.features, ctx.dtypes = gradient, [features.dtype, *(p.dtype for p in parameters)]
         ctx.mark_non_differentiable(total)
         return total.sum(), total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = grad_loss.float() / ctx.scale
-        features = None if ctx.features is None else (ctx.features.float() * factor).to(ctx.features.dtype)
-        parameters = [g.mul_(factor).to(dtype) for g, dtype in zip(ctx.parameters, ctx.dtypes, strict=True)]
+        factor = grad_loss.float()
+        features = None if ctx.features is None else (ctx.features.float() * factor).to(ctx.dtypes[0])
+        parameters = [g.mul_(factor).to(dtype) for g, dtype in zip(ctx.parameters, ctx.dtypes[1:], strict=True)]
         ctx.features = ctx.parameters = None
         return None, None, None, features, *parameters
 
 
-def _added(sums: list[Tensor] | None, grads: Sequence[Tensor]) -> list[Tensor]:
+def _of_maps(
+    heatmaps: Float[Tensor, "n k h w"], criterion: Criterion, people: slice
+) -> tuple[Float[Tensor, "t"], Float[Tensor, "n k h w"], Float[Tensor, ""] | None]:
+    """The loss's terms, its gradient by the maps in their dtype, and what that was scaled by (None: not at all)."""
+    leaf = heatmaps.detach().float().requires_grad_()
+    terms = criterion(leaf, people)
+    (outer,) = torch.autograd.grad(terms.sum(), leaf)
+    scale = None
+    if heatmaps.dtype == torch.float16:
+        scale = HALF_SUM / outer.abs().sum(dim=(0, 2, 3)).amax().clamp_min(torch.finfo(torch.float32).tiny)
+        outer = outer * scale
+    return terms.detach(), outer.to(heatmaps.dtype), scale
+
+
+def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    return gradient if scale is None else gradient.float() / scale
+
+
+def _added(sums: list[Tensor] | None, grads: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """In fp32: sums of 16-bit gradients lose their small terms."""
+    found = [_unscaled(grad, scale) for grad in grads]
     if sums is None:
-        return [grad.float() for grad in grads]
-    return [total.add_(grad) for total, grad in zip(sums, grads, strict=True)]
+        return [grad.float() for grad in found]
+    return [total.add_(grad) for total, grad in zip(sums, found, strict=True)]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ With checkpointed blocks, what is saved are the blocks' inputs: 2 * tokens * wid
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,22 +29,29 @@ class _Waiting:
     ready: Any = None  # the event of its arrival
 
 
-@dataclass
 class _Offload(saved_tensors_hooks):
+    """The hooks hold the copies and the copies nothing: all is free as soon as the backward has been."""
+
+    def __init__(self, device: torch.device) -> None:
+        copies = _Copies(device)
+        super().__init__(copies.pack, copies.unpack)
+        self.waiting = copies.waiting
+
+
+class _Copies:
     """Copies on a stream of their own, and in the backward one tensor ahead of what is asked for.
 
     A parameter is not moved (it stays on the device anyway), nor is what is small.
     """
 
-    device: torch.device
-    waiting: list[_Waiting] = field(default_factory=list)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: list[_Waiting] = []
 
-    def __post_init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-
-    def _pack(self, tensor: Tensor) -> "Tensor | _Waiting":
-        if isinstance(tensor, torch.nn.Parameter) or tensor.nbytes < SMALLEST or tensor.device != self.device:
+    def pack(self, tensor: Tensor) -> "Tensor | _Waiting":
+        whole = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
+        if isinstance(whole, torch.nn.Parameter) or tensor.nbytes < SMALLEST or tensor.device.type != self.device.type:
             return tensor
         if self.stream is None:
             item = _Waiting(index=len(self.waiting), host=tensor.clone())
@@ -58,7 +65,7 @@ class _Offload(saved_tensors_hooks):
         self.waiting.append(item)
         return item
 
-    def _unpack(self, item: "Tensor | _Waiting") -> Tensor:
+    def unpack(self, item: "Tensor | _Waiting") -> Tensor:
         if isinstance(item, Tensor):
             return item
         if self.stream is None:

@@ -150,8 +150,8 @@ def _is_parameter(host: Tensor, model: nn.Module) -> bool:
     "checkpointed",
     [
         4,
-        pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="linear layers save a view of their weight")),
-        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="linear layers save a view of their weight")),
+        2,
+        0,
     ],
 )
 def test_no_parameter_waits(tiny: SapiensPose, checkpointed: int) -> None:
@@ -210,7 +210,6 @@ def test_nothing_waits_that_is_not_wanted(wanted: bool) -> None:
 
 
 @pytest.mark.usefixtures("everything_moves")
-@pytest.mark.xfail(strict=True, reason="the hooks are bound methods of the object that holds them: a cycle")
 def test_host_memory_is_free_after_the_backward(tiny: SapiensPose) -> None:
     """At once, not when Python next looks for cycles: a step's copies are gigabytes of pinned memory."""
     tiny.lay_out(ALL)
