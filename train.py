@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
     accelerator.wait_for_everyone()
     table = {}
     for stage in run.stages:
-        table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage])
+        with memory.out_of_memory_told(accelerator, stage, plans[stage]):
+            table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage])
         accelerator.free_memory()  # what the stage held is unreachable only now
         if run.dry_run:
             return accelerator.print(f"dry run: {stage} could be built, and one step was taken; nothing was written")
@@ -92,7 +93,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
         return evaluate.score(accelerator, result, judged, objective.codec, SKELETON, run.data, run.eval)
 
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
-    drop = partial(distributed.drop_gradients, engine, optimizer)
+    drop = partial(distributed.drop_gradients, engine)
     step, offload = first, run.memory.offload_activations
     stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
     with memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None):

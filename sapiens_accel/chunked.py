@@ -104,7 +104,8 @@ def _of_maps(
     (outer,) = torch.autograd.grad(terms.sum(), leaf)
     scale = None
     if heatmaps.dtype == torch.float16:
-        scale = HALF_SUM / outer.abs().sum(dim=(0, 2, 3)).amax().clamp_min(torch.finfo(torch.float32).tiny)
+        most = outer.abs().sum(dim=(0, 2, 3)).amax()
+        scale = torch.where(most > 0, HALF_SUM / most.clamp_min(1e-30), 1.0)  # nobody of the chunk may be labelled
         outer = outer * scale
     return terms.detach(), outer.to(heatmaps.dtype), scale
 

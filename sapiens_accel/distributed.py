@@ -33,7 +33,8 @@ class Strategy:
         zero: DeepSpeed's ZeRO stage; 0 is none.
         num_ranks: processes, one a device.
         num_local: of them, those on this machine.
-        half: 16-bit arithmetic.
+        half: 16-bit arithmetic ...
+        bf16: ... in bf16, whose gradients are accumulated in fp32.
         offload: the optimizer's state lives on the host, and the gradients go there during the backward.
         offload_weights: the weights live there too, and come by when they are needed.
         bucket: elements of the buffers in which gradients are put together, all buffers of one device.
@@ -44,6 +45,7 @@ class Strategy:
     num_ranks: int = 1
     num_local: int = 1
     half: bool = True
+    bf16: bool = True
     offload: bool = False
     offload_weights: bool = False
     bucket: int = 0
@@ -129,13 +131,13 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 def strategy(accelerator: Accelerator) -> Strategy:
     """How this launch lays out a training state, for the memory plan."""
-    ranks, half = accelerator.num_processes, accelerator.mixed_precision != "no"
+    ranks, precision = accelerator.num_processes, accelerator.mixed_precision
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
     zero_config = _deepspeed_config(accelerator).get("zero_optimization", {})
-    return strategy_of(zero_config, num_ranks=ranks, num_local=local, half=half)
+    return strategy_of(zero_config, num_ranks=ranks, num_local=local, precision=precision)
 
 
-def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, half: bool) -> Strategy:
+def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, precision: str) -> Strategy:
     """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
     offload, offload_weights = (
         zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
@@ -147,7 +149,8 @@ def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: in
         zero=zero,
         num_ranks=num_ranks,
         num_local=num_local,
-        half=half,
+        half=precision != "no",
+        bf16=precision == "bf16",
         offload=offload,
         offload_weights=offload_weights,
         bucket=buffers * zero_config.get("reduce_bucket_size", 500_000_000) if zero else 0,
@@ -160,9 +163,16 @@ def free_bytes(accelerator: Accelerator) -> int | None:
     device = accelerator.device
     if device.type != "cuda":
         return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.tensor([torch.cuda.mem_get_info(device)[0] + cached], device=device)
-    return int(gather(accelerator, free).min())
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(least(accelerator, min(free + reserved, allowed) - allocated))
+
+
+def least(accelerator: Accelerator, value: float) -> float:
+    """The smallest of all ranks' values, so that they decide alike."""
+    own = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    return float(gather(accelerator, own).min())
 
 
 def prepare(
@@ -176,6 +186,7 @@ def prepare(
         config["train_micro_batch_size_per_gpu"] = share.micro_batch
         config["gradient_accumulation_steps"] = share.accumulation
         config["gradient_clipping"] = clip_norm  # missing would mean 1.0
+        config.pop("data_types", None)
         if share.accumulation > 1 and accelerator.mixed_precision == "bf16":
             # Sums of bf16 gradients lose their small terms.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -202,11 +213,13 @@ def is_engine(model: Any) -> bool:
     return hasattr(model, "get_global_grad_norm")
 
 
-def drop_gradients(model: Any, optimizer: Any) -> None:
-    """Forget the gradients of a step that was cut off, so that what is saved stands between two steps."""
+def drop_gradients(model: Any) -> None:
+    """Free the gradients of a step that was cut off, and count it as not begun."""
+    for parameter in model.parameters():
+        parameter.grad = None
     if is_engine(model):
         model.micro_steps -= model.micro_steps % model.gradient_accumulation_steps()
-    optimizer.zero_grad()
+        model.optimizer.zero_grad(set_to_none=True)
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:

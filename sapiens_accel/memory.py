@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from sapiens_accel import config, distributed
 from sapiens_accel.config import Config, StageName, UserError
 from sapiens_accel.distributed import Strategy
-from sapiens_accel.plan import CONTEXT, GIB, Plan, Way, command, fit, stage_of, ways
+from sapiens_accel.plan import CONTEXT, GIB, Plan, Stage, Way, command, fit, need, stage_of, ways
 
 UNITS = {
     "B": 1,
@@ -47,7 +47,7 @@ Table = Mapping[StageName, Sequence[Plan]]
 def plans(accelerator: Accelerator, run: Config, words: Sequence[str]) -> dict[StageName, Plan]:
     """This launch's plan of each stage of the run, for what its devices have free; see `planned`."""
     room = distributed.free_bytes(accelerator)
-    host_room = None if room is None else free_host_bytes()
+    host_room = None if room is None else distributed.least(accelerator, free_host_bytes())
     strategy = distributed.strategy(accelerator)
     return planned(run, strategy, room, host_room, words, rank=accelerator.process_index)
 
@@ -77,18 +77,32 @@ def planned(
     chosen = {}
     for name in run.stages:
         stage = stage_of(run, name, strategy.half)
-        plan = chosen[name] = fit(stage, name, way, room, host_room, rank)
+        plan = fit(stage, name, way, room, host_room, rank)
+        chosen[name] = dataclasses.replace(plan, otherwise=_otherwise(stage, plan))
         if not plan.fits and not memory.force:
-            raise UserError(f"{name}: {_shortage(plan)}; {_way_out(run, name, plan, words)}, or --memory.force to try")
+            raise UserError(f"{name}: {_shortage(plan)}; {_way_out(run, plan, words)}, or --memory.force to try")
     return chosen
 
 
+def _otherwise(stage: Stage, plan: Plan) -> str:
+    """What takes less than this plan, should it be too much: nearest first, by the plan's own count."""
+    part = plan.share.micro_batch * plan.share.accumulation
+    for size in (n for n in range(plan.share.micro_batch - 1, 0, -1) if part % n == 0):
+        share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
+        if plan.room is None or need(stage, plan.way, share, plan.layout, None, None).gpu_peak < 0.95 * plan.gpu_peak:
+            return f"--memory.micro_batch {size}"
+    if not plan.way.offload_activations:
+        return "--memory.offload_activations"
+    return "another launch: python -m sapiens_accel.memory lists them"
+
+
 def free_host_bytes() -> float:
-    """Host memory that this process may still use: of the machine, or of the container that it runs in."""
+    """Host memory that this machine, or the container that the run is in, can still give."""
     free = float(psutil.virtual_memory().available)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat"))
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        cached = re.search(r"^inactive_file (\d+)", stat.read_text(), re.MULTILINE)  # files that were read: given back
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + (int(cached[1]) if cached else 0))
     return free
 
 
@@ -102,43 +116,54 @@ def _shortage(plan: Plan) -> str:
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
-def _way_out(run: Config, name: StageName, plan: Plan, words: Sequence[str]) -> str:
-    """The nearest launch that fits, of the same GPUs."""
+def _way_out(run: Config, plan: Plan, words: Sequence[str]) -> str:
+    """The nearest launch that fits all stages, of the same GPUs."""
+    if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
+        return "take a launch with more ZeRO or offload on these machines"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None)
-    stage = stage_of(dataclasses.replace(run, memory=asked), name, plan.way.strategy.half)
-    ranks = plan.way.strategy.num_ranks
-    tried = [fit(stage, name, way, plan.room, plan.host_room) for way in ways(ranks, plan.way.strategy.half)]
-    best = _fastest(tried)
+    free = dataclasses.replace(run, memory=asked)
+    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room)
+    best = _fastest(table)
     if best is None:
-        return _nothing_fits(tried)
-    return f"the nearest that fits: {command(best.way, _without_memory(words))}"
+        return _nothing_fits(table)
+    return f"the nearest that fits: {command(best[0].way, _without(words, '--memory.'))}"
 
 
-def _fastest(tried: Sequence[Plan]) -> Plan | None:
-    """Moments in 8 bits change the losses a little: they are for where nothing else fits."""
-    fitting = [plan for plan in tried if plan.fits]
-    return min(fitting, key=lambda plan: (plan.way.adam_8bit, plan.seconds), default=None)
+def _table(run: Config, gpus: int, room: float | None, host_room: float | None) -> Table:
+    """Every stage by every way."""
+    stages: dict[StageName, Stage] = {name: stage_of(run, name) for name in run.stages}
+    return {name: [fit(stage, name, way, room, host_room) for way in ways(gpus)] for name, stage in stages.items()}
 
 
-def _nothing_fits(tried: Sequence[Plan]) -> str:
-    least = min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
-    gpu, host = (least.gpu_peak + least.allowance) / GIB, least.host_peak / GIB
-    takes = f"takes {gpu:.1f} GiB of it and {host:.1f} GiB of host memory (predicted)"
-    least_of_gpu = f"what needs the least GPU memory, {least.way.name}, {takes}"
-    return f"nothing fits: {least_of_gpu}; take a smaller model or more GPUs"
+def _fastest(table: Table) -> list[Plan] | None:
+    """The plans of the way that fits all stages and takes the least time over them.
+
+    Moments in 8 bits change the losses a little: they are for where nothing else fits.
+    """
+    columns = [list(plans) for plans in zip(*table.values(), strict=True)]
+    fitting = [plans for plans in columns if all(plan.fits for plan in plans)]
+    return min(fitting, key=lambda p: (p[0].way.adam_8bit, sum(plan.seconds for plan in p)), default=None)
 
 
-def _without_memory(words: Sequence[str]) -> list[str]:
-    """A command line without its --memory options."""
-    kept, skip = [], False
+def _nothing_fits(table: Table) -> str:
+    for name, plans in table.items():
+        if not any(plan.fits for plan in plans):
+            least = min(plans, key=lambda plan: plan.gpu_peak + plan.allowance)
+            gpu, host = (least.gpu_peak + least.allowance) / GIB, least.host_peak / GIB
+            takes = f"takes {gpu:.1f} GiB of it and {host:.1f} GiB of host memory (predicted)"
+            why = f"{name}: what needs the least GPU memory, {least.way.name}, {takes}"
+            return f"nothing fits: {why}; take a smaller model or more GPUs"
+    return "no one launch fits all stages; ask for each with --stage"
+
+
+def _without(words: Sequence[str], *options: str) -> list[str]:
+    """A command line without the options that begin so, and their values."""
+    kept, value_follows = [], False
     for word in words:
-        if word.startswith("--memory."):
-            skip = "=" not in word
-        elif skip and not word.startswith("--"):
-            skip = False
-        else:
-            skip = False
+        gone = word.startswith(options) or (value_follows and not word.startswith("--"))
+        if not gone:
             kept.append(word)
+        value_follows = gone and word.startswith("--") and "=" not in word
     return kept
 
 
@@ -147,7 +172,11 @@ def _without_memory(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def out_of_memory_told(
-    accelerator: Accelerator, name: StageName, plan: Plan, drop: Callable[[], None], save: Callable[[], Path | None]
+    accelerator: Accelerator,
+    name: StageName,
+    plan: Plan,
+    drop: Callable[[], None] | None = None,
+    save: Callable[[], Path | None] | None = None,
 ) -> Iterator[None]:
     """Turn running out of memory into one line that says what to do, after what was trained has been saved.
 
@@ -171,26 +200,19 @@ def out_of_memory_told(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    drop()
-    kept = save() if accelerator.num_processes == 1 else None
+    if drop:
+        drop()
+    kept = save() if save and accelerator.num_processes == 1 else None
     predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
     again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
     tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
-    raise UserError(f"{name}: {tried}; {again} {_smaller(plan)} [{said}]")
+    raise UserError(f"{name}: {tried}; {again} {plan.otherwise} [{said}]")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host under a run on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _smaller(plan: Plan) -> str:
-    """The option to try next."""
-    size = plan.share.micro_batch
-    if size == 1:
-        return "another launch" if plan.way.offload_activations else "--memory.offload_activations"
-    part = size * plan.share.accumulation
-    return f"--memory.micro_batch {max(n for n in range(1, size) if part % n == 0)}"
+    """Of a device, of cuBLAS and cuDNN on it, of pinned memory, or of the host under a run on the CPU."""
+    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 # ---- python -m sapiens_accel.memory
@@ -211,17 +233,15 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
     room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
     run = config.load(rest, prog="python -m sapiens_accel.memory")
-    table: Table = {name: _table(run, name, asked.gpus, room, host_room) for name in run.stages}
-    best = _fastest_of_all(table)
-    words = [word for word in rest if word != "--print_config"]
+    table = _table(run, asked.gpus, room, host_room)
+    best = _fastest(table)
+    words = _without(rest, "--memory.offload_activations", "--memory.adam_8bit")  # each way says for itself
     if asked.json:
         print(json.dumps(_as_json(table, best, words), indent=2))
     else:
         _show(run, table, best, words, asked)
     if best is None:
-        too_big = {name: plans for name, plans in table.items() if not any(plan.fits for plan in plans)}
-        why = (f"{name}: {_nothing_fits(plans)}" for name, plans in too_big.items())
-        raise UserError(next(why, "no launch fits all stages; ask for each with --stage"))
+        raise UserError(_nothing_fits(table))
 
 
 def bytes_of(option: str, text: str) -> float:
@@ -235,18 +255,6 @@ def bytes_of(option: str, text: str) -> float:
     if not found or unit is None or float(found[1]) == 0:
         raise UserError(f"--{option} {text}: expected a size with its unit, such as 16GiB, 24GB or 15360MiB")
     return float(found[1]) * unit
-
-
-def _table(run: Config, name: StageName, gpus: int, room: float, host_room: float) -> list[Plan]:
-    stage = stage_of(run, name)
-    return [fit(stage, name, way, room, host_room) for way in ways(gpus)]
-
-
-def _fastest_of_all(table: Table) -> list[Plan] | None:
-    """The plans of the way that fits all stages and takes the least time over them."""
-    columns = [list(plans) for plans in zip(*table.values(), strict=True)]
-    fitting = [plans for plans in columns if all(plan.fits for plan in plans)]
-    return min(fitting, key=lambda p: (p[0].way.adam_8bit, sum(plan.seconds for plan in p)), default=None)
 
 
 def _as_json(table: Table, best: list[Plan] | None, words: Sequence[str]) -> dict[str, Any]:

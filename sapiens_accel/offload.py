@@ -3,8 +3,10 @@
 With checkpointed blocks, what is saved are the blocks' inputs: 2 * tokens * width bytes a person and block in 16 bits.
 """
 
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 SMALLEST = 2**20  # bytes; less is not worth a copy
+LEAVING = 2  # tensors on their way to the host before the arithmetic waits for the first of them
 
 
 def offloaded(device: torch.device, *, wanted: bool) -> AbstractContextManager:
@@ -25,8 +28,10 @@ class _Waiting:
 
     index: int
     host: Tensor
+    device: torch.device
     on_device: Tensor | None = None
-    ready: Any = None  # the event of its arrival
+    arrived: Any = None  # a CUDA event
+    used: bool = False
 
 
 class _Offload(saved_tensors_hooks):
@@ -41,27 +46,34 @@ class _Offload(saved_tensors_hooks):
 class _Copies:
     """Copies on a stream of their own, and in the backward one tensor ahead of what is asked for.
 
-    A parameter is not moved (it stays on the device anyway), nor is what is small.
+    A parameter is not moved (it stays on the device anyway), nor is what is small. All device memory is the compute
+    stream's: it waits for a copy before memory that the copy reads or writes is used again, so no more than LEAVING
+    tensors are on their way out and one on its way in, however far Python runs ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
         self.waiting: list[_Waiting] = []
+        self.leaving: deque[tuple[Tensor, Any]] = deque()
+        self.ahead: _Waiting | None = None
 
     def pack(self, tensor: Tensor) -> "Tensor | _Waiting":
         whole = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
         if isinstance(whole, torch.nn.Parameter) or tensor.nbytes < SMALLEST or tensor.device.type != self.device.type:
             return tensor
         if self.stream is None:
-            item = _Waiting(index=len(self.waiting), host=tensor.clone())
+            host = tensor.clone()
         else:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            compute = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(compute)
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self.stream)  # its memory is not given away before the copy is done
-            item = _Waiting(index=len(self.waiting), host=host)
+            self.leaving.append((tensor, self.stream.record_event()))
+            if len(self.leaving) > LEAVING:
+                compute.wait_event(self.leaving.popleft()[1])
+        item = _Waiting(index=len(self.waiting), host=host, device=tensor.device)
         self.waiting.append(item)
         return item
 
@@ -70,18 +82,32 @@ class _Copies:
             return item
         if self.stream is None:
             return item.host
-        self._fetch(item)
-        if item.index:  # the backward goes from the last one to the first
-            self._fetch(self.waiting[item.index - 1])
-        tensor, current = item.on_device, torch.cuda.current_stream(self.device)
-        assert tensor is not None and item.ready is not None
-        current.wait_event(item.ready)
-        tensor.record_stream(current)
-        item.on_device = None
+        compute = torch.cuda.current_stream(self.device)
+        while self.leaving:
+            compute.wait_event(self.leaving.popleft()[1])
+        if self.ahead is not None and self.ahead is not item:  # fetched, and not asked for
+            compute.wait_event(self.ahead.arrived)
+            self.ahead.on_device = None
+        tensor = self._fetch(item)
+        compute.wait_event(item.arrived)
+        item.on_device, item.used, self.ahead = None, True, None
+        if item.index and not self.waiting[item.index - 1].used:  # the backward goes from the last to the first
+            self.ahead = self.waiting[item.index - 1]
+            self._fetch(self.ahead)
         return tensor
 
-    def _fetch(self, item: _Waiting) -> None:
-        if item.on_device is None and self.stream is not None:
+    def _fetch(self, item: _Waiting) -> Tensor:
+        if item.on_device is None:
+            assert self.stream is not None
+            item.on_device = torch.empty_like(item.host, device=item.device, pin_memory=False)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                item.on_device = item.host.to(self.device, non_blocking=True)
-                item.ready = self.stream.record_event()
+                item.on_device.copy_(item.host, non_blocking=True)
+            item.arrived = self.stream.record_event()
+        return item.on_device
+
+
+@lru_cache
+def _stream(device: torch.device) -> Any:
+    """One for each device: the allocator keeps memory apart by stream."""
+    return torch.cuda.Stream(device)

@@ -6,6 +6,7 @@ allocates; the activations are measured on fake tensors (`footprint`).
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ GIB = 2**30
 # Not measured yet: allowances, to be calibrated on a GPU.
 CONTEXT = 1.0 * GIB  # of a card's memory: CUDA, its libraries, the display
 WORKSPACE = 0.125 * GIB  # of cuBLAS and cuDNN
+NCCL = 0.25 * GIB  # of the ranks' communication
 FRAGMENTATION = 0.04  # of what comes and goes in a step
 PROCESS = 3.0 * GIB  # of host memory: Python, torch and CUDA's side of it
 WORKER = 0.6 * GIB  # of host memory: a decoding process
@@ -68,6 +70,7 @@ class Plan:
         seconds: of one optimizer step, to compare ways with each other and for nothing else.
         room: bytes of a device that may be used; None where memory does not limit.
         host_room: likewise of the host.
+        otherwise: the options to try if memory runs out all the same.
     """
 
     way: Way
@@ -80,6 +83,7 @@ class Plan:
     seconds: float = 0.0
     room: float | None = None
     host_room: float | None = None
+    otherwise: str = ""
 
     @property
     def gpu_peak(self) -> float:
@@ -174,7 +178,8 @@ def need(
     strategy, accumulates = way.strategy, share.accumulation > 1
     plain = strategy.zero == 0
     prints = stage.prints(plain and strategy.half)
-    p, n = share.micro_batch * (1 + stage.ratio), layout.head_chunk or share.micro_batch * (1 + stage.ratio)
+    p = share.micro_batch * (1 + stage.ratio)
+    n = min(p, layout.head_chunk or p)
     state = state_bytes(stage, way, accumulates)
     gradients = state.pop("gradients")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
@@ -227,7 +232,7 @@ def need(
         "head_chunk": prints.head(p, n),
         "block_working_set": phases.get("first", {}).get("block_working_set", 0.0),
     }
-    workspace = WORKSPACE + FRAGMENTATION * sum(moving.values()) if cuda else 0.0
+    workspace = WORKSPACE + FRAGMENTATION * sum(moving.values()) + (NCCL if ranks > 1 else 0.0) if cuda else 0.0
     waiting = _pinned([kept]) * checkpointed if way.offload_activations else 0.0
     return Plan(
         way=way,
@@ -250,7 +255,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     sixteen = strategy.half and strategy.zero > 0
     word = 2 if sixteen else 4
     # Accumulated in fp32 (`distributed.prepare`); DeepSpeed then keeps the sum on the device, offloading or not.
-    summed = 4 if accumulates else word
+    summed = 4 if accumulates and strategy.bf16 else word
     part = learning / ranks
     weights = word * everything / (ranks if strategy.zero == 3 else 1)
     state = {
@@ -266,7 +271,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     if strategy.offload:
         state |= {"masters": 0.0, "adam": 0.0}
         state["zero_buckets"] += word * stage.largest
-        if not accumulates or strategy.zero == 3:
+        if not (accumulates and strategy.bf16) or strategy.zero == 3:
             state["gradients"] = 0.0
     return state
 
@@ -283,7 +288,7 @@ def _host(stage: Stage, way: Way, accumulates: bool, waiting: float) -> dict[str
         state["gradients"] = here * _pinned([4 * size for size in groups])
         state["adam"] = here * sum(8 * size for size in groups)
         state["weights"] = here * _pinned([2 * size for size in groups])
-        if accumulates and strategy.zero == 3:
+        if accumulates and (strategy.zero == 3 or not strategy.bf16):
             state["gradients"] += 4.0 * stage.num_learning * here / ranks
     if strategy.offload_weights:
         state["weights"] = 2.0 * stage.num_parameters * here / ranks
@@ -337,13 +342,15 @@ def fit(
         raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: the network has {stage.depth}")
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
-    all_blocks = [stage.depth] if way.offload_activations else list(range(stage.depth + 1))
+    # A whole block of ZeRO-3 would keep its gathered weights; and what is offloaded should be little.
+    every = way.offload_activations or way.strategy.zero == 3
+    all_blocks = [stage.depth] if every and room is not None else list(range(stage.depth + 1))
     blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
     if room is None:  # memory does not limit: nothing is computed twice
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
         return Plan(way=way, share=share, layout=layout)
-    plan = None
+    tried = []
     for size in sizes:
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
         for checkpointed in blocks:
@@ -354,8 +361,8 @@ def fit(
                 spends = not last and plan.gpu_peak + plan.allowance > SPENT * room
                 if plan.fits and not spends:
                     return plan
-    assert plan is not None
-    return plan
+                tried.append(plan)
+    return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
 
 
 def _chunks(
@@ -396,7 +403,7 @@ def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int 
 # ---- The ways
 
 
-def ways(num_ranks: int, half: bool = True) -> list[Way]:
+def ways(num_ranks: int) -> list[Way]:
     """Every way that `accelerate_configs/` launches, for this many GPUs of one machine."""
     folder = Path(__file__).parent.parent
     found = []
@@ -404,7 +411,7 @@ def ways(num_ranks: int, half: bool = True) -> list[Way]:
     def add(name: str, launch: str, **options: Any) -> None:
         file = folder / "ds_configs" / f"{launch}.json"
         zero = json.loads(file.read_text())["zero_optimization"] if launch.startswith("zero") else {}
-        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, half=half)
+        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, precision="bf16")
         found.append(Way(name=name, launch=launch, strategy=strategy, **options))
 
     plain = "single_gpu" if num_ranks == 1 else "multi_gpu"
@@ -425,4 +432,4 @@ def command(way: Way, words: Sequence[str]) -> str:
     """The launch of train.py in this way, with these arguments."""
     ranks = way.strategy.num_ranks
     launch = f"accelerate launch --config_file accelerate_configs/{way.launch}.yaml --num_processes {ranks} train.py"
-    return " ".join([launch, *words, *way.options()])
+    return " ".join([launch, shlex.join(words), *way.options()])

@@ -105,6 +105,7 @@ def test_the_predicted_peak_under_zero2_is_the_allocators(tmp_path: Path) -> Non
         (Strategy(zero=2, half=False), {}, 1, 4 + 4 + 4 + 8),
         (Strategy(zero=2, offload=True), {}, 1, 2),
         (Strategy(zero=2, offload=True), {}, 2, 2 + 4),  # DeepSpeed keeps an fp32 sum on the device
+        (Strategy(zero=2, offload=True, bf16=False), {}, 2, 2),  # in fp16 the sum is on the host
         (Strategy(zero=3, num_ranks=4), {}, 1, (2 + 2 + 4 + 8) / 4),
         (Strategy(zero=3, offload=True, offload_weights=True), {}, 1, 0),
     ],
@@ -242,6 +243,35 @@ def test_host_memory_short_for_offload_is_said() -> None:
     words = ("--recipe", "sapiens_2b_coco", "--stage", "phase2")
     with pytest.raises(UserError, match=r"phase2: needs \d+\.\d GiB of host memory \(predicted\), 16\.0 GiB are free"):
         memory.planned(config.load(words), way("zero2_offload").strategy, ROOM, 16 * GIB, words)
+
+
+def test_what_to_try_next_takes_less() -> None:
+    """Accumulating brings fp32 sums onto the device: for the 1B, offloading activations saves and 16 people do not."""
+    chosen = planned("sapiens_1b_coco", 15, "--stage=phase2", strategy=way("zero2_offload").strategy)["phase2"]
+    assert chosen.share.micro_batch == 32 and chosen.otherwise == "--memory.offload_activations"
+    chosen = planned("sapiens_0.3b_coco", 15, "--stage=phase2")["phase2"]
+    size = int(chosen.otherwise.removeprefix("--memory.micro_batch "))
+    smaller = plan.fit(
+        counted("sapiens_0.3b_coco", "phase2", f"--memory.micro_batch={size}"), "", way("zero2"), ROOM, None
+    )
+    assert size < 32 and smaller.gpu_peak < 0.95 * chosen.gpu_peak
+
+
+def test_a_chunk_holds_no_more_people_than_there_are() -> None:
+    stage = counted("sapiens_0.3b_coco", "phase2")
+    share = Share(rank=0, num_ranks=1, micro_batch=4, accumulation=8)
+    peaks = [
+        plan.need(stage, way("zero2"), share, Layout(checkpointed_blocks=24, head_chunk=chunk), None, None).gpu_peak
+        for chunk in (4, 64)
+    ]
+    assert peaks[0] == peaks[1]
+
+
+def test_the_command_is_what_a_shell_takes() -> None:
+    words = ["--stage", "phase2", "--memory.adam_8bit", "true", "--output_dir", "a b", "--memory.offload_activations"]
+    kept = memory._without(words, "--memory.offload_activations", "--memory.adam_8bit")
+    assert kept == ["--stage", "phase2", "--output_dir", "a b"]
+    assert plan.command(way("8bit"), kept).endswith("train.py --stage phase2 --output_dir 'a b' --memory.adam_8bit")
 
 
 @pytest.mark.parametrize(

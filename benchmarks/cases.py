@@ -1,0 +1,145 @@
+"""Which cases are measured, and what is predicted of them before."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from subject import Case, run_of
+
+from sapiens_accel import memory
+from sapiens_accel.config import StageName, UserError
+from sapiens_accel.data import Share
+from sapiens_accel.model import Layout
+from sapiens_accel.plan import GIB, IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
+
+REAL_HW, REAL_BATCH = (512, 384), 32
+
+# What this project set itself: GiB of a GPU at 512x384, as one micro-batch of 32.
+BARS: dict[tuple[str, StageName, str], float] = {
+    ("sapiens_0.3b", "phase2", "zero2"): 8.0,
+    ("sapiens_1b", "phase2", "zero2_offload"): 9.5,
+    ("sapiens_2b", "phase2", "zero2_offload"): 13.5,
+}
+# Predicted where there is no GPU to measure them.
+REAL: tuple[tuple[str, StageName, str], ...] = (
+    *BARS,
+    ("sapiens_1b", "ssl", "zero2_offload"),
+    ("sapiens2_5b", "phase2", "zero3_offload"),
+    ("sapiens2_5b", "phase2", "zero3_offload+activations"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A case and its plan; `on_gpu` says for which device it was made."""
+
+    case: Case
+    stage: Stage
+    plan: Plan
+    on_gpu: bool
+
+    @property
+    def bar(self) -> float | None:
+        """Bytes of the project's own goal, where it has one for this case."""
+        real = (self.case.input_hw, self.case.micro_batch, self.case.accumulation) == (REAL_HW, REAL_BATCH, 1)
+        gib = BARS.get((self.case.model, self.case.stage, self.case.way)) if real else None
+        return None if gib is None else gib * GIB
+
+    @property
+    def floor(self) -> float | None:
+        """Bytes without which no checkpointed training of this micro-batch and chunk does, state left aside.
+
+        Weights, the blocks' inputs, one block computed again, one chunk of the head. None where no block learns.
+        """
+        layout = Layout(checkpointed_blocks=self.stage.depth, head_chunk=self.plan.layout.head_chunk)
+        plan = need(self.stage, self.plan.way, self.plan.share, layout, None, None, cuda=self.on_gpu)
+        strategy, people = plan.way.strategy, plan.share.micro_batch * (1 + self.stage.ratio)
+        parts = {**plan.later, **plan.gpu}
+        if "block_working_set" not in parts:
+            return None
+        kept = self.stage.prints(strategy.zero == 0 and strategy.half).kept(people)
+        inputs = kept * (min(IN_FLIGHT, self.stage.depth) if plan.way.offload_activations else self.stage.depth)
+        return parts.get("weights", 0.0) + inputs + parts["block_working_set"] + parts["head_chunk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the command line asks for: every combination of it; `batch` labelled people of `input_hw` px in a step."""
+
+    models: Sequence[str]
+    stages: Sequence[StageName]
+    ways: Sequence[str]
+    input_hw: tuple[int, int]
+    batch: int
+
+    def stage_by_stage(self, half: bool = True) -> Iterator[tuple[str, StageName, Stage]]:
+        for model in self.models:
+            for name in self.stages:
+                yield model, name, stage_of(run_of(model, name, self.input_hw, self.batch), name, half)
+
+
+def on_gpu(wanted: Wanted, limit: int) -> Iterator[Planned]:
+    """Planned for `limit` bytes of the device, as train.py would."""
+    for model, name, stage in wanted.stage_by_stage():
+        for way in wanted.ways:
+            plan = fit(stage, name, way_of(way), limit, memory.free_host_bytes())
+            yield Planned(case=case_of_plan(model, name, wanted.input_hw, plan), stage=stage, plan=plan, on_gpu=True)
+
+
+def on_cpu(wanted: Wanted, half: bool) -> Iterator[Planned]:
+    """In layouts that differ in what they keep, in fp32 or with 16-bit arithmetic."""
+    for model, name, stage in wanted.stage_by_stage(half):
+        for way in wanted.ways:
+            for layout, times in _layouts(stage, name):
+                share = Share(rank=0, num_ranks=1, micro_batch=wanted.batch // times, accumulation=times)
+                plan = need(stage, way_of(way, half), share, layout, None, None, cuda=False)
+                case = case_of_plan(model, name, wanted.input_hw, plan)
+                yield Planned(case=case, stage=stage, plan=plan, on_gpu=False)
+
+
+def on_a_missing_gpu(limit: int) -> Iterator[Planned]:
+    """The cases of `REAL` for a GPU with `limit` bytes for torch, whatever the host has."""
+    for model, name, way in REAL:
+        stage = stage_of(run_of(model, name, REAL_HW, REAL_BATCH), name)
+        plan = fit(stage, name, way_of(way), limit, None)
+        yield Planned(case=case_of_plan(model, name, REAL_HW, plan), stage=stage, plan=plan, on_gpu=True)
+
+
+def way_of(name: str, half: bool = True) -> Way:
+    """A way on one device, by its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = {way.name: way for way in ways(1, half)}
+    if name not in found:
+        raise UserError(f"--ways {name}: no such way; there are: {', '.join(found)}")
+    return found[name]
+
+
+def _layouts(stage: Stage, name: StageName) -> list[tuple[Layout, int]]:
+    """Layouts with how often they accumulate: all blocks checkpointed, half, none; small chunks of the head, or one."""
+    everything = Layout(checkpointed_blocks=stage.depth, head_chunk=2)
+    some: list[tuple[Layout, int]] = [(everything, 1), (everything, 2)]
+    if name == "phase2":
+        some.append((Layout(checkpointed_blocks=stage.depth // 2, head_chunk=None), 1))
+        some.append((Layout(checkpointed_blocks=0, head_chunk=2), 1))
+    return some
+
+
+def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> Case:
+    """What the plan says, with everything that a process of its own needs to run it."""
+    way, layout, share = plan.way, plan.layout, plan.share
+    return Case(
+        model=model,
+        stage=stage,
+        way=way.name,
+        launch=way.launch,
+        precision="bf16" if way.strategy.half else "no",
+        input_hw=hw,
+        micro_batch=share.micro_batch,
+        accumulation=share.accumulation,
+        checkpointed_blocks=layout.checkpointed_blocks,
+        head_chunk=layout.head_chunk,
+        offload_activations=way.offload_activations,
+        adam_8bit=way.adam_8bit,
+    )

@@ -1,0 +1,78 @@
+"""The benchmarks as a user starts them, at their smallest: what they promise to write, and that the plan is right."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sapiens_accel.config import UserError
+from sapiens_accel.plan import GIB
+
+ROOT = Path(__file__).parents[1]
+WITHOUT_A_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # what these tests measure is the CPU's, wherever they run
+
+pytestmark = pytest.mark.launch
+
+
+def benchmark(name: str, out: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    """Run it and read what it wrote."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--out", str(out), *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **WITHOUT_A_GPU}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
+    words = ["--models", "sapiens_tiny", "--stages", "phase2", "--precisions", "no", "--measured_only", "--batch", "4"]
+    found = benchmark("memory", tmp_path / "memory.json", *words, "--ways", "plain", "8bit+activations")
+    assert found["benchmark"] == "memory" and found["device"]["kind"] == "cpu" and found["unit"] == "bytes"
+    assert {"python", "torch", "transformers", "accelerate", "deepspeed"} <= set(found["versions"])
+    assert {"date", "command", "cpus", "idle", "limit", "batch"} <= set(found)
+    measured = [case for case in found["cases"] if case["way"] == "plain"]
+    layouts = {(case["checkpointed_blocks"], case["head_chunk"], case["accumulation"]) for case in measured}
+    assert layouts == {(4, 2, 1), (4, 2, 2), (2, None, 1), (0, 2, 1)}
+    for case in measured:
+        assert case["outcome"] == "measured"
+        assert case["predicted"] == pytest.approx(case["measured"], rel=0.03), case
+        assert sum(case["parts"].values()) == pytest.approx(case["predicted"], abs=len(case["parts"]))
+    elsewhere = [case for case in found["cases"] if case["way"] != "plain"]
+    assert {(case["measured"], case["outcome"]) for case in elsewhere} == {(None, "needs a GPU")}
+
+
+def test_the_peer_starts_with_the_same_loss(tmp_path: Path) -> None:
+    words = ["--input_hw", "64", "48", "--batch", "2", "--steps", "1", "--repetitions", "2", "--warm_up", "1"]
+    words += ["--peak_tflops", "0.1", "--min_ratio", "1e6"]
+    found = benchmark("throughput", tmp_path / "throughput.json", *words, code=1)  # nothing is a million times faster
+    assert found["benchmark"] == "throughput" and found["peak_tflops"] == 0.1
+    assert {"date", "command", "versions", "cpus", "idle", "repetitions", "steps"} <= set(found)
+    assert [case["model"] for case in found["cases"]] == ["sapiens_tiny", "sapiens2_tiny"]
+    for case in found["cases"]:
+        assert case["losses"]["ours"] == pytest.approx(case["losses"]["peer"], rel=1e-5)
+        runners = {"ours", "ours_checkpointed", "ours_chunked"}
+        assert set(case["people_per_second"]) == {*runners, "peer"} == set(case["mfu"])
+        assert set(case["ratio"]) == runners
+        for spread in (*case["people_per_second"].values(), *case["ratio"].values(), case["chunks_cost"]):
+            assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
+
+
+def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cases = importlib.import_module("cases")
+    wanted = cases.Wanted(models=["sapiens_0.3b"], stages=["phase2"], ways=["zero2"], input_hw=(512, 384), batch=32)
+    (planned,) = cases.on_gpu(wanted, 15 * GIB)
+    case, plan = planned.case, planned.plan
+    assert (case.launch, case.precision, case.micro_batch, case.accumulation) == ("zero2", "bf16", 32, 1)
+    assert planned.bar == 8 * GIB > plan.gpu_peak  # the project's goal, by its own prediction
+    # By hand: weights in bf16, and of 24 blocks the inputs, 32 people of 32 x 24 tokens of 1024 channels in bf16.
+    least = 2 * planned.stage.num_parameters + 24 * 32 * 768 * 1024 * 2
+    assert least < planned.floor < least + 3 * GIB
+    subject = importlib.import_module("subject")
+    assert subject.case_of(json.loads(json.dumps(case.as_json()))) == case
+    with pytest.raises(UserError, match="--ways zero9: no such way; there are: plain, "):
+        cases.way_of("zero9")
