@@ -1,7 +1,7 @@
 """Which cases are measured, and what is predicted of them before."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from subject import Case, run_of
 
@@ -105,15 +105,15 @@ def on_a_missing_gpu(limit: int) -> Iterator[Planned]:
 
 
 def way_of(name: str, half: bool = True) -> Way:
-    """A way on one device, by its name.
+    """A way on one device, by its name, in bf16 or in fp32.
 
     Raises:
         UserError: there is none.
     """
-    found = {way.name: way for way in ways(1, half)}
+    found = {way.name: way for way in ways(1)}
     if name not in found:
         raise UserError(f"--ways {name}: no such way; there are: {', '.join(found)}")
-    return found[name]
+    return replace(found[name], strategy=replace(found[name].strategy, half=half, bf16=half))
 
 
 def _layouts(stage: Stage, name: StageName) -> list[tuple[Layout, int]]:

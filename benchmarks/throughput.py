@@ -104,7 +104,7 @@ def compare(accelerator: Accelerator, name: str, asked: argparse.Namespace, peak
     run = run_of(name, "phase2", asked.input_hw, asked.batch, f"--memory.micro_batch={asked.batch}")
     model, batch = network(run, "phase2"), people(asked.batch, 0, asked.input_hw, device)
     theirs, loss_of_peer = peer(accelerator, run, model, batch)
-    plan = planned(accelerator, run, asked.limit)
+    plan = planned(accelerator, run)
     case = replace(case_of_plan(name, "phase2", asked.input_hw, plan), precision=accelerator.mixed_precision)
     ours = stepping(accelerator, case, model, repeat(batch))
     loss = float(next(ours)[1]["loss"])
@@ -141,15 +141,13 @@ def _started(accelerator: Accelerator, run: Config, model: SapiensPose, batch: B
     return stream, float(next(stream))
 
 
-def planned(accelerator: Accelerator, run: Config, limit: float) -> Plan:
+def planned(accelerator: Accelerator, run: Config) -> Plan:
     """Ours, in what the peer leaves free; on a CPU nothing is computed twice.
 
     Raises:
         UserError: it does not fit.
     """
     strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
-    if room is not None:
-        room = min(room, limit - torch.cuda.memory_allocated(accelerator.device))
     name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
     stage = stage_of(run, "phase2", strategy.half)
     plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), room, None)

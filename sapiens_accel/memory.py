@@ -90,7 +90,9 @@ def _otherwise(stage: Stage, plan: Plan) -> str:
     for size in (n for n in range(plan.share.micro_batch - 1, 0, -1) if part % n == 0):
         share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
         if plan.room is None or need(stage, plan.way, share, plan.layout, None, None).gpu_peak < 0.95 * plan.gpu_peak:
-            return f"--memory.micro_batch {size}"
+            # Planned anew, blocks would be kept whole in the room that this makes.
+            blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {plan.layout.checkpointed_blocks}"
+            return f"--memory.micro_batch {size}{blocks}"
     if not plan.way.offload_activations:
         return "--memory.offload_activations"
     return "another launch: python -m sapiens_accel.memory lists them"
