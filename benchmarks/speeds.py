@@ -35,7 +35,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def text(row: Row) -> str:
     """A model for the terminal."""
-    blocks = f"{row['checkpointed_blocks']} blocks checkpointed, head in chunks of {row['head_chunk'] or 'all'}"
+    head = f"head in chunks of {row['head_chunk']}" if row["head_chunk"] else "head in one chunk"
+    blocks = f"{row['checkpointed_blocks']} blocks checkpointed, {head}"
     lines = [f"\n{row['model']}, {row['way']}, {row['precision']}, {row['micro_batch']} people, {blocks}"]
     for name, rate in row["people_per_second"].items():
         ratio, mfu = (row["ratio"] or {}).get(name), (row["mfu"] or {}).get(name)

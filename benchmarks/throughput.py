@@ -53,7 +53,10 @@ def main(words: Sequence[str]) -> None:
     print(f"{device}, people a second: median (lowest to highest) of {asked.repetitions}")
     rows = []
     for name in asked.models:
-        rows.append(compare(accelerator, name, asked, peak))
+        try:
+            rows.append(compare(accelerator, name, asked, peak))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{name}: ours ran out of memory beside the peer; take a smaller --batch") from error
         print(text(rows[-1]), flush=True)
         record.write(path, heading, cases=rows)
         accelerator.free_memory()
