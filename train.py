@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
     with accelerator.main_process_first():
-        sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).teacher for stage in run.stages))
+        sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     accelerator.print(sets)
     folder = Path(run.output_dir)
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
@@ -138,6 +138,7 @@ def build_objective(
         lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
         plan.teacher,
         SKELETON.mirror,
+        names=SKELETON.names,
         num_steps=schedule,
         gather=partial(distributed.gather, accelerator),
         autocast=distributed.autocast_dtype(accelerator),

@@ -99,7 +99,7 @@ def people(num: int, unlabelled: int, input_hw: tuple[int, int], device: torch.d
 
 def num_unlabelled(plan: StageConfig, num: int) -> int:
     """Unlabelled people that come with so many labelled ones."""
-    return num * plan.teacher.ratio if plan.teacher else 0
+    return num * plan.ratio
 
 
 def network(run: Config, stage: StageName) -> SapiensPose:
@@ -128,6 +128,7 @@ def stepping(
             lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
             plan.teacher,
             SKELETON.mirror,
+            names=SKELETON.names,
             num_steps=SCHEDULE,
             gather=lambda tensor: tensor,
             autocast=distributed.autocast_dtype(accelerator),

@@ -182,9 +182,27 @@ class TeacherConfig:
     ramp: float = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
     ratio: int = 1
-    """Unlabelled people for each labelled one in a batch."""
+    """Unlabelled people for each labelled one in a batch. 0: none; the labelled people alone, and their average."""
+    loss: Literal["kl", "mse", "literal"] = "kl"
+    """How the student is compared with the teacher: kl (of log-heatmap softmaxes), mse, or literal: softmaxes of raw
+    heatmaps, the teacher's alone sharpened. The last makes a model worse (README) and is here to be compared with."""
+    target: Literal["rendered", "heatmap"] = "rendered"
+    """With what: a target drawn anew at the teacher's keypoints, or its heatmap itself, warped into the student's view
+    (mse with it is PoseCons, https://arxiv.org/abs/2011.12498). literal takes the heatmap in any case."""
+    confidence: Literal["keypoint", "raw"] = "keypoint"
+    """What the threshold holds against: the teacher's peak as a share of what a good keypoint of that kind has (the
+    labels' own noise keeps a hip lower than an eye), or the raw peak. literal takes the raw one in any case."""
     cutout: int = 5
     """Squares of the mean colour put on the student's view, each on one of the teacher's keypoints."""
+
+    @property
+    def compares_maps(self) -> bool:
+        """Whether the student's heatmap is compared with the teacher's own."""
+        return self.target == "heatmap" or self.loss == "literal"
+
+    @property
+    def raw_confidence(self) -> bool:
+        return self.confidence == "raw" or self.loss == "literal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +221,11 @@ class StageConfig:
     """Its optimizer."""
     teacher: TeacherConfig | None = None
     """Present: the stage also learns from unlabelled people."""
+
+    @property
+    def ratio(self) -> int:
+        """Unlabelled people for each labelled one."""
+        return self.teacher.ratio if self.teacher else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,10 +363,18 @@ def _check_values(config: Config) -> None:
         plan = config.of(stage)
         positive |= {f"{stage}.{knob}": getattr(plan, knob) for knob in ("steps", "epochs", "global_batch")}
         if plan.teacher:
-            positive[f"{stage}.teacher.ratio"] = plan.teacher.ratio
+            _check_teacher(stage, plan.teacher)
     for knob, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{knob} {value}: expected a number above 0")
+
+
+def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
+    ranges = {"ema_decay": (0, 1), "threshold": (0, 1), "temperature": (1e-3, 10), "ramp": (0, 1), "weight": (0, 1e6)}
+    for knob, (low, high) in {**ranges, "ratio": (0, 64), "cutout": (0, 64)}.items():
+        value = getattr(teacher, knob)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{stage}.teacher.{knob} {value}: expected {low:g} to {high:g}")
 
 
 def _recipe_name(recipe: str) -> str:

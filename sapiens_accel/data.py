@@ -212,7 +212,7 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self.labelled, self.unlabelled = sets.train, sets.unlabelled
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
-        self.ratio = plan.teacher.ratio if plan.teacher else 0
+        self.ratio = plan.ratio
         self.cutout = plan.teacher.cutout if plan.teacher else 0
         self.pixel_changes = augmenter.pixel_changes()
 

@@ -24,7 +24,7 @@ from sapiens_accel.config import StageConfig
 from sapiens_accel.data import Batch, Labelled, View
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SIZES, Layout, SapiensPose
-from sapiens_accel.objective import MeanTeacher, Objective, PseudoLabels, Supervised
+from sapiens_accel.objective import MeanTeacher, Objective, PseudoLabels, Supervised, Taught
 
 SMALLEST_BLOCK = 512  # bytes: the allocator rounds up to it
 
@@ -83,7 +83,7 @@ def footprint(
     grid = [pixels // size.patch for pixels in input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
     probe = partial(_probe, name, num_keypoints, input_hw, sigma, plan, half=half, cast=cast)
-    group = 1 + (plan.teacher.ratio if plan.teacher else 0)
+    group = 1 + plan.ratio
     small, large, chunked = (probe(p=p * group, n=n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
         part: _line(small[part], large[part], chunked[part], 2 * group)
@@ -154,19 +154,23 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
     if plan.teacher is None:
         return supervised
     keypoints = range(model.num_keypoints)
-    return MeanTeacher(supervised, nn.Linear(1, 1), list, plan.teacher, keypoints, num_steps=1, gather=lambda t: t)
+    names = [str(k) for k in keypoints]
+    network = nn.Linear(1, 1)
+    return MeanTeacher(supervised, network, list, plan.teacher, keypoints, names=names, num_steps=1, gather=lambda t: t)
 
 
 def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:
     """The loss of a micro-batch of p people."""
     (height, width), k = model.input_hw, model.num_keypoints
-    b = p // (1 + (plan.teacher.ratio if plan.teacher else 0))
+    b = p // (1 + plan.ratio)
     view = View(torch.zeros(b, 3, height, width, dtype=torch.uint8), torch.zeros(b, 2, 3), torch.zeros(b))
     batch = Batch(Labelled(view, torch.zeros(b, k, 2), torch.ones(b, k), torch.zeros(b)), None)
-    if plan.teacher is None:
+    if not plan.ratio:
         return lambda: objective.loss(model, batch, None)[0]
     image = torch.zeros(p - b, 3, height, width, dtype=torch.uint8)
-    labels = PseudoLabels(torch.zeros(p - b, k, 2), torch.ones(p - b, k), image, torch.ones(()), {})
+    points_xy, ones = torch.zeros(p - b, k, 2), torch.ones(p - b, k)
+    maps = torch.zeros(p - b, k, *model.heatmap_hw) if plan.teacher and plan.teacher.compares_maps else None
+    labels = PseudoLabels(Taught(points_xy, ones, ones, ones > 0, points_xy, maps), ones, image, torch.ones(()), {})
     return lambda: objective.loss(model, batch, labels)[0]
 
 

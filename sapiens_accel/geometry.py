@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 from torch import Tensor
@@ -92,3 +93,22 @@ def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"
     last = torch.eye(3, dtype=torch.float64, device=weak.device)[2].expand(len(weak), 1, 3)
     square = [torch.cat([matrix.double(), last], dim=1) for matrix in (strong, weak)]
     return (square[0] @ torch.linalg.inv_ex(square[1])[0])[:, :2].to(strong.dtype)
+
+
+def warp_maps(
+    maps: Float[Tensor, "b k h w"], matrices: Float[Tensor, "b 2 3"], input_hw: tuple[int, int]
+) -> Float[Tensor, "b k h w"]:
+    """Heatmaps of one view as another shows them: bilinear, zeros where the first has nothing to say.
+
+    Args:
+        matrices: take points of the first view into the other, input px.
+        input_hw: of both views. A map's corners are the input's (UDP), so shares of the extent are the same in both.
+    """
+    height, width = maps.shape[-2:]
+    x = torch.linspace(0, input_hw[1] - 1, width, device=maps.device)
+    y = torch.linspace(0, input_hw[0] - 1, height, device=maps.device)
+    grid_xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+    identity = torch.eye(2, 3, device=matrices.device).expand_as(matrices)
+    source_xy = apply_batch(strong_from_weak(identity, matrices), grid_xy.expand(len(maps), -1, 2))
+    source_xy = 2 * source_xy / maps.new_tensor([input_hw[1] - 1, input_hw[0] - 1]) - 1
+    return F.grid_sample(maps, source_xy.unflatten(1, (height, width)), align_corners=True)

@@ -7,6 +7,7 @@ precision of the network.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from sapiens_accel.model import PIXEL_MEAN
 
 LOG_FLOOR = 0.02  # eps of `log_linear`
 MIN_KEPT = 4  # keypoints of a person that must be kept for any of them to count
+PEAK_RANGE = (0.3, 1.0)  # of the factor that sharpens a teacher's own map
 CONFIDENCE_MOMENTUM = 0.95
 CONFIDENCE_QUANTILE = 0.9
 CONFIDENCE_FLOOR = 0.2
@@ -42,6 +44,10 @@ class Objective(Protocol):
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
+        ...
+
+    def health(self) -> dict[str, Tensor]:
+        """What is worth looking at now and then; it is asked where logs are written."""
         ...
 
     @property
@@ -88,6 +94,9 @@ class Supervised:
     def after_step(self) -> None:
         pass
 
+    def health(self) -> dict[str, Tensor]:
+        return {}
+
     def result(self, model: nn.Module) -> nn.Module:
         return model
 
@@ -101,10 +110,30 @@ class Supervised:
         pass
 
 
-class PseudoLabels(NamedTuple):
-    """The teacher's keypoints in the student's view: input px, weights (0 = not learnt from), the view with cutouts."""
+class Taught(NamedTuple):
+    """What the teacher says of pairs.
+
+    Attributes:
+        points_xy: keypoints in the strong view, input px, in the strong view's order of left and right.
+        scores: the raw peaks of the teacher's heatmaps.
+        confidence: the scores as shares of what a good keypoint of its kind has, 0 to 1 (or the raw ones, clamped).
+        kept: whether a keypoint is learnt from.
+        weak_xy: keypoints in the weak view, input px, in its own order.
+        maps: the teacher's heatmaps as the strong view shows them, where the loss compares with them.
+    """
 
     points_xy: Float[Tensor, "u k 2"]
+    scores: Float[Tensor, "u k"]
+    confidence: Float[Tensor, "u k"]
+    kept: Bool[Tensor, "u k"]
+    weak_xy: Float[Tensor, "u k 2"]
+    maps: Float[Tensor, "u k h w"] | None
+
+
+class PseudoLabels(NamedTuple):
+    """What the student is to agree with: the teaching, its weights (0 = not learnt from), the view with cutouts."""
+
+    taught: Taught
     weights: Float[Tensor, "u k"]
     image: UInt8[Tensor, "u 3 H W"]
     scale: Float[Tensor, ""]
@@ -122,6 +151,7 @@ class MeanTeacher:
         teacher: a network of its own with the student's weights; its parameters become the moving average, in fp32.
         student_parameters: the student's whole parameters, in the teacher's order, whenever it is called.
         mirror: the skeleton's mirror order.
+        names: of the keypoints, in the logs.
         num_steps: length of the stage; decay and ramp follow from it.
         gather: concatenates a tensor over all ranks along its first dimension.
         autocast: dtype of the teacher's forward; None for fp32.
@@ -135,6 +165,7 @@ class MeanTeacher:
         config: TeacherConfig,
         mirror: Sequence[int],
         *,
+        names: Sequence[str],
         num_steps: int,
         gather: Callable[[Tensor], Tensor],
         autocast: torch.dtype | None = None,
@@ -145,35 +176,42 @@ class MeanTeacher:
         self.num_steps, self.gather, self.autocast = num_steps, gather, autocast
         self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(num_steps)
         device = next(teacher.parameters()).device
-        self.mirror = torch.tensor(mirror, device=device)
+        self.names, self.mirror = names, torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
 
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels]:
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
         """Pseudo-labels of all micro-batches of a step: their weights share one denominator over all ranks."""
-        moved = [self._teach(batch.pair) for batch in batches if batch.pair]
-        scores = torch.cat([scores for _, scores in moved])
-        self._update_reference(self.gather(scores))
-        masks = [self._weigh(points_xy, scores) for points_xy, scores in moved]
-        kept = torch.stack([(weights > 0).sum() for weights in masks]).sum().reshape(1)
+        if self.config.ratio == 0:
+            return [None] * len(batches)
+        views = [(batch.pair, *self._teach(batch.pair)) for batch in batches if batch.pair]
+        self._update_reference(self.gather(torch.cat([scores for _, _, scores, _ in views])))
+        taught = [self._judged(*view) for view in views]
+        kept = torch.stack([labels.kept.sum() for labels in taught]).sum().reshape(1)
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
-        scale = (
-            self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept) / num_kept.sum().clamp_min(1)
-        )
-        logs = self._logs(scores, kept, sum(weights.numel() for weights in masks))
+        factor = self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept)
+        scale, logs = factor / num_kept.sum().clamp_min(1), self._logs(taught, [batch.labelled for batch in batches])
         return [
-            PseudoLabels(points_xy, weights, cut_out(batch.pair, points_xy), scale, logs)
-            for batch, (points_xy, _), weights in zip(batches, moved, masks, strict=True)
+            PseudoLabels(labels, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs)
+            for batch, labels in zip(batches, taught, strict=True)
             if batch.pair
         ]
 
+    @torch.no_grad()
+    def pseudo_labels(self, pair: Pair) -> Taught:
+        """What the teacher says of pairs now; nothing is learnt or remembered."""
+        return self._judged(pair, *self._teach(pair))
+
     def loss(
-        self, model: nn.Module, batch: Batch, prepared: PseudoLabels
+        self, model: nn.Module, batch: Batch, prepared: PseudoLabels | None
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        if prepared is None:
+            return self.supervised.loss(model, batch, None)
         labelled = batch.labelled.view.image
         border = len(labelled)
+        squares = torch.zeros(2, device=labelled.device)  # of the gradients of both losses by the heatmaps
 
         def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
             """The labelled people come first; a chunk may hold some of both."""
@@ -184,16 +222,36 @@ class MeanTeacher:
             num = first.stop - first.start
             supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labelled, first)
             unsupervised = self._agreement(heatmaps[num:], prepared, last)
+            if heatmaps.requires_grad:
+                heatmaps.register_hook(partial(_add_squares, squares, num))
             return torch.stack([supervised, unsupervised])
 
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
         loss, (supervised, unsupervised) = model(torch.cat([labelled, prepared.image]), terms)
-        return loss, {"loss_labelled": supervised, "loss_unlabelled": unsupervised, **prepared.logs}
+        ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        return loss, {
+            "loss_labelled": supervised,
+            "loss_unlabelled": unsupervised,
+            "grad_ratio": ratio,
+            **prepared.logs,
+        }
 
     def _agreement(self, heatmaps: Float[Tensor, "n k h w"], labels: PseudoLabels, people: slice) -> Float[Tensor, ""]:
-        target, _ = self.codec.encode(labels.points_xy[people], labels.weights[people])
-        kl = heatmap_kl(heatmaps, target, self.codec.sigma, self.config.temperature)
-        return labels.scale * (labels.weights[people] * kl).sum()
+        weights, taught, config = labels.weights[people], labels.taught, self.config
+        if taught.maps is None:
+            target, _ = self.codec.encode(taught.points_xy[people], weights)
+        else:
+            target = taught.maps[people]
+        if config.loss == "mse":
+            error = (heatmaps.float() - target).square().mean(dim=(2, 3))
+        elif config.loss == "literal":
+            error = literal_kl(heatmaps, target, config.temperature)
+        else:
+            # Where the map is the teacher's own, its peak says by how much doubt has widened it: T * peak undoes that.
+            peak = taught.scores[people].clamp(*PEAK_RANGE)
+            sharper = 1.0 if taught.maps is None else peak[..., None]
+            error = heatmap_kl(heatmaps, target, self.codec.sigma, config.temperature, sharper)
+        return labels.scale * (weights * error).sum()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -215,16 +273,27 @@ class MeanTeacher:
         self.reference.copy_(state["reference"])
         self.teacher.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
 
-    def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"]]:
-        """The teacher's keypoints in the strong view (input px) and its raw scores, in the strong view's order."""
+    def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
+        """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
         device = pair.weak.image.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             heatmaps = self.teacher(pair.weak.image)
-        points_xy, scores = self.codec.decode(heatmaps)
+        return *self.codec.decode(heatmaps), heatmaps if self.config.compares_maps else None
+
+    def _judged(
+        self, pair: Pair, weak_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"], maps: Tensor | None
+    ) -> Taught:
+        """Into the strong view's frame and order, and which of it is learnt from."""
         matrices = geometry.strong_from_weak(pair.strong.matrix, pair.weak.matrix)
-        points_xy = geometry.apply_batch(matrices, points_xy)
         swapped = pair.weak.flipped != pair.strong.flipped
-        return self._swap(points_xy, swapped), self._swap(scores, swapped)
+        points_xy = self._swap(geometry.apply_batch(matrices, weak_xy), swapped)
+        if maps is not None:
+            maps = self._swap(geometry.warp_maps(maps.float(), matrices, self.codec.input_hw), swapped)
+        # The reference is per kind of keypoint, and both of a mirrored pair have the same kind.
+        confidence, scores = (self._swap(values, swapped) for values in (self._confidence(scores), scores))
+        kept = (confidence > self.config.threshold) & self._inside(points_xy)
+        kept &= kept.sum(dim=1, keepdim=True) >= min(MIN_KEPT, kept.shape[1])
+        return Taught(points_xy, scores, confidence, kept, weak_xy, maps)
 
     def _swap(self, values: Float[Tensor, "u k *rest"], swapped: Bool[Tensor, "u"]) -> Float[Tensor, "u k *rest"]:
         return torch.where(swapped.view(-1, *[1] * (values.ndim - 1)), values[:, self.mirror], values)
@@ -234,21 +303,47 @@ class MeanTeacher:
         mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
         self.reference = torch.where(self.reference == 0, high, mean)
 
-    def _weigh(self, points_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
-        """Normalised confidence where a keypoint is learnt from, else 0."""
-        confidence = (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
+    def _confidence(self, scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
+        if self.config.raw_confidence:
+            return scores.clamp(0, 1)
+        return (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
+
+    def _inside(self, points_xy: Float[Tensor, "u k 2"]) -> Bool[Tensor, "u k"]:
         x, y = points_xy.unbind(-1)
-        inside = (x >= 0) & (y >= 0) & (x <= self.codec.input_hw[1] - 1) & (y <= self.codec.input_hw[0] - 1)
-        kept = (confidence > self.config.threshold) & inside
-        kept &= kept.sum(dim=1, keepdim=True) >= MIN_KEPT
-        return confidence * kept
+        return (x >= 0) & (y >= 0) & (x <= self.codec.input_hw[1] - 1) & (y <= self.codec.input_hw[0] - 1)
 
     def _ramp(self, step: int) -> float:
         done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
         return self.config.weight * math.exp(-5 * (1 - done) ** 2)
 
-    def _logs(self, scores: Float[Tensor, "u k"], kept: Tensor, num: int) -> dict[str, Tensor]:
-        return {"keep": kept.squeeze() / num, "teacher_peak": scores.float().mean()}
+    def _logs(self, taught: Sequence[Taught], labelled: Sequence[Labelled]) -> dict[str, Tensor]:
+        scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
+        size_wh = scores.new_tensor([self.codec.input_hw[1], self.codec.input_hw[0]])
+        points_xy = torch.cat([labels.weak_xy for labels in taught]) / size_wh
+        labels_xy = torch.cat([people.points_xy for people in labelled]) / size_wh
+        weights = torch.cat([people.weights for people in labelled])
+        each = kept.mean(dim=0)
+        return {
+            "keep": each.mean(),
+            **{f"keep/{name}": share for name, share in zip(self.names, each, strict=True)},
+            "teacher_peak": scores.mean(),
+            "teacher_peak_p99": torch.quantile(scores, 0.99),
+            "spread": _spread(points_xy, torch.ones_like(scores)),
+            "spread_labelled": _spread(labels_xy, (weights > 0).float()),
+        }
+
+
+def _spread(points: Float[Tensor, "n k 2"], counted: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """Standard deviation over people, of the keypoints that at least two of them have; mean over keypoints, x and y."""
+    num = counted.sum(dim=0)
+    center = (points * counted[..., None]).sum(dim=0) / num.clamp_min(1)[:, None]
+    variance = ((points - center).square() * counted[..., None]).sum(dim=0) / num.clamp_min(1)[:, None]
+    several = (num >= 2).float()
+    return (variance.sqrt().mean(dim=-1) * several).sum() / several.sum().clamp_min(1)
+
+
+def _add_squares(squares: Float[Tensor, "2"], border: int, gradient: Float[Tensor, "n k h w"]) -> None:
+    squares += torch.stack([gradient[:border].square().sum(), gradient[border:].square().sum()])
 
 
 def ema_decay(num_steps: int) -> float:
@@ -262,18 +357,39 @@ def log_linear(h: Float[Tensor, "*shape"], floor: float = LOG_FLOOR) -> Float[Te
 
 
 def heatmap_kl(
-    student: Float[Tensor, "u k h w"], target: Float[Tensor, "u k h w"], sigma: float, temperature: float
+    student: Float[Tensor, "u k h w"],
+    target: Float[Tensor, "u k h w"],
+    sigma: float,
+    temperature: float,
+    sharper: Float[Tensor, "u k 1"] | float = 1.0,
 ) -> Float[Tensor, "u k"]:
     """KL(P(target) || P(student)) with P(h) = softmax(log_linear(h) / T) = h^(1/T) / sum h^(1/T), in units of MSE.
 
     A shift of d heatmap px costs d^2 / (2 sigma^2 T) in KL and pi d^2 / (2 h w) in mean squared error, so the factor
     pi sigma^2 T / (h w) makes it weigh as much as the labelled loss. The same T on both sides: sharpening the teacher
     alone shrinks and lifts the student's peaks without end.
+
+    Args:
+        sharper: the target's T is this times T. For a target that the teacher's doubt has widened: such a map is a
+            Gaussian of peak c and variance sigma^2 / c, and c is what undoes it.
     """
-    logits = [log_linear(maps.float().flatten(2)) / temperature for maps in (student, target)]
-    log_q, log_p = (F.log_softmax(values, dim=-1) for values in logits)
+    log_q = F.log_softmax(log_linear(student.float().flatten(2)) / temperature, dim=-1)
+    log_p = F.log_softmax(log_linear(target.float().flatten(2)) / (temperature * sharper), dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     return kl * (math.pi * sigma**2 * temperature / (student.shape[-1] * student.shape[-2]))
+
+
+def literal_kl(
+    student: Float[Tensor, "u k h w"], target: Float[Tensor, "u k h w"], temperature: float
+) -> Float[Tensor, "u k"]:
+    """KL(softmax(target / T) || softmax(student)): only the teacher sharpened, raw heatmaps as logits. For comparison.
+
+    To second order it is half the variance of (target / T - student): with T = 0.5, a mean squared error to twice the
+    teacher's height. Peaks grow without end.
+    """
+    log_q = F.log_softmax(student.float().flatten(2), dim=-1)
+    log_p = F.log_softmax(target.float().flatten(2) / temperature, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def cut_out(pair: Pair, points_xy: Float[Tensor, "u k 2"]) -> UInt8[Tensor, "u 3 H W"]:

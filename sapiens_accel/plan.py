@@ -128,7 +128,7 @@ class Stage:
 
     @property
     def ratio(self) -> int:
-        return self.plan.teacher.ratio if self.plan.teacher else 0
+        return self.plan.ratio
 
 
 def stage_of(run: Config, name: StageName, half: bool = True) -> Stage:
@@ -221,7 +221,7 @@ def need(
         phases["last"] = {**block, "gradients": ending}
     if not saved:
         phases["forward"] = {"features": prints.forward(p), "gradients": forward}
-    if stage.plan.teacher:
+    if stage.ratio:
         u = share.micro_batch * stage.ratio
         decoding = 5 * u * stage.map_bytes  # in fp32: the maps, blurred along each axis, padded, and their logarithm
         phases["teacher"] = {"features": max(prints.forward(u), u * stage.map_bytes + decoding), "gradients": forward}

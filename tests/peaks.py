@@ -105,6 +105,7 @@ def _objective(
         lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
         stage.teacher,
         COCO17.mirror,
+        names=COCO17.names,
         num_steps=100,
         gather=lambda tensor: tensor,
         autocast=distributed.autocast_dtype(accelerator),

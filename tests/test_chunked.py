@@ -13,7 +13,8 @@ from sapiens_accel.config import TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair, View
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SIZES, HeatmapHead, Layout, SapiensPose
-from sapiens_accel.objective import MeanTeacher, PseudoLabels, Supervised, heatmap_kl
+from sapiens_accel.objective import MeanTeacher, PseudoLabels, Supervised, Taught, heatmap_kl
+from sapiens_accel.skeleton import COCO17
 
 NUM = 7  # people
 EVERYONE = slice(0, NUM)
@@ -283,7 +284,9 @@ def _batch() -> tuple[Batch, PseudoLabels]:
     weights *= torch.rand(11, 17, generator=generator) > 0.3
     strong = _view(6, 9)
     labelled = Labelled(_view(5, 8), points_xy[:5], weights[:5], torch.arange(5))
-    prepared = PseudoLabels(points_xy[5:], weights[5:], strong.image, torch.tensor(0.02), {})
+    ones = torch.ones_like(weights[5:])
+    taught = Taught(points_xy[5:], ones, ones, ones > 0, points_xy[5:], None)
+    prepared = PseudoLabels(taught, weights[5:], strong.image, torch.tensor(0.02), {})
     return Batch(labelled, Pair(strong, strong, torch.zeros(6, 0, 4))), prepared
 
 
@@ -311,7 +314,7 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     """The border between labelled and unlabelled people lies between two chunks (1, 5), or within one."""
     batch, prepared = _batch()
     heatmaps = tiny(torch.cat([batch.labelled.view.image, prepared.image]))
-    target, _ = CODEC.encode(prepared.points_xy, prepared.weights)
+    target, _ = CODEC.encode(prepared.taught.points_xy, prepared.weights)
     kl = prepared.weights * heatmap_kl(heatmaps[5:], target, 1.0, 0.5)
     labelled, unlabelled = _labelled_loss(heatmaps[:5], batch), 0.02 * kl.sum()
     (labelled + unlabelled).backward()
@@ -320,7 +323,9 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     tiny.lay_out(Layout(head_chunk=chunk))
     config = TeacherConfig(temperature=0.5)
     supervised = Supervised(codec=CODEC, loss_weight=2.0)
-    objective = MeanTeacher(supervised, nn.Linear(1, 1), list, config, range(17), num_steps=1, gather=lambda t: t)
+    objective = MeanTeacher(
+        supervised, nn.Linear(1, 1), list, config, COCO17.mirror, names=COCO17.names, num_steps=1, gather=list
+    )
     loss, logs = objective.loss(tiny, batch, prepared)
     loss.backward()
     torch.testing.assert_close(logs["loss_labelled"], labelled.detach(), rtol=1e-6, atol=0)

@@ -187,7 +187,9 @@ def _mean_teacher(
 ) -> MeanTeacher:
     config = TeacherConfig(**changes)  # pyright: ignore[reportArgumentType]
     supervised = Supervised(codec=codec)
-    return MeanTeacher(supervised, teacher, lambda: student, config, MIRROR, num_steps=1000, gather=gather)
+    return MeanTeacher(
+        supervised, teacher, lambda: student, config, MIRROR, names=COCO17.names, num_steps=1000, gather=gather
+    )
 
 
 def _same_views(points_xy: Tensor, codec: Codec) -> Batch:
@@ -219,7 +221,7 @@ def test_unlabelled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, r
     objective = _mean_teacher(Oracle(CODEC, points_xy), weight=0.5)
     (prepared,) = objective.prepare([batch], step)
     _, logs = objective.loss(wrong, batch, prepared)
-    target, _ = CODEC.encode(prepared.points_xy, torch.ones(4, 17))
+    target, _ = CODEC.encode(prepared.taught.points_xy, torch.ones(4, 17))
     student = wrong(batch.labelled.view.image).detach()
     kl = _reference_kl(student.numpy(), target.numpy(), 2.0, 0.5)
     weights = prepared.weights.numpy()
@@ -266,7 +268,7 @@ def test_the_teachers_points_are_the_true_ones_in_the_strong_view() -> None:
     (prepared,) = _mean_teacher(Oracle(CODEC, weak_xy)).prepare([batch], step=500)
     kept = prepared.weights > 0
     heatmap_px = torch.tensor([47 / 191, 63 / 255])
-    error = ((prepared.points_xy - strong_xy) * heatmap_px).abs().amax(dim=-1)
+    error = ((prepared.taught.points_xy - strong_xy) * heatmap_px).abs().amax(dim=-1)
     assert error[kept].max() < 0.01
     last = torch.tensor([191.0, 255.0])
     outside = ((strong_xy < -0.5) | (strong_xy > last + 0.5)).any(dim=-1)
@@ -331,7 +333,8 @@ def test_no_gradient_reaches_the_teacher() -> None:
     teacher, student = Oracle(CODEC, points_xy), Oracle(CODEC, points_xy + 5)
     objective, batch = _mean_teacher(teacher), _same_views(points_xy, CODEC)
     (prepared,) = objective.prepare([batch], step=500)
-    assert not any(value.requires_grad for value in prepared if isinstance(value, Tensor))
+    tensors = [value for value in (*prepared, *prepared.taught) if isinstance(value, Tensor)]
+    assert tensors and not any(value.requires_grad for value in tensors)
     objective.loss(student, batch, prepared)[0].backward()
     assert teacher.gain.grad is None and not teacher.gain.requires_grad and not teacher.training
     assert student.gain.grad is not None and student.gain.grad != 0
@@ -480,7 +483,8 @@ def test_state_round_trip_is_exact(tiny: SapiensPose) -> None:
     resumed.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
     for one, other in zip(objective.prepare([batch], 3), resumed.prepare([batch], 3), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[1:4], other[1:4], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.taught[:5], other.taught[:5], strict=True))
     assert torch.equal(objective.reference, resumed.reference)
     network = _mean_teacher(copy.deepcopy(tiny), TINY_CODEC)
     again = _mean_teacher(SapiensPose(tiny.name, 17, (64, 48)), TINY_CODEC)
