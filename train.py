@@ -100,7 +100,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
         for step, logs in stepping:
             report.step()
             if step % run.log_every == 0 or step == last:
-                report.scalars(step, logs)
+                report.scalars(step, {**logs, **objective.health()})
             if run.save_every and step % run.save_every == 0 and not run.dry_run:
                 save(step)
                 report.restart_clock(step)

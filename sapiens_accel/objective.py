@@ -179,6 +179,7 @@ class MeanTeacher:
         self.names, self.mirror = names, torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
+        self.sample = self._sample()
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
@@ -257,6 +258,17 @@ class MeanTeacher:
     def after_step(self) -> None:
         for mean, student in zip(self.teacher.parameters(), self.student_parameters(), strict=True):
             mean.lerp_(student.to(mean), 1 - self.decay)
+
+    def health(self) -> dict[str, Tensor]:
+        """ema_moved: the share of some of the teacher's weights that changed since it was asked last."""
+        before, self.sample = self.sample, self._sample()
+        return {"ema_moved": (self.sample != before).float().mean()}
+
+    def _sample(self) -> Float[Tensor, "n"]:
+        """Up to 64 values of up to 64 tensors, spread over the network."""
+        tensors = list(self.teacher.parameters())
+        tensors = tensors[:: max(1, len(tensors) // 64)]
+        return torch.cat([p.detach().flatten()[:: max(1, p.numel() // 64)][:64] for p in tensors])
 
     def result(self, model: nn.Module) -> nn.Module:
         return self.teacher
