@@ -117,6 +117,8 @@ class AugmentConfig:
     """ssl, the student's view: further scale, uniform in 1 +- strong_scale."""
     strong_shift: float = 0.06
     """ssl, the student's view: further shift, uniform in +- strong_shift of the box."""
+    strong_half_body_p: float = 0.3
+    """ssl, the student's view: probability of cropping to the upper or lower half of the person's box."""
 
 
 @dataclass(frozen=True, kw_only=True)
