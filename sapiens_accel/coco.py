@@ -186,8 +186,10 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / "dataset_info.json").is_file():
-        table = Dataset.from_list(list(rows(num_keypoints=num_keypoints, **source)), features=_features(num_keypoints))
-        _save_atomically(table, folder)
+        found, features = list(rows(num_keypoints=num_keypoints, **source)), _features(num_keypoints)
+        if not found:  # `datasets` cannot read a table of nobody again
+            return Dataset.from_dict({name: [] for name in features}, features=features)
+        _save_atomically(Dataset.from_list(found, features=features), folder)
     return Dataset.load_from_disk(str(folder))
 
 
