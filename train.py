@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, weights
+from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, pool, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, StageName
 from sapiens_accel.data import Sets, TrainingPeople
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     with accelerator.main_process_first():
         sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     accelerator.print(sets)
-    folder = Path(run.output_dir)
+    folder, table = Path(run.output_dir), {}
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = memory.plans(accelerator, run, argv)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
         if run.resume_from_checkpoint is None:
             checkpoint.set_aside(folder, run.stages, run.weights)
         config.save(run, folder / "config.yaml")
+        pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
     accelerator.wait_for_everyone()
-    table = {}
     for stage in run.stages:
         with memory.out_of_memory_told(accelerator, stage, plans[stage]):
             table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage])

@@ -24,6 +24,7 @@ HALF_BODY_MIN_KEYPOINTS = 9
 HALF_BODY_MIN_UPPER, HALF_BODY_MIN_LOWER = 2, 3
 HALF_BODY_UPPER_P = 0.7
 HALF_BODY_PADDING = 1.5
+STRONG_HALF_BODY_SCALE = (0.5, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,12 @@ class Augmenter:
         return replace(_moved(base, np.zeros(2), scale, degrees), flip=bool(rng.random() < config.flip_p))
 
     def strong_crop(self, weak: Crop, rng: Generator) -> Crop:
-        """The student's view: the teacher's, turned, scaled, shifted and mirrored further."""
+        """The student's view: the teacher's or a half of it, turned, scaled, shifted and mirrored further."""
         config = self.config
+        # Drawn whether or not it is used: no later draw depends on the probability.
+        is_half, is_upper = rng.random() < config.strong_half_body_p, rng.random() < HALF_BODY_UPPER_P
+        scale_of_half = rng.uniform(*STRONG_HALF_BODY_SCALE)
+        weak = _half(weak, scale_of_half, upper=is_upper) if is_half else weak
         shift = rng.uniform(-config.strong_shift, config.strong_shift, 2)
         scale = rng.uniform(1 - config.strong_scale, 1 + config.strong_scale)
         degrees = config.strong_rotation * _truncated_normal(rng, 2.0, 1)[0] * (rng.random() < 0.8)
@@ -115,6 +120,16 @@ def change_pixels(changes: A.Compose, image: UInt8[Array, "h w 3"], rng: Generat
     for change in changes.transforms:
         change.set_random_seed(int(rng.integers(2**31)))
     return changes(image=image)["image"]
+
+
+def _half(crop: Crop, scale: float, *, upper: bool) -> Crop:
+    """The crop scaled about the middle of its upper or lower edge, as one sees it in the input picture."""
+    (x, y), (w, h) = crop.center_xy, crop.size_wh
+    # The input's vertical axis in the image; mirroring leaves it alone.
+    angle = np.deg2rad(crop.degrees)
+    along = (1 - scale) / 2 * h * (-1 if upper else 1)
+    center_xy = (x + float(along * np.sin(angle)), y + float(along * np.cos(angle)))
+    return replace(crop, center_xy=center_xy, size_wh=(w * scale, h * scale))
 
 
 def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -> Crop:

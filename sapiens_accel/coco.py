@@ -19,7 +19,7 @@ import cv2
 import datasets
 import numpy as np
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from tqdm import tqdm
 
@@ -72,6 +72,28 @@ def labelled_people(root: Path, annotations: str, images: str, num_keypoints: in
     return replace(people, rows=people.rows.select(kept))
 
 
+def withheld_people(
+    root: Path,
+    annotations: str,
+    images: str,
+    num_keypoints: int,
+    places: Int[Array, "n"],
+    min_side: float,
+    cache: Path,
+) -> People:
+    """The people at these places of `labelled_people`, with boxes of at least `min_side` px and all keypoints zero.
+
+    Raises:
+        UserError: as `labelled_people`.
+    """
+    labelled = _people(root, annotations, images, num_keypoints, cache)
+    # A table of its own, row by row the labelled one: what is not in it cannot be learnt from by mistake.
+    people = _people(root, annotations, images, num_keypoints, cache, keypoints="withheld")
+    chosen = np.flatnonzero(_labelled(labelled.rows))[places]
+    sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
+    return replace(people, rows=people.rows.select(chosen[sides >= min_side]))
+
+
 def people_with_boxes(
     root: Path, annotations: str, images: str, num_keypoints: int, min_side: float, cache: Path
 ) -> People:
@@ -83,6 +105,37 @@ def people_with_boxes(
     people = _people(root, annotations, images, num_keypoints, cache, keypoints="optional")
     sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
+
+
+def is_detections(file: Path) -> bool:
+    """Whether a JSON is a detector's results: a list, where an annotation file is an object."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(100).lstrip().startswith(b"[")
+
+
+def detected_people(
+    root: Path, detections: str, images: str, num_keypoints: int, min_side: float, min_score: float, cache: Path
+) -> People:
+    """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
+
+    Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
+    The picture of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
+
+    Raises:
+        UserError: no list of detections, or a picture that is not in the folder.
+    """
+    file = root / detections
+    # Names that have come or gone change which picture is whose.
+    names = sorted(name for name in _listing(root / images) if Path(name).suffix.lower() in PICTURES)
+    digest = _digest(file.read_bytes(), "detections", images, str(min_score), *names)
+    source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}
+    people = People(
+        rows=_table(_detected_rows, digest, num_keypoints, cache, **source, images=images), root=root, annotations=file
+    )
+    sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
+    return replace(people, rows=people.rows.select(np.flatnonzero(sides >= min_side)))
 
 
 def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> People:
@@ -168,7 +221,7 @@ def _people(
     images: str,
     num_keypoints: int,
     cache: Path,
-    keypoints: Literal["needed", "optional"] = "needed",
+    keypoints: Literal["needed", "optional", "withheld"] = "needed",
 ) -> People:
     file = root / annotations
     if not file.is_file():
@@ -186,8 +239,10 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / "dataset_info.json").is_file():
-        table = Dataset.from_list(list(rows(num_keypoints=num_keypoints, **source)), features=_features(num_keypoints))
-        _save_atomically(table, folder)
+        found, features = list(rows(num_keypoints=num_keypoints, **source)), _features(num_keypoints)
+        if not found:  # `datasets` cannot read a table of nobody again
+            return Dataset.from_dict({name: [] for name in features}, features=features)
+        _save_atomically(Dataset.from_list(found, features=features), folder)
     return Dataset.load_from_disk(str(folder))
 
 
@@ -218,7 +273,7 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
     path = Path(annotations)
     tree = _read_json(path)
     names = {image["id"]: image["file_name"] for image in tree["images"]}
-    if keypoints == "needed" and not any("keypoints" in person for person in tree["annotations"]):
+    if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
     # A JSON of many kinds of things names the people among them.
     kinds = [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") == "person"]
@@ -231,16 +286,14 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
             who = person.get("id") if isinstance(person, dict) else person
             raise UserError(f"{path}: annotation {who}: {type(error).__name__}: {error}") from None
         if row:
-            yield row
+            yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
 
 
 def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int) -> dict[str, Any] | None:
     """The row of one COCO annotation; None for a crowd or an empty box."""
     if person.get("iscrowd"):
         return None
-    box = _numbers(person.get("bbox"))
-    if box.shape != (4,) or not np.isfinite(box).all():
-        raise ValueError(f"expected 'bbox' of 4 numbers, found {person.get('bbox')!r}")
+    box = _box(person)
     if box[2] <= 0 or box[3] <= 0:
         return None
     if person.get("image_id") not in names:
@@ -258,6 +311,46 @@ def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoin
     }
 
 
+def _box(thing: dict[str, Any]) -> Float[Array, "4"]:
+    if "bbox" not in thing:
+        raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the picture")
+    box = _numbers(thing["bbox"])
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")
+    return box
+
+
+def _detected_rows(
+    num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
+) -> Iterator[dict[str, Any]]:
+    found = _parsed(Path(detections))
+    there, of_stem = set(names), {Path(name).stem: name for name in names}
+    place = {name: index for index, name in enumerate(names)}
+    for index, thing in enumerate(found):
+        try:
+            box, score, key = _box(thing), float(thing["score"]), thing["image_id"]
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{detections}: detection {index}: {reason}") from None
+        if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
+            continue
+        padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
+        name = padded if padded in there else of_stem.get(str(key))
+        if name is None:
+            raise UserError(
+                f"{detections}: detection {index}: its picture, {padded or key} or {key}.*, is not in {folder}; "
+                f"give the folder by --data.unlabelled_images"
+            )
+        yield {
+            "file_name": f"{images}/{name}",
+            "image_id": key if isinstance(key, int) else place[name],
+            "ann_id": index,
+            "box_xywh": box.tolist(),
+            "area": float(box[2] * box[3]),
+            "keypoints": np.zeros((num_keypoints, 3)),
+        }
+
+
 def _numbers(values: Any) -> Float[Array, "n"]:
     # numpy would read the numbers in a text, too.
     if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
@@ -265,11 +358,15 @@ def _numbers(values: Any) -> Float[Array, "n"]:
     return np.asarray(values, dtype=np.float64)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> Any:
     try:
-        tree = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    tree = _parsed(path)
     for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
         items = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(items, list):

@@ -54,11 +54,21 @@ class DataConfig:
     """COCO keypoint JSON of the validation people, relative to the root."""
     val_images: str = "val2017"
     """Folder of its pictures, relative to the root."""
+    labels: int | str | None = None
+    """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
+    others are withheld, and in stage ssl they are unlabelled people. Default: all."""
+    labels_by: Literal["first", "random"] = "first"
+    """Which people: the first in the order of the JSON (published: Xie et al., https://arxiv.org/abs/2011.12498), or
+    at random."""
+    labels_seed: int = 0
+    """Seed of labels_by random."""
     unlabelled_images: str = "unlabeled2017"
     """Folder of pictures without labels, relative to the root, for stage ssl."""
     unlabelled_annotations: str | None = None
-    """COCO JSON with the boxes of the people in them. Default: annotations/person_boxes_<folder>.json where there is
-    one, else each whole picture counts as one person."""
+    """COCO JSON with the boxes of the people in them, or a detector's results (a list of image_id, bbox, score).
+    Default: annotations/person_boxes_<folder>.json where there is one, else each whole picture counts as one person."""
+    unlabelled_min_score: float = 0.5
+    """Detections with a score below this are left out."""
     unlabelled_train_people: bool = True
     """Whether the training people that have a box but no keypoints join the unlabelled ones (112,000 in COCO)."""
     unlabelled_min_side: float = 64.0
@@ -117,6 +127,8 @@ class AugmentConfig:
     """ssl, the student's view: further scale, uniform in 1 +- strong_scale."""
     strong_shift: float = 0.06
     """ssl, the student's view: further shift, uniform in +- strong_shift of the box."""
+    strong_half_body_p: float = 0.3
+    """ssl, the student's view: probability of cropping to the upper or lower half of the person's box."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import coco, geometry, synthetic
+from sapiens_accel import coco, geometry, pool, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import DataConfig, StageConfig, UserError
@@ -77,11 +77,12 @@ class Key(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """The people of a run."""
+    """The people of a run, and lines to say about them."""
 
     train: People
     val: People
     unlabelled: People | None
+    warnings: tuple[str, ...] = ()
 
     def split(self, name: Literal["val", "train"]) -> People:
         return self.val if name == "val" else self.train
@@ -90,7 +91,8 @@ class Sets(NamedTuple):
         named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabelled)]
         skipped = sum(people.num_skipped for _, people in named if people)
         counts = ", ".join(f"{len(people)} {name}" for name, people in named if people)
-        return f"people: {counts}" + (f" ({skipped} skipped: their pictures do not decode)" if skipped else "")
+        left_out = f" ({skipped} skipped: their pictures do not decode)" if skipped else ""
+        return "\n".join([f"people: {counts}{left_out}", *self.warnings])
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
@@ -108,13 +110,20 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder")
     k = skeleton.num_keypoints
+    train = coco.labelled_people(root, config.train_annotations, config.train_images, k, cache)
+    places = pool.labelled_places(config, train)
     found = {
-        "train": coco.labelled_people(root, config.train_annotations, config.train_images, k, cache),
+        "train": dataclasses.replace(train, rows=train.rows.select(places)),
         "val": coco.labelled_people(root, config.val_annotations, config.val_images, k, cache),
-        "unlabelled": _unlabelled(root, config, k, cache) if unlabelled else None,
     }
-    sets = Sets(**{n: p and coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()})
+    warnings: tuple[str, ...] = ()
+    if unlabelled:
+        found["unlabelled"], warnings = pool.gather(root, config, k, cache, train, places)
+    checked = {n: coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()}
+    sets = Sets(checked["train"], checked["val"], checked.get("unlabelled"), warnings)
     check_targets(sets.train, config)
+    if sets.unlabelled:
+        pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
     return sets
 
 
@@ -122,27 +131,6 @@ def _drawn(config: DataConfig, cache: Path) -> Path:
     drawn = config.synthetic
     name = f"synthetic{synthetic.VERSION}-{drawn.num_train}-{drawn.num_unlabelled}-{drawn.num_val}-{drawn.seed}"
     return synthetic.write(cache / name, **dataclasses.asdict(drawn))
-
-
-def _unlabelled(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People:
-    """Pictures without labels, by box where there are boxes, and the training people that have no keypoints."""
-    folder = config.unlabelled_images
-    boxes = config.unlabelled_annotations or f"annotations/person_boxes_{folder}.json"
-    sources: list[People] = []
-    if config.unlabelled_annotations or (root / boxes).is_file():
-        sources.append(coco.people_with_boxes(root, boxes, folder, num_keypoints, config.unlabelled_min_side, cache))
-    elif (root / folder).is_dir():
-        sources.append(coco.whole_pictures(root, folder, num_keypoints, cache))
-    if config.unlabelled_train_people:
-        train = (config.train_annotations, config.train_images)
-        sources.append(coco.people_with_boxes(root, *train, num_keypoints, config.unlabelled_min_side, cache))
-    sources = [people for people in sources if len(people)]
-    if not sources:
-        raise UserError(
-            f"stage ssl has no unlabelled people: expected pictures in {root / folder}, or people without keypoints "
-            f"and of at least {config.unlabelled_min_side:g} px in {root / config.train_annotations}"
-        )
-    return coco.together(sources)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ LAYERS = (
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
+    ("pool",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload"),
     ("geometry", "skeleton", "config"),
 )

@@ -3,10 +3,11 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.config import AugmentConfig
-from sapiens_accel.geometry import Crop, invert
+from sapiens_accel.geometry import Crop, apply, apply_batch, invert, strong_from_weak
 from sapiens_accel.skeleton import COCO17
 
 INPUT_HW = (256, 192)
@@ -164,7 +165,7 @@ def test_weak_crops_turn_and_scale_a_little_and_never_shift() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_strong_crops_go_further_from_the_weak_one(flip: bool) -> None:
-    rng, augmenter = np.random.default_rng(6), _augmenter()
+    rng, augmenter = np.random.default_rng(6), _augmenter(strong_half_body_p=0)
     weak = Crop(center_xy=(100.0, 120.0), size_wh=(90.0, 120.0), degrees=12.0, flip=flip)
     crops = [augmenter.strong_crop(weak, rng) for _ in range(NUM)]
     degrees, shifts = np.array([crop.degrees for crop in crops]) - 12.0, _shifts(crops, weak)
@@ -185,6 +186,74 @@ def test_a_mirrored_view_is_turned_as_an_unmirrored_one() -> None:
             moved = strong.matrix(INPUT_HW)[:, :2] @ invert(weak.matrix(INPUT_HW))[:, :2]
             changes.append(moved)
         np.testing.assert_allclose(changes[0], changes[1], atol=1e-9)
+
+
+STILL = {"strong_rotation": 0, "strong_scale": 0, "strong_shift": 0, "flip_p": 0}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("degrees", [0.0, 17.0, -140.0])
+def test_a_half_of_the_weak_view_fills_the_strong_one(degrees: float, flip: bool) -> None:
+    """Seen in the weak view's own frame: one edge stays, the middle 50-60 % of the width, 50-60 % of the height."""
+    height, width = INPUT_HW
+    augmenter, rng = _augmenter(strong_half_body_p=1, **STILL), np.random.default_rng(13)
+    weak = Crop(center_xy=(100.0, 120.0), size_wh=(90.0, 120.0), degrees=degrees, flip=flip)
+    corners = np.array([[0.0, 0.0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]])
+    is_upper, factors = [], []
+    for _ in range(400):
+        strong = augmenter.strong_crop(weak, rng)
+        assert strong.size_wh[0] / strong.size_wh[1] == pytest.approx(weak.size_wh[0] / weak.size_wh[1], rel=1e-12)
+        weak_from_strong = strong_from_weak(*(torch.from_numpy(c.matrix(INPUT_HW))[None] for c in (weak, strong)))[0]
+        seen = apply(weak_from_strong.numpy(), corners) / [width - 1, height - 1]
+        factor = strong.size_wh[1] / weak.size_wh[1]
+        top = 0.0 if strong_is_above(strong, weak) else 1 - factor
+        left = (1 - factor) / 2
+        expected = [[left, top], [1 - left, top], [1 - left, top + factor], [left, top + factor]]
+        np.testing.assert_allclose(seen, expected, atol=1e-9)
+        is_upper.append(top == 0.0)
+        factors.append(factor)
+    assert _is_share(np.array(is_upper), 0.7)
+    assert 0.5 <= min(factors) < 0.505 and 0.595 < max(factors) <= 0.6
+
+
+def strong_is_above(strong: Crop, weak: Crop) -> bool:
+    """Whether the strong crop's centre is in the upper half of the weak view's picture."""
+    return bool(apply(weak.matrix(INPUT_HW), np.array(strong.center_xy))[1] < (INPUT_HW[0] - 1) / 2)
+
+
+def test_half_bodies_come_with_their_probability_and_change_no_other_draw() -> None:
+    weak = Crop(center_xy=(100.0, 120.0), size_wh=(90.0, 120.0), degrees=12.0, flip=True)
+    views = {p: [_after(_augmenter(strong_half_body_p=p), weak, seed) for seed in range(NUM)] for p in (0, 0.3, 1)}
+    ratios = {
+        p: np.array([v[0].size_wh[0] / o[0].size_wh[0] for v, o in zip(views[p], views[0], strict=True)]) for p in views
+    }
+    assert _is_share(ratios[0.3] != 1, 0.3)
+    assert ratios[1].min() >= 0.5 - 1e-12 and ratios[1].max() <= 0.6 + 1e-12
+    for p in (0.3, 1):
+        assert [(v.degrees, v.flip, draw) for v, draw in views[p]] == [
+            (v.degrees, v.flip, draw) for v, draw in views[0]
+        ]
+
+
+def _after(augmenter: Augmenter, weak: Crop, seed: int) -> tuple[Crop, float]:
+    """The strong crop, and the draw that follows it."""
+    rng = np.random.default_rng(seed)
+    return augmenter.strong_crop(weak, rng), rng.random()
+
+
+def test_keypoints_of_the_weak_view_moved_to_the_strong_one_are_its_own() -> None:
+    """Labels in the image, to the weak view, by `strong_from_weak`: where the strong view has them itself."""
+    augmenter, rng, seen = _augmenter(), np.random.default_rng(14), set()
+    for _ in range(300):
+        weak = augmenter.weak_crop(BASE, rng)
+        strong = augmenter.strong_crop(weak, rng)
+        matrices = [torch.from_numpy(crop.matrix(INPUT_HW))[None] for crop in (strong, weak)]
+        moved = apply_batch(
+            strong_from_weak(*matrices), torch.from_numpy(apply(weak.matrix(INPUT_HW), WHOLE[:, :2]))[None]
+        )
+        np.testing.assert_allclose(moved[0], apply(strong.matrix(INPUT_HW), WHOLE[:, :2]), atol=1e-8)
+        seen.add((weak.flip, strong.flip))
+    assert len(seen) == 4
 
 
 # ---- Pixels

@@ -152,6 +152,7 @@ def test_broken_data_is_refused_by_name_before_the_first_step(
         (["--phase2.optim.lr", "fast"], ["phase2.optim.lr", "fast"]),
         (["--stage", "phase3"], ["stage", "phase3"]),
         (["--data.root", "/no/such/folder"], ["--data.root /no/such/folder"]),
+        (["--data.labels", "33"], ["--data.labels 33", "32 people"]),
         (["--weights", "/no/such/file.pth"], ["--weights /no/such/file.pth"]),
         (["--phase1.frozen", "[blok_*]"], ["blok_*", "block_0"]),
         (["--phase1.frozen", '["*"]'], ["nothing to learn"]),
@@ -262,7 +263,7 @@ def finished(cache: Path) -> tuple[Path, str]:
     small = ["--data.num_workers", "0", "--log_every", "1", "--eval.num_pictures", "3"]
     # Mirrored crops were never seen: no flip test.
     small += ["--eval.split", "train", "--eval.flip", "false"]
-    counts = [*DRAWN, "--data.synthetic.num_train", "4"]
+    counts = [*DRAWN, "--data.synthetic.num_train", "7", "--data.labels", "4"]
     said = _run("train.py", cache, *STEPS, *by_heart, *learning, *small, *counts, "--output_dir", folder)
     return folder, said
 
@@ -288,6 +289,9 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
             assert picture is not None and picture.std() > 5
             assert str(folder / "pictures" / f"{stage}_{name}.jpg") in said
     assert load_file(folder / "ssl" / "student" / "model.safetensors").keys()
+    labelled = json.loads((folder / "labelled_ann_ids.json").read_text())
+    assert (labelled["labels"], labelled["labels_by"], len(labelled["ann_ids"])) == (4, "first", 4)
+    assert "people: 4 train, 8 val, 11 unlabelled" in said, "three people are withheld"
 
 
 def test_every_step_has_a_line(finished: tuple[Path, str]) -> None:

@@ -148,6 +148,14 @@ def test_boxes_without_keypoints_are_unlabelled_people(drawn: Path, cache: Path)
     assert np.array_equal(coco.keypoints_of(people.rows), np.zeros((6, K, 3)))
 
 
+def test_a_json_of_crowds_alone_has_nobody_whenever_it_is_read(root: Path, cache: Path) -> None:
+    tree = _tree(root, BOXES)
+    _write(root, tree | {"annotations": [a | {"iscrowd": 1} for a in tree["annotations"]]}, BOXES)
+    for _ in range(2):
+        people = coco.people_with_boxes(root, *BOXES, K, 0.0, cache)
+        assert len(people) == 0 and coco.keypoints_of(people.rows).shape == (0, K, 3)
+
+
 def test_sources_are_joined_in_order(drawn: Path, cache: Path) -> None:
     first, second = _labelled(drawn, cache), coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
     joined = coco.together([first, second])

@@ -137,6 +137,22 @@ def test_print_config_prints_what_a_run_would_save(tmp_path: Path, capsys: pytes
     assert load([], base=tmp_path / "printed.yaml") == load(words)
 
 
+@pytest.mark.parametrize(("said", "meant"), [("30", 30), ("5%", "5%"), ("2.5%", "2.5%"), ("null", None)])
+def test_labels_are_a_count_or_a_share_wherever_they_are_said(
+    tmp_path: Path, said: str, meant: int | str | None
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {{labels: {said}}}")
+    runs = [
+        load(["--recipe", str(tmp_path / "mine.yaml")]),
+        load(["--data.labels", said]),
+        load([f"--data.labels={said}"]),
+    ]
+    assert [run.data.labels for run in runs] == [meant] * 3
+    assert [type(run.data.labels) for run in runs] == [type(meant)] * 3
+    save(runs[1], tmp_path / "config.yaml")
+    assert load([], base=tmp_path / "config.yaml") == runs[1]
+
+
 # ---- Mistakes
 
 

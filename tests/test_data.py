@@ -465,7 +465,9 @@ def test_real_people_open(tmp_path: Path) -> None:
     assert run.sets.unlabelled is not None
     # 10 whole pictures, and the 81 training people without a label.
     assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabelled)) == (86, 68, 91)
-    assert str(run.sets) == "people: 86 train, 68 val, 91 unlabelled"
+    counts, *said = str(run.sets).splitlines()
+    assert counts == "people: 86 train, 68 val, 91 unlabelled"
+    assert len(said) == 1 and str(REAL / "unlabeled2017") in said[0], "whole pictures are no person's shape"
     only_pictures = _open(REAL, tmp_path, unlabelled_train_people=False)
     assert only_pictures.sets.unlabelled is not None and len(only_pictures.sets.unlabelled) == 10
     batch = next(iter(data.batches(run.people(), _share(), range(1), 0, CPU)))

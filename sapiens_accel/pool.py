@@ -1,0 +1,182 @@
+"""Which training people keep their labels, the pool of people without, and what must never be in it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray as Array
+from numpy.random import default_rng
+
+from sapiens_accel import coco
+from sapiens_accel.coco import People, boxes_of
+from sapiens_accel.config import DataConfig, UserError
+
+ASPECT_FACTOR = 2.0
+HEAD_BYTES = 1 << 14
+
+
+def labelled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
+    """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
+
+    "First" is the published rule of Xie et al. 2021 (https://arxiv.org/abs/2011.12498): the first N people with
+    keypoints in the order of the annotation file, not the people of the first pictures.
+
+    Raises:
+        UserError: `labels` is no count and no share, or is of nobody or of more people than there are.
+    """
+    num = _num_labels(config.labels, people)
+    if config.labels_by == "first":
+        return np.arange(num)
+    return np.sort(default_rng(config.labels_seed).choice(len(people), num, replace=False))
+
+
+def _num_labels(labels: int | str | None, people: People) -> int:
+    if labels is None:
+        return len(people)
+    text = str(labels).strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else int(text) / len(people)
+    except ValueError:
+        raise UserError(f"--data.labels {labels}: expected a count of people like 1000, or a share like 5%") from None
+    if not 0 < share <= 1 or not (num := round(share * len(people))):
+        raise UserError(
+            f"--data.labels {labels}: expected 1 to {len(people)} people, or a share of them up to 100%; there are "
+            f"{len(people)} people with keypoints in {people.annotations}"
+        )
+    return num
+
+
+def write_labelled_ids(path: Path, people: People, config: DataConfig) -> None:
+    """Write which people are labelled, and by which rule, as JSON; ids in ascending order.
+
+    Args:
+        people: those that a run learns from, after pictures that do not decode were left out.
+    """
+    rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
+    ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
+    told = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
+    path.write_text(json.dumps(told) + "\n")
+
+
+def gather(
+    root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labelled: Int[Array, "n"]
+) -> tuple[People, tuple[str, ...]]:
+    """The unlabelled people of a run, and what should be said about them.
+
+    Pictures without labels, by box where there are boxes; the training people whose labels are withheld; those that
+    have no keypoints.
+
+    Args:
+        train: all training people with keypoints; `labelled` are the indices of those that keep them.
+
+    Raises:
+        UserError: there is nobody, or what was asked for is missing or broken.
+    """
+    of_train = (config.train_annotations, config.train_images)
+    sources = [_pictures(root, config, num_keypoints, cache)]
+    withheld = np.setdiff1d(np.arange(len(train)), labelled)
+    if len(withheld):
+        min_side = config.unlabelled_min_side
+        sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache))
+    if config.unlabelled_train_people:
+        sources.append(coco.people_with_boxes(root, *of_train, num_keypoints, config.unlabelled_min_side, cache))
+    found = [people for people in sources if people]
+    if not found:
+        raise UserError(
+            f"stage ssl has no unlabelled people: expected pictures in {root / config.unlabelled_images} "
+            f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
+            f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
+        )
+    said = (_another_aspect(people, train) for people in found)
+    return coco.together(found), tuple(line for line in said if line)
+
+
+def _pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
+    """The people of the folder of pictures without labels; None where there is no such folder."""
+    folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
+    if not (root / folder).is_dir() and (given or folder != DataConfig.unlabelled_images):
+        raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
+    boxes = given or f"annotations/person_boxes_{folder}.json"
+    if coco.is_detections(root / boxes):
+        min_score = config.unlabelled_min_score
+        people = coco.detected_people(root, boxes, folder, num_keypoints, min_side, min_score, cache)
+    elif given or (root / boxes).is_file():
+        people = coco.people_with_boxes(root, boxes, folder, num_keypoints, min_side, cache)
+    else:
+        return coco.whole_pictures(root, folder, num_keypoints, cache) if (root / folder).is_dir() else None
+    if given and not len(people):
+        raise UserError(
+            f"{people.annotations}: no unlabelled person in it has a box of at least {min_side:g} px (a detection: and "
+            f"category 1 and a score of at least {config.unlabelled_min_score:g}); see --data.unlabelled_min_side"
+        )
+    return people
+
+
+def _another_aspect(people: People, labelled: People) -> str | None:
+    """A line about boxes of another shape than the labelled people's; whole pictures are allowed, so no error."""
+    theirs, ours = (
+        float(np.median(boxes[:, 2] / boxes[:, 3])) for boxes in map(boxes_of, (people.rows, labelled.rows))
+    )
+    if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
+        return None
+    return (
+        f"warning: {people.annotations}: its unlabelled boxes have a median width / height of {theirs:.2f}, the "
+        f"labelled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
+    )
+
+
+def refuse_leaks(val: People, train: People, unlabelled: People) -> None:
+    """Refuse a validation picture among those that a run learns from, by its id and name or by its bytes.
+
+    Raises:
+        UserError: with the first such picture and the validation picture that it is.
+    """
+    for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
+        leaks = _leaks(val, people)
+        if leaks:
+            ours, theirs = next(iter(leaks.items()))
+            raise UserError(
+                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(leaks)} such in "
+                f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
+            )
+
+
+def _leaks(val: People, people: People) -> dict[Path, Path]:
+    """Pictures of the people to the validation picture that each one is."""
+    ours, theirs = _pictures_of(people), _pictures_of(val)
+    # An id alone says nothing: unrelated sets are all numbered from 1. Nor does a name alone (0001.jpg).
+    known = {(image_id, path.name): path for path, image_id in theirs.items()}
+    same = {path: known[key] for path, image_id in ours.items() if (key := (image_id, path.name)) in known}
+    return same | same_files(ours, theirs)
+
+
+def _pictures_of(people: People) -> dict[Path, int]:
+    names, ids = people.rows["file_name"][:], people.rows["image_id"][:]
+    return {people.root / name: image_id for name, image_id in dict(zip(names, ids, strict=True)).items()}
+
+
+def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path]:
+    """Those of `files` whose bytes are also in `others`, each with its equal.
+
+    Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
+    """
+    ours, theirs = list(files), list(others)
+    for look in (os.path.getsize, _head):
+        seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
+        common = set(seen[0].values()) & set(seen[1].values())
+        ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
+    equal = {_content(path): path for path in reversed(theirs)}
+    return {path: equal[content] for path in ours if (content := _content(path)) in equal}
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _content(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes()).digest()
