@@ -17,7 +17,7 @@ from sapiens_accel.data import Batch, Labelled, Pair, View
 from sapiens_accel.geometry import Crop, apply
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SapiensPose
-from sapiens_accel.objective import MeanTeacher, Supervised, cut_out, ema_decay, heatmap_kl
+from sapiens_accel.objective import MeanTeacher, Supervised, cut_out, ema_decay, heatmap_kl, literal_kl
 from sapiens_accel.skeleton import COCO17
 
 SIZES = [((64, 48), 2), ((128, 96), 3), ((256, 192), 6)]
@@ -183,7 +183,7 @@ def _mean_teacher(
     codec: Codec = CODEC,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     student: Sequence[Tensor] = (),
-    **changes: float,
+    **changes: float | str,
 ) -> MeanTeacher:
     config = TeacherConfig(**changes)  # pyright: ignore[reportArgumentType]
     supervised = Supervised(codec=codec)
@@ -425,6 +425,164 @@ def test_a_batch_without_any_good_keypoint_is_the_supervised_one(tiny: SapiensPo
     expected = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
     assert loss == pytest.approx(alone.item(), rel=1e-6) and gradient.any()
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+# ---- What is compared, and what is said of it
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": "mse"}, {"loss": "mse", "target": "heatmap"}, {"target": "heatmap"}, {"loss": "literal"}]
+)
+def test_other_losses_are_their_formulas(changes: dict[str, str]) -> None:
+    """Same views, so that the teacher's map needs no warping; peaks below 1, where the sharpening by the peak shows."""
+    points_xy, heights = _points(4, CODEC), torch.linspace(0.8, 1.0, 17).expand(4, 17)
+    batch, student = _same_views(points_xy, CODEC), Oracle(CODEC, points_xy + torch.tensor([6.0, -4.0]))
+    objective = _mean_teacher(Oracle(CODEC, points_xy, heights), **changes)
+    (prepared,) = objective.prepare([batch], step=500)
+    _, logs = objective.loss(student, batch, prepared)
+    image = batch.labelled.view.image
+    h_s, h_t = (network(image).detach().double().numpy() for network in (student, objective.teacher))
+    points = prepared.taught.points_xy
+    drawn = CODEC.encode(points, torch.ones(4, 17))[0].double().numpy()
+    if changes.get("loss") == "mse":
+        expected = ((h_s - (h_t if "target" in changes else drawn)) ** 2).mean(axis=(2, 3))
+    elif changes.get("loss") == "literal":
+        p, q = (np.exp(maps) / np.exp(maps).sum(axis=(2, 3), keepdims=True) for maps in (h_t / 0.5, h_s))
+        expected = (p * np.log(p / q)).sum(axis=(2, 3))
+    else:
+        expected = np.zeros((4, 17))
+        for k in range(17):
+            peak = h_t[:, k].max(axis=(1, 2))
+            for person in range(4):
+                one = np.s_[person : person + 1, k : k + 1]
+                expected[person, k] = _reference_kl_of(h_s[one], h_t[one], 2.0, 0.5, 0.5 * peak[person])
+    weights = prepared.weights.numpy()
+    assert (weights > 0.7).all()
+    assert logs["loss_unlabelled"].item() == pytest.approx((weights * expected).sum() / weights.size, rel=2e-3)
+
+
+def _reference_kl_of(student: np.ndarray, target: np.ndarray, sigma: float, t_student: float, t_target: float) -> float:
+    """`_reference_kl` with a temperature of its own for the target."""
+
+    def distribution(maps: np.ndarray, temperature: float) -> np.ndarray:
+        line = math.log(0.02) - 1 + maps / 0.02
+        power = np.exp(np.where(maps >= 0.02, np.log(np.maximum(maps, 0.02)), line) / temperature)
+        return power / power.sum(axis=(2, 3), keepdims=True)
+
+    p, q = distribution(target, t_target), distribution(student, t_student)
+    height, width = student.shape[2:]
+    return float((p * np.log(p / q)).sum() * math.pi * sigma**2 * t_student / (height * width))
+
+
+def test_the_literal_loss_pulls_to_twice_the_teachers_height() -> None:
+    """Why it is only there to be compared with: a student that equals its teacher is told to rise at the peak."""
+    maps = _gaussians((64, 48), 2, [[20.0, 30.0]]).requires_grad_(True)
+    literal_kl(maps, maps.detach(), 0.5).sum().backward()
+    assert maps.grad is not None and maps.grad[0, 0, 30, 20] < -1e-5
+    twice = (2 * maps.detach()).requires_grad_(True)
+    literal_kl(twice, maps.detach(), 0.5).sum().backward()
+    assert twice.grad is not None and twice.grad.abs().max() < 1e-7
+
+
+def test_the_teachers_map_moves_as_its_points_do() -> None:
+    """Decoded in the strong view, the warped map has its peak where the moved point is; channels swap with them."""
+    batch, weak_xy, _, _ = _affine_pairs(40)
+    objective = _mean_teacher(Oracle(CODEC, weak_xy), target="heatmap")
+    (prepared,) = objective.prepare([batch], step=500)
+    taught = prepared.taught
+    assert taught.maps is not None
+    found, _ = CODEC.decode(taught.maps)
+    last = torch.tensor([191.0, 255.0])
+    well_inside = ((taught.points_xy > 24) & (taught.points_xy < last - 24)).all(dim=-1) & taught.kept
+    well_inside &= (taught.scores > 0.9) & _swapped(((weak_xy > 24) & (weak_xy < last - 24)).all(dim=-1), batch)
+    heatmap_px = torch.tensor([47 / 191, 63 / 255])
+    error = ((found - taught.points_xy) * heatmap_px).abs().amax(dim=-1)[well_inside]
+    assert len(error) > 200 and error.max() < 0.3
+
+
+def _swapped(values: Tensor, batch: Batch) -> Tensor:
+    assert batch.pair
+    swapped = batch.pair.weak.flipped != batch.pair.strong.flipped
+    return torch.where(swapped[:, None], values[:, MIRROR], values)
+
+
+def test_raw_confidence_is_the_peak_itself() -> None:
+    points_xy = _points(6, CODEC)
+    heights = torch.linspace(0.3, 1.4, 6)[:, None].expand(6, 17)
+    objective = _mean_teacher(Oracle(CODEC, points_xy, heights), confidence="raw")
+    (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=500)
+    scores = prepared.taught.scores
+    torch.testing.assert_close(prepared.weights, scores.clamp(max=1) * (scores > 0.7))
+    assert prepared.logs["keep"].item() == pytest.approx((scores > 0.7).float().mean().item())
+
+
+def test_without_unlabelled_people_the_labelled_loss_and_the_average_are_left(tiny: SapiensPose) -> None:
+    batch, teacher = _tiny_batch()
+    alone, student = Batch(batch.labelled, None), tiny.double()
+    objective = _mean_teacher(teacher, TINY_CODEC, student=[torch.tensor(3.0)], ratio=0, ema_decay=0.5)
+    assert objective.prepare([alone], 0) == [None]
+    loss, logs = objective.loss(student, alone, None)
+    assert torch.equal(loss, Supervised(codec=TINY_CODEC).loss(student, alone, None)[0]) and logs == {}
+    objective.after_step()
+    assert objective.teacher.gain.item() == 2.0
+
+
+def test_the_gradient_ratio_is_that_of_the_two_losses_by_the_heatmaps(tiny: SapiensPose) -> None:
+    batch, teacher = _tiny_batch()
+    objective, student = _mean_teacher(teacher, TINY_CODEC), tiny.float()
+    (prepared,) = objective.prepare([batch], 500)
+    with torch.no_grad():
+        heatmaps = student(torch.cat([batch.labelled.view.image, prepared.image]))
+    heatmaps.requires_grad_(True)
+    labelled = objective.supervised.heatmap_loss(heatmaps[:4], batch.labelled, slice(0, 4))
+    unlabelled = objective._agreement(heatmaps[4:], prepared, slice(0, 4))
+    norms = [torch.autograd.grad(loss, heatmaps, retain_graph=True)[0].norm() for loss in (labelled, unlabelled)]
+    for chunk in (None, 3):
+        student.head.chunk = chunk
+        found = objective.loss(student, batch, prepared)[1]["grad_ratio"]
+        torch.testing.assert_close(found, norms[1] / norms[0], rtol=1e-4, atol=0)
+
+
+def test_a_step_says_how_its_teacher_is() -> None:
+    points_xy = _points(50, CODEC)
+    heights = torch.ones(50, 17)
+    heights[:10, 3] = 0.25
+    heights[0, 0] = 1.3
+    batch = _same_views(points_xy, CODEC)
+    (prepared,) = _mean_teacher(Oracle(CODEC, points_xy, heights)).prepare([batch], step=500)
+    logs, scores = prepared.logs, prepared.taught.scores.numpy()
+    assert logs[f"keep/{COCO17.names[3]}"].item() == pytest.approx(0.8)
+    assert logs["keep"].item() == pytest.approx(1 - 0.2 / 17)
+    assert logs["teacher_peak"].item() == pytest.approx(scores.mean(), rel=1e-5)
+    assert logs["teacher_peak_p99"].item() == pytest.approx(np.quantile(scores, 0.99), rel=1e-5)
+    expected = (points_xy.numpy() / [192, 256]).std(axis=0).mean()
+    assert logs["spread_labelled"].item() == pytest.approx(expected, rel=1e-4)
+    assert logs["spread"].item() == pytest.approx(expected, rel=5e-3), "the teacher knows them all"
+
+
+def test_spread_leaves_out_what_is_not_labelled() -> None:
+    points_xy = _points(20, CODEC)
+    batch = _same_views(points_xy, CODEC)
+    weights = torch.ones(20, 17)
+    weights[10:, :5] = 0
+    points_xy[10:, :5] = 1e4
+    weights[1:, 16] = 0
+    labelled = batch.labelled._replace(points_xy=points_xy, weights=weights)
+    (prepared,) = _mean_teacher(Oracle(CODEC, _points(20, CODEC))).prepare([Batch(labelled, batch.pair)], step=500)
+    shares = points_xy.numpy() / [192, 256]
+    expected = np.concatenate([shares[:10, :5].std(axis=0), shares[:, 5:16].std(axis=0)]).mean()
+    assert prepared.logs["spread_labelled"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ema_moved_is_the_share_that_changed_since_it_was_asked() -> None:
+    teacher = nn.Linear(32, 1)
+    student = [teacher.weight.detach().clone(), teacher.bias.detach().clone()]
+    objective = _mean_teacher(teacher, student=student, ema_decay=0.9)
+    assert objective.health()["ema_moved"].item() == 0
+    student[0][0, :16] += 1
+    objective.after_step()
+    assert objective.health()["ema_moved"].item() == pytest.approx(16 / 33)
+    assert objective.health()["ema_moved"].item() == 0
 
 
 # ---- The moving average
