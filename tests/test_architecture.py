@@ -19,7 +19,7 @@ LAYERS = (
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average"),
     ("geometry", "skeleton", "config"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
