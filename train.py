@@ -16,6 +16,7 @@ from torch import nn
 
 from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, pool, weights
 from sapiens_accel.augment import Augmenter
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import Config, StageName
 from sapiens_accel.data import Sets, TrainingPeople
 from sapiens_accel.evaluate import Metrics, Predictions
@@ -67,7 +68,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
-    teacher = deepcopy(model).to(accelerator.device) if plan.teacher else None  # it starts as the student does
+    teacher = distributed.moving_average(accelerator, deepcopy(model), planned.way.teacher) if plan.teacher else None
     frozen = distributed.frozen_masters(accelerator, model)
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
@@ -112,8 +113,8 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     metrics: Metrics = {}
     if not run.dry_run:
         student = {**distributed.full_state(accelerator, engine), **frozen}
-        if accelerator.is_main_process:
-            for name, state in objective.results(student).items():
+        for name, state in objective.results(student).items():
+            if accelerator.is_main_process:
                 weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
         metrics, predictions = score(objective)
         report.finish(last, metrics, predictions, judged, SKELETON)
@@ -123,18 +124,18 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
 
 
 def build_objective(
-    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, teacher: nn.Module | None, schedule: int
+    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, ema: MovingAverage | None, schedule: int
 ) -> Objective:
     """What the stage minimises."""
     plan = run.of(stage)
     heatmap_hw = SIZES[run.model.name].heatmap_hw(run.data.input_hw)
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=heatmap_hw, sigma=run.data.sigma)
     supervised = Supervised(codec=codec, loss_weight=plan.loss_weight)
-    if plan.teacher is None or teacher is None:
+    if plan.teacher is None or ema is None:
         return supervised
     return MeanTeacher(
         supervised,
-        teacher,
+        ema,
         lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
         plan.teacher,
         SKELETON.mirror,

@@ -116,7 +116,7 @@ def stepping(
     """Build the stage; what is returned takes one optimizer step each time it is asked, until the batches end."""
     plan = case.run.of(case.stage)
     model.lay_out(case.layout)
-    teacher = deepcopy(model).to(accelerator.device) if plan.teacher else None
+    teacher = distributed.moving_average(accelerator, deepcopy(model), "device") if plan.teacher else None
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
     engine, optimizer = distributed.prepare(accelerator, model, optimizer, case.share, plan.optim.clip_norm)

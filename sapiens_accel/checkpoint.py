@@ -42,9 +42,9 @@ def save(
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    state = objective.state_dict()  # gathered from all ranks, where each keeps a part of the teacher
     if accelerator.is_main_process:
-        # The teacher is the same on every rank.
-        save_file({n: v.contiguous() for n, v in objective.state_dict().items()}, temporary / "objective.safetensors")
+        save_file({n: v.contiguous() for n, v in state.items()}, temporary / "objective.safetensors")
         world = {"num_processes": accelerator.num_processes, "zero_stage": zero_stage(accelerator)}
         position = Position(stage=stage, step=step, **world)
         (temporary / "position.json").write_text(json.dumps(asdict(position)))

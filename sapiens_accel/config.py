@@ -27,6 +27,7 @@ LITERAL_WARNING = (
     "softmaxes of raw heatmaps with the teacher's alone sharpened; measured on drawn people to end 9.8 AR below "
     "supervised training (43.8 against 53.6), with peaks of 7.5 and everything kept; kl is the default"
 )
+Place = Literal["device", "sharded", "host"]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -160,6 +161,9 @@ class MemoryConfig:
     without host memory to offload to. Not with DeepSpeed. This one does change the losses a little."""
     compile_blocks: bool = False
     """Compile the transformer blocks with torch.compile: minutes at the start, faster steps. Not with ZeRO-3."""
+    teacher: Place | None = None
+    """Where the mean teacher's fp32 average is kept: device, on each GPU, whole; sharded, a part on each GPU; host, a
+    part in each process's host memory. The last two run a 16-bit copy of it. Default: the plan chooses."""
     force: bool = False
     """Run although the plan predicts that the device does not hold it."""
 

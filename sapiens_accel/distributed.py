@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sapiens_accel.config import UserError
+from sapiens_accel.average import MovingAverage, Ranks
+from sapiens_accel.config import Place, UserError
 from sapiens_accel.data import Share
 from sapiens_accel.model import SapiensPose
 
@@ -127,6 +128,26 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
 def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """The tensors of all ranks, of one shape, concatenated along their first dimension."""
     return torch.as_tensor(accelerator.gather(tensor))
+
+
+def share_parts(whole: Tensor) -> None:
+    """Fill a flat tensor of one equal part for each rank, of which each has written its own, on all of them.
+
+    In place: neither side allocates anything. All ranks must call it.
+    """
+    rank, num = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    part = len(whole) // num
+    as_bytes = whole.view(torch.uint8)  # gloo does not know every dtype
+    width = whole.element_size() * part
+    torch.distributed.all_gather_into_tensor(as_bytes, as_bytes[rank * width : (rank + 1) * width])
+
+
+def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
+    """The average of what `network` begins with, shared among the ranks where it is not kept whole on the device."""
+    several = accelerator.num_processes > 1
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, share_parts) if several else Ranks()
+    dtype = autocast_dtype(accelerator) or torch.float32
+    return MovingAverage(network, place, device=accelerator.device, dtype=dtype, ranks=ranks)
 
 
 def strategy(accelerator: Accelerator) -> Strategy:

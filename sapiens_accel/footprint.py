@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import StageConfig
 from sapiens_accel.data import Batch, Labelled, View
 from sapiens_accel.heatmap import Codec
@@ -154,9 +155,8 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
     if plan.teacher is None:
         return supervised
     keypoints = range(model.num_keypoints)
-    names = [str(k) for k in keypoints]
-    network = nn.Linear(1, 1)
-    return MeanTeacher(supervised, network, list, plan.teacher, keypoints, names=names, num_steps=1, gather=lambda t: t)
+    names, teacher = [str(k) for k in keypoints], MovingAverage(nn.Linear(1, 1))
+    return MeanTeacher(supervised, teacher, list, plan.teacher, keypoints, names=names, num_steps=1, gather=lambda t: t)
 
 
 def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:

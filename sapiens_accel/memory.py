@@ -72,8 +72,8 @@ def planned(
         raise UserError("--memory.adam_8bit needs torchao: pip install torchao")
     if memory.compile_blocks and strategy.zero == 3:
         raise UserError("--memory.compile_blocks does not go with ZeRO-3, whose weights come by while a block runs")
-    flags = {"offload_activations": memory.offload_activations, "adam_8bit": memory.adam_8bit}
-    way = Way(name="this launch", launch="", strategy=strategy, **flags)
+    offloads, eight_bit = memory.offload_activations, memory.adam_8bit
+    way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
     chosen = {}
     for name in run.stages:
         stage = stage_of(run, name, strategy.half)
@@ -92,7 +92,9 @@ def _otherwise(stage: Stage, plan: Plan) -> str:
         if plan.room is None or need(stage, plan.way, share, plan.layout, None, None).gpu_peak < 0.95 * plan.gpu_peak:
             # Planned anew, blocks would be kept whole in the room that this makes.
             blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {plan.layout.checkpointed_blocks}"
-            return f"--memory.micro_batch {size}{blocks}"
+            # ... and a teacher would come back to the device.
+            kept = "" if plan.way.teacher == "device" else f" --memory.teacher {plan.way.teacher}"
+            return f"--memory.micro_batch {size}{blocks}{kept}"
     if not plan.way.offload_activations:
         return "--memory.offload_activations"
     return "another launch: python -m sapiens_accel.memory lists them"
@@ -122,7 +124,7 @@ def _way_out(run: Config, plan: Plan, words: Sequence[str]) -> str:
     """The nearest launch that fits all stages, of the same GPUs."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "take a launch with more ZeRO or offload on these machines"
-    asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None)
+    asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
     table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room)
     best = _fastest(table)
@@ -275,6 +277,7 @@ def _plan_json(plan: Plan, words: Sequence[str]) -> dict[str, Any]:
         "accumulation": plan.share.accumulation,
         "checkpointed_blocks": plan.layout.checkpointed_blocks,
         "head_chunk": plan.layout.head_chunk,
+        "teacher": plan.way.teacher if "ema_teacher" in plan.gpu else None,
         "gpu_peak_gib": round(plan.gpu_peak / GIB, 4),
         "gpu_allowance_gib": round((plan.allowance + CONTEXT) / GIB, 4),
         "host_gib": round(plan.host_peak / GIB, 4),

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from sapiens_accel import geometry
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair
 from sapiens_accel.heatmap import Codec
@@ -58,11 +59,11 @@ class Objective(Protocol):
         ...
 
     def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What is written, by folder: `weights` are the result's."""
+        """What is written, by folder: `weights` are the result's. All ranks must call it; rank 0 writes."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the model and the optimizer."""
+        """What a resumed run needs beside the model and the optimizer. All ranks must call it; rank 0 writes."""
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
@@ -148,7 +149,7 @@ class MeanTeacher:
 
     Args:
         supervised: the labelled loss.
-        teacher: a network of its own with the student's weights; its parameters become the moving average, in fp32.
+        teacher: the moving average of the student, beginning as the student does.
         student_parameters: the student's whole parameters, in the teacher's order, whenever it is called.
         mirror: the skeleton's mirror order.
         names: of the keypoints, in the logs.
@@ -160,7 +161,7 @@ class MeanTeacher:
     def __init__(
         self,
         supervised: Supervised,
-        teacher: nn.Module,
+        teacher: MovingAverage,
         student_parameters: Callable[[], Iterable[Tensor]],
         config: TeacherConfig,
         mirror: Sequence[int],
@@ -171,15 +172,15 @@ class MeanTeacher:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.supervised, self.codec = supervised, supervised.codec
-        self.teacher = teacher.float().eval().requires_grad_(False)
+        self.average, self.teacher = teacher, teacher.network
         self.student_parameters, self.config = student_parameters, config
         self.num_steps, self.gather, self.autocast = num_steps, gather, autocast
         self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(num_steps)
-        device = next(teacher.parameters()).device
+        device = next(self.teacher.parameters()).device
         self.names, self.mirror = names, torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
-        self.sample = self._sample()
+        self.sample = self.average.sample()
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
@@ -254,36 +255,27 @@ class MeanTeacher:
             error = heatmap_kl(heatmaps, target, self.codec.sigma, config.temperature, sharper)
         return labels.scale * (weights * error).sum()
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        for mean, student in zip(self.teacher.parameters(), self.student_parameters(), strict=True):
-            mean.lerp_(student.to(mean), 1 - self.decay)
+        self.average.update(self.student_parameters(), self.decay)
 
     def health(self) -> dict[str, Tensor]:
-        """ema_moved: the share of some of the teacher's weights that changed since it was asked last."""
-        before, self.sample = self.sample, self._sample()
+        """ema_moved: the share of some of the average's values that changed since it was asked last."""
+        before, self.sample = self.sample, self.average.sample()
         return {"ema_moved": (self.sample != before).float().mean()}
-
-    def _sample(self) -> Float[Tensor, "n"]:
-        """Up to 64 values of up to 64 tensors, spread over the network."""
-        tensors = list(self.teacher.parameters())
-        tensors = tensors[:: max(1, len(tensors) // 64)]
-        return torch.cat([p.detach().flatten()[:: max(1, p.numel() // 64)][:64] for p in tensors])
 
     def result(self, model: nn.Module) -> nn.Module:
         return self.teacher
 
     def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        teacher = {name: value.cpu() for name, value in self.teacher.state_dict().items()}
-        return {"weights": teacher, "student": student}
+        return {"weights": self.average.state_dict(), "student": student}
 
     def state_dict(self) -> dict[str, Tensor]:
-        teacher = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
         return {"reference": self.reference, **teacher}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.reference.copy_(state["reference"])
-        self.teacher.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
+        self.average.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
 
     def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
         """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""

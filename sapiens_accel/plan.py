@@ -8,15 +8,16 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sapiens_accel import distributed, optim
-from sapiens_accel.config import Config, MemoryConfig, StageConfig, StageName, UserError
+from sapiens_accel.config import Config, MemoryConfig, Place, StageConfig, StageName, UserError
 from sapiens_accel.data import Share
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.footprint import Footprint, footprint
@@ -43,13 +44,14 @@ FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10  # 16-bit arithmetic, bytes of PCIe, bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to run a stage: a launch, and the options that go with it."""
+    """A way to run a stage: a launch, and the options that go with it; `fit` chooses where a teacher is kept."""
 
     name: str
     launch: str
     strategy: Strategy
     offload_activations: bool = False
     adam_8bit: bool = False
+    teacher: Place = "device"
 
     def options(self) -> list[str]:
         """What train.py has to be told beside the launch."""
@@ -102,8 +104,9 @@ class Plan:
     def __str__(self) -> str:
         blocks = f"{self.layout.checkpointed_blocks} blocks checkpointed"
         chunk = f", head in chunks of {self.layout.head_chunk}" if self.layout.head_chunk else ""
+        kept = {"device": "", "sharded": ", teacher shared among the ranks", "host": ", teacher kept on the host"}
         limit = "" if self.room is None else f"; {self.gpu_peak / GIB:.1f} of {self.room / GIB:.1f} GiB (predicted)"
-        return f"{self.share}, {blocks}{chunk}{limit}"
+        return f"{self.share}, {blocks}{chunk}{kept[self.way.teacher]}{limit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +266,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
         "gradients": summed * (part if strategy.zero >= 2 else learning),
         "masters": 4 * part if strategy.zero else 0.0,
         "adam": 2 * (1 + 4 / 256) * learning if way.adam_8bit else 8 * (part if strategy.zero else learning),
-        "ema_teacher": 4.0 * everything if stage.plan.teacher else 0.0,
+        "ema_teacher": _teacher_bytes(stage, way),
         "zero_buckets": float(strategy.bucket * word),
     }
     if strategy.zero == 3:
@@ -274,6 +277,14 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
         if not (accumulates and strategy.bf16) or strategy.zero == 3:
             state["gradients"] = 0.0
     return state
+
+
+def _teacher_bytes(stage: Stage, way: Way) -> float:
+    """Of the average on a device. What an update takes beside it is bounded and there between two steps only."""
+    if stage.plan.teacher is None:
+        return 0.0
+    average, copy = 4.0 * stage.num_parameters, (2.0 if way.strategy.half else 4.0) * stage.num_parameters
+    return {"device": average, "sharded": average / way.strategy.num_ranks + copy, "host": copy}[way.teacher]
 
 
 def _host(stage: Stage, way: Way, accumulates: bool, waiting: float) -> dict[str, float]:
@@ -292,6 +303,8 @@ def _host(stage: Stage, way: Way, accumulates: bool, waiting: float) -> dict[str
             state["gradients"] += 4.0 * stage.num_learning * here / ranks
     if strategy.offload_weights:
         state["weights"] = 2.0 * stage.num_parameters * here / ranks
+    if stage.plan.teacher and way.teacher == "host":
+        state["ema_teacher"] = 4.0 * stage.num_parameters * here / ranks
     if waiting:
         state["block_checkpoints"] = here * waiting
     saving = 4.0 * stage.num_parameters * (2 if stage.plan.teacher else 1)  # rank 0 collects the weights
@@ -326,6 +339,10 @@ def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, prints: Footp
         copies += 4 * stage.num_learning / BUS * 0.5
     if strategy.zero == 0 and ranks > 1:
         copies += 8 * stage.num_learning / BUS * 0.5
+    if stage.plan.teacher and way.teacher == "host":
+        copies += (2 * 2 / BUS + 12 / HOST) * stage.num_parameters / ranks
+    if stage.plan.teacher and way.teacher != "device" and ranks > 1:
+        copies += 2 * stage.num_parameters / BUS * 0.5
     return compute + copies + (0.002 if way.adam_8bit else 0.0)
 
 
@@ -334,12 +351,16 @@ def fit(
 ) -> Plan:
     """The largest micro-batch that fits, with the fewest checkpointed blocks; if none does, what needs the least.
 
+    A larger micro-batch with the teacher's average elsewhere comes before a smaller one with it on the device.
+
     Raises:
-        UserError: the global batch does not divide into processes x micro-batch; a number of blocks that there is not.
+        UserError: the global batch does not divide into processes x micro-batch; a number of blocks that there is not;
+            an average shared among one process.
     """
     asked, ranks = stage.memory, way.strategy.num_ranks
     if asked.checkpointed_blocks is not None and not 0 <= asked.checkpointed_blocks <= stage.depth:
         raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: the network has {stage.depth}")
+    places = _places(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
     # A whole block of ZeRO-3 would keep its gathered weights; and what is offloaded should be little.
@@ -349,9 +370,10 @@ def fit(
     if room is None:  # memory does not limit: nothing is computed twice
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
-        return Plan(way=way, share=share, layout=layout)
+        return Plan(way=replace(way, teacher=places[0]), share=share, layout=layout)
     tried = []
-    for size in sizes:
+    for size, place in product(sizes, places):
+        way = replace(way, teacher=place)
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
         for checkpointed in blocks:
             last = checkpointed == blocks[-1]
@@ -363,6 +385,16 @@ def fit(
                     return plan
                 tried.append(plan)
     return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
+
+
+def _places(stage: Stage, ranks: int) -> list[Place]:
+    """Where a teacher's average may be kept, fastest first."""
+    asked = stage.memory.teacher
+    if asked == "sharded" and ranks == 1 and stage.plan.teacher:
+        raise UserError("--memory.teacher sharded: there is one process to share among; expected device or host")
+    if stage.plan.teacher is None:
+        return ["device"]
+    return [asked] if asked else ["device", "sharded", "host"] if ranks > 1 else ["device", "host"]
 
 
 def _chunks(

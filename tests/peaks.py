@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate import Accelerator
 
 from sapiens_accel import config, distributed, optim, plan
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import OptimConfig
 from sapiens_accel.data import Batch, Labelled, Pair, Share, View
 from sapiens_accel.heatmap import Codec
@@ -69,7 +70,7 @@ def peak(
         model = SapiensPose(name, 17, INPUT_HW)
         model.freeze(stage.frozen)
         model.lay_out(layout)
-        teacher = deepcopy(model) if stage.teacher else None
+        teacher = MovingAverage(deepcopy(model)) if stage.teacher else None
         groups = optim.param_groups(model.layer_groups(), stage.optim)
         optimizer = optim.adamw(groups, stage.optim, torch.device("cpu"))
         engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, 1.0)
@@ -91,7 +92,7 @@ def _fresh(batches: list[Batch]) -> Iterator[Batch]:
 def _objective(
     accelerator: Accelerator,
     model: SapiensPose,
-    teacher: nn.Module | None,
+    teacher: MovingAverage | None,
     engine: nn.Module,
     stage: config.StageConfig,
 ) -> Objective:

@@ -20,7 +20,7 @@ LAYERS = (
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
     ("pool",),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average"),
     ("geometry", "skeleton", "config"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.chunked import ChunkedHead, Criterion
 from sapiens_accel.config import TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair, View
@@ -323,8 +324,9 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     tiny.lay_out(Layout(head_chunk=chunk))
     config = TeacherConfig(temperature=0.5)
     supervised = Supervised(codec=CODEC, loss_weight=2.0)
+    average = MovingAverage(nn.Linear(1, 1))
     objective = MeanTeacher(
-        supervised, nn.Linear(1, 1), list, config, COCO17.mirror, names=COCO17.names, num_steps=1, gather=list
+        supervised, average, list, config, COCO17.mirror, names=COCO17.names, num_steps=1, gather=list
     )
     loss, logs = objective.loss(tiny, batch, prepared)
     loss.backward()

@@ -5,13 +5,14 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
 
 from sapiens_accel import config, memory, plan
-from sapiens_accel.config import Config, UserError
+from sapiens_accel.config import Config, MemoryConfig, Place, UserError
 from sapiens_accel.data import Share
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.model import Layout
@@ -127,9 +128,27 @@ def test_host_memory_of_an_offloaded_parameter() -> None:
     assert found["adam"] == 8 * stage.num_parameters
 
 
-def test_a_teacher_is_one_more_network_in_fp32() -> None:
-    found = fitted("sapiens_0.3b_coco", "ssl", "zero2")
-    assert found.gpu["ema_teacher"] == 4 * counted("sapiens_0.3b_coco", "ssl").num_parameters
+@pytest.mark.parametrize(
+    ("place", "strategy", "gpu", "host"),
+    [
+        ("device", Strategy(zero=2, num_ranks=4, num_local=4), 4, 0),
+        ("device", Strategy(), 4, 0),
+        ("sharded", Strategy(zero=2, num_ranks=4, num_local=4), 4 / 4 + 2, 0),
+        ("sharded", Strategy(num_ranks=2, num_local=2, half=False), 4 / 2 + 4, 0),
+        ("host", Strategy(zero=2), 2, 4),
+        ("host", Strategy(zero=2, num_ranks=4, num_local=4), 2, 4),  # the ranks of a machine share it
+        ("host", Strategy(zero=2, num_ranks=8, num_local=4), 2, 4 / 2),
+    ],
+)
+def test_bytes_of_a_teacher(place: Place, strategy: Strategy, gpu: float, host: float) -> None:
+    stage = counted("sapiens_0.3b_coco", "ssl")
+    share = Share(rank=0, num_ranks=strategy.num_ranks, micro_batch=1, accumulation=1)
+    by = Way(name="", launch="", strategy=strategy, teacher=place)
+    found = plan.need(stage, by, share, Layout(checkpointed_blocks=stage.depth), None, None)
+    assert found.gpu["ema_teacher"] == pytest.approx(gpu * stage.num_parameters, rel=1e-9)
+    assert found.host.get("ema_teacher", 0.0) == pytest.approx(host * stage.num_parameters, rel=1e-9)
+    without = plan.need(counted("sapiens_0.3b_coco", "phase2"), by, share, Layout(), None, None)
+    assert "ema_teacher" not in without.gpu and "ema_teacher" not in without.host
 
 
 @pytest.mark.parametrize(("name", "chunked", "whole"), [("0.3b", 2.88, 9.06), ("1b", 6.47, 12.36), ("2b", 10.09, None)])
@@ -176,6 +195,57 @@ def test_batch_32_fits_a_16_gb_card_as_one_micro_batch(name: str, by: str, most:
 def test_ssl_of_the_1b_fits_a_16_gb_card() -> None:
     found = fitted("sapiens_1b_coco", "ssl", "zero2_offload+activations")
     assert found.fits and found.share.global_batch == 32
+
+
+def test_a_teacher_makes_way_for_a_larger_micro_batch_only() -> None:
+    """From room for everything to room for little: whole on the device wherever that costs no people."""
+    stage, seen = counted("sapiens_0.3b_coco", "ssl"), []
+    for tenths in (160, 120, 100, 90, 80, 75, 70):
+        room = tenths / 10 * GIB
+        alone, together = (plan.fit(stage, "ssl", way("zero2", ranks), room, None) for ranks in (1, 4))
+        assert alone.way.teacher != "sharded"
+        for found in (alone, together):
+            held = {
+                place: plan.fit(_keeping(stage, place), "ssl", found.way, room, None)
+                for place in ("device", "sharded", "host")
+                if place != "sharded" or found is together
+            }
+            sizes = {place: one.share.micro_batch for place, one in held.items() if one.fits}
+            if sizes:
+                best = next(place for place, size in sizes.items() if size == max(sizes.values()))
+                assert (found.fits, found.way.teacher) == (True, best)
+                assert found == held[best]
+            else:
+                assert not found.fits
+            seen.append(found.way.teacher)
+    assert seen[0] == "device" and "host" in seen
+
+
+def _keeping(stage: plan.Stage, place: str) -> plan.Stage:
+    return replace(stage, memory=MemoryConfig(teacher=place))  # pyright: ignore[reportArgumentType]
+
+
+def test_where_a_whole_teacher_does_not_fit_the_host_keeps_it() -> None:
+    stage, by = counted("sapiens_1b_coco", "ssl"), way("zero2_offload+activations")
+    least = plan.fit(_keeping(stage, "device"), "ssl", by, 0.1 * GIB, None)
+    room = least.gpu_peak + least.allowance - 0.1 * GIB
+    assert not plan.fit(_keeping(stage, "device"), "ssl", by, room, 1000 * GIB).fits
+    found = plan.fit(stage, "ssl", by, room, 1000 * GIB)
+    assert found.fits and found.way.teacher == "host" and "teacher kept on the host" in str(found)
+    assert found.host["ema_teacher"] == 4 * stage.num_parameters
+    rest = found.host_peak - 0.1 * GIB
+    assert not plan.need(stage, found.way, found.share, found.layout, room, rest).fits
+    assert plan.fit(stage, "ssl", by, 139 * GIB, 1000 * GIB).way.teacher == "device"
+    assert found.seconds > plan.need(stage, by, found.share, found.layout, None, None).seconds
+
+
+def test_a_teacher_cannot_be_shared_among_one() -> None:
+    with pytest.raises(UserError, match=r"--memory.teacher sharded: there is one process .* expected device or host"):
+        planned("demo", 15, "--stage", "ssl", "--memory.teacher", "sharded")
+    assert planned("demo", 15, "--stage", "ssl", "--memory.teacher", "host")["ssl"].way.teacher == "host"
+    assert planned("demo", 15, "--stage", "phase2", "--memory.teacher", "sharded")["phase2"].way.teacher == "device"
+    stage = counted("demo", "ssl", "--memory.teacher=sharded")
+    assert plan.fit(stage, "ssl", way("zero2", 2), None, None).way.teacher == "sharded"
 
 
 def test_a_large_gpu_computes_nothing_twice() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sapiens_accel.average import MovingAverage
 from sapiens_accel.chunked import ChunkedHead
 from sapiens_accel.config import TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair, View
@@ -187,9 +188,8 @@ def _mean_teacher(
 ) -> MeanTeacher:
     config = TeacherConfig(**changes)  # pyright: ignore[reportArgumentType]
     supervised = Supervised(codec=codec)
-    return MeanTeacher(
-        supervised, teacher, lambda: student, config, MIRROR, names=COCO17.names, num_steps=1000, gather=gather
-    )
+    average, names = MovingAverage(teacher), COCO17.names
+    return MeanTeacher(supervised, average, lambda: student, config, MIRROR, names=names, num_steps=1000, gather=gather)
 
 
 def _same_views(points_xy: Tensor, codec: Codec) -> Batch:

@@ -150,6 +150,43 @@ def test_a_resumed_run_goes_on_bit_for_bit(cache, reference):
         assert sorted(path.name for path in (resumed / stage / "checkpoints").iterdir()) == ["step_4", "step_8"]
 
 
+def test_a_teacher_kept_elsewhere_goes_on_bit_for_bit(cache, reference):
+    """Cut after 8 of 20 steps of ssl in two processes, its average in parts on each or on their host.
+
+    In fp32 that changes no bit of the run that keeps it whole and is not cut; in bf16, none of the run that is not cut.
+    """
+    jobs: list[dict] = []
+
+    def add(name: str, place: str, *, cut: bool, precision: str) -> Path:
+        folder = cache / f"teacher-{precision}-{name}"
+        words = [*after(reference), f"--memory.teacher={place}"]
+        steps = [["--max_steps=8", "--save_every=8"], ["--resume_from_checkpoint=latest"]] if cut else [[]]
+        for extra in steps:
+            one = job(folder, stage="ssl", micro_batch=2, zero=2, extra=[*words, *extra])
+            one["env"]["ACCELERATE_MIXED_PRECISION"] = precision
+            jobs.append(one)
+        return folder
+
+    whole = {precision: add("whole", place, cut=False, precision=precision)
+             for precision, place in (("no", "device"), ("bf16", "sharded"))}  # fmt: skip
+    resumed = [(add(place, place, cut=True, precision=precision), precision)
+               for place, precision in (("sharded", "no"), ("host", "no"), ("host", "bf16"))]  # fmt: skip
+    launch(jobs, cache, processes=2, deepspeed=True)
+    assert_same(whole["no"], reference, "ssl")
+    assert losses(whole["bf16"], "ssl") == pytest.approx(losses(reference, "ssl"), rel=2e-2)
+    for folder, precision in resumed:
+        assert len(losses(folder, "ssl")) == STEPS
+        assert losses(folder, "ssl") == losses(whole[precision], "ssl")
+        for written in ("weights", "student"):
+            found, expected = (
+                load_file(run / "ssl" / written / "model.safetensors") for run in (folder, whole[precision])
+            )
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in found.items())
+            # In 16 bits there is the copy for the forward; what is written is the average.
+            assert any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
+
+
 def test_plain_processes_and_accumulation_equal_one_batch(cache, reference):
     folder = cache / "ddp"
     launch([job(folder, stage="all", micro_batch=2)], cache, processes=2, deepspeed=False)
