@@ -111,6 +111,17 @@ class PseudoLabels(NamedTuple):
     logs: dict[str, Tensor]
 
 
+class Taught(NamedTuple):
+    """What the teacher says of a pair's people, in the strong view's frame (input px) and its left/right order."""
+
+    points_xy: Float[Tensor, "u k 2"]
+    scores: Float[Tensor, "u k"]
+    confidence: Float[Tensor, "u k"]
+    """Scores relative to those of good keypoints of their kind, 0..1."""
+    kept: Bool[Tensor, "u k"]
+    """What is learnt from."""
+
+
 class MeanTeacher:
     """Supervised, plus the agreement of the student's strong view with a moving average of itself on the weak view.
 
@@ -155,19 +166,26 @@ class MeanTeacher:
         moved = [self._teach(batch.pair) for batch in batches if batch.pair]
         scores = torch.cat([scores for _, scores in moved])
         self._update_reference(self.gather(scores))
-        masks = [self._weigh(points_xy, scores) for points_xy, scores in moved]
-        kept = torch.stack([(weights > 0).sum() for weights in masks]).sum().reshape(1)
+        taught = [self._judge(points_xy, scores) for points_xy, scores in moved]
+        kept = torch.stack([labels.kept.sum() for labels in taught]).sum().reshape(1)
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
         scale = (
             self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept) / num_kept.sum().clamp_min(1)
         )
-        logs = self._logs(scores, kept, sum(weights.numel() for weights in masks))
+        logs = self._logs(scores, kept, sum(labels.kept.numel() for labels in taught))
         return [
-            PseudoLabels(points_xy, weights, cut_out(batch.pair, points_xy), scale, logs)
-            for batch, (points_xy, _), weights in zip(batches, moved, masks, strict=True)
+            PseudoLabels(
+                labels.points_xy, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs
+            )
+            for batch, labels in zip(batches, taught, strict=True)
             if batch.pair
         ]
+
+    @torch.no_grad()
+    def pseudo_labels(self, pair: Pair) -> Taught:
+        """What the teacher would teach about these people now; nothing is changed by asking."""
+        return self._judge(*self._teach(pair))
 
     def loss(
         self, model: nn.Module, batch: Batch, prepared: PseudoLabels
@@ -234,14 +252,14 @@ class MeanTeacher:
         mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
         self.reference = torch.where(self.reference == 0, high, mean)
 
-    def _weigh(self, points_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
-        """Normalised confidence where a keypoint is learnt from, else 0."""
+    def _judge(self, points_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"]) -> Taught:
+        """Which points of the strong view are good enough to be learnt from."""
         confidence = (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
         x, y = points_xy.unbind(-1)
         inside = (x >= 0) & (y >= 0) & (x <= self.codec.input_hw[1] - 1) & (y <= self.codec.input_hw[0] - 1)
         kept = (confidence > self.config.threshold) & inside
         kept &= kept.sum(dim=1, keepdim=True) >= MIN_KEPT
-        return confidence * kept
+        return Taught(points_xy, scores, confidence, kept)
 
     def _ramp(self, step: int) -> float:
         done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
