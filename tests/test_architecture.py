@@ -14,6 +14,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("train", "eval"),
     ("report",),
+    ("monitor",),
     ("loop", "evaluate", "checkpoint", "memory"),
     ("plan",),
     ("footprint",),
