@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel import checkpoint, config, data, monitor, weights
+from sapiens_accel import checkpoint, config, data, monitor, synthetic, weights
 from sapiens_accel.augment import Augmenter
-from sapiens_accel.config import AugmentConfig, DataConfig, SyntheticConfig, TeacherConfig, UserError
+from sapiens_accel.config import AugmentConfig, DataConfig, TeacherConfig, UserError
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SapiensPose
 from sapiens_accel.monitor import Alarms, Holdout, Stopped, panel, probe
@@ -38,9 +38,14 @@ MIRROR = list(COCO17.mirror)
 
 @pytest.fixture(scope="module")
 def holdout(tmp_path_factory: pytest.TempPathFactory) -> Holdout:
-    drawn = SyntheticConfig(num_train=4, num_unlabelled=4, num_val=40)
-    cache = str(tmp_path_factory.mktemp("monitor"))
-    knobs = DataConfig(input_hw=INPUT_HW, num_workers=0, cache_dir=cache, synthetic=drawn)
+    root = synthetic.write(tmp_path_factory.mktemp("monitor") / "drawn", num_train=4, num_unlabelled=4, num_val=40)
+    file = root / DataConfig.val_annotations
+    tree, rng = json.loads(file.read_text()), np.random.default_rng(0)
+    for person in tree["annotations"]:
+        for k in np.flatnonzero(rng.random(17) < 0.2):
+            person["keypoints"][3 * k + 2] = 0  # nobody has labelled it, but the teacher speaks of it all the same
+    file.write_text(json.dumps(tree))
+    knobs = DataConfig(root=str(root), input_hw=INPUT_HW, num_workers=0, cache_dir=str(root.parent / "cache"))
     sets = data.open_people(knobs, COCO17, unlabelled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=INPUT_HW)
     return Holdout(sets.val, augmenter, knobs, num_cutouts=2, seed=0)
