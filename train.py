@@ -19,7 +19,7 @@ from sapiens_accel.augment import Augmenter
 from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import Config, StageName
 from sapiens_accel.data import Sets, TrainingPeople
-from sapiens_accel.evaluate import Metrics, Predictions
+from sapiens_accel.evaluate import Metrics
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.loop import steps
 from sapiens_accel.model import SIZES, SapiensPose
@@ -85,17 +85,20 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     augmenter = Augmenter(config=run.augment, skeleton=SKELETON, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
     stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
-    report = Report(accelerator, run, stage, planned, first=first, last=last)
-    report.crops(people, objective.codec, SKELETON)
-    judged = sets.split(run.eval.split)
+    report = Report(accelerator, run, stage, planned, sets, augmenter, start=start, first=first, last=last)
+    report.crops(people, objective.codec)
 
-    def score(objective: Objective) -> tuple[Metrics, Predictions]:
-        result = objective.result(engine)
-        return evaluate.score(accelerator, result, judged, objective.codec, SKELETON, run.data, run.eval)
+    def export() -> None:
+        """Write the weights as they are now; all ranks must call it."""
+        student = {**distributed.full_state(accelerator, engine), **frozen}
+        if accelerator.is_main_process:
+            (folder / stage / "eval.json").unlink(missing_ok=True)  # it spoke of other weights
+            for name, state in objective.results(student).items():
+                weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
+        report.kept(step, folder / stage / "weights")
 
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
-    drop = partial(distributed.drop_gradients, engine)
-    step, offload = first, run.memory.offload_activations
+    drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
     stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
     with memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None):
         for step, logs in stepping:
@@ -106,18 +109,16 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
                 save(step)
                 report.restart_clock(step)
             if run.eval_every and step % run.eval_every == 0 and step < last:
-                report.write(step, score(objective)[0])
-                report.restart_clock(step)
+                report.judge(step, engine, objective)
+                if plan.teacher and report.alarms.healthy:
+                    export()  # a stage that is stopped leaves its last good ones
+            elif step == 1 < last:
+                report.begin(step, engine, objective)
 
     # ---- Hand over
-    metrics: Metrics = {}
     if not run.dry_run:
-        student = {**distributed.full_state(accelerator, engine), **frozen}
-        for name, state in objective.results(student).items():
-            if accelerator.is_main_process:
-                weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
-        metrics, predictions = score(objective)
-        report.finish(last, metrics, predictions, judged, SKELETON)
+        export()
+    metrics = {} if run.dry_run else report.finish(engine, objective)
     report.close()
     distributed.release(accelerator, engine, optimizer)
     return metrics

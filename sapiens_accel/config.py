@@ -216,6 +216,9 @@ class TeacherConfig:
     cutout: int = 5
     """Squares of the mean colour put on the student's view, each on one of the teacher's keypoints."""
 
+    on_alarm: Literal["stop", "warn"] = "stop"
+    """What to do when the stage collapses or inflates: stop it, with the last good weights in place, or only say so."""
+
     @property
     def compares_maps(self) -> bool:
         """Whether the student's heatmap is compared with the teacher's own."""

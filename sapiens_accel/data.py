@@ -9,9 +9,9 @@ and accumulated micro-batches changes no byte, and a run can start at any step. 
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -202,7 +202,7 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
         self.cutout = plan.teacher.cutout if plan.teacher else 0
-        self.pixel_changes = augmenter.pixel_changes()
+        self.changes = partial(change_pixels, augmenter.pixel_changes())
 
     def __getitem__(self, key: Key) -> Labelled | Pair:
         stream = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
@@ -218,25 +218,18 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         row = self.labelled.rows[index]
         keypoints = np.asarray(row["keypoints"])
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
-        view = self._view(read_image(self.labelled.root / row["file_name"]), crop, rng, strong=True)
+        image = read_image(self.labelled.root / row["file_name"])
+        view = _view(image, crop, self.config.input_hw, partial(self.changes, rng=rng))
         return _with_labels(view, keypoints, crop, row, self.config, self.augmenter.skeleton)
 
     def _pair(self, index: int, rng: Generator) -> Pair:
         assert self.unlabelled is not None
         row = self.unlabelled.rows[index]
-        image = read_image(self.unlabelled.root / row["file_name"])  # decoded once for both views
-        weak = self.augmenter.weak_crop(self._base(row), rng)
-        strong = self.augmenter.strong_crop(weak, rng)
-        weak_view = self._view(image, weak, rng, strong=False)
-        strong_view = self._view(image, strong, rng, strong=True)
-        return Pair(weak_view, strong_view, torch.from_numpy(rng.random((self.cutout, 4), dtype=np.float32)))
+        image = read_image(self.unlabelled.root / row["file_name"])
+        return pair_of(image, self._base(row), self.augmenter, self.changes, self.cutout, rng)[0]
 
     def _base(self, row: dict) -> Crop:
         return geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-
-    def _view(self, image: UInt8[Array, "h w 3"], crop: Crop, rng: Generator, *, strong: bool) -> View:
-        changes = (lambda picture: change_pixels(self.pixel_changes, picture, rng)) if strong else None
-        return _view(image, crop, self.config.input_hw, changes)
 
 
 class EvaluationPeople(Dataset[Labelled]):
@@ -255,6 +248,22 @@ class EvaluationPeople(Dataset[Labelled]):
         return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
 
 
+def pair_of(
+    image: UInt8[Array, "h w 3"], base: Crop, augmenter: Augmenter, changes: Callable, num_cutouts: int, rng: Generator
+) -> tuple[Pair, Crop]:
+    """Both views of the person whose upright crop is `base`, and the strong view's crop.
+
+    Args:
+        changes: `change_pixels` with the strong view's changes.
+    """
+    weak = augmenter.weak_crop(base, rng)
+    strong = augmenter.strong_crop(weak, rng)
+    weak_view = _view(image, weak, augmenter.input_hw)
+    strong_view = _view(image, strong, augmenter.input_hw, partial(changes, rng=rng))
+    cutout = torch.from_numpy(rng.random((num_cutouts, 4), dtype=np.float32))
+    return Pair(weak_view, strong_view, cutout), strong
+
+
 def _view(image: UInt8[Array, "h w 3"], crop: Crop, input_hw: tuple[int, int], changes=None) -> View:
     matrix = crop.matrix(input_hw)
     picture = geometry.warp(image, matrix, input_hw)
@@ -266,11 +275,19 @@ def _view(image: UInt8[Array, "h w 3"], crop: Crop, input_hw: tuple[int, int], c
 def _with_labels(
     view: View, keypoints: Float[Array, "k 3"], crop: Crop, row: dict, config: DataConfig, skeleton: Skeleton
 ) -> Labelled:
+    seen = seen_in(crop, keypoints, config.input_hw, skeleton)
+    points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
+    return Labelled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), torch.tensor(row["ann_id"]))
+
+
+def seen_in(
+    crop: Crop, keypoints: Float[Array, "k 3"], input_hw: tuple[int, int], skeleton: Skeleton
+) -> Float[Array, "k 3"]:
+    """Keypoints (x and y in image px, visibility) in a crop's input px, left and right swapped where it is mirrored."""
     if crop.flip:
         keypoints = keypoints[list(skeleton.mirror)]
-    points_xy = geometry.apply(crop.matrix(config.input_hw), keypoints[:, :2]).astype(np.float32)
-    weights = target_weights(keypoints[:, 2], config.occluded_weight)
-    return Labelled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), torch.tensor(row["ann_id"]))
+    points_xy = geometry.apply(crop.matrix(input_hw), keypoints[:, :2])
+    return np.concatenate([points_xy, keypoints[:, 2:]], axis=1)
 
 
 def target_weights(visibility: Float[Array, "k"], occluded: float) -> Float[Array, "k"]:

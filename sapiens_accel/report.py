@@ -5,23 +5,29 @@ import math
 import resource
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from jaxtyping import UInt8
 from numpy import ndarray as Array
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel import draw, evaluate
+from sapiens_accel import distributed, draw, evaluate, holdout
+from sapiens_accel.alarms import Alarms, Stopped
+from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import Config, StageName
-from sapiens_accel.data import Key, Labelled, TrainingPeople
-from sapiens_accel.evaluate import Predictions
+from sapiens_accel.data import Key, Labelled, Sets, TrainingPeople
+from sapiens_accel.evaluate import Metrics, Predictions
 from sapiens_accel.geometry import Crop, apply, warp
 from sapiens_accel.heatmap import Codec
+from sapiens_accel.holdout import Holdout
+from sapiens_accel.objective import MeanTeacher, Objective
 from sapiens_accel.plan import GIB, Plan
 from sapiens_accel.skeleton import Skeleton
 
@@ -31,20 +37,35 @@ SHOWN_SCORE = 0.2
 
 
 class Report:
-    """One stage's scalars and pictures.
+    """One stage's scalars, scores, pictures and alarms.
 
     Args:
         planned: what the memory plan said.
+        start: the weights that the stage began with.
         first: steps already done. Later lines of this stage in metrics.jsonl, of a run that was cut off, are dropped.
         last: the step that the stage ends with.
     """
 
     def __init__(
-        self, accelerator: Accelerator, run: Config, stage: StageName, planned: Plan, *, first: int, last: int
+        self,
+        accelerator: Accelerator,
+        run: Config,
+        stage: StageName,
+        planned: Plan,
+        sets: Sets,
+        augmenter: Augmenter,
+        *,
+        start: str | None,
+        first: int,
+        last: int,
     ) -> None:
         self.accelerator, self.run, self.planned = accelerator, run, planned
         self.stage: StageName = stage
-        self.folder, self.first = Path(run.output_dir), first
+        self.folder, self.first, self.last = Path(run.output_dir), first, last
+        self.people, self.skeleton, self.holdout = sets.split(run.eval.split), augmenter.skeleton, None
+        teacher = run.of(stage).teacher
+        if teacher and teacher.ratio:
+            self.holdout = Holdout(sets.val, augmenter, run.data, num_cutouts=teacher.cutout, seed=run.seed)
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
@@ -58,6 +79,11 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder / "tensorboard" / stage), purge_step=first + 1)
+        # What a resumed stage is held against is what it was when it began.
+        earlier = _first_values(self.folder / "metrics.jsonl", stage) if first and accelerator.is_main_process else {}
+        good = f"those that it began with, {start}" if start else "none: it began with random ones"
+        stops = teacher is None or teacher.on_alarm == "stop"
+        self.alarms = Alarms(good=good, stops=stops, first=broadcast_object_list([earlier])[0])
 
     def step(self) -> None:
         self.progress.update()
@@ -84,37 +110,96 @@ class Report:
             self.accelerator.print(
                 f"{self.stage}: GPU memory {measured:.2f} GiB measured, {predicted:.2f} GiB predicted"
             )
-        self.progress.set_postfix({"loss": f"{means['loss']:.2e}", "people/s": f"{means['people_per_second']:.0f}"})
+        shown = {"loss": "loss", "keep": "keep", "peak": "teacher_peak", "people/s": "people_per_second"}
+        self.progress.set_postfix({short: f"{means[name]:.3g}" for short, name in shown.items() if name in means})
+
+    def kept(self, step: int, weights: Path) -> None:
+        """The weights of this step were written: what a stop points at."""
+        self.alarms.good = f"in {weights}"
+        self.restart_clock(step)
 
     def restart_clock(self, step: int) -> None:
         """Leave what was just done (evaluating, saving) out of the speed."""
         self.since, self.since_step = time.perf_counter(), step
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values as they are; what is no number (an fp16 overflow's gradient norm) as null."""
-        if self.file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.file.write(json.dumps({"stage": self.stage, "step": step, **finite}) + "\n")
-            self.file.flush()
+        """Write values as they are, and what is wrong with them. All ranks must call it, with values that are equal.
+
+        Raises:
+            Stopped: they are so wrong that the stage must not go on.
+        """
+        # What is no number (an fp16 overflow's gradient norm) is null.
+        self._line(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
         for name, value in values.items():
             if self.board:
                 self.board.add_scalar(name, value, step)
+        try:
+            warnings = self.alarms.check(step, values)
+        except Stopped as stopped:
+            self._line(step, {"stopped": str(stopped)})
+            self.close()
+            raise
+        for warning in warnings:
+            self._line(step, {"warning": warning})
+            if self.accelerator.is_main_process:
+                self.progress.write(f"{self.stage}, step {step}: warning: {warning}")
 
-    def crops(self, people: TrainingPeople, codec: Codec, skeleton: Skeleton) -> None:
+    def _line(self, step: int, entries: Mapping[str, float | str | None]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"stage": self.stage, "step": step, **entries}) + "\n")
+            self.file.flush()
+
+    def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
+        """Write what the stage begins with, if it has a teacher: later values are held against it. For all ranks.
+
+        After the first step: before it, no teacher knows how sure it can be of a keypoint.
+        """
+        if not self.holdout:
+            return
+        metrics = self._score(objective.result(engine), objective.codec)[0] if self.run.eval_every else {}
+        self.write(step, metrics | self._probe(step, objective))
+        self.restart_clock(step)
+
+    def judge(self, step: int, engine: nn.Module, objective: Objective) -> tuple[Metrics, Predictions]:
+        """Score what the stage would hand over now; with a teacher, also its student and its labels. For all ranks."""
+        metrics, predictions = self._score(objective.result(engine), objective.codec)
+        if self.holdout:
+            metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]} | self._probe(step, objective)
+        self.write(step, metrics)
+        self.restart_clock(step)
+        return metrics, predictions
+
+    def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions]:
+        return evaluate.score(self.accelerator, model, self.people, codec, self.skeleton, self.run.data, self.run.eval)
+
+    def _probe(self, step: int, objective: Objective) -> dict[str, float]:
+        assert isinstance(objective, MeanTeacher) and self.holdout
+        values, seen = holdout.probe(
+            objective,
+            self.holdout,
+            batch_size=self.run.eval.batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            gather=partial(distributed.gather, self.accelerator),
+        )
+        if self.writes:
+            self._picture("panel", holdout.panel(seen, self.skeleton), step, numbered=f"_{step}")
+        return values
+
+    def crops(self, people: TrainingPeople, codec: Codec) -> None:
         """Show what the network is going to see."""
         if self.writes:
-            self._picture("crops", crop_picture(people, self.first, codec, skeleton), self.first)
+            self._picture("crops", crop_picture(people, self.first, codec, self.skeleton), self.first)
 
-    def finish(
-        self, step: int, metrics: dict[str, float], predictions: Predictions, people: People, skeleton: Skeleton
-    ) -> None:
-        """Write the stage's metrics, eval.json and predictions."""
-        self.write(step, metrics)
+    def finish(self, engine: nn.Module, objective: Objective) -> Metrics:
+        """Judge the end of the stage, and write eval.json and predictions. All ranks must call it."""
+        metrics, predictions = self.judge(self.last, engine, objective)
         if self.writes:
-            how = evaluate.how(self.run.eval)
-            (self.folder / self.stage / "eval.json").write_text(json.dumps({**metrics, "step": step, **how}, indent=2))
-            picture = prediction_picture(predictions, people, skeleton, self.run.eval.num_pictures)
-            self._picture("predictions", picture, step)
+            whole = {**metrics, "step": self.last, **evaluate.how(self.run.eval)}
+            (self.folder / self.stage / "eval.json").write_text(json.dumps(whole, indent=2))
+            picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
+            self._picture("predictions", picture, self.last)
+        return metrics
 
     def close(self) -> None:
         self.progress.close()
@@ -123,8 +208,8 @@ class Report:
         if self.board:
             self.board.close()
 
-    def _picture(self, name: str, picture: UInt8[Array, "h w 3"], step: int) -> None:
-        draw.save(picture, self.folder / "pictures" / f"{self.stage}_{name}.jpg")
+    def _picture(self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "") -> None:
+        draw.save(picture, self.folder / "pictures" / f"{self.stage}_{name}{numbered}.jpg")
         if self.board:
             self.board.add_image(name, picture, step, dataformats="HWC")
 
@@ -173,3 +258,13 @@ def _without_later_lines(file: Path, stage: str, step: int) -> Path:
         temporary.write_text("".join(kept))
         temporary.replace(file)
     return file
+
+
+def _first_values(file: Path, stage: str) -> dict[str, float]:
+    """The first number under each name that a stage's lines hold."""
+    found: dict[str, float] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        entry = json.loads(line)
+        if entry["stage"] == stage:
+            found = {name: value for name, value in entry.items() if isinstance(value, float)} | found
+    return found

@@ -14,13 +14,14 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("train", "eval"),
     ("report",),
+    ("holdout",),
     ("loop", "evaluate", "checkpoint", "memory"),
     ("plan",),
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
     ("pool",),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms"),
     ("geometry", "skeleton", "config"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
