@@ -163,8 +163,10 @@ class Report:
     def judge(self, step: int, engine: nn.Module, objective: Objective) -> tuple[Metrics, Predictions]:
         """Score what the stage would hand over now; with a teacher, also its student and its labels. For all ranks."""
         metrics, predictions = self._score(objective.result(engine), objective.codec)
+        if self.run.of(self.stage).teacher:
+            metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]}
         if self.holdout:
-            metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]} | self._probe(step, objective)
+            metrics |= self._probe(step, objective)
         self.write(step, metrics)
         self.restart_clock(step)
         return metrics, predictions

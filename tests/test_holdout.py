@@ -149,7 +149,7 @@ def _objective(answers: Answers) -> MeanTeacher:
 def test_the_hold_out_measures_what_its_labels_say(holdout: Holdout, far: float, unsure: float) -> None:
     answers = Answers(holdout, far, unsure)
     values, _ = probe(_objective(answers), holdout, batch_size=16)
-    assert answers.mirrored > 10 and answers.judged > 50
+    assert answers.mirrored > 10 and answers.judged > 30
     assert values["pseudo_precision"] == pytest.approx(answers.right / answers.judged, abs=1e-12)
     assert values["pseudo_coverage"] == pytest.approx(answers.kept_true / answers.true, abs=1e-12)
     assert values["pseudo_oks"] == pytest.approx(np.mean(answers.similarities), abs=5e-3)

@@ -1,4 +1,4 @@
-"""The table of `ssl.py` as a picture: a bar for each arm's mean, a dot for each seed."""
+"""The table of `gain.py` as a picture: a bar for each arm's mean, a dot for each seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
     """Draw AP by arm, in a group for each number of labels.
 
     Args:
-        cells: of `ssl.summary`.
+        cells: of `gain.summary`.
         rows: with `labels`, `arm` and `ap`.
     """
     groups = sorted({cell["labels"] for cell in cells})
