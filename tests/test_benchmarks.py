@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
 from sapiens_accel.config import UserError
@@ -19,10 +20,10 @@ WITHOUT_A_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # what these tests measure is the 
 pytestmark = pytest.mark.launch
 
 
-def benchmark(name: str, out: Path, *words: str, code: int = 0) -> dict[str, Any]:
+def benchmark(name: str, out: Path, *words: str, code: int = 0, option: str = "--out", **env: str) -> dict[str, Any]:
     """Run it and read what it wrote."""
-    command = [sys.executable, f"benchmarks/{name}.py", "--out", str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **WITHOUT_A_GPU}
+    command = [sys.executable, f"benchmarks/{name}.py", option, str(out), *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **WITHOUT_A_GPU, **env}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(out.read_text())
@@ -59,6 +60,58 @@ def test_the_peer_starts_with_the_same_loss(tmp_path: Path) -> None:
         assert set(case["ratio"]) == runners
         for spread in (*case["people_per_second"].values(), *case["ratio"].values(), case["chunks_cost"]):
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
+
+
+def test_a_step_with_unlabelled_people_needs_a_teacher_more_and_little_else(tmp_path: Path) -> None:
+    """The project's bar: 10 % above a supervised step with as many student people. The time is only looked at."""
+    words = [
+        "--models",
+        "sapiens_tiny",
+        "sapiens2_tiny",
+        "--batch",
+        "4",
+        "--input_hw",
+        "128",
+        "96",
+        "--repetitions",
+        "1",
+    ]
+    found = benchmark("cost", tmp_path / "cost.json", *words)
+    assert [case["model"] for case in found["cases"]] == ["sapiens_tiny", "sapiens2_tiny"]
+    for case in found["cases"]:
+        peaks = case["peak_bytes"]
+        assert case["checkpointed_blocks"] == 4 and case["teacher_bytes"] > 4e6
+        assert case["memory_ratio"] == pytest.approx(
+            (peaks["ssl"] - case["teacher_bytes"]) / peaks["phase2_twice_the_people"], abs=1e-4
+        )
+        assert 0.8 < case["memory_ratio"] < found["bars"]["memory_ratio"]
+        assert case["time_ratio"] > 1.3
+
+
+def test_arms_are_held_against_the_supervised_one(tmp_path: Path) -> None:
+    words = ["--labels", "6", "--seeds", "3", "--arms", "supervised", "recommended", "literal", "--jobs", "2"]
+    small = [f"--data.synthetic.num_{name}={num}" for name, num in (("train", 8), ("unlabelled", 4), ("val", 4))]
+    short = [f"--{stage}.{knob}" for stage in ("phase2", "ssl") for knob in ("steps=2", "global_batch=2")]
+    words += [*small, *short, "--data.input_hw=[64,48]"]
+    out, cache = tmp_path / "ssl.json", {"SAPIENS_ACCEL_CACHE": str(tmp_path)}
+    found = benchmark("ssl", out, *words, option="--json", **cache)
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert set(rows) == {"supervised", "recommended", "literal"}
+    assert all((row["labels"], row["seed"]) == (6, 3) and 0 <= row["ap"] <= 100 for row in rows.values())
+    assert rows["supervised"]["keep"] is None and rows["recommended"]["keep"] is not None
+    cells = {cell["arm"]: cell for cell in found["summary"]}
+    assert cells["recommended"]["gains"] == [rows["recommended"]["ap"] - rows["supervised"]["ap"]]
+    picture = cv2.imread(str(out.with_suffix(".png")))
+    assert picture is not None and picture.std() > 5
+    # What a file of the same settings holds is not run again: made-up rows stay.
+    out.write_text(out.read_text().replace('"ap": ', '"ap": 5'))
+    again = benchmark("ssl", out, *words, option="--json", **cache)
+    assert again["rows"] == json.loads(json.dumps(found["rows"]).replace('"ap": ', '"ap": 5'))
+
+
+def test_the_folder_of_benchmarks_does_not_hide_the_standard_librarys_ssl() -> None:
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import asyncio, ssl; ssl.create_default_context()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,7 +254,7 @@ def peaked(cache: Path) -> Path:
     torch.manual_seed(0)
     model = SapiensPose("sapiens_tiny", 17, (64, 48))
     with torch.no_grad():
-        model.head.final_layer.weight.normal_(std=0.3)
+        model.head.final_layer.weight.normal_(std=0.08)
     weights.export(cache / "peaked", model.state_dict(), model, COCO17, 1.0)
     return cache / "peaked"
 
@@ -306,7 +306,7 @@ def test_a_stage_that_collapses_stops_and_leaves_its_last_good_weights(cache: Pa
     for name in ("weights", "student"):
         model = SapiensPose("sapiens_tiny", 17, (64, 48))
         weights.load(model, str(folder / "ssl" / name))
-        assert model.head.final_layer.weight.std() > 0.1
+        assert model.head.final_layer.weight.std() > 0.03
     assert not checkpoint.finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
 
 

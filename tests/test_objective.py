@@ -386,9 +386,15 @@ def test_two_micro_batches_are_one_batch(tiny: SapiensPose) -> None:
     torch.testing.assert_close(same, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
 
 
-def test_two_ranks_are_one_batch(tiny: SapiensPose) -> None:
-    """Two threads that gather from each other, as two processes do; the engine averages over ranks."""
+@pytest.mark.parametrize("unsure", [[], [0, 1], [0, 1, 2, 3]])
+def test_two_ranks_are_one_batch(tiny: SapiensPose, unsure: list[int]) -> None:
+    """Two threads that gather from each other, as two processes do; the engine averages over ranks.
+
+    Args:
+        unsure: people of whom nothing is kept: of nobody's, of all of the first rank's, of everybody's.
+    """
     batch, teacher = _tiny_batch()
+    teacher.heights[unsure] = 0.1
     student = tiny.double()
     whole, gradient = _step(_mean_teacher(teacher, TINY_CODEC), student, [batch])
     barrier, slots = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
