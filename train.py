@@ -89,13 +89,11 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     report.crops(people, objective.codec)
 
     def export() -> None:
-        """Write the weights as they are now; all ranks must call it."""
-        student = {**distributed.full_state(accelerator, engine), **frozen}
-        if accelerator.is_main_process:
-            (folder / stage / "eval.json").unlink(missing_ok=True)  # it spoke of other weights
-            for name, state in objective.results(student).items():
-                weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
-        report.kept(step, folder / stage / "weights")
+        """Write the weights that were judged last; all ranks must call it."""
+        results = objective.results({**distributed.full_state(accelerator, engine), **frozen})
+        for name, state in results.items() if accelerator.is_main_process else ():
+            weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
+        report.keeps(folder / stage / "weights")
 
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
     drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
@@ -105,20 +103,19 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
             report.step()
             if step % run.log_every == 0 or step == last:
                 report.scalars(step, {**logs, **objective.health()})
-            if run.save_every and step % run.save_every == 0 and not run.dry_run:
+            if run.save_every and step % run.save_every == 0 and not (run.dry_run or report.alarms.sick):
                 save(step)
                 report.restart_clock(step)
             if run.eval_every and step % run.eval_every == 0 and step < last:
-                report.judge(step, engine, objective)
-                if plan.teacher and report.alarms.healthy:
+                if report.judge(step, engine, objective):
                     export()  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
                 report.begin(step, engine, objective)
 
     # ---- Hand over
-    if not run.dry_run:
+    if not run.dry_run and report.judge(last, engine, objective):
         export()
-    metrics = {} if run.dry_run else report.finish(engine, objective)
+    metrics = report.finish()
     report.close()
     distributed.release(accelerator, engine, optimizer)
     return metrics

@@ -10,7 +10,7 @@ IN_A_ROW = 3  # logs: one batch may be odd
 LONG = 500  # steps
 COLLAPSED = 0.5  # of the first peak: annotation noise and augmentation move it by a fifth
 INFLATED = 1.2  # a target's peak is 1; the decoder's overshoot and noise reach 1.1
-SPREAD = 0.3  # of the labelled points' spread
+SPREAD = 0.3  # of the first spread: one batch's differs from the next by a third
 KEPT = (0.05, 0.98)
 MOVED = 0.01  # in fp32 nearly every weight moves; what rounds the average away leaves it at 0
 GRADIENTS = 10.0  # of the unlabelled loss to the labelled one; in balance they are within 0.2 to 2
@@ -36,6 +36,7 @@ class Rule:
     in_a_row: int = 1
     steps: int = 0
     stops: bool = False
+    harms: bool = False  # what is kept is better than what is there now
 
 
 RULES = (
@@ -56,22 +57,20 @@ RULES = (
         in_a_row=IN_A_ROW,
         stops=True,
     ),
-    # Not of a network that never knew more than the mean pose: that is a warning, below.
     Rule(
-        needs=("spread", "spread_labelled"),
-        holds=lambda now, first: _narrow(now) and not _narrow(first),
-        says="the teacher's points spread over {spread:.3f} of the crop, those of labelled people over "
-        "{spread_labelled:.3f}: it says the same of everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
+        needs=("spread",),
+        holds=lambda now, first: now["spread"] < SPREAD * first["spread"],
+        says="the teacher's points spread over {spread:.3f} of the crop, at first over {first[spread]:.3f}: it says "
+        "the same of everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
         in_a_row=IN_A_ROW,
         stops=True,
     ),
     Rule(
-        needs=("spread", "spread_labelled"),
-        holds=lambda now, first: _narrow(now) and _narrow(first),
-        says="the teacher's points spread over {spread:.3f} of the crop, those of labelled people over "
-        "{spread_labelled:.3f}, since the start: it says the same of everybody; train longer before ssl "
-        "(--phase2.epochs), or start from better --weights",
+        needs=("not_finite",),
+        holds=lambda now, _: now["not_finite"] > 0,
+        says="the loss or the teacher's peaks are no numbers; lower --ssl.optim.lr, or launch with bf16 or fp32",
         in_a_row=IN_A_ROW,
+        stops=True,
     ),
     Rule(
         needs=("keep",),
@@ -119,12 +118,9 @@ RULES = (
         holds=lambda now, first: now["AP"] < first["AP"] - AP_LOST,
         says="the teacher's AP {AP:.3f} is below its first {first[AP]:.3f}: the stage does harm; lower "
         "--ssl.teacher.weight or --ssl.optim.lr, or leave the stage out",
+        harms=True,
     ),
 )
-
-
-def _narrow(values: Mapping[str, float]) -> bool:
-    return values["spread"] < SPREAD * values["spread_labelled"]
 
 
 @dataclass(kw_only=True)
@@ -144,9 +140,14 @@ class Alarms:
     said: set[Rule] = field(default_factory=set, init=False)
 
     @property
+    def sick(self) -> bool:
+        """Whether something is going on that stops a stage if it lasts."""
+        return self.stops and any(rule.stops for rule in self.held)
+
+    @property
     def healthy(self) -> bool:
-        """Whether nothing is going on that stops a stage if it lasts."""
-        return not any(rule.stops and self.stops for rule in self.held)
+        """Whether the weights are worth keeping in place of earlier ones."""
+        return not (self.sick or any(rule.harms for rule in self.held))
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Warnings that these values give rise to, each said once until it clears.
@@ -155,6 +156,8 @@ class Alarms:
             Stopped: with what to change, and where the last good weights are.
         """
         known = {name: value for name, value in values.items() if math.isfinite(value)}
+        if "teacher_peak" in values:
+            known["not_finite"] = float(not {"loss", "teacher_peak"} <= known.keys())
         self.first = known | self.first
         said = []
         for rule in RULES:

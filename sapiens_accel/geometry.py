@@ -110,5 +110,11 @@ def warp_maps(
     grid_xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     identity = torch.eye(2, 3, device=matrices.device).expand_as(matrices)
     source_xy = apply_batch(strong_from_weak(identity, matrices), grid_xy.expand(len(maps), -1, 2))
-    source_xy = 2 * source_xy / maps.new_tensor([input_hw[1] - 1, input_hw[0] - 1]) - 1
+    source_xy = 2 * shares(source_xy, (input_hw[0] - 1, input_hw[1] - 1)) - 1
     return F.grid_sample(maps, source_xy.unflatten(1, (height, width)), align_corners=True)
+
+
+def shares(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
+    """Points as shares of a width and a height; by plain numbers, since a tensor of them would be waited for."""
+    x, y = points_xy.unbind(-1)
+    return torch.stack([x / size_hw[1], y / size_hw[0]], dim=-1)

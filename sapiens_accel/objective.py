@@ -276,6 +276,7 @@ class MeanTeacher:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.reference.copy_(state["reference"])
         self.average.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
+        self.sample = self.average.sample()
 
     def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
         """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
@@ -322,9 +323,10 @@ class MeanTeacher:
 
     def _logs(self, taught: Sequence[Taught], labelled: Sequence[Labelled]) -> dict[str, Tensor]:
         scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
-        size_wh = scores.new_tensor([self.codec.input_hw[1], self.codec.input_hw[0]])
-        points_xy = torch.cat([labels.weak_xy for labels in taught]) / size_wh
-        labels_xy = torch.cat([people.points_xy for people in labelled]) / size_wh
+        points_xy, labels_xy = (
+            geometry.shares(torch.cat(points), self.codec.input_hw)
+            for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labelled])
+        )
         weights = torch.cat([people.weights for people in labelled])
         each = kept.mean(dim=0)
         return {

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ from sapiens_accel.skeleton import Skeleton
 NUM_CROPS = 8
 PERSON_HW = (384, 384)
 SHOWN_SCORE = 0.2
+
+
+class Judged(NamedTuple):
+    """What an evaluation found, and at which step."""
+
+    step: int
+    metrics: Metrics
+    predictions: Predictions
 
 
 class Report:
@@ -66,6 +75,8 @@ class Report:
         teacher = run.of(stage).teacher
         if teacher and teacher.ratio:
             self.holdout = Holdout(sets.val, augmenter, run.data, num_cutouts=teacher.cutout, seed=run.seed)
+        self.judged: Judged
+        self.kept: Judged | None = None
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
@@ -82,6 +93,8 @@ class Report:
         # What a resumed stage is held against is what it was when it began.
         earlier = _first_values(self.folder / "metrics.jsonl", stage) if first and accelerator.is_main_process else {}
         good = f"those that it began with, {start}" if start else "none: it began with random ones"
+        if first and (written := self.folder / stage / "weights").is_dir():
+            good = f"in {written}"
         stops = teacher is None or teacher.on_alarm == "stop"
         self.alarms = Alarms(good=good, stops=stops, first=broadcast_object_list([earlier])[0])
 
@@ -113,10 +126,13 @@ class Report:
         shown = {"loss": "loss", "keep": "keep", "peak": "teacher_peak", "people/s": "people_per_second"}
         self.progress.set_postfix({short: f"{means[name]:.3g}" for short, name in shown.items() if name in means})
 
-    def kept(self, step: int, weights: Path) -> None:
-        """The weights of this step were written: what a stop points at."""
+    def keeps(self, weights: Path) -> None:
+        """The weights that were judged last are written now: what a stop points at, and what is handed on."""
+        self.kept = self.judged
         self.alarms.good = f"in {weights}"
-        self.restart_clock(step)
+        if self.writes:
+            (weights.parent / "eval.json").unlink(missing_ok=True)  # it spoke of other weights
+        self.restart_clock(self.judged.step)
 
     def restart_clock(self, step: int) -> None:
         """Leave what was just done (evaluating, saving) out of the speed."""
@@ -154,22 +170,29 @@ class Report:
 
         After the first step: before it, no teacher knows how sure it can be of a keypoint.
         """
-        if not self.holdout:
+        if not self.holdout or self.run.dry_run:
             return
-        metrics = self._score(objective.result(engine), objective.codec)[0] if self.run.eval_every else {}
+        metrics = self._score(objective.result(engine), objective.codec)[0]
         self.write(step, metrics | self._probe(step, objective))
         self.restart_clock(step)
 
-    def judge(self, step: int, engine: nn.Module, objective: Objective) -> tuple[Metrics, Predictions]:
-        """Score what the stage would hand over now; with a teacher, also its student and its labels. For all ranks."""
+    def judge(self, step: int, engine: nn.Module, objective: Objective) -> bool:
+        """Score what the stage would hand over now; with a teacher, also its student and its labels. For all ranks.
+
+        Returns:
+            Whether these weights are to be written: with a teacher as long as all is well, else at the end.
+        """
         metrics, predictions = self._score(objective.result(engine), objective.codec)
         if self.run.of(self.stage).teacher:
             metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]}
         if self.holdout:
             metrics |= self._probe(step, objective)
+        self.judged = Judged(step, metrics, predictions)
         self.write(step, metrics)
         self.restart_clock(step)
-        return metrics, predictions
+        if step == self.last:
+            return self.alarms.healthy or self.kept is None  # never over better ones
+        return self.alarms.healthy and self.run.of(self.stage).teacher is not None
 
     def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions]:
         return evaluate.score(self.accelerator, model, self.people, codec, self.skeleton, self.run.data, self.run.eval)
@@ -193,14 +216,22 @@ class Report:
         if self.writes:
             self._picture("crops", crop_picture(people, self.first, codec, self.skeleton), self.first)
 
-    def finish(self, engine: nn.Module, objective: Objective) -> Metrics:
-        """Judge the end of the stage, and write eval.json and predictions. All ranks must call it."""
-        metrics, predictions = self.judge(self.last, engine, objective)
+    def finish(self) -> Metrics:
+        """Write eval.json and predictions of the weights that the stage hands over; nothing of a dry run."""
+        if self.kept is None:
+            return {}
+        step, metrics, predictions = self.kept
+        if step < self.last:
+            worse = f"AP {self.judged.metrics['AP']:.3f}, after {metrics['AP']:.3f}"
+            self.accelerator.print(
+                f"{self.stage}: the weights of step {step} are kept; the last ones are worse ({worse})"
+            )
         if self.writes:
-            whole = {**metrics, "step": self.last, **evaluate.how(self.run.eval)}
+            numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.how(self.run.eval)}
             (self.folder / self.stage / "eval.json").write_text(json.dumps(whole, indent=2))
             picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
-            self._picture("predictions", picture, self.last)
+            self._picture("predictions", picture, step)
         return metrics
 
     def close(self) -> None:
@@ -266,7 +297,10 @@ def _first_values(file: Path, stage: str) -> dict[str, float]:
     """The first number under each name that a stage's lines hold."""
     found: dict[str, float] = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the run was cut off while it wrote this one
         if entry["stage"] == stage:
             found = {name: value for name, value in entry.items() if isinstance(value, float)} | found
     return found
