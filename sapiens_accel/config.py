@@ -195,7 +195,7 @@ class TeacherConfig:
     ema_decay: float | None = None
     """Decay of the teacher's moving average for one step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
     threshold: float = 0.7
-    """A keypoint is learnt from where the teacher's normalised confidence is above this."""
+    """A keypoint is learnt from where the teacher's normalised confidence is above this; -1 keeps everything."""
     temperature: float = 0.5
     """Sharpening T of both heatmaps: h^(1/T) / sum h^(1/T)."""
     weight: float = 1.0
@@ -402,7 +402,7 @@ def _check_values(config: Config) -> None:
 
 
 def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
-    ranges = {"ema_decay": (0, 1), "threshold": (0, 1), "temperature": (1e-3, 10), "ramp": (0, 1), "weight": (0, 1e6)}
+    ranges = {"ema_decay": (0, 1), "threshold": (-1, 1), "temperature": (1e-3, 10), "ramp": (0, 1), "weight": (0, 1e6)}
     for knob, (low, high) in {**ranges, "ratio": (0, 64), "cutout": (0, 64)}.items():
         value = getattr(teacher, knob)
         if value is not None and not low <= value <= high:
