@@ -9,11 +9,11 @@ and accumulated micro-batches changes no byte, and a run can start at any step. 
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +30,8 @@ from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import DataConfig, StageConfig, UserError
 from sapiens_accel.geometry import Crop
 from sapiens_accel.skeleton import Skeleton
+
+Loaded = TypeVar("Loaded")
 
 
 class View(NamedTuple):
@@ -312,10 +314,19 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=one_thread,
     )
+    for batch in plainly(loader):
+        yield to_device(batch, device)
+
+
+def plainly(loader: Iterable[Loaded]) -> Iterator[Loaded]:
+    """What it loads; a UserError of a loading process, which comes wrapped in that process's traceback, as one line.
+
+    Raises:
+        UserError
+    """
     try:
-        for batch in loader:
-            yield to_device(batch, device)
-    except UserError as error:  # a worker's comes wrapped in its traceback
+        yield from loader
+    except UserError as error:
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         ) from None

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sapiens_accel import distributed, geometry, heatmap
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, EvalConfig
-from sapiens_accel.data import EvaluationPeople, one_thread, to_device
+from sapiens_accel.data import EvaluationPeople, one_thread, plainly, to_device
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.skeleton import Skeleton
 
@@ -77,7 +77,9 @@ def predict(
     )
     training, found = model.training, []
     model.eval()
-    for batch in tqdm(loader, desc="evaluating", disable=None if rank == 0 else True, leave=False):
+    for batch in tqdm(
+        plainly(loader), total=len(loader), desc="evaluating", disable=None if rank == 0 else True, leave=False
+    ):
         image = to_device(batch.view.image, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             maps = model(image).float()

@@ -21,7 +21,7 @@ from sapiens_accel import draw, geometry
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, read_image
 from sapiens_accel.config import DataConfig
-from sapiens_accel.data import Pair, one_thread, pair_of, seen_in, to_device
+from sapiens_accel.data import Pair, one_thread, pair_of, plainly, seen_in, to_device
 from sapiens_accel.evaluate import oks
 from sapiens_accel.objective import MeanTeacher, Taught, cut_out
 from sapiens_accel.skeleton import Skeleton
@@ -99,7 +99,7 @@ def probe(
         generator=torch.Generator(),  # its own: the draws of this process stay what they are without a hold-out
     )
     sums, seen, position = torch.zeros(6, dtype=torch.float64), [], 0
-    for known in loader:
+    for known in plainly(loader):
         taught: Taught = _map(Tensor.cpu, objective.pseudo_labels(to_device(known.pair, device)))
         sums += _sums(known, taught, holdout)
         for row in range(len(known.area)):
