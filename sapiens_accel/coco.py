@@ -7,6 +7,7 @@ memory-mapped, cached by the content of the JSON; pictures are referenced by nam
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ if not sys.stderr.isatty():
 
 SCHEMA_VERSION = 1
 DECODE_AT_MOST = 5000
+COLON = re.compile(r":\s*")
 JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -45,12 +47,14 @@ class People:
     Attributes:
         annotations: the JSON that the rows came from, or the folder of whole pictures.
         num_skipped: people left out because their picture does not decode.
+        sources: what `together` joined: a broken picture is told with its own JSON.
     """
 
     rows: Dataset
     root: Path
     annotations: Path
     num_skipped: int = 0
+    sources: tuple["People", ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +74,13 @@ def labelled_people(root: Path, annotations: str, images: str, num_keypoints: in
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
     return replace(people, rows=people.rows.select(kept))
+
+
+def by_picture(people: People, images: str) -> Int[Array, "n"]:
+    """The people's indices in the order of the JSON's `images`, and in that of its annotations within a picture."""
+    listed = [f"{images}/{image['file_name']}" for image in _listed(people.annotations)]
+    places = {name: place for place, name in reversed(list(enumerate(listed)))}
+    return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
 
 
 def withheld_people(
@@ -157,7 +168,8 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
 
 def together(several: Sequence[People]) -> People:
     """The people of several sources of one root."""
-    return replace(several[0], rows=concatenate_datasets([people.rows for people in several]))
+    rows = concatenate_datasets([people.rows for people in several])
+    return replace(several[0], rows=rows, sources=tuple(several))
 
 
 def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Literal["auto", "ends", "decode"]) -> People:
@@ -170,7 +182,7 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     folders = {folder: _listing(folder) for folder in {(people.root / name).parent for name in names}}
     for path in (people.root / name for name in names):
         if path.name not in folders[path.parent]:
-            raise UserError(f"{_whose(people, path)}: its picture {path} is not there")
+            raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
     decode = check == "decode" or (check == "auto" and len(names) <= DECODE_AT_MOST)
     bad = _corrupt(people.root, names, decode)
     if bad and on_bad_image == "stop":
@@ -180,7 +192,8 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     kept = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), bad))
     num_skipped = len(people) - len(kept)
     if not len(kept):
-        raise UserError(f"{people.annotations}: nobody is left: none of its {len(names)} pictures decodes")
+        files = dict.fromkeys(str(source.annotations) for source in people.sources or (people,))
+        raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} pictures decodes")
     return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped) if bad else people
 
 
@@ -377,6 +390,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The `images` of a file that `_read_json` has accepted. What follows them, in COCO the people, is not parsed."""
+    text, decode = path.read_text(), json.JSONDecoder().raw_decode
+    key, value, at = "", [], text.index("{")
+    while key != "images":
+        key, at = decode(text, text.index('"', at))
+        value, at = decode(text, next(COLON.finditer(text, at)).end())
+    return value
+
+
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
     for index, name in enumerate(names):
         image = cv2.imread(str(Path(root) / images / name), cv2.IMREAD_COLOR)
@@ -395,11 +418,11 @@ def _listing(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
-def _whose(people: People, picture: Path) -> str:
+def _whose(sources: Sequence[People], picture: Path) -> str:
     """The first annotation of a picture."""
-    names = people.rows["file_name"][:]
-    row = people.rows[next(i for i, name in enumerate(names) if people.root / name == picture)]
-    return f"{people.annotations}: annotation {row['ann_id']}"
+    several = ((people, row) for people in sources for row in enumerate(people.rows["file_name"][:]))
+    people, place = next((people, i) for people, (i, name) in several if people.root / name == picture)
+    return f"{people.annotations}: annotation {people.rows[place]['ann_id']}"
 
 
 def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:

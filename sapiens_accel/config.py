@@ -64,8 +64,8 @@ class DataConfig:
     """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
     others are withheld, and in stage ssl they are unlabelled people. Default: all."""
     labels_by: Literal["first", "random"] = "first"
-    """Which people: the first in the order of the JSON (published: Xie et al., https://arxiv.org/abs/2011.12498), or
-    at random."""
+    """Which people: the first, picture by picture in the order of the JSON's images (published: Xie et al.,
+    https://arxiv.org/abs/2011.12498), or at random."""
     labels_seed: int = 0
     """Seed of labels_by random."""
     unlabelled_images: str = "unlabeled2017"

@@ -1,5 +1,6 @@
 """Labels withheld by the published rule, the pool of people without labels, and no validation picture in it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -66,10 +67,16 @@ def _tree(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _labelled_ids(path: Path) -> list[int]:
-    """Ids of the people with keypoints in the order of the JSON, read without our code."""
+def _labelled_ids(path: Path, num: int | None = None) -> list[int]:
+    """Ids of the people with keypoints in the order of the JSON, read without our code; or of the first `num`.
+
+    The first ones are found as xierc/Semi_Human_Pose does: picture by picture, in the order of `images`.
+    """
     people = _tree(path)["annotations"]
-    return [a["id"] for a in people if not a["iscrowd"] and a["num_keypoints"] > 0 and min(a["bbox"][2:]) > 0]
+    people = [a for a in people if not a["iscrowd"] and a["num_keypoints"] > 0 and min(a["bbox"][2:]) > 0]
+    pictures = [image["id"] for image in _tree(path)["images"]]
+    first = {a["id"] for a in [a for picture in pictures for a in people if a["image_id"] == picture][:num]}
+    return [a["id"] for a in people if a["id"] in first]
 
 
 def _ids(people: People) -> list[int]:
@@ -80,15 +87,16 @@ def _ids(people: People) -> list[int]:
 
 
 @with_real_data
-def test_the_first_people_of_the_json_are_labelled_and_the_others_withheld(cache: Path) -> None:
-    expected = _labelled_ids(REAL / TRAIN)
-    assert len(expected) == 86 and expected != sorted(expected), "the order of the file is not that of the ids"
+def test_the_people_of_the_first_pictures_are_labelled_and_the_others_withheld(cache: Path) -> None:
+    everybody, expected = _labelled_ids(REAL / TRAIN), _labelled_ids(REAL / TRAIN, 30)
+    assert len(everybody) == 86 and everybody != sorted(everybody), "the order of the file is not that of the ids"
+    assert len(expected) == 30 and set(expected) != set(everybody[:30]), "nor that of its pictures"
     sets = _open(REAL, cache, labels=30)
     assert sets.unlabelled is not None
-    assert _ids(sets.train) == expected[:30]
+    assert _ids(sets.train) == expected
     # 10 whole pictures, 56 withheld, 81 without keypoints: nobody twice, and no keypoint in any of them.
     assert len(sets.unlabelled) == 10 + 56 + 81
-    assert _ids(sets.unlabelled)[10:66] == expected[30:]
+    assert _ids(sets.unlabelled)[10:66] == [i for i in everybody if i not in expected]
     assert not coco.keypoints_of(sets.unlabelled.rows).any()
     assert not set(_ids(sets.train)) & set(_ids(sets.unlabelled)[10:])
     whole = {row["ann_id"]: row for row in _open(REAL, cache).train.rows}
@@ -96,6 +104,28 @@ def test_the_first_people_of_the_json_are_labelled_and_the_others_withheld(cache
         theirs = whole[row["ann_id"]]
         assert all(row[key] == theirs[key] for key in ("file_name", "image_id", "box_xywh", "area"))
     assert coco.keypoints_of(sets.train.rows).any(axis=(1, 2)).all(), "those who keep them keep them"
+
+
+@pytest.mark.parametrize("num", range(1, 21, 3))
+def test_first_is_by_picture_however_pictures_and_people_are_ordered(root: Path, cache: Path, num: int) -> None:
+    tree = _tree(root / TRAIN)
+    assert len(tree["images"]) < 20, "pictures of several people are cut through"
+    for seed, key in enumerate(("images", "annotations")):
+        np.random.default_rng(seed).shuffle(tree[key])
+    (root / TRAIN).write_text(json.dumps(tree))
+    expected = _labelled_ids(root / TRAIN, num)
+    assert _ids(_open(root, cache, labels=num, unlabelled=False).train) == expected
+    assert (expected == _labelled_ids(root / TRAIN)[:num]) is (num == 20)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_pictures_are_found_wherever_they_stand_in_the_json(root: Path, cache: Path, indent: int | None) -> None:
+    tree = _tree(root / TRAIN)
+    tree["images"].reverse()
+    noise = {"info": {"images": [1, '"images": [2]']}, "images ": "]}", "licenses": [], "year": 2017}
+    for parts in (noise | tree, noise | {"annotations": tree["annotations"]} | tree, tree | noise):
+        (root / TRAIN).write_text(json.dumps(parts, indent=indent, separators=(" ,", "  :")))
+        assert _ids(_open(root, cache, labels=7, unlabelled=False).train) == _labelled_ids(root / TRAIN, 7)
 
 
 def test_at_random_is_by_seed_and_in_the_order_of_the_json(drawn: Path, cache: Path) -> None:
@@ -170,6 +200,59 @@ def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, 
     }
 
 
+def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
+    """Write a run's record as train.py does; the ids of its labelled people."""
+    train = _open(root, cache, **labels, unlabelled=False).train
+    pool.write_labelled_ids(folder / "labelled_ann_ids.json", train, DataConfig(**labels))
+    return sorted(_ids(train))
+
+
+def test_labels_that_an_earlier_stage_saw_are_told_and_its_record_is_kept(
+    drawn: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everybody = _record(tmp_path, drawn, cache)
+    assert _record(tmp_path, drawn, cache) == everybody and capsys.readouterr().out == "", "the same people: no word"
+    few = _record(tmp_path, drawn, cache, labels=5)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"warning: {tmp_path / 'labelled_ann_ids.json'}: 20 people had ")
+    for named in ("5 have now", "labelled_ann_ids.1.json", "15 people had labels then", "withholds", "--output_dir"):
+        assert named in said
+    assert _record(tmp_path, drawn, cache) == everybody
+    said = capsys.readouterr().out
+    assert "5 people had labels" in said and "20 have now" in said and "withholds" not in said, "nothing is withheld"
+    kept = [_tree(tmp_path / f"labelled_ann_ids{number}.json")["ann_ids"] for number in ("", ".1", ".2")]
+    assert kept == [everybody, everybody, few] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_as_many_other_people_are_told_but_ids_of_another_json_are_not_compared(
+    root: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    draws = [_record(folder, root, cache, labels=8, labels_by="random", labels_seed=seed) for seed in (0, 1)]
+    assert f"{len(set(draws[0]) - set(draws[1]))} people had labels then and not now" in capsys.readouterr().out
+    (root / "annotations" / "other.json").write_bytes((root / TRAIN).read_bytes())
+    _record(folder, root, cache, labels=8, train_annotations="annotations/other.json")
+    said = capsys.readouterr().out
+    assert "8 people had labels" in said and "8 have now" in said and "withholds" not in said
+
+
+def test_people_left_out_with_a_broken_picture_are_not_withheld(
+    drawn: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _record(tmp_path, drawn, cache)
+    train = _open(drawn, cache, unlabelled=False).train
+    left = dataclasses.replace(train, rows=train.rows.select(range(19)), num_skipped=1)
+    pool.write_labelled_ids(tmp_path / "labelled_ann_ids.json", left, DataConfig())
+    said = capsys.readouterr().out
+    assert "20 people had labels" in said and "19 have now" in said and "withholds" not in said
+
+
+def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "labelled_ann_ids.json").write_text("{")
+    _error(lambda: _record(tmp_path, drawn, cache), tmp_path / "labelled_ann_ids.json", "not JSON", "move it away")
+
+
 # ---- No validation picture
 
 
@@ -215,14 +298,49 @@ def _same_id_and_name(root: Path, id_too: bool) -> tuple[Path, Path]:
     return mine, val
 
 
-def test_the_same_id_and_name_are_the_same_picture_whatever_its_bytes(root: Path, cache: Path) -> None:
-    mine, val = _same_id_and_name(root, id_too=True)
-    _error(lambda: _open(root, cache), mine, val)
+def _encode_anew(picture: Path, target: Path) -> None:
+    image = cv2.imread(str(picture), cv2.IMREAD_COLOR)
+    assert image is not None
+    cv2.imwrite(str(target), image, [cv2.IMWRITE_JPEG_QUALITY, 60])
 
 
-def test_the_same_name_alone_is_not(root: Path, cache: Path) -> None:
-    _same_id_and_name(root, id_too=False)
+def test_the_same_id_and_name_of_other_pictures_are_a_numbering(root: Path, cache: Path) -> None:
+    _same_id_and_name(root, id_too=True)
     assert len(_pool(root, cache)) == 8
+
+
+def test_the_same_id_name_and_look_are_the_same_picture_whatever_its_bytes(root: Path, cache: Path) -> None:
+    mine, val = _same_id_and_name(root, id_too=True)
+    _encode_anew(val, mine)
+    assert mine.read_bytes() != val.read_bytes()
+    _error(lambda: _open(root, cache), mine, val, "1 such")
+
+
+def test_the_same_name_and_look_alone_are_not(root: Path, cache: Path) -> None:
+    """Not looked at: it would take a comparison of all pictures with all."""
+    mine, val = _same_id_and_name(root, id_too=False)
+    _encode_anew(val, mine)
+    assert len(_pool(root, cache)) == 8
+
+
+@with_real_data
+def test_photographs_look_like_themselves_alone(tmp_path: Path) -> None:
+    pictures = sorted((REAL / "val2017").iterdir())[:12]
+    for a in pictures:
+        _encode_anew(a, tmp_path / a.name)
+        assert [b for b in pictures if pool._look_alike(tmp_path / a.name, b)] == [a]
+
+
+def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Path] = []
+    monkeypatch.setattr(pool, "LOOKED_AT", 2)
+    monkeypatch.setattr(pool, "_look_alike", lambda path, other: bool(looked.append(path)))
+    val = _open(root, cache, unlabelled=False).val
+    copies = Path(shutil.copytree(root, root.with_name("copies")))
+    for picture in (copies / "val2017").iterdir():
+        picture.write_bytes(picture.read_bytes() + b"more")
+    assert pool._leaks(val, dataclasses.replace(val, root=copies)) == {}
+    assert len(looked) == 2 < len(list((copies / "val2017").iterdir()))
 
 
 def test_a_training_picture_that_is_a_validation_picture_is_refused(root: Path, cache: Path) -> None:
@@ -332,6 +450,16 @@ def test_a_folder_or_a_picture_that_is_not_there_is_named(root: Path, cache: Pat
     gone = next((root / "unlabeled2017").iterdir())
     gone.unlink()
     _error(lambda: _open(root, cache), root / BOXES, "annotation", gone, "not there")
+
+
+def test_a_missing_picture_of_a_withheld_person_names_the_json_of_that_person(root: Path, cache: Path) -> None:
+    """The pool begins with the boxes' JSON, whose pictures are all there."""
+    tree = _tree(root / TRAIN)
+    person = tree["annotations"][-1]
+    gone = root / "train2017" / next(i["file_name"] for i in tree["images"] if i["id"] == person["image_id"])
+    gone.unlink()
+    first = next(a["id"] for a in tree["annotations"] if a["image_id"] == person["image_id"])
+    _error(lambda: _open(root, cache, labels=1), f"{root / TRAIN}: annotation {first}:", gone, "not there")
 
 
 def test_a_corrupt_picture_of_the_pool_is_named_or_left_out(
