@@ -349,7 +349,8 @@ def _spread(points: Float[Tensor, "n k 2"], counted: Float[Tensor, "n k"]) -> Fl
 
 
 def _add_squares(squares: Float[Tensor, "2"], border: int, gradient: Float[Tensor, "n k h w"]) -> None:
-    squares += torch.stack([gradient[:border].square().sum(), gradient[border:].square().sum()])
+    # By norms: squares of a gradient would be another tensor of its size.
+    squares += torch.stack([torch.linalg.vector_norm(part) ** 2 for part in (gradient[:border], gradient[border:])])
 
 
 def ema_decay(num_steps: int) -> float:
