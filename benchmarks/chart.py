@@ -18,7 +18,8 @@ COLOURS = [
     (150, 100, 190),
     (90, 180, 190),
 ]
-HEIGHT, BAR, GAP, LEFT, TOP, BELOW = 420, 46, 60, 60, 40, 110
+HEIGHT, BAR, GAP, LEFT, TOP, BELOW = 420, 46, 60, 60, 40, 150
+ENTRY = 130  # px of a name in the legend
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -45,22 +46,21 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
             top = TOP + round(HEIGHT * (1 - cell["ap"] / most))
             colour = COLOURS[arms.index(cell["arm"]) % len(COLOURS)]
             cv2.rectangle(canvas, (x + 4, top), (x + BAR - 4, TOP + HEIGHT), colour, -1)
-            _text(canvas, f"{cell['ap']:.1f}", (x + 4, top - 8))
+            _text(canvas, f"{cell['ap']:.1f}", (x + 6, TOP + HEIGHT - 8), (255, 255, 255))
             for row in (row for row in rows if (row["labels"], row["arm"]) == (labels, cell["arm"])):
                 y = TOP + round(HEIGHT * (1 - row["ap"] / most))
                 cv2.circle(canvas, (x + BAR // 2, y), 4, (0, 0, 0), -1, cv2.LINE_AA)
             x += BAR
         _text(canvas, f"{labels} labels", (first + 4, TOP + HEIGHT + 22))
         x += GAP
-    x = LEFT
+    in_a_row = max(1, (width - LEFT) // ENTRY)
     for index, arm in enumerate(arms):
-        y = TOP + HEIGHT + 50 + 24 * (x > width - 140)
+        x, y = LEFT + index % in_a_row * ENTRY, TOP + HEIGHT + 50 + 22 * (index // in_a_row)
         cv2.rectangle(canvas, (x, y - 11), (x + 12, y + 1), COLOURS[index % len(COLOURS)], -1)
         _text(canvas, arm, (x + 18, y))
-        x += 130
     _text(canvas, "AP of the teacher (drawn people, a tiny network)", (LEFT, 22))
     return draw.save(canvas, path)
 
 
-def _text(canvas: np.ndarray, text: str, at: tuple[int, int]) -> None:
-    cv2.putText(canvas, text, at, FONT, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
+def _text(canvas: np.ndarray, text: str, at: tuple[int, int], colour: tuple[int, int, int] = (40, 40, 40)) -> None:
+    cv2.putText(canvas, text, at, FONT, 0.45, colour, 1, cv2.LINE_AA)
