@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = ("phase1", "phase2", "ssl")
-# benchmarks/results/ssl_cpu_2026-11-23.json: means of 3 seeds.
+# benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
 LITERAL_WARNING = (
     "softmaxes of raw heatmaps with the teacher's alone sharpened; measured on drawn people, 30 labels: AP 4.9 where "
     "supervised training gives 16.1 and kl 28.8, with peaks of 7.9 where targets end at 1"
