@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from sapiens_accel import checkpoint, config, data, distributed, evaluate, memory, optim, pool, weights
+from sapiens_accel import checkpoint, config, data, distributed, evaluate, export, memory, optim, pool, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import Config, StageName
@@ -88,11 +88,11 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     report = Report(accelerator, run, stage, planned, sets, augmenter, start=start, first=first, last=last)
     report.crops(people, objective.codec)
 
-    def export() -> None:
+    def write_weights() -> None:
         """Write the weights that were judged last; all ranks must call it."""
         results = objective.results({**distributed.full_state(accelerator, engine), **frozen})
         for name, state in results.items() if accelerator.is_main_process else ():
-            weights.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
+            export.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
         report.keeps(folder / stage / "weights")
 
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
@@ -108,13 +108,13 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
                 report.restart_clock(step)
             if run.eval_every and step % run.eval_every == 0 and step < last:
                 if report.judge(step, engine, objective):
-                    export()  # a stage that is stopped leaves its last good ones
+                    write_weights()  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
                 report.begin(step, engine, objective)
 
     # ---- Hand over
     if not run.dry_run and report.judge(last, engine, objective):
-        export()
+        write_weights()
     metrics = report.finish()
     report.close()
     distributed.release(accelerator, engine, optimizer)

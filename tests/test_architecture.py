@@ -15,7 +15,7 @@ LAYERS = (
     ("train", "eval"),
     ("report",),
     ("holdout",),
-    ("loop", "evaluate", "checkpoint", "memory"),
+    ("loop", "evaluate", "checkpoint", "memory", "export"),
     ("plan",),
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel import checkpoint, data, synthetic, weights
+from sapiens_accel import checkpoint, data, export, synthetic, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.average import MovingAverage
 from sapiens_accel.config import AugmentConfig, DataConfig, TeacherConfig
@@ -255,7 +255,7 @@ def peaked(cache: Path) -> Path:
     model = SapiensPose("sapiens_tiny", 17, (64, 48))
     with torch.no_grad():
         model.head.final_layer.weight.normal_(std=0.08)
-    weights.export(cache / "peaked", model.state_dict(), model, COCO17, 1.0)
+    export.export(cache / "peaked", model.state_dict(), model, COCO17, 1.0)
     return cache / "peaked"
 
 

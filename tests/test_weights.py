@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Sapiens2ForPoseEstimation
 
-from sapiens_accel import weights
+from sapiens_accel import export, weights
 from sapiens_accel.config import UserError
 from sapiens_accel.model import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
 from sapiens_accel.skeleton import COCO17
@@ -86,7 +86,7 @@ def _error(path: Path | str, *named: str, name: str = "sapiens_tiny") -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_exported_loads_bit_equal(name: str, tmp_path: Path) -> None:
     source, target = _model(name, 1), _model(name, 2)
-    weights.export(tmp_path / "weights", _state(source), source, COCO17, 2.0)
+    export.export(tmp_path / "weights", _state(source), source, COCO17, 2.0)
     everything = sorted(source.state_dict())
     for reference in (tmp_path / "weights", tmp_path / "weights" / weights.FILE):
         report = _load(target, reference)
@@ -102,7 +102,7 @@ def test_what_is_exported_loads_bit_equal(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_written_beside_the_weights(name: str, tmp_path: Path) -> None:
     model = _model(name, input_hw=(128, 96))
-    weights.export(tmp_path, _state(model), model, COCO17, 1.5)
+    export.export(tmp_path, _state(model), model, COCO17, 1.5)
     ours = weights.description(tmp_path)
     assert (ours["name"], ours["num_keypoints"], ours["input_hw"]) == (name, 17, [128, 96])
     assert (ours["heatmap_hw"], ours["sigma"], ours["keypoints"]) == ([32, 24], 1.5, list(COCO17.names))
@@ -114,7 +114,7 @@ def test_what_is_written_beside_the_weights(name: str, tmp_path: Path) -> None:
 
 def test_the_config_names_keypoints_and_mirror_pairs(tmp_path: Path) -> None:
     model = _model("sapiens2_tiny")
-    weights.export(tmp_path, _state(model), model, COCO17, 2.0)
+    export.export(tmp_path, _state(model), model, COCO17, 2.0)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {str(k): name for k, name in enumerate(COCO17.names)}
     assert config["label2id"] == {name: k for k, name in enumerate(COCO17.names)}
@@ -144,7 +144,7 @@ assert model.config.id2label[16] == "right_ankle"
 
 def test_a_sapiens2_export_is_a_model_of_plain_transformers(tmp_path: Path) -> None:
     model = _model("sapiens2_tiny").eval()
-    weights.export(tmp_path / "weights", _state(model), model, COCO17, 2.0)
+    export.export(tmp_path / "weights", _state(model), model, COCO17, 2.0)
     pixels = _pixels()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     save_file({"pixels": (pixels.float() - mean) / std}, tmp_path / "in.safetensors")
@@ -300,7 +300,7 @@ def test_a_v1_pose_file_on_another_input_size(tmp_path: Path) -> None:
 
 def test_our_own_v1_export_on_another_input_size(tmp_path: Path) -> None:
     source = _model("sapiens_tiny", 1)
-    weights.export(tmp_path, _state(source), source, COCO17, 2.0)
+    export.export(tmp_path, _state(source), source, COCO17, 2.0)
     target = _model("sapiens_tiny", 2, input_hw=(128, 96))
     report = _load(target, tmp_path)
     assert (report.reshaped, report.reinitialised, report.unused) == ([POSITIONS], [], [])
@@ -404,7 +404,7 @@ def _ours(key: str) -> str:
 def test_another_number_of_keypoints_starts_the_predictor_anew_and_nothing_else(name: str, tmp_path: Path) -> None:
     source, target = _model(name, 1, num_keypoints=21), _model(name, 2)
     fresh = _state(target)
-    weights.export(tmp_path, _state(source), source, COCO17, 2.0)
+    export.export(tmp_path, _state(source), source, COCO17, 2.0)
     report = _load(target, tmp_path)
     predictor = sorted(f"{PREDICTOR[name]}.{part}" for part in ("weight", "bias"))
     others = sorted(set(fresh) - set(predictor))
@@ -508,7 +508,7 @@ def test_the_stage_before_is_the_starting_point(tmp_path: Path) -> None:
     model = _model("sapiens_tiny")
     assert weights.starting_point(tmp_path, "ssl") is None
     for stage in ("phase1", "phase2"):
-        weights.export(tmp_path / stage / "weights", _state(model), model, COCO17, 2.0)
+        export.export(tmp_path / stage / "weights", _state(model), model, COCO17, 2.0)
         assert weights.starting_point(tmp_path, "ssl") == str(tmp_path / stage / "weights")
     assert weights.starting_point(tmp_path, "phase2") == str(tmp_path / "phase1" / "weights")
     assert weights.starting_point(tmp_path, "phase1") is None
