@@ -10,20 +10,20 @@ from functools import partial
 from pathlib import Path
 
 import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
 from sapiens_accel import checkpoint, config, data, distributed, evaluate, export, memory, optim, pool, weights
 from sapiens_accel.augment import Augmenter
-from sapiens_accel.average import MovingAverage
-from sapiens_accel.config import Config, StageName
+from sapiens_accel.config import Config, Interrupted, StageName
 from sapiens_accel.data import Sets, TrainingPeople
 from sapiens_accel.evaluate import Metrics
 from sapiens_accel.heatmap import Codec
+from sapiens_accel.interrupt import StopRequest
 from sapiens_accel.loop import steps
-from sapiens_accel.model import SIZES, SapiensPose
-from sapiens_accel.objective import MeanTeacher, Objective, Supervised
+from sapiens_accel.model import SapiensPose
+from sapiens_accel.objective import build as build_objective
 from sapiens_accel.plan import Plan
 from sapiens_accel.report import Report
 from sapiens_accel.skeleton import COCO17 as SKELETON
@@ -47,24 +47,34 @@ def main(argv: Sequence[str]) -> None:
         pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
     accelerator.wait_for_everyone()
     for stage in run.stages:
-        with memory.out_of_memory_told(accelerator, stage, plans[stage]):
-            table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage])
+        with StopRequest() as stop, memory.out_of_memory_told(accelerator, stage, plans[stage]):
+            table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage], stop)
         accelerator.free_memory()  # what the stage held is unreachable only now
         if run.dry_run:
             return accelerator.print(f"dry run: {stage} could be built, and one step was taken; nothing was written")
+        if stage != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
+            raise Interrupted(f"asked to stop; {stage} is finished")
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
     accelerator.print(*(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))), sep="\n")
 
 
-def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, planned: Plan, last: int) -> Metrics:
-    """Run one stage up to step `last`, write its weights and return its metrics."""
+def train(
+    accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, planned: Plan, last: int, stop: StopRequest
+) -> Metrics:
+    """Run one stage up to step `last`, write its weights and return its metrics.
+
+    Raises:
+        Interrupted: a stop was asked for, and all is saved.
+    """
     plan, share, folder = run.of(stage), planned.share, Path(run.output_dir)
     schedule = data.num_steps(plan, len(sets.train))
 
     # ---- Build
     set_seed(run.seed)
     model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
-    start = (run.weights if stage == run.stages[0] else None) or weights.starting_point(folder, stage)
+    resume = checkpoint.to_resume(accelerator, folder, run.resume_from_checkpoint, stage)
+    given = run.weights if stage == run.stages[0] else None
+    start = (resume and resume.weights) or given or weights.starting_point(folder, stage)
     accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
@@ -73,11 +83,13 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
     engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, plan.optim.clip_norm)
-    objective = build_objective(accelerator, run, stage, engine, teacher, schedule)
-
-    # ---- Where to begin
-    resume = checkpoint.to_resume(folder, run.resume_from_checkpoint, stage)
-    first = checkpoint.load(resume, accelerator, objective).step if resume else 0
+    codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
+    parameters = partial(distributed.full_values, accelerator, engine)
+    gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
+    objective = build_objective(
+        plan, codec, SKELETON, teacher, parameters, num_steps=schedule, gather=gather, autocast=autocast
+    )
+    first = resume.load(accelerator, objective) if resume else 0
     last = first + 1 if run.dry_run else last
     accelerator.print(f"{stage}: steps {first + 1} to {last}, {planned}")
 
@@ -88,60 +100,48 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     report = Report(accelerator, run, stage, planned, sets, augmenter, start=start, first=first, last=last)
     report.crops(people, objective.codec)
 
-    def write_weights() -> None:
-        """Write the weights that were judged last; all ranks must call it."""
-        results = objective.results({**distributed.full_state(accelerator, engine), **frozen})
+    def collect() -> checkpoint.Weights:
+        """What the stage would hand over, by folder, on rank 0; all ranks must call it."""
+        return objective.results({**distributed.full_state(accelerator, engine), **frozen})
+
+    def write(where: Path, results: checkpoint.Weights, dtype: torch.dtype = torch.float32) -> None:
         for name, state in results.items() if accelerator.is_main_process else ():
-            export.export(folder / stage / name, state, model, SKELETON, run.data.sigma)
+            export.export(where / name, state, model, SKELETON, run.data.sigma, dtype)
+
+    def keep_weights() -> None:
+        """Hand over the weights that were judged last; all ranks must call it."""
+        write(folder / stage, collect(), getattr(torch, run.weights_dtype))
         report.keeps(folder / stage / "weights")
 
-    save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, keep=run.keep_checkpoints)
+    save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, run.keep_checkpoints, collect, write)
     drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
     stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
-    with memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None):
-        for step, logs in stepping:
-            report.step()
+    rescue = memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None)
+    with rescue:
+        for done in stepping:
+            step = done.number
+            report.step(done)
             if step % run.log_every == 0 or step == last:
-                report.scalars(step, {**logs, **objective.health()})
+                report.scalars(step, {**done.logs, **objective.health(), "skipped": float(done.skipped)})
             if run.save_every and step % run.save_every == 0 and not (run.dry_run or report.alarms.sick):
                 save(step)
                 report.restart_clock(step)
             if run.eval_every and step % run.eval_every == 0 and step < last:
                 if report.judge(step, engine, objective):
-                    write_weights()  # a stage that is stopped leaves its last good ones
+                    keep_weights()  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
                 report.begin(step, engine, objective)
+            if step < last and distributed.any_rank(accelerator, stop.asked):
+                report.close()
+                raise Interrupted(f"{stage}: asked to stop; step {step} is in {save(step) or 'NO checkpoint'}")
 
     # ---- Hand over
     if not run.dry_run and report.judge(last, engine, objective):
-        write_weights()
+        keep_weights()
     metrics = report.finish()
     report.close()
     distributed.release(accelerator, engine, optimizer)
     return metrics
-
-
-def build_objective(
-    accelerator: Accelerator, run: Config, stage: StageName, engine: nn.Module, ema: MovingAverage | None, schedule: int
-) -> Objective:
-    """What the stage minimises."""
-    plan = run.of(stage)
-    heatmap_hw = SIZES[run.model.name].heatmap_hw(run.data.input_hw)
-    codec = Codec(input_hw=run.data.input_hw, heatmap_hw=heatmap_hw, sigma=run.data.sigma)
-    supervised = Supervised(codec=codec, loss_weight=plan.loss_weight)
-    if plan.teacher is None or ema is None:
-        return supervised
-    return MeanTeacher(
-        supervised,
-        ema,
-        lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
-        plan.teacher,
-        SKELETON.mirror,
-        names=SKELETON.names,
-        num_steps=schedule,
-        gather=partial(distributed.gather, accelerator),
-        autocast=distributed.autocast_dtype(accelerator),
-    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from sapiens_accel import config, distributed, optim
 from sapiens_accel.config import Config, StageConfig, StageName, UserError
 from sapiens_accel.data import Batch, Labelled, Pair, Share, View
 from sapiens_accel.heatmap import Codec
-from sapiens_accel.loop import Logs, steps
+from sapiens_accel.loop import Step, steps
 from sapiens_accel.model import SIZES, Layout, SapiensPose
-from sapiens_accel.objective import MeanTeacher, Objective, Supervised
+from sapiens_accel.objective import build
 from sapiens_accel.skeleton import COCO17 as SKELETON
 
 SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
@@ -110,9 +111,7 @@ def network(run: Config, stage: StageName) -> SapiensPose:
     return model
 
 
-def stepping(
-    accelerator: Accelerator, case: Case, model: SapiensPose, batches: Iterator[Batch]
-) -> Iterator[tuple[int, Logs]]:
+def stepping(accelerator: Accelerator, case: Case, model: SapiensPose, batches: Iterator[Batch]) -> Iterator[Step]:
     """Build the stage; what is returned takes one optimizer step each time it is asked, until the batches end."""
     plan = case.run.of(case.stage)
     model.lay_out(case.layout)
@@ -120,19 +119,16 @@ def stepping(
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
     engine, optimizer = distributed.prepare(accelerator, model, optimizer, case.share, plan.optim.clip_norm)
-    objective: Objective = Supervised(codec=codec_of(case.run), loss_weight=plan.loss_weight)
-    if plan.teacher and teacher:
-        objective = MeanTeacher(
-            objective,
-            teacher,
-            lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
-            plan.teacher,
-            SKELETON.mirror,
-            names=SKELETON.names,
-            num_steps=SCHEDULE,
-            gather=lambda tensor: tensor,
-            autocast=distributed.autocast_dtype(accelerator),
-        )
+    objective = build(
+        plan,
+        codec_of(case.run),
+        SKELETON,
+        teacher,
+        partial(distributed.full_values, accelerator, engine),
+        num_steps=SCHEDULE,
+        gather=lambda tensor: tensor,
+        autocast=distributed.autocast_dtype(accelerator),
+    )
     rest = (case.share, plan.optim, 0, SCHEDULE, case.offload_activations)
     return steps(accelerator, engine, optimizer, objective, batches, *rest)
 

@@ -110,7 +110,7 @@ def compare(accelerator: Accelerator, name: str, asked: argparse.Namespace, peak
     plan = planned(accelerator, run)
     case = replace(case_of_plan(name, "phase2", asked.input_hw, plan), precision=accelerator.mixed_precision)
     ours = stepping(accelerator, case, model, repeat(batch))
-    loss = float(next(ours)[1]["loss"])
+    loss = float(next(ours).logs["loss"])
 
     runners = {key: (partial(model.lay_out, layout), ours) for key, layout in layouts(run, plan).items()}
     others: dict[str, Runner] = {} if theirs is None else {"peer": (lambda: None, theirs)}

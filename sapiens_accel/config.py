@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import glob
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 class UserError(Exception):
     """Something the user can mend. Its text is one line: the culprit, what was expected, what to do."""
+
+
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """The run was asked to stop and did, with everything saved. Its text says where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,11 +294,14 @@ class Config:
     save_every: int | None = None
     """Steps between resumable checkpoints. Default: none but the stage's final weights."""
     keep_checkpoints: int = 2
-    """Checkpoints kept for each stage."""
+    """Checkpoints kept for each stage: the last ones, and beside them the best of those that were evaluated."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How a stage's weights are written when it hands them over; what it resumes from stays fp32."""
     eval_every: int | None = None
     """Steps between evaluations. Default: at the end of each stage."""
     resume_from_checkpoint: str | None = None
-    """latest, or a checkpoint folder."""
+    """latest, or a checkpoint folder. Of another number of processes everything is carried over (not in ZeRO-3), of
+    another ZeRO stage or precision: weights, step and teacher."""
     dry_run: bool = False
     """Build and check everything, take one step of the first stage, write no weights."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
@@ -357,15 +365,28 @@ def _warn(config: Config) -> None:
 
 
 def guarded(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug."""
+    """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
+
+    A run that was asked to stop leaves with exit code 0, and says how to go on.
+    """
     try:
         main(sys.argv[1:])
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{interrupted}; go on with the same launch and: {_resuming(sys.argv)}", flush=True)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(10)  # rank 0 mostly says the same; its exit ends this process before the line is said again
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _resuming(words: Sequence[str]) -> str:
+    """A command that goes on where the one of these words stopped."""
+    option = "--resume_from_checkpoint"
+    kept = [word for before, word in pairwise(["", *words]) if not word.startswith(option) and before != option]
+    return shlex.join([*kept, option, "latest"])
 
 
 def recipe_path(recipe: str) -> Path:

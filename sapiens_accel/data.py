@@ -24,7 +24,7 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import coco, geometry, pool, synthetic
+from sapiens_accel import coco, geometry, interrupt, pool, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import DataConfig, StageConfig, UserError
@@ -312,7 +312,7 @@ def batches(
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=one_thread,
+        worker_init_fn=begin_worker,
     )
     for batch in plainly(loader):
         yield to_device(batch, device)
@@ -365,9 +365,10 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return tree
 
 
-def one_thread(_: int) -> None:
-    """Start a worker with one decoding thread: the workers are the parallelism."""
+def begin_worker(_: int) -> None:
+    """Start a worker with one decoding thread: the workers are the parallelism. Signals are the training's to hear."""
     cv2.setNumThreads(0)
+    interrupt.leave_to_parent()
 
 
 def check_targets(people: People, config: DataConfig) -> None:

@@ -5,10 +5,16 @@ batch, and `prepare` writes them, with the clipping, into DeepSpeed's config ane
 filled once only: a second stage would silently keep the first one's).
 """
 
+import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,6 +202,31 @@ def least(accelerator: Accelerator, value: float) -> float:
     return float(gather(accelerator, own).min())
 
 
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether it holds on any rank: all of them act alike. Over the hosts, so that no device is waited for."""
+    if accelerator.num_processes == 1:
+        return flag
+    told = torch.tensor(int(flag))
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return bool(told)
+
+
+@lru_cache(maxsize=1)
+def _host_group() -> Any:
+    """A group that talks over the hosts' network; all ranks must ask for it at the same time, once."""
+    is_gloo = torch.distributed.get_backend() == "gloo"
+    return torch.distributed.group.WORLD if is_gloo else torch.distributed.new_group(backend="gloo")
+
+
+def world(accelerator: Accelerator) -> dict[str, Any]:
+    """What decides whether one launch can read another's state."""
+    return {
+        "num_processes": accelerator.num_processes,
+        "zero_stage": zero_stage(accelerator),
+        "precision": accelerator.mixed_precision,
+    }
+
+
 def prepare(
     accelerator: Accelerator, model: SapiensPose, optimizer: Optimizer, share: Share, clip_norm: float
 ) -> tuple[nn.Module, Any]:
@@ -211,6 +242,9 @@ def prepare(
         if share.accumulation > 1 and accelerator.mixed_precision == "bf16":
             # Sums of bf16 gradients lose their small terms.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if accelerator.mixed_precision == "bf16":
+            # In fp32 and fp16 it leaves out a step whose gradients are no numbers by itself.
+            config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
     if zero_stage(accelerator) == 3:
         from deepspeed.utils import set_z3_leaf_module
 
@@ -221,12 +255,25 @@ def prepare(
     return prepared_model, prepared_optimizer
 
 
-def clip(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor | float | None:
-    """Clip the gradients to the global norm (0: not at all); returns what it was."""
+def take_step(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, clip_norm: float
+) -> tuple[Tensor | float | None, bool]:
+    """Clip the gradients to the global norm (0: not at all) and step, unless they are no numbers.
+
+    Under DeepSpeed `accelerator.backward` has done both. The wait for one number here costs a kernel launch in a step
+    of seconds, and saves the run.
+
+    Returns:
+        The norm as it was, and whether the step was taken.
+    """
     if is_engine(model):
         engine: Any = model
-        return engine.get_global_grad_norm()  # it clips by itself; Accelerate would wait for the number
-    return accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+        return engine.get_global_grad_norm(), not engine.optimizer.overflow
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+    if accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+        return norm, False
+    optimizer.step()
+    return norm, not optimizer.step_was_skipped
 
 
 def is_engine(model: Any) -> bool:
@@ -241,6 +288,74 @@ def drop_gradients(model: Any) -> None:
     if is_engine(model):
         model.micro_steps -= model.micro_steps % model.gradient_accumulation_steps()
         model.optimizer.zero_grad(set_to_none=True)
+
+
+def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[Exception], ...]) -> str | None:
+    """Accelerate's state of this launch into a folder; what went wrong on this rank, if anything. For all ranks.
+
+    DeepSpeed's ranks wait for each other inside: one whose disk is full must come to that point too.
+    """
+    problems: list[Exception] = []
+    writer: Any = _engine(accelerator).checkpoint_engine if is_deepspeed(accelerator) else None
+    if writer:
+
+        def write(*args: Any, **kwargs: Any) -> None:
+            try:
+                type(writer).save(writer, *args, **kwargs)
+            except not_written as error:
+                problems.append(error)
+
+        writer.save = write
+    try:
+        accelerator.save_state(str(folder))
+    except not_written as error:
+        problems.append(error)
+    finally:
+        if writer:
+            del writer.save
+    return " ".join(str(problems[0]).split())[:200] if problems else None
+
+
+def load_universal(accelerator: Accelerator, folder: Path) -> None:
+    """Restore what another number of processes saved under the same ZeRO stage (1 or 2). All ranks must call it.
+
+    DeepSpeed's own converter writes the state parameter by parameter; each rank reads its part; the copy is removed.
+
+    Raises:
+        UserError: the conversion failed.
+    """
+    converted = folder.with_name("universal.tmp")
+    failed = 0.0
+    if accelerator.is_main_process:
+        shutil.rmtree(converted, ignore_errors=True)
+        converted.mkdir()
+        for extra in [*folder.glob("*.pkl"), *folder.glob("*.bin")]:
+            shutil.copy(extra, converted)
+        words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        words += ["--input_folder", str(folder / "pytorch_model"), "--output_folder", str(converted / "pytorch_model")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        failed = float(done.returncode != 0)
+        if failed:
+            print(done.stderr[-2000:], file=sys.stderr, flush=True)
+    if least(accelerator, -failed) < 0:
+        raise UserError(f"{folder}: DeepSpeed could not convert it for {accelerator.num_processes} process(es)")
+    engine = _engine(accelerator)
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        accelerator.load_state(str(converted))
+    finally:
+        engine._config.load_universal_checkpoint = False
+    for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(converted)
+
+
+def _engine(accelerator: Accelerator) -> Any:
+    wrapped: Any = accelerator.deepspeed_engine_wrapped
+    return wrapped.engine
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:
@@ -261,6 +376,11 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tupl
                 yield name, parameter.data
         else:
             yield name, parameter.data
+
+
+def full_values(accelerator: Accelerator, model: nn.Module) -> Iterator[Tensor]:
+    """The values of `full_parameters`."""
+    return (value for _, value in full_parameters(accelerator, model))
 
 
 def frozen_masters(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sapiens_accel import distributed, geometry, heatmap
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, EvalConfig
-from sapiens_accel.data import EvaluationPeople, one_thread, plainly, to_device
+from sapiens_accel.data import EvaluationPeople, begin_worker, plainly, to_device
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.skeleton import Skeleton
 
@@ -73,7 +73,7 @@ def predict(
         num_workers=data.num_workers,
         collate_fn=default_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=one_thread,
+        worker_init_fn=begin_worker,
     )
     training, found = model.training, []
     model.eval()

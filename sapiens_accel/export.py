@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,14 +15,21 @@ from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.weights import FILE
 
 
-def export(folder: Path, state: Mapping[str, Tensor], model: SapiensPose, skeleton: Skeleton, sigma: float) -> None:
-    """Write fp32 weights with what rebuilds and feeds the network. Sapiens2 folders load with plain transformers.
+def export(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    model: SapiensPose,
+    skeleton: Skeleton,
+    sigma: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write weights with what rebuilds and feeds the network. Sapiens2 folders load with plain transformers.
 
     Args:
         state: whole tensors by the model's own names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_published(key, model): value.contiguous() for key, value in state.items()}
+    tensors = {_published(key, model): value.to(dtype).contiguous() for key, value in state.items()}
     temporary = folder / f".{FILE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(model, skeleton, sigma), indent=2))

@@ -21,7 +21,7 @@ from sapiens_accel import draw, geometry
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, read_image
 from sapiens_accel.config import DataConfig
-from sapiens_accel.data import Pair, one_thread, pair_of, plainly, seen_in, to_device
+from sapiens_accel.data import Pair, begin_worker, pair_of, plainly, seen_in, to_device
 from sapiens_accel.evaluate import oks
 from sapiens_accel.objective import MeanTeacher, Taught, cut_out
 from sapiens_accel.skeleton import Skeleton
@@ -95,7 +95,7 @@ def probe(
         batch_size=batch_size,
         num_workers=holdout.config.num_workers,
         collate_fn=default_collate,
-        worker_init_fn=one_thread,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # its own: the draws of this process stay what they are without a hold-out
     )
     sums, seen, position = torch.zeros(6, dtype=torch.float64), [], 0

@@ -1,7 +1,8 @@
 """steps(): the generator that every stage runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -17,6 +18,22 @@ from sapiens_accel.optim import lr_at, set_lr
 Logs = Mapping[str, Tensor | float]
 
 
+class Step(NamedTuple):
+    """What became of an optimizer step.
+
+    Attributes:
+        number: steps done, this one included.
+        logs: this rank's, on the device: looking at them waits for it.
+        skipped: the gradients were no numbers; nothing has changed.
+        ann_ids: of a skipped step, the labelled people of the micro-batches (of this rank) whose loss was no number.
+    """
+
+    number: int
+    logs: Logs
+    skipped: bool
+    ann_ids: Sequence[int]
+
+
 def steps(
     accelerator: Accelerator,
     model: nn.Module,
@@ -28,15 +45,13 @@ def steps(
     first: int,
     num_steps: int,
     offload: bool = False,
-) -> Iterator[tuple[int, Logs]]:
-    """Train, and yield (steps done, logs) after each optimizer step.
+) -> Iterator[Step]:
+    """Train, and yield after each optimizer step.
 
     Args:
         batches: this rank's micro-batches from step `first` on; the stage ends with them.
         num_steps: length of the whole schedule.
         offload: what a forward saves waits for its backward in host memory.
-
-    The logs are this rank's, on the device: nothing here waits for it.
     """
     step = first
     while micro_batches := list(islice(batches, share.accumulation)):
@@ -45,18 +60,27 @@ def steps(
         # Before the backward: under DeepSpeed, `accelerator.backward` also takes the optimizer's step.
         set_lr(optimizer, rate)
         logs: dict[str, Tensor | float] = {}
-        grad_norm = None
+        losses: list[Tensor] = []
+        grad_norm, taken = None, True
         for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
             with accelerator.accumulate(model):
                 with offloaded(accelerator.device, wanted=offload):
                     loss, parts = objective.loss(model, batch, prepared)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = distributed.clip(accelerator, model, config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                    grad_norm, taken = distributed.take_step(accelerator, model, optimizer, config.clip_norm)
+                    optimizer.zero_grad()
+            losses.append(loss.detach())
             for name, value in {"loss": loss.detach(), **parts}.items():
                 logs[name] = logs.get(name, 0.0) + value / share.accumulation
-        objective.after_step()
+        if taken:
+            objective.after_step()
         step += 1
-        yield step, {**logs, "lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
+        logs |= {"lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
+        yield Step(step, logs, not taken, () if taken else _without_number(micro_batches, losses))
+
+
+def _without_number(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:
+    """Annotation ids of the micro-batches whose loss is no number; of all of them if only gradients were none."""
+    bad = [batch for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
+    return [number for batch in bad or batches for number in batch.labelled.ann_id.tolist()]

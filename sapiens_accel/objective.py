@@ -5,7 +5,7 @@ precision of the network.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from sapiens_accel import geometry
 from sapiens_accel.average import MovingAverage
-from sapiens_accel.config import TeacherConfig
+from sapiens_accel.config import StageConfig, TeacherConfig
 from sapiens_accel.data import Batch, Labelled, Pair
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import PIXEL_MEAN
+from sapiens_accel.skeleton import Skeleton
 
 LOG_FLOOR = 0.02  # eps of `log_linear`
 MIN_KEPT = 4  # keypoints of a person that must be kept for any of them to count
@@ -109,6 +110,34 @@ class Supervised:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pass
+
+
+def build(
+    stage: StageConfig,
+    codec: Codec,
+    skeleton: Skeleton,
+    average: MovingAverage | None,
+    student_parameters: Callable[[], Iterator[Tensor]],
+    *,
+    num_steps: int,
+    gather: Callable[[Tensor], Tensor],
+    autocast: torch.dtype | None,
+) -> Objective:
+    """What a stage minimises; the arguments behind `skeleton` are the mean teacher's."""
+    supervised = Supervised(codec=codec, loss_weight=stage.loss_weight)
+    if stage.teacher is None or average is None:
+        return supervised
+    return MeanTeacher(
+        supervised,
+        average,
+        student_parameters,
+        stage.teacher,
+        skeleton.mirror,
+        names=skeleton.names,
+        num_steps=num_steps,
+        gather=gather,
+        autocast=autocast,
+    )
 
 
 class Taught(NamedTuple):

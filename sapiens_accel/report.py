@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from jaxtyping import UInt8
 from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel import distributed, draw, evaluate, holdout
+from sapiens_accel import checkpoint, distributed, draw, evaluate, holdout
 from sapiens_accel.alarms import Alarms, Stopped
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
@@ -28,6 +28,7 @@ from sapiens_accel.evaluate import Metrics, Predictions
 from sapiens_accel.geometry import Crop, apply, warp
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.holdout import Holdout
+from sapiens_accel.loop import Step
 from sapiens_accel.objective import MeanTeacher, Objective
 from sapiens_accel.plan import GIB, Plan
 from sapiens_accel.skeleton import Skeleton
@@ -35,6 +36,9 @@ from sapiens_accel.skeleton import Skeleton
 NUM_CROPS = 8
 PERSON_HW = (384, 384)
 SHOWN_SCORE = 0.2
+MOST_SKIPPED = 20  # steps in a row: what has diverged does not come back
+SEARCHED = 5  # that fp16 may skip in a row while it looks for its loss scale, and nothing is said
+SHOWN_IDS = 40
 
 
 class Judged(NamedTuple):
@@ -77,6 +81,7 @@ class Report:
             self.holdout = Holdout(sets.val, augmenter, run.data, num_cutouts=teacher.cutout, seed=run.seed)
         self.judged: Judged
         self.kept: Judged | None = None
+        self.skipped = 0
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
@@ -98,8 +103,28 @@ class Report:
         stops = teacher is None or teacher.on_alarm == "stop"
         self.alarms = Alarms(good=good, stops=stops, first=broadcast_object_list([earlier])[0])
 
-    def step(self) -> None:
+    def step(self, done: Step) -> None:
+        """Count a step, and name the people of one that was left out. All ranks must call it.
+
+        Raises:
+            Stopped: too many in a row.
+        """
         self.progress.update()
+        self.skipped = self.skipped + 1 if done.skipped else 0
+        if not done.skipped:
+            return
+        ann_ids = sorted(gather_object(list(done.ann_ids)))
+        self._line(done.number, {"skipped_in_a_row": self.skipped, "ann_ids": ann_ids})
+        if self.skipped >= MOST_SKIPPED:
+            saved = checkpoint.found(self.folder / self.stage / "checkpoints")
+            good = f"{saved[-1]} (--resume_from_checkpoint latest)" if saved else self.alarms.good
+            self.close()
+            raise Stopped(
+                f"{self.stage}: gradients that are no numbers, {self.skipped} steps in a row up to {done.number}; "
+                f"lower --{self.stage}.optim.lr; the last good state is {good}; annotations: {_shortened(ann_ids)}"
+            )
+        if self.accelerator.mixed_precision != "fp16" or self.skipped > SEARCHED:
+            self._warn(done.number, f"gradients that are no numbers: left out; annotations: {_shortened(ann_ids)}")
 
     def scalars(self, step: int, logs: Mapping[str, Tensor | float]) -> None:
         """Average the logs over the ranks and write them, with speed and memory. All ranks must call it.
@@ -156,11 +181,14 @@ class Report:
             self.close()
             raise
         for warning in warnings:
-            self._line(step, {"warning": warning})
-            if self.accelerator.is_main_process:
-                self.progress.write(f"{self.stage}, step {step}: warning: {warning}")
+            self._warn(step, warning)
 
-    def _line(self, step: int, entries: Mapping[str, float | str | None]) -> None:
+    def _warn(self, step: int, warning: str) -> None:
+        self._line(step, {"warning": warning})
+        if self.accelerator.is_main_process:
+            self.progress.write(f"{self.stage}, step {step}: warning: {warning}")
+
+    def _line(self, step: int, entries: Mapping[str, float | str | list[int] | None]) -> None:
         if self.file:
             self.file.write(json.dumps({"stage": self.stage, "step": step, **entries}) + "\n")
             self.file.flush()
@@ -187,6 +215,8 @@ class Report:
             metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]}
         if self.holdout:
             metrics |= self._probe(step, objective)
+        if self.writes:
+            checkpoint.judged(self.folder / self.stage, step, metrics["AP"])
         self.judged = Judged(step, metrics, predictions)
         self.write(step, metrics)
         self.restart_clock(step)
@@ -275,6 +305,11 @@ def prediction_picture(predictions: Predictions, people: People, skeleton: Skele
         above.append(draw.person(image, apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
         below.append(draw.person(image, found, (predictions.scores[index] > SHOWN_SCORE).astype(float), skeleton))
     return draw.grid([*above, *below], columns=len(chosen))
+
+
+def _shortened(ann_ids: Sequence[int]) -> str:
+    more = f" and {len(ann_ids) - SHOWN_IDS} more" if len(ann_ids) > SHOWN_IDS else ""
+    return ", ".join(map(str, ann_ids[:SHOWN_IDS])) + more
 
 
 def _without_later_lines(file: Path, stage: str, step: int) -> Path:

@@ -22,7 +22,7 @@ LAYERS = (
     ("model", "data", "draw"),
     ("pool",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms"),
-    ("geometry", "skeleton", "config"),
+    ("geometry", "skeleton", "config", "interrupt"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
