@@ -75,7 +75,8 @@ def train(
     resume = checkpoint.to_resume(accelerator, folder, run.resume_from_checkpoint, stage)
     given = run.weights if stage == run.stages[0] else None
     start = (resume and resume.weights) or given or weights.starting_point(folder, stage)
-    accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
+    loaded = weights.load(model, start) if start else weights.FROM_RANDOM
+    accelerator.print(f"\n{stage}: {resume or loaded}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
     teacher = distributed.moving_average(accelerator, deepcopy(model), planned.way.teacher) if plan.teacher else None

@@ -228,15 +228,17 @@ class Resume:
         student = self.folder / "student"
         return None if self.way != "weights" else str(student if student.is_dir() else self.folder / "weights")
 
-    def load(self, accelerator: Accelerator, objective: Objective) -> int:
-        """Restore what can be restored into what was built; returns the step. All ranks must call it."""
+    def __str__(self) -> str:
         then = f"{self.position.num_processes} process(es), {_kind(self.position.zero_stage, self.position.precision)}"
         said = {
             "whole": "",
             "universal": f"; written by {then}, and read through a universal checkpoint",
             "weights": f"; written by {then}: weights, step and teacher are taken, and the optimizer STARTS ANEW",
         }
-        accelerator.print(f"{self.position.stage}: goes on from {self.folder}{said[self.way]}")
+        return f"goes on from {self.folder}{said[self.way]}"
+
+    def load(self, accelerator: Accelerator, objective: Objective) -> int:
+        """Restore what can be restored into what was built; returns the step. All ranks must call it."""
         if self.way == "whole":
             accelerator.load_state(str(self.folder / STATE))
         elif self.way == "universal":
