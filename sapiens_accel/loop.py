@@ -25,13 +25,13 @@ class Step(NamedTuple):
         number: steps done, this one included.
         logs: this rank's, on the device: looking at them waits for it.
         skipped: the gradients were no numbers; nothing has changed.
-        ann_ids: of a skipped step, the labelled people of the micro-batches (of this rank) whose loss was no number.
+        ann_ids: of a skipped step, this rank's labelled people, and whether the loss of their micro-batch was a number.
     """
 
     number: int
     logs: Logs
     skipped: bool
-    ann_ids: Sequence[int]
+    ann_ids: Sequence[tuple[int, bool]]
 
 
 def steps(
@@ -77,10 +77,10 @@ def steps(
             objective.after_step()
         step += 1
         logs |= {"lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
-        yield Step(step, logs, not taken, () if taken else _without_number(micro_batches, losses))
+        yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))
 
 
-def _without_number(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:
-    """Annotation ids of the micro-batches whose loss is no number; of all of them if only gradients were none."""
-    bad = [batch for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
-    return [number for batch in bad or batches for number in batch.labelled.ann_id.tolist()]
+def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:
+    """Annotation ids of the labelled people, and whether the loss of their micro-batch is a number."""
+    each = zip(batches, losses, strict=True)
+    return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labelled.ann_id.tolist()]

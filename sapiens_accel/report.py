@@ -113,7 +113,9 @@ class Report:
         self.skipped = self.skipped + 1 if done.skipped else 0
         if not done.skipped:
             return
-        ann_ids = sorted(gather_object(list(done.ann_ids)))
+        people = gather_object(list(done.ann_ids))
+        # Of those whose loss was no number; where it was one for all, of all of them.
+        ann_ids = sorted([number for number, fine in people if not fine] or [number for number, _ in people])
         self._line(done.number, {"skipped_in_a_row": self.skipped, "ann_ids": ann_ids})
         if self.skipped >= MOST_SKIPPED:
             saved = checkpoint.found(self.folder / self.stage / "checkpoints")

@@ -52,8 +52,8 @@ def deepspeed_config(folder: Path, zero: int) -> Path:
     return path
 
 
-def launch(jobs: list[dict], cache: Path, *, processes: int, deepspeed: bool) -> None:
-    """All jobs in one launch: building the process group costs more than the training."""
+def launch(jobs: list[dict], cache: Path, *, processes: int, deepspeed: bool) -> str:
+    """All jobs in one launch: building the process group costs more than the training. Returns what it said."""
     listing = cache / f"jobs_{processes}_{deepspeed}.json"
     listing.write_text(json.dumps(jobs))
     env = {
@@ -67,6 +67,7 @@ def launch(jobs: list[dict], cache: Path, *, processes: int, deepspeed: bool) ->
     command = [*(torchrun if deepspeed or processes > 1 else [sys.executable]), "tests/parity.py", str(listing)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def losses(folder: Path, stage: str) -> list[float]:
@@ -89,7 +90,8 @@ def cache(tmp_path_factory) -> Path:
 def reference(cache) -> Path:
     """Plain, one process, whole batches, all three stages."""
     folder = cache / "reference"
-    launch([job(folder, stage="all", micro_batch=GLOBAL_BATCH)], cache, processes=1, deepspeed=False)
+    extra = ["--save_every=8"]
+    launch([job(folder, stage="all", micro_batch=GLOBAL_BATCH, extra=extra)], cache, processes=1, deepspeed=False)
     # It learns, and the teacher has something to say: equal losses of a dead network would prove nothing.
     assert losses(folder, "phase2")[-1] < 0.95 * losses(folder, "phase2")[0]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -148,6 +150,59 @@ def test_a_resumed_run_goes_on_bit_for_bit(cache, reference):
         assert len(losses(resumed, stage)) == STEPS
         assert losses(resumed, stage) == losses(uninterrupted, stage)
         assert sorted(path.name for path in (resumed / stage / "checkpoints").iterdir()) == ["step_4", "step_8"]
+
+
+def test_a_run_goes_on_in_another_world(cache, reference):
+    """Cut after 8 of 20 steps: ZeRO-2 from 2 processes to 1 and back, with the optimizer; from plain, without it."""
+    # A decay so strong that a group with another one's settings would be seen.
+    heavy = [f"--weights={reference / 'phase1' / 'weights'}", "--phase2.optim.weight_decay=20"]
+    cut, again = ["--max_steps=8", "--save_every=8"], ["--resume_from_checkpoint=latest"]
+    run = {"stage": "phase2", "micro_batch": 2, "zero": 2}
+    whole, down, up = cache / "heavy-whole", cache / "heavy-down", cache / "heavy-up"
+    ssl = {"stage": "ssl", "micro_batch": 2, "zero": 2}
+    ssl_down = cache / "ssl-down"
+    jobs = [job(whole, **run, extra=heavy), job(down, **run, extra=[*heavy, *cut])]
+    launch([*jobs, job(ssl_down, **ssl, extra=[*after(reference), *cut])], cache, processes=2, deepspeed=True)
+    plain, fresh = reference / "ssl" / "checkpoints" / "step_8", cache / "ssl-from-plain"
+    jobs = [job(down, **run, extra=[*heavy, *again]), job(up, **run, extra=[*heavy, *cut])]
+    jobs += [job(ssl_down, **ssl, extra=[*after(reference), *again])]
+    jobs += [job(fresh, **ssl, extra=[*after(reference), f"--resume_from_checkpoint={plain}"])]
+    said = launch(jobs, cache, processes=1, deepspeed=True)
+    assert said.count("written by 2 process(es), ZeRO-2, fp32, and read through a universal checkpoint") == 2
+    assert "written by 1 process(es), no ZeRO, fp32: weights, step and teacher are taken, and the optimizer" in said
+    said = launch([job(up, **run, extra=[*heavy, *again])], cache, processes=2, deepspeed=True)
+    assert "written by 1 process(es), ZeRO-2, fp32, and read through a universal checkpoint" in said
+    for folder in (down, up):
+        assert_same(folder, whole, "phase2")
+    assert_same(ssl_down, reference, "ssl")
+    # The next loss is the uninterrupted run's; what follows is not, without its moments.
+    found, expected = losses(fresh, "ssl"), losses(reference, "ssl")[8:]
+    assert len(found) == STEPS - 8 and found[0] == pytest.approx(expected[0], rel=RELATIVE)
+    assert not list(cache.glob("*/*/checkpoints/*/universal.tmp"))
+
+
+def test_a_step_without_numbers_changes_nothing(cache, reference):
+    """One rank's loss is NaN in 2 of 20 steps: all leave them out, name the people, and go on as a plain run does."""
+    start, broken = [f"--weights={reference / 'phase1' / 'weights'}"], [3, 7]
+    plain, zero2, bf16 = cache / "nan-plain", cache / "nan-zero2", cache / "nan-bf16"
+    jobs = [job(folder, stage="phase2", micro_batch=2, zero=2, extra=start) for folder in (zero2, bf16)]
+    jobs[1]["env"]["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    launch([one | {"without_number": broken} for one in jobs], cache, processes=2, deepspeed=True)
+    one = job(plain, stage="phase2", micro_batch=GLOBAL_BATCH, extra=start) | {"without_number": broken}
+    launch([one], cache, processes=1, deepspeed=False)
+    kept = [step for step in range(STEPS) if step + 1 not in broken]
+    found, expected, unbroken = (losses(folder, "phase2") for folder in (zero2, plain, reference))
+    assert [step + 1 for step in range(STEPS) if found[step] is None] == broken
+    assert [found[step] for step in kept] == pytest.approx([expected[step] for step in kept], rel=RELATIVE)
+    assert found[:2] == pytest.approx(unbroken[:2], rel=RELATIVE) and abs(found[3] / unbroken[3] - 1) > RELATIVE
+    assert [losses(bf16, "phase2")[step] for step in kept] == pytest.approx([found[step] for step in kept], rel=2e-2)
+    for folder, people in ((zero2, 4), (bf16, 4), (plain, 8)):  # of the rank whose loss was no number
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        left_out = [line for line in lines if "ann_ids" in line]
+        assert [(line["step"], line["skipped_in_a_row"]) for line in left_out] == [(step, 1) for step in broken]
+        assert all(len(line["ann_ids"]) == people for line in left_out)
+        weights = load_file(folder / "phase2" / "weights" / "model.safetensors")
+        assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_teacher_kept_elsewhere_goes_on_bit_for_bit(cache, reference):
