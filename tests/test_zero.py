@@ -130,26 +130,31 @@ def test_deepspeed_equals_plain(processes, cache, reference):
 def test_a_resumed_run_goes_on_bit_for_bit(cache, reference):
     """Cut after 8 of 20 steps and continued, in two processes: the same 20 losses, to the last digit."""
     jobs, whole = [], {}
-    for zero, stage in ((2, "phase2"), (3, "phase2"), (2, "ssl")):
+    for zero, stage, precision in ((1, "phase1", "bf16"), (2, "phase2", "no"), (3, "phase2", "bf16"), (2, "ssl", "no")):
         start = after(reference) if stage == "ssl" else [f"--weights={reference / 'phase1' / 'weights'}"]
         folder = cache / f"resumed-z{zero}-{stage}"
         run = {"stage": stage, "micro_batch": 2, "zero": zero}
-        jobs.append(job(folder, **run, extra=[*start, "--max_steps=8", "--save_every=4"]))
-        jobs.append(job(folder, **run, extra=[*start, "--resume_from_checkpoint=latest"]))
+        cut = job(folder, **run, extra=[*start, "--max_steps=8", "--save_every=4"])
+        # Other processes load the pictures then, and another number of them.
+        again = job(folder, **run, extra=[*start, "--resume_from_checkpoint=latest", f"--data.num_workers={zero % 2}"])
         whole[folder] = cache / f"whole-z{zero}-{stage}"
-        jobs.append(job(whole[folder], **run, extra=start))
+        three = [cut, again, job(whole[folder], **run, extra=start)]
+        for one in three:
+            one["env"]["ACCELERATE_MIXED_PRECISION"] = precision
+        jobs += three
     # Another micro-batch than the run that saved: a checkpoint stands between two optimizer steps of any accumulation.
     folder, start = cache / "regrouped", [f"--weights={reference / 'phase1' / 'weights'}"]
     run = {"stage": "phase2", "zero": 2}
-    jobs.append(job(folder, **run, micro_batch=2, extra=[*start, "--max_steps=7", "--save_every=7"]))
-    jobs.append(job(folder, **run, micro_batch=1, extra=[*start, "--resume_from_checkpoint=latest"]))
+    two = [job(folder, **run, micro_batch=2, extra=[*start, "--max_steps=7", "--save_every=7"])]
+    two += [job(folder, **run, micro_batch=1, extra=[*start, "--resume_from_checkpoint=latest"])]
+    jobs += [one | {"env": {**one["env"], "ACCELERATE_MIXED_PRECISION": "no"}} for one in two]
     launch(jobs, cache, processes=2, deepspeed=True)
     assert_same(folder, reference, "phase2")
     for resumed, uninterrupted in whole.items():
         stage = resumed.name.split("-")[-1]
         assert len(losses(resumed, stage)) == STEPS
         assert losses(resumed, stage) == losses(uninterrupted, stage)
-        assert sorted(path.name for path in (resumed / stage / "checkpoints").iterdir()) == ["step_4", "step_8"]
+        assert sorted(path.name for path in (resumed / stage / "checkpoints").glob("step_*")) == ["step_4", "step_8"]
 
 
 def test_a_run_goes_on_in_another_world(cache, reference):
