@@ -65,7 +65,7 @@ def train(accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, p
     set_seed(run.seed)
     model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
     start = (run.weights if stage == run.stages[0] else None) or weights.starting_point(folder, stage)
-    accelerator.print(f"\n{stage}: {weights.load(model, start) if start else weights.FROM_RANDOM}")
+    accelerator.print(f"\n{stage}: {weights.load(model, start, SKELETON.names) if start else weights.FROM_RANDOM}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
     teacher = distributed.moving_average(accelerator, deepcopy(model), planned.way.teacher) if plan.teacher else None
