@@ -160,7 +160,7 @@ def predictor(family: Family) -> str:
 def num_keypoints(state: State) -> int:
     """The rows of a head's last layer; 0 without a head."""
     keys = (f"{predictor(family)}.weight" for family in ("sapiens", "sapiens2"))
-    return next((len(state[key]) for key in keys if key in state), 0)
+    return next((len(state[key]) for key in keys if key in state and state[key].ndim), 0)
 
 
 # ---- Reading
@@ -306,7 +306,8 @@ def _known_family(file: Path, tensors: State) -> Family:
 
 def _split(key: str, value: Tensor) -> State:
     for fused, parts in _FUSED.items():
-        if key.startswith("backbone.") and f".{fused}." in key:
+        is_whole = value.ndim > 0 and len(value) % len(parts) == 0
+        if key.startswith("backbone.") and f".{fused}." in key and is_whole:
             pieces = zip(parts, value.chunk(len(parts)), strict=True)
             return {key.replace(f".{fused}.", f".{part}."): piece for part, piece in pieces}
     return {key: value}

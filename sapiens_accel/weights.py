@@ -80,8 +80,8 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
     _check_size(found, model)
     state = dict(found.state)
     reshaped = _fit_positions(state, found, own, model)
-    mapping, new = _fit_rows(state, found, own, names)
-    mapped = [key for key in _rows(model) if mapping and key in state]
+    mapping, new = _fit_rows(state, found, own, model, names)
+    mapped = list(_rows(model)) if mapping else []
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
     _check_backbone(found, state, own, absent, model)
@@ -129,7 +129,7 @@ def _check_size(found: Weights, model: SapiensPose) -> None:
     patches = {"sapiens": "patch_embeddings.projection.weight", "sapiens2": "patch_embeddings.weight"}
     projection = found.state.get(f"backbone.embeddings.{patches[found.family]}")
     blocks = [int(block[1]) for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))]
-    width, depth = len(projection) if projection is not None else None, max(blocks, default=-1) + 1
+    width, depth = len(projection) if projection is not None and projection.ndim else None, max(blocks, default=-1) + 1
     if found.family == model.size.family and width in (model.size.width, None) and depth == model.size.depth:
         return
     sizes = [
@@ -162,7 +162,7 @@ def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose)
 
     A published one may have a class position where ours has that slot: of equal shape, and not to be taken for it.
     """
-    if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[2] != own[POSITIONS].shape[2]:
+    if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[::2] != own[POSITIONS].shape[::2]:
         return []
     source, patch = state[POSITIONS], model.size.patch
     target_hw, told_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
@@ -205,32 +205,29 @@ def _rows(model: SapiensPose) -> tuple[str, str]:
     return f"{layer}.weight", f"{layer}.bias"
 
 
-def _fit_rows(state: State, found: Weights, own: State, names: Sequence[str] | None) -> tuple[str, tuple[str, ...]]:
+def _fit_rows(
+    state: State, found: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
     """Order the last layer's rows as the run's keypoints, by name; says how, and which keypoints have no row.
 
     Nothing is said where the file's rows are in this order already, or where nothing is known to go by.
     """
-    keys = [f"{published.predictor(found.family)}.{part}" for part in ("weight", "bias")]
-    if names is None or found.names is None or found.names == tuple(names) or not all(key in state for key in keys):
+    keys = _rows(model)
+    if names is None or found.names in (None, tuple(names)) or not all(key in state for key in keys):
         return "", ()
     shared = [name for name in names if name in found.names]
-    to, source = ([list(order).index(name) for name in shared] for order in (names, found.names))
-    # Keypoints of as many, but other names, are other keypoints; and features of another width are no features.
-    fits = all(state[key].shape[1:] == own[key].shape[1:] for key in keys)
-    for key in keys:
-        if not (shared and fits):
+    if not shared or any(state[key].shape != (len(found.names), *own[key].shape[1:]) for key in keys):
+        # Other keypoints, even if they are as many; or features of another width.
+        for key in keys:
             del state[key]
-            continue
+        return "", ()
+    to, source = ([list(order).index(name) for name in shared] for order in (names, found.names))
+    for key in keys:
         rows = own[key].detach().clone()
         rows[to] = state[key][source].to(rows)
         state[key] = rows
-    if not (shared and fits):
-        return "", ()
-    new = tuple(name for name in names if name not in shared)
-    return (
-        f"{len(shared)} of {len(names)} keypoints by name, of the file's {len(found.names)} (by {found.names_from})",
-        new,
-    )
+    how = f"{len(shared)} of {len(names)} keypoints by name, of the file's {len(found.names)} (by {found.names_from})"
+    return how, tuple(name for name in names if name not in shared)
 
 
 def _short(keys: Sequence[str], at_most: int = 2) -> str:
