@@ -34,8 +34,8 @@ class Report:
         reinitialised: the model's that start anew, because the file's are of another shape or of unknown keypoints.
         missing: the model's that start anew, because the file has none.
         unused: the file's that went nowhere.
-        mapping: which keypoints were mapped, in words; and after it those that start anew, by name.
-        new_keypoints: names of rows of `mapped` that the file does not have.
+        mapping: how many keypoints were mapped and whence their names, in words.
+        new_keypoints: the run's keypoints that the file does not have; their rows start anew.
     """
 
     source: str
@@ -65,7 +65,8 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
     """Load a file or folder into the model.
 
     Position embeddings are resized to the model's grid. The rows of the head's last layer are taken by keypoint name
-    where the file's are known, else by position where there are as many; else that layer starts anew.
+    where the file's are known (from its meta data, config.json beside it or, of a published layout, their number), else
+    by position where there are as many; else that layer starts anew.
 
     Args:
         model: on any device; its own values stay where the file has none.

@@ -22,12 +22,11 @@ def test_edges_join_parts_of_one_side_or_the_two_sides_of_one_part(skeleton: Ske
 
 
 @ALL
-def test_a_partner_has_about_the_same_sigma_and_is_on_the_same_half(skeleton: Skeleton) -> None:
-    for k, other in enumerate(skeleton.mirror):
-        assert (k in skeleton.upper) == (other in skeleton.upper)
-        if k not in skeleton.lower[-6:]:  # the published ones of the feet differ
-            # Measured ones differ a little between the sides of the face.
-            assert skeleton.sigmas[k] == pytest.approx(skeleton.sigmas[other], abs=0.009)
+def test_a_partner_is_on_the_same_half(skeleton: Skeleton) -> None:
+    assert all((k in skeleton.upper) == (other in skeleton.upper) for k, other in enumerate(skeleton.mirror))
+    names = {skeleton.names[k] for k in skeleton.lower}
+    assert all(any(part in name for part in ("hip", "knee", "ankle", "toe", "heel")) for name in names)
+    assert len(names) == (6 if skeleton is COCO17 else 12)
 
 
 def test_the_308_names_are_the_published_ones_in_their_order() -> None:
@@ -53,9 +52,10 @@ def test_the_133_are_body_feet_face_and_hands() -> None:
         132: "right_pinky_finger4",
     }  # fmt: skip
     assert {k: names[k] for k in places} == places
-    assert [WHOLEBODY133.sigmas[k] for k in (17, 23, 39, 40, 53, 90, 91, 95, 112, 132)] == [
-        0.068, 0.042, 0.045, 0.013, 0.007, 0.008, 0.029, 0.047, 0.029, 0.031,
+    assert [WHOLEBODY133.sigmas[k] for k in (17, 23, 39, 40, 53, 70, 90, 91, 95, 112, 132)] == [
+        0.068, 0.042, 0.045, 0.013, 0.007, 0.034, 0.008, 0.029, 0.047, 0.029, 0.031,
     ]  # fmt: skip
+    assert sum(WHOLEBODY133.sigmas) == pytest.approx(3.861, abs=1e-9)
 
 
 @pytest.mark.parametrize(
