@@ -75,7 +75,7 @@ def train(
     resume = checkpoint.to_resume(accelerator, folder, run.resume_from_checkpoint, stage)
     given = run.weights if stage == run.stages[0] else None
     start = (resume and resume.weights) or given or weights.starting_point(folder, stage)
-    loaded = weights.load(model, start) if start else weights.FROM_RANDOM
+    loaded = weights.load(model, start, SKELETON.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{stage}: {resume or loaded}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)

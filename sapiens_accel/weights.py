@@ -1,113 +1,102 @@
-"""Weights in, with a report of every key.
-
-A `weights/` folder or model.safetensors of ours; Sapiens v1 `.pth` files (pre-trained, flat or mmengine's, and pose);
-Sapiens2 `.safetensors` (native and transformers).
-"""
+"""Weights in: a file's tensors fitted to the network, with a report of every one."""
 
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from jaxtyping import Float
 from torch import Tensor
 
+from sapiens_accel import published
 from sapiens_accel.config import STAGES, StageName, UserError
-from sapiens_accel.model import SapiensPose
+from sapiens_accel.model import SIZES, SapiensPose
+from sapiens_accel.published import FILE, State, Weights
 
-State = dict[str, Tensor]
-FILE = "model.safetensors"
 FROM_RANDOM = "starts from RANDOM weights; the published ones, or a stage of an earlier run, come in by --weights"
-
-# Published key -> ours, tried in order; `qkv` is split afterwards.
-_V1_KEYS = (
-    (r"^backbone\.", ""),
-    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
-    (r"^patch_embed\.projection\.", "backbone.embeddings.patch_embeddings.projection."),
-    (r"^layers\.(\d+)\.ln1\.", r"backbone.encoder.layer.\1.layernorm_before."),
-    (r"^layers\.(\d+)\.ln2\.", r"backbone.encoder.layer.\1.layernorm_after."),
-    (r"^layers\.(\d+)\.attn\.qkv\.", r"backbone.encoder.layer.\1.attention.attention.qkv."),
-    (r"^layers\.(\d+)\.attn\.proj\.", r"backbone.encoder.layer.\1.attention.output.dense."),
-    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"backbone.encoder.layer.\1.mlp.fc1."),
-    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.encoder.layer.\1.mlp.fc2."),
-    (r"^ln1\.", "backbone.layernorm."),
-)
-# What transformers' own conversion of Sapiens2 does (conversion_mapping.py), for files with the native names.
-_V2_KEYS = (
-    (r"^backbone\.", ""),
-    (r"^model\.(?=embeddings|model|norm)", ""),
-    (r"^(embeddings|model|norm)\.", r"backbone.\1."),
-    (r"^decode_head\.", "head."),
-    (r"^head\.conv_pose\.", "head.predictor."),
-    (r"^head\.deconv_layers\.0\.", "head.upsample_layers.0.convolution."),
-    (r"^head\.deconv_layers\.3\.", "head.upsample_layers.1.convolution."),
-    (r"^head\.conv_layers\.0\.(?!convolution)", "head.conv_layers.0.convolution."),
-    (r"^head\.conv_layers\.3\.", "head.conv_layers.1.convolution."),
-    (r"^head\.conv_layers\.6\.", "head.conv_layers.2.convolution."),
-    (r"^cls_token$", "backbone.embeddings.cls_token"),
-    (r"^storage_tokens$", "backbone.embeddings.register_tokens"),
-    (r"^patch_embed\.projection\.", "backbone.embeddings.patch_embeddings."),
-    (r"^blocks\.(\d+)\.ln1\.", r"backbone.model.layer.\1.norm1."),
-    (r"^blocks\.(\d+)\.ln2\.", r"backbone.model.layer.\1.norm2."),
-    (r"^blocks\.(\d+)\.attn\.w([qkv])\.", r"backbone.model.layer.\1.attention.\2_proj."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.model.layer.\1.attention.o_proj."),
-    (r"^blocks\.(\d+)\.attn\.gamma\.weight$", r"backbone.model.layer.\1.layer_scale1.lambda1"),
-    (r"^blocks\.(\d+)\.attn\.", r"backbone.model.layer.\1.attention."),
-    (r"^blocks\.(\d+)\.ffn\.w12\.", r"backbone.model.layer.\1.mlp.gate_up."),
-    (r"^blocks\.(\d+)\.ffn\.w3\.", r"backbone.model.layer.\1.mlp.down_proj."),
-    (r"^ln1\.", "backbone.norm."),
-)
+POSITIONS = "backbone.embeddings.position_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of every tensor: the model's (loaded, reshaped, re-initialised) and the file's others (unused)."""
+    """What became of every tensor.
+
+    Attributes:
+        source: the file.
+        loaded: the model's tensors that are the file's.
+        reshaped: the model's, resized from the file's (position embeddings).
+        mapped: the model's whose rows were taken from the file's by keypoint name.
+        reinitialised: the model's that start anew, because the file's are of another shape or of unknown keypoints.
+        missing: the model's that start anew, because the file has none.
+        unused: the file's that went nowhere.
+        mapping: how many keypoints were mapped and whence their names, in words.
+        new_keypoints: the run's keypoints that the file does not have; their rows start anew.
+    """
 
     source: str
     loaded: list[str]
     reshaped: list[str]
+    mapped: list[str]
     reinitialised: list[str]
+    missing: list[str]
     unused: list[str]
+    mapping: str = ""
+    new_keypoints: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        rows = [(name, getattr(self, name)) for name in ("loaded", "reshaped", "reinitialised", "unused")]
-        lines = [f"  {name:<14}{len(keys):>5}  {_short(keys)}" for name, keys in rows if keys]
-        return "\n".join([f"weights from {self.source}", *lines])
+        lines = [f"weights from {self.source}"]
+        for name in ("loaded", "reshaped", "mapped", "reinitialised", "missing", "unused"):
+            keys: list[str] = getattr(self, name)
+            if keys or name == "missing":
+                lines.append(f"  {name:<14}{len(keys):>5}  {_short(keys)}".rstrip())
+                lines[-1] += f": {self.mapping}" if name == "mapped" else ""
+                lines[-1] += " (start anew)" if name == "missing" and keys else ""
+        if self.new_keypoints:
+            lines.append(f"  {'new keypoints':<14}{len(self.new_keypoints):>5}  {_short(self.new_keypoints, 8)}")
+        return "\n".join(lines)
 
 
-def load(model: SapiensPose, reference: str) -> Report:
+def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None) -> Report:
     """Load a file or folder into the model.
 
-    Position embeddings are resized to the model's grid; a head of another shape starts anew.
+    Position embeddings are resized to the model's grid. The rows of the head's last layer are taken by keypoint name
+    where the file's are known (from its meta data, config.json beside it or, of a published layout, their number), else
+    by position where there are as many; else that layer starts anew.
+
+    Args:
+        model: on any device; its own values stay where the file has none.
+        reference: a local file or folder; see `published.find`.
+        names: the run's keypoints; None takes the file's rows by position.
 
     Raises:
-        UserError: nothing there, not a weights file, or one that lacks a tensor of the backbone.
+        UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is not there
+            or does not fit.
     """
-    path = Path(reference)
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"--weights {reference}: no such file, or a folder without {FILE}")
-    read, own = _read(file), model.state_dict()
-    state = _renamed(read, model)
-    is_published = any(key.endswith("pos_embed") for key in read)
-    reshaped = _fit_positions(state, own, model, is_published)
+    found, own = published.read(reference), model.state_dict()
+    _check_size(found, model)
+    state = dict(found.state)
+    reshaped = _fit_positions(state, found, own, model)
+    mapping, new = _fit_rows(state, found, own, model, names)
+    mapped = list(_rows(model)) if mapping else []
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
-    lost = [key for key in absent if key.startswith("backbone.")]
-    if lost:
-        raise UserError(f"--weights {file}: no {lost[0]!r} that fits {model.name} ({len(lost)} backbone tensors lack)")
+    _check_backbone(found, state, own, absent, model)
     model.load_state_dict(fitting, strict=False)
     return Report(
-        source=str(file),
-        loaded=sorted(set(fitting) - set(reshaped)),
+        source=str(found.file),
+        loaded=sorted(set(fitting) - {*reshaped, *mapped}),
         reshaped=reshaped,
-        reinitialised=absent,
-        unused=sorted(set(state) - set(fitting)),
+        mapped=mapped,
+        reinitialised=[key for key in absent if key in found.state],
+        missing=[key for key in absent if key not in found.state],
+        unused=sorted(set(found.state) - set(fitting)),
+        mapping=mapping,
+        new_keypoints=new,
     )
 
 
@@ -134,74 +123,113 @@ def description(folder: Path) -> dict[str, Any]:
     return tree["sapiens_accel"]
 
 
-def _read(file: Path) -> State:
-    # Published files carry numpy scalars in their meta data; nothing else than plain tensors and these is unpickled.
-    allowed = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]  # pyright: ignore
-    allowed += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            safe = file.suffix == ".safetensors"
-            tree: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        for nested in ("state_dict", "model"):
-            tree = tree.get(nested, tree)
-        return {key: value for key, value in tree.items() if isinstance(value, Tensor)}
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--weights {file}: not a file of plain tensors: {reason}") from None
+# ---- Whose weights they are
 
 
-def _renamed(state: State, model: SapiensPose) -> State:
-    rules = _V1_KEYS if model.size.family == "sapiens" else _V2_KEYS
-    renamed: State = {}
-    for key, value in state.items():
-        # A v1 file of ours has our names already; published names do not begin like them.
-        if not re.match(r"backbone\.(embeddings|encoder|layernorm|model|norm)\b", key):
-            for pattern, replacement in rules:
-                key = re.sub(pattern, replacement, key)
-        for name, part in _split(key, value):
-            renamed[name] = part
-    return renamed
+def _check_size(found: Weights, model: SapiensPose) -> None:
+    patches = {"sapiens": "patch_embeddings.projection.weight", "sapiens2": "patch_embeddings.weight"}
+    projection = found.state.get(f"backbone.embeddings.{patches[found.family]}")
+    blocks = [int(block[1]) for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))]
+    width, depth = len(projection) if projection is not None and projection.ndim else None, max(blocks, default=-1) + 1
+    if found.family == model.size.family and width in (model.size.width, None) and depth == model.size.depth:
+        return
+    sizes = [
+        name for name, size in SIZES.items() if (size.family, size.width, size.depth) == (found.family, width, depth)
+    ]
+    what = f"{sizes[0]} ({width} wide, {depth} blocks)" if sizes else f"a {found.family} {width} wide, {depth} blocks"
+    ours = f"{model.name} is {model.size.width} wide, {model.size.depth} blocks"
+    remedy = f"give --model.name {sizes[0]}, or other weights" if sizes else "give weights of this size"
+    family = "" if found.family == model.size.family else f", and of family {model.size.family}"
+    raise UserError(f"--weights {found.file}: this is {what}; {ours}{family}: {remedy}")
 
 
-def _split(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    if ".qkv." in key:
-        return [(key.replace("qkv", n), v) for n, v in zip(("query", "key", "value"), value.chunk(3), strict=True)]
-    if ".gate_up." in key:
-        return [(key.replace("gate_up", n), v) for n, v in zip(("gate_proj", "up_proj"), value.chunk(2), strict=True)]
-    return [(key, value)]
+def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[str], model: SapiensPose) -> None:
+    lost = [key for key in absent if key.startswith("backbone.")]
+    if not lost:
+        return
+    first, expected = lost[0], "x".join(map(str, own[lost[0]].shape))
+    what = f"is {'x'.join(map(str, state[first].shape))}" if first in state else "is not there"
+    raise UserError(
+        f"--weights {found.file}: {first!r} {what}, {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
+        f"{expected} ({len(lost)} backbone tensors lack or do not fit); fetch the file again, or other weights"
+    )
 
 
-def _fit_positions(state: State, own: State, model: SapiensPose, is_published: bool) -> list[str]:
-    """Resize Sapiens v1's position embedding in place to the model's grid, with VitPose's empty slot 0.
+# ---- Positions
+
+
+def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose) -> list[str]:
+    """Put Sapiens v1's position embedding on the model's grid, after VitPose's empty slot 0; names what was resized.
 
     A published one may have a class position where ours has that slot: of equal shape, and not to be taken for it.
     """
-    key = "backbone.embeddings.position_embeddings"
-    if key not in state or key not in own or (state[key].shape == own[key].shape and not is_published):
+    if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[::2] != own[POSITIONS].shape[::2]:
         return []
-    source, target = state[key].float(), own[key]
-    grid_hw = _grid_hw(source.shape[1])
-    if grid_hw is None or source.shape[2] != target.shape[2]:
+    source, patch = state[POSITIONS], model.size.patch
+    target_hw, told_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
+    counts = [source.shape[1], source.shape[1] - 1] if found.as_published else [source.shape[1] - 1]
+    grid_hw = _grid_hw(counts, told_hw, target_hw)
+    if grid_hw is None:
         return []
-    target_hw = (model.input_hw[0] // model.size.patch, model.input_hw[1] // model.size.patch)
-    patches = source[:, -grid_hw[0] * grid_hw[1] :]
-    grid = patches.transpose(1, 2).unflatten(2, grid_hw)
-    # As published (pretrain/mmpretrain/models/utils/embed.py): bicubic, in fp32, no antialiasing.
-    grid = F.interpolate(grid, size=target_hw, mode="bicubic", align_corners=False)
-    state[key] = torch.cat([torch.zeros_like(target[:, :1]), grid.flatten(2).transpose(1, 2)], dim=1)
-    return [key]
+    patches = source[:, source.shape[1] - grid_hw[0] * grid_hw[1] :]
+    if grid_hw != target_hw:
+        patches = resize(patches, grid_hw, target_hw)
+    empty = torch.zeros_like(own[POSITIONS][:, :1], device=patches.device)
+    state[POSITIONS] = torch.cat([empty, patches], dim=1)
+    return [POSITIONS] if grid_hw != target_hw else []
 
 
-def _grid_hw(num_positions: int) -> tuple[int, int] | None:
-    """The grid of a published embedding: square (pre-training) or 4:3 (pose), with or without a class position."""
-    for count in (num_positions, num_positions - 1):
+def resize(
+    positions: Float[Tensor, "1 n c"], grid_hw: tuple[int, int], target_hw: tuple[int, int]
+) -> Float[Tensor, "1 m c"]:
+    """Bicubic, in fp32, no antialiasing: as published (pretrain/mmpretrain/models/utils/embed.py)."""
+    grid = positions.float().transpose(1, 2).unflatten(2, grid_hw)
+    return F.interpolate(grid, size=target_hw, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def _grid_hw(counts: Sequence[int], told_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of so many patches (the first count that makes one): as told, square, 4:3, or the model's own."""
+    for count in counts:
         side, unit = math.isqrt(count), math.isqrt(count // 12)
-        if side * side == count:
-            return side, side
-        if 12 * unit * unit == count:
-            return 4 * unit, 3 * unit
+        # As published: square in pre-training, 4:3 for pose.
+        for grid_hw in (told_hw, (side, side), (4 * unit, 3 * unit), target_hw):
+            if grid_hw[0] * grid_hw[1] == count:
+                return grid_hw
     return None
 
 
-def _short(keys: list[str]) -> str:
-    return ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
+# ---- Keypoints
+
+
+def _rows(model: SapiensPose) -> tuple[str, str]:
+    layer = published.predictor(model.size.family)
+    return f"{layer}.weight", f"{layer}.bias"
+
+
+def _fit_rows(
+    state: State, found: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Order the last layer's rows as the run's keypoints, by name; says how, and which keypoints have no row.
+
+    Nothing is said where the file's rows are in this order already, or where nothing is known to go by.
+    """
+    keys = _rows(model)
+    if names is None or found.names in (None, tuple(names)) or not all(key in state for key in keys):
+        return "", ()
+    shared = [name for name in names if name in found.names]
+    if not shared or any(state[key].shape != (len(found.names), *own[key].shape[1:]) for key in keys):
+        # Other keypoints, even if they are as many; or features of another width.
+        for key in keys:
+            del state[key]
+        return "", ()
+    to, source = ([list(order).index(name) for name in shared] for order in (names, found.names))
+    for key in keys:
+        rows = own[key].detach().clone()
+        rows[to] = state[key][source].to(rows)
+        state[key] = rows
+    how = f"{len(shared)} of {len(names)} keypoints by name, of the file's {len(found.names)} (by {found.names_from})"
+    return how, tuple(name for name in names if name not in shared)
+
+
+def _short(keys: Sequence[str], at_most: int = 2) -> str:
+    return ", ".join(keys[:at_most]) + (", ..." if len(keys) > at_most else "")

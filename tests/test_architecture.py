@@ -21,7 +21,7 @@ LAYERS = (
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
     ("pool",),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
     ("geometry", "skeleton", "config", "interrupt"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
