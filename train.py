@@ -41,8 +41,7 @@ def main(argv: Sequence[str]) -> None:
     plans = memory.plans(accelerator, run, argv)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
     if accelerator.is_main_process and not run.dry_run:
-        if run.resume_from_checkpoint is None:
-            checkpoint.set_aside(folder, run.stages, run.weights)
+        checkpoint.make_way(folder, run.stages, run.weights, run.resume_from_checkpoint)
         config.save(run, folder / "config.yaml")
         pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
     accelerator.wait_for_everyone()

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -367,25 +367,47 @@ def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
     return metrics if metrics.get("step", -1) >= last else None
 
 
-def set_aside(run_folder: Path, stages: Iterable[str], start: str | None) -> None:
-    """Make way for stages that start anew: what they trained before is kept as STAGE.1, STAGE.2, ...
+def make_way(run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None) -> None:
+    """Set aside what an earlier run left where this one is going to write: stages that start anew as STAGE.1, ...
+
+    Of a stage that goes on from a folder asked for, that is what came after it.
 
     Raises:
         UserError: the weights to start from are among it.
     """
-    for old in (run_folder / stage for stage in stages):
+    if asked == "latest":
+        return
+    anew = list(stages)
+    if asked:
+        there = position(Path(asked))
+        anew = anew[anew.index(there.stage) + 1 :]
+        folder = run_folder / there.stage
+        later = [path for path in found(folder / "checkpoints") if _step(path) > there.step]
+        for path in [*later, folder / "eval.json"]:
+            if path.exists():
+                _rename(path)
+    for old in (run_folder / stage for stage in anew):
         if not old.exists():
             continue
         if start and old.resolve() in Path(start).resolve().parents:
             raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
-        number = 1
-        while (kept := old.with_name(f"{old.name}.{number}")).exists():
-            number += 1
-        old.rename(kept)
-        print(f"{old} was there already; it is kept as {kept}", flush=True)
+        _rename(old)
+
+
+def _rename(old: Path) -> None:
+    """NAME becomes the first free of NAME.1, NAME.2, ..."""
+    number = 1
+    while (kept := old.with_name(f"{old.name}.{number}")).exists():
+        number += 1
+    old.rename(kept)
+    print(f"{old} was there already; it is kept as {kept}", flush=True)
 
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(steps, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

@@ -183,6 +183,27 @@ def test_what_a_killed_run_left_unfinished_is_no_checkpoint(run: Run) -> None:
     assert names(run) == ["latest", "step_1", "step_3"]
 
 
+def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) -> None:
+    for step in (2, 4, 6):
+        run.save(step, keep=9)
+    stage = run.folder / STAGE
+    (stage / "eval.json").write_text("{}")
+    (run.folder / "ssl").mkdir()
+    (run.folder / "phase1").mkdir()
+    asked = str(stage / "checkpoints" / "step_2")
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest")
+    assert (run.folder / "ssl").is_dir() and names(run) == ["latest", "step_2", "step_4", "step_6"]
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked)
+    assert names(run) == ["latest", "step_2", "step_4.1", "step_6.1"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", STAGE, "ssl.1"]
+    assert not (stage / "eval.json").exists(), "it must not look finished"
+    found = run.resume()
+    assert found is not None and found.position.step == 2
+    run.step()
+    assert run.save(4), "the same step of the new history"
+    assert checkpoint.best(stage / "checkpoints") is None
+
+
 @pytest.mark.parametrize(
     ("then", "now", "way"),
     [
