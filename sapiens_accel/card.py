@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from sapiens_accel import __version__, curve, draw, evaluate, origin
+import sapiens_accel
+from sapiens_accel import curve, draw, evaluate, origin
 from sapiens_accel.config import STAGES, EvalConfig, UserError
 from sapiens_accel.evaluate import METRICS
 from sapiens_accel.origin import SAPIENS2, Origin
 
-HOME = "sapiens_accel"
 LICENCE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 DRAWN = "drawn people"
 
@@ -34,6 +34,7 @@ class Facts:
         lines: of metrics.jsonl.
         picture: JPEG of predictions.
         num_labelled: training people with labels.
+        has_code: Python files lie beside the weights; they are ours.
     """
 
     run: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Facts:
     lines: Sequence[Mapping[str, Any]]
     picture: bytes | None
     num_labelled: int | None
+    has_code: bool
     origin: Origin
 
     @property
@@ -82,6 +84,7 @@ def collect(run_folder: Path, stage: str, step: int | None = None) -> Facts:
         lines=lines,
         picture=picture.read_bytes() if shows_these else None,
         num_labelled=len(json.loads(labelled.read_text()).get("ann_ids", ())) if labelled.is_file() else None,
+        has_code=any(weights.parent.glob("*.py")),
         origin=origin.of(run, stage),
     )
 
@@ -149,7 +152,7 @@ def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) ->
     about = (
         f"2-D human pose: {facts.network.get('num_keypoints', len(keypoints))} keypoints of one person in a "
         f"{height}x{width} crop. `{facts.run['model']['name']}`, starting from {facts.origin.told}, trained with "
-        f"{HOME} {__version__}; weights of stage `{facts.stage}`."
+        f"sapiens_accel {sapiens_accel.__version__}; weights of stage `{facts.stage}`."
     )
     if facts.is_drawn:
         about += f" **It has only seen {DRAWN}**: a test of the programme, of no use on photographs."
@@ -210,7 +213,7 @@ def _use(repo_id: str, family: str) -> str:
 
 
 def _licence(facts: Facts, has_licence: bool) -> str:
-    text = facts.origin.licence.notice
+    text = facts.origin.licence.notice + (" The Python files here are Apache-2.0." if facts.has_code else "")
     if facts.origin.licence is not SAPIENS2:
         return text
     link = f"[{LICENCE_NAME}]({LICENCE_NAME})" if has_licence else f"<{SAPIENS2.metadata['license_link']}>"
@@ -251,8 +254,8 @@ def _training(facts: Facts) -> str:
     data = facts.run["data"]
     if facts.run.get("stage") not in ("all", facts.stage):
         return "A later run in the same folder wrote its own settings over those that these weights were trained with."
-    labels = f"{facts.num_labelled} labelled people" if facts.num_labelled is not None else "labelled people"
-    said = f"On {labels}: {_people(facts, 'train')}."
+    count = f"{facts.num_labelled}" if facts.num_labelled is not None else "the"
+    said = f"On {count} labelled people of {_people(facts, 'train')}."
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
     rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
     teacher = facts.run[facts.stage].get("teacher") if facts.stage == "ssl" else None

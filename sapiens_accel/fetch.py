@@ -182,7 +182,9 @@ def why(error: BaseException, repo: str) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200] or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None:
         return said  # a full disk, a folder that may not be written
-    return f"the Hub answered {status}: {said}" if status else f"the Hub could not be reached ({said})"
+    if status:
+        return f"the Hub answered {status}: {said}"
+    return f"the Hub could not be reached ({said})" if _is_of_network(error) else f"{type(error).__name__}: {said}"
 
 
 def is_final(error: BaseException) -> bool:
@@ -192,6 +194,15 @@ def is_final(error: BaseException) -> bool:
         return status < 500 and status not in (408, 409, 412, 425, 429)
     local = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
     return local or isinstance(error, UserError | ValueError | LocalTokenNotFoundError | OfflineModeIsEnabled)
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    while error is not None:
+        # The client's errors are of httpx, of whichever version; they share no base with Python's.
+        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+            return True
+        error = error.__cause__
+    return False
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -6,26 +6,22 @@ python -m sapiens_accel.hub push RUN_DIR [--stage ssl] [--hub_model_id ORG/NAME]
 import argparse
 import contextlib
 import logging
-import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import NoReturn, Self, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm import tqdm
 
-from sapiens_accel import card, config, origin
-from sapiens_accel.card import Facts
+from sapiens_accel import card, config
 from sapiens_accel.config import STAGES, Config, UserError
 from sapiens_accel.fetch import FILE, fetch, is_final, status_of, why
+from sapiens_accel.push import Push, publish, refuse_public, say, snapshot, without_token
 
 __all__ = ["NoUploads", "Uploads", "fetch", "uploads"]  # fetch: one module for both directions
 
@@ -34,22 +30,6 @@ FINISH_SECONDS = 3600
 CHECK_SECONDS = 20
 STAGING = ".hub"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Push:
-    """One commit that waits for its turn.
-
-    Attributes:
-        folder: a private copy of the files.
-        into: folders of the repository to put them in, "" for its top; the first one names the push.
-        facts: what the card is made of; it goes to the top. None: no card.
-    """
-
-    folder: Path
-    into: tuple[str, ...]
-    message: str
-    facts: Facts | None
 
 
 class Uploads:
@@ -116,7 +96,7 @@ class Uploads:
         """Wait for what is under way, and tell where it is or how to push it by hand."""
         with self.changed:
             if (self.running or self.waiting) and timeout:
-                _say(f"waiting for the push to {self.repo_id} (Ctrl-C leaves it)")
+                say(f"waiting for the push to {self.repo_id} (Ctrl-C leaves it)")
             try:
                 done = self.changed.wait_for(lambda: not self.running and not self.waiting, timeout)
             except KeyboardInterrupt:
@@ -124,12 +104,12 @@ class Uploads:
         if done:
             shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
         if done and not self.failed:
-            _say(f"pushed: {self.url}" if self.url else f"nothing was pushed to {self.repo_id}: nothing was due")
+            say(f"pushed: {self.url}" if self.url else f"nothing was pushed to {self.repo_id}: nothing was due")
         else:
             stage = next((name for name in self.failed if name), self.stage)
             more = (f" --into {stage}" if stage in self.failed else "") + (" --hub_private" if self.private else "")
             command = f"push {self.run_folder} --stage {stage} --hub_model_id {self.repo_id}{more}"
-            _say(f"not pushed; by hand: python -m sapiens_accel.hub {command}", error=True)
+            say(f"not pushed; by hand: python -m sapiens_accel.hub {command}", error=True)
 
     def __enter__(self) -> Self:
         return self
@@ -185,9 +165,9 @@ class Uploads:
                     return
 
     def _fail(self, name: str, error: BaseException) -> None:
-        reason = _safe(why(error, self.repo_id))
+        reason = without_token(why(error, self.repo_id))
         if reason not in self.failed.values():
-            _say(f"warning: the push to {self.repo_id} failed: {reason}; the training goes on", error=True)
+            say(f"warning: the push to {self.repo_id} failed: {reason}; the training goes on", error=True)
         self.failed[name] = reason
 
 
@@ -243,61 +223,15 @@ def check(repo_id: str, private: bool) -> None:
             )
         owners = [str(owner.get("name")) for owner in (who, *who.get("orgs", ()))]
         if repo_id.split("/")[0] not in owners:
-            _say(f"warning: --hub_model_id {repo_id}: your token is of {', '.join(owners)}", error=True)
+            say(f"warning: --hub_model_id {repo_id}: your token is of {', '.join(owners)}", error=True)
         if private:
             with contextlib.suppress(RepositoryNotFoundError):
-                _refuse_public(_within(CHECK_SECONDS, lambda: HfApi().model_info(repo_id)), repo_id)
+                refuse_public(_within(CHECK_SECONDS, lambda: HfApi().model_info(repo_id)), repo_id)
     except Exception as error:
-        reason = _safe(why(error, repo_id))
+        reason = without_token(why(error, repo_id))
         if is_final(error) and status_of(error) != 404 and "HF_HUB_OFFLINE" not in reason:
             raise UserError(f"--push_to_hub: {reason}") from None
-        _say(f"warning: --push_to_hub: {reason}; the training starts, pushes are tried all the same", error=True)
-
-
-def publish(push: Push, repo_id: str, private: bool) -> str:
-    """Make the card and the repository, and commit everything at once; the repository's address.
-
-    Raises:
-        UserError: the repository is public and a private one is wanted.
-        Exception: whatever the client raises.
-    """
-    files = {path.relative_to(push.folder / "files").as_posix(): path for path in _files(push.folder / "files")}
-    adds = {f"{into}/{name}".lstrip("/"): path for into in push.into for name, path in files.items()}
-    if push.facts:
-        licence = origin.licence_text(push.facts.origin)
-        if push.facts.origin.licence is origin.SAPIENS2 and licence is None:
-            _say("warning: the Sapiens2 License was found nowhere; add its text to the repository by hand", error=True)
-        card.write(push.folder / "card", push.facts, repo_id, licence)
-        adds |= {path.name: path for path in _files(push.folder / "card")}
-    api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private:
-        _refuse_public(api.model_info(repo_id), repo_id)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in adds.items()]
-    api.create_commit(repo_id, operations=operations, commit_message=push.message)
-    return f"{api.endpoint}/{repo_id}"
-
-
-def snapshot(folder: Path, copy: Path) -> None:
-    """A copy that later writes do not change. Weights are linked: they are never written over, but replaced."""
-    copy.mkdir(parents=True)
-    for path in _files(folder):
-        target = copy / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in origin.WEIGHTS_ENDINGS:
-            with contextlib.suppress(OSError):  # a file system without links
-                os.link(path, target)
-                continue
-        shutil.copyfile(path, target)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-
-
-def _refuse_public(info: Any, repo_id: str) -> None:
-    if not info.private:
-        raise UserError(f"{repo_id} is there and public, and --hub_private was asked for; make it private on the Hub")
+        say(f"warning: --push_to_hub: {reason}; the training starts, pushes are tried all the same", error=True)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -337,17 +271,6 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _safe(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "***") if token else text
-
-
-def _say(text: str, error: bool = False) -> None:
-    # Between the lines of a progress bar, not across it.
-    tqdm.write(f"hub: {text}", file=sys.stderr if error else sys.stdout)
-    (sys.stderr if error else sys.stdout).flush()
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -373,11 +296,11 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".hub_", dir=asked.run_folder) as copy:
         snapshot(asked.run_folder / facts.stage / "weights", Path(copy) / "files")
         on_top = None if asked.into else facts
-        job = Push(folder=Path(copy), into=(asked.into,), message=f"{facts.stage}: final weights", facts=on_top)
+        mine = Push(folder=Path(copy), into=(asked.into,), message=f"{facts.stage}: final weights", facts=on_top)
         try:
-            url = publish(job, repo_id, asked.hub_private or bool(facts.run.get("hub_private")))
+            url = publish(mine, repo_id, asked.hub_private or bool(facts.run.get("hub_private")))
         except Exception as error:
-            raise UserError(f"the push to {repo_id} failed: {_safe(why(error, repo_id))}") from None
+            raise UserError(f"the push to {repo_id} failed: {without_token(why(error, repo_id))}") from None
     print(f"pushed: {url}")
 
 

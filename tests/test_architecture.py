@@ -15,6 +15,7 @@ LAYERS = (
     ("train", "eval"),
     ("report",),
     ("holdout", "hub"),
+    ("push",),
     ("card",),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch"),
     ("plan",),
