@@ -41,7 +41,7 @@ def draw(lines: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> UInt8[Arr
     most = 10.0 * math.ceil(max([value for points in scores.values() for _, value in points], default=0.0) / 10 + 1e-9)
     ticks = [(most * i / 5, f"{most * i / 5:g}") for i in range(6)]
     _panel(canvas, TOP + HEIGHT + GAP + TOP, "AP x 100", ticks, first, scores, dots=True)
-    for index, stage in enumerate(stage for stage in stages if losses[stage]):
+    for index, stage in enumerate(stage for stage in reversed(stages) if losses[stage]):
         _text(canvas, stage, (WIDTH - RIGHT - 90 * (index + 1), 22), COLOURS[stage])
     return canvas
 
