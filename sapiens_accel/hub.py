@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from sapiens_accel import card, config
@@ -229,7 +229,7 @@ def check(repo_id: str, private: bool) -> None:
                 refuse_public(_within(CHECK_SECONDS, lambda: HfApi().model_info(repo_id)), repo_id)
     except Exception as error:
         reason = without_token(why(error, repo_id))
-        if is_final(error) and status_of(error) != 404 and "HF_HUB_OFFLINE" not in reason:
+        if isinstance(error, UserError | LocalTokenNotFoundError) or status_of(error) in (401, 403):
             raise UserError(f"--push_to_hub: {reason}") from None
         say(f"warning: --push_to_hub: {reason}; the training starts, pushes are tried all the same", error=True)
 

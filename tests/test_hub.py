@@ -159,6 +159,15 @@ def test_what_is_in_the_cache_is_not_downloaded_again_and_needs_no_network(
     assert len(server.requests) == asked
 
 
+def test_a_cache_that_lacks_a_shard_is_not_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.add("a/b", SHARDS | INDEX)
+    folder = Path(hub.fetch("a/b"))
+    (folder / min(SHARDS)).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and a/b is not whole"):
+        hub.fetch("a/b")
+
+
 def test_a_revision_is_taken(server: Server) -> None:
     repo = server.add("a/b", {"model.safetensors": b"old"})
     repo.tags["v1"] = repo.commits[-1][0]
@@ -692,6 +701,13 @@ def test_a_run_that_started_from_itself_has_no_beginning(tmp_path: Path) -> None
     folder = tmp_path / "run"
     _run_folder(folder, "sapiens_1b", weights=str(folder / "ssl" / "weights"))
     assert card.collect(folder, "ssl").origin.licence is origin.CC_BY_NC
+
+
+def test_what_a_later_run_began_with_is_not_the_origin_of_earlier_weights(tmp_path: Path) -> None:
+    folder = _run_folder(tmp_path / "run", "sapiens_1b", stage="ssl", weights="facebook/sapiens-pretrain-1b")
+    assert card.collect(folder, "ssl").origin.base == "facebook/sapiens-pretrain-1b"
+    earlier = card.collect(folder, "phase2").origin
+    assert (earlier.base, earlier.licence) == (None, origin.CC_BY_NC)
 
 
 @pytest.mark.parametrize("where", ["fetched", "beside", "downloaded", "nowhere"])
