@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sapiens_accel import checkpoint, config, data, distributed, evaluate, export, memory, optim, pool, weights
+from sapiens_accel import checkpoint, config, data, distributed, evaluate, export, hub, memory, optim, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, Interrupted, StageName
 from sapiens_accel.data import Sets, TrainingPeople
@@ -25,7 +25,7 @@ from sapiens_accel.loop import steps
 from sapiens_accel.model import SapiensPose
 from sapiens_accel.objective import build as build_objective
 from sapiens_accel.plan import Plan
-from sapiens_accel.report import Report
+from sapiens_accel.report import Report, begin_folder
 from sapiens_accel.skeleton import COCO17 as SKELETON
 
 
@@ -33,34 +33,37 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
+    uploads = hub.uploads(run, accelerator.is_main_process)
     with accelerator.main_process_first():
+        given = hub.fetch(run.weights) if run.weights else None
         sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     accelerator.print(sets)
     folder, table = Path(run.output_dir), {}
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = memory.plans(accelerator, run, argv)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
-    if accelerator.is_main_process and not run.dry_run:
-        checkpoint.make_way(folder, run.stages, run.weights, run.resume_from_checkpoint)
-        config.save(run, folder / "config.yaml")
-        pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
-    accelerator.wait_for_everyone()
-    for stage in run.stages:
-        with StopRequest() as stop, memory.out_of_memory_told(accelerator, stage, plans[stage]):
-            table[stage] = done.get(stage) or train(accelerator, run, stage, sets, plans[stage], lasts[stage], stop)
-        accelerator.free_memory()  # what the stage held is unreachable only now
-        if run.dry_run:
-            return accelerator.print(f"dry run: {stage} could be built, and one step was taken; nothing was written")
-        if stage != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
-            raise Interrupted(f"asked to stop; {stage} is finished")
-    accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:")
-    accelerator.print(*(f"  {path}" for path in sorted(folder.glob("pictures/*.jpg"))), sep="\n")
+    begin_folder(accelerator, run, sets)
+    with uploads:
+        for stage in run.stages:
+            with StopRequest() as stop, memory.out_of_memory_told(accelerator, stage, plans[stage]):
+                rest = (plans[stage], lasts[stage], given if stage == run.stages[0] else None, uploads, stop)
+                table[stage] = done.get(stage) or train(accelerator, run, stage, sets, *rest)
+            accelerator.free_memory()  # what the stage held is unreachable only now
+            if run.dry_run:
+                return accelerator.print(
+                    f"dry run: {stage} could be built, and one step was taken; nothing was written"
+                )
+            if stage != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
+                raise Interrupted(f"asked to stop; {stage} is finished")
+    pictures = sorted(str(path) for path in folder.glob("pictures/*.jpg"))
+    accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:", *pictures, sep="\n  ")
 
 
 def train(
-    accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, planned: Plan, last: int, stop: StopRequest
-) -> Metrics:
-    """Run one stage up to step `last`, write its weights and return its metrics.
+    accelerator: Accelerator, run: Config, stage: StageName, sets: Sets, planned: Plan, last: int,
+    given: str | None, uploads: hub.Uploads | hub.NoUploads, stop: StopRequest,
+) -> Metrics:  # fmt: skip
+    """Run one stage up to step `last`, from the weights given, and return the metrics of those that it hands over.
 
     Raises:
         Interrupted: a stop was asked for, and all is saved.
@@ -72,7 +75,6 @@ def train(
     set_seed(run.seed)
     model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
     resume = checkpoint.to_resume(accelerator, folder, run.resume_from_checkpoint, stage)
-    given = run.weights if stage == run.stages[0] else None
     start = (resume and resume.weights) or given or weights.starting_point(folder, stage)
     loaded = weights.load(model, start, SKELETON.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{stage}: {resume or loaded}")
@@ -86,9 +88,7 @@ def train(
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     parameters = partial(distributed.full_values, accelerator, engine)
     gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
-    objective = build_objective(
-        plan, codec, SKELETON, teacher, parameters, num_steps=schedule, gather=gather, autocast=autocast
-    )
+    objective = build_objective(plan, codec, SKELETON, teacher, parameters, schedule, gather, autocast)
     first = resume.load(accelerator, objective) if resume else 0
     last = first + 1 if run.dry_run else last
     accelerator.print(f"{stage}: steps {first + 1} to {last}, {planned}")
@@ -104,15 +104,14 @@ def train(
         """What the stage would hand over, by folder, on rank 0; all ranks must call it."""
         return objective.results({**distributed.full_state(accelerator, engine), **frozen})
 
-    def write(where: Path, results: checkpoint.Weights, dtype: torch.dtype = torch.float32) -> None:
-        for name, state in results.items() if accelerator.is_main_process else ():
-            export.export(where / name, state, model, SKELETON, run.data.sigma, dtype)
-
     def keep_weights() -> None:
         """Hand over the weights that were judged last; all ranks must call it."""
-        write(folder / stage, collect(), getattr(torch, run.weights_dtype))
+        results = collect()
+        if accelerator.is_main_process:
+            write(folder / stage, results, dtype=getattr(torch, run.weights_dtype))
         report.keeps(folder / stage / "weights")
 
+    write = partial(export.write, model=model, skeleton=SKELETON, sigma=run.data.sigma)
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, run.keep_checkpoints, collect, write)
     drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
     stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
@@ -123,14 +122,17 @@ def train(
             report.step(done)
             if step % run.log_every == 0 or step == last:
                 report.scalars(step, {**done.logs, **objective.health(), "skipped": float(done.skipped)})
+            saved = None
             if run.save_every and step % run.save_every == 0 and not (run.dry_run or report.alarms.sick):
-                save(step)
+                saved = save(step)
                 report.restart_clock(step)
             if run.eval_every and step % run.eval_every == 0 and step < last:
                 if report.judge(step, engine, objective):
                     keep_weights()  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
                 report.begin(step, engine, objective)
+            if saved:
+                uploads.saved(stage, step=step, weights=saved / "weights", score=report.ap(step))
             if step < last and distributed.any_rank(accelerator, stop.asked):
                 report.close()
                 raise Interrupted(f"{stage}: asked to stop; step {step} is in {save(step) or 'NO checkpoint'}")
@@ -139,7 +141,7 @@ def train(
     if not run.dry_run and report.judge(last, engine, objective):
         keep_weights()
     metrics = report.finish()
-    report.close()
+    uploads.saved(stage, score=metrics.get("AP"), last=True)
     distributed.release(accelerator, engine, optimizer)
     return metrics
 

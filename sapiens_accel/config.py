@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import glob
 import os
+import re
 import shlex
 import sys
 import time
@@ -286,7 +287,8 @@ class Config:
     seed: int = 0
     """Seed of the weights, the batches and the augmentation."""
     weights: str | None = None
-    """Weights to start from: a file or folder. Default: the stage before, else random."""
+    """Weights to start from: a file, a folder, or a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO]. Default: the
+    stage before, else random."""
     max_steps: int | None = None
     """Stop each stage after this many steps of its schedule."""
     log_every: int = 20
@@ -306,6 +308,16 @@ class Config:
     """Build and check everything, take one step of the first stage, write no weights."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where scalars and pictures go, beside metrics.jsonl."""
+    push_to_hub: bool = False
+    """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and the picture
+    of predictions on the people who are evaluated."""
+    hub_model_id: str | None = None
+    """Their repository there, ORG/NAME. It is created if it is not there."""
+    hub_strategy: Literal["end", "every_save", "best", "all"] = "end"
+    """What is uploaded: end, the final weights of the last stage; every_save, also those of every save; best, those
+    that were evaluated best; all, the final weights of every stage in a folder of its own, the last on top as well."""
+    hub_private: bool = False
+    """The repository is for its owners alone."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -420,6 +432,16 @@ def _check_values(config: Config) -> None:
     for knob, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{knob} {value}: expected a number above 0")
+    if config.push_to_hub and config.hub_model_id is None:
+        raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
+    check_model_id(config.hub_model_id)
+
+
+def check_model_id(name: str | None) -> None:
+    """Refuse a name that no repository of the Hub can have."""
+    part = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
+    if name is not None and (not re.fullmatch(f"{part}/{part}", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name)):
+        raise UserError(f"--hub_model_id {name}: expected ORG/NAME: letters, digits, and single '-', '_' or '.' within")
 
 
 def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
@@ -501,6 +523,6 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
     options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
-    switches = {f"--{name}" for name in ("dry_run", *options)}
+    switches = {f"--{name}" for name in ("dry_run", "push_to_hub", "hub_private", *options)}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [f"{word}=true" if word in switches and last else word for word, last in zip(argv, bare, strict=True)]

@@ -118,7 +118,6 @@ def build(
     skeleton: Skeleton,
     average: MovingAverage | None,
     student_parameters: Callable[[], Iterator[Tensor]],
-    *,
     num_steps: int,
     gather: Callable[[Tensor], Tensor],
     autocast: torch.dtype | None,

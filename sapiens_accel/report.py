@@ -18,7 +18,7 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel import checkpoint, distributed, draw, evaluate, holdout
+from sapiens_accel import checkpoint, config, distributed, draw, evaluate, holdout, pool
 from sapiens_accel.alarms import Alarms, Stopped
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
@@ -39,6 +39,16 @@ SHOWN_SCORE = 0.2
 MOST_SKIPPED = 20  # steps in a row: what has diverged does not come back
 SEARCHED = 5  # that fp16 may skip in a row while it looks for its loss scale, and nothing is said
 SHOWN_IDS = 40
+
+
+def begin_folder(accelerator: Accelerator, run: Config, sets: Sets) -> None:
+    """Make way in the run folder, and write what the run is; nothing of a dry run. All ranks must call it."""
+    if accelerator.is_main_process and not run.dry_run:
+        folder = Path(run.output_dir)
+        checkpoint.make_way(folder, run.stages, run.weights, run.resume_from_checkpoint)
+        config.save(run, folder / "config.yaml")
+        pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
+    accelerator.wait_for_everyone()
 
 
 class Judged(NamedTuple):
@@ -79,7 +89,7 @@ class Report:
         teacher = run.of(stage).teacher
         if teacher and teacher.ratio:
             self.holdout = Holdout(sets.val, augmenter, run.data, num_cutouts=teacher.cutout, seed=run.seed)
-        self.judged: Judged
+        self.judged: Judged | None = None
         self.kept: Judged | None = None
         self.skipped = 0
         self.since, self.since_step = time.perf_counter(), first
@@ -155,6 +165,7 @@ class Report:
 
     def keeps(self, weights: Path) -> None:
         """The weights that were judged last are written now: what a stop points at, and what is handed on."""
+        assert self.judged
         self.kept = self.judged
         self.alarms.good = f"in {weights}"
         if self.writes:
@@ -226,6 +237,10 @@ class Report:
             return self.alarms.healthy or self.kept is None  # never over better ones
         return self.alarms.healthy and self.run.of(self.stage).teacher is not None
 
+    def ap(self, step: int) -> float | None:
+        """The AP of a step's weights, if they were judged."""
+        return self.judged.metrics["AP"] if self.judged and self.judged.step == step else None
+
     def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions]:
         return evaluate.score(self.accelerator, model, self.people, codec, self.skeleton, self.run.data, self.run.eval)
 
@@ -249,8 +264,9 @@ class Report:
             self._picture("crops", crop_picture(people, self.first, codec, self.skeleton), self.first)
 
     def finish(self) -> Metrics:
-        """Write eval.json and predictions of the weights that the stage hands over; nothing of a dry run."""
-        if self.kept is None:
+        """Write eval.json and predictions of the weights that the stage hands over, nothing of a dry run; and close."""
+        if self.kept is None or self.judged is None:
+            self.close()
             return {}
         step, metrics, predictions = self.kept
         if step < self.last:
@@ -264,6 +280,7 @@ class Report:
             (self.folder / self.stage / "eval.json").write_text(json.dumps(whole, indent=2))
             picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
             self._picture("predictions", picture, step)
+        self.close()
         return metrics
 
     def close(self) -> None:
