@@ -13,6 +13,26 @@ from sapiens_accel.model import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_con
 from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.weights import FILE
 
+_SNIPPET = """\
+import cv2, numpy as np, torch
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{repo_id}"{trust}).eval()
+image = cv2.cvtColor(cv2.imread("people.jpg"), cv2.COLOR_BGR2RGB)
+x, y, w, h = 120, 80, 160, 400  # one person's box: left, top, width, height in pixels
+H, W = model.config.image_size
+size = 1.25 * max(w / W, h / H) * np.array([W, H])  # the box with room around it, in the network's aspect
+corner, scale = np.array([x + w / 2, y + h / 2]) - size / 2, (np.array([W, H]) - 1) / size
+crop = cv2.warpAffine(image, np.column_stack([np.diag(scale), -scale * corner]), (W, H))
+pixels = (torch.from_numpy(crop) / 255 - torch.tensor({mean})) / torch.tensor({std})
+with torch.no_grad():
+    maps = model(pixels.permute(2, 0, 1)[None]).heatmaps[0].float().numpy()
+rows_columns = np.array([np.unravel_index(one.argmax(), one.shape) for one in maps])
+points = rows_columns[:, ::-1] / (np.array(maps.shape[:0:-1]) - 1) * size + corner  # x, y in pixels of the image
+for k, (px, py) in enumerate(points):
+    print(f"{{model.config.id2label[k]:>16}} {{px:7.1f}} {{py:7.1f}}  score {{maps[k].max():.2f}}")
+"""
+
 
 def export(folder: Path, state: Mapping[str, Tensor], model: SapiensPose, skeleton: Skeleton, sigma: float) -> None:
     """Write fp32 weights with what rebuilds and feeds the network. Sapiens2 folders load with plain transformers.
@@ -60,3 +80,20 @@ def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
         "image_std": [std / 255 for std in PIXEL_STD],
         "keypoint_heatmap_sigma": sigma,
     }
+
+
+def snippet(repo_id: str, family: str) -> str:
+    """Python that a model card shows: a picture and a person's box to keypoints, without this package.
+
+    Args:
+        repo_id: what `from_pretrained` is given: a Hub repository or a folder.
+        family: sapiens or sapiens2.
+    """
+    v1 = family == "sapiens"
+    return _SNIPPET.format(
+        repo_id=repo_id,
+        auto="AutoModel" if v1 else "AutoModelForPoseEstimation",
+        trust=", trust_remote_code=True" if v1 else "",
+        mean=[round(mean / 255, 6) for mean in PIXEL_MEAN],
+        std=[round(std / 255, 6) for std in PIXEL_STD],
+    )
