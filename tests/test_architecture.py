@@ -16,13 +16,13 @@ LAYERS = (
     ("report",),
     ("holdout",),
     ("loop", "evaluate", "checkpoint", "memory", "export"),
-    ("plan",),
+    ("plan", "graph"),
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
     ("pool",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms"),
-    ("geometry", "skeleton", "config"),
+    ("geometry", "skeleton", "config", "modeling_sapiens_pose"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
