@@ -6,6 +6,7 @@ In: `pixel_values`, float32 [b, 3, H, W], RGB, normalised as preprocessor_config
 
 import logging
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +22,8 @@ from sapiens_accel.modeling_sapiens_pose import SapiensForPoseEstimation
 
 Format = Literal["onnx", "torch_export"]
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
-# ONNX: from 18 on torch needs no conversion, and it is what most runtimes know; bf16 convolutions came with 22.
+# ONNX's least and what is written by default: torch writes none below 18, which most runtimes know; bf16 convolutions
+# came with 22.
 OPSET = {torch.float32: 18, torch.bfloat16: 22}
 # Of the largest difference, where heatmaps reach 1 or less; of their largest value where they reach more.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -94,9 +96,12 @@ def write(network: Network, file: Path, to: Format, *, dynamic_batch: bool = Tru
 
 def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str, Any], opset: int | None) -> None:
     require("onnx", "onnxscript")
-    least, opset = OPSET[network.dtype], opset or OPSET[network.dtype]
-    if network.dtype == torch.bfloat16 and opset < least:
-        raise UserError(f"--opset {opset}: has no convolutions in bf16; expected {least} or later")
+    from onnx.defs import onnx_opset_version
+
+    least, last = OPSET[network.dtype], onnx_opset_version()
+    opset = least if opset is None else opset
+    if not least <= opset <= last:
+        raise UserError(f"--opset {opset}: expected {least} to {last} for weights in {network.dtype}")
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is absent
     program = torch.onnx.export(
         network,
@@ -143,8 +148,12 @@ def check(network: Network, file: Path, batches: tuple[int, ...]) -> str:
     return f"{said} (batches of {', '.join(map(str, batches))})"
 
 
-def _onnx_runner(file: Path) -> Any:
-    """A function that runs the graph; or, where nothing here can, words that say so."""
+def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
+    """A function that runs the graph; or, where nothing here can, words that say so.
+
+    Raises:
+        UserError: onnxruntime does not take the graph.
+    """
     if find_spec("onnxruntime") is None:
         return "NOT CHECKED: onnxruntime is not installed; pip install sapiens_accel[onnx]"
     import onnx
@@ -156,6 +165,8 @@ def _onnx_runner(file: Path) -> Any:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Missing as error:
         return f"a valid graph, but its numbers are NOT CHECKED: onnxruntime on the CPU: {' '.join(str(error).split())}"
+    except Exception as error:
+        raise UserError(f"{file}: onnxruntime does not take it: {' '.join(str(error).split())[:300]}") from None
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
