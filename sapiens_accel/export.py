@@ -180,8 +180,10 @@ def main(words: Sequence[str]) -> None:
     network = graph.Network(asked.weights, DTYPES[asked.dtype])
     dynamic = asked.dynamic_batch == "true"
     graph.write(network, asked.out, asked.to, dynamic_batch=dynamic, opset=asked.opset)
-    size = sum(file.stat().st_size for file in asked.out.parent.glob(f"{asked.out.name}*"))
-    print(f"{asked.out}: {size / 2**20:.1f} MiB, {graph.check(network, asked.out, (1, 3) if dynamic else (1,))}")
+    found = graph.check(network, asked.out, (1, 3) if dynamic else (1,))
+    for file in graph.files(asked.out):
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    print(found)
 
 
 if __name__ == "__main__":

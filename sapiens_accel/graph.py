@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from sapiens_accel.config import UserError
 from sapiens_accel.modeling_sapiens_pose import SapiensForPoseEstimation
 
 Format = Literal["onnx", "torch_export"]
-SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
 # ONNX's least and what is written by default: torch writes none below 18, which most runtimes know; bf16 convolutions
 # came with 22.
 OPSET = {torch.float32: 18, torch.bfloat16: 22}
@@ -75,10 +75,10 @@ def write(network: Network, file: Path, to: Format, *, dynamic_batch: bool = Tru
         opset: ONNX's; `OPSET` by default.
 
     Raises:
-        UserError: a format, suffix or opset that cannot be; a package that is not installed.
+        UserError: a suffix or an opset that cannot be; a package that is not installed.
     """
-    if to not in get_args(Format) or file.suffix != SUFFIX[to]:
-        raise UserError(f"{file}: expected a file that ends in {SUFFIX.get(to, ' or '.join(SUFFIX.values()))}")
+    if file.suffix != SUFFIX[to]:
+        raise UserError(f"{file}: expected a file that ends in {SUFFIX[to]}")
     file.parent.mkdir(parents=True, exist_ok=True)
     # An example of one would make the batch a constant.
     example = network.pictures(2 if dynamic_batch else 1)
@@ -119,6 +119,7 @@ def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str,
         raise UserError(f"--opset {opset}: torch could only write {written}; leave it out or give {written}")
     program.model.metadata_props.update(network.notes)
     size = sum(p.numel() * p.element_size() for p in network.parameters())
+    _remove(file)  # an older one's data, too
     program.save(str(file), external_data=size > EXTERNAL_BEYOND)
 
 
@@ -140,11 +141,8 @@ def check(network: Network, file: Path, batches: tuple[int, ...]) -> str:
             largest = max(largest, float(expected.abs().max()))
     said = f"differs from PyTorch by {worst:.1e} at most, of heatmaps up to {largest:.2g}"
     if worst > TOLERANCE[network.dtype] * max(1.0, largest):
-        for path in (file, file.with_name(f"{file.name}.data")):
-            path.unlink(missing_ok=True)
-        raise UserError(
-            f"{file}: {said}, more than {TOLERANCE[network.dtype]:.0e}; it was removed. Try another --opset"
-        )
+        _remove(file)
+        raise UserError(f"{file}: {said}, more than {TOLERANCE[network.dtype]:.0e}; it was removed")
     return f"{said} (batches of {', '.join(map(str, batches))})"
 
 
@@ -152,7 +150,7 @@ def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
     """A function that runs the graph; or, where nothing here can, words that say so.
 
     Raises:
-        UserError: onnxruntime does not take the graph.
+        UserError: it is no valid graph, or onnxruntime does not take it; the file is removed.
     """
     if find_spec("onnxruntime") is None:
         return "NOT CHECKED: onnxruntime is not installed; pip install sapiens_accel[onnx]"
@@ -160,14 +158,25 @@ def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
 
-    onnx.checker.check_model(str(file), full_check=True)
     try:
+        onnx.checker.check_model(str(file), full_check=True)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Missing as error:
         return f"a valid graph, but its numbers are NOT CHECKED: onnxruntime on the CPU: {' '.join(str(error).split())}"
     except Exception as error:
-        raise UserError(f"{file}: onnxruntime does not take it: {' '.join(str(error).split())[:300]}") from None
+        _remove(file)
+        raise UserError(f"{file}: was removed, nothing runs it: {' '.join(str(error).split())[:300]}") from None
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+
+
+def files(file: Path) -> list[Path]:
+    """A graph, and its weights where they lie beside it."""
+    return [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
+
+
+def _remove(file: Path) -> None:
+    for path in files(file):
+        path.unlink()
 
 
 def require(*packages: str) -> None:

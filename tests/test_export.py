@@ -238,7 +238,7 @@ with torch.no_grad():
 assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
 space = {}
 exec(Path("snippet.py").read_text(), space)
-found["points"] = torch.from_numpy(space["points"])
+found |= {key: torch.from_numpy(space[key]) for key in ("points", "crop")}
 save_file({key: value.contiguous() for key, value in found.items()}, "out.safetensors")
 assert not any(name.split(".")[0] in ("sapiens_accel", "jaxtyping") and module for name, module in sys.modules.items())
 """
@@ -265,6 +265,9 @@ def test_a_stranger_needs_nothing_of_ours(fitted: tuple[SapiensPose, Path, np.nd
     assert _far(ours, theirs["heatmaps"]) < 1e-5
     assert _far(ours, theirs["again"]) < 1e-5
     assert 1e-5 < _far(ours, theirs["half"]) < 0.05
+    # A matrix that is rounded otherwise may change a pixel by a level.
+    crops = _crop(folder, hw)[0].permute(1, 2, 0).int(), theirs["crop"].int()
+    assert (crops[0] - crops[1]).abs().max() <= 1
     _assert_points(model, folder, theirs["points"].numpy(), truth_xy)
     printed = done.stdout.splitlines()[-17:]
     assert [line.split()[0] for line in printed] == list(COCO17.names)
