@@ -65,8 +65,7 @@ def train(
 ) -> Metrics:  # fmt: skip
     """Run one stage up to step `last`, from the weights given, and return the metrics of those that it hands over.
 
-    Raises:
-        Interrupted: a stop was asked for, and all is saved.
+    Raises Interrupted if a stop was asked for; then all is saved.
     """
     plan, share, folder = run.of(stage), planned.share, Path(run.output_dir)
     schedule = data.num_steps(plan, len(sets.train))

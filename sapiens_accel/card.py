@@ -208,8 +208,7 @@ def metadata(facts: Facts, repo_id: str, *, has_licence: bool) -> ModelCardData:
 def _use(repo_id: str, family: str) -> str:
     from sapiens_accel import export
 
-    snippet = getattr(export, "snippet", None)
-    return f"## Use\n\n```python\n{snippet(repo_id, family).strip()}\n```" if snippet else ""
+    return f"## Use\n\n```python\n{export.snippet(repo_id, family).strip()}\n```"
 
 
 def _licence(facts: Facts, has_licence: bool) -> str:

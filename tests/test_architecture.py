@@ -18,13 +18,13 @@ LAYERS = (
     ("push",),
     ("card",),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch"),
-    ("plan",),
+    ("plan", "graph"),
     ("footprint",),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
     ("pool",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
-    ("geometry", "skeleton", "config", "interrupt"),
+    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
