@@ -792,3 +792,40 @@ def test_a_stage_without_weights_is_named(tmp_path: Path) -> None:
     folder = _run_folder(tmp_path / "run", stages=("phase1",))
     with pytest.raises(UserError, match="no ssl/weights"):
         hub.main(["push", str(folder), "--stage", "ssl", "--hub_model_id", REPO])
+
+
+# ---- Whole runs
+
+
+@pytest.mark.launch
+def test_a_run_pushes_while_it_trains_and_another_starts_from_there(tmp_path: Path) -> None:
+    """Each save and the end, past a Hub that is down for a moment; the token is in no file and nothing that is said."""
+    words = [
+        "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=2",
+        "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1", "--stage=phase2", "--phase2.steps=4",
+        "--phase2.global_batch=4",
+    ]  # fmt: skip
+    pushing = ["--push_to_hub", f"--hub_model_id={REPO}", "--hub_strategy=every_save", "--save_every=2"]
+    with serve() as server:
+        env = os.environ | server.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+        env |= {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache"), "ACCELERATE_MIXED_PRECISION": "no"}
+        server.fail("/commit/", status=503)
+        said = ""
+        for name, more in (("first", pushing), ("second", [f"--weights={REPO}", "--max_steps=1"])):
+            done = subprocess.run(
+                [sys.executable, "train.py", *words, *more, f"--output_dir={tmp_path / name}"],
+                cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            said += done.stdout + done.stderr
+        repo = server.repos[REPO]
+        assert f"pushed: {server.url}/{REPO}" in said
+        kept = (tmp_path / "first" / "phase2" / "weights" / "model.safetensors").read_bytes()
+        assert repo.files["model.safetensors"] == kept
+        assert {"README.md", "config.json", "modeling_sapiens_pose.py", "skeleton.json"} <= repo.files.keys()
+        assert repo.messages[-1] == "phase2: final weights"
+        # The second run began with what was pushed.
+        assert "weights from" in said and "re-initialised" not in said.split("weights from")[1].split("steps 1 to")[0]
+    assert TOKEN not in said
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
