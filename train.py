@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = memory.plans(accelerator, run, argv)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
-    begin_folder(accelerator, run, sets)
+    begin_folder(accelerator, run, sets, done)
     with uploads:
         for stage in run.stages:
             with StopRequest() as stop, memory.out_of_memory_told(accelerator, stage, plans[stage]):
@@ -103,12 +103,11 @@ def train(
         """What the stage would hand over, by folder, on rank 0; all ranks must call it."""
         return objective.results({**distributed.full_state(accelerator, engine), **frozen})
 
-    def keep_weights() -> None:
+    def keep_weights(step: int) -> None:
         """Hand over the weights that were judged last; all ranks must call it."""
-        results = collect()
-        if accelerator.is_main_process:
-            write(folder / stage, results, dtype=getattr(torch, run.weights_dtype))
-        report.keeps(folder / stage / "weights")
+        action = partial(write, folder / stage, collect(), dtype=getattr(torch, run.weights_dtype))
+        if checkpoint.write_on_main(accelerator, action, folder / stage / "weights", needed=step == last):
+            report.keeps(folder / stage / "weights")
 
     write = partial(export.write, model=model, skeleton=SKELETON, sigma=run.data.sigma)
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, run.keep_checkpoints, collect, write)
@@ -122,23 +121,23 @@ def train(
             if step % run.log_every == 0 or step == last:
                 report.scalars(step, {**done.logs, **objective.health(), "skipped": float(done.skipped)})
             saved = None
-            if run.save_every and step % run.save_every == 0 and not (run.dry_run or report.alarms.sick):
+            if run.save_every and step % run.save_every == 0 and not (run.dry_run or report.sick):
                 saved = save(step)
                 report.restart_clock(step)
+            if step < last and distributed.any_rank(accelerator, stop.asked):
+                report.close()
+                raise Interrupted(f"{stage}: asked to stop; step {step} is in {saved or save(step) or 'NO checkpoint'}")
             if run.eval_every and step % run.eval_every == 0 and step < last:
                 if report.judge(step, engine, objective):
-                    keep_weights()  # a stage that is stopped leaves its last good ones
+                    keep_weights(step)  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
                 report.begin(step, engine, objective)
             if saved:
                 uploads.saved(stage, step=step, weights=saved / "weights", score=report.ap(step))
-            if step < last and distributed.any_rank(accelerator, stop.asked):
-                report.close()
-                raise Interrupted(f"{stage}: asked to stop; step {step} is in {save(step) or 'NO checkpoint'}")
 
     # ---- Hand over
     if not run.dry_run and report.judge(last, engine, objective):
-        keep_weights()
+        keep_weights(last)
     metrics = report.finish()
     uploads.saved(stage, score=metrics.get("AP"), last=True)
     distributed.release(accelerator, engine, optimizer)

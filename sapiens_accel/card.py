@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 import sapiens_accel
-from sapiens_accel import curve, draw, evaluate, origin
+from sapiens_accel import checkpoint, curve, draw, evaluate, origin
 from sapiens_accel.config import STAGES, EvalConfig, UserError
 from sapiens_accel.evaluate import METRICS
 from sapiens_accel.origin import SAPIENS2, Origin
@@ -57,16 +57,17 @@ class Facts:
         return self.run["data"].get("root") is None
 
 
-def collect(run_folder: Path, stage: str, step: int | None = None) -> Facts:
+def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path | None = None) -> Facts:
     """Read what there is.
 
     Args:
+        folder: the weights. Default: RUN/STAGE/weights.
         step: the one whose weights these are; of other weights no score is taken. Default: whatever was written last.
 
     Raises:
         UserError: no run folder, or without this stage's weights.
     """
-    file, weights = run_folder / "config.yaml", run_folder / stage / "weights" / "config.json"
+    file, weights = run_folder / "config.yaml", (folder or run_folder / stage / "weights") / "config.json"
     if not file.is_file():
         raise UserError(f"{run_folder}: no config.yaml in it; expected a run folder of train.py")
     if not weights.is_file():
@@ -95,8 +96,7 @@ def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
 
 def _judged(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
     """What eval.json says, if it speaks of this step's weights."""
-    file = stage_folder / "eval.json"
-    found = json.loads(file.read_text()) if file.is_file() else None
+    found = checkpoint.read(stage_folder / "eval.json")
     return found if found and step in (None, found.get("weights_step", found.get("step"))) else None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -69,8 +69,6 @@ def save(
     """
     folder = stage_folder / "checkpoints"
     target, temporary = folder / f"step_{step}", folder / f"step_{step}{UNFINISHED}"
-    if target.is_dir():
-        return target  # a stop was asked for just after it was written
     main = accelerator.is_main_process
     problem = _made_room(folder, temporary) if main else None
     problem = broadcast_object_list([problem])[0]
@@ -85,7 +83,9 @@ def save(
         failed.append(_tried(lambda: _describe(accelerator, temporary, stage, step)))
         problem = next((found for found in gather_object([_first(failed)]) if found), None)
     if main and problem is None:
-        problem = _tried(lambda: _put_in_place(temporary, target, keep))
+        problem = _tried(lambda: _put_in_place(temporary, target))
+        if problem is None and (left := _tried(lambda: _prune(folder, keep))):
+            print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
     problem = broadcast_object_list([problem])[0]
     if problem is None:
         return target
@@ -107,6 +107,22 @@ def _tried(action: Callable[[], object]) -> str | None:
     return None
 
 
+def write_on_main(accelerator: Accelerator, action: Callable[[], object], what: Path, *, needed: bool) -> bool:
+    """Let rank 0 write something; whether it could. All ranks must call it.
+
+    Raises:
+        UserError: it could not, and it is needed.
+    """
+    problem = broadcast_object_list([_tried(action) if accelerator.is_main_process else None])[0]
+    if problem and needed:
+        raise UserError(
+            f"{what} could not be written: {problem}; make room, and go on with --resume_from_checkpoint latest"
+        )
+    if problem:
+        accelerator.print(f"warning: {what} could not be written: {problem}; training goes on")
+    return problem is None
+
+
 def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem), None)
 
@@ -116,18 +132,15 @@ def _made_room(folder: Path, temporary: Path) -> str | None:
 
     def make() -> None:
         for left in folder.glob(f"*{UNFINISHED}"):
-            shutil.rmtree(left)
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
         temporary.mkdir(parents=True)
+        earlier = read(found(folder)[-1] / POSITION) if found(folder) else None
+        needed = SPARE * sum(size for size, _ in earlier["files"].values()) if earlier else 0
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{free / 2**30:.1f} GiB are free in {folder}, {needed / 2**30:.1f} GiB are needed")
 
-    problem = _tried(make)
-    earlier = found(folder)
-    if problem or not earlier:
-        return problem
-    needed = SPARE * sum(size for size, _ in position(earlier[-1]).files.values())
-    free = shutil.disk_usage(folder).free
-    return (
-        None if free > needed else f"{free / 2**30:.1f} GiB are free in {folder}, {needed / 2**30:.1f} GiB are needed"
-    )
+    return _tried(make)
 
 
 def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> None:
@@ -156,19 +169,20 @@ def _fingerprint(path: Path) -> tuple[int, int]:
     return path.stat().st_size, checksum
 
 
-def _put_in_place(temporary: Path, target: Path, keep: int) -> None:
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if target.exists():
+        rename(target)  # of another history
     temporary.rename(target)
     _point("latest", target)
-    whole = found(target.parent)
-    kept = {*whole[-keep:], best(target.parent)}
+
+
+def _prune(folder: Path, keep: int) -> None:
+    whole = found(folder)
+    kept = {*whole[-keep:], best(folder)}
     for old in whole:
         if old not in kept:
-            _remove(old)
-
-
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a folder of that name is whole, also if this process is killed while it deletes.
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + UNFINISHED)))
+            # Renamed first: a folder of that name is whole, also if this process is killed while it deletes.
+            shutil.rmtree(old.rename(old.with_name(old.name + UNFINISHED)))
 
 
 def _point(name: str, target: Path) -> None:
@@ -188,7 +202,7 @@ def judged(stage_folder: Path, step: int, ap: float) -> bool:
     checkpoint = stage_folder / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
         return False
-    (checkpoint / SCORE).write_text(json.dumps({"AP": ap}))
+    write_whole(checkpoint / SCORE, {"AP": ap})
     is_best = best(checkpoint.parent) == checkpoint
     if is_best:
         _point("best", checkpoint)
@@ -197,11 +211,24 @@ def judged(stage_folder: Path, step: int, ap: float) -> bool:
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
-    scores = [
-        (json.loads((path / SCORE).read_text())["AP"], path) for path in found(folder) if (path / SCORE).is_file()
-    ]
+    scores = [(score["AP"], path) for path in found(folder) if (score := read(path / SCORE))]
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
+
+
+def write_whole(file: Path, tree: Mapping[str, Any]) -> None:
+    """Write a small JSON so that it is there whole or as it was."""
+    temporary = file.with_name(file.name + UNFINISHED)
+    temporary.write_text(json.dumps(tree, indent=2))
+    temporary.replace(file)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """What a small JSON says; None if there is none that can be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 # ---- Going on
@@ -298,7 +325,10 @@ def _broken(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
-        return None if _fingerprint(path)[1] == checksum else f"{name} is not what was written (checksum)"
+        try:
+            return None if _fingerprint(path)[1] == checksum else f"{name} is not what was written (checksum)"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
 
     with ThreadPoolExecutor(4) as pool:
         return _first(pool.map(differs, files))
@@ -355,46 +385,66 @@ def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> d
                 f"--resume_from_checkpoint {asked}: of stage {stage}, but --stage trains {', '.join(stages)}"
             )
         stages = stages[: stages.index(stage)]
-    found_metrics = {stage: _metrics(run_folder / stage, lasts[stage]) for stage in stages}
-    return {stage: metrics for stage, metrics in found_metrics.items() if metrics}
+    done = {}
+    for stage in stages:
+        metrics = _metrics(run_folder / stage, lasts[stage])
+        if not metrics:
+            break  # what follows began with other weights than this stage is going to hand over
+        done[stage] = metrics
+    return done
 
 
 def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
-    file = stage_folder / "eval.json"
-    if not (file.is_file() and (stage_folder / "weights" / FILE).is_file()):
+    metrics = read(stage_folder / "eval.json")
+    if not (metrics and (stage_folder / "weights" / FILE).is_file()):
         return None
-    metrics = json.loads(file.read_text())
     return metrics if metrics.get("step", -1) >= last else None
 
 
-def make_way(run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None) -> None:
+def make_way(
+    run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None, done: Iterable[str] = ()
+) -> None:
     """Set aside what an earlier run left where this one is going to write: stages that start anew as STAGE.1, ...
 
-    Of a stage that goes on from a folder asked for, that is what came after it.
+    One stage may go on: the first that is not done, or that of a checkpoint asked for; of it, what came after.
+
+    Args:
+        stages: the run's, in order.
+        start: the weights that the first of them begins with.
+        asked: `--resume_from_checkpoint`.
+        done: the stages that are not trained again.
 
     Raises:
         UserError: the weights to start from are among it.
     """
+    anew = [stage for stage in stages if stage not in done]
     if asked == "latest":
-        return
-    anew = list(stages)
-    if asked:
+        anew = anew[1:]
+    elif asked:
         there = position(Path(asked))
-        anew = anew[anew.index(there.stage) + 1 :]
-        folder = run_folder / there.stage
-        later = [path for path in found(folder / "checkpoints") if _step(path) > there.step]
-        for path in [*later, folder / "eval.json"]:
-            if path.exists():
-                _rename(path)
+        anew.remove(there.stage)
+        _forget_after(run_folder / there.stage, there.step)
     for old in (run_folder / stage for stage in anew):
         if not old.exists():
             continue
-        if start and old.resolve() in Path(start).resolve().parents:
+        if start and old.resolve() in Path(start).expanduser().resolve().parents:
             raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
-        _rename(old)
+        rename(old)
 
 
-def _rename(old: Path) -> None:
+def _forget_after(stage_folder: Path, step: int) -> None:
+    """Set aside what a stage left after a step: it is another history."""
+    folder = stage_folder / "checkpoints"
+    later = [path for path in found(folder) if _step(path) > step]
+    for path in [*later, stage_folder / "eval.json", stage_folder / "kept.json"]:
+        if path.exists():
+            rename(path)
+    for link in (folder / "latest", folder / "best"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+
+
+def rename(old: Path) -> None:
     """NAME becomes the first free of NAME.1, NAME.2, ..."""
     number = 1
     while (kept := old.with_name(f"{old.name}.{number}")).exists():

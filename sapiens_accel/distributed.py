@@ -324,19 +324,18 @@ def load_universal(accelerator: Accelerator, folder: Path) -> None:
     Raises:
         UserError: the conversion failed.
     """
-    converted = folder.with_name("universal.tmp")
+    converted = folder.parent.with_name("universal.tmp")  # beside the checkpoints: the next save clears what is left
     failed = 0.0
     if accelerator.is_main_process:
         shutil.rmtree(converted, ignore_errors=True)
-        converted.mkdir()
-        for extra in [*folder.glob("*.pkl"), *folder.glob("*.bin")]:
-            shutil.copy(extra, converted)
         words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         words += ["--input_folder", str(folder / "pytorch_model"), "--output_folder", str(converted / "pytorch_model")]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         failed = float(done.returncode != 0)
         if failed:
             print(done.stderr[-2000:], file=sys.stderr, flush=True)
+        for extra in folder.glob("random_states_*.pkl") if not failed else ():
+            (converted / extra.name).symlink_to(extra.resolve())
     if least(accelerator, -failed) < 0:
         raise UserError(f"{folder}: DeepSpeed could not convert it for {accelerator.num_processes} process(es)")
     engine = _engine(accelerator)

@@ -134,7 +134,7 @@ class Uploads:
         self.count += 1
         copy = self.run_folder / STAGING / str(self.count)
         snapshot(folder, copy / "files")
-        facts = card.collect(self.run_folder, stage, step) if stage else None
+        facts = card.collect(self.run_folder, stage, step, folder) if stage else None
         with self.changed:
             for old in [push for push in self.waiting if push.into[0] == into[0]]:
                 self.waiting.remove(old)

@@ -1,14 +1,19 @@
 """A stop that is asked for from outside (pre-emption, Ctrl-C): it is noted, so that the step can end and be saved."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
+import psutil
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher that gets a signal passes it, or another one, on: that is one request, not a second one.
 ECHO_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class StopRequest:
@@ -22,6 +27,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # no other one may
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            _hear_of_launcher()
         return self
 
     @property
@@ -42,6 +48,16 @@ class StopRequest:
         elif now - self._since > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _hear_of_launcher() -> None:
+    """A launcher of one process dies of a signal and tells nobody: let its end be a SIGTERM here (Linux)."""
+    parent = psutil.Process().parent()
+    launched = parent and any(
+        name in " ".join(parent.cmdline()) for name in ("accelerate", "torchrun", "torch.distributed")
+    )
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_to_parent() -> None:

@@ -333,6 +333,8 @@ class MeanTeacher:
 
     def _update_reference(self, scores: Float[Tensor, "n k"]) -> None:
         high = torch.quantile(scores.float(), CONFIDENCE_QUANTILE, dim=0)
+        # A peak that is no number (fp16 on one picture) must not stay in it.
+        high = torch.where(high.isfinite(), high, self.reference)
         mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
         self.reference = torch.where(self.reference == 0, high, mean)
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
+from sapiens_accel.config import STAGES
+
 OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's licence is one that was derived here
 LICENCE_FILES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
@@ -101,10 +103,12 @@ def of(run: Mapping[str, Any], stage: str, seen: tuple[Path, ...] = ()) -> Origi
         seen: run folders that were asked already; weights that lead back to them have no beginning.
     """
     name = run["model"]["name"]
-    is_its_own = run.get("stage") in ("all", stage)  # else a later run in the same folder wrote over its settings
+    # Else a later run in the same folder wrote over its settings, or the folder was set aside by one.
+    is_its_own = stage in STAGES and run.get("stage") in ("all", stage)
     if is_its_own and run.get("weights"):
         return _of_weights(str(run["weights"]), name, seen)
-    if name.endswith("_tiny") or (is_its_own and run.get("stage") in ("all", "phase1")):
+    began = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
+    if name.endswith("_tiny") or began:
         return Origin(licence=APACHE, base=None, place=None, told="random weights")
     return _by_family(name, None, None, f"what was in the run folder when `{stage}` began; nothing tells what that was")
 

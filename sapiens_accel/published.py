@@ -201,7 +201,7 @@ def _shards(index: Path) -> State:
     found: State = {}
     for name in names:
         shard = index.parent / name
-        if shard.suffix != ".safetensors" or not shard.is_file():
+        if Path(name).name != name or shard.suffix != ".safetensors" or not shard.is_file():
             raise UserError(f"--weights {index}: its shard {name} is missing; fetch the whole folder")
         found |= _tensors(shard)[0]
     return found

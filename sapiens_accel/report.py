@@ -1,16 +1,18 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard, pictures and the progress line, on rank 0."""
 
+import dataclasses
 import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from jaxtyping import UInt8
@@ -39,13 +41,18 @@ SHOWN_SCORE = 0.2
 MOST_SKIPPED = 20  # steps in a row: what has diverged does not come back
 SEARCHED = 5  # that fp16 may skip in a row while it looks for its loss scale, and nothing is said
 SHOWN_IDS = 40
+KEPT = "kept.json"
 
 
-def begin_folder(accelerator: Accelerator, run: Config, sets: Sets) -> None:
+def begin_folder(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[str]) -> None:
     """Make way in the run folder, and write what the run is; nothing of a dry run. All ranks must call it."""
     if accelerator.is_main_process and not run.dry_run:
         folder = Path(run.output_dir)
-        checkpoint.make_way(folder, run.stages, run.weights, run.resume_from_checkpoint)
+        checkpoint.make_way(folder, run.stages, run.weights, run.resume_from_checkpoint, done)
+        if run.resume_from_checkpoint and not run.weights and (folder / "config.yaml").is_file():
+            # What the weights came from decides under which licence they may be passed on.
+            earlier = yaml.safe_load((folder / "config.yaml").read_text()).get("weights")
+            run = dataclasses.replace(run, weights=earlier)
         config.save(run, folder / "config.yaml")
         pool.write_labelled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
     accelerator.wait_for_everyone()
@@ -56,7 +63,7 @@ class Judged(NamedTuple):
 
     step: int
     metrics: Metrics
-    predictions: Predictions
+    predictions: Predictions | None = None
 
 
 class Report:
@@ -91,7 +98,7 @@ class Report:
             self.holdout = Holdout(sets.val, augmenter, run.data, num_cutouts=teacher.cutout, seed=run.seed)
         self.judged: Judged | None = None
         self.kept: Judged | None = None
-        self.skipped = 0
+        self.skipped, self.disk_failed = 0, False
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
@@ -112,6 +119,14 @@ class Report:
             good = f"in {written}"
         stops = teacher is None or teacher.on_alarm == "stop"
         self.alarms = Alarms(good=good, stops=stops, first=broadcast_object_list([earlier])[0])
+        kept = checkpoint.read(self.folder / stage / KEPT) if first and accelerator.is_main_process else None
+        if (kept := broadcast_object_list([kept])[0]) and kept["step"] <= first:
+            self.kept = Judged(**kept)
+
+    @property
+    def sick(self) -> bool:
+        """Whether what there is now must not take the place of a saved state."""
+        return self.alarms.sick or self.skipped > 0
 
     def step(self, done: Step) -> None:
         """Count a step, and name the people of one that was left out. All ranks must call it.
@@ -170,6 +185,8 @@ class Report:
         self.alarms.good = f"in {weights}"
         if self.writes:
             (weights.parent / "eval.json").unlink(missing_ok=True)  # it spoke of other weights
+            told = {"step": self.kept.step, "metrics": self.kept.metrics}
+            self._on_disk(lambda: checkpoint.write_whole(weights.parent / KEPT, told))
         self.restart_clock(self.judged.step)
 
     def restart_clock(self, step: int) -> None:
@@ -202,9 +219,18 @@ class Report:
             self.progress.write(f"{self.stage}, step {step}: warning: {warning}")
 
     def _line(self, step: int, entries: Mapping[str, float | str | list[int] | None]) -> None:
-        if self.file:
-            self.file.write(json.dumps({"stage": self.stage, "step": step, **entries}) + "\n")
-            self.file.flush()
+        if file := self.file:
+            line = json.dumps({"stage": self.stage, "step": step, **entries}) + "\n"
+            self._on_disk(lambda: file.write(line) and file.flush())
+
+    def _on_disk(self, action: Callable[[], object]) -> None:
+        """Write something that the training does not depend on: a full disk is told of once, and it goes on."""
+        try:
+            action()
+        except OSError as error:
+            if not self.disk_failed:
+                self.progress.write(f"{self.stage}: warning: {error}; lines or pictures are lost, training goes on")
+            self.disk_failed = True
 
     def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
         """Write what the stage begins with, if it has a teacher: later values are held against it. For all ranks.
@@ -229,7 +255,7 @@ class Report:
         if self.holdout:
             metrics |= self._probe(step, objective)
         if self.writes:
-            checkpoint.judged(self.folder / self.stage, step, metrics["AP"])
+            self._on_disk(lambda: checkpoint.judged(self.folder / self.stage, step, metrics["AP"]))
         self.judged = Judged(step, metrics, predictions)
         self.write(step, metrics)
         self.restart_clock(step)
@@ -277,21 +303,23 @@ class Report:
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.how(self.run.eval)}
-            (self.folder / self.stage / "eval.json").write_text(json.dumps(whole, indent=2))
-            picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
-            self._picture("predictions", picture, step)
+            checkpoint.write_whole(self.folder / self.stage / "eval.json", whole)
+            if predictions:  # not of weights that were kept before this run went on
+                picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
+                self._picture("predictions", picture, step)
         self.close()
         return metrics
 
     def close(self) -> None:
         self.progress.close()
         if self.file:
-            self.file.close()
+            self._on_disk(self.file.close)
         if self.board:
             self.board.close()
 
     def _picture(self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "") -> None:
-        draw.save(picture, self.folder / "pictures" / f"{self.stage}_{name}{numbered}.jpg")
+        path = self.folder / "pictures" / f"{self.stage}_{name}{numbered}.jpg"
+        self._on_disk(lambda: draw.save(picture, path))
         if self.board:
             self.board.add_image(name, picture, step, dataformats="HWC")
 

@@ -183,6 +183,43 @@ def test_what_a_killed_run_left_unfinished_is_no_checkpoint(run: Run) -> None:
     assert names(run) == ["latest", "step_1", "step_3"]
 
 
+def test_a_kill_between_link_and_name_does_no_harm(run: Run) -> None:
+    whole = run.save(1)
+    assert whole
+    whole.with_name("latest.tmp").symlink_to("step_1")
+    whole.with_name("best.tmp").symlink_to("step_0")
+    assert run.save(2) and names(run) == ["latest", "step_1", "step_2"]
+
+
+def test_a_torn_note_is_no_note(run: Run) -> None:
+    for step in (1, 2):
+        run.save(step)
+        checkpoint.judged(run.folder / STAGE, step, 0.1)
+    (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text("")
+    assert run.save(3)
+    found = checkpoint.best(run.folder / STAGE / "checkpoints")
+    assert found is not None and found.name == "step_1"
+    (run.folder / STAGE / "eval.json").write_text('{"step": 1')
+    (run.folder / STAGE / "weights").mkdir()
+    (run.folder / STAGE / "weights" / "model.safetensors").touch()
+    assert checkpoint.finished(run.folder, {STAGE: 1}, "latest") == {}
+
+
+def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None:
+    """phase1 is to be longer than it was: what phase2 and ssl made of it then is not what they would make now."""
+    lasts = {"phase1": 4, "phase2": 4, "ssl": 4}
+    for stage, step in (("phase1", 2), ("phase2", 4), ("ssl", 4)):
+        (run.folder / stage / "weights").mkdir(parents=True)
+        (run.folder / stage / "weights" / "model.safetensors").touch()
+        (run.folder / stage / "eval.json").write_text(json.dumps({"step": step, "AP": 0.5}))
+    done = checkpoint.finished(run.folder, lasts, "latest")
+    assert done == {}
+    checkpoint.make_way(run.folder, list(lasts), None, "latest", done)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", "phase2.1", "ssl.1"]
+    (run.folder / "phase1" / "eval.json").write_text(json.dumps({"step": 4, "AP": 0.5}))
+    assert list(checkpoint.finished(run.folder, lasts, "latest")) == ["phase1"]
+
+
 def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) -> None:
     for step in (2, 4, 6):
         run.save(step, keep=9)
@@ -190,11 +227,12 @@ def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) ->
     (stage / "eval.json").write_text("{}")
     (run.folder / "ssl").mkdir()
     (run.folder / "phase1").mkdir()
+    done = ["phase1"]
     asked = str(stage / "checkpoints" / "step_2")
-    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest")
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest", ["phase1", STAGE])
     assert (run.folder / "ssl").is_dir() and names(run) == ["latest", "step_2", "step_4", "step_6"]
-    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked)
-    assert names(run) == ["latest", "step_2", "step_4.1", "step_6.1"]
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked, done)
+    assert names(run) == ["step_2", "step_4.1", "step_6.1"]
     assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", STAGE, "ssl.1"]
     assert not (stage / "eval.json").exists(), "it must not look finished"
     found = run.resume()
@@ -290,6 +328,29 @@ def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(_losses(tmp_path / "run")) == step + 2
+
+
+@pytest.mark.launch
+def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path) -> None:
+    """Files may not grow beyond 8 kB: no checkpoint, few lines; without room for the end's weights it is one line."""
+    words = [*WORDS, "--stage=phase2", f"--output_dir={tmp_path}/run", "--max_steps=40", "--eval_every=100"]
+    subprocess.run(
+        [sys.executable, "train.py", *words, "--dry_run"],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, check=True,
+    )  # fmt: skip
+    runner = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY));"
+        "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", runner, *words],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step 1 could not be saved" in done.stdout and "step 40 could not be saved" in done.stdout
+    assert "lines or pictures are lost, training goes on" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "make room" in done.stderr
 
 
 @pytest.mark.launch
