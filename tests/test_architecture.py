@@ -16,13 +16,14 @@ LAYERS = (
     ("report",),
     ("holdout",),
     ("loop", "evaluate", "checkpoint", "memory", "export"),
-    ("plan",),
-    ("footprint",),
+    ("tables",),
+    ("plan", "ap"),
+    ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw"),
-    ("pool",),
+    ("pool", "detections"),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
-    ("geometry", "skeleton", "config", "interrupt"),
+    ("geometry", "skeleton", "config", "interrupt", "score"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
