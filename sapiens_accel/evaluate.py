@@ -4,6 +4,7 @@ Boxes are the ground truth's, whose score is 1, or a detector's. The first give 
 shown it says which they were.
 """
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from numpy import ndarray as Array
 from torch import nn
 
-from sapiens_accel import ap, detections, distributed
+from sapiens_accel import ap, detections, distributed, tables
 from sapiens_accel.ap import METRICS, Metrics
 from sapiens_accel.coco import People, boxes_of, keypoints_of
 from sapiens_accel.config import DataConfig, EvalConfig, UserError
@@ -30,6 +31,8 @@ from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.tables import how, protocol, table
 
 __all__ = ["METRICS", "Metrics", "Predictions", "how", "judge", "oks", "protocol", "score", "table"]
+
+SHOWN_JOINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,3 +209,32 @@ def predictions_file(given: str, name: str) -> Path:
     """The file of predictions of one of several: results.json becomes results_NAME.json."""
     file = Path(given)
     return file.with_name(f"{file.stem}_{name.replace(', ', '_').replace(' ', '_')}{file.suffix}") if name else file
+
+
+def summary(rows: dict[str, Judgement], config: EvalConfig, skeleton: Skeleton) -> str:
+    """The table of what was judged, what augmentation adds and costs, single keypoints of one row, and the notes."""
+    metrics = {name: judged.metrics for name, judged in rows.items()}
+    parts = [table(metrics, protocol(config))]
+    parts.append("\n".join(tables.costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
+    if skeleton.num_keypoints <= SHOWN_JOINTS:
+        name, judged = list(rows.items())[-1]
+        parts.append(f"{name}: {tables.joint_table(judged.joints, skeleton)}")
+    notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
+    return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
+
+
+def record(file: Path, rows: dict[str, Judgement], hows: dict[str, EvalConfig], skeleton: Skeleton) -> None:
+    """Add rows, and how each was measured, to a JSON.
+
+    Raises:
+        UserError: the file is there and is no JSON.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}; move it away") from None
+    for name, judged in rows.items():
+        more = {"seconds": judged.seconds, "joints": tables.joint_numbers(judged.joints, skeleton)}
+        known[name] = {**judged.metrics, **how(hows[name]), **more}
+    file.write_text(json.dumps(known, indent=2))

@@ -37,6 +37,8 @@ def protocol(config: EvalConfig) -> str:
 
 def augmentation(config: EvalConfig) -> str:
     """Test-time augmentation in words."""
+    if config.compare:
+        return "augmentation by row"
     flip = "flip test" if config.flip else "no flip test"
     scales = " ".join(f"{scale:g}" for scale in config.scales)
     return flip if config.scales == (1.0,) else f"{flip}, scales {scales}"
@@ -57,6 +59,17 @@ def table(rows: dict[str, Metrics], title: str) -> str:
         for name, values in lines.items()
     ]
     return "\n".join([title, head, *shown])
+
+
+def costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
+    """What each row of NAME, VARIANT adds to the first of its name, and costs, a line each."""
+    lines, plain = [], {row.split(", ")[0]: row for row in reversed(metrics)}
+    for row in metrics:
+        first = plain[row.split(", ")[0]]
+        if row != first:
+            more = 100 * (metrics[row]["AP"] - metrics[first]["AP"])
+            lines.append(f"{row}: AP {more:+.2f} for {seconds[row] / seconds[first]:.2f} x the time of {first}")
+    return lines
 
 
 def joint_table(values: Joints, skeleton: Skeleton) -> str:

@@ -15,7 +15,7 @@ LAYERS = (
     ("train", "eval"),
     ("report",),
     ("holdout",),
-    ("loop", "evaluate", "checkpoint", "memory", "export"),
+    ("loop", "evaluate", "checkpoint", "memory", "export", "candidates"),
     ("tables",),
     ("plan", "ap"),
     ("footprint", "predict"),
