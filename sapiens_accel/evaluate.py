@@ -5,6 +5,7 @@ shown it says which they were.
 """
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -207,8 +208,8 @@ def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> s
 
 def predictions_file(given: str, name: str) -> Path:
     """The file of predictions of one of several: results.json becomes results_NAME.json."""
-    file = Path(given)
-    return file.with_name(f"{file.stem}_{name.replace(', ', '_').replace(' ', '_')}{file.suffix}") if name else file
+    file, plain = Path(given), re.sub(r"[^\w.]+", "_", name).strip("_")
+    return file.with_name(f"{file.stem}_{plain}{file.suffix}") if plain else file
 
 
 def summary(rows: dict[str, Judgement], config: EvalConfig, skeleton: Skeleton) -> str:

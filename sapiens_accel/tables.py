@@ -31,7 +31,8 @@ def how(config: EvalConfig) -> dict[str, Any]:
 
 def protocol(config: EvalConfig) -> str:
     """The same as a title."""
-    boxes = boxes_in_words(config).replace("ground truth", "ground-truth boxes").replace("detector", "detector's boxes")
+    given = config.boxes == GROUND_TRUTH
+    boxes = "ground-truth boxes" if given else f"detector's boxes ({Path(config.boxes).name})"
     return f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {augmentation(config)}"
 
 
