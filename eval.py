@@ -29,11 +29,12 @@ def main(argv: Sequence[str]) -> None:
         annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
         skeleton = candidates.skeleton_of(several, data.places(run.data)[0] / annotations)
         people = data.open_split(run.data, skeleton, run.eval.split)
+    autocast = distributed.autocast_dtype(accelerator)
     rows: dict[str, Judgement] = {}
     hows, pictures = {}, []
     for group in [*([one] for one in several), *([several] if run.eval.ensemble else [])]:
         name = candidates.name_of(group, several)
-        built = [candidates.network(one, run, skeleton, accelerator.device) for one in group]
+        built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
         accelerator.print(*(told for _, told in built), sep="\n")
         for variant, how in candidates.variants(run.eval):
             row = ", ".join(filter(None, [name, variant]))

@@ -160,8 +160,13 @@ def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
     return found.names, count
 
 
-def network(candidate: Candidate, run: Config, skeleton: Skeleton, device: torch.device) -> tuple[Network, str]:
+def network(
+    candidate: Candidate, run: Config, skeleton: Skeleton, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[Network, str]:
     """A candidate's network on the device, and what became of every tensor of its file.
+
+    Args:
+        autocast: the dtype of mixed precision; None is fp32.
 
     Raises:
         UserError: a file of no network that we have, or one that lacks keypoints of the skeleton.
@@ -174,7 +179,7 @@ def network(candidate: Candidate, run: Config, skeleton: Skeleton, device: torch
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    return Network(model=model.to(device).eval(), codec=codec), str(report)
+    return Network(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
 
 
 def _size_name(found: Weights) -> str:
