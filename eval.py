@@ -1,53 +1,55 @@
-"""Evaluate: a run's weights and people to the COCO table, and pictures.
+"""Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and pictures.
 
-python eval.py RUN_DIR [--stage ssl] [--data.root DIR] [--eval.flip false] [any other option of the run]
+python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
+    [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [any option of a run]
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 # Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-from sapiens_accel import config, data, distributed, draw, evaluate, report, weights
+from sapiens_accel import candidates, config, data, distributed, draw, evaluate, report
 from sapiens_accel.config import UserError
-from sapiens_accel.heatmap import Codec
-from sapiens_accel.model import SapiensPose
-from sapiens_accel.skeleton import COCO17 as SKELETON
+from sapiens_accel.evaluate import Judgement
 
 
 def main(argv: Sequence[str]) -> None:
-    if not argv or argv[0].startswith("-"):
-        raise UserError("expected the run folder first: python eval.py RUN_DIR [--stage ssl] [--data.root DIR]")
-    folder = Path(argv[0])
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no config.yaml in it; expected a run folder of train.py")
-    # All stages that have weights, unless one is asked for; whatever the last training was asked for.
-    run = config.load(["--stage=all", *argv[1:]], prog="eval.py", base=folder / "config.yaml")
-    stages = [stage for stage in run.stages if (folder / stage / "weights" / weights.FILE).is_file()]
-    if not stages:
-        raise UserError(f"{folder}: no weights of {run.stage} in it; expected STAGE/weights/{weights.FILE}")
+    references, words = candidates.split_words(argv)
     accelerator = distributed.start()
     with accelerator.main_process_first():
-        people = data.open_people(run.data, SKELETON, unlabelled=False).split(run.eval.split)
-    table, pictures = {}, []
-    for stage in stages:
-        network = weights.description(folder / stage / "weights")
-        model = SapiensPose(network["name"], network["num_keypoints"], tuple(network["input_hw"]))
-        weights.load(model, str(folder / stage / "weights"))
-        codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=network["sigma"])
-        model.to(accelerator.device)
-        seen = dataclasses.replace(run.data, input_hw=model.input_hw)  # what these weights were trained on
-        table[stage], found = evaluate.score(accelerator, model, people, codec, SKELETON, seen, run.eval)
-        picture = report.prediction_picture(found, people, SKELETON, run.eval.num_pictures)
-        pictures.append((picture, folder / "pictures" / f"{stage}_{run.eval.split}_predictions.jpg"))
+        paths = [candidates.local(reference) for reference in references]
+    # All stages that have weights, unless one is asked for; whatever the last training was asked for.
+    base = candidates.run_config(paths[0])
+    run = config.load(["--stage=all", *words], prog="eval.py", base=base)
+    output = Path(run.output_dir) if any(word.startswith("--output_dir") for word in words) else None
+    several = [one for path in paths for one in candidates.candidates(path, run, output)]
+    if run.eval.ensemble and len(several) < 2:
+        raise UserError(f"--eval.ensemble: of {several[0].weights} alone; give the weights of several networks")
+    with accelerator.main_process_first():
+        annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
+        skeleton = candidates.skeleton_of(several, data.places(run.data)[0] / annotations)
+        people = data.open_split(run.data, skeleton, run.eval.split)
+    autocast = distributed.autocast_dtype(accelerator)
+    rows: dict[str, Judgement] = {}
+    hows, pictures = {}, []
+    for group in [*([one] for one in several), *([several] if run.eval.ensemble else [])]:
+        name = candidates.name_of(group, several)
+        built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
+        accelerator.print(*(told for _, told in built), sep="\n")
+        for variant, how in candidates.variants(run.eval):
+            row = ", ".join(filter(None, [name, variant]))
+            file_name = row if variant or len(several) > 1 else ""
+            networks = [network for network, _ in built]
+            rows[row] = evaluate.judge(accelerator, networks, people, skeleton, run.data, how, file_name)
+            hows[row] = how
+        if accelerator.is_main_process and run.eval.num_pictures:
+            found = list(rows.values())[-1].predictions
+            picture = report.prediction_picture(found, people, skeleton, run.eval.num_pictures)
+            pictures.append((picture, group[0].folder / "pictures" / f"{name}_{run.eval.split}_predictions.jpg"))
     if accelerator.is_main_process:
-        file = folder / "eval.json"
-        rows = json.loads(file.read_text()) if file.is_file() else {}
-        rows |= {stage: {**metrics, **evaluate.how(run.eval)} for stage, metrics in table.items()}
-        file.write_text(json.dumps(rows, indent=2))
+        evaluate.record(several[0].folder / "eval.json", rows, hows, skeleton)
         saved = [str(draw.save(*picture)) for picture in pictures]
-        print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:", *saved, sep="\n  ")
+        print(f"\n{evaluate.summary(rows, run.eval, skeleton)}\n\npictures:", *saved, sep="\n  ")
 
 
 if __name__ == "__main__":

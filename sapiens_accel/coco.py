@@ -32,6 +32,8 @@ if not sys.stderr.isatty():
 SCHEMA_VERSION = 1
 DECODE_AT_MOST = 5000
 COLON = re.compile(r":\s*")
+# COCO-WholeBody keeps its 133 keypoints in five lists.
+WHOLE_BODY = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
 JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -78,7 +80,7 @@ def labelled_people(root: Path, annotations: str, images: str, num_keypoints: in
 
 def by_picture(people: People, images: str) -> Int[Array, "n"]:
     """The people's indices in the order of the JSON's `images`, and in that of its annotations within a picture."""
-    listed = [f"{images}/{image['file_name']}" for image in _listed(people.annotations)]
+    listed = [f"{images}/{image['file_name']}" for image in pictures_of(people.annotations)]
     places = {name: place for place, name in reversed(list(enumerate(listed)))}
     return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
 
@@ -288,8 +290,7 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-    # A JSON of many kinds of things names the people among them.
-    kinds = [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") == "person"]
+    kinds = _person_ids(tree)
     for person in tree["annotations"]:
         if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
@@ -302,16 +303,28 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
             yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
 
 
+def _person_ids(tree: dict[str, Any]) -> list[Any]:
+    """A JSON of many kinds of things names the people among them."""
+    return [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") == "person"]
+
+
+def person_category(annotations: Path) -> Any:
+    """The category_id of people in a COCO JSON: that of the name, else the only one; 1 where it does not tell."""
+    tree = parsed(annotations)
+    listed = [kind.get("id") for kind in tree.get("categories", ())]
+    return next(iter(_person_ids(tree) or listed), 1)
+
+
 def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int) -> dict[str, Any] | None:
     """The row of one COCO annotation; None for a crowd or an empty box."""
     if person.get("iscrowd"):
         return None
-    box = _box(person)
+    box = box_of(person)
     if box[2] <= 0 or box[3] <= 0:
         return None
     if person.get("image_id") not in names:
         raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
-    points = _numbers(person.get("keypoints") or [0] * 3 * num_keypoints)
+    points = _numbers(keypoint_numbers(person, num_keypoints) or [0] * 3 * num_keypoints)
     if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
         raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
     return {
@@ -324,7 +337,19 @@ def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoin
     }
 
 
-def _box(thing: dict[str, Any]) -> Float[Array, "4"]:
+def keypoint_numbers(person: dict[str, Any], num_keypoints: int) -> list[Any] | None:
+    """An annotation's x, y, v, x, y, v, ...: COCO-WholeBody's five lists as one, where as many are asked for."""
+    if num_keypoints == 133 and all(key in person for key in WHOLE_BODY):
+        return [number for key in WHOLE_BODY for number in person[key]]
+    return person.get("keypoints")
+
+
+def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
+    """The `bbox` of an annotation or a detection.
+
+    Raises:
+        ValueError: there is none, or it is not four finite numbers.
+    """
     if "bbox" not in thing:
         raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the picture")
     box = _numbers(thing["bbox"])
@@ -336,12 +361,12 @@ def _box(thing: dict[str, Any]) -> Float[Array, "4"]:
 def _detected_rows(
     num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
 ) -> Iterator[dict[str, Any]]:
-    found = _parsed(Path(detections))
+    found = parsed(Path(detections))
     there, of_stem = set(names), {Path(name).stem: name for name in names}
     place = {name: index for index, name in enumerate(names)}
     for index, thing in enumerate(found):
         try:
-            box, score, key = _box(thing), float(thing["score"]), thing["image_id"]
+            box, score, key = box_of(thing), float(thing["score"]), thing["image_id"]
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{detections}: detection {index}: {reason}") from None
@@ -371,7 +396,12 @@ def _numbers(values: Any) -> Float[Array, "n"]:
     return np.asarray(values, dtype=np.float64)
 
 
-def _parsed(path: Path) -> Any:
+def parsed(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        UserError: it is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -379,7 +409,7 @@ def _parsed(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    tree = _parsed(path)
+    tree = parsed(path)
     for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
         items = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(items, list):
@@ -390,7 +420,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _listed(path: Path) -> list[dict[str, Any]]:
+def pictures_of(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `_read_json` has accepted. What follows them, in COCO the people, is not parsed."""
     text, decode = path.read_text(), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")

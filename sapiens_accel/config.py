@@ -262,14 +262,27 @@ class StageConfig:
 class EvalConfig:
     split: Literal["val", "train"] = "val"
     """People to evaluate on."""
+    boxes: str = "gt"
+    """Where people are: gt, their own labelled boxes (an easier number), or a detector's results in COCO's form, a JSON
+    of image_id, category_id, bbox and score, relative to here or to data.root."""
     flip: bool = True
     """Average the heatmaps of the crop and of its mirror image."""
+    scales: tuple[float, ...] = (1.0,)
+    """Average the heatmaps of the crop at these sizes, as factors of its pixels."""
+    ensemble: bool = False
+    """eval.py: also average the heatmaps of all weights that were given."""
+    compare: bool = False
+    """eval.py: also measure without flip and without scales, to see what each adds and costs."""
     batch_size: int = 32
-    """Crops of one forward."""
+    """Crops of one forward; of larger ones fewer."""
     nms_threshold: float = 0.9
     """People of one picture whose OKS is above this are the same person."""
     score_threshold: float = 0.2
     """Keypoints below this do not count in a person's score."""
+    backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
+    """What computes AP and AR; faster_coco_eval gives the same numbers sooner (pip install faster-coco-eval)."""
+    save_predictions: str | None = None
+    """Write the predictions as COCO's server takes them to this JSON; while training, the last evaluation's."""
     num_pictures: int = 8
     """People drawn with their prediction."""
 
@@ -435,6 +448,7 @@ def _check_values(config: Config) -> None:
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
     check_model_id(config.hub_model_id)
+    _check_eval(config.eval)
 
 
 def check_model_id(name: str | None) -> None:
@@ -442,6 +456,19 @@ def check_model_id(name: str | None) -> None:
     part = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
     if name is not None and (not re.fullmatch(f"{part}/{part}", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name)):
         raise UserError(f"--hub_model_id {name}: expected ORG/NAME: letters, digits, and single '-', '_' or '.' within")
+
+
+def _check_eval(evaluation: EvalConfig) -> None:
+    scales = evaluation.scales
+    if not scales or not all(0.1 <= scale <= 4 for scale in scales) or len(set(scales)) < len(scales):
+        shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
+        raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
+    for knob in ("score_threshold", "nms_threshold"):
+        if not 0 <= (value := getattr(evaluation, knob)) <= 1:
+            raise UserError(f"--eval.{knob} {value:g}: expected 0 to 1")
+    if evaluation.batch_size < 1 or evaluation.num_pictures < 0:
+        knob, least = ("batch_size", 1) if evaluation.batch_size < 1 else ("num_pictures", 0)
+        raise UserError(f"--eval.{knob} {getattr(evaluation, knob)}: expected at least {least}")
 
 
 def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
@@ -523,6 +550,7 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
     options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
-    switches = {f"--{name}" for name in ("dry_run", "push_to_hub", "hub_private", *options)}
+    evaluation = (f"eval.{name}" for name in ("flip", "compare", "ensemble"))
+    switches = {f"--{name}" for name in ("dry_run", "push_to_hub", "hub_private", *options, *evaluation)}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [f"{word}=true" if word in switches and last else word for word, last in zip(argv, bare, strict=True)]

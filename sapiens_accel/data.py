@@ -106,27 +106,53 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     Raises:
         UserError: what is missing or broken, by name.
     """
-    default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
-    cache = Path(config.cache_dir or default)
-    root = Path(config.root) if config.root else _drawn(config, cache)
-    if not root.is_dir():
-        raise UserError(f"--data.root {root}: no such folder")
+    root, cache = places(config)
     k = skeleton.num_keypoints
     train = coco.labelled_people(root, config.train_annotations, config.train_images, k, cache)
-    places = pool.labelled_places(config, train)
+    labelled = pool.labelled_places(config, train)
     found = {
-        "train": dataclasses.replace(train, rows=train.rows.select(places)),
+        "train": dataclasses.replace(train, rows=train.rows.select(labelled)),
         "val": coco.labelled_people(root, config.val_annotations, config.val_images, k, cache),
     }
     warnings: tuple[str, ...] = ()
     if unlabelled:
-        found["unlabelled"], warnings = pool.gather(root, config, k, cache, train, places)
+        found["unlabelled"], warnings = pool.gather(root, config, k, cache, train, labelled)
     checked = {n: coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()}
     sets = Sets(checked["train"], checked["val"], checked.get("unlabelled"), warnings)
     check_targets(sets.train, config)
     if sets.unlabelled:
         pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
     return sets
+
+
+def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
+    """The people of one split alone, as `open_people` has them.
+
+    Raises:
+        UserError: as `open_people`.
+    """
+    root, cache = places(config)
+    files = (config.val_annotations, config.val_images)
+    if split == "train":
+        files = (config.train_annotations, config.train_images)
+    people = coco.labelled_people(root, *files, skeleton.num_keypoints, cache)
+    if split == "train":
+        people = dataclasses.replace(people, rows=people.rows.select(pool.labelled_places(config, people)))
+    return coco.checked(people, config.on_bad_image, config.check_images)
+
+
+def places(config: DataConfig) -> tuple[Path, Path]:
+    """The root of the data, drawn if there is none, and the folder of the tables made of it.
+
+    Raises:
+        UserError: no such root.
+    """
+    default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
+    cache = Path(config.cache_dir or default)
+    root = Path(config.root) if config.root else _drawn(config, cache)
+    if not root.is_dir():
+        raise UserError(f"--data.root {root}: no such folder")
+    return root, cache
 
 
 def _drawn(config: DataConfig, cache: Path) -> Path:

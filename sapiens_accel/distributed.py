@@ -268,7 +268,8 @@ def take_step(
     """
     if is_engine(model):
         engine: Any = model
-        return engine.get_global_grad_norm(), not engine.optimizer.overflow
+        # Without ZeRO there is no such check; no launch that is shipped here runs so.
+        return engine.get_global_grad_norm(), not getattr(engine.optimizer, "overflow", False)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
     if accelerator.scaler is None and norm is not None and not math.isfinite(norm):
         return norm, False

@@ -1,110 +1,59 @@
-"""predict (with flip) -> gather -> OKS-NMS -> COCO AP.
+"""predict -> gather -> OKS-NMS -> COCO AP, and what single keypoints are worth.
 
-Scores and suppression as published (sapiens, pose/mmpose/evaluation/metrics/coco_metric.py): a person's score is the
-box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one. Boxes here are the
-ground truth's, whose score is 1: an easier number than with a detector's boxes, and labelled so wherever it is shown.
+Boxes are the ground truth's, whose score is 1, or a detector's. The first give higher numbers, and wherever a number is
+shown it says which they were.
 """
 
-import contextlib
-import io
 import json
+import re
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
-from tqdm import tqdm
+from torch import nn
 
-from sapiens_accel import distributed, geometry, heatmap
-from sapiens_accel.coco import People, boxes_of
-from sapiens_accel.config import DataConfig, EvalConfig
-from sapiens_accel.data import EvaluationPeople, begin_worker, plainly, to_device
+from sapiens_accel import ap, detections, distributed, tables
+from sapiens_accel.ap import METRICS, Metrics
+from sapiens_accel.coco import People, boxes_of, keypoints_of
+from sapiens_accel.config import DataConfig, EvalConfig, UserError
+from sapiens_accel.detections import Boxes
 from sapiens_accel.heatmap import Codec
+from sapiens_accel.predict import Network, Predictions, predict
+from sapiens_accel.score import Joints, joints, oks
 from sapiens_accel.skeleton import Skeleton
+from sapiens_accel.tables import how, protocol, table
 
-Metrics = dict[str, float]
-METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
+__all__ = ["METRICS", "Metrics", "Predictions", "how", "judge", "oks", "protocol", "score", "table"]
+
+SHOWN_JOINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Keypoints of all people, in the order of their rows: image px, and scores."""
+class Judgement:
+    """What an evaluation found.
 
-    points_xy: Float[Array, "n k 2"]
-    scores: Float[Array, "n k"]
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    people: People,
-    codec: Codec,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    num_ranks: int = 1,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    autocast: torch.dtype | None = None,
-) -> Predictions:
-    """Predict each person once; all ranks return all predictions.
-
-    Args:
-        gather: concatenates a tensor of equal shape on all ranks along its first dimension.
+    Attributes:
+        metrics: METRICS, 0..1, and those of parts as PART/METRIC; the same on all ranks.
+        predictions: of the labelled people, in their order; with a detector's boxes, of the box nearest by OKS (all
+            scores 0 where the picture has none).
+        joints: what each keypoint is worth; the same on all ranks.
+        notes: what was left out, and why a number is 0 or not there.
+        seconds: what predicting took on this rank.
     """
-    # Every rank takes as many people as the others (a sharded model's forward is a collective); the last ones again.
-    mine = [index % len(people) for index in range(rank, -(-len(people) // num_ranks) * num_ranks, num_ranks)]
-    loader = DataLoader(
-        torch.utils.data.Subset(EvaluationPeople(people, data, skeleton), mine),
-        batch_size=config.batch_size,
-        num_workers=data.num_workers,
-        collate_fn=default_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=begin_worker,
-    )
-    training, found = model.training, []
-    model.eval()
-    for batch in tqdm(
-        plainly(loader), total=len(loader), desc="evaluating", disable=None if rank == 0 else True, leave=False
-    ):
-        image = to_device(batch.view.image, device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            maps = model(image).float()
-            if config.flip:
-                maps = (maps + heatmap.flip(model(image.flip(-1)).float(), skeleton.mirror)) / 2
-        points_xy, scores = codec.decode(maps)
-        found.append((points_xy.cpu().double(), scores.cpu().double(), batch.view.matrix.double()))
-    model.train(training)
-    points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    image_xy = torch.stack([_to_image(m, p) for m, p in zip(matrices, points_xy, strict=True)])
-    rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
-    index = torch.tensor(mine, device=device)
-    return _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(people))
 
-
-def _to_image(matrix: Float[Tensor, "2 3"], points_xy: Float[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:
-    return torch.from_numpy(geometry.apply(geometry.invert(matrix.numpy()), points_xy.numpy()))
-
-
-def _assemble(index: Int[Array, "m"], rows: Float[Array, "m k 3"], num_people: int) -> Predictions:
-    """By each person's own index: what was predicted twice to fill a rank's share counts once."""
-    assert set(index.tolist()) == set(range(num_people)), "a person was lost between the ranks"
-    whole = np.zeros((num_people, *rows.shape[1:]))
-    whole[index] = rows
-    return Predictions(points_xy=whole[..., :2], scores=whole[..., 2])
+    metrics: Metrics
+    predictions: Predictions
+    joints: Joints
+    notes: tuple[str, ...]
+    seconds: float
 
 
 def score(
@@ -115,12 +64,41 @@ def score(
     skeleton: Skeleton,
     data: DataConfig,
     config: EvalConfig,
-) -> tuple[dict[str, float], Predictions]:
-    """Metrics and predictions of all people, each rank predicting its part. All ranks must call it."""
+) -> tuple[Metrics, Predictions]:
+    """Metrics and predictions of all people, each rank predicting its part. All ranks must call it.
+
+    Raises:
+        UserError: as `judge`.
+    """
+    # An engine sets the precision of its forward itself.
+    autocast = None if distributed.is_engine(model) else distributed.autocast_dtype(accelerator)
+    network = Network(model=model, codec=codec, autocast=autocast)
+    judgement = judge(accelerator, [network], people, skeleton, data, config)
+    return judgement.metrics, judgement.predictions
+
+
+def judge(
+    accelerator: Accelerator,
+    networks: Sequence[Network],
+    people: People,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    name: str = "",
+) -> Judgement:
+    """Judge a network, or several as one. All ranks must call it; rank 0 computes while the others wait.
+
+    Args:
+        name: put into the name of the file of predictions, where one run writes several.
+
+    Raises:
+        UserError: on all ranks: what is wrong with the boxes, the scales or the backend; a file that is not written.
+    """
+    boxes = detections.open_boxes(config.boxes, people)
+    started = time.perf_counter()
     predictions = predict(
-        model,
-        people,
-        codec,
+        networks,
+        boxes,
         skeleton,
         data,
         config,
@@ -128,141 +106,136 @@ def score(
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         gather=partial(distributed.gather, accelerator),
-        autocast=None if distributed.is_engine(model) else distributed.autocast_dtype(accelerator),
     )
-    metrics = [coco_ap(predictions, people, skeleton, data, config) if accelerator.is_main_process else {}]
-    return broadcast_object_list(metrics)[0], predictions
+    seconds = time.perf_counter() - started
+    own = predictions if boxes.labelled else nearest(predictions, boxes, people, skeleton)
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        seen = replace(data, input_hw=networks[0].codec.input_hw)
+        try:
+            told = [_measured(predictions, own, boxes, people, skeleton, seen, config, name)]
+        except (UserError, OSError) as error:  # the others must not wait for what does not come
+            told = [str(error)]
+    measured = broadcast_object_list(told)[0]
+    if isinstance(measured, str):
+        raise UserError(measured)
+    metrics, joint_values, notes = measured
+    return Judgement(metrics=metrics, predictions=own, joints=joint_values, notes=notes, seconds=seconds)
+
+
+def _measured(
+    predictions: Predictions,
+    own: Predictions,
+    boxes: Boxes,
+    people: People,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    name: str,
+) -> tuple[Metrics, Joints, tuple[str, ...]]:
+    found, _ = ap.results(predictions, boxes, skeleton, data, config)
+    if config.save_predictions:
+        ap.save(found, predictions_file(config.save_predictions, name), people, skeleton)
+    metrics = ap.metrics_of(found, people, skeleton, config.backend)
+    areas = np.asarray(people.rows["area"][:], dtype=np.float64)
+    labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
+    values = joints(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
+    notes = [boxes.told] * bool(boxes.told) + explained(metrics, own, people, skeleton)
+    return metrics, values, tuple(notes)
 
 
 def coco_ap(
-    predictions: Predictions, people: People, skeleton: Skeleton, data: DataConfig, config: EvalConfig
-) -> dict[str, float]:
-    """COCO's keypoint metrics (METRICS, 0..1) of predictions over the JSON that the people came from."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = _truth(people)  # pyright: ignore[reportAttributeAccessIssue]
-        truth.createIndex()
-        results: Any = _results(predictions, people, skeleton, data, config)
-        evaluation = COCOeval(truth, truth.loadRes(results), "keypoints")
-        evaluation.params.kpt_oks_sigmas = np.array(skeleton.sigmas)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=True))
+    predictions: Predictions,
+    people: People,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    boxes: Boxes | None = None,
+) -> Metrics:
+    """COCO's keypoint metrics of predictions of the people, or of other boxes."""
+    found, _ = ap.results(predictions, boxes or detections.of_people(people), skeleton, data, config)
+    return ap.metrics_of(found, people, skeleton, config.backend)
 
 
-def _truth(people: People) -> dict[str, Any]:
-    """The JSON as pycocotools wants it, whatever it leaves out: a single category, areas and counts.
-
-    Labelled people who are not among the rows (their picture does not decode, their box is empty) are to be ignored, as
-    crowds and people without keypoints are: nobody could have predicted them.
-    """
-    tree = json.loads(people.annotations.read_text())
-    known = set(people.rows["ann_id"][:])
-    zeros = [0.0] * (3 * people.rows.features["keypoints"].shape[0])
-    annotations = []
-    for person in tree["annotations"]:
-        box = person.get("bbox") or [0, 0, 0, 0]
-        keypoints = person.get("keypoints") if person.get("id") in known else None
-        annotations.append(
-            {
-                "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
-                "image_id": person["image_id"],
-                "category_id": 1,
-                "iscrowd": int(bool(person.get("iscrowd"))),
-                "area": float(person.get("area", box[2] * box[3])),
-                "bbox": box,
-                "keypoints": keypoints or zeros,
-                "num_keypoints": sum(v > 0 for v in keypoints[2::3]) if keypoints else 0,
-            }
-        )
-    images = [{"id": image["id"]} for image in tree["images"]]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
-
-
-def _results(
-    predictions: Predictions, people: People, skeleton: Skeleton, data: DataConfig, config: EvalConfig
-) -> list[dict[str, Any]]:
-    boxes = boxes_of(people.rows)
-    crops = [geometry.box_crop(box, data.box_padding, data.input_hw) for box in boxes]
-    areas = np.array([crop.size_wh[0] * crop.size_wh[1] for crop in crops])  # of the padded box, as published
-    scores = person_scores(predictions.scores, config.score_threshold)
+def nearest(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
+    """For each labelled person the prediction in the picture with the highest OKS; scores of 0 where there is none."""
     by_image: dict[int, list[int]] = defaultdict(list)
-    image_ids = people.rows["image_id"]
-    for index, image_id in enumerate(image_ids):
+    for index, image_id in enumerate(boxes.image_ids.tolist()):
         by_image[image_id].append(index)
-    results = []
-    for image_id, members in by_image.items():
-        chosen = np.array(members)
-        kept = oks_nms(
-            predictions.points_xy[chosen], scores[chosen], areas[chosen], skeleton.sigmas, config.nms_threshold
-        )
-        for index in chosen[kept]:
-            points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
-            person = {"keypoints": points.ravel().tolist(), "score": float(scores[index])}
-            results.append({"image_id": image_id, "category_id": 1, **person})
-    return results
+    labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
+    points_xy, scores = labels[..., :2] * 0, labels[..., 2] * 0
+    for person, image_id in enumerate(people.rows["image_id"][:]):
+        here = by_image[image_id]
+        if here:
+            similar = _oks_of(labels[person], predictions.points_xy[here], areas[person], skeleton)
+            best = here[int(np.argmax(similar))]
+            points_xy[person], scores[person] = predictions.points_xy[best], predictions.scores[best]
+    return Predictions(points_xy=points_xy, scores=scores)
 
 
-def person_scores(scores: Float[Array, "n k"], threshold: float) -> Float[Array, "n"]:
-    """Mean of each person's keypoint scores above the threshold; 0 where there is none."""
-    counted = scores > threshold
-    return (scores * counted).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> Array:
+    return oks(label[:, :2], others_xy, np.full(len(others_xy), area), skeleton.sigmas, label[:, 2] > 0)
 
 
-def oks(
-    points_xy: Float[Array, "k 2"],
-    others_xy: Float[Array, "n k 2"],
-    areas: Float[Array, "n"],
-    sigmas: Sequence[float],
-    counted: Bool[Array, "k"] | None = None,
-) -> Float[Array, "n"]:
-    """Object keypoint similarity, https://cocodataset.org/#keypoints-eval: mean exp(-d^2 / (2 area (2 sigma)^2)).
+def explained(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:
+    """Why metrics are -1 (nobody to measure) or 0, a line each."""
+    lines = []
+    for name, sizes in (("AP_M", "32^2 to 96^2"), ("AP_L", "above 96^2")):
+        if metrics[name] < 0 <= metrics["AP"]:
+            lines.append(f"{name}: no labelled person has an area of {sizes} px; COCO's -1")
+    for part in (*ap.parts_of(skeleton), "whole"):
+        if metrics.get(f"{part}/AP", metrics["AP"]) < 0:
+            which = "keypoint" if part == "whole" else f"keypoint of part {part}"
+            lines.append(f"{part} AP: nobody in {people.annotations.name} has a labelled {which} in range; COCO's -1")
+    if metrics["AP"] == 0:
+        lines.append(f"AP 0: {_why_nothing_fits(own, people, skeleton)}")
+    return lines
 
-    Args:
-        areas: px^2, one for each comparison.
-        counted: the keypoints that count; all of them by default.
+
+def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> str:
+    if not own.scores.any():
+        return "no box in any picture with labelled people, or no keypoint with a score: untrained weights?"
+    labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
+    similar = [
+        _oks_of(label, points_xy[None], area, skeleton)[0]
+        for label, points_xy, area in zip(labels, own.points_xy, areas, strict=True)
+    ]
+    return (
+        f"of {len(similar)} people none counts: their OKS is {np.median(similar):.2f} in the median and "
+        f"{max(similar):.2f} at best, 0.5 is the least that does: untrained weights, or other keypoints?"
+    )
+
+
+def predictions_file(given: str, name: str) -> Path:
+    """The file of predictions of one of several: results.json becomes results_NAME.json."""
+    file, plain = Path(given), re.sub(r"[^\w.]+", "_", name).strip("_")
+    return file.with_name(f"{file.stem}_{plain}{file.suffix}") if plain else file
+
+
+def summary(rows: dict[str, Judgement], config: EvalConfig, skeleton: Skeleton) -> str:
+    """The table of what was judged, what augmentation adds and costs, single keypoints of one row, and the notes."""
+    metrics = {name: judged.metrics for name, judged in rows.items()}
+    parts = [table(metrics, protocol(config))]
+    parts.append("\n".join(tables.costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
+    if skeleton.num_keypoints <= SHOWN_JOINTS:
+        name, judged = list(rows.items())[-1]
+        parts.append(f"{name}: {tables.joint_table(judged.joints, skeleton)}")
+    notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
+    return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
+
+
+def record(file: Path, rows: dict[str, Judgement], hows: dict[str, EvalConfig], skeleton: Skeleton) -> None:
+    """Add rows, and how each was measured, to a JSON.
+
+    Raises:
+        UserError: the file is there and is no JSON.
     """
-    variances = (2 * np.array(sigmas)) ** 2
-    squared = ((others_xy - points_xy) ** 2).sum(axis=-1)
-    similarity = np.exp(-squared / (2 * variances * (areas[:, None] + np.spacing(1))))
-    return similarity.mean(axis=-1) if counted is None else similarity[:, counted].mean(axis=-1)
-
-
-def oks_nms(
-    points_xy: Float[Array, "n k 2"],
-    scores: Float[Array, "n"],
-    areas: Float[Array, "n"],
-    sigmas: Sequence[float],
-    threshold: float,
-) -> Int[Array, "m"]:
-    """Indices of the people that stay, best first: of two whose OKS is above the threshold, the better one."""
-    left, kept = np.argsort(-scores, kind="stable"), []
-    while len(left):
-        best, rest = left[0], left[1:]
-        kept.append(best)
-        # The mean of both areas, as the reference takes it.
-        similarity = oks(points_xy[best], points_xy[rest], (areas[best] + areas[rest]) / 2, sigmas)
-        left = rest[similarity <= threshold]
-    return np.array(kept, dtype=int)
-
-
-def how(config: EvalConfig) -> dict[str, str | bool]:
-    """What a number must be read with."""
-    return {"split": config.split, "boxes": "ground truth", "flip": config.flip}
-
-
-def protocol(config: EvalConfig) -> str:
-    """The same as a title."""
-    flip = "flip test" if config.flip else "no flip test"
-    return f"COCO keypoint metrics x 100, {config.split} people, ground-truth boxes, {flip}"
-
-
-def table(rows: dict[str, dict[str, float]], title: str) -> str:
-    """Metrics of several models as text, one line each, in percent."""
-    width = max(len(name) for name in rows)
-    head = f"{'':<{width}}" + "".join(f"{metric:>7}" for metric in METRICS)
-    # pycocotools says -1 where there is nobody to measure, as for AP_L without a large person.
-    cells = {n: [f"{100 * row[m]:.1f}" if row[m] >= 0 else "-" for m in METRICS] for n, row in rows.items()}
-    lines = [f"{name:<{width}}" + "".join(f"{cell:>7}" for cell in row) for name, row in cells.items()]
-    return "\n".join([title, head, *lines])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}; move it away") from None
+    for name, judged in rows.items():
+        more = {"seconds": judged.seconds, "joints": tables.joint_numbers(judged.joints, skeleton)}
+        known[name] = {**judged.metrics, **how(hows[name]), **more}
+    file.write_text(json.dumps(known, indent=2))

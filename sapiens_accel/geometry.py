@@ -96,17 +96,23 @@ def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"
 
 
 def warp_maps(
-    maps: Float[Tensor, "b k h w"], matrices: Float[Tensor, "b 2 3"], input_hw: tuple[int, int]
-) -> Float[Tensor, "b k h w"]:
+    maps: Float[Tensor, "b k h w"],
+    matrices: Float[Tensor, "b 2 3"],
+    input_hw: tuple[int, int],
+    *,
+    other_input_hw: tuple[int, int] | None = None,
+    other_hw: tuple[int, int] | None = None,
+) -> Float[Tensor, "b k other_h other_w"]:
     """Heatmaps of one view as another shows them: bilinear, zeros where the first has nothing to say.
 
     Args:
         matrices: take points of the first view into the other, input px.
-        input_hw: of both views. A map's corners are the input's (UDP), so shares of the extent are the same in both.
+        input_hw: of the first view. A map's corners are the input's (UDP): shares of the extent are the same in both.
+        other_input_hw, other_hw: the other view's input and heatmap; the first one's by default.
     """
-    height, width = maps.shape[-2:]
-    x = torch.linspace(0, input_hw[1] - 1, width, device=maps.device)
-    y = torch.linspace(0, input_hw[0] - 1, height, device=maps.device)
+    (height, width), (other_h, other_w) = other_hw or maps.shape[-2:], other_input_hw or input_hw
+    x = torch.linspace(0, other_w - 1, width, device=maps.device)
+    y = torch.linspace(0, other_h - 1, height, device=maps.device)
     grid_xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     identity = torch.eye(2, 3, device=matrices.device).expand_as(matrices)
     source_xy = apply_batch(strong_from_weak(identity, matrices), grid_xy.expand(len(maps), -1, 2))

@@ -17,14 +17,15 @@ LAYERS = (
     ("holdout", "hub"),
     ("push",),
     ("card",),
-    ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch"),
-    ("plan", "graph"),
-    ("footprint",),
+    ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch", "candidates"),
+    ("tables",),
+    ("plan", "graph", "ap"),
+    ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
-    ("pool",),
+    ("pool", "detections"),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
-    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose"),
+    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 

@@ -282,7 +282,8 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
     assert (folder / "config.yaml").is_file()
     for stage in STAGES:
         names = sorted(path.name for path in (folder / stage / "weights").iterdir())
-        assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
+        described = ["preprocessor_config.json", "skeleton.json"]
+        assert names == ["config.json", "model.safetensors", "modeling_sapiens_pose.py", *described]
         events = list((folder / "tensorboard" / stage).glob("events.out.tfevents.*"))
         assert len(events) == 1 and events[0].stat().st_size > 1000
         for name in ("crops", "predictions"):
@@ -305,7 +306,7 @@ def test_every_step_has_a_line(finished: tuple[Path, str]) -> None:
     for stage, last in (("phase1", 2), ("phase2", 80), ("ssl", 2)):
         steps = [line for line in lines if line["stage"] == stage and "loss" in line]
         assert [line["step"] for line in steps] == list(range(1, last + 1))
-        keys = {"stage", "step", "loss", "lr", "grad_norm"}
+        keys = {"stage", "step", "loss", "lr", "grad_norm", "skipped"}
         teacher = TAUGHT if stage == "ssl" else set()
         assert all(set(line) - OF_THE_MACHINE == keys | teacher for line in steps)
         assert all(line["people_per_second"] > 0 for line in steps)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel import coco, evaluate, heatmap, synthetic
+from sapiens_accel import coco, detections, evaluate, heatmap, score, synthetic
 from sapiens_accel.coco import People
 from sapiens_accel.config import DataConfig, EvalConfig
 from sapiens_accel.data import EvaluationPeople
 from sapiens_accel.evaluate import METRICS, Predictions
 from sapiens_accel.heatmap import Codec
+from sapiens_accel.predict import Network, predict
 from sapiens_accel.skeleton import COCO17
 
 Array = np.ndarray
@@ -214,12 +215,12 @@ def test_oks_by_hand() -> None:
     sigmas = (0.05, 0.1, 0.1)
     # Variances (2 sigma)^2: 0.01, 0.04, 0.04; area 2500: 25 / 50 = 0.5, 0, 64 / 200 = 0.32.
     terms = [np.exp(-0.5), 1.0, np.exp(-0.32)]
-    assert evaluate.oks(truth, found[None], np.array([2500.0]), sigmas) == pytest.approx(np.mean(terms), abs=1e-12)
+    assert score.oks(truth, found[None], np.array([2500.0]), sigmas) == pytest.approx(np.mean(terms), abs=1e-12)
     counted = np.array([True, False, True])
-    both = evaluate.oks(truth, np.stack([found, truth]), np.array([2500.0, 2500.0]), sigmas, counted)
+    both = score.oks(truth, np.stack([found, truth]), np.array([2500.0, 2500.0]), sigmas, counted)
     assert both == pytest.approx([(terms[0] + terms[2]) / 2, 1.0], abs=1e-12)
     # Half the area: twice the exponents.
-    halved = evaluate.oks(truth, found[None], np.array([1250.0]), sigmas)
+    halved = score.oks(truth, found[None], np.array([1250.0]), sigmas)
     assert halved == pytest.approx((np.exp(-1) + 1 + np.exp(-0.64)) / 3, abs=1e-12)
 
 
@@ -231,17 +232,17 @@ def test_nms_drops_a_duplicate_and_keeps_the_others_best_first() -> None:
     step = 80.0 * 2 * SIGMAS[:, None] * np.array([1.0, 0.0])
     near, apart = one + np.sqrt(-2 * np.log(0.92)) * step, one - np.sqrt(-2 * np.log(0.88)) * step
     points = np.stack([one, other, near, apart])
-    kept = evaluate.oks_nms(points, np.array([0.5, 0.9, 0.7, 0.6]), np.full(4, area), COCO17.sigmas, 0.9)
+    kept = score.oks_nms(points, np.array([0.5, 0.9, 0.7, 0.6]), np.full(4, area), COCO17.sigmas, 0.9)
     # `one` falls to `near`, not to `apart`; `apart` and `near` are further from each other than either from `one`.
     assert kept.tolist() == [1, 2, 3]
-    kept = evaluate.oks_nms(points, np.array([0.8, 0.9, 0.7, 0.6]), np.full(4, area), COCO17.sigmas, 0.9)
+    kept = score.oks_nms(points, np.array([0.8, 0.9, 0.7, 0.6]), np.full(4, area), COCO17.sigmas, 0.9)
     assert kept.tolist() == [1, 0, 3]
-    assert evaluate.oks_nms(points, np.arange(4.0), np.full(4, area), COCO17.sigmas, 1.0).tolist() == [3, 2, 1, 0]
+    assert score.oks_nms(points, np.arange(4.0), np.full(4, area), COCO17.sigmas, 1.0).tolist() == [3, 2, 1, 0]
     # Unequal areas: the mean of both counts.
     areas = np.array([area * 1.9, 1.0, area * 0.1, 1.0])
-    assert len(evaluate.oks_nms(points[[0, 2]], np.array([1.0, 0.5]), areas[[0, 2]], COCO17.sigmas, 0.919)) == 1
-    assert len(evaluate.oks_nms(points[[0, 2]], np.array([1.0, 0.5]), areas[[0, 2]], COCO17.sigmas, 0.921)) == 2
-    assert evaluate.oks_nms(points[:0], np.zeros(0), np.zeros(0), COCO17.sigmas, 0.9).tolist() == []
+    assert len(score.oks_nms(points[[0, 2]], np.array([1.0, 0.5]), areas[[0, 2]], COCO17.sigmas, 0.919)) == 1
+    assert len(score.oks_nms(points[[0, 2]], np.array([1.0, 0.5]), areas[[0, 2]], COCO17.sigmas, 0.921)) == 2
+    assert score.oks_nms(points[:0], np.zeros(0), np.zeros(0), COCO17.sigmas, 0.9).tolist() == []
 
 
 def test_a_person_predicted_twice_counts_once(crowd: People) -> None:
@@ -259,7 +260,7 @@ def test_a_person_predicted_twice_counts_once(crowd: People) -> None:
 
 def test_person_scores() -> None:
     scores = np.array([[0.1, 0.2, 0.3, 0.9], [0.2, 0.2, 0.0, -1.0], [0.5, 0.5, 0.5, 0.5]])
-    assert evaluate.person_scores(scores, 0.2) == pytest.approx([0.6, 0.0, 0.5], abs=1e-12)
+    assert score.person_scores(scores, 0.2) == pytest.approx([0.6, 0.0, 0.5], abs=1e-12)
 
 
 # ---- predict
@@ -326,7 +327,8 @@ class Seer(nn.Module):
 
 
 def _predict(model: nn.Module, stage: Stage, config: EvalConfig = CONFIG, **ranks: Any) -> Predictions:
-    return evaluate.predict(model, stage.people, stage.codec, COCO17, DATA, config, device=CPU, **ranks)
+    network, boxes = Network(model=model, codec=stage.codec), detections.of_people(stage.people)
+    return predict([network], boxes, COCO17, DATA, config, device=CPU, **ranks)
 
 
 @pytest.mark.parametrize("flip", [True, False])

@@ -1,0 +1,138 @@
+"""Points against points: OKS, suppression of duplicates, a person's score; and what single keypoints are worth.
+
+Shape letters: n people (or predictions of one), k keypoints. All in image px.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray as Array
+
+NEAR = 0.2  # PCK@0.2: of the longer side of the person's box
+RIGHT = 0.5  # OKS of one keypoint above which it counts as right, for its calibration
+NUM_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joints:
+    """How good the labelled keypoints of a set of people are; nan where nobody has one.
+
+    Attributes:
+        count: how many people have each keypoint.
+        oks: its mean similarity exp(-d^2 / (2 area (2 sigma)^2)).
+        pck: the share whose distance is at most 0.2 of the longer side of the person's labelled box: PCK as Yang and
+            Ramanan define it (Articulated human detection with flexible mixtures of parts, TPAMI 2013, section 7).
+        mean_oks, mean_pck: over all labelled keypoints.
+        ece: expected calibration error of the scores; see `calibration_error`.
+    """
+
+    count: Int[Array, "k"]
+    oks: Float[Array, "k"]
+    pck: Float[Array, "k"]
+    mean_oks: float
+    mean_pck: float
+    ece: float
+
+
+def person_scores(scores: Float[Array, "n k"], threshold: float) -> Float[Array, "n"]:
+    """Mean of each person's keypoint scores above the threshold; 0 where there is none."""
+    counted = scores > threshold
+    return (scores * counted).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+
+
+def similarities(
+    points_xy: Float[Array, "*n k 2"],
+    others_xy: Float[Array, "n k 2"],
+    areas: Float[Array, "n"],
+    sigmas: Sequence[float],
+) -> Float[Array, "n k"]:
+    """Each keypoint's term of OKS: exp(-d^2 / (2 area (2 sigma)^2)), https://cocodataset.org/#keypoints-eval."""
+    variances = (2 * np.array(sigmas)) ** 2
+    squared = ((others_xy - points_xy) ** 2).sum(axis=-1)
+    return np.exp(-squared / (2 * variances * (areas[:, None] + np.spacing(1))))
+
+
+def oks(
+    points_xy: Float[Array, "k 2"],
+    others_xy: Float[Array, "n k 2"],
+    areas: Float[Array, "n"],
+    sigmas: Sequence[float],
+    counted: Bool[Array, "k"] | None = None,
+) -> Float[Array, "n"]:
+    """Object keypoint similarity: the mean of `similarities`.
+
+    Args:
+        areas: px^2, one for each comparison.
+        counted: the keypoints that count; all of them by default.
+    """
+    terms = similarities(points_xy, others_xy, areas, sigmas)
+    return terms.mean(axis=-1) if counted is None else terms[:, counted].mean(axis=-1)
+
+
+def oks_nms(
+    points_xy: Float[Array, "n k 2"],
+    scores: Float[Array, "n"],
+    areas: Float[Array, "n"],
+    sigmas: Sequence[float],
+    threshold: float,
+) -> Int[Array, "m"]:
+    """Indices of the people that stay, best first: of two whose OKS is above the threshold, the better one."""
+    left, kept = np.argsort(-scores, kind="stable"), []
+    while len(left):
+        best, rest = left[0], left[1:]
+        kept.append(best)
+        # The mean of both areas, as the reference takes it.
+        similarity = oks(points_xy[best], points_xy[rest], (areas[best] + areas[rest]) / 2, sigmas)
+        left = rest[similarity <= threshold]
+    return np.array(kept, dtype=int)
+
+
+def joints(
+    found_xy: Float[Array, "n k 2"],
+    scores: Float[Array, "n k"],
+    labels: Float[Array, "n k 3"],
+    areas: Float[Array, "n"],
+    boxes_xywh: Float[Array, "n 4"],
+    sigmas: Sequence[float],
+) -> Joints:
+    """What each keypoint is worth, over the people who have it labelled.
+
+    Args:
+        found_xy, scores: each person's prediction.
+        labels: x, y and visibility; those of visibility 0 do not count.
+        areas, boxes_xywh: the persons' own, as labelled.
+    """
+    labelled = labels[..., 2] > 0
+    similar = similarities(found_xy, labels[..., :2], areas, sigmas)
+    distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
+    near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]
+    return Joints(
+        count=labelled.sum(axis=0),
+        oks=_mean(similar, labelled),
+        pck=_mean(near, labelled),
+        mean_oks=float(_mean(similar.ravel(), labelled.ravel())),
+        mean_pck=float(_mean(near.ravel(), labelled.ravel())),
+        ece=calibration_error(scores[labelled], similar[labelled] > RIGHT),
+    )
+
+
+def calibration_error(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> float:
+    """Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
+
+    Scores, clipped to 0..1, in 10 bins of equal width (the upper edge belongs to a bin); the mean distance between a
+    bin's score and its share of right keypoints, weighted by its size. nan of nothing.
+    """
+    if not len(scores):
+        return float("nan")
+    scores = scores.clip(0.0, 1.0)
+    bins = np.maximum(np.ceil(scores * NUM_BINS).astype(int) - 1, 0)
+    # Of a bin with n of N members, n / N * |mean score - mean right| is |sum score - sum right| / N.
+    return float(np.abs(np.bincount(bins, scores - right, NUM_BINS)).sum() / len(scores))
+
+
+def _mean(values: Array, counted: Bool[Array, "..."]) -> Array:
+    """Over the first axis, of what is counted; nan of nothing."""
+    num = counted.sum(axis=0)
+    return np.where(num > 0, (values * counted).sum(axis=0) / np.maximum(num, 1), np.nan)
