@@ -88,6 +88,85 @@ def test_a_step_with_unlabelled_people_needs_a_teacher_more_and_little_else(tmp_
         assert case["time_ratio"] > 1.3
 
 
+def test_the_codec_is_timed_alone_where_there_is_no_peer(tmp_path: Path) -> None:
+    words = ["--input_hw", "160", "120", "--batch", "2", "--joints", "5", "3", "--rounds", "2", "--sigma", "2"]
+    found = benchmark("codec", tmp_path / "codec.json", *words)
+    assert found["benchmark"] == "codec" and found["heatmap_hw"] == [40, 30] and found["threads"] == 1
+    assert [case["joints"] for case in found["cases"]] == [5, 3]
+    for case in found["cases"]:
+        assert set(case["encode"]) == set(case["decode"]) == {"ours"} and case["agreement"] == {}
+        assert 0 < case["decode"]["ours"]["lowest"] <= case["decode"]["ours"]["median"]
+    assert not [key for key in found if "ratio" in key]
+
+
+def test_the_codecs_peer_runs_in_another_python_and_gives_the_same_maps_and_points(tmp_path: Path) -> None:
+    """mmpose is not installed: a package of its name, called and answering as it does, holds our own codec."""
+    package = tmp_path / "mmpose" / "codecs"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text("raise ImportError('what every codec needs')")
+    (package / "udp_heatmap.py").write_text(STAND_IN.format(root=str(ROOT)))
+    words = ["--input_hw", "160", "120", "--batch", "4", "--joints", "40", "--rounds", "2", "--sigma", "2"]
+    found = benchmark("codec", tmp_path / "codec.json", *words, "--peer_python", shell(tmp_path, tmp_path))
+    assert str(tmp_path) not in (tmp_path / "codec.json").read_text()
+    (case,) = found["cases"]
+    for step in ("encode", "decode"):
+        assert found[f"{step}_ratio_mmpose"] == case[f"{step}_ratio"]["mmpose"]["median"] > 0
+    agreement = case["agreement"]["mmpose"]
+    assert agreement["map_values"] == 0.0 and agreement["points_inside"] == pytest.approx(0.25, abs=1e-3)
+    assert 0 < agreement["num_inside"] < 160
+    assert agreement["error_at_border_theirs"] != agreement["error_at_border_ours"]
+
+
+# Points 0.25 input px to the right of ours, and in mmpose's frame, where W / (W - 1) px are one.
+STAND_IN = """
+import sys
+sys.path.insert(0, "{root}")
+import numpy as np, torch
+from sapiens_accel.heatmap import Codec
+class UDPHeatmap:
+    def __init__(self, input_size, heatmap_size, sigma):
+        self.size = np.array(input_size)
+        self.codec = Codec(input_hw=tuple(input_size[::-1]), heatmap_hw=tuple(heatmap_size[::-1]), sigma=float(sigma))
+    def encode(self, points_xy, visible):
+        maps, weights = self.codec.encode(torch.from_numpy(points_xy), torch.from_numpy(visible))
+        return dict(heatmaps=maps[0].numpy(), keypoint_weights=weights.numpy())
+    def decode(self, maps):
+        points_xy, scores = self.codec.decode(torch.from_numpy(maps)[None])
+        return (points_xy.numpy() + [0.25, 0]) * self.size / (self.size - 1), scores.numpy()
+"""
+
+
+def test_a_python_without_the_codecs_is_told_in_one_line(tmp_path: Path) -> None:
+    for name in ("mmpose", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('half of {name} is missing')")
+    broken = shell(tmp_path, tmp_path)
+    expected = (
+        "mmpose: ImportError: half of mmpose is missing; transformers: ImportError: half of transformers is missing"
+    )
+    for python, reason in ((str(tmp_path / "no"), "No such file"), (broken, expected)):
+        command = [
+            sys.executable,
+            "benchmarks/codec.py",
+            "--peer_python",
+            python,
+            "--out",
+            str(tmp_path / "codec.json"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and last.startswith(f"codec.py: error: --peer_python {python}: ") and reason in last
+        assert "Traceback" not in done.stderr
+
+
+def shell(folder: Path, packages: Path) -> str:
+    """This Python, which imports from `packages` first."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
 def test_arms_are_held_against_the_supervised_one(tmp_path: Path) -> None:
     words = ["--labels", "6", "--seeds", "3", "--arms", "supervised", "recommended", "literal", "--jobs", "2"]
     small = [f"--data.synthetic.num_{name}={num}" for name, num in (("train", 8), ("unlabelled", 4), ("val", 4))]

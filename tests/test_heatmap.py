@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sapiens_accel import heatmap
 from sapiens_accel.heatmap import Codec, flip
 from sapiens_accel.skeleton import COCO17
 
@@ -215,6 +216,53 @@ def test_single_pixels_and_noise_decode_near_their_maximum() -> None:
     peak_xy = torch.stack([index % 48, index // 48], dim=-1)
     step = points_xy / torch.tensor(_input_per_heatmap(codec)).float() - peak_xy
     assert step.isfinite().all() and step.abs().max() <= 5 + 1e-3
+
+
+@pytest.mark.parametrize("scale", [80.0, 3e-3, 1e-3])
+@every_size
+def test_decode_is_mmpose_where_its_clamp_acts(heatmap_hw: tuple[int, int], sigma: int, scale: float) -> None:
+    """Below 1e-3 and above 50 it matters that the blurred map is scaled to the maximum of the whole map."""
+    codec, rng = _codec(heatmap_hw, sigma), np.random.default_rng(9)
+    heatmaps = scale * _drawn(codec, rng.uniform(8, np.array(heatmap_hw[::-1]) - 9, (40, 2)), noise=0.02)
+    # A second, broader hill makes the blurred map's highest pixel another one than the map's.
+    heatmaps[..., :16, :16] = 0.75 * scale
+    expected = _reference_decode(heatmaps[0].numpy()) * _input_per_heatmap(codec)
+    top = np.stack(np.unravel_index(heatmaps[0].flatten(1).argmax(-1).numpy(), heatmap_hw)[::-1], axis=-1)
+    inside = ((top > 6) & (top < np.array(heatmap_hw[::-1]) - 7)).all(1)
+    # Beyond the blur's reach ours cuts the step.
+    short = np.abs(expected / _input_per_heatmap(codec) - top).max(1) < 5
+    found, _ = codec.decode(heatmaps)
+    assert (inside & short).sum() > 25
+    assert np.abs(found[0].numpy() - expected)[inside & short].max() < 5e-3
+
+
+def test_where_only_some_maps_need_it_decode_is_that_of_each_map_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the border's fit and the whole blur are computed for the maps that need them; on a GPU for all."""
+    codec, rng = _codec((64, 48), 2), np.random.default_rng(10)
+    heatmaps = _drawn(codec, rng.uniform(0, [47, 63], (60, 2)), noise=0.01)
+    heatmaps *= torch.tensor([1.0, 1e-3, 80.0, 0.0]).repeat(15)[None, :, None, None]
+    heatmaps = heatmaps.view(3, 20, 64, 48)
+    points_xy, scores = codec.decode(heatmaps)
+    for person, k in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 19)):
+        alone_xy, alone = codec.decode(heatmaps[person : person + 1, k : k + 1])
+        torch.testing.assert_close(alone_xy[0, 0], points_xy[person, k], rtol=0, atol=2e-3)
+        assert alone == scores[person, k]
+    monkeypatch.setattr(heatmap, "_few", lambda needed: slice(None))
+    torch.testing.assert_close(codec.decode(heatmaps)[0], points_xy, rtol=0, atol=2e-3)
+
+
+def test_of_equal_maxima_the_first_is_decoded_and_any_layout_in_memory_will_do() -> None:
+    codec = _codec((64, 48), 2)
+    heatmaps = torch.zeros(2, 3, 64, 48)
+    for y, x in ((40, 12), (20, 31), (20, 17)):
+        heatmaps[..., y, x] = 1.0
+    points_xy, _ = codec.decode(heatmaps)
+    expected = torch.tensor([17.0, 20.0]) * torch.tensor(_input_per_heatmap(codec)).float()
+    torch.testing.assert_close(points_xy, expected.expand(2, 3, 2), rtol=0, atol=1e-3)
+    turned = heatmaps.to(memory_format=torch.channels_last)
+    assert not turned.is_contiguous() and torch.equal(codec.decode(turned)[0], points_xy)
+    none_xy, none = codec.decode(heatmaps[:0])
+    assert none_xy.shape == (0, 3, 2) and none.shape == (0, 3)
 
 
 # ---- Flip
