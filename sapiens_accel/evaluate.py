@@ -137,11 +137,16 @@ def _measured(
     if config.save_predictions:
         ap.save(found, predictions_file(config.save_predictions, name), people, skeleton)
     metrics = ap.metrics_of(found, people, skeleton, config.backend)
-    areas = np.asarray(people.rows["area"][:], dtype=np.float64)
-    labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
-    values = joints(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
+    values = joints_of(own, people, skeleton)
     notes = [boxes.told] * bool(boxes.told) + explained(metrics, own, people, skeleton)
     return metrics, values, tuple(notes)
+
+
+def joints_of(own: Predictions, people: People, skeleton: Skeleton) -> Joints:
+    """What each keypoint is worth, of predictions in the order of the people's rows."""
+    areas = np.asarray(people.rows["area"][:], dtype=np.float64)
+    labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
+    return joints(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
 
 
 def coco_ap(

@@ -20,7 +20,7 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel import checkpoint, config, distributed, draw, evaluate, holdout, pool
+from sapiens_accel import checkpoint, config, distributed, draw, evaluate, holdout, pool, tables
 from sapiens_accel.alarms import Alarms, Stopped
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
@@ -303,6 +303,8 @@ class Report:
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.how(self.run.eval)}
+            if predictions:
+                whole |= tables.by_keypoint(evaluate.joints_of(predictions, self.people, self.skeleton), self.skeleton)
             checkpoint.write_whole(self.folder / self.stage / "eval.json", whole)
             if predictions:  # not of weights that were kept before this run went on
                 picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)

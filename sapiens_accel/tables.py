@@ -88,6 +88,12 @@ def _percent(value: float, width: int) -> str:
     return f"{'-':>{width}}" if math.isnan(value) else f"{100 * value:>{width}.1f}"
 
 
+def by_keypoint(values: Joints, skeleton: Skeleton) -> dict[str, dict[str, float | None]]:
+    """OKS and PCK of each keypoint by its name; what nobody has is null."""
+    columns = {"OKS": values.oks.tolist(), "PCK@0.2": values.pck.tolist()}
+    return {k: dict(zip(skeleton.names, map(_number, column), strict=True)) for k, column in columns.items()}
+
+
 def joint_numbers(values: Joints, skeleton: Skeleton) -> dict[str, Any]:
     """The same for a JSON: what nobody has is null."""
     rows = zip(skeleton.names, values.count.tolist(), values.oks.tolist(), values.pck.tolist(), strict=True)

@@ -824,6 +824,9 @@ def test_a_run_pushes_while_it_trains_and_another_starts_from_there(tmp_path: Pa
         assert repo.files["model.safetensors"] == kept
         assert {"README.md", "config.json", "modeling_sapiens_pose.py", "skeleton.json"} <= repo.files.keys()
         assert repo.messages[-1] == "phase2: final weights"
+        assert "hub: warning" not in said, "what a checkpoint holds can be pushed before the stage has ended"
+        assert "### By keypoint" in repo.files["README.md"].decode()
+        assert "left_ankle" in repo.files["README.md"].decode().split("### By keypoint")[1]
         # The second run began with what was pushed.
         assert "weights from" in said and "re-initialised" not in said.split("weights from")[1].split("steps 1 to")[0]
     assert TOKEN not in said
