@@ -60,6 +60,7 @@ class Uploads:
         self.waiting: list[Push] = []
         self.running: Push | None = None
         self.failed: dict[str, str] = {}  # by its first folder: what a push that failed, and none since, failed of
+        self.failed_at: dict[str, int] = {}
         self.url: str | None = None
         self.stage, self.count, self.thread = last_stage, 0, None
         shutil.rmtree(run_folder / STAGING, ignore_errors=True)  # of a run that was killed
@@ -160,25 +161,27 @@ class Uploads:
                 self.changed.notify_all()
 
     def _try(self, push: Push) -> None:
-        name = push.into[0]
+        name, number = push.into[0], int(push.folder.name)
         for wait in (*self.waits, None):
             try:
                 with _quiet():
                     self.url = publish(push, self.repo_id, self.private)
-                self.failed.pop(name, None)
+                if self.failed_at.get(name, 0) < number:  # else a newer one could not even be begun
+                    self.failed.pop(name, None)
                 return
             except Exception as error:
                 if wait is None or is_final(error):
-                    return self._fail(name, error)
+                    return self._fail(name, error, number)
             with self.changed:  # what is newer need not wait for this one
                 if self.changed.wait_for(lambda: any(other.into[0] == name for other in self.waiting), wait):
                     return
 
-    def _fail(self, name: str, error: BaseException) -> None:
+    def _fail(self, name: str, error: BaseException, number: int | None = None) -> None:
         reason = without_token(why(error, self.repo_id))
         if reason not in self.failed.values():
             say(f"warning: the push to {self.repo_id} failed: {reason}; the training goes on", error=True)
         self.failed[name] = reason
+        self.failed_at[name] = self.count if number is None else number
 
 
 class NoUploads:

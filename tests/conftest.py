@@ -39,3 +39,10 @@ def recipes() -> dict[str, Config]:
     """Every recipe in sapiens_accel/recipes, loaded by its name (once: each takes a third of a second)."""
     folder = Path(config.__file__).parent / "recipes"
     return {path.stem: config.load(["--recipe", path.stem]) for path in sorted(folder.glob("*.yaml"))}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: the last one to begin is then a short one."""
+    longest = ("test_zero.py", "test_checkpoint.py", "test_real_people.py", "test_benchmarks.py", "test_cli.py")
+    order = {name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.name, len(longest)))
