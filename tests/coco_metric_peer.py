@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 import tempfile
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,9 @@ def drawn(num_keypoints: int, sigmas: np.ndarray) -> tuple[dict[str, Any], dict[
 
 
 def _measured(num_keypoints: int) -> dict[str, float]:
-    from mmpose.datasets.datasets.utils import parse_pose_metainfo
-    from mmpose.datasets.transforms import GetBBoxCenterScale, TopdownAffine
-    from mmpose.evaluation.metrics import CocoMetric, CocoWholeBodyMetric
-
+    # Not where the tests run.
+    parse_pose_metainfo = import_module("mmpose.datasets.datasets.utils").parse_pose_metainfo
+    transforms, metrics = import_module("mmpose.datasets.transforms"), import_module("mmpose.evaluation.metrics")
     whole = num_keypoints == CUTS[-1]
     name = "coco_wholebody" if whole else "coco"
     meta = parse_pose_metainfo({"from_file": f"configs/_base_/datasets/{name}.py"})
@@ -75,13 +75,13 @@ def _measured(num_keypoints: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "truth.json"
         file.write_text(json.dumps({**tree, "info": {}, "licenses": []}))
-        metric = (CocoWholeBodyMetric if whole else CocoMetric)(ann_file=str(file))
+        metric = (metrics.CocoWholeBodyMetric if whole else metrics.CocoMetric)(ann_file=str(file))
         metric.dataset_meta = meta
-        resized = TopdownAffine(input_size=INPUT_HW[::-1], use_udp=True)
+        resized = transforms.TopdownAffine(input_size=INPUT_HW[::-1], use_udp=True)
         for index in range(len(found["scores"])):
             x, y, w, h = found["boxes_xywh"][index]
             person = {"bbox": np.array([[x, y, x + w, y + h]]), "img": np.zeros((8, 8, 3), np.uint8)}
-            person = resized(GetBBoxCenterScale(padding=1.25)(person))
+            person = resized(transforms.GetBBoxCenterScale(padding=1.25)(person))
             sample = {
                 "id": index,
                 "img_id": int(found["image_ids"][index]),
