@@ -36,7 +36,7 @@ def person(
         scores: colour the joints by these instead (see `ramp`), on bones in the colour of their side.
     """
     canvas, points = _enlarged(image, points_xy)
-    thickness = max(1, canvas.shape[0] // 200)
+    thickness = _thickness(canvas, len(points))
     radius = 2 * thickness + (1 if len(points) <= MANY else 0)
     for a, b in skeleton.edges:
         if shown[a] > 0 and shown[b] > 0:
@@ -82,7 +82,7 @@ def displaced(
 ) -> UInt8[Array, "H W 3"]:
     """`errors`, each in a colour of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
-    thickness = max(1, canvas.shape[0] // 200)
+    thickness = _thickness(canvas, len(points) // 2)
     for k in np.flatnonzero(shown).tolist():
         found, true = points[k], points[len(found_xy) + k]
         cv2.line(canvas, found, true, colours[k], thickness, cv2.LINE_AA)
@@ -192,6 +192,10 @@ def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Colour) -> i
 
 def _width(text: str) -> int:
     return cv2.getTextSize(text, FONT, 0.38, 1)[0][0]
+
+
+def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:
+    return max(1, round(canvas.shape[0] / (190 if num_keypoints <= MANY else 400)))
 
 
 def _colour(skeleton: Skeleton, a: int, b: int) -> Colour:
