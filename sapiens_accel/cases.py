@@ -187,7 +187,8 @@ def _panels(
     colours = [COLOURS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
     missed = found_xy if there else true_xy  # of nobody: a dot where each joint is
     side = [("labelled:", (0, 0, 0)), ("left", draw.LEFT), ("right", draw.RIGHT)]
-    strips = [draw.key(width, side), draw.ramp(width), draw.key(width, [(k.words, c) for k, c in COLOURS.items() if k])]
+    kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in COLOURS.items()]
+    strips = [draw.key(width, side), draw.ramp(width), draw.key(width, kind_of)]
     pictures = [
         draw.person(image, true_xy, label[:, 2] / 2, skeleton),
         draw.person(image, found_xy, shown, skeleton, scores),

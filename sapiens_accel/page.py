@@ -61,7 +61,9 @@ def whole(
     sections = []
     for name, judged in rows.items():
         inner = _section(judged, findings.get(name), skeleton)
-        folded = f"<details{' open' if name == last else ''}><summary>show</summary>{inner}</details>"
+        folded = (
+            f"<details{' open' if name == last else ''}><summary>curves, keypoints, people</summary>{inner}</details>"
+        )
         sections.append(f"<h2>{escape(name)}</h2>{inner if len(rows) == 1 else folded}")
     costs = tables.costs({n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()})
     notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
@@ -232,6 +234,7 @@ def _meanings() -> str:
         f"{GOOD_FROM:g}, imprecise from {NEAR_FROM:g}; a left/right swap if it is nearer to the mirrored joint of the "
         "same person, a wrong person if it is at a joint of another labelled one, else a missed joint: after Ronchi "
         "and Perona, Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation, 2017 (arXiv 1707.05388). "
-        "Unlabelled keypoints do not count. PCK@0.2: within 0.2 of the longer side of the person's box."
+        "Unlabelled keypoints do not count. In the pictures of errors a dot is where a joint is labelled, and a line "
+        "leads to it from where it was found. PCK@0.2: within 0.2 of the longer side of the person's box."
     )
     return f"<h2>What the words mean</h2><p><small>{escape(words)}</small></p>"

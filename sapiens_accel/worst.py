@@ -180,7 +180,10 @@ _ENDINGS = {
 
 
 def named(joints: Sequence[int], skeleton: Skeleton) -> str:
-    """Joints in words, both sides of one as a pair: `left and right knee, ankle, left wrist, nose`."""
+    """Joints in words, both sides of one as a pair: `left and right knee, ankle, left wrist, nose`.
+
+    Numbered points of one thing are counted: `face (27 points)`.
+    """
     there, pairs, single = set(joints), [], []
     for k in joints:
         name, other = skeleton.names[k], skeleton.mirror[k]
@@ -189,10 +192,21 @@ def named(joints: Sequence[int], skeleton: Skeleton) -> str:
             pairs.append(rest)
         elif not (side == "right" and other in there and other != k):
             single.append(f"{side} {rest}".strip())
-    shown_pairs, shown = pairs[: MOST_NAMED // 2], single[: max(0, MOST_NAMED - 2 * len(pairs[: MOST_NAMED // 2]))]
-    left = len(joints) - 2 * len(shown_pairs) - len(shown)
-    words = [f"left and right {', '.join(shown_pairs)}"] * bool(shown_pairs) + shown
-    return ", ".join(words) + (f" and {left} more" if left else "")
+    pairs, shown = pairs[: MOST_NAMED // 2], _series(single)
+    shown = dict(list(shown.items())[: MOST_NAMED - 2 * len(pairs)])
+    left = len(joints) - 2 * len(pairs) - sum(shown.values())
+    words = ", ".join([f"left and right {', '.join(pairs)}"] * bool(pairs) + list(shown))
+    return words + (f" and {left} more" if left else "")
+
+
+def _series(names: Sequence[str]) -> dict[str, int]:
+    """Names and how many joints each stands for: more than three that differ by their number alone are one."""
+    stems = [re.sub(r"[- ]?\d+$", "", name) for name in names]
+    found: dict[str, int] = {}
+    for name, stem in zip(names, stems, strict=True):
+        num = stems.count(stem)
+        found |= {f"{stem} ({num} points)": num} if num > 3 else {name: 1}
+    return found
 
 
 def _sided(name: str) -> tuple[str, str]:

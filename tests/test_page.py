@@ -20,13 +20,28 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sapiens_accel import ap, candidates, cases, coco, config, detections, draw, evaluate, export, page, synthetic
+from sapiens_accel import (
+    ap,
+    candidates,
+    cases,
+    coco,
+    config,
+    detections,
+    draw,
+    evaluate,
+    export,
+    geometry,
+    page,
+    predict,
+    synthetic,
+)
 from sapiens_accel.cases import Findings
 from sapiens_accel.coco import People
 from sapiens_accel.config import DataConfig, EvalConfig, UserError
 from sapiens_accel.evaluate import Judgement
+from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SapiensPose
-from sapiens_accel.predict import Predictions
+from sapiens_accel.predict import Network, Predictions
 from sapiens_accel.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.worst import NOBODY, Kind
 
@@ -302,6 +317,7 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: Judgement) ->
     flat = cases.find(
         judged.predictions, people, COCO17, 20, heatmaps=lambda chosen: (0 * heatmaps(chosen)[0], heatmaps(chosen)[1])
     )
+    apart = []
     for case, plain in zip(with_maps.cases, flat.cases, strict=True):
         index = people.rows["ann_id"][:].index(case.ann_id)
         if not labels[index, 5, 2]:
@@ -313,9 +329,28 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: Judgement) ->
         side = 1.25 * max(h, w * 384 / 320)
         expected_y = (labels[index, 5, 1] - y - h / 2) / side * 384 + 192
         expected_x = (labels[index, 5, 0] - x - w / 2) / (side * 320 / 384) * 320 + 160
-        inside = 40 < expected_x < 280 and 40 < expected_y < 344
-        if inside:
-            assert (columns.mean(), rows.mean()) == pytest.approx((expected_x, expected_y), abs=6)
+        if 40 < expected_x < 280 and 40 < expected_y < 344:
+            apart.append((columns.mean() - expected_x, rows.mean() - expected_y))
+    # What is behind it moves the middle of what is seen by some px, to no side; half a pixel of a map is 3 px here.
+    assert len(apart) > 5 and np.abs(apart).max() < 8
+    assert np.abs(np.mean(apart, axis=0)).max() < 1.5, apart
+
+
+@pytest.mark.parametrize(("flip", "scales"), [(False, (1.0,)), (True, (1.0, 1.5))], ids=["plain", "augmented"])
+def test_heatmaps_of_a_few_are_those_that_were_decoded(people: People, flip: bool, scales: tuple[float, ...]) -> None:
+    model = SapiensPose("sapiens_tiny", 17, SIZE)
+    network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
+    how, device = EvalConfig(flip=flip, scales=scales, batch_size=4), torch.device("cpu")
+    boxes = detections.of_people(people)
+    predicted = predict.predict([network], boxes, COCO17, DATA, how, device=device)
+    maps = predict.heatmaps([network], boxes, COCO17, DATA, how, device=device)
+    assert maps.shape == (24, 17, *model.heatmap_hw)
+    points, scores = network.codec.decode(torch.from_numpy(maps))
+    assert scores.numpy() == pytest.approx(predicted.scores, abs=1e-5)
+    for person in range(24):
+        matrix = geometry.box_crop(boxes.boxes_xywh[person], DATA.box_padding, SIZE).matrix(SIZE)
+        there = geometry.apply(geometry.invert(matrix), points[person].double().numpy())
+        assert there == pytest.approx(predicted.points_xy[person], abs=0.05)
 
 
 def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, tmp_path: Path) -> None:

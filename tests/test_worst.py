@@ -206,7 +206,10 @@ def test_joints_in_words() -> None:
     assert worst.named(sorted(some), COCO17) == "left and right knee, ankle, nose, right wrist"
     assert worst.named(range(17), COCO17) == "left and right eye, ear, shoulder and 11 more"
     face = [WHOLEBODY133.names.index(f"face-{i}") for i in range(8)]
-    assert worst.named(face, WHOLEBODY133) == "face-0, face-1, face-2, face-3, face-4, face-5 and 2 more"
+    assert worst.named([0, *face], WHOLEBODY133) == "nose, face (8 points)"
+    assert worst.named(face[:3], WHOLEBODY133) == "face-0, face-1, face-2"
+    everything = worst.named(range(133), WHOLEBODY133)
+    assert everything == "left and right eye, ear, shoulder and 127 more"
 
 
 def test_bins_make_up_the_calibration_error() -> None:
