@@ -50,8 +50,9 @@ def main(argv: Sequence[str]) -> None:
         if run.eval.num_pictures:
             picture = report.prediction_picture(rows[row].predictions, people, skeleton, run.eval.num_pictures)
             pictures.append(draw.save(picture, folder / f"{stem}_predictions.jpg"))
-        worst = (rows[row], people, skeleton, networks, run.data, hows[row], accelerator.device)
-        findings[row] = cases.of_networks(*worst)
+        findings[row] = cases.of_networks(
+            rows[row], people, skeleton, networks, run.data, hows[row], device=accelerator.device
+        )
         pictures += cases.save(findings[row], folder, f"{stem}_worst")
     if accelerator.is_main_process:
         evaluate.record(several[0].folder / "eval.json", rows, hows, skeleton)

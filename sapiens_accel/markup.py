@@ -30,6 +30,7 @@ details>summary{cursor:pointer;padding:.3rem 0}
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table of words; one that is too wide is scrolled."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
@@ -53,6 +54,7 @@ def chart(across: str, up: str, inner: str) -> str:
 
 
 def key(names: Iterable[tuple[str, str]]) -> str:
+    """What each colour means."""
     entries = "".join(f'<li><i style="background:{colour}"></i>{escape(text)}</li>' for text, colour in names)
     return f'<ul class="key">{entries}</ul>'
 
@@ -73,9 +75,9 @@ def folded(kind: str, head: Sequence[str], top: Sequence[str], body: Sequence[st
     """A table of rows; those of the body are folded away where they are more than `most`."""
     heads = f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>"
 
-    def table(rows: Sequence[str]) -> str:
+    def part(rows: Sequence[str]) -> str:
         return f'<div class="wide"><table class="{kind}">{heads}<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>'
 
     if len(body) <= most:
-        return table([*top, *body])
-    return f"{table(top)}<details><summary>all {len(body)}</summary>{table(body)}</details>"
+        return part([*top, *body])
+    return f"{part(top)}<details><summary>all {len(body)}</summary>{part(body)}</details>"

@@ -21,7 +21,6 @@ from sapiens_accel.worst import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliabili
 AUTO = "auto"
 PANEL_BYTES = 24_000  # a panel's JPEG: four of each of 20 people are 2.6 MB in base64
 LOW = 0.5  # OKS below which a person counts for no AP
-
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -56,14 +55,13 @@ def whole(
     rows: dict[str, Judgement], hows: dict[str, EvalConfig], findings: dict[str, Findings], skeleton: Skeleton
 ) -> str:
     """The page itself."""
-    title = f"Evaluation of {', '.join(rows)}"
+    title = f"Evaluation of {'; '.join(rows)}"
     last = list(rows)[-1]
     sections = []
     for name, judged in rows.items():
         inner = _section(judged, findings.get(name), skeleton)
-        folded = (
-            f"<details{' open' if name == last else ''}><summary>curves, keypoints, people</summary>{inner}</details>"
-        )
+        opened = " open" if name == last else ""
+        folded = f"<details{opened}><summary>curves, keypoints, people</summary>{inner}</details>"
         sections.append(f"<h2>{escape(name)}</h2>{inner if len(rows) == 1 else folded}")
     costs = tables.costs({n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()})
     notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]

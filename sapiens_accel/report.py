@@ -325,8 +325,8 @@ class Report:
 
     def _worst(self, step: int, predictions: Predictions) -> None:
         """The people of the lowest OKS; without their heatmaps, which would take another forward of all ranks."""
-        found = cases.find(predictions, self.people, self.skeleton, self.run.eval.num_worst)
-        if found.cases:
+        if num := self.run.eval.num_worst:
+            found = cases.find(predictions, self.people, self.skeleton, num)
             self._picture("worst", cases.sheet(found), step, ending="png")
 
     def _picture(

@@ -107,7 +107,7 @@ def diagnose(
     to_mirror = similarities(found_xy, labels[:, mirror, :2], areas, skeleton.sigmas)
     # The midline mirrors onto itself.
     to_mirror = np.where(labelled[:, mirror] & (np.array(mirror) != np.arange(len(mirror))), to_mirror, 0.0)
-    to_others, anywhere = _at_others(found_xy, labels, areas, image_ids, skeleton)
+    to_others, anywhere = _at_others(found_xy, labels, areas, image_ids, skeleton, np.maximum(similar, to_mirror))
     best = np.maximum(to_mirror, to_others)
     kinds = np.select(
         [(similar >= best) & (similar >= GOOD_FROM), (similar >= best) & (similar >= NEAR_FROM), best < NEAR_FROM],
@@ -131,10 +131,11 @@ def _at_others(
     areas: Float[Array, "n"],
     image_ids: Sequence[int],
     skeleton: Skeleton,
+    to_own: Float[Array, "n k"],
 ) -> tuple[Float[Array, "n k"], Bool[Array, "n k"]]:
     """The largest similarity to the same or the mirrored joint of another person; whether it lies at any joint of one.
 
-    Each similarity is by the other person's area.
+    Each similarity is by the other person's area. Any joint is looked for only where nothing better explains it.
     """
     to_others, anywhere = np.zeros(labels.shape[:2]), np.zeros(labels.shape[:2], dtype=bool)
     mirror, sigmas = list(skeleton.mirror), np.array(skeleton.sigmas)
@@ -148,11 +149,13 @@ def _at_others(
                 joints = labels[others][:, order]
                 near = similarities(found_xy[person], joints[..., :2], areas[others], skeleton.sigmas)
                 to_others[person] = np.maximum(to_others[person], (near * (joints[..., 2] > 0)).max(axis=0))
-            # By the constant of the joint that it lies at: [k, j].
+            # By the constant of the joint that it lies at: [missed, j].
+            missed = np.flatnonzero(np.maximum(to_own[person], to_others[person]) < NEAR_FROM)
             owner, joint = np.nonzero(labels[others][..., 2] > 0)
-            apart = found_xy[person][:, None] - labels[others][owner, joint][:, :2]
+            apart = found_xy[person, missed][:, None] - labels[others][owner, joint][:, :2]
             variances = areas[others][owner] * (2 * sigmas[joint]) ** 2 + np.spacing(1)
-            anywhere[person] = (np.exp(-(apart**2).sum(axis=-1) / (2 * variances)) >= NEAR_FROM).any(axis=1)
+            near = np.exp(-(apart**2).sum(axis=-1) / (2 * variances)) >= NEAR_FROM
+            anywhere[person, missed] = near.any(axis=1)
     return to_others, anywhere
 
 
