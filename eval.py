@@ -1,14 +1,15 @@
 """Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and pictures.
 
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
-    [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [any option of a run]
+    [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [--worst N]
+    [--html [FILE]] [any option of a run]
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 # Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-from sapiens_accel import candidates, config, data, distributed, draw, evaluate, report
+from sapiens_accel import candidates, cases, config, data, distributed, draw, evaluate, page, report
 from sapiens_accel.config import UserError
 from sapiens_accel.evaluate import Judgement
 
@@ -31,25 +32,34 @@ def main(argv: Sequence[str]) -> None:
         people = data.open_split(run.data, skeleton, run.eval.split)
     autocast = distributed.autocast_dtype(accelerator)
     rows: dict[str, Judgement] = {}
-    hows, pictures = {}, []
+    hows, findings, pictures = {}, {}, []
     for group in [*([one] for one in several), *([several] if run.eval.ensemble else [])]:
         name = candidates.name_of(group, several)
         built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
         accelerator.print(*(told for _, told in built), sep="\n")
+        networks = [network for network, _ in built]
         for variant, how in candidates.variants(run.eval):
             row = ", ".join(filter(None, [name, variant]))
             file_name = row if variant or len(several) > 1 else ""
-            networks = [network for network, _ in built]
             rows[row] = evaluate.judge(accelerator, networks, people, skeleton, run.data, how, file_name)
             hows[row] = how
-        if accelerator.is_main_process and run.eval.num_pictures:
-            found = list(rows.values())[-1].predictions
-            picture = report.prediction_picture(found, people, skeleton, run.eval.num_pictures)
-            pictures.append((picture, group[0].folder / "pictures" / f"{name}_{run.eval.split}_predictions.jpg"))
+        if not accelerator.is_main_process:
+            continue
+        row = list(rows)[-1]  # with all augmentation that is asked for
+        folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
+        if run.eval.num_pictures:
+            picture = report.prediction_picture(rows[row].predictions, people, skeleton, run.eval.num_pictures)
+            pictures.append(draw.save(picture, folder / f"{stem}_predictions.jpg"))
+        findings[row] = cases.of_networks(
+            rows[row], people, skeleton, networks, run.data, hows[row], device=accelerator.device
+        )
+        pictures += cases.save(findings[row], folder, f"{stem}_worst")
     if accelerator.is_main_process:
         evaluate.record(several[0].folder / "eval.json", rows, hows, skeleton)
-        saved = [str(draw.save(*picture)) for picture in pictures]
-        print(f"\n{evaluate.summary(rows, run.eval, skeleton)}\n\npictures:", *saved, sep="\n  ")
+        print(f"\n{evaluate.summary(rows, run.eval, skeleton)}", *cases.told(findings), sep="\n\n")
+        print("\npictures:", *pictures, sep="\n  ")
+        if run.eval.html:
+            print(f"\npage: {page.write(run.eval.html, several[0].folder, rows, hows, findings, skeleton)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy import ndarray as Array
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -28,6 +28,8 @@ from sapiens_accel.score import oks_nms, person_scores
 from sapiens_accel.skeleton import WHOLEBODY133, Skeleton
 
 Metrics = dict[str, float]
+# Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
+Curves = Float[Array, "10 101"]
 Backend = Literal["pycocotools", "faster_coco_eval"]
 METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 MOST = 20  # results of one picture that count, COCO's rule for keypoints
@@ -78,18 +80,25 @@ def metrics_of(found: Sequence[dict[str, Any]], people: People, skeleton: Skelet
     Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and hands, the mean of both hands. The
     metrics without a part are those of all 133 keypoints.
     """
+    return scored(found, people, skeleton, backend)[0]
+
+
+def scored(
+    found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend
+) -> tuple[Metrics, Curves]:
+    """`metrics_of`, and the precision-recall curves of all keypoints that AP is the mean of."""
     tree = truth(people, skeleton.num_keypoints)
     parts = parts_of(skeleton)
     # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
     areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None
-    metrics = _measured(tree, found, slice(0, skeleton.num_keypoints), skeleton, backend, areas)
+    metrics, curves = _measured(tree, found, slice(0, skeleton.num_keypoints), skeleton, backend, areas)
     for part, place in parts.items():
-        scored = _measured(tree, found, place, skeleton, backend, areas)
-        metrics |= {f"{part}/{name}": value for name, value in scored.items()}
+        of_part, _ = _measured(tree, found, place, skeleton, backend, areas)
+        metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
     for name in METRICS if parts else ():
         hands = [value for side in ("left", "right") if (value := metrics[f"{side}_hand/{name}"]) >= 0]
         metrics[f"hands/{name}"] = float(np.mean(hands)) if hands else -1.0
-    return metrics
+    return metrics, curves
 
 
 def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
@@ -139,7 +148,7 @@ def _measured(
     skeleton: Skeleton,
     backend: Backend,
     areas: Sequence[float] | None,
-) -> Metrics:
+) -> tuple[Metrics, Curves]:
     """METRICS of some of the keypoints; a person without one of them labelled is to be ignored."""
     people = [{**person, "keypoints": _part(person["keypoints"], place)} for person in tree["annotations"]]
     people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
@@ -164,7 +173,9 @@ def _measured(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(METRICS, (float(value) for value in evaluation.stats[: len(METRICS)]), strict=True))
+    # [OKS, recall, category, area, results of a picture]; the first area is all of them.
+    curves = np.asarray(evaluation.eval["precision"], dtype=np.float64)[:, :, 0, 0, 0]
+    return dict(zip(METRICS, (float(value) for value in evaluation.stats[: len(METRICS)]), strict=True)), curves
 
 
 def _tools(backend: Backend) -> Any:

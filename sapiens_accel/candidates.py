@@ -28,6 +28,8 @@ SHORT = {
     "batch_size": "eval.batch_size",
     "save_predictions": "eval.save_predictions",
     "pictures": "eval.num_pictures",
+    "worst": "eval.num_worst",
+    "html": "eval.html",
 }
 PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not tell
 

@@ -285,6 +285,10 @@ class EvalConfig:
     """Write the predictions as COCO's server takes them to this JSON; while training, the last evaluation's."""
     num_pictures: int = 8
     """People drawn with their prediction."""
+    num_worst: int = 8
+    """People of the lowest OKS drawn with what went wrong; also while training, at each evaluation."""
+    html: str | None = None
+    """eval.py: also write a page with everything in it to this file; auto: eval.html beside eval.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,9 +470,11 @@ def _check_eval(evaluation: EvalConfig) -> None:
     for knob in ("score_threshold", "nms_threshold"):
         if not 0 <= (value := getattr(evaluation, knob)) <= 1:
             raise UserError(f"--eval.{knob} {value:g}: expected 0 to 1")
-    if evaluation.batch_size < 1 or evaluation.num_pictures < 0:
-        knob, least = ("batch_size", 1) if evaluation.batch_size < 1 else ("num_pictures", 0)
-        raise UserError(f"--eval.{knob} {getattr(evaluation, knob)}: expected at least {least}")
+    for knob, least in {"batch_size": 1, "num_pictures": 0, "num_worst": 0}.items():
+        if getattr(evaluation, knob) < least:
+            raise UserError(f"--eval.{knob} {getattr(evaluation, knob)}: expected at least {least}")
+    if evaluation.html is not None and (not evaluation.html or Path(evaluation.html).is_dir()):
+        raise UserError(f"--eval.html {evaluation.html or '(empty)'}: expected a file to write, as eval.html")
 
 
 def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
@@ -552,5 +558,8 @@ def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
     evaluation = (f"eval.{name}" for name in ("flip", "compare", "ensemble"))
     switches = {f"--{name}" for name in ("dry_run", "push_to_hub", "hub_private", *options, *evaluation)}
+    values = dict.fromkeys(switches, "true") | {"--eval.html": "auto"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
-    return [f"{word}=true" if word in switches and last else word for word, last in zip(argv, bare, strict=True)]
+    return [
+        f"{word}={values[word]}" if word in values and last else word for word, last in zip(argv, bare, strict=True)
+    ]

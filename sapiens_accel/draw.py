@@ -12,28 +12,49 @@ from sapiens_accel.skeleton import Skeleton
 
 LEFT, RIGHT, MIDDLE = (255, 128, 0), (0, 160, 255), (60, 220, 60)
 NEAR, FAR = (60, 220, 60), (255, 40, 40)
+# Scores of 0, 0.5 and 1; told apart without red and green.
+UNSURE, HALF_SURE, SURE = (255, 50, 50), (255, 225, 90), (80, 170, 255)
 SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
+MANY = 40  # keypoints: more are drawn smaller
+STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+Colour = tuple[int, int, int]
 
 
 def person(
-    image: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], shown: Float[Array, "k"], skeleton: Skeleton
+    image: UInt8[Array, "h w 3"],
+    points_xy: Float[Array, "k 2"],
+    shown: Float[Array, "k"],
+    skeleton: Skeleton,
+    scores: Float[Array, "k"] | None = None,
 ) -> UInt8[Array, "H W 3"]:
     """An enlarged copy with bones and joints: the person's left orange, right blue, the midline green.
 
     Args:
         points_xy: px of `image`.
         shown: keypoints above 0 are drawn, those below 0.75 hollow.
+        scores: colour the joints by these instead (see `ramp`), on bones in the colour of their side.
     """
     canvas, points = _enlarged(image, points_xy)
-    thickness = max(1, canvas.shape[0] // 200)
+    thickness = _thickness(canvas, len(points))
+    radius = 2 * thickness + (1 if len(points) <= MANY else 0)
     for a, b in skeleton.edges:
         if shown[a] > 0 and shown[b] > 0:
             cv2.line(canvas, points[a], points[b], _colour(skeleton, a, b), thickness, cv2.LINE_AA)
     for k, point in enumerate(points):
         if shown[k] > 0:
             filled = -1 if shown[k] >= 0.75 else thickness
-            cv2.circle(canvas, point, 2 * thickness + 1, _colour(skeleton, k, k), filled, cv2.LINE_AA)
+            if scores is not None:
+                cv2.circle(canvas, point, radius + 1, (0, 0, 0), filled, cv2.LINE_AA)
+            colour = _colour(skeleton, k, k) if scores is None else confidence(float(scores[k]))
+            cv2.circle(canvas, point, radius, colour, filled, cv2.LINE_AA)
     return canvas
+
+
+def confidence(score: float) -> Colour:
+    """The colour of a score: red at 0, yellow at 0.5, blue at 1."""
+    r, g, b = (round(float(np.interp(score, (0, 0.5, 1), of))) for of in zip(UNSURE, HALF_SURE, SURE, strict=True))
+    return r, g, b
 
 
 def errors(
@@ -49,12 +70,23 @@ def errors(
         found_xy: px of `image`, as `true_xy` is.
         shown: keypoints to draw.
     """
+    return displaced(image, found_xy, true_xy, shown, [NEAR if is_near else FAR for is_near in near])
+
+
+def displaced(
+    image: UInt8[Array, "h w 3"],
+    found_xy: Float[Array, "k 2"],
+    true_xy: Float[Array, "k 2"],
+    shown: Bool[Array, "k"],
+    colours: Sequence[Colour],
+) -> UInt8[Array, "H W 3"]:
+    """`errors`, each in a colour of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
-    thickness = max(1, canvas.shape[0] // 200)
-    for k in np.flatnonzero(shown):
-        colour, found, true = NEAR if near[k] else FAR, points[k], points[len(found_xy) + k]
-        cv2.line(canvas, found, true, colour, thickness, cv2.LINE_AA)
-        cv2.circle(canvas, true, 2 * thickness, colour, -1, cv2.LINE_AA)
+    thickness = _thickness(canvas, len(points) // 2)
+    for k in np.flatnonzero(shown).tolist():
+        found, true = points[k], points[len(found_xy) + k]
+        cv2.line(canvas, found, true, colours[k], thickness, cv2.LINE_AA)
+        cv2.circle(canvas, true, 2 * thickness, colours[k], -1, cv2.LINE_AA)
     return canvas
 
 
@@ -72,12 +104,57 @@ def titled(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO) ->
 def overlay(
     image: UInt8[Array, "h w 3"], heatmaps: Float[Array, "k map_h map_w"], weights: Float[Array, "k"]
 ) -> UInt8[Array, "H W 3"]:
-    """An enlarged copy under the largest of the heatmaps that have a weight, as colour."""
+    """An enlarged copy under the largest of the heatmaps that have a weight, as colour; where it is 0, as it was."""
     factor = max(1, round(SCALE_TO / image.shape[0]))
     size = (image.shape[1] * factor, image.shape[0] * factor)
     top = (heatmaps * (weights > 0)[:, None, None]).max(axis=0).clip(0, 1).astype(np.float32)
-    heat = cv2.applyColorMap((cv2.resize(top, size) * 255).astype(np.uint8), cv2.COLORMAP_JET)
-    return cv2.addWeighted(cv2.resize(image, size), 0.5, cv2.cvtColor(heat, cv2.COLOR_BGR2RGB), 0.5, 0)
+    top = cv2.resize(top, size)
+    heat = cv2.cvtColor(cv2.applyColorMap((top * 255).astype(np.uint8), cv2.COLORMAP_JET), cv2.COLOR_BGR2RGB)
+    opacity = 0.8 * np.sqrt(top)[..., None]  # low ones are seen as well
+    return (cv2.resize(image, size) * (1 - opacity) + heat * opacity).round().astype(np.uint8)
+
+
+def ramp(width: int) -> UInt8[Array, "h w 3"]:
+    """A strip of this width (px) that tells which colour is which score."""
+    strip = np.full((STRIP, width, 3), PAPER, np.uint8)
+    left, right = width // 4, width - width // 8
+    for x in range(left, right):
+        strip[5:-5, x] = confidence((x - left) / (right - 1 - left))
+    _text(strip, "score 0", left - 52, INK)
+    _text(strip, "1", right + 6, INK)
+    return strip
+
+
+def key(width: int, entries: Sequence[tuple[str, Colour]]) -> UInt8[Array, "h w 3"]:
+    """A strip of this width (px) that tells what colours mean; a black one is no colour, but a word."""
+    strip, x = np.full((STRIP, width, 3), PAPER, np.uint8), 6
+    for text, colour in entries:
+        if any(colour):
+            cv2.circle(strip, (x + 4, STRIP // 2), 4, colour, -1, cv2.LINE_AA)
+            x += 12
+        x += _text(strip, text, x, INK) + 9
+    return strip
+
+
+def headed(picture: UInt8[Array, "h w 3"], text: str) -> UInt8[Array, "H w 3"]:
+    """The picture under as many strips of text as it takes."""
+    lines, width = [""], picture.shape[1] - 12
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if _width(longer) <= width else [*lines, word]
+    return np.concatenate([*(key(picture.shape[1], [(line, (0, 0, 0))]) for line in lines), picture])
+
+
+def jpeg(picture: UInt8[Array, "h w 3"], most: int) -> bytes:
+    """JPEG of at most this many bytes: of lower quality, then smaller, until it fits."""
+    bgr, quality = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), 88
+    while True:
+        content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(content) <= most or min(bgr.shape[:2]) < 32:
+            return content
+        quality -= 14
+        if quality < 50:
+            bgr, quality = cv2.resize(bgr, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA), 76
 
 
 def grid(pictures: Sequence[UInt8[Array, "h w 3"]], columns: int) -> UInt8[Array, "H W 3"]:
@@ -106,7 +183,22 @@ def _enlarged(
     return canvas, [(round((float(x) + 0.5) * factor), round((float(y) + 0.5) * factor)) for x, y in points_xy]
 
 
-def _colour(skeleton: Skeleton, a: int, b: int) -> tuple[int, int, int]:
+def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Colour) -> int:
+    """Write into a strip, and return how wide it came out (px). Letters that the font lacks become ?."""
+    plain = text.encode("ascii", "replace").decode()
+    cv2.putText(canvas, plain, (x, STRIP - 6), FONT, 0.38, colour, 1, cv2.LINE_AA)
+    return _width(plain)
+
+
+def _width(text: str) -> int:
+    return cv2.getTextSize(text, FONT, 0.38, 1)[0][0]
+
+
+def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:
+    return max(1, round(canvas.shape[0] / (190 if num_keypoints <= MANY else 400)))
+
+
+def _colour(skeleton: Skeleton, a: int, b: int) -> Colour:
     sides = {side for k in (a, b) for side in ("left", "right") if side in skeleton.names[k]}
     if len(sides) != 1:
         return MIDDLE

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from jaxtyping import Float, Int
 from numpy import ndarray as Array
 from torch import nn
 
@@ -44,14 +45,18 @@ class Judgement:
         metrics: METRICS, 0..1, and those of parts as PART/METRIC; the same on all ranks.
         predictions: of the labelled people, in their order; with a detector's boxes, of the box nearest by OKS (all
             scores 0 where the picture has none).
+        boxes_xywh: those that the people's predictions were made in; 0 where the picture has none.
         joints: what each keypoint is worth; the same on all ranks.
+        curves: precision by recall at each OKS; the same on all ranks.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
     """
 
     metrics: Metrics
     predictions: Predictions
+    boxes_xywh: Float[Array, "n 4"]
     joints: Joints
+    curves: ap.Curves
     notes: tuple[str, ...]
     seconds: float
 
@@ -108,7 +113,8 @@ def judge(
         gather=partial(distributed.gather, accelerator),
     )
     seconds = time.perf_counter() - started
-    own = predictions if boxes.labelled else nearest(predictions, boxes, people, skeleton)
+    chosen = None if boxes.labelled else nearest_boxes(predictions, boxes, people, skeleton)
+    own = predictions if chosen is None else _chosen(predictions, chosen)
     told: list[Any] = [None]
     if accelerator.is_main_process:
         seen = replace(data, input_hw=networks[0].codec.input_hw)
@@ -119,8 +125,17 @@ def judge(
     measured = broadcast_object_list(told)[0]
     if isinstance(measured, str):
         raise UserError(measured)
-    metrics, joint_values, notes = measured
-    return Judgement(metrics=metrics, predictions=own, joints=joint_values, notes=notes, seconds=seconds)
+    metrics, curves, joint_values, notes = measured
+    own_boxes = boxes.boxes_xywh if chosen is None else boxes.boxes_xywh[chosen] * (chosen >= 0)[:, None]
+    return Judgement(
+        metrics=metrics,
+        predictions=own,
+        boxes_xywh=own_boxes,
+        joints=joint_values,
+        curves=curves,
+        notes=notes,
+        seconds=seconds,
+    )
 
 
 def _measured(
@@ -132,14 +147,14 @@ def _measured(
     data: DataConfig,
     config: EvalConfig,
     name: str,
-) -> tuple[Metrics, Joints, tuple[str, ...]]:
+) -> tuple[Metrics, ap.Curves, Joints, tuple[str, ...]]:
     found, _ = ap.results(predictions, boxes, skeleton, data, config)
     if config.save_predictions:
         ap.save(found, predictions_file(config.save_predictions, name), people, skeleton)
-    metrics = ap.metrics_of(found, people, skeleton, config.backend)
+    metrics, curves = ap.scored(found, people, skeleton, config.backend)
     values = joints_of(own, people, skeleton)
     notes = [boxes.told] * bool(boxes.told) + explained(metrics, own, people, skeleton)
-    return metrics, values, tuple(notes)
+    return metrics, curves, values, tuple(notes)
 
 
 def joints_of(own: Predictions, people: People, skeleton: Skeleton) -> Joints:
@@ -164,18 +179,30 @@ def coco_ap(
 
 def nearest(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
     """For each labelled person the prediction in the picture with the highest OKS; scores of 0 where there is none."""
+    return _chosen(predictions, nearest_boxes(predictions, boxes, people, skeleton))
+
+
+def nearest_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Int[Array, "n"]:
+    """For each labelled person which box that is; -1 where the picture has none."""
     by_image: dict[int, list[int]] = defaultdict(list)
     for index, image_id in enumerate(boxes.image_ids.tolist()):
         by_image[image_id].append(index)
     labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
-    points_xy, scores = labels[..., :2] * 0, labels[..., 2] * 0
+    chosen = np.full(len(people), -1)
     for person, image_id in enumerate(people.rows["image_id"][:]):
         here = by_image[image_id]
         if here:
             similar = _oks_of(labels[person], predictions.points_xy[here], areas[person], skeleton)
-            best = here[int(np.argmax(similar))]
-            points_xy[person], scores[person] = predictions.points_xy[best], predictions.scores[best]
-    return Predictions(points_xy=points_xy, scores=scores)
+            chosen[person] = here[int(np.argmax(similar))]
+    return chosen
+
+
+def _chosen(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
+    there = chosen >= 0
+    return Predictions(
+        points_xy=predictions.points_xy[chosen] * there[:, None, None],
+        scores=predictions.scores[chosen] * there[:, None],
+    )
 
 
 def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> Array:

@@ -167,6 +167,31 @@ def predict(
     return _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
 
 
+@torch.no_grad()
+def heatmaps(
+    networks: Sequence[Network],
+    boxes: Boxes,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    device: torch.device,
+) -> Float[Array, "n k h w"]:
+    """What `predict` decodes, of a few boxes: the average of all looks, in the first network's own crop. On one rank.
+
+    Raises:
+        UserError: as `predict`.
+    """
+    shown = looks(networks, config.scales)
+    crops, found = Crops(boxes, shown, data.box_padding), []
+    with _evaluating([network.model for network in networks]):
+        for first in range(0, len(boxes), config.batch_size):
+            several = [crops[index] for index in range(first, min(first + config.batch_size, len(boxes)))]
+            batch = [Crop(*crop) for crop in default_collate(several)]
+            found.append(_mean_maps(shown, batch, skeleton, config, device).cpu().numpy())
+    return np.concatenate(found)
+
+
 def _mean_maps(
     shown: Sequence[Look], crops: Sequence[Crop], skeleton: Skeleton, config: EvalConfig, device: torch.device
 ) -> Float[Tensor, "b k h w"]:

@@ -20,7 +20,7 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel import checkpoint, config, distributed, draw, evaluate, holdout, pool, tables
+from sapiens_accel import cases, checkpoint, config, distributed, draw, evaluate, holdout, pool, tables
 from sapiens_accel.alarms import Alarms, Stopped
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
@@ -257,6 +257,8 @@ class Report:
         if self.writes:
             self._on_disk(lambda: checkpoint.judged(self.folder / self.stage, step, metrics["AP"]))
         self.judged = Judged(step, metrics, predictions)
+        if self.writes:
+            self._worst(step, predictions)
         self.write(step, metrics)
         self.restart_clock(step)
         if step == self.last:
@@ -309,6 +311,8 @@ class Report:
             if predictions:  # not of weights that were kept before this run went on
                 picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
                 self._picture("predictions", picture, step)
+                if self.kept is not self.judged:  # what there is was drawn of worse weights
+                    self._worst(step, predictions)
         self.close()
         return metrics
 
@@ -319,8 +323,16 @@ class Report:
         if self.board:
             self.board.close()
 
-    def _picture(self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "") -> None:
-        path = self.folder / "pictures" / f"{self.stage}_{name}{numbered}.jpg"
+    def _worst(self, step: int, predictions: Predictions) -> None:
+        """The people of the lowest OKS; without their heatmaps, which would take another forward of all ranks."""
+        if num := self.run.eval.num_worst:
+            found = cases.find(predictions, self.people, self.skeleton, num)
+            self._picture("worst", cases.sheet(found), step, ending="png")
+
+    def _picture(
+        self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "", ending: str = "jpg"
+    ) -> None:
+        path = self.folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
         self._on_disk(lambda: draw.save(picture, path))
         if self.board:
             self.board.add_image(name, picture, step, dataformats="HWC")
@@ -341,7 +353,7 @@ def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skel
 
 
 def prediction_picture(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> UInt8[Array, "h w 3"]:
-    """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2)."""
+    """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2), by confidence."""
     chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
     boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)
     above, below = [], []
@@ -352,8 +364,11 @@ def prediction_picture(predictions: Predictions, people: People, skeleton: Skele
         image = warp(read_image(people.root / people.rows[int(index)]["file_name"]), matrix, PERSON_HW)
         labels, found = keypoints[index], apply(matrix, predictions.points_xy[index])
         above.append(draw.person(image, apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
-        below.append(draw.person(image, found, (predictions.scores[index] > SHOWN_SCORE).astype(float), skeleton))
-    return draw.grid([*above, *below], columns=len(chosen))
+        scores = predictions.scores[index]
+        below.append(draw.person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
+    # What the colours mean, under each person.
+    pictures = draw.grid([*above, *below], columns=len(chosen))
+    return np.concatenate([pictures, np.tile(draw.ramp(PERSON_HW[1]), (1, len(chosen), 1))])
 
 
 def _shortened(ann_ids: Sequence[int]) -> str:

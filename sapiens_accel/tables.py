@@ -47,19 +47,25 @@ def augmentation(config: EvalConfig) -> str:
 
 def table(rows: dict[str, Metrics], title: str) -> str:
     """Metrics of several models as text, one line each and one for each part of the body, in percent."""
-    lines = {
+    found = lines(rows)
+    width = max(len(name) for name in found)
+    head = f"{'':<{width}}" + "".join(f"{name:>7}" for name in METRICS)
+    shown = [f"{name:<{width}}" + "".join(f"{metric(v):>7}" for v in values) for name, values in found.items()]
+    return "\n".join([title, head, *shown])
+
+
+def lines(rows: dict[str, Metrics]) -> dict[str, list[float]]:
+    """The table's lines by their names: METRICS of each part of the body, and of the whole."""
+    return {
         f"{name} {part}".rstrip(): [row[f"{part}/{m}" if part else m] for m in METRICS]
         for name, row in rows.items()
         for part in (*(part for part in ROWS if f"{part}/AP" in row), "")
     }
-    width = max(len(name) for name in lines)
-    head = f"{'':<{width}}" + "".join(f"{metric:>7}" for metric in METRICS)
-    # pycocotools says -1 where there is nobody to measure, as for AP_L without a large person.
-    shown = [
-        f"{name:<{width}}" + "".join(f"{100 * value:>7.1f}" if value >= 0 else f"{'-':>7}" for value in values)
-        for name, values in lines.items()
-    ]
-    return "\n".join([title, head, *shown])
+
+
+def metric(value: float) -> str:
+    """In percent; pycocotools says -1 where there is nobody to measure, as for AP_L without a large person."""
+    return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
 def costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:

@@ -15,8 +15,8 @@ LAYERS = (
     ("train", "eval"),
     ("report",),
     ("holdout", "hub"),
-    ("push",),
-    ("card",),
+    ("push", "page"),
+    ("card", "cases"),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch", "candidates"),
     ("tables",),
     ("plan", "graph", "ap"),
@@ -24,8 +24,8 @@ LAYERS = (
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
     ("pool", "detections"),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
-    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published", "worst"),
+    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score", "markup"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 

@@ -290,6 +290,9 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
             picture = cv2.imread(str(folder / "pictures" / f"{stage}_{name}.jpg"))
             assert picture is not None and picture.std() > 5
             assert str(folder / "pictures" / f"{stage}_{name}.jpg") in said
+        # The people of the lowest OKS: labelled, predicted and the errors side by side, two people in a row.
+        assert b"worst" in events[0].read_bytes()
+        assert cv2.imread(str(folder / "pictures" / f"{stage}_worst.png")).shape[1] == 6 * 320
     assert load_file(folder / "ssl" / "student" / "model.safetensors").keys()
     labelled = json.loads((folder / "labelled_ann_ids.json").read_text())
     assert (labelled["labels"], labelled["labels_by"], len(labelled["ann_ids"])) == (4, "first", 4)
