@@ -12,6 +12,7 @@ from sapiens_accel.skeleton import Skeleton
 
 LEFT, RIGHT, MIDDLE = (255, 128, 0), (0, 160, 255), (60, 220, 60)
 NEAR, FAR = (60, 220, 60), (255, 40, 40)
+DARK = (20, 20, 20)
 SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
 
 
@@ -111,3 +112,40 @@ def _colour(skeleton: Skeleton, a: int, b: int) -> tuple[int, int, int]:
     if len(sides) != 1:
         return MIDDLE
     return LEFT if "left" in sides else RIGHT
+
+
+def people_on(
+    image: UInt8[Array, "h w 3"],
+    people_xy: Float[Array, "n k 2"],
+    shown: Bool[Array, "n k"],
+    skeleton: Skeleton,
+) -> UInt8[Array, "h w 3"]:
+    """A copy with everybody's bones and joints in the colours of `person`, as thick as suits each one's size.
+
+    Args:
+        people_xy: px of `image`; who comes first is drawn last, on top.
+        shown: keypoints to draw.
+    """
+    canvas = image.copy()
+    for points_xy, seen in reversed(list(zip(people_xy, shown, strict=True))):
+        if seen.any():
+            _one_on(canvas, points_xy, seen, skeleton)
+    return canvas
+
+
+def _one_on(
+    canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], seen: Bool[Array, "k"], skeleton: Skeleton
+) -> None:
+    extent = float(np.ptp(points_xy[seen], axis=0).max())
+    thickness = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
+    fixed = (points_xy * 16).round().clip(-(2**24), 2**24).astype(int).tolist()  # 4 bits of a pixel, cv2's way
+    bones = [(fixed[a], fixed[b], _colour(skeleton, a, b)) for a, b in skeleton.edges if seen[a] and seen[b]]
+    in_bones = {k for edge in skeleton.edges for k in edge}
+    # A point of the face, in no bone, is small: hundreds of large ones would hide it.
+    radii = {k: thickness + 1 if k in in_bones else max(1, thickness // 2) for k in np.flatnonzero(seen).tolist()}
+    for edge, wider in ((DARK, 2), (None, 0)):  # a dark rim first, so that they are seen on any ground
+        for a, b, colour in bones:
+            cv2.line(canvas, a, b, edge or colour, thickness + wider, cv2.LINE_AA, 4)
+        for k, radius in radii.items():
+            colour = edge or _colour(skeleton, k, k)
+            cv2.circle(canvas, fixed[k], (radius + wider // 2) * 16, colour, -1, cv2.LINE_AA, 4)
