@@ -235,26 +235,14 @@ def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> No
 
 @pytest.mark.launch
 def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) -> None:
-    """Boxes of pictures whose names are no numbers, by the program; then one step of training on them."""
+    """Boxes of pictures whose names are no numbers, by main; then one step of training by the program on them."""
     shutil.copytree(root, tmp_path / "root")
     folder = tmp_path / "mine"
     folder.mkdir()
     for index, path in enumerate(sorted((root / "unlabeled2017").iterdir())):
         shutil.copy(path, folder / f"holiday {index}.jpg")
     out = tmp_path / "b.json"
-    _run(
-        "-m",
-        "sapiens_accel.boxes",
-        folder,
-        "--out",
-        out,
-        "--detector",
-        detector,
-        "--threshold",
-        0.3,
-        "--num_workers",
-        1,
-    )
+    _main(folder, "--out", out, "--detector", detector, "--threshold", 0.3)
     least = round(float(np.median([row["score"] for row in _read(out)])), 3)
     num = sum(row["score"] >= least and min(row["bbox"][2:]) >= 24 for row in _read(out))
     assert 5 < num < len(_read(out))
