@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from jaxtyping import Float
@@ -36,23 +36,30 @@ class KeypointsFile:
         self._part = file.with_name(f".{file.name}.part")
         self._images: list[dict[str, Any]] = []
         self._num = 0
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._part.open("w")
+        self._stream: TextIO | None = None  # nothing is written before there is something
         edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
         kind = {"id": 1, "name": "person", "supercategory": "person", "keypoints": skeleton.names, "skeleton": edges}
         third = f"v: 2 where the score is above {threshold:g}, else 0"
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
-        self._stream.write(f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": [')
+        self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": ['
 
-    def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person], **more: Any) -> None:
-        """A picture and its people; `more` is noted with the picture."""
+    def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person]) -> None:
+        """A picture and its people."""
         number = len(self._images) + 1
         height, width = size_hw
-        self._images.append({"id": number, "file_name": name, "width": width, "height": height, **more})
+        self._images.append({"id": number, "file_name": name, "width": width, "height": height})
         for person in people:
-            self._stream.write(",\n" if self._num else "\n")
+            self._written.write(",\n" if self._num else "\n")
             self._num += 1
-            self._stream.write(json.dumps({"id": self._num, "image_id": number, **self._annotation(person)}))
+            self._written.write(json.dumps({"id": self._num, "image_id": number, **self._annotation(person)}))
+
+    @property
+    def _written(self) -> TextIO:
+        if self._stream is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._part.open("w")
+            self._stream.write(self._head)
+        return self._stream
 
     def _annotation(self, person: Person) -> dict[str, Any]:
         shown = np.where(person.scores > self.threshold, LABELLED, 0)
@@ -75,6 +82,6 @@ class KeypointsFile:
 
     def close(self) -> None:
         """What was added is the file."""
-        self._stream.write(f'],\n"images": {json.dumps(self._images)}}}\n')
-        self._stream.close()
+        self._written.write(f'],\n"images": {json.dumps(self._images)}}}\n')
+        self._written.close()
         self._part.replace(self.file)

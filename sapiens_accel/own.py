@@ -29,7 +29,7 @@ from sapiens_accel.predict import Network, predict
 from sapiens_accel.score import oks_nms, person_scores
 from sapiens_accel.skeleton import Skeleton
 
-FRAMES = 32  # of a video, at a time
+FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"
 DETECTED_AT_ONCE = 8
 Thing = TypeVar("Thing")

@@ -95,16 +95,17 @@ def frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w
 
 
 def length(video: Path) -> tuple[int, float]:
-    """How many frames it says to have (0: it does not tell), and how many a second.
+    """How many frames it says to have, or, where it does not tell, has; and how many a second.
 
     Raises:
-        UserError: it does not open.
+        UserError: it does not open; as `frames`.
     """
     capture = _opened(video)
     num, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
     capture.release()
     usual = np.isfinite(rate) and 0 < rate <= 1000
-    return max(0, int(num)), float(rate) if usual else USUAL_RATE
+    known = np.isfinite(num) and num >= 1
+    return int(num) if known else sum(1 for _ in frames(video)), float(rate) if usual else USUAL_RATE
 
 
 def _opened(video: Path) -> cv2.VideoCapture:
@@ -124,7 +125,7 @@ def write_frames(video: Path, folder: Path, every: int) -> Pictures:
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    total = -(-length(video)[0] // every) or None
+    total = -(-length(video)[0] // every)
     shown = tqdm(frames(video, every), total=total, desc="frames", unit="frame", disable=None, leave=False)
     for index, frame in shown:
         names.append(frame_name(video, index))

@@ -385,6 +385,7 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     assert "--eval.compare" in _refused(main, weights, images, "--compare")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no picture")
     assert "none of its pictures decodes" in _refused(main, weights, tmp_path / "empty")
+    assert not (tmp_path / "evaluations").exists()
     assert "--eval.min_box_score 2" in _refused(main, weights, images, "--eval.min_box_score", 2)
     other = _weights(tmp_path / "other", seed=3)
     words = ["--images", str(images), "--output_dir", str(tmp_path / "out")]
