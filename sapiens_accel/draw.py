@@ -13,6 +13,7 @@ from sapiens_accel.skeleton import Skeleton
 LEFT, RIGHT, MIDDLE = (255, 128, 0), (0, 160, 255), (60, 220, 60)
 NEAR, FAR = (60, 220, 60), (255, 40, 40)
 DARK = (20, 20, 20)
+SHORT = 8  # px: a bone shorter than this has no rim, and no joints larger than a dot
 SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
 
 
@@ -137,15 +138,23 @@ def _one_on(
     canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], seen: Bool[Array, "k"], skeleton: Skeleton
 ) -> None:
     extent = float(np.ptp(points_xy[seen], axis=0).max())
-    thickness = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
+    thickest = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
     fixed = (points_xy * 16).round().clip(-(2**24), 2**24).astype(int).tolist()  # 4 bits of a pixel, cv2's way
-    bones = [(fixed[a], fixed[b], _colour(skeleton, a, b)) for a, b in skeleton.edges if seen[a] and seen[b]]
-    in_bones = {k for edge in skeleton.edges for k in edge}
-    # A point of the face, in no bone, is small: hundreds of large ones would hide it.
-    radii = {k: thickness + 1 if k in in_bones else max(1, thickness // 2) for k in np.flatnonzero(seen).tolist()}
-    for edge, wider in ((DARK, 2), (None, 0)):  # a dark rim first, so that they are seen on any ground
-        for a, b, colour in bones:
-            cv2.line(canvas, a, b, edge or colour, thickness + wider, cv2.LINE_AA, 4)
-        for k, radius in radii.items():
-            colour = edge or _colour(skeleton, k, k)
-            cv2.circle(canvas, fixed[k], (radius + wider // 2) * 16, colour, -1, cv2.LINE_AA, 4)
+    bones = [(a, b, float(np.hypot(*(points_xy[a] - points_xy[b])))) for a, b in skeleton.edges if seen[a] and seen[b]]
+    reach = {k: max((length for a, b, length in bones if k in (a, b)), default=0.0) for k in np.flatnonzero(seen)}
+    for dark in (True, False):  # a dark rim first, so that they are seen on any ground
+        for a, b, length in bones:
+            if not dark or length >= SHORT:
+                colour, rim = (DARK, 2) if dark else (_colour(skeleton, a, b), 0)
+                cv2.line(canvas, fixed[a], fixed[b], colour, _thickness(length, thickest) + rim, cv2.LINE_AA, 4)
+        for k, length in reach.items():
+            # Fingers and points of the face are dots: full-sized joints would hide a hand.
+            radius = _thickness(length, thickest) + 1 if length >= SHORT else 1
+            if not dark or length >= SHORT:
+                colour = DARK if dark else _colour(skeleton, k, k)
+                cv2.circle(canvas, fixed[k], (radius + dark) * 16, colour, -1, cv2.LINE_AA, 4)
+
+
+def _thickness(length: float, thickest: int) -> int:
+    """Of a bone of this length (px), so that a finger is no blob."""
+    return int(np.clip(round(length / 12), 1, thickest))
