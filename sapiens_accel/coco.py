@@ -211,10 +211,10 @@ def read_image(path: Path) -> Array:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Height and width (px) of a picture as `read_image` turns it; None if it is cut short or does not decode."""
+def whole_image(path: Path) -> Array | None:
+    """The picture as `read_image` has it; None if it is cut short or does not decode."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() and _whole(path) else None
-    return None if image is None else image.shape[:2]
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:

@@ -136,8 +136,7 @@ class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> UInt8[Array, "h w 3"] | None:
-        path = self.root / self.names[index]
-        return coco.read_image(path) if coco.size_of(path) else None
+        return coco.whole_image(self.root / self.names[index])
 
 
 def prepare(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:

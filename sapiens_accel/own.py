@@ -83,8 +83,8 @@ def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[C
     """All weights as one, or each by itself; of the stages of a run, the last."""
     if evaluation.ensemble:
         return [list(several)]
-    # RUN_DIR/STAGE/weights: what has the run in common is one run's.
-    last = {one.weights.parent.parent if one.weights.name == "weights" else one.weights: one for one in several}
+    # Of a run folder they are RUN_DIR/STAGE/weights, each named by its stage; weights that were named stay.
+    last = {one.weights.parent.parent if one.weights.parent.name == one.name else one.weights: one for one in several}
     folders = [one.folder for one in last.values()]
     if len(set(folders)) < len(folders):
         raise UserError(f"--images: results of several weights would all be in {folders[0]}; give one, or --ensemble")

@@ -48,7 +48,10 @@ def find(path: Path) -> Pictures:
         raise UserError(f"{path}: no such file or folder; expected a picture, a folder of pictures or a video")
     files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
     # A file that begins with a dot is no picture of the user's (another system's notes of ._NAME.jpg are not).
-    shown = sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    # Nor is what was drawn of an earlier look, in a folder that is looked at again.
+    drawn = {file.parent / "drawn" for file in files if file.name == "keypoints.json"}
+    shown = sorted(file.as_posix() for file in files if not drawn & set(file.parents))
     names = [name for name in shown if Path(name).suffix.lower() in PICTURES]
     videos = [name for name in shown if Path(name).suffix.lower() in VIDEOS]
     if not names:
@@ -60,8 +63,13 @@ def find(path: Path) -> Pictures:
 
 def sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
     """Height and width (px) of every picture, turned as its EXIF data says; None for one that does not decode."""
+
+    def size(name: str) -> tuple[int, int] | None:
+        image = coco.whole_image(root / name)
+        return None if image is None else image.shape[:2]
+
     with ThreadPoolExecutor(4) as pool:
-        read = pool.map(lambda name: coco.size_of(root / name), names)
+        read = pool.map(size, names)
         return list(tqdm(read, total=len(names), desc="looking at pictures", disable=None, leave=False))
 
 

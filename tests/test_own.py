@@ -302,6 +302,9 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
     assert not run.exists()
     tree = json.loads((tmp_path / "run" / "images" / "val2017" / "keypoints.json").read_text())
     assert tree["annotations"] == expected["annotations"]
+    several = [Candidate(name="w", weights=tmp_path / "run" / stage / "w", folder=run) for stage in ("phase1", "ssl")]
+    with pytest.raises(UserError, match="of several weights would all be in"):
+        own._groups(several, config.EvalConfig())
 
 
 # ---- Pictures
@@ -327,6 +330,10 @@ def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Pat
         assert changed[
             np.clip(person[1].round().astype(int), 0, 239), np.clip(person[0].round().astype(int), 0, 239)
         ].any()
+    # What was drawn is no picture of the user's.
+    shutil.copytree(drawn.parents[3], folder / "evaluations")
+    again, _ = main(weights, folder, "--eval.score_threshold", 0)
+    assert again["images"] == tree["images"]
     _, said = main(weights, folder, "--pictures", 0)
     assert not drawn.exists() and "pics/drawn" not in said
 
