@@ -141,7 +141,9 @@ def _one_on(
     thickest = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
     fixed = (points_xy * 16).round().clip(-(2**24), 2**24).astype(int).tolist()  # 4 bits of a pixel, cv2's way
     bones = [(a, b, float(np.hypot(*(points_xy[a] - points_xy[b])))) for a, b in skeleton.edges if seen[a] and seen[b]]
-    reach = {k: max((length for a, b, length in bones if k in (a, b)), default=0.0) for k in np.flatnonzero(seen)}
+    reach = {
+        k: max((length for a, b, length in bones if k in (a, b)), default=0.0) for k in np.flatnonzero(seen).tolist()
+    }
     for dark in (True, False):  # a dark rim first, so that they are seen on any ground
         for a, b, length in bones:
             if not dark or length >= SHORT:
