@@ -3,13 +3,14 @@
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
     [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [--worst N]
     [--html [FILE]] [any option of a run]
+python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes FILE|detector|NAME] [any of the above]
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 # Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-from sapiens_accel import candidates, cases, config, data, distributed, draw, evaluate, page, report
+from sapiens_accel import candidates, cases, config, data, distributed, draw, evaluate, own, page, report
 from sapiens_accel.config import UserError
 from sapiens_accel.evaluate import Judgement
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     several = [one for path in paths for one in candidates.candidates(path, run, output)]
     if run.eval.ensemble and len(several) < 2:
         raise UserError(f"--eval.ensemble: of {several[0].weights} alone; give the weights of several networks")
+    if run.eval.images:
+        return own.look(accelerator, several, run)
     with accelerator.main_process_first():
         annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
         skeleton = candidates.skeleton_of(several, data.places(run.data)[0] / annotations)

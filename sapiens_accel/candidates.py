@@ -19,6 +19,7 @@ from sapiens_accel.skeleton import PUBLISHED, Skeleton
 
 SHORT = {
     "boxes": "eval.boxes",
+    "images": "eval.images",
     "flip": "eval.flip",
     "scales": "eval.scales",
     "ensemble": "eval.ensemble",
@@ -143,6 +144,41 @@ def skeleton_of(several: Sequence[Candidate], annotations: Path) -> Skeleton:
             )
         counts = known
     return PUBLISHED[max(counts)]
+
+
+def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
+    """The keypoints of the weights themselves, where no labelled people are there to say which are wanted.
+
+    That of skeleton.json beside the first weights; else the largest published one that all of them know.
+
+    Raises:
+        UserError: weights of other keypoints, or without any.
+    """
+    skeletons = [*filter(None, [_written_skeleton(several[0])]), *reversed(PUBLISHED.values())]
+    for candidate in several:
+        names, count = _keypoints_of(candidate)
+        known = [one for one in skeletons if (set(one.names) <= set(names) if names else one.num_keypoints == count)]
+        if not known:
+            theirs = f"{count} keypoints" + (f" ({', '.join(names[:3])}, ...)" if names else " of unknown names")
+            raise UserError(
+                f"{candidate.weights}: weights of unknown keypoints: {theirs}; expected those of "
+                f"{' or '.join(map(str, PUBLISHED))} keypoints, or a skeleton.json beside the weights"
+            )
+        skeletons = known
+    return skeletons[0]
+
+
+def _written_skeleton(candidate: Candidate) -> Skeleton | None:
+    """What `export.export` wrote of the keypoints beside the weights."""
+    folder = candidate.weights if candidate.weights.is_dir() else candidate.weights.parent
+    if not (folder / "skeleton.json").is_file():
+        return None
+    tree = coco.parsed(folder / "skeleton.json")
+    try:
+        parts = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
+        return Skeleton(**parts, edges=tuple((int(a), int(b)) for a, b in tree["edges"]))
+    except (AssertionError, KeyError, TypeError, ValueError, IndexError):
+        raise UserError(f"{folder / 'skeleton.json'}: no skeleton; mend it or move it away") from None
 
 
 def keypoint_counts(annotations: Path) -> list[int]:

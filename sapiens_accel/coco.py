@@ -211,6 +211,12 @@ def read_image(path: Path) -> Array:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def whole_image(path: Path) -> Array | None:
+    """The picture as `read_image` has it; None if it is cut short or does not decode."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() and _whole(path) else None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
     """All keypoints (image px, v) as one array."""
     return _column(rows, "keypoints", rows.features["keypoints"].shape)

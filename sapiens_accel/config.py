@@ -265,6 +265,11 @@ class EvalConfig:
     boxes: str = "gt"
     """Where people are: gt, their own labelled boxes (an easier number), or a detector's results in COCO's form, a JSON
     of image_id, category_id, bbox and score, relative to here or to data.root."""
+    images: str | None = None
+    """eval.py: look at these pictures instead, a picture, a folder (with all below it) or a video; nothing is measured.
+    boxes is then gt, the whole picture as one person, a JSON of boxes, detector, or a detector's folder or Hub name."""
+    min_box_score: float = 0.5
+    """eval.py --images: boxes with a score below this are left out."""
     flip: bool = True
     """Average the heatmaps of the crop and of its mirror image."""
     scales: tuple[float, ...] = (1.0,)
@@ -467,7 +472,7 @@ def _check_eval(evaluation: EvalConfig) -> None:
     if not scales or not all(0.1 <= scale <= 4 for scale in scales) or len(set(scales)) < len(scales):
         shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
         raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
-    for knob in ("score_threshold", "nms_threshold"):
+    for knob in ("score_threshold", "nms_threshold", "min_box_score"):
         if not 0 <= (value := getattr(evaluation, knob)) <= 1:
             raise UserError(f"--eval.{knob} {value:g}: expected 0 to 1")
     for knob, least in {"batch_size": 1, "num_pictures": 0, "num_worst": 0}.items():

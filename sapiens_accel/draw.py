@@ -14,6 +14,8 @@ LEFT, RIGHT, MIDDLE = (255, 128, 0), (0, 160, 255), (60, 220, 60)
 NEAR, FAR = (60, 220, 60), (255, 40, 40)
 # Scores of 0, 0.5 and 1; told apart without red and green.
 UNSURE, HALF_SURE, SURE = (255, 50, 50), (255, 225, 90), (80, 170, 255)
+DARK = (20, 20, 20)
+SHORT = 8  # px: a bone shorter than this has no rim, and no joints larger than a dot
 SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
 MANY = 40  # keypoints: more are drawn smaller
 STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
@@ -203,3 +205,50 @@ def _colour(skeleton: Skeleton, a: int, b: int) -> Colour:
     if len(sides) != 1:
         return MIDDLE
     return LEFT if "left" in sides else RIGHT
+
+
+def people_on(
+    image: UInt8[Array, "h w 3"],
+    people_xy: Float[Array, "n k 2"],
+    shown: Bool[Array, "n k"],
+    skeleton: Skeleton,
+) -> UInt8[Array, "h w 3"]:
+    """A copy with everybody's bones and joints in the colours of `person`, as thick as suits each one's size.
+
+    Args:
+        people_xy: px of `image`; who comes first is drawn last, on top.
+        shown: keypoints to draw.
+    """
+    canvas = image.copy()
+    for points_xy, seen in reversed(list(zip(people_xy, shown, strict=True))):
+        if seen.any():
+            _one_on(canvas, points_xy, seen, skeleton)
+    return canvas
+
+
+def _one_on(
+    canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], seen: Bool[Array, "k"], skeleton: Skeleton
+) -> None:
+    extent = float(np.ptp(points_xy[seen], axis=0).max())
+    thickest = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
+    fixed = (points_xy * 16).round().clip(-(2**24), 2**24).astype(int).tolist()  # 4 bits of a pixel, cv2's way
+    bones = [(a, b, float(np.hypot(*(points_xy[a] - points_xy[b])))) for a, b in skeleton.edges if seen[a] and seen[b]]
+    reach = {
+        k: max((length for a, b, length in bones if k in (a, b)), default=0.0) for k in np.flatnonzero(seen).tolist()
+    }
+    for dark in (True, False):  # a dark rim first, so that they are seen on any ground
+        for a, b, length in bones:
+            if not dark or length >= SHORT:
+                colour, rim = (DARK, 2) if dark else (_colour(skeleton, a, b), 0)
+                cv2.line(canvas, fixed[a], fixed[b], colour, _bone_width(length, thickest) + rim, cv2.LINE_AA, 4)
+        for k, length in reach.items():
+            # Fingers and points of the face are dots: full-sized joints would hide a hand.
+            radius = _bone_width(length, thickest) + 1 if length >= SHORT else 1
+            if not dark or length >= SHORT:
+                colour = DARK if dark else _colour(skeleton, k, k)
+                cv2.circle(canvas, fixed[k], (radius + dark) * 16, colour, -1, cv2.LINE_AA, 4)
+
+
+def _bone_width(length: float, thickest: int) -> int:
+    """Of a bone of this length (px), so that a finger is no blob."""
+    return int(np.clip(round(length / 12), 1, thickest))

@@ -13,17 +13,17 @@ ROOT = PACKAGE.parent
 # A line imports only from lines below it.
 LAYERS = (
     ("train", "eval"),
-    ("report",),
-    ("holdout", "hub"),
-    ("push", "page"),
-    ("card", "cases"),
+    ("report", "own"),
+    ("holdout", "hub", "boxes"),
+    ("push", "page", "boxes_json"),
+    ("card", "cases", "detector", "gallery"),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch", "candidates"),
     ("tables",),
     ("plan", "graph", "ap"),
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
-    ("model", "data", "draw", "origin"),
-    ("pool", "detections"),
+    ("model", "data", "draw", "origin", "keypoints_json"),
+    ("pool", "detections", "pictures"),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published", "worst"),
     ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score", "markup"),
 )
