@@ -353,6 +353,28 @@ def test_heatmaps_of_a_few_are_those_that_were_decoded(people: People, flip: boo
         assert there == pytest.approx(predicted.points_xy[person], abs=0.05)
 
 
+def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged: Judgement) -> None:
+    """The corners of a heatmap are those of the crop that the network saw."""
+    torch.manual_seed(0)
+    model = SapiensPose("sapiens_tiny", 17, SIZE)
+    network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
+    how, device, boxes = replace(HOW, num_worst=3), torch.device("cpu"), detections.of_people(people)
+    assert model.heatmap_hw != SIZE
+    shrunk = np.diag([(small - 1) / (large - 1) for small, large in zip(model.heatmap_hw, SIZE, strict=True)][::-1])
+
+    def heatmaps(chosen: list[int]) -> tuple[Array, Array]:
+        maps = predict.heatmaps([network], boxes, COCO17, DATA, how, device=device)[chosen]
+        crops = [geometry.box_crop(boxes.boxes_xywh[index], DATA.box_padding, SIZE) for index in chosen]
+        return maps, np.stack([shrunk @ crop.matrix(SIZE) for crop in crops])
+
+    drawn = cases.of_networks(judged, people, COCO17, [network], DATA, how, device)
+    expected = cases.find(judged.predictions, people, COCO17, 3, heatmaps=heatmaps)
+    assert len(drawn.cases) == 3
+    for case, other in zip(drawn.cases, expected.cases, strict=True):
+        assert np.abs(case.panels[3].astype(int) - other.panels[3]).max() <= 3
+        assert (case.panels[3][draw.STRIP :] != case.panels[0][draw.STRIP :]).any()
+
+
 def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, tmp_path: Path) -> None:
     nothing = Predictions(points_xy=np.zeros((24, 17, 2)), scores=np.zeros((24, 17)))
     asked: list[list[int]] = []
