@@ -107,7 +107,7 @@ def _enlarged(
 
 
 def _colour(skeleton: Skeleton, a: int, b: int) -> tuple[int, int, int]:
-    sides = {side for k in (a, b) for side in ("left", "right") if side in skeleton.names[k]}
+    sides = {side for k in (a, b) if (side := skeleton.sides[k])}
     if len(sides) != 1:
         return MIDDLE
     return LEFT if "left" in sides else RIGHT

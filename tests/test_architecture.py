@@ -23,9 +23,10 @@ LAYERS = (
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
-    ("pool", "detections"),
+    ("pool", "detections", "custom"),
+    ("category",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
-    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score"),
+    ("geometry", "skeleton", "config", "mixture", "interrupt", "modeling_sapiens_pose", "score"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
