@@ -55,9 +55,8 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     """
     tree = _summary(file, cache)
     kinds = _chosen(file, [kind for kind in tree["categories"] if isinstance(kind, dict)], wanted)
-    names = (
-        unique_names(kinds[0].get("keypoints") or None, f"{file}: category {kinds[0].get('name')!r}") if kinds else None
-    )
+    one = kinds[0] if kinds else {}
+    names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}")
     firsts = tree["first"]
     first = next((firsts[str(kind.get("id"))] for kind in kinds if str(kind.get("id")) in firsts), None)
     if not kinds or first is None:
@@ -84,7 +83,7 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
 def _summary(file: Path, cache: Path) -> dict[str, Any]:
     """The categories, and of each the count of the first annotation with keypoints and whether it has five lists."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-    kept = cache / "categories" / f"{digest}-v{SUMMARY_VERSION}.json"
+    kept = cache / "people" / f"{digest}-categories-v{SUMMARY_VERSION}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     tree = coco.read_json(file)
@@ -141,7 +140,8 @@ def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
 
 def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only pictures need it."""
-    fine, odd = [], []
+    fine: list[list[int]] = []
+    odd: list[Any] = []
     for pair in pairs if isinstance(pairs, list) else ():
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(k) is int for k in pair)
         (fine if is_pair and all(0 <= k <= len(names) for k in pair) else odd).append(pair)
@@ -151,7 +151,8 @@ def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[st
         fine = [pair for pair in fine if 0 not in pair]
     told = [f"warning: {file}: skeleton: {len(odd)} edges left out, such as {odd[0]}"] if odd else []
     told += [f"warning: {file}: skeleton: its edges count from 0; COCO's count from 1"] if from_zero else []
-    return tuple((names[a - (not from_zero)], names[b - (not from_zero)]) for a, b in fine), tuple(told)
+    named = ["", *names] if not from_zero else list(names)
+    return tuple((named[pair[0]], named[pair[1]]) for pair in fine), tuple(told)
 
 
 def reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]:

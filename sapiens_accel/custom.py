@@ -30,7 +30,8 @@ PARTS = ("eye", "ear", "nose", "shoulder", "elbow", "wrist", "hip", "knee", "ank
          "forefinger", "middle", "ring", "pinky")  # fmt: skip
 SAME = {"index": "forefinger", "little": "pinky"}
 FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside one of them is a middle or a ring a finger
-LOWER = set("hip pelvis thigh knee calf shin ankle foot feet toe heel leg hind tail".split())
+LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
+         "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
 
 
