@@ -115,9 +115,7 @@ def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list
         people = [kind for kind in able if kind.get("name") == "person"]
         if not people:
             several = ", ".join(str(kind.get("name")) for kind in able[:SHOWN])
-            raise UserError(
-                f"{file}: several categories with keypoints ({several}): choose one by --data.category NAME"
-            )
+            raise UserError(f"{file}: several categories with keypoints ({several}): name one by --data.category NAME")
         return people
     return able or [kind for kind in kinds if kind.get("name") == "person"] or kinds[: len(kinds) == 1]
 
