@@ -56,7 +56,7 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     tree = _summary(file, cache)
     kinds = _chosen(file, [kind for kind in tree["categories"] if isinstance(kind, dict)], wanted)
     one = kinds[0] if kinds else {}
-    names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}")
+    names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
     firsts = tree["first"]
     first = next((firsts[str(kind.get("id"))] for kind in kinds if str(kind.get("id")) in firsts), None)
     if not kinds or first is None:
@@ -129,10 +129,10 @@ def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
     if found is None:
         return None
     if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
-        raise UserError(f"{where}: keypoints: expected a list of names, found {str(found)[:80]}")
+        raise UserError(f"{where}: expected a list of names, found {str(found)[:80]}")
     twice = [name for name in found if found.count(name) > 1]
     if twice:
-        raise UserError(f"{where}: keypoint {twice[0]!r} is there twice; expected each name once")
+        raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
     return tuple(found)
 
 

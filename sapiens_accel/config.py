@@ -474,6 +474,8 @@ def _check_values(config: Config) -> None:
     for knob, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{knob} {value}: expected a number above 0")
+    if config.data.weight is not None and not config.data.more:
+        raise UserError(f"--data.weight {config.data.weight:g}: of one data set alone; name the others by --data.more")
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
     check_model_id(config.hub_model_id)

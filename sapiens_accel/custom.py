@@ -177,7 +177,9 @@ def _made(
         upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
     drawn = built_in or next((one for one in PUBLISHED.values() if set(names) <= set(one.names)), None)
     pairs = [pair for one in several for pair in one.edges] or (pairs_of(drawn) if drawn else ())
-    edges = [(place[a], place[b]) for a, b in pairs if a in place and b in place]
+    alike = {words(name): k for k, name in reversed(list(enumerate(names)))}
+    found = [[place.get(name, alike.get(words(name))) for name in pair] for pair in pairs]
+    edges = [(a, b) for a, b in found if a is not None and b is not None]
     if asked.edges is not None:
         edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
     made = Skeleton(names=names, mirror=mirror, sigmas=sigmas, upper=upper, edges=tuple(dict.fromkeys(edges)))

@@ -91,7 +91,9 @@ class Sets(NamedTuple):
     mixture: Mixture | None = None
 
     def split(self, name: Literal["val", "train"]) -> People:
-        return self.val if name == "val" else self.train
+        """The people of one split to judge by: of several training sets the first's, whose JSON is the truth."""
+        train = self.train.sources[0] if self.mixture else self.train
+        return self.val if name == "val" else train
 
     def __str__(self) -> str:
         named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabelled)]

@@ -18,7 +18,7 @@ import yaml
 
 from sapiens_accel import category, custom, data, synthetic
 from sapiens_accel.augment import Augmenter
-from sapiens_accel.config import AugmentConfig, DataConfig, MoreData, StageConfig, UserError
+from sapiens_accel.config import AugmentConfig, DataConfig, MoreData, StageConfig, UserError, load
 from sapiens_accel.data import Share, TrainingPeople
 from sapiens_accel.mixture import Mixture
 from sapiens_accel.skeleton import COCO17, WHOLEBODY133
@@ -148,7 +148,7 @@ def test_a_hand_trains_from_a_json_and_sigmas(tmp_path: Path, judge: Callable[..
     root = _write(tmp_path / "hand", _hand, {"id": 7, "name": "hand", "keypoints": list(HAND), "skeleton": edges})
     sigmas = {name: 0.1 for name in HAND}
     (tmp_path / "sigmas.yaml").write_text(yaml.safe_dump({"sigmas": sigmas}))
-    said, losses, found = _train(root, tmp_path / "run", 80, "--data.skeleton", "sigmas.yaml", "--augment.flip_p", 0)
+    said, losses, found = _train(root, tmp_path / "run", 50, "--data.skeleton", "sigmas.yaml", "--augment.flip_p", 0)
     assert "keypoints: 21 of hand (palm, thumb_mcp, thumb_pip, ...); left and right: 0 pairs; no halves" in said
     assert "OKS sigmas: 21 given" in said and "warning" not in said
     assert losses[-1] < 0.7 * losses[0]
@@ -255,6 +255,7 @@ def test_a_mixture_of_17_and_133(tmp_path: Path) -> None:
     assert "mixture of 12 people (75.0% of an epoch) + 5 people (25.0% of an epoch)" in str(sets)
     assert str(sets).count("has 17 of the 133 keypoints, by name; the others have weight 0 there: left_big_toe") == 2
     assert sets.unlabelled and sets.unlabelled.rows.features["keypoints"].shape == (133, 3)
+    assert len(sets.train) == 17 and len(sets.split("train")) == 12
     # An epoch has 2 steps of 6; four of them: 36 of 48 places are the first set's.
     batches = _batches(config, 0, 8)
     ids = torch.cat([batch.labelled.ann_id for batch in batches])
@@ -342,7 +343,7 @@ def _refusal(action: Callable[[], object]) -> str:
         ("mirror: [[palm, index_tip], [palm, thumb_tip]]", "'palm' and 'thumb_tip': expected each name in one pair"),
         ("upper: [plam]", "upper: no such keypoint 'plam'; did you mean palm?"),
         ("edges: [[palm, tumb_tip]]", "edges: no such keypoint 'tumb_tip'; did you mean thumb_tip?"),
-        ("names: [palm, palm]", "keypoint 'palm' is there twice"),
+        ("names: [palm, palm]", "names: 'palm' is there twice"),
         ("names: [palm, thum_tip]", "names: no such keypoint 'thum_tip' in the data; did you mean thumb_tip?"),
         ("names: 3", "expected a list of names"),
         ("[palm]", "expected keys (names, mirror, sigmas, upper, edges), found list"),
@@ -378,7 +379,7 @@ def test_categories_are_chosen(tmp_path: Path) -> None:
     said = _refusal(lambda: _described(tmp_path, cat, hand, wanted="hnad"))
     assert said.endswith("no category 'hnad' (--data.category); did you mean hand?")
     said = _refusal(lambda: _described(tmp_path, {**hand, "keypoints": ["a", "a"]}))
-    assert said.endswith("category 'hand': keypoints: keypoint 'a' is there twice; expected each name once")
+    assert said.endswith("category 'hand': keypoints: 'a' is there twice; expected each name once")
 
 
 def test_only_the_chosen_category_is_read(tmp_path: Path) -> None:
@@ -422,6 +423,10 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "expected a number above 0 for each set, or none for all" in _refusal(lambda: _batches(config, 0, 1))
     config = replace(config, more=(replace(more, root=str(tmp_path / "none")),))
     assert f"--data.more: root {tmp_path / 'none'}: no such folder" in _refusal(lambda: _batches(config, 0, 1))
+    words = ["--recipe", "demo", "--data.weight", "2"]
+    assert "--data.weight 2: of one data set alone" in _refusal(lambda: load(words))
+    words = ["--recipe", "demo", "--data.more", "[{train_annotation: a.json, train_images: b}]"]
+    assert "'train_annotation' is not accepted" in _refusal(lambda: load(words))
     config = replace(config, skeleton="coco16", more=())
     assert "--data.skeleton coco16: no such file; did you mean coco17?" in _refusal(lambda: data.open_skeleton(config))
     assert skeleton.num_keypoints == 21
