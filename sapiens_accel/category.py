@@ -54,7 +54,8 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
         UserError: no COCO JSON; no such category, or none to be preferred; names that are no names or not unique.
     """
     tree = _summary(file, cache)
-    kinds = _chosen(file, [kind for kind in tree["categories"] if isinstance(kind, dict)], wanted)
+    every = [kind for kind in tree["categories"] if isinstance(kind, dict)]
+    kinds = _chosen(file, every, wanted)
     one = kinds[0] if kinds else {}
     names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
     firsts = tree["first"]
@@ -65,7 +66,7 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     edges, told = _edges(file, one.get("skeleton") if names else None, names or ())
     if whole and (not names or len(names) != 133):
         names, edges = WHOLEBODY133.names, pairs_of(WHOLEBODY133)
-    listed = {kind.get("name") for kind in tree["categories"]}
+    listed = {str(kind.get("name")) for kind in every}
     chosen = {str(kind.get("name")) for kind in kinds}
     as_ever = chosen == ({"person"} if "person" in listed else listed)
     return Category(

@@ -142,8 +142,9 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
         warnings.append(told)
     for people in several:
         check_targets(people, config)
+    num_skipped = sum(people.num_skipped for people in several)
     sets = Sets(
-        train=coco.together(several) if others else several[0],
+        train=dataclasses.replace(coco.together(several), num_skipped=num_skipped) if others else several[0],
         val=checked["val"],
         unlabelled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
@@ -288,7 +289,11 @@ def _permutations(seed: int, stream: str, epoch: int, num_people: int, passes: i
 
 
 class TrainingPeople(Dataset[Labelled | Pair]):
-    """Key -> augmented sample. `seed` and `stage` complete the key."""
+    """Key -> augmented sample. `seed` and `stage` complete the key.
+
+    Raises:
+        UserError: a set of a mixture that would never be seen.
+    """
 
     def __init__(
         self, sets: Sets, augmenter: Augmenter, config: DataConfig, plan: StageConfig, *, seed: int, stage: str
@@ -299,6 +304,11 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self.ratio = plan.ratio
         self.cutout = plan.teacher.cutout if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
+        if self.mixture and 0 in (places := self.mixture.places(self.global_batch)):
+            number = places.index(0) + 1
+            raise UserError(
+                f"--data.more: the weight of set {number} gives it no place among {sum(places)} of an epoch"
+            )
 
     def __getitem__(self, key: Key) -> Labelled | Pair:
         stream = f"{self.stage}/unlabelled" if key.unlabelled else self.stage

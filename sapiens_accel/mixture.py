@@ -32,8 +32,13 @@ class Mixture:
         """Which people (indices into the whole table) the global batch of a step holds."""
         return _order(self, seed, stream, step, global_batch)
 
-    def places(self, num: int) -> tuple[int, ...]:
-        """So many places shared out by weight: rounded down, what is left over to the largest remainders."""
+    def steps_per_epoch(self, global_batch: int) -> int:
+        """As `data.steps_per_epoch` of all sets together."""
+        return max(1, sum(self.sizes) // global_batch)
+
+    def places(self, global_batch: int) -> tuple[int, ...]:
+        """An epoch's places shared out by weight: rounded down, what is left over to the largest remainders."""
+        num = self.steps_per_epoch(global_batch) * global_batch
         exact = np.array(self.weights, dtype=np.float64) / sum(self.weights) * num
         whole = np.floor(exact).astype(int)
         largest = np.argsort(whole - exact, kind="stable")[: num - whole.sum()]
@@ -49,8 +54,7 @@ class Mixture:
 @lru_cache(maxsize=8)
 def _order(mixture: Mixture, seed: int, stream: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
     # Kept for the step: every sample asks.
-    steps = max(1, sum(mixture.sizes) // global_batch)  # as `data.steps_per_epoch`
-    places = mixture.places(steps * global_batch)
+    steps, places = mixture.steps_per_epoch(global_batch), mixture.places(global_batch)
     epoch, begin = step // steps, step % steps * global_batch
     sets, ranks = _epoch(seed, stream, epoch, places)
     found = np.empty(global_batch, dtype=np.int64)

@@ -421,6 +421,8 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     more = MoreData(root=str(root), train_annotations=TRAIN, train_images="train2017", weight=1)
     config = replace(config, more=(more,))
     assert "expected a number above 0 for each set, or none for all" in _refusal(lambda: _batches(config, 0, 1))
+    tiny = replace(config, more=(replace(more, weight=0.001),), weight=1)
+    assert "the weight of set 2 gives it no place among 78 of an epoch" in _refusal(lambda: _batches(tiny, 0, 1))
     config = replace(config, more=(replace(more, root=str(tmp_path / "none")),))
     assert f"--data.more: root {tmp_path / 'none'}: no such folder" in _refusal(lambda: _batches(config, 0, 1))
     words = ["--recipe", "demo", "--data.weight", "2"]
