@@ -94,7 +94,7 @@ def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 def words(name: str) -> tuple[str, ...]:
     """A name's words in lower case, l and r as left and right: equal for left_eye, L_Eye, leftEye and 'Left eye'."""
-    found = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[0-9]+|[^\W\d_]+", name)
+    found: list[str] = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[0-9]+|[^\W\d_]+", name)
     return tuple(_LONG.get(word.lower(), word.lower()) for word in found) or (name,)
 
 
