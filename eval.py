@@ -31,8 +31,11 @@ def main(argv: Sequence[str]) -> None:
         return own.look(accelerator, several, run)
     with accelerator.main_process_first():
         annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
-        skeleton = candidates.skeleton_of(several, data.places(run.data)[0] / annotations)
+        root, cache = data.places(run.data)
+        skeleton, told = candidates.skeleton_of(several, root / annotations, run.data.category, cache)
         people = data.open_split(run.data, skeleton, run.eval.split)
+    if told:
+        accelerator.print(told)
     autocast = distributed.autocast_dtype(accelerator)
     rows: dict[str, Judgement] = {}
     hows, findings, pictures = {}, {}, []

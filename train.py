@@ -26,7 +26,6 @@ from sapiens_accel.model import SapiensPose
 from sapiens_accel.objective import build as build_objective
 from sapiens_accel.plan import Plan
 from sapiens_accel.report import Report, begin_folder
-from sapiens_accel.skeleton import COCO17 as SKELETON
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,11 +35,12 @@ def main(argv: Sequence[str]) -> None:
     uploads = hub.uploads(run, accelerator.is_main_process)
     with accelerator.main_process_first():
         given = hub.fetch(run.weights) if run.weights else None
-        sets = data.open_people(run.data, SKELETON, unlabelled=any(run.of(stage).ratio for stage in run.stages))
-    accelerator.print(sets)
+        skeleton, told = data.open_skeleton(run.data)
+        sets = data.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
+    accelerator.print(*told, sets, sep="\n")
     folder, table = Path(run.output_dir), {}
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
-    plans = memory.plans(accelerator, run, argv)
+    plans = memory.plans(accelerator, run, argv, skeleton.num_keypoints)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
     begin_folder(accelerator, run, sets, done)
     with uploads:
@@ -67,15 +67,15 @@ def train(
 
     Raises Interrupted if a stop was asked for; then all is saved.
     """
-    plan, share, folder = run.of(stage), planned.share, Path(run.output_dir)
+    plan, share, folder, skeleton = run.of(stage), planned.share, Path(run.output_dir), sets.skeleton
     schedule = data.num_steps(plan, len(sets.train))
 
     # ---- Build
     set_seed(run.seed)
-    model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
+    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
     resume = checkpoint.to_resume(accelerator, folder, run.resume_from_checkpoint, stage)
     start = (resume and resume.weights) or given or weights.starting_point(folder, stage)
-    loaded = weights.load(model, start, SKELETON.names) if start else weights.FROM_RANDOM
+    loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{stage}: {resume or loaded}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
@@ -87,13 +87,13 @@ def train(
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     parameters = partial(distributed.full_values, accelerator, engine)
     gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
-    objective = build_objective(plan, codec, SKELETON, teacher, parameters, schedule, gather, autocast)
+    objective = build_objective(plan, codec, skeleton, teacher, parameters, schedule, gather, autocast)
     first = resume.load(accelerator, objective) if resume else 0
     last = first + 1 if run.dry_run else last
     accelerator.print(f"{stage}: steps {first + 1} to {last}, {planned}")
 
     # ---- Step
-    augmenter = Augmenter(config=run.augment, skeleton=SKELETON, input_hw=run.data.input_hw)
+    augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
     stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
     report = Report(accelerator, run, stage, planned, sets, augmenter, start=start, first=first, last=last)
@@ -109,7 +109,7 @@ def train(
         if checkpoint.write_on_main(accelerator, action, folder / stage / "weights", needed=step == last):
             report.keeps(folder / stage / "weights")
 
-    write = partial(export.write, model=model, skeleton=SKELETON, sigma=run.data.sigma)
+    write = partial(export.write, model=model, skeleton=skeleton, sigma=run.data.sigma)
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, run.keep_checkpoints, collect, write)
     drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
     stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)

@@ -103,7 +103,7 @@ def scored(
 
 def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
     """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists."""
-    category, whole = coco.person_category(people.annotations), parts_of(skeleton)
+    category, whole = coco.person_category(people.annotations, people.reading), parts_of(skeleton)
     written = []
     for result in found:
         points = result["keypoints"]
@@ -123,9 +123,13 @@ def truth(people: People, num_keypoints: int) -> dict[str, Any]:
     known = set(people.rows["ann_id"][:])
     zeros = [0.0] * (3 * num_keypoints)
     annotations = []
+    kinds = coco.category_ids(tree, people.reading) if people.reading.categories else ()
     for person in tree["annotations"]:
+        if kinds and person.get("category_id", kinds[0]) not in kinds:
+            continue
         box = person.get("bbox") or [0, 0, 0, 0]
-        keypoints = coco.keypoint_numbers(person, num_keypoints) if person.get("id") in known else None
+        is_known = person.get("id") in known
+        keypoints = coco.keypoint_numbers(person, num_keypoints, people.reading) if is_known else None
         annotations.append(
             {
                 "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match

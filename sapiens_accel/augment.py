@@ -97,8 +97,8 @@ class Augmenter:
 
     def _half_body(self, keypoints: Float[Array, "k 3"], rng: Generator) -> Crop | None:
         labelled = keypoints[:, 2] > 0
-        if labelled.sum() < HALF_BODY_MIN_KEYPOINTS:
-            return None
+        if labelled.sum() < HALF_BODY_MIN_KEYPOINTS or not (self.skeleton.upper and self.skeleton.lower):
+            return None  # few, or of a skeleton that has no halves: a hand
         upper = [k for k in self.skeleton.upper if labelled[k]]
         lower = [k for k in self.skeleton.lower if labelled[k]]
         halves = [upper] * (len(upper) >= HALF_BODY_MIN_UPPER) + [lower] * (len(lower) >= HALF_BODY_MIN_LOWER)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from sapiens_accel import coco, published, weights
+from sapiens_accel import custom, published, weights
+from sapiens_accel.category import Category, described, short
 from sapiens_accel.config import Config, EvalConfig, UserError
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SIZES, SapiensPose
 from sapiens_accel.predict import Network
-from sapiens_accel.published import FILE, Weights
-from sapiens_accel.skeleton import PUBLISHED, Skeleton
+from sapiens_accel.published import FILE, SKELETON_FILE, Weights
+from sapiens_accel.skeleton import COCO17, PUBLISHED, Skeleton, words
 
 SHORT = {
     "boxes": "eval.boxes",
@@ -123,27 +125,36 @@ def name_of(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
     return f"{name} ({number})"
 
 
-def skeleton_of(several: Sequence[Candidate], annotations: Path) -> Skeleton:
-    """The most keypoints that the annotations have and all of the weights know.
+def skeleton_of(
+    several: Sequence[Candidate], annotations: Path, category: str | None, cache: Path
+) -> tuple[Skeleton, str]:
+    """The most keypoints that the annotations have and all of the weights know, and a line on those left out.
+
+    Their meaning (sigmas, mirror order, edges) is what lies beside the first weights, else what is built in.
+
+    Args:
+        category, cache: as in `category.described`.
 
     Raises:
         UserError: weights of other keypoints, or without any.
     """
-    counts = keypoint_counts(annotations)
+    there = described(annotations, category, cache)
+    options = _options(there)
     for candidate in several:
         names, count = _keypoints_of(candidate)
-        known = [
-            k for k in counts if k in PUBLISHED and (set(PUBLISHED[k].names) <= set(names) if names else k == count)
-        ]
-        if not known:
-            theirs = f"{count} keypoints" + (f" ({', '.join(names[:3])}, ...)" if names else " of unknown names")
-            there = " or ".join(map(str, counts)) or "no"
+        if names:
+            known = set(map(words, names))
+            options = [[name for name in option if words(name) in known] for option in options]
+        options = [option for option in options if option and (names or len(option) == count)]
+        if not options:
+            theirs = f"{count} keypoints" + (f" ({short(names, 3)})" if names else " of unknown names")
             raise UserError(
-                f"{candidate.weights}: weights of another skeleton: {theirs}; {annotations} has {there} keypoints, and "
-                f"expected are weights that have all of those of {' or '.join(map(str, PUBLISHED))} by name"
+                f"{candidate.weights}: weights of another skeleton: {theirs}; {annotations} has {there.count or 'no'} "
+                f"keypoints{f' ({short(there.names, 3)})' if there.names else ''}; expected names in common"
             )
-        counts = known
-    return PUBLISHED[max(counts)]
+    best = max(options, key=len)
+    left_out = f"{len(best)} of its {there.count} keypoints are known to all of the weights"
+    return _meaning(several[0], there, best), f"{annotations}: {left_out}" if len(best) < (there.count or 0) else ""
 
 
 def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
@@ -154,7 +165,7 @@ def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
     Raises:
         UserError: weights of other keypoints, or without any.
     """
-    skeletons = [*filter(None, [_written_skeleton(several[0])]), *reversed(PUBLISHED.values())]
+    skeletons = [*filter(None, [_stored(several[0])]), *reversed(PUBLISHED.values())]
     for candidate in several:
         names, count = _keypoints_of(candidate)
         known = [one for one in skeletons if (set(one.names) <= set(names) if names else one.num_keypoints == count)]
@@ -168,26 +179,37 @@ def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
     return skeletons[0]
 
 
-def _written_skeleton(candidate: Candidate) -> Skeleton | None:
-    """What `export.export` wrote of the keypoints beside the weights."""
-    folder = candidate.weights if candidate.weights.is_dir() else candidate.weights.parent
-    if not (folder / "skeleton.json").is_file():
+def _options(there: Category) -> list[list[str]]:
+    """The lists of keypoints that a JSON can be read as: COCO-WholeBody's 133 or their 17."""
+    known = PUBLISHED.get(there.count or 0)
+    names = there.names or (known.names if known else ())
+    return [list(names), list(COCO17.names)] if there.whole else [list(names)]
+
+
+def _meaning(candidate: Candidate, there: Category, names: Sequence[str]) -> Skeleton:
+    """The skeleton of these keypoints: from beside the weights, else what their names imply."""
+    theirs, _ = _keypoints_of(candidate)
+    stored = _stored(candidate)
+    if stored is not None and stored.names == theirs:
+        return stored.of(names)
+    return custom.skeleton([replace(there, names=tuple(names))], None)[0]
+
+
+def _stored(candidate: Candidate) -> Skeleton | None:
+    """What `export.export` wrote beside the weights.
+
+    Raises:
+        UserError: it is no skeleton.
+    """
+    file = published.find(str(candidate.weights)).parent / SKELETON_FILE
+    if not file.is_file():
         return None
-    tree = coco.parsed(folder / "skeleton.json")
     try:
-        parts = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
-        return Skeleton(**parts, edges=tuple((int(a), int(b)) for a, b in tree["edges"]))
-    except (AssertionError, KeyError, TypeError, ValueError, IndexError):
-        raise UserError(f"{folder / 'skeleton.json'}: no skeleton; mend it or move it away") from None
-
-
-def keypoint_counts(annotations: Path) -> list[int]:
-    """How many keypoints a COCO JSON's people have; COCO-WholeBody's 17 and 133."""
-    tree = coco.parsed(annotations) if annotations.is_file() else {}
-    people = tree.get("annotations") if isinstance(tree, dict) else None
-    person = next((one for one in people or () if isinstance(one, dict) and one.get("keypoints")), {})
-    counts = {len(person.get("keypoints") or ()) // 3} - {0}
-    return sorted(counts | ({133} if person and all(key in person for key in coco.WHOLE_BODY) else set()))
+        tree = json.loads(file.read_text())
+        lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
+        return Skeleton(**lists, edges=tuple((a, b) for a, b in tree["edges"]))
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError):
+        raise UserError(f"{file}: not the skeleton of weights; mend it or move the weights away from it") from None
 
 
 def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:

@@ -40,6 +40,25 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which annotations of a JSON count, and which of their keypoints are the run's; see `category.reading`.
+
+    Attributes:
+        categories: the names of those that count; empty: person where there is one, else all.
+        count: keypoints of an annotation.
+        source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
+            they are the run's own, in its order.
+    """
+
+    categories: tuple[str, ...] = ()
+    count: int | None = None
+    source: tuple[int, ...] | None = None
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
 class People:
     """Rows of people and the folder that their pictures are in.
 
@@ -50,6 +69,7 @@ class People:
         annotations: the JSON that the rows came from, or the folder of whole pictures.
         num_skipped: people left out because their picture does not decode.
         sources: what `together` joined: a broken picture is told with its own JSON.
+        reading: how the JSON was read; evaluation reads it in the same way.
     """
 
     rows: Dataset
@@ -57,12 +77,15 @@ class People:
     annotations: Path
     num_skipped: int = 0
     sources: tuple["People", ...] = ()
+    reading: Reading = PLAIN
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def labelled_people(root: Path, annotations: str, images: str, num_keypoints: int, cache: Path) -> People:
+def labelled_people(
+    root: Path, annotations: str, images: str, num_keypoints: int, cache: Path, reading: Reading = PLAIN
+) -> People:
     """The people of a COCO keypoint JSON with at least one labelled keypoint; crowds and empty boxes are left out.
 
     Args:
@@ -71,7 +94,7 @@ def labelled_people(root: Path, annotations: str, images: str, num_keypoints: in
     Raises:
         UserError: the file is missing, is no COCO keypoint JSON, or names no such person.
     """
-    people = _people(root, annotations, images, num_keypoints, cache)
+    people = _people(root, annotations, images, num_keypoints, cache, reading=reading)
     kept = np.flatnonzero(_labelled(people.rows))
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
@@ -93,29 +116,36 @@ def withheld_people(
     places: Int[Array, "n"],
     min_side: float,
     cache: Path,
+    reading: Reading = PLAIN,
 ) -> People:
     """The people at these places of `labelled_people`, with boxes of at least `min_side` px and all keypoints zero.
 
     Raises:
         UserError: as `labelled_people`.
     """
-    labelled = _people(root, annotations, images, num_keypoints, cache)
+    labelled = _people(root, annotations, images, num_keypoints, cache, reading=reading)
     # A table of its own, row by row the labelled one: what is not in it cannot be learnt from by mistake.
-    people = _people(root, annotations, images, num_keypoints, cache, keypoints="withheld")
+    people = _people(root, annotations, images, num_keypoints, cache, keypoints="withheld", reading=reading)
     chosen = np.flatnonzero(_labelled(labelled.rows))[places]
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(chosen[sides >= min_side]))
 
 
 def people_with_boxes(
-    root: Path, annotations: str, images: str, num_keypoints: int, min_side: float, cache: Path
+    root: Path,
+    annotations: str,
+    images: str,
+    num_keypoints: int,
+    min_side: float,
+    cache: Path,
+    reading: Reading = PLAIN,
 ) -> People:
     """The people of a COCO JSON that have a box of at least `min_side` px and no labelled keypoint.
 
     Raises:
         UserError: the file is missing or is no COCO JSON.
     """
-    people = _people(root, annotations, images, num_keypoints, cache, keypoints="optional")
+    people = _people(root, annotations, images, num_keypoints, cache, keypoints="optional", reading=reading)
     sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
 
@@ -243,13 +273,26 @@ def _people(
     num_keypoints: int,
     cache: Path,
     keypoints: Literal["needed", "optional", "withheld"] = "needed",
+    reading: Reading = PLAIN,
 ) -> People:
+    file = annotation_file(root, annotations)
+    how = [] if reading == PLAIN else [repr(reading)]
+    digest = _digest(file.read_bytes(), keypoints, images, *how)
+    source = {"annotations": str(file), "images": images, "keypoints": keypoints, "reading": reading}
+    rows = _table(_coco_rows, digest, num_keypoints, cache, **source)
+    return People(rows=rows, root=root, annotations=file, reading=reading)
+
+
+def annotation_file(root: Path, annotations: str) -> Path:
+    """The JSON's path.
+
+    Raises:
+        UserError: there is none.
+    """
     file = root / annotations
     if not file.is_file():
         raise UserError(f"{file}: no such annotation file; see --data.root and --data.*_annotations")
-    digest = _digest(file.read_bytes(), keypoints, images)
-    source = {"annotations": str(file), "images": images, "keypoints": keypoints}
-    return People(rows=_table(_coco_rows, digest, num_keypoints, cache, **source), root=root, annotations=file)
+    return file
 
 
 def _digest(content: bytes, *more: str) -> str:
@@ -290,18 +333,20 @@ def _features(num_keypoints: int) -> Features:
     )
 
 
-def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str) -> Iterator[dict[str, Any]]:
+def _coco_rows(
+    num_keypoints: int, annotations: str, images: str, keypoints: str, reading: Reading
+) -> Iterator[dict[str, Any]]:
     path = Path(annotations)
-    tree = _read_json(path)
+    tree = read_json(path)
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-    kinds = _person_ids(tree)
+    kinds = category_ids(tree, reading)
     for person in tree["annotations"]:
         if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
         try:
-            row = _row(person, names, images, num_keypoints)
+            row = _row(person, names, images, num_keypoints, reading)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             who = person.get("id") if isinstance(person, dict) else person
             raise UserError(f"{path}: annotation {who}: {type(error).__name__}: {error}") from None
@@ -309,19 +354,22 @@ def _coco_rows(num_keypoints: int, annotations: str, images: str, keypoints: str
             yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
 
 
-def _person_ids(tree: dict[str, Any]) -> list[Any]:
-    """A JSON of many kinds of things names the people among them."""
-    return [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") == "person"]
+def category_ids(tree: dict[str, Any], reading: Reading) -> list[Any]:
+    """A JSON of many kinds of things names those that count among them; empty: all count."""
+    wanted = reading.categories or ("person",)
+    return [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") in wanted]
 
 
-def person_category(annotations: Path) -> Any:
-    """The category_id of people in a COCO JSON: that of the name, else the only one; 1 where it does not tell."""
+def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
+    """The category_id of people in their COCO JSON: that of the name, else the only one; 1 where it does not tell."""
     tree = parsed(annotations)
     listed = [kind.get("id") for kind in tree.get("categories", ())]
-    return next(iter(_person_ids(tree) or listed), 1)
+    return next(iter(category_ids(tree, reading) or listed), 1)
 
 
-def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int) -> dict[str, Any] | None:
+def _row(
+    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading
+) -> dict[str, Any] | None:
     """The row of one COCO annotation; None for a crowd or an empty box."""
     if person.get("iscrowd"):
         return None
@@ -330,7 +378,7 @@ def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoin
         return None
     if person.get("image_id") not in names:
         raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
-    points = _numbers(keypoint_numbers(person, num_keypoints) or [0] * 3 * num_keypoints)
+    points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
     if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
         raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
     return {
@@ -343,11 +391,22 @@ def _row(person: dict[str, Any], names: dict[Any, str], images: str, num_keypoin
     }
 
 
-def keypoint_numbers(person: dict[str, Any], num_keypoints: int) -> list[Any] | None:
-    """An annotation's x, y, v, x, y, v, ...: COCO-WholeBody's five lists as one, where as many are asked for."""
-    if num_keypoints == 133 and all(key in person for key in WHOLE_BODY):
-        return [number for key in WHOLE_BODY for number in person[key]]
-    return person.get("keypoints")
+def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
+    """An annotation's x, y, v, x, y, v, ... for the run's keypoints; None where it has none.
+
+    COCO-WholeBody's five lists are taken as one where 133 are asked for.
+
+    Raises:
+        ValueError: those that the run's are to be taken from are more or fewer than they should be.
+    """
+    count, numbers = reading.count or num_keypoints, person.get("keypoints")
+    if count == 133 and all(key in person for key in WHOLE_BODY):
+        numbers = [number for key in WHOLE_BODY for number in person[key]]
+    if not numbers or reading.source is None:
+        return numbers
+    if not isinstance(numbers, list) or len(numbers) != 3 * count:
+        raise ValueError(f"expected {3 * count} keypoint numbers, found {len(numbers)}")
+    return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
 
 
 def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
@@ -414,7 +473,12 @@ def parsed(path: Path) -> Any:
         raise UserError(f"{path}: not JSON: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A COCO annotation file: a tree with lists of images and annotations.
+
+    Raises:
+        UserError: it is none.
+    """
     tree = parsed(path)
     for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
         items = tree.get(key) if isinstance(tree, dict) else None
@@ -427,7 +491,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def pictures_of(path: Path) -> list[dict[str, Any]]:
-    """The `images` of a file that `_read_json` has accepted. What follows them, in COCO the people, is not parsed."""
+    """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
     text, decode = path.read_text(), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":

@@ -55,6 +55,22 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoreData:
+    """A further labelled data set to train on; its keypoints become the run's by name."""
+
+    train_annotations: str
+    """COCO keypoint JSON, relative to its root."""
+    train_images: str
+    """Folder of its pictures, relative to its root."""
+    root: str | None = None
+    """Its folder. Default: data.root."""
+    category: str | None = None
+    """As data.category."""
+    weight: float | None = None
+    """As data.weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     root: str | None = None
     """Folder in COCO's form. Without one, the built-in synthetic people are drawn."""
@@ -66,6 +82,19 @@ class DataConfig:
     """COCO keypoint JSON of the validation people, relative to the root."""
     val_images: str = "val2017"
     """Folder of its pictures, relative to the root."""
+    category: str | None = None
+    """Name of the category to learn, in a JSON of several with keypoints. Default: the only one that has some, person,
+    or all of them where they have the same keypoints."""
+    skeleton: str | None = None
+    """What the keypoints are: coco17, wholebody133, sapiens308, or a YAML with any of names, mirror, sigmas, upper and
+    edges, relative to here or to data.root. Default: what the category of the JSON says, and its names imply. eval.py
+    takes what is kept beside the weights."""
+    more: tuple[MoreData, ...] = ()
+    """Further labelled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
+    of them does not label has weight 0 there; people to validate on are those of the first."""
+    weight: float | None = None
+    """With data.more: how large a part of every epoch is of the first set, against the weights of the others. Give all
+    of them or none. Default: as many people as each set has."""
     labels: int | str | None = None
     """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
     others are withheld, and in stage ssl they are unlabelled people. Default: all."""
@@ -454,6 +483,8 @@ def _check_values(config: Config) -> None:
     for knob, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{knob} {value}: expected a number above 0")
+    if config.data.weight is not None and not config.data.more:
+        raise UserError(f"--data.weight {config.data.weight:g}: of one data set alone; name the others by --data.more")
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
     check_model_id(config.hub_model_id)

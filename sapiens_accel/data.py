@@ -24,12 +24,14 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import coco, geometry, interrupt, pool, synthetic
+from sapiens_accel import category, coco, custom, geometry, interrupt, mixture, pool, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
+from sapiens_accel.category import Category
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
-from sapiens_accel.config import DataConfig, StageConfig, UserError
+from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError
 from sapiens_accel.geometry import Crop
-from sapiens_accel.skeleton import Skeleton
+from sapiens_accel.mixture import Mixture
+from sapiens_accel.skeleton import COCO17, Skeleton
 
 Loaded = TypeVar("Loaded")
 
@@ -79,22 +81,38 @@ class Key(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """The people of a run, and lines to say about them."""
+    """The people of a run, what their keypoints are, and lines to say about them."""
 
     train: People
     val: People
     unlabelled: People | None
     warnings: tuple[str, ...] = ()
+    skeleton: Skeleton = COCO17
+    mixture: Mixture | None = None
 
     def split(self, name: Literal["val", "train"]) -> People:
-        return self.val if name == "val" else self.train
+        """The people of one split to judge by: of several training sets the first's, whose JSON is the truth."""
+        train = self.train.sources[0] if self.mixture else self.train
+        return self.val if name == "val" else train
 
     def __str__(self) -> str:
         named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabelled)]
         skipped = sum(people.num_skipped for _, people in named if people)
         counts = ", ".join(f"{len(people)} {name}" for name, people in named if people)
         left_out = f" ({skipped} skipped: their pictures do not decode)" if skipped else ""
-        return "\n".join([f"people: {counts}{left_out}", *self.warnings])
+        mixed = [str(self.mixture)] if self.mixture else []
+        return "\n".join([f"people: {counts}{left_out}", *mixed, *self.warnings])
+
+
+def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
+    """What the keypoints of a run are, and what to say about it: as its training sets and `data.skeleton` tell.
+
+    Raises:
+        UserError: they do not tell; as `category.described`, `custom.given` and `custom.skeleton`.
+    """
+    root, cache = places(config)
+    asked = custom.given(config.skeleton, root) if config.skeleton else None
+    return custom.skeleton([_category(one, config, root, cache) for one in _train_sets(config)], asked)
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
@@ -107,38 +125,89 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
         UserError: what is missing or broken, by name.
     """
     root, cache = places(config)
-    k = skeleton.num_keypoints
-    train = coco.labelled_people(root, config.train_annotations, config.train_images, k, cache)
+    first, *others = _train_sets(config)
+    train, told = _labelled_people(first, config, skeleton, root, cache)
     labelled = pool.labelled_places(config, train)
-    found = {
-        "train": dataclasses.replace(train, rows=train.rows.select(labelled)),
-        "val": coco.labelled_people(root, config.val_annotations, config.val_images, k, cache),
-    }
-    warnings: tuple[str, ...] = ()
+    val, told_of_val = _labelled_people(_val_set(config), config, skeleton, root, cache)
+    found = {"train": dataclasses.replace(train, rows=train.rows.select(labelled)), "val": val}
+    warnings = [told, told_of_val]
     if unlabelled:
-        found["unlabelled"], warnings = pool.gather(root, config, k, cache, train, labelled)
+        found["unlabelled"], more = pool.gather(root, config, skeleton.num_keypoints, cache, train, labelled)
+        warnings += more
     checked = {n: coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()}
-    sets = Sets(checked["train"], checked["val"], checked.get("unlabelled"), warnings)
-    check_targets(sets.train, config)
+    several = [checked["train"]]
+    for one in others:
+        people, told = _labelled_people(one, config, skeleton, root, cache)
+        several.append(coco.checked(people, config.on_bad_image, config.check_images))
+        warnings.append(told)
+    for people in several:
+        check_targets(people, config)
+    num_skipped = sum(people.num_skipped for people in several)
+    sets = Sets(
+        train=dataclasses.replace(coco.together(several), num_skipped=num_skipped) if others else several[0],
+        val=checked["val"],
+        unlabelled=checked.get("unlabelled"),
+        warnings=tuple(line for line in warnings if line),
+        skeleton=skeleton,
+        mixture=_mixture(config, [len(people) for people in several]) if others else None,
+    )
     if sets.unlabelled:
         pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
     return sets
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
-    """The people of one split alone, as `open_people` has them.
+    """The people of one split alone (of training, the first set's), as `open_people` has them.
 
     Raises:
         UserError: as `open_people`.
     """
     root, cache = places(config)
-    files = (config.val_annotations, config.val_images)
-    if split == "train":
-        files = (config.train_annotations, config.train_images)
-    people = coco.labelled_people(root, *files, skeleton.num_keypoints, cache)
+    one = _val_set(config) if split == "val" else _train_sets(config)[0]
+    people, _ = _labelled_people(one, config, skeleton, root, cache)
     if split == "train":
         people = dataclasses.replace(people, rows=people.rows.select(pool.labelled_places(config, people)))
     return coco.checked(people, config.on_bad_image, config.check_images)
+
+
+def _train_sets(config: DataConfig) -> tuple[MoreData, ...]:
+    files = {"train_annotations": config.train_annotations, "train_images": config.train_images}
+    return MoreData(**files, category=config.category, weight=config.weight), *config.more
+
+
+def _val_set(config: DataConfig) -> MoreData:
+    return MoreData(train_annotations=config.val_annotations, train_images=config.val_images, category=config.category)
+
+
+def _files(one: MoreData, root: Path) -> tuple[str, str]:
+    """The annotations and the folder of pictures of a set, relative to the root, or absolute where it has its own."""
+    if one.root is None:
+        return one.train_annotations, one.train_images
+    own = Path(one.root).resolve()
+    if not own.is_dir():
+        raise UserError(f"--data.more: root {one.root}: no such folder")
+    return str(own / one.train_annotations), str(own / one.train_images)
+
+
+def _category(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
+    file = coco.annotation_file(root, _files(one, root)[0])
+    return category.described(file, one.category or config.category, cache)
+
+
+def _labelled_people(
+    one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
+) -> tuple[People, str]:
+    """The labelled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
+    reading, told = category.reading(_category(one, config, root, cache), skeleton.names)
+    return coco.labelled_people(root, *_files(one, root), skeleton.num_keypoints, cache, reading), told
+
+
+def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
+    given = [one.weight for one in _train_sets(config)]
+    try:
+        return Mixture(sizes=tuple(sizes), weights=mixture.weights_of(sizes, given))
+    except ValueError as error:
+        raise UserError(f"--data.weight and the weights of --data.more, {given}: {error}") from None
 
 
 def places(config: DataConfig) -> tuple[Path, Path]:
@@ -220,23 +289,36 @@ def _permutations(seed: int, stream: str, epoch: int, num_people: int, passes: i
 
 
 class TrainingPeople(Dataset[Labelled | Pair]):
-    """Key -> augmented sample. `seed` and `stage` complete the key."""
+    """Key -> augmented sample. `seed` and `stage` complete the key.
+
+    Raises:
+        UserError: a set of a mixture that would never be seen.
+    """
 
     def __init__(
         self, sets: Sets, augmenter: Augmenter, config: DataConfig, plan: StageConfig, *, seed: int, stage: str
     ) -> None:
-        self.labelled, self.unlabelled = sets.train, sets.unlabelled
+        self.labelled, self.unlabelled, self.mixture = sets.train, sets.unlabelled, sets.mixture
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
         self.cutout = plan.teacher.cutout if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
+        if self.mixture and 0 in (places := self.mixture.places(self.global_batch)):
+            number = places.index(0) + 1
+            raise UserError(
+                f"--data.more: the weight of set {number} gives it no place among {sum(places)} of an epoch"
+            )
 
     def __getitem__(self, key: Key) -> Labelled | Pair:
         stream = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
         rng = default_rng([self.seed, zlib.crc32(stream.encode()), key.step, key.position])
         if not key.unlabelled:
-            chosen = order(self.seed, stream, key.step, len(self.labelled), self.global_batch)
+            where = (self.seed, stream, key.step)
+            if self.mixture:
+                chosen = self.mixture.order(*where, self.global_batch)
+            else:
+                chosen = order(*where, len(self.labelled), self.global_batch)
             return self._labelled(int(chosen[key.position]), rng)
         assert self.unlabelled is not None
         chosen = order(self.seed, stream, key.step, len(self.unlabelled), self.global_batch * self.ratio)

@@ -99,7 +99,7 @@ def of_detector(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({row[0] for row in rows})} pictures (the first is "
             f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
         )
-    person = coco.person_category(people.annotations)
+    person = coco.person_category(people.annotations, people.reading)
     kept = [row for row in here if row[1] == person]
     if not kept:
         kinds = sorted({str(row[1]) for row in here})

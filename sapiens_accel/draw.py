@@ -201,7 +201,7 @@ def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:
 
 
 def _colour(skeleton: Skeleton, a: int, b: int) -> Colour:
-    sides = {side for k in (a, b) for side in ("left", "right") if side in skeleton.names[k]}
+    sides = {side for k in (a, b) if (side := skeleton.sides[k])}
     if len(sides) != 1:
         return MIDDLE
     return LEFT if "left" in sides else RIGHT

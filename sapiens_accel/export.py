@@ -18,10 +18,10 @@ from torch import Tensor
 from sapiens_accel import config, graph, modeling_sapiens_pose
 from sapiens_accel.model import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
 from sapiens_accel.modeling_sapiens_pose import SapiensPoseConfig
+from sapiens_accel.published import SKELETON_FILE
 from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.weights import FILE
 
-SKELETON_FILE = "skeleton.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _SNIPPET = """\

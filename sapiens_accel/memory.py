@@ -21,7 +21,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from sapiens_accel import config, distributed
+from sapiens_accel import config, data, distributed
 from sapiens_accel.config import Config, StageName, UserError
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.plan import CONTEXT, GIB, Plan, Stage, Way, command, fit, need, stage_of, ways
@@ -44,17 +44,20 @@ UNITS = {
 Table = Mapping[StageName, Sequence[Plan]]
 
 
-def plans(accelerator: Accelerator, run: Config, words: Sequence[str]) -> dict[StageName, Plan]:
+def plans(
+    accelerator: Accelerator, run: Config, words: Sequence[str], num_keypoints: int = 17
+) -> dict[StageName, Plan]:
     """This launch's plan of each stage of the run, for what its devices have free; see `planned`."""
     room = distributed.free_bytes(accelerator)
     host_room = None if room is None else distributed.least(accelerator, free_host_bytes())
     strategy = distributed.strategy(accelerator)
-    return planned(run, strategy, room, host_room, words, rank=accelerator.process_index)
+    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints)
 
 
 def planned(
-    run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0
-) -> dict[StageName, Plan]:
+    run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0,
+    num_keypoints: int = 17,
+) -> dict[StageName, Plan]:  # fmt: skip
     """The plan of each stage, made before the first of them, so that the last is not refused after days.
 
     Args:
@@ -76,11 +79,13 @@ def planned(
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
     chosen = {}
     for name in run.stages:
-        stage = stage_of(run, name, strategy.half)
+        stage = stage_of(run, name, strategy.half, num_keypoints)
         plan = fit(stage, name, way, room, host_room, rank)
         chosen[name] = dataclasses.replace(plan, otherwise=_otherwise(stage, plan))
         if not plan.fits and not memory.force:
-            raise UserError(f"{name}: {_shortage(plan)}; {_way_out(run, plan, words)}, or --memory.force to try")
+            raise UserError(
+                f"{name}: {_shortage(plan)}; {_way_out(run, plan, words, num_keypoints)}, or --memory.force to try"
+            )
     return chosen
 
 
@@ -120,22 +125,22 @@ def _shortage(plan: Plan) -> str:
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
-def _way_out(run: Config, plan: Plan, words: Sequence[str]) -> str:
+def _way_out(run: Config, plan: Plan, words: Sequence[str], num_keypoints: int) -> str:
     """The nearest launch that fits all stages, of the same GPUs."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "take a launch with more ZeRO or offload on these machines"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
-    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room)
+    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints)
     best = _fastest(table)
     if best is None:
         return _nothing_fits(table)
     return f"the nearest that fits: {command(best[0].way, _without(words, '--memory.'))}"
 
 
-def _table(run: Config, gpus: int, room: float | None, host_room: float | None) -> Table:
+def _table(run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int) -> Table:
     """Every stage by every way."""
-    stages: dict[StageName, Stage] = {name: stage_of(run, name) for name in run.stages}
+    stages: dict[StageName, Stage] = {name: stage_of(run, name, num_keypoints=num_keypoints) for name in run.stages}
     return {name: [fit(stage, name, way, room, host_room) for way in ways(gpus)] for name, stage in stages.items()}
 
 
@@ -237,7 +242,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
     room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
     run = config.load(rest, prog="python -m sapiens_accel.memory")
-    table = _table(run, asked.gpus, room, host_room)
+    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run))
     best = _fastest(table)
     words = _without(rest, "--memory.offload_activations", "--memory.adam_8bit")  # each way says for itself
     if asked.json:
@@ -246,6 +251,12 @@ def main(words: Sequence[str]) -> None:
         _show(run, table, best, words, asked)
     if best is None:
         raise UserError(_nothing_fits(table))
+
+
+def _num_keypoints(run: Config) -> int:
+    """Of the data where it is there, else COCO's 17."""
+    found = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
+    return data.open_skeleton(run.data)[0].num_keypoints if found else 17
 
 
 def bytes_of(option: str, text: str) -> float:

@@ -22,7 +22,6 @@ from sapiens_accel.data import Share
 from sapiens_accel.distributed import Strategy
 from sapiens_accel.footprint import Footprint, footprint
 from sapiens_accel.model import Layout, SapiensPose
-from sapiens_accel.skeleton import COCO17 as SKELETON
 
 GIB = 2**30
 # Not measured yet: allowances, to be calibrated on a GPU.
@@ -134,7 +133,7 @@ class Stage:
         return self.plan.ratio
 
 
-def stage_of(run: Config, name: StageName, half: bool = True) -> Stage:
+def stage_of(run: Config, name: StageName, half: bool = True, num_keypoints: int = 17) -> Stage:
     """Count a stage's parameters and measure its step.
 
     Raises:
@@ -142,13 +141,13 @@ def stage_of(run: Config, name: StageName, half: bool = True) -> Stage:
     """
     plan = run.of(name)
     with torch.device("meta"):
-        model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
+        model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
     model.freeze(plan.frozen)
     sizes = [p.numel() for p in model.parameters()]
     layers = model.layer_groups()
     groups = optim.param_groups(layers, plan.optim)
     (height, width), patch = run.data.input_hw, model.size.patch
-    arguments = (run.model.name, SKELETON.num_keypoints, run.data.input_hw, run.data.sigma, plan, half)
+    arguments = (run.model.name, num_keypoints, run.data.input_hw, run.data.sigma, plan, half)
     return Stage(
         plan=plan,
         memory=run.memory,
@@ -162,7 +161,7 @@ def stage_of(run: Config, name: StageName, half: bool = True) -> Stage:
         depth=model.size.depth,
         image_bytes=3 * height * width,
         tokens_width=(height // patch) * (width // patch) * model.size.width,
-        map_bytes=4 * SKELETON.num_keypoints * math.prod(model.heatmap_hw),
+        map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
         num_workers=run.data.num_workers,
         prints=partial(footprint, *arguments),
     )

@@ -124,9 +124,10 @@ def gather(
     withheld = np.setdiff1d(np.arange(len(train)), labelled)
     if len(withheld):
         min_side = config.unlabelled_min_side
-        sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache))
+        sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache, train.reading))
     if config.unlabelled_train_people:
-        sources.append(coco.people_with_boxes(root, *of_train, num_keypoints, config.unlabelled_min_side, cache))
+        min_side = config.unlabelled_min_side
+        sources.append(coco.people_with_boxes(root, *of_train, num_keypoints, min_side, cache, train.reading))
     found = [people for people in sources if people]
     if not found:
         raise UserError(

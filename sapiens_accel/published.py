@@ -22,6 +22,7 @@ from sapiens_accel.skeleton import PUBLISHED
 State = dict[str, Tensor]
 Family = Literal["sapiens", "sapiens2"]
 FILE = "model.safetensors"
+SKELETON_FILE = "skeleton.json"
 INDEX = f"{FILE}.index.json"
 
 # Published key -> ours, tried in order; `qkv` and `gate_up` are split afterwards.

@@ -34,29 +34,89 @@ class Skeleton:
         return len(self.names)
 
     @property
+    def sides(self) -> tuple[str | None, ...]:
+        """Left or right of each keypoint whose name tells; None on the midline, and of what has no partner."""
+        return tuple(_side(name, self.names[self.mirror[k]]) for k, name in enumerate(self.names))
+
+    @property
     def lower(self) -> tuple[int, ...]:
         return tuple(k for k in range(self.num_keypoints) if k not in self.upper)
 
+    def of(self, names: Sequence[str]) -> "Skeleton":
+        """Those of the keypoints that are named, in this order and by these words; a partner that is not stays away."""
+        place = {words(name): k for k, name in enumerate(self.names)}
+        chosen = [place[words(name)] for name in names]
+        new = {k: index for index, k in enumerate(chosen)}
+        return Skeleton(
+            names=tuple(self.names[k] for k in chosen),
+            mirror=tuple(new.get(self.mirror[k], index) for index, k in enumerate(chosen)),
+            sigmas=tuple(self.sigmas[k] for k in chosen),
+            upper=tuple(sorted(new[k] for k in self.upper if k in new)),
+            edges=tuple((new[a], new[b]) for a, b in self.edges if a in new and b in new),
+        )
+
 
 def mirror_by_name(names: Sequence[str]) -> tuple[int, ...]:
-    """The mirror order that left/right, or l/r as a word of its own, imply in the names.
+    """The mirror order that the sides in the names imply; see `mirror_of`.
 
     Raises:
         ValueError: a left keypoint has no right partner of the same name.
     """
-    index = {name: k for k, name in enumerate(names)}
-    swapped = [_swap_side(name) for name in names]
-    lonely = [name for name, other in zip(names, swapped, strict=True) if other not in index]
+    mirror, lonely = mirror_of(names)
     if lonely:
-        raise ValueError(f"keypoint {lonely[0]!r} has no mirror partner {_swap_side(lonely[0])!r}")
-    return tuple(index[name] for name in swapped)
+        partner = re.sub(r"left|right|(?<![a-zA-Z0-9])[lr](?![a-zA-Z0-9])", lambda s: _OTHER_SIDE[s[0]], lonely[0])
+        raise ValueError(f"keypoint {lonely[0]!r} has no mirror partner {partner!r}")
+    return mirror
 
 
+def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The mirror order that the sides in the names imply, and the names that have a side and no partner.
+
+    A side is a word left, right, l or r anywhere in a name: left_eye, eye_left, L_Eye, leftEye, l-eye. Where a name has
+    no such word, a left or right within a word (leftear), or an l or r that a word begins with (lshoulder), is a side
+    if the partner is there.
+    """
+    place = {words(name): k for k, name in reversed(list(enumerate(names)))}
+    low = {name.lower(): k for k, name in reversed(list(enumerate(names)))}
+    mirror, lonely = list(range(len(names))), []
+    for k, name in enumerate(names):
+        here = words(name)
+        if any(word in _SIDES for word in here):
+            other = place.get(tuple(_OTHER_SIDE.get(word, word) for word in here))
+            lonely += [name] * (other is None)
+        else:
+            other = next((low[one] for one in _hidden_sides(name.lower()) if one in low), None)
+        mirror[k] = k if other is None else other
+    # Of two names that mean the same only one has a partner.
+    lonely += [names[k] for k in range(len(names)) if mirror[mirror[k]] != k]
+    return tuple(o if mirror[o] == k else k for k, o in enumerate(mirror)), tuple(lonely)
+
+
+def words(name: str) -> tuple[str, ...]:
+    """A name's words in lower case, l and r as left and right: equal for left_eye, L_Eye, leftEye and 'Left eye'."""
+    found: list[str] = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[0-9]+|[^\W\d_]+", name)
+    return tuple(_LONG.get(word.lower(), word.lower()) for word in found) or (name,)
+
+
+_SIDES = ("left", "right")
+_LONG = {"l": "left", "r": "right"}
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def _swap_side(name: str) -> str:
-    return re.sub(r"left|right|(?<![a-zA-Z0-9])[lr](?![a-zA-Z0-9])", lambda side: _OTHER_SIDE[side[0]], name)
+def _side(name: str, partner: str) -> str | None:
+    if name == partner:
+        return None
+    found = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
+    if not found and partner.lower() in _hidden_sides(name.lower()):  # lshoulder and rshoulder
+        found = {side for side in _SIDES if name.lower().startswith(side[0])}
+    return found.pop() if len(found) == 1 else None
+
+
+def _hidden_sides(name: str) -> list[str]:
+    """What a name of lower case becomes if left or right within its words, or the first letter of one, is a side."""
+    patterns = (r"left|right", r"(?<![a-z])[lr](?=[a-z])")
+    changed = [re.sub(pattern, lambda side: _OTHER_SIDE[side[0]], name, count=1) for pattern in patterns]
+    return [other for other in changed if other != name]
 
 
 _COCO17_NAMES = (
@@ -233,3 +293,4 @@ SAPIENS308 = Skeleton(
 
 # The skeletons of published weights, by their number of keypoints.
 PUBLISHED = {skeleton.num_keypoints: skeleton for skeleton in (COCO17, WHOLEBODY133, SAPIENS308)}
+BUILT_IN = {"coco17": COCO17, "wholebody133": WHOLEBODY133, "sapiens308": SAPIENS308}

@@ -23,9 +23,10 @@ LAYERS = (
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin", "keypoints_json"),
-    ("pool", "detections", "pictures"),
+    ("pool", "detections", "pictures", "custom"),
+    ("category",),
     ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published", "worst"),
-    ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score", "markup"),
+    ("geometry", "skeleton", "config", "mixture", "interrupt", "modeling_sapiens_pose", "score", "markup"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 

@@ -1,10 +1,22 @@
 """Skeletons against the facts of their data sets."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
-from sapiens_accel.skeleton import COCO17, PUBLISHED, SAPIENS308, WHOLEBODY133, Skeleton, mirror_by_name
+from sapiens_accel import custom
+from sapiens_accel.category import Category
+from sapiens_accel.skeleton import (
+    COCO17,
+    PUBLISHED,
+    SAPIENS308,
+    WHOLEBODY133,
+    Skeleton,
+    mirror_by_name,
+    mirror_of,
+    words,
+)
 
 ALL = pytest.mark.parametrize("skeleton", [COCO17, WHOLEBODY133, SAPIENS308], ids=lambda one: str(one.num_keypoints))
 
@@ -95,3 +107,101 @@ def test_a_side_is_a_word() -> None:
     assert mirror_by_name(("eye_r", "l_ear_1", "r_ear_1", "eye_l", "tail", "collar")) == (3, 2, 1, 0, 4, 5)
     with pytest.raises(ValueError, match="'l_eye' has no mirror partner 'r_eye'"):
         mirror_by_name(("l_eye", "nose"))
+
+
+# ---- Names in many styles
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("left_eye", "right_eye"), ("eye_left", "eye_right"), ("L_Eye", "R_Eye"), ("l-eye", "r-eye"), ("LEye", "REye"),
+     ("leftEye", "rightEye"), ("LeftEye", "RightEye"), ("eyeL", "eyeR"), ("Left Eye", "Right Eye"), ("LEFT_EYE",
+     "RIGHT_EYE"), ("L1", "R1"), ("hand_lThumb", "hand_rThumb"), ("eye.l.inner", "eye.r.inner"),
+     ("leftear", "rightear"), ("lshoulder", "rshoulder"), ("upperleftarm", "upperrightarm"), ("L_Eye", "right eye")],
+)  # fmt: skip
+def test_sides_in_many_styles(left: str, right: str) -> None:
+    names = ("nose", right, "tail", left)
+    assert mirror_of(names) == ((0, 3, 2, 1), ())
+    one = Skeleton(names=names, mirror=mirror_of(names)[0], sigmas=(0.1,) * 4, upper=(), edges=())
+    assert one.sides == (None, "right", None, "left")
+
+
+def test_what_only_looks_like_a_side_is_none() -> None:
+    names = ("lip", "rump", "bright_spot", "collar", "mirror", "copyright", "leg", "relative")
+    assert mirror_of(names) == (tuple(range(8)), ())
+
+
+def test_a_side_without_a_partner_is_told_and_stays() -> None:
+    mirror, lonely = mirror_of(("l_eye", "r_ear", "left_ear", "L_Foot", "left foot", "right_foot"))
+    assert (mirror, lonely) == ((0, 2, 1, 5, 4, 3), ("l_eye", "left foot"))
+    found, told = custom.skeleton([_category("l_eye", "nose", "r_ear")], None)
+    assert found.mirror == (0, 1, 2)
+    assert "warning: 2 keypoints have a side in their name and no partner (l_eye, r_ear)" in told[1]
+
+
+def test_words_of_a_name() -> None:
+    assert words("L_Eye") == words("leftEye") == words("Left eye") == ("left", "eye")
+    assert words("face-12") == ("face", "12") and words("forefinger1") == ("forefinger", "1")
+    assert words("***") == ("***",)
+    for skeleton in PUBLISHED.values():
+        assert len(set(map(words, skeleton.names))) == skeleton.num_keypoints
+
+
+# ---- Skeletons of any names
+
+
+def _category(*names: str) -> Category:
+    edges = tuple((names[0], name) for name in names[1:])
+    return Category(file=Path("some.json"), categories=(), kind="thing", names=names, edges=edges, count=len(names))
+
+
+def test_what_is_known_by_name_is_taken() -> None:
+    names = (
+        "tail",
+        "R_Hip",
+        "leftWrist",
+        "L Hip",
+        "thumb_tip",
+        "left_thumb4",
+        "front left knee",
+        "rightWrist",
+        "forefinger2",
+    )
+    found, told = custom.skeleton([_category(*names)], None)
+    assert found.mirror == (0, 3, 7, 1, 4, 5, 6, 2, 8)
+    # 0.05 is a guess, of a thumb's tip the median of COCO-WholeBody's four thumb joints.
+    assert found.sigmas == (0.05, 0.107, 0.062, 0.107, 0.036, 0.047, 0.087, 0.062, 0.025)
+    assert [names[k] for k in found.lower] == ["tail", "R_Hip", "L Hip"]
+    assert found.edges == tuple((0, k) for k in range(1, 9))
+    assert "OKS sigmas: 6 known by name, 2 estimated by part of the body, 1 guessed" in told[0]
+    assert "guesses" in told[-1] and "sigmas: {tail: 0.05, thumb_tip: 0.036, front left knee: 0.087}" in told[-1]
+
+
+def test_a_yaml_goes_before_what_is_known(tmp_path: Path) -> None:
+    (tmp_path / "y.yaml").write_text(
+        "names: [b, left_a, right_a]\nmirror: [[b, right_a]]\nsigmas: {b: 0.3}\nupper: [left_a]\nedges: [[left_a, b]]"
+    )
+    found, _ = custom.skeleton([_category("left_a", "b", "right_a", "c")], custom.given("y.yaml", tmp_path))
+    assert (found.names, found.mirror, found.upper) == (("b", "left_a", "right_a"), (2, 1, 0), (1,))
+    assert (found.sigmas, found.edges) == ((0.3, 0.05, 0.3), ((1, 0),))
+    (tmp_path / "z.yaml").write_text("sigmas: {nose: 0.5}")
+    found, _ = custom.skeleton([_category(*COCO17.names)], custom.given("z.yaml", tmp_path))
+    assert found.sigmas == (0.5, *COCO17.sigmas[1:]) and found.mirror == COCO17.mirror and found.upper == COCO17.upper
+
+
+def test_some_of_a_skeleton() -> None:
+    assert COCO17.of(COCO17.names) == COCO17
+    some = COCO17.of(["right_hip", "left_hip", "left_knee", "nose"])
+    assert (some.mirror, some.upper, some.sigmas) == ((1, 0, 2, 3), (3,), (0.107, 0.107, 0.087, 0.026))
+    assert set(map(frozenset, some.edges)) == {frozenset((0, 1)), frozenset((1, 2))}
+
+
+def test_the_union_of_two_sets() -> None:
+    body, whole = (
+        Category(file=Path("a.json"), categories=(), kind="person", names=one.names, count=one.num_keypoints)
+        for one in (COCO17, WHOLEBODY133)
+    )
+    assert custom.skeleton([body, whole], None)[0] is custom.skeleton([whole, body], None)[0] is WHOLEBODY133
+    found, _ = custom.skeleton([_category("tail", "L_Ear"), _category("l_ear", "snout", "r_ear")], None)
+    assert found.names == ("tail", "L_Ear", "snout", "r_ear") and found.mirror == (0, 3, 2, 1)
+    assert found.edges == ((0, 1), (1, 2), (1, 3))
