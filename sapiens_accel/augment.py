@@ -4,6 +4,7 @@ The geometry follows facebookresearch/sapiens, pose/mmpose/datasets/transforms/c
 every one comes from the generator that is passed in. Pixels are changed by albumentations.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ BRIGHTNESS, HUE = 32.0, 0.1
 CONTRAST = SATURATION = (0.5, 1.5)
 BLUR_SIDES = (3, 5, 7)
 HOLE = (0.2, 0.4)
+AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of greys, as a cross product
 GREY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 Pixels = UInt8[Array, "h w 3"]
@@ -153,9 +155,8 @@ def _saturation(factor: float) -> Float[Array, "3 3"]:
 
 def _turn(turns: float) -> Float[Array, "3 3"]:
     """Rotates about the axis of greys (Rodrigues): red goes to green by a third of a turn."""
-    angle = 2 * np.pi * turns
-    axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    return np.eye(3) + np.sin(angle) * axis + (1 - np.cos(angle)) * axis @ axis
+    angle = 2 * math.pi * turns
+    return np.eye(3) + math.sin(angle) * AXIS + (1 - math.cos(angle)) * (AXIS @ AXIS)
 
 
 def _box_blur(image: Pixels, rng: Generator) -> Pixels:
@@ -163,7 +164,10 @@ def _box_blur(image: Pixels, rng: Generator) -> Pixels:
 
 
 def _median_blur(image: Pixels, rng: Generator) -> Pixels:
-    return blur.median_blur(image, BLUR_SIDES[rng.integers(len(BLUR_SIDES))])
+    """7 px as 5 and then 3, which reach as far: OpenCV's own takes 20 times as long, and a tenth of all this work."""
+    for side in ((3,), (5,), (5, 3))[rng.integers(len(BLUR_SIDES))]:
+        image = blur.median_blur(image, side)
+    return image
 
 
 def _hole(image: Pixels, rng: Generator) -> Pixels:

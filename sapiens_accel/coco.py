@@ -235,7 +235,10 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
     Raises:
         UserError: the file does not decode.
     """
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
     reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
     pixels = _decoded(content, REDUCED[reduction])
     if pixels is None:

@@ -90,6 +90,8 @@ def of_reduced(matrix: Float[Array, "2 3"], reduction: int) -> Float[Array, "2 3
 
     The centre of the first pixel of the reduced image is amid the pixels that it stands for, (reduction - 1) / 2.
     """
+    if reduction == 1:
+        return matrix
     first_xy = np.full(2, (reduction - 1) / 2)
     return np.column_stack([matrix[:, :2] * reduction, apply(matrix, first_xy)])
 
