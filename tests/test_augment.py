@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sapiens_accel import augment
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.config import AugmentConfig
 from sapiens_accel.geometry import Crop, apply, apply_batch, invert, strong_from_weak
@@ -294,6 +295,59 @@ def test_pixel_changes_happen_independently_of_each_other() -> None:
     # The channels' order is drawn with half the probability, and one in six orders is the old one.
     assert _is_share(reordered[~recoloured], 0.5 * 5 / 6)
     assert _is_share(has_hole[reordered], 0.5)
+
+
+def test_colours_are_the_published_changes_one_after_the_other() -> None:
+    """All in one pass over the pixels; here each by itself in float, from the same draws."""
+    changes = _augmenter(photometric_p=0.5, blur_p=0, coarse_dropout_p=0).pixel_changes()
+    seen = set()
+    for seed in range(60):
+        image = np.random.default_rng(seed).integers(96, 160, (31, 45, 3), dtype=np.uint8)
+        rng, expected, happened = np.random.default_rng(seed), image.astype(float), []
+        rng.random()  # whether there is a change of colours at all
+        if rng.random() < 0.5:
+            contrast = rng.uniform(0.5, 1.5)
+            expected = contrast * expected + rng.uniform(-32, 32)
+            happened.append("contrast")
+        if rng.random() < 0.5:
+            turns, factor = rng.uniform(-0.1, 0.1), rng.uniform(0.5, 1.5)
+            grey = expected @ [0.299, 0.587, 0.114]
+            expected = grey[..., None] + factor * (expected - grey[..., None])
+            # Where the plane across the axis of greys is the complex one, a turn is a product.
+            mean = expected.mean(axis=2)
+            thirds = np.exp(2j * np.pi * np.arange(3) / 3)
+            turned = (expected @ thirds) * np.exp(2j * np.pi * turns)
+            expected = mean[..., None] + 2 / 3 * (turned[..., None] * thirds.conj()).real
+            happened.append("hue")
+        if rng.random() < 0.5:
+            expected = expected[..., rng.permutation(3)]
+            happened.append("order")
+        found = change_pixels(changes, image.copy(), np.random.default_rng(seed))
+        assert np.abs(found - expected.clip(0, 255)).max() < 1.01, (seed, happened)
+        seen.add(tuple(happened))
+    assert len(seen) == 8
+
+
+def test_hue_turns_red_to_green_and_leaves_greys_alone() -> None:
+    np.testing.assert_allclose(augment._turn(1 / 3) @ [200.0, 0.0, 0.0], [0.0, 200.0, 0.0], atol=1e-9)
+    for matrix in (augment._turn(0.07), augment._saturation(0.6), augment._saturation(1.4)):
+        np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-12)
+    np.testing.assert_allclose(augment._saturation(0.0) @ [255, 0, 0], [76.245] * 3)
+
+
+def test_blurs_reach_three_pixels_at_most_and_at_least_one() -> None:
+    """Kernels of 3, 5 and 7 px, each as often: what lies farther off than their half changes nothing."""
+    for name, change in (("box", augment._box_blur), ("median", augment._median_blur)):
+        reaches = []
+        for seed in range(300):
+            image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), dtype=np.uint8)
+            other = image.copy()
+            other[:, 15:] = 255 - other[:, 15:]
+            one, two = (change(picture, np.random.default_rng(seed)) for picture in (image, other))
+            reaches.append(int((one[:, :15] != two[:, :15]).any(axis=(0, 2)).sum()))
+        counts = np.bincount(reaches, minlength=4)
+        assert len(counts) == 4 and counts[0] == 0, (name, counts)
+        assert all(_is_share(np.repeat([1, 0], [n, 300 - n]), 1 / 3) for n in counts[1:]), (name, counts)
 
 
 def test_no_change_without_probability() -> None:
