@@ -190,7 +190,7 @@ def test_the_datas_peer_runs_in_another_python_on_the_same_people(tmp_path: Path
     for module, content in STEPS.items():
         path = tmp_path / "packages" / module
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content.format(notes=tmp_path / "notes.txt"))
+        path.write_text(content.replace("NOTES", str(tmp_path / "notes.txt")))
     cache = {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
     words = [*SMALL, "--root", str(few_people), "--peer_python", shell(tmp_path, tmp_path / "packages")]
     found = benchmark("data", tmp_path / "data.json", *words, **cache)
@@ -226,7 +226,7 @@ STEPS = {
     "mmengine/__init__.py": "",
     "mmengine/dataset.py": """
 def pseudo_collate(people):
-    with open("{notes}", "a") as file:
+    with open("NOTES", "a") as file:
         for person in people:
             print(*person["steps"], person["keypoints"].shape[1], len(people), file=file)
 """,
