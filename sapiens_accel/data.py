@@ -320,7 +320,7 @@ def _view(picture: Picture, crop: Crop, input_hw: tuple[int, int], changes: Call
 
 def _channels_first(image: UInt8[Array, "h w 3"]) -> UInt8[Tensor, "3 h w"]:
     planes = np.empty((3, *image.shape[:2]), np.uint8)
-    cv2.split(image, list(planes))  # half the time of a copy of the transposed array
+    cv2.split(image, [planes[0], planes[1], planes[2]])  # half the time of a copy of the transposed array
     return torch.from_numpy(planes)
 
 

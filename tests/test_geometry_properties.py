@@ -166,6 +166,17 @@ def test_no_input_pixel_is_finer_than_the_reduced_image(drawn: st.DataObject, in
 # ---- Pixels
 
 
+@pytest.mark.parametrize("side", [150, 1500])
+def test_a_fourth_channel_changes_no_pixel(side: int) -> None:
+    """Small images are warped with one, large ones without; OpenCV has code of its own for each."""
+    image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8), (0, 0), 2)
+    for degrees in (0.0, 33.0, -120.0):
+        crop = Crop(center_xy=(side / 2, side / 2), size_wh=(90.0, 120.0), degrees=degrees)
+        picture = warp(image, crop.matrix((128, 96)), (128, 96))
+        expected = cv2.warpAffine(image, crop.matrix((128, 96)), (96, 128), flags=cv2.INTER_LINEAR)
+        assert np.abs(picture.astype(int) - expected).max() <= 1
+
+
 @given(dots(), st.integers(0, 9), st.integers(0, 9))
 def test_a_dot_is_found_where_the_matrix_says(dot: tuple, more_w: int, more_h: int) -> None:
     input_hw, crop, dot_xy, sigma = dot
