@@ -48,6 +48,7 @@ def main(words: Sequence[str]) -> None:
     asked = options(words)
     one_core()
     cv2.setNumThreads(0)
+    data.keep_freed_memory()  # as every loading process does
     settings = DataConfig(root=asked.root, input_hw=asked.input_hw, check_images="ends")
     sets = data.open_people(settings, COCO17, unlabelled=False)
     path = record.place("data", "cpu", record.cpu_name(), asked.out)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -144,6 +146,28 @@ def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> 
     assert 0 < flipped.sum() < len(flipped)
     cutouts = torch.cat([batch.pair.cutout for batch in reference if batch.pair])
     assert len(torch.unique(cutouts.flatten())) == cutouts.numel()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
+    """Page faults of the second and third time that as many pictures are made as a batch holds; 4 KB a page."""
+    code = """
+import resource, sys
+import numpy as np
+from sapiens_accel import data
+if sys.argv[1] == "kept": data.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pictures = [np.ones(589824, np.uint8) for _ in range(32)]
+    del pictures
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*[faults() for _ in range(3)])
+"""
+    counts = {}
+    for word in ("kept", "freed"):
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=REPOSITORY, capture_output=True, text=True)
+        counts[word] = [int(count) for count in done.stdout.split()]
+    assert max(counts["kept"][1:]) < 200 and min(counts["freed"][1:]) > 2000, counts
 
 
 # ---- Ranks
