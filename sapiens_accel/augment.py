@@ -203,6 +203,6 @@ def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -
 def _truncated_normal(rng: Generator, limit: float, num: int) -> Float[Array, "num"]:
     """Standard normal draws within +-limit, by drawing again: the number of draws never depends on scipy's version."""
     values = rng.standard_normal(num)
-    while (outside := np.abs(values) > limit).any():
-        values[outside] = rng.standard_normal(int(outside.sum()))
+    while outside := [place for place, value in enumerate(values.tolist()) if abs(value) > limit]:
+        values[outside] = rng.standard_normal(len(outside))
     return values
