@@ -8,9 +8,7 @@ Time is what a process spent on the core, so that its neighbours count little; t
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ import numpy as np
 import record
 import torch
 from codec_peer import seconds
+from elsewhere import Elsewhere
 from speeds import over, spread
 
 from sapiens_accel import config
@@ -153,7 +152,7 @@ def _ms(times: Sequence[tuple[float, float]], clock: int, batch: int) -> dict[st
 # ---- The others
 
 
-class Peer:
+class Peer(Elsewhere):
     """The process of codec_peer.py: it has loaded the same people, and runs one step at a time when told.
 
     Raises:
@@ -161,19 +160,9 @@ class Peer:
     """
 
     def __init__(self, python: str, folder: Path, codec: Codec) -> None:
-        self.python, self.folder = python, folder
         settings = {"input_hw": codec.input_hw, "heatmap_hw": codec.heatmap_hw, "sigma": int(codec.sigma)}
-        (folder / "settings.json").write_text(json.dumps(settings))
-        # Our packages are not theirs.
-        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        command = [python, str(Path(__file__).with_name("codec_peer.py")), str(folder)]
-        try:
-            self.process = subprocess.Popen(
-                command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise UserError(f"--peer_python {python}: expected a Python interpreter ({error.strerror})") from error
-        told = self._answer()
+        super().__init__(python, "codec_peer.py", folder, settings)
+        told = self.told
         self.names, self.missing, self.versions = told["peers"], told["missing"], told["versions"]
         for name, reason in self.missing.items():
             print(f"{name} is not measured: {reason}", file=sys.stderr)
@@ -184,29 +173,17 @@ class Peer:
     def load(self, points_xy: torch.Tensor, maps: torch.Tensor) -> None:
         np.save(self.folder / "points.npy", points_xy.numpy())
         np.save(self.folder / "maps.npy", maps.numpy())
-        self._ask("load")
+        self.ask("load")
 
     def run(self, step: str, name: str) -> tuple[float, float]:
         """Seconds of the core and of the wall."""
-        on_core, wall = self._ask(step, name)
+        on_core, wall = self.ask(step, name)
         return on_core, wall
 
     def results(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Its maps, and its points in input px."""
-        self._ask("save", name)
+        self.ask("save", name)
         return np.load(self.folder / f"{name}_maps.npy", mmap_mode="r"), np.load(self.folder / f"{name}_points.npy")
-
-    def _ask(self, *order: str) -> Any:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        raise UserError(f"--peer_python {self.python}: ended with {self.process.wait()}; run it by hand to see why")
 
 
 # ---- What is told

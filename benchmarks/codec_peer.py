@@ -144,9 +144,9 @@ def seconds(run):
     return taken
 
 
-def versions():
+def versions(packages=PACKAGES):
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -32,7 +32,7 @@ def heading(benchmark: str, kind: str, device: str, **settings: Any) -> dict[str
         "benchmark": benchmark,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
         "device": {"kind": kind, "name": device},
         "cpus": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
@@ -70,6 +70,11 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of what is installed here."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:

@@ -129,6 +129,9 @@ class DataConfig:
     check_images: Literal["auto", "ends", "decode"] = "auto"
     """How pictures are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
     auto decodes sets of up to 5,000 pictures."""
+    reduced_decode: bool = True
+    """Decode a JPEG to a half, a quarter or an eighth of its size where a training crop shows no more of it anyway: it
+    takes less time and aliases less. Evaluation decodes everything whole."""
     cache_dir: str | None = None
     """Where drawn people and Arrow tables are kept. Default: $SAPIENS_ACCEL_CACHE or ~/.cache/sapiens_accel."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

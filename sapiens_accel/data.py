@@ -6,8 +6,10 @@ Each person's augmentation has a generator of its own, seeded by its place in th
 and accumulated micro-batches changes no byte, and a run can start at any step. Workers ship uint8 pictures and points.
 """
 
+import ctypes
 import dataclasses
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +29,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from sapiens_accel import category, coco, custom, geometry, interrupt, mixture, pool, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.category import Category
-from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
+from sapiens_accel.coco import People, Picture, Rows, boxes_of, keypoints_of, read_picture
 from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError
 from sapiens_accel.geometry import Crop
 from sapiens_accel.mixture import Mixture
 from sapiens_accel.skeleton import COCO17, Skeleton
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Loaded = TypeVar("Loaded")
 
 
@@ -299,6 +302,8 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self, sets: Sets, augmenter: Augmenter, config: DataConfig, plan: StageConfig, *, seed: int, stage: str
     ) -> None:
         self.labelled, self.unlabelled, self.mixture = sets.train, sets.unlabelled, sets.mixture
+        self.labelled_rows = Rows(sets.train.rows)
+        self.unlabelled_rows = Rows(sets.unlabelled.rows) if sets.unlabelled else None
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
@@ -325,21 +330,21 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         return self._pair(int(chosen[key.position]), rng)
 
     def _labelled(self, index: int, rng: Generator) -> Labelled:
-        row = self.labelled.rows[index]
-        keypoints = np.asarray(row["keypoints"])
+        row = self.labelled_rows[index]
+        keypoints = row["keypoints"]
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
-        image = read_image(self.labelled.root / row["file_name"])
-        view = _view(image, crop, self.config.input_hw, partial(self.changes, rng=rng))
+        picture = read_for([crop], self.labelled.root / row["file_name"], self.config)
+        view = _view(picture, crop, self.config.input_hw, partial(self.changes, rng=rng))
         return _with_labels(view, keypoints, crop, row, self.config, self.augmenter.skeleton)
 
     def _pair(self, index: int, rng: Generator) -> Pair:
-        assert self.unlabelled is not None
-        row = self.unlabelled.rows[index]
-        image = read_image(self.unlabelled.root / row["file_name"])
-        return pair_of(image, self._base(row), self.augmenter, self.changes, self.cutout, rng)[0]
+        assert self.unlabelled is not None and self.unlabelled_rows is not None
+        row = self.unlabelled_rows[index]
+        path = self.unlabelled.root / row["file_name"]
+        return pair_of(path, self._base(row), self.augmenter, self.config, self.changes, self.cutout, rng)[0]
 
     def _base(self, row: dict) -> Crop:
-        return geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+        return geometry.box_crop(row["box_xywh"], self.config.box_padding, self.config.input_hw)
 
 
 class EvaluationPeople(Dataset[Labelled]):
@@ -354,32 +359,54 @@ class EvaluationPeople(Dataset[Labelled]):
     def __getitem__(self, index: int) -> Labelled:
         row = self.people.rows[index]
         crop = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-        view = _view(read_image(self.people.root / row["file_name"]), crop, self.config.input_hw)
+        view = _view(read_picture(self.people.root / row["file_name"]), crop, self.config.input_hw)
         return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
 
 
 def pair_of(
-    image: UInt8[Array, "h w 3"], base: Crop, augmenter: Augmenter, changes: Callable, num_cutouts: int, rng: Generator
+    path: Path,
+    base: Crop,
+    augmenter: Augmenter,
+    config: DataConfig,
+    changes: Callable,
+    num_cutouts: int,
+    rng: Generator,
 ) -> tuple[Pair, Crop]:
-    """Both views of the person whose upright crop is `base`, and the strong view's crop.
+    """Both views of the person whose upright crop is `base`, from one decoded picture, and the strong view's crop.
 
     Args:
         changes: `change_pixels` with the strong view's changes.
     """
     weak = augmenter.weak_crop(base, rng)
     strong = augmenter.strong_crop(weak, rng)
-    weak_view = _view(image, weak, augmenter.input_hw)
-    strong_view = _view(image, strong, augmenter.input_hw, partial(changes, rng=rng))
+    picture = read_for([weak, strong], path, config)
+    weak_view = _view(picture, weak, augmenter.input_hw)
+    strong_view = _view(picture, strong, augmenter.input_hw, partial(changes, rng=rng))
     cutout = torch.from_numpy(rng.random((num_cutouts, 4), dtype=np.float32))
     return Pair(weak_view, strong_view, cutout), strong
 
 
-def _view(image: UInt8[Array, "h w 3"], crop: Crop, input_hw: tuple[int, int], changes=None) -> View:
+def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> Picture:
+    """The picture that the crops are cut from, as small as shows all that is seen in each of them.
+
+    Raises:
+        UserError: it does not decode.
+    """
+    at_most = min(geometry.reduction(crop, config.input_hw) for crop in crops) if config.reduced_decode else 1
+    return read_picture(path, at_most)
+
+
+def _view(picture: Picture, crop: Crop, input_hw: tuple[int, int], changes: Callable | None = None) -> View:
     matrix = crop.matrix(input_hw)
-    picture = geometry.warp(image, matrix, input_hw)
-    picture = changes(picture) if changes else picture
-    channels_first = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
-    return View(channels_first, torch.from_numpy(matrix.astype(np.float32)), torch.tensor(crop.flip))
+    image = geometry.warp(picture.pixels, geometry.of_reduced(matrix, picture.reduction), input_hw)
+    image = changes(image) if changes else image
+    return View(_channels_first(image), torch.from_numpy(matrix.astype(np.float32)), torch.tensor(crop.flip))
+
+
+def _channels_first(image: UInt8[Array, "h w 3"]) -> UInt8[Tensor, "3 h w"]:
+    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    cv2.split(image, [planes[0], planes[1], planes[2]])  # half the time of a copy of the transposed array
+    return torch.from_numpy(planes)
 
 
 def _with_labels(
@@ -402,7 +429,7 @@ def seen_in(
 
 def target_weights(visibility: Float[Array, "k"], occluded: float) -> Float[Array, "k"]:
     """COCO's v (0 unlabelled, 1 occluded, 2 visible) to float32 target weights 0, `occluded`, 1."""
-    return np.select([visibility >= 2, visibility >= 1], [1.0, occluded], 0.0).astype(np.float32)
+    return np.where(visibility >= 2, 1.0, np.where(visibility >= 1, occluded, 0.0)).astype(np.float32)
 
 
 def batches(
@@ -476,7 +503,16 @@ def to_device(tree: Any, device: torch.device) -> Any:
 def begin_worker(_: int) -> None:
     """Start a worker with one decoding thread: the workers are the parallelism. Signals are the training's to hear."""
     cv2.setNumThreads(0)
+    keep_freed_memory()
     interrupt.leave_to_parent()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next picture: new pages from the system cost 5 % of a batch's time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and hasattr(libc, "mallopt"):  # not every Linux has glibc
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**30)
 
 
 def check_targets(people: People, config: DataConfig) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from sapiens_accel import draw, geometry
 from sapiens_accel.augment import Augmenter, change_pixels
-from sapiens_accel.coco import People, read_image
+from sapiens_accel.coco import People
 from sapiens_accel.config import DataConfig
 from sapiens_accel.data import Pair, begin_worker, pair_of, plainly, seen_in, to_device
 from sapiens_accel.evaluate import oks
@@ -61,8 +61,8 @@ class Holdout(Dataset[Known]):
         row = self.people.rows[self.chosen[index]]
         rng = default_rng([self.seed, zlib.crc32(b"holdout"), index])
         base = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-        image = read_image(self.people.root / row["file_name"])
-        pair, strong = pair_of(image, base, self.augmenter, self.changes, self.num_cutouts, rng)
+        path = self.people.root / row["file_name"]
+        pair, strong = pair_of(path, base, self.augmenter, self.config, self.changes, self.num_cutouts, rng)
         truth = seen_in(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
         area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
         points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sapiens_accel import augment
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.config import AugmentConfig
 from sapiens_accel.geometry import Crop, apply, apply_batch, invert, strong_from_weak
@@ -265,18 +266,17 @@ def _image(seed: int = 7) -> np.ndarray:
 
 def test_pixel_changes_depend_on_the_generator_alone() -> None:
     """Whatever ran before in the process, with this pipeline or with any other generator."""
-    used, image = _augmenter(blur_p=0.5).pixel_changes(), _image()
+    used = _augmenter(blur_p=0.5).pixel_changes()
     for seed in range(10):
-        first = change_pixels(_augmenter(blur_p=0.5).pixel_changes(), image, np.random.default_rng(seed))
+        first = change_pixels(_augmenter(blur_p=0.5).pixel_changes(), _image(), np.random.default_rng(seed))
         random.seed(seed + 1)
         np.random.seed(seed + 2)
         change_pixels(used, _image(8), np.random.default_rng(99))
-        again = change_pixels(used, image, np.random.default_rng(seed))
-        assert again.dtype == np.uint8 and again.shape == image.shape
+        again = change_pixels(used, _image(), np.random.default_rng(seed))
+        assert again.dtype == np.uint8 and again.shape == _image().shape
         np.testing.assert_array_equal(again, first)
-    outcomes = {change_pixels(used, image, np.random.default_rng(seed)).tobytes() for seed in range(20)}
+    outcomes = {change_pixels(used, _image(), np.random.default_rng(seed)).tobytes() for seed in range(20)}
     assert len(outcomes) > 15
-    np.testing.assert_array_equal(image, _image(), err_msg="the picture itself is left alone")
 
 
 def test_pixel_changes_happen_independently_of_each_other() -> None:
@@ -284,7 +284,7 @@ def test_pixel_changes_happen_independently_of_each_other() -> None:
     changes = _augmenter(blur_p=0).pixel_changes()
     flat, rng = np.empty((40, 30, 3), np.uint8), np.random.default_rng(12)
     flat[:] = (200, 120, 60)
-    pictures = [change_pixels(changes, flat, rng) for _ in range(NUM)]
+    pictures = [change_pixels(changes, flat.copy(), rng) for _ in range(NUM)]
     has_hole = np.array([(picture == 0).all(axis=2).any() for picture in pictures])
     colours = np.array([picture.max(axis=(0, 1)) for picture in pictures])
     recoloured = (np.sort(colours, axis=1) != (60, 120, 200)).any(axis=1)
@@ -297,6 +297,59 @@ def test_pixel_changes_happen_independently_of_each_other() -> None:
     assert _is_share(has_hole[reordered], 0.5)
 
 
+def test_colours_are_the_published_changes_one_after_the_other() -> None:
+    """All in one pass over the pixels; here each by itself in float, from the same draws."""
+    changes = _augmenter(photometric_p=0.5, blur_p=0, coarse_dropout_p=0).pixel_changes()
+    seen = set()
+    for seed in range(60):
+        image = np.random.default_rng(seed).integers(96, 160, (31, 45, 3), dtype=np.uint8)
+        rng, expected, happened = np.random.default_rng(seed), image.astype(float), []
+        rng.random()  # whether there is a change of colours at all
+        if rng.random() < 0.5:
+            contrast = rng.uniform(0.5, 1.5)
+            expected = contrast * expected + rng.uniform(-32, 32)
+            happened.append("contrast")
+        if rng.random() < 0.5:
+            turns, factor = rng.uniform(-0.1, 0.1), rng.uniform(0.5, 1.5)
+            grey = expected @ [0.299, 0.587, 0.114]
+            expected = grey[..., None] + factor * (expected - grey[..., None])
+            # Where the plane across the axis of greys is the complex one, a turn is a product.
+            mean = expected.mean(axis=2)
+            thirds = np.exp(2j * np.pi * np.arange(3) / 3)
+            turned = (expected @ thirds) * np.exp(2j * np.pi * turns)
+            expected = mean[..., None] + 2 / 3 * (turned[..., None] * thirds.conj()).real
+            happened.append("hue")
+        if rng.random() < 0.5:
+            expected = expected[..., rng.permutation(3)]
+            happened.append("order")
+        found = change_pixels(changes, image.copy(), np.random.default_rng(seed))
+        assert np.abs(found - expected.clip(0, 255)).max() < 1.01, (seed, happened)
+        seen.add(tuple(happened))
+    assert len(seen) == 8
+
+
+def test_hue_turns_red_to_green_and_leaves_greys_alone() -> None:
+    np.testing.assert_allclose(augment._turn(1 / 3) @ [200.0, 0.0, 0.0], [0.0, 200.0, 0.0], atol=1e-9)
+    for matrix in (augment._turn(0.07), augment._saturation(0.6), augment._saturation(1.4)):
+        np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-12)
+    np.testing.assert_allclose(augment._saturation(0.0) @ [255, 0, 0], [76.245] * 3)
+
+
+def test_blurs_reach_three_pixels_at_most_and_at_least_one() -> None:
+    """Kernels of 3, 5 and 7 px, each as often: what lies farther off than their half changes nothing."""
+    for name, change in (("box", augment._box_blur), ("median", augment._median_blur)):
+        reaches = []
+        for seed in range(300):
+            image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), dtype=np.uint8)
+            other = image.copy()
+            other[:, 15:] = 255 - other[:, 15:]
+            one, two = (change(picture, np.random.default_rng(seed)) for picture in (image, other))
+            reaches.append(int((one[:, :15] != two[:, :15]).any(axis=(0, 2)).sum()))
+        counts = np.bincount(reaches, minlength=4)
+        assert len(counts) == 4 and counts[0] == 0, (name, counts)
+        assert all(_is_share(np.repeat([1, 0], [n, 300 - n]), 1 / 3) for n in counts[1:]), (name, counts)
+
+
 def test_no_change_without_probability() -> None:
     none = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=0).pixel_changes()
     for seed in range(10):
@@ -307,7 +360,7 @@ def test_coarse_dropout_is_one_black_rectangle_of_20_to_40_percent_of_each_side(
     only_holes = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=1).pixel_changes()
     white, rng, sides, places = np.full((200, 150, 3), 255, np.uint8), np.random.default_rng(10), [], []
     for _ in range(200):
-        picture = change_pixels(only_holes, white, rng)
+        picture = change_pixels(only_holes, white.copy(), rng)
         black = (picture == 0).all(axis=2)
         assert ((picture == 255).all(axis=2) | black).all()
         rows, columns = np.flatnonzero(black.any(axis=1)), np.flatnonzero(black.any(axis=0))
@@ -325,4 +378,4 @@ def test_coarse_dropout_is_one_black_rectangle_of_20_to_40_percent_of_each_side(
 def test_coarse_dropout_happens_with_its_probability() -> None:
     holes = _augmenter(photometric_p=0, blur_p=0, coarse_dropout_p=0.5).pixel_changes()
     white, rng = np.full((40, 30, 3), 255, np.uint8), np.random.default_rng(11)
-    assert _is_share(np.array([(change_pixels(holes, white, rng) == 0).any() for _ in range(400)]), 0.5)
+    assert _is_share(np.array([(change_pixels(holes, white.copy(), rng) == 0).any() for _ in range(400)]), 0.5)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import cv2
 import pytest
 
+from sapiens_accel import synthetic
 from sapiens_accel.config import UserError
 from sapiens_accel.plan import GIB
 
@@ -157,6 +159,92 @@ def test_a_python_without_the_codecs_is_told_in_one_line(tmp_path: Path) -> None
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and last.startswith(f"codec.py: error: --peer_python {python}: ") and reason in last
         assert "Traceback" not in done.stderr
+
+
+SMALL = ["--input_hw", "64", "48", "--batch", "3", "--rounds", "2"]
+
+
+@pytest.fixture
+def few_people(tmp_path: Path) -> Path:
+    return synthetic.write(tmp_path / "drawn", num_train=5, num_unlabelled=1, num_val=1)
+
+
+def test_the_data_is_timed_alone_where_there_is_no_peer(tmp_path: Path, few_people: Path) -> None:
+    cache = {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
+    found = benchmark("data", tmp_path / "data.json", *SMALL, "--root", str(few_people), **cache)
+    assert found["benchmark"] == "data" and found["people"] == 5 and found["median_megapixels"] == 0.058
+    assert str(tmp_path) not in (tmp_path / "data.json").read_text()
+    names = [case["name"] for case in found["cases"]]
+    assert names == ["ours", "ours_whole_decode", "ours_default_changes", "ours_pairs"]
+    for case in found["cases"]:
+        rate = case["people_per_second"]
+        assert 0 < rate["lowest"] <= rate["median"] <= rate["highest"]
+    rate, parts = found["cases"][0]["people_per_second"]["median"], found["parts_ms"]
+    assert found["cores_for_gpu_people_per_second"]["400"] == math.ceil(400 / rate)
+    assert 0 < parts["decode"] < parts["all"] and parts["rest"] > 0
+    assert not [key for key in found if "ratio" in key]
+
+
+def test_the_datas_peer_runs_in_another_python_on_the_same_people(tmp_path: Path, few_people: Path) -> None:
+    """mmpose is not installed: packages of those names hold steps that note what they get."""
+    for module, content in STEPS.items():
+        path = tmp_path / "packages" / module
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content.replace("NOTES", str(tmp_path / "notes.txt")))
+    cache = {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
+    words = [*SMALL, "--root", str(few_people), "--peer_python", shell(tmp_path, tmp_path / "packages")]
+    found = benchmark("data", tmp_path / "data.json", *words, **cache)
+    cases = {case["name"]: case for case in found["cases"]}
+    assert list(cases)[4:] == ["mmpose", "mmpose_without_targets"]
+    for name in ("mmpose", "mmpose_without_targets"):
+        assert found[f"ratio_{name}"] == cases[name]["ratio"]["median"] > 0
+    passes = [line.split() for line in (tmp_path / "notes.txt").read_text().splitlines()]
+    plain = ["LoadImage", "GetBBoxCenterScale", "RandomFlip", "RandomHalfBody", "RandomBBoxTransform", "TopdownAffine"]
+    plain += ["PhotometricDistortion", "Albumentation"]
+    whole, without = [*plain, "GenerateTarget", "PackPoseInputs"], [*plain, "PackPoseInputs"]
+    # An untimed pass and two timed ones of 5 people, in batches of 3 and 2.
+    once = [[*steps, "17", str(batch)] for steps in (whole, without) for batch in (3, 3, 3, 2, 2)]
+    assert passes == once * 3
+
+
+STEP = """
+class {name}:
+    def __init__(self, **settings): pass
+    def __call__(self, person): return person | {{"steps": person.get("steps", ()) + (type(self).__name__,)}}
+"""
+COMMON = ("GetBBoxCenterScale", "RandomFlip", "RandomHalfBody", "RandomBBoxTransform", "PhotometricDistortion")
+STEPS = {
+    "mmpose/__init__.py": "",
+    "mmpose/datasets/__init__.py": "raise ImportError('what every data set needs')",
+    "mmpose/codecs/udp_heatmap.py": "",
+    "mmpose/datasets/transforms/common_transforms.py": "".join(
+        STEP.format(name=name) for name in (*COMMON, "Albumentation", "GenerateTarget")
+    ),
+    "mmpose/datasets/transforms/formatting.py": STEP.format(name="PackPoseInputs"),
+    "mmpose/datasets/transforms/loading.py": STEP.format(name="LoadImage"),
+    "mmpose/datasets/transforms/topdown_transforms.py": STEP.format(name="TopdownAffine"),
+    "mmengine/__init__.py": "",
+    "mmengine/dataset.py": """
+def pseudo_collate(people):
+    with open("NOTES", "a") as file:
+        for person in people:
+            print(*person["steps"], person["keypoints"].shape[1], len(people), file=file)
+""",
+}
+
+
+def test_a_python_without_mmpose_is_told_in_one_line(tmp_path: Path, few_people: Path) -> None:
+    (tmp_path / "mmpose.py").write_text("raise ImportError('half of mmpose is missing')")
+    python = shell(tmp_path, tmp_path)
+    command = [sys.executable, "benchmarks/data.py", "--peer_python", python, "--root", str(few_people), *SMALL]
+    env = os.environ | {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
+    command += ["--out", str(tmp_path / "data.json")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith(
+        f"data.py: error: --peer_python {python}: mmpose cannot be imported there (ImportError: half of"
+    )
 
 
 def shell(folder: Path, packages: Path) -> str:

@@ -2,18 +2,20 @@
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import datasets
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
 from sapiens_accel import coco, synthetic
-from sapiens_accel.coco import People
+from sapiens_accel.coco import People, Rows
 from sapiens_accel.config import UserError
 
 K = 17
@@ -196,6 +198,24 @@ def test_pictures_are_read_as_rgb(tmp_path: Path) -> None:
     assert np.array_equal(coco.read_image(tmp_path / "x.png"), picture)
     (tmp_path / "x.jpg").write_bytes(b"no picture at all")
     _error(lambda: coco.read_image(tmp_path / "x.jpg"), tmp_path / "x.jpg")
+
+
+def test_rows_one_by_one_are_the_tables(root: Path, cache: Path) -> None:
+    """Whatever was selected and joined, and in another process."""
+    rows = _labelled(root, cache).rows
+    # Tables in several pieces: joined, and written a few rows at a time.
+    pieces = datasets.concatenate_datasets([rows, rows.select([1, 0])])
+    chosen = datasets.concatenate_datasets([pieces] * 3).select([5, 0, 3, 3, 1, 6])
+    assert len(rows) >= 2
+    for table in (rows, pieces, chosen, rows.select([])):
+        found = Rows(table)
+        assert len(found) == len(table)
+        for those in (found, pickle.loads(pickle.dumps(found))):
+            for index in range(len(table)):
+                row = those[index]
+                plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+                assert plain == table[index]
+                assert row["keypoints"].shape == (K, 3) and row["box_xywh"].dtype == np.float64
 
 
 # ---- The cache

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,7 +20,8 @@ from torch import Tensor
 from sapiens_accel import coco, data, synthetic
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
-from sapiens_accel.data import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, Share, TrainingPeople
+from sapiens_accel.data import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, Share, TrainingPeople, View
+from sapiens_accel.geometry import Crop
 from sapiens_accel.skeleton import COCO17
 
 TRAIN = "annotations/person_keypoints_train2017.json"
@@ -143,6 +146,28 @@ def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> 
     assert 0 < flipped.sum() < len(flipped)
     cutouts = torch.cat([batch.pair.cutout for batch in reference if batch.pair])
     assert len(torch.unique(cutouts.flatten())) == cutouts.numel()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
+    """Page faults of the second and third time that as many pictures are made as a batch holds; 4 KB a page."""
+    code = """
+import resource, sys
+import numpy as np
+from sapiens_accel import data
+if sys.argv[1] == "kept": data.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pictures = [np.ones(589824, np.uint8) for _ in range(32)]
+    del pictures
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*[faults() for _ in range(3)])
+"""
+    counts = {}
+    for word in ("kept", "freed"):
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=REPOSITORY, capture_output=True, text=True)
+        counts[word] = [int(count) for count in done.stdout.split()]
+    assert max(counts["kept"][1:]) < 200 and min(counts["freed"][1:]) > 2000, counts
 
 
 # ---- Ranks
@@ -386,6 +411,54 @@ def test_pixels_change_in_the_strong_view_alone(dots: Run) -> None:
         assert (pair.weak.image[centre] == 100).all()
         num_changed += not (pair.strong.image[centre] == 100).all()
     assert num_changed >= 14  # a change of brightness and one of contrast can cancel
+
+
+def _samples(people: TrainingPeople, num: int) -> list[Labelled | Pair]:
+    return [people[Key(0, position, unlabelled)] for unlabelled in (False, True) for position in range(num)]
+
+
+def _views(sample: Labelled | Pair) -> list[View]:
+    return [sample.view] if isinstance(sample, Labelled) else [sample.weak, sample.strong]
+
+
+def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
+    drawn: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crop of twice as many pixels as it shows: the same draws, points and matrices; pixels as good as the same."""
+    known: list[tuple[int, int]] = []
+    read = data.read_picture
+
+    def told(path: Path, at_most: int = 1) -> coco.Picture:
+        known.append((at_most, read(path, at_most).reduction))
+        return read(path, at_most)
+
+    monkeypatch.setattr(data, "read_picture", told)
+    whole = replace(run, config=replace(run.config, reduced_decode=False))
+    ours, theirs = (_samples(r.people(augment=SAME_PIXELS, global_batch=20), 20) for r in (run, whole))
+    assert known[40:] == [(1, 1)] * 40, "one picture for the two views of a pair; whole where that is asked for"
+    assert known[:40] == [(most, most) for most, _ in known[:40]]
+    assert {most for most, _ in known[:40]} >= {1, 2}
+    for (most, _), one, other in zip(known[:40], ours, theirs, strict=True):
+        images = [[view.image.int() for view in _views(sample)] for sample in (one, other)]
+        rest = [[tensor for tensor in _tensors(sample) if tensor.ndim < 3] for sample in (one, other)]
+        assert all(torch.equal(a, b) for a, b in zip(*rest, strict=True))
+        for a, b in zip(*images, strict=True):
+            # The drawn pictures are noisy: a pixel of several means is smoother than what bilinear warps pick.
+            assert torch.equal(a, b) if most == 1 else 0 < (a - b).abs().float().mean() < 10
+            if most > 1:  # a pixel further, edges would differ
+                smooth = [torch.nn.functional.avg_pool2d(image.float(), 4) for image in (a, b)]
+                assert (smooth[0] - smooth[1]).abs().mean() < 2.5
+    known.clear()
+    people = EvaluationPeople(run.sets.val, run.config, COCO17)
+    assert [people[index].view.image.shape for index in range(len(people))] and set(known) == {(1, 1)}
+
+
+def test_a_pair_is_decoded_as_its_finer_view_needs(run: Run) -> None:
+    near, far = (Crop(center_xy=(120.0, 120.0), size_wh=(47.0 * f, 63.0 * f)) for f in (2.5, 4.5))
+    assert run.sets.unlabelled is not None
+    path = run.sets.unlabelled.root / run.sets.unlabelled.rows[0]["file_name"]
+    found = [data.read_for(crops, path, run.config).reduction for crops in ([far], [near], [far, near], [near, far])]
+    assert found == [4, 2, 2, 2]
 
 
 def test_target_weights() -> None:
