@@ -26,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
     if run.eval.ensemble and len(several) < 2:
         raise UserError(f"--eval.ensemble: of {several[0].weights} alone; give the weights of several networks")
     with accelerator.main_process_first():
-        annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
-        skeleton = candidates.skeleton_of(several, data.places(run.data)[0] / annotations)
+        files = data.located(run.data)
+        annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
+        skeleton = candidates.skeleton_of(several, data.places(files)[0] / annotations)
         people = data.open_split(run.data, skeleton, run.eval.split)
     autocast = distributed.autocast_dtype(accelerator)
     rows: dict[str, Judgement] = {}

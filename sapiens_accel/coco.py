@@ -20,10 +20,12 @@ import cv2
 import datasets
 import numpy as np
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from tqdm import tqdm
 
+from sapiens_accel import roster, shards
 from sapiens_accel.config import UserError
 
 if not sys.stderr.isatty():
@@ -31,9 +33,12 @@ if not sys.stderr.isatty():
 
 SCHEMA_VERSION = 1
 DECODE_AT_MOST = 5000
+LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at DECODE_AT_MOST pictures evenly spread over them
 COLON = re.compile(r":\s*")
 # COCO-WholeBody keeps its 133 keypoints in five lists.
 WHOLE_BODY = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
+# The files of the table of people in shards: rows, which are labelled, and their order where it is another.
+PEOPLE, LABELLED, ORDER = "people.arrow", "labelled.npy", "order.npy"
 JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -75,7 +80,12 @@ def labelled_people(root: Path, annotations: str, images: str, num_keypoints: in
     kept = np.flatnonzero(_labelled(people.rows))
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
-    return replace(people, rows=people.rows.select(kept))
+    return chosen_of(people, kept)
+
+
+def chosen_of(people: People, chosen: Int[Array, "n"]) -> People:
+    """These of the people, in this order, ascending; all of them are taken as they are, whatever their number."""
+    return people if len(chosen) == len(people) else replace(people, rows=people.rows.select(chosen))
 
 
 def by_picture(people: People, images: str) -> Int[Array, "n"]:
@@ -180,9 +190,10 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     Raises:
         UserError: a picture that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
     """
-    names = people.rows.unique("file_name")
-    folders = {folder: _listing(folder) for folder in {(people.root / name).parent for name in names}}
-    for path in (people.root / name for name in names):
+    names = _some_names(people.rows) if check == "auto" and len(people) > LOOK_AT_ALL else _names(people.rows)
+    outside = [path for name in names if not shards.inside(path := people.root / name)]
+    folders = {folder: _listing(folder) for folder in {path.parent for path in outside}}
+    for path in outside:
         if path.name not in folders[path.parent]:
             raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
     decode = check == "decode" or (check == "auto" and len(names) <= DECODE_AT_MOST)
@@ -191,12 +202,29 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
         raise UserError(f"{people.root / bad[0]}: does not decode; mend it, or --data.on_bad_image skip")
     for name in bad:
         print(f"skipped: {people.root / name} does not decode", flush=True)
+    if not bad:
+        return people
     kept = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), bad))
     num_skipped = len(people) - len(kept)
     if not len(kept):
         files = dict.fromkeys(str(source.annotations) for source in people.sources or (people,))
         raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} pictures decodes")
-    return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped) if bad else people
+    return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped)
+
+
+def _names(rows: Dataset) -> list[str]:
+    return rows.unique("file_name")
+
+
+def _some_names(rows: Dataset) -> list[str]:
+    return list(dict.fromkeys(some_of(rows, DECODE_AT_MOST)["file_name"]))
+
+
+def some_of(rows: Dataset, number: int) -> Dataset:
+    """Up to so many rows, evenly spread: checks of a large set take the time of a small one."""
+    if len(rows) <= number:
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, number).astype(int))
 
 
 def read_image(path: Path) -> Array:
@@ -205,10 +233,18 @@ def read_image(path: Path) -> Array:
     Raises:
         UserError: the file does not decode.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    image = decoded(path, cv2.IMREAD_COLOR)
     if image is None:
         raise UserError(f"{path}: does not decode; mend it, or run with --data.check_images decode")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def decoded(path: Path, how: int) -> Array | None:
+    """`cv2.imread`, also of a picture in shards; None where it does not decode."""
+    if not shards.inside(path):
+        return cv2.imread(str(path), how)
+    content = np.frombuffer(shards.content(path), dtype=np.uint8)
+    return cv2.imdecode(content, how) if len(content) else None
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
@@ -227,6 +263,9 @@ def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, ".
 
 
 def _labelled(rows: Dataset) -> Bool[Array, "n"]:
+    beside = [Path(file["filename"]).with_name(LABELLED) for file in rows.cache_files]
+    if beside and beside[0].is_file():
+        return np.load(beside[0])
     return np.asarray((keypoints_of(rows)[..., 2] > 0).any(axis=-1))
 
 
@@ -241,6 +280,8 @@ def _people(
     file = root / annotations
     if not file.is_file():
         raise UserError(f"{file}: no such annotation file; see --data.root and --data.*_annotations")
+    if shards.is_manifest(file):
+        return People(rows=_shard_table(file, images, num_keypoints, cache, keypoints), root=root, annotations=file)
     digest = _digest(file.read_bytes(), keypoints, images)
     source = {"annotations": str(file), "images": images, "keypoints": keypoints}
     return People(rows=_table(_coco_rows, digest, num_keypoints, cache, **source), root=root, annotations=file)
@@ -261,10 +302,52 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     return Dataset.load_from_disk(str(folder))
 
 
+def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str) -> Dataset:
+    """The same table of a manifest's people, written some thousand pictures at a time: memory does not grow with it."""
+    digest = _digest(shards.read(file).digest.encode(), keypoints, images)
+    folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
+    if not (folder / ORDER).is_file():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            _write_shard_table(temporary, file, images, num_keypoints, keypoints)
+            _rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    order = np.load(folder / ORDER)
+    if not (folder / PEOPLE).is_file():
+        features = _features(num_keypoints)
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    rows = Dataset.from_file(str(folder / PEOPLE))
+    return rows.select(order) if len(order) else rows
+
+
+def _write_shard_table(folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str) -> None:
+    places, labelled = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    features = _features(num_keypoints)
+    with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
+        for people in roster.chunks(file, images, num_keypoints):
+            withheld = replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
+            writer.write_table(withheld.table(features.arrow_schema))
+            places.append(people.place)
+            labelled.append(withheld.labelled)
+        writer.finalize()
+    place, seen = np.concatenate(places), np.concatenate(labelled)
+    if not len(place):  # `datasets` cannot read a table of nobody again
+        (folder / PEOPLE).unlink(missing_ok=True)
+    order = np.argsort(place, kind="stable")
+    np.save(folder / LABELLED, seen[order])
+    np.save(folder / ORDER, np.empty(0, int) if (order[1:] > order[:-1]).all() else order)
+
+
 def _save_atomically(table: Dataset, folder: Path) -> None:
     # A name for this process only: another one may be writing the same table.
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     table.save_to_disk(str(temporary))
+    _rename(temporary, folder)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:  # the other one was first
@@ -397,11 +480,13 @@ def _numbers(values: Any) -> Float[Array, "n"]:
 
 
 def parsed(path: Path) -> Any:
-    """A JSON file's content.
+    """A JSON file's content; of a manifest of shards, the COCO JSON that its rows would be.
 
     Raises:
         UserError: it is not JSON.
     """
+    if shards.is_manifest(path):
+        return shards.tree(path)
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -420,8 +505,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def annotation_file(path: Path) -> dict[str, Any]:
+    """A COCO JSON with its `images` and `annotations`.
+
+    Raises:
+        UserError: it is none.
+    """
+    return _read_json(path)
+
+
 def pictures_of(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `_read_json` has accepted. What follows them, in COCO the people, is not parsed."""
+    if shards.is_manifest(path):
+        return shards.pictures(path)
     text, decode = path.read_text(), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":
@@ -458,7 +554,7 @@ def _whose(sources: Sequence[People], picture: Path) -> str:
 def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
     def bad(name: str) -> bool:
         path = root / name
-        return not _whole(path) or (decode and cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_8) is None)
+        return not _whole(path) or (decode and decoded(path, cv2.IMREAD_REDUCED_COLOR_8) is None)
 
     with ThreadPoolExecutor(8) as pool:
         progress = tqdm(pool.map(bad, names), total=len(names), desc="checking pictures", disable=None, leave=False)
@@ -467,13 +563,13 @@ def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
 
 def _whole(path: Path) -> bool:
     """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
-    with path.open("rb") as file:
+    with shards.opened(path) as file:
         head = file.read(8)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
         tail = file.read()
     if head[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
-        return JPEG_END in tail or JPEG_END in _jpeg_scan(path.read_bytes())
+        return JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(shards.content(path)))
     return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8
 
 

@@ -24,10 +24,10 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import coco, geometry, interrupt, pool, synthetic
+from sapiens_accel import coco, convert, geometry, interrupt, pool, sources, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
-from sapiens_accel.config import DataConfig, StageConfig, UserError
+from sapiens_accel.config import DataConfig, StageConfig, UserError, guarded
 from sapiens_accel.geometry import Crop
 from sapiens_accel.skeleton import Skeleton
 
@@ -106,12 +106,13 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     Raises:
         UserError: what is missing or broken, by name.
     """
+    config = located(config)
     root, cache = places(config)
     k = skeleton.num_keypoints
     train = coco.labelled_people(root, config.train_annotations, config.train_images, k, cache)
     labelled = pool.labelled_places(config, train)
     found = {
-        "train": dataclasses.replace(train, rows=train.rows.select(labelled)),
+        "train": coco.chosen_of(train, labelled),
         "val": coco.labelled_people(root, config.val_annotations, config.val_images, k, cache),
     }
     warnings: tuple[str, ...] = ()
@@ -131,14 +132,24 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     Raises:
         UserError: as `open_people`.
     """
+    config = located(config)
     root, cache = places(config)
     files = (config.val_annotations, config.val_images)
     if split == "train":
         files = (config.train_annotations, config.train_images)
     people = coco.labelled_people(root, *files, skeleton.num_keypoints, cache)
     if split == "train":
-        people = dataclasses.replace(people, rows=people.rows.select(pool.labelled_places(config, people)))
+        people = coco.chosen_of(people, pool.labelled_places(config, people))
     return coco.checked(people, config.on_bad_image, config.check_images)
+
+
+def located(config: DataConfig) -> DataConfig:
+    """The config with the files and folders that its root really has: those of COCO, or manifests of shards.
+
+    Raises:
+        UserError: as `places`.
+    """
+    return sources.named(config, places(config)[0])
 
 
 def places(config: DataConfig) -> tuple[Path, Path]:
@@ -149,7 +160,7 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     """
     default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
     cache = Path(config.cache_dir or default)
-    root = Path(config.root) if config.root else _drawn(config, cache)
+    root = sources.folder(config.root, cache, streaming=config.streaming) if config.root else _drawn(config, cache)
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder")
     return root, cache
@@ -416,3 +427,7 @@ def check_targets(people: People, config: DataConfig) -> None:
             f"{labelled.sum()} labelled keypoints lie in their person's box (annotation "
             f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the picture"
         )
+
+
+if __name__ == "__main__":
+    guarded(convert.main)

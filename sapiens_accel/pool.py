@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 
-from sapiens_accel import coco
+from sapiens_accel import coco, shards
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, UserError
 
@@ -141,7 +140,7 @@ def gather(
 def _pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
     """The people of the folder of pictures without labels; None where there is no such folder."""
     folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
-    if not (root / folder).is_dir() and (given or folder != DataConfig.unlabelled_images):
+    if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
         raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
     boxes = given or f"annotations/person_boxes_{folder}.json"
     if coco.is_detections(root / boxes):
@@ -207,7 +206,7 @@ def _look_alike(path: Path, other: Path) -> bool:
     """
     small = []
     for file in (path, other):
-        image = cv2.imread(str(file), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        image = coco.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if image is None:
             return False
         small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
@@ -225,7 +224,7 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
     Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
     """
     ours, theirs = list(files), list(others)
-    for look in (os.path.getsize, _head):
+    for look in (shards.size_of, _head):
         seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
         common = set(seen[0].values()) & set(seen[1].values())
         ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
@@ -234,9 +233,9 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with shards.opened(path) as file:
         return file.read(HEAD_BYTES)
 
 
 def _content(path: Path) -> bytes:
-    return hashlib.blake2b(path.read_bytes()).digest()
+    return hashlib.blake2b(shards.content(path)).digest()

@@ -23,8 +23,10 @@ LAYERS = (
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
-    ("pool", "detections"),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
+    ("pool", "detections", "convert", "stream"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published", "sources"),
+    ("roster",),
+    ("shards",),
     ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
