@@ -295,7 +295,7 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / "dataset_info.json").is_file():
-        found, features = list(rows(num_keypoints=num_keypoints, **source)), _features(num_keypoints)
+        found, features = list(rows(num_keypoints=num_keypoints, **source)), features_of(num_keypoints)
         if not found:  # `datasets` cannot read a table of nobody again
             return Dataset.from_dict({name: [] for name in features}, features=features)
         _save_atomically(Dataset.from_list(found, features=features), folder)
@@ -316,7 +316,7 @@ def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypo
             shutil.rmtree(temporary, ignore_errors=True)
     order = np.load(folder / ORDER)
     if not (folder / PEOPLE).is_file():
-        features = _features(num_keypoints)
+        features = features_of(num_keypoints)
         return Dataset.from_dict({name: [] for name in features}, features=features)
     rows = Dataset.from_file(str(folder / PEOPLE))
     return rows.select(order) if len(order) else rows
@@ -324,7 +324,7 @@ def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypo
 
 def _write_shard_table(folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str) -> None:
     places, labelled = [np.empty(0, np.int64)], [np.empty(0, bool)]
-    features = _features(num_keypoints)
+    features = features_of(num_keypoints)
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
         for people in roster.chunks(file, images, num_keypoints):
             withheld = replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
@@ -354,7 +354,7 @@ def _rename(temporary: Path, folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _features(num_keypoints: int) -> Features:
+def features_of(num_keypoints: int) -> Features:
     return Features(
         {
             "file_name": Value("string"),

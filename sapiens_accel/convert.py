@@ -25,11 +25,11 @@ from tqdm import tqdm
 from sapiens_accel import coco, roster, shards
 from sapiens_accel.config import DataConfig, UserError, check_model_id
 
-GROUP_BYTES = 16 << 20  # of a row group: what streaming reads at a time
-GROUP_ROWS = 100
+GROUP_BYTES = 8 << 20  # of a row group: what streaming reads at a time
 FOLDERS = {"train": "train", "val": "validation", "unlabelled": "unlabelled"}
-CATEGORIES = "categories.jsonl"
 WHOLE = {name for name in roster.WHOLE_BODY if name != "keypoints"}
+
+Group = tuple[int, list[dict[str, Any]]]  # the number of a shard, and rows of it
 
 
 class Split(NamedTuple):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{out}: there already; name a new folder, or remove it")
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        told = write(_splits(asked), temporary, asked.to, round(asked.shard_mb * 1e6))
+        told = write(_splits(asked), temporary, asked.to, round(asked.shard_mb * 1e6), asked.group_rows)
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(out)
     finally:
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="a new folder")
     convert.add_argument("--to", choices=["parquet", "webdataset"], default="parquet", help="what OUT will hold")
     convert.add_argument("--shard_mb", type=float, default=500.0, help="size of one file; default 500")
+    convert.add_argument("--group_rows", type=int, default=100, help="most pictures that streaming reads at a time")
     for split in ("train", "val", "unlabelled"):
         for kind, what in (("annotations", "JSON"), ("images", "folder of pictures")):
             name = f"{split}_{kind}"
@@ -94,13 +95,13 @@ def _splits(asked: argparse.Namespace) -> list[Split]:
     ]
 
 
-def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int) -> list[str]:
+def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_rows: int) -> list[str]:
     """Write the splits' shards under `out`, and say what is in them, a line each.
 
     Raises:
         UserError: a file is missing or broken.
     """
-    told, written, ending = [], [], "parquet" if to == "parquet" else "tar"
+    told, written, categories, ending = [], [], [], "parquet" if to == "parquet" else "tar"
     (out / "data").mkdir(parents=True)
     for split in splits:
         if split.optional and not split.images.is_dir():
@@ -109,15 +110,18 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int) -> list
         bar = tqdm(
             _rows(split, tree), total=len(tree["images"]), desc=split.name, unit=" pictures", disable=None, leave=False
         )
-        made = (_write_parquet if to == "parquet" else _write_tars)(iter(bar), out / "data", name, shard_bytes, tree)
+        groups = _groups(iter(bar), shard_bytes, group_rows)
+        made = (_write_parquet if to == "parquet" else _write_tars)(groups, out / "data", name, tree)
         _number(out / "data", name, ending, made)
         people = len(tree["annotations"])
         told.append(f"{split.name}: {len(tree['images'])} pictures, {people} annotations, {made} shard(s)")
         written.append(split.name)
-        lines = [json.dumps({"split": name, **category}) + "\n" for category in tree.get("categories", ())]
-        with (out / CATEGORIES).open("a") as file:
-            file.writelines(lines)
-    (out / "README.md").write_text(_card(written, ending))
+        categories += [{"split": name, **category} for category in tree.get("categories", ())]
+    if to == "parquet" and categories:
+        pq.write_table(pa.Table.from_pylist(categories), out / "categories.parquet")
+    elif categories:
+        (out / shards.CATEGORIES).write_text(json.dumps(categories))
+    (out / "README.md").write_text(_card(written, ending, named=to == "parquet" and bool(categories)))
     return told
 
 
@@ -183,13 +187,13 @@ def _features(tree: dict[str, Any]) -> Features:
     )
 
 
-def _groups(rows: Iterator[dict[str, Any]], shard_bytes: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def _groups(rows: Iterator[dict[str, Any]], shard_bytes: int, most: int) -> Iterator[Group]:
     """Row groups, each with the number of its shard; only one of them is in memory."""
     group, shard, size, held = [], 0, 0, 0
     for row in rows:
         length = len(row["image"]["bytes"])
         full = size and size + length > shard_bytes
-        if group and (full or held + length > GROUP_BYTES or len(group) >= GROUP_ROWS):
+        if group and (full or held + length > GROUP_BYTES or len(group) >= most):
             yield shard, group
             group, held = [], 0
         if full:
@@ -200,15 +204,13 @@ def _groups(rows: Iterator[dict[str, Any]], shard_bytes: int) -> Iterator[tuple[
         yield shard, group
 
 
-def _write_parquet(
-    rows: Iterator[dict[str, Any]], folder: Path, split: str, shard_bytes: int, tree: dict[str, Any]
-) -> int:
+def _write_parquet(groups: Iterator[Group], folder: Path, split: str, tree: dict[str, Any]) -> int:
     told = json.dumps({"version": 1, "categories": tree.get("categories", [])})
     schema = _features(tree).arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), shards.METADATA: told.encode()})
     writers: dict[int, pq.ParquetWriter] = {}
     try:
-        for shard, group in _groups(rows, shard_bytes):
+        for shard, group in groups:
             if shard not in writers:
                 for writer in writers.values():
                     writer.close()
@@ -220,9 +222,9 @@ def _write_parquet(
     return len(writers)
 
 
-def _write_tars(rows: Iterator[dict[str, Any]], folder: Path, split: str, shard_bytes: int, _: dict[str, Any]) -> int:
+def _write_tars(groups: Iterator[Group], folder: Path, split: str, _: dict[str, Any]) -> int:
     number = count = 0
-    for shard, group in _groups(rows, shard_bytes):
+    for shard, group in groups:
         with tarfile.open(folder / f"{split}-{shard:05d}.tar", "a") as tar:
             for row in group:
                 image = row.pop("image")
@@ -247,16 +249,17 @@ def _number(folder: Path, split: str, ending: str, count: int) -> None:
         path.rename(folder / f"{split}-{number:05d}-of-{count:05d}.{ending}")
 
 
-def _card(splits: Sequence[str], ending: str) -> str:
+def _card(splits: Sequence[str], ending: str, *, named: bool) -> str:
     """The data set's README: which files are which split, and what a row is."""
     files = "".join(f"  - split: {FOLDERS[s]}\n    path: data/{FOLDERS[s]}-*.{ending}\n" for s in splits)
+    more = "- config_name: categories\n  data_files: categories.parquet\n" * named
     return (
         f"---\ntask_categories:\n- keypoint-detection\nconfigs:\n- config_name: default\n  data_files:\n{files}"
-        f"- config_name: categories\n  data_files: {CATEGORIES}\n---\n\n"
+        f"{more}---\n\n"
         "People's keypoints in COCO's form, one row for each picture: its bytes, image_id, file_name, width, height,\n"
         "and `people`: id, place (in the JSON it came from), category_id, iscrowd, area, bbox (x, y, width,\n"
-        "height) and keypoints (x, y, v, ...), all in pixels of the picture. The names of the keypoints are in the\n"
-        "configuration `categories`.\n\n"
+        "height) and keypoints (x, y, v, ...), all in pixels of the picture. Names of keypoints:\n"
+        "the configuration `categories`, or categories.json beside tar shards.\n\n"
         "    train.py --data.root hf://ORG/NAME          (or the folder)\n"
         '    datasets.load_dataset("ORG/NAME")\n'
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
+import datasets
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -24,13 +25,15 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import coco, convert, geometry, interrupt, pool, sources, synthetic
+from sapiens_accel import coco, convert, geometry, interrupt, pool, shards, sources, stream, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import DataConfig, StageConfig, UserError, guarded
 from sapiens_accel.geometry import Crop
 from sapiens_accel.skeleton import Skeleton
 
+CHECKED = 20_000  # people whose targets are looked at before a run, evenly spread
+UNCOMPARED = "streaming: the pictures of training were not compared with those of validation"
 Loaded = TypeVar("Loaded")
 
 
@@ -107,6 +110,8 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
         UserError: what is missing or broken, by name.
     """
     config = located(config)
+    if config.streaming:
+        return _open_streams(config, skeleton, unlabelled=unlabelled)
     root, cache = places(config)
     k = skeleton.num_keypoints
     train = coco.labelled_people(root, config.train_annotations, config.train_images, k, cache)
@@ -124,6 +129,33 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     if sets.unlabelled:
         pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
     return sets
+
+
+def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
+    """The same, of pictures that are read when they are needed; those of validation are few, and opened as always."""
+    for knob in ("labels", "on_bad_image"):
+        if getattr(config, knob) != getattr(DataConfig, knob):
+            raise UserError(
+                f"--data.{knob} {getattr(config, knob)}: not with --data.streaming true; convert what is meant"
+            )
+    root, cache = places(config)
+    k, of_train = skeleton.num_keypoints, (root / config.train_annotations, config.train_images)
+    if not shards.is_manifest(of_train[0]):
+        raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
+    train = stream.people(root, [stream.Source(*of_train, stream.labelled)], k, cache)
+    first = datasets.Dataset.from_list(list(stream.sample(train, 100)), features=coco.features_of(k))
+    check_targets(dataclasses.replace(train, rows=first), config)
+    val = open_split(config, skeleton, "val")
+    others = None
+    if unlabelled:
+        chosen = stream.Unlabelled(config.unlabelled_min_side)
+        given = root / (config.unlabelled_annotations or "")
+        places_of = [(given, config.unlabelled_images)] * shards.is_manifest(given)
+        places_of += [of_train] * config.unlabelled_train_people
+        if not places_of:
+            raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
+        others = stream.people(root, [stream.Source(*place, chosen) for place in places_of], k, cache)
+    return Sets(train, val, others, (UNCOMPARED,))
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
@@ -244,14 +276,20 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self.changes = partial(change_pixels, augmenter.pixel_changes())
 
     def __getitem__(self, key: Key) -> Labelled | Pair:
-        stream = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
-        rng = default_rng([self.seed, zlib.crc32(stream.encode()), key.step, key.position])
+        name = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
+        rng = default_rng([self.seed, zlib.crc32(name.encode()), key.step, key.position])
         if not key.unlabelled:
-            chosen = order(self.seed, stream, key.step, len(self.labelled), self.global_batch)
+            chosen = self._order(self.labelled, name, key.step, self.global_batch)
             return self._labelled(int(chosen[key.position]), rng)
         assert self.unlabelled is not None
-        chosen = order(self.seed, stream, key.step, len(self.unlabelled), self.global_batch * self.ratio)
+        chosen = self._order(self.unlabelled, name, key.step, self.global_batch * self.ratio)
         return self._pair(int(chosen[key.position]), rng)
+
+    def _order(self, people: People, name: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
+        if isinstance(people.rows, stream.Rows):
+            parts, window = self.config.stream_parts, self.config.stream_window
+            return people.rows.order(self.seed, name, step, global_batch, parts, window)
+        return order(self.seed, name, step, len(people), global_batch)
 
     def _labelled(self, index: int, rng: Generator) -> Labelled:
         row = self.labelled.rows[index]
@@ -414,6 +452,7 @@ def check_targets(people: People, config: DataConfig) -> None:
     Raises:
         UserError: with an annotation for which it is so.
     """
+    people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     sizes = np.array([geometry.with_aspect((w, h), config.input_hw) for w, h in boxes[:, 2:] * config.box_padding])
     offset = np.abs(keypoints[..., :2] - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None])

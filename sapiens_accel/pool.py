@@ -20,6 +20,7 @@ from sapiens_accel.config import DataConfig, UserError
 ASPECT_FACTOR = 2.0
 HEAD_BYTES = 1 << 14
 LOOKED_AT = 200
+IDS_AT_MOST = 1_000_000
 ALIKE_GREY_LEVELS = 6.0
 
 
@@ -70,7 +71,9 @@ def write_labelled_ids(path: Path, people: People, config: DataConfig) -> None:
         UserError: the record that is there is not JSON.
     """
     rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
-    ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
+    ids = {}
+    if config.labels is not None or (not config.streaming and len(people) <= IDS_AT_MOST):
+        ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
     told = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
     if path.is_file():
         _keep_record(path, told)
@@ -83,7 +86,7 @@ def _keep_record(path: Path, told: dict[str, Any]) -> None:
         old = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}; it said who had labels in an earlier run; move it away") from None
-    if all(old.get(key) == told[key] for key in ("annotations", "ann_ids")):
+    if all(old.get(key) == told.get(key) for key in ("annotations", "ann_ids")):
         return
     number = 1
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
@@ -91,7 +94,7 @@ def _keep_record(path: Path, told: dict[str, Any]) -> None:
     path.rename(kept)
     # Ids of another JSON are other people's; without `labels` nobody is withheld, only left out with a picture.
     comparable = told["labels"] is not None and old.get("annotations") == told["annotations"]
-    lost = set(old.get("ann_ids", ())) - set(told["ann_ids"]) if comparable else ()
+    lost = set(old.get("ann_ids", ())) - set(told.get("ann_ids", ())) if comparable else ()
     line = (
         f"warning: {path}: {old.get('num_people')} people had labels in an earlier run in this folder, "
         f"{told['num_people']} have now; the earlier record is kept as {kept.name}"
@@ -120,7 +123,7 @@ def gather(
     """
     of_train = (config.train_annotations, config.train_images)
     sources = [_pictures(root, config, num_keypoints, cache)]
-    withheld = np.setdiff1d(np.arange(len(train)), labelled)
+    withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
         sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache))

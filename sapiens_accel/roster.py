@@ -105,17 +105,17 @@ def chunks(path: Path, prefix: str, num_keypoints: int) -> Iterator[People]:
         UserError: the annotation that has no box, or another number of keypoints.
     """
     manifest, record, person = shards.read(path), 0, 0
-    marked = any(_count(table) for table in shards.records(manifest, ("people",)))
+    marked = any(count(table) for table in shards.records(manifest, ("people",)))
     for table in shards.records(manifest, COLUMNS):
         yield (
             people_of(table, path, prefix, num_keypoints, record, person)
             if marked
-            else _whole(table, path, prefix, num_keypoints, record)
+            else whole(table, path, prefix, num_keypoints, record)
         )
-        record, person = record + table.num_rows, person + _count(table)
+        record, person = record + table.num_rows, person + count(table)
 
 
-def _count(table: pa.Table) -> int:
+def count(table: pa.Table) -> int:
     if "people" not in table.column_names:
         return 0
     return int(pc.sum(pc.list_value_length(table.column("people"))).as_py() or 0)
@@ -158,7 +158,7 @@ def people_of(
     )
 
 
-def _whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> People:
+def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> People:
     table = table.combine_chunks()
     if not {"width", "height"} <= set(table.column_names):
         raise UserError(f"{path}: pictures without people in them need columns 'width' and 'height' (px)")

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,9 @@ import pyarrow.parquet as pq
 from sapiens_accel.config import UserError
 
 SUFFIX = ".shards"
+CATEGORIES = "categories.json"  # the same beside tar shards
 METADATA = b"sapiens_accel"  # key of the categories in a shard's schema, as JSON
+GROUP = 100  # pictures read together where files do not say which
 HELD_BYTES = 512 << 20  # row groups of pictures that one process keeps
 INSIDE = re.compile(rf"(.*{re.escape(SUFFIX)})/(\d+)/.*", re.DOTALL)
 LISTS = ("bbox", "keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
@@ -148,17 +151,17 @@ def _reader(file: str) -> Any:
 # ---- Row groups, also from another machine
 
 
-_held: OrderedDict[tuple[Path, int, int], pa.Table] = OrderedDict()
+_held: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
 
 
 def _group(manifest: Path, part: int) -> pa.Table:
     """All columns of a row group; those used last are kept, up to HELD_BYTES."""
-    key = (manifest, part, os.getpid())
+    key = (manifest, part)
     if key not in _held:
         file, group = read(manifest).parts[part]
         name = read(manifest).files[file]
         try:
-            _held[key] = parquet(name, os.getpid()).read_row_group(group)
+            _held[key] = parquet(name).read_row_group(group)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{name}: row group {group} cannot be read: {_first_line(error)}") from None
         while sum(table.nbytes for table in _held.values()) > HELD_BYTES and len(_held) > 1:
@@ -167,18 +170,41 @@ def _group(manifest: Path, part: int) -> pa.Table:
     return _held[key]
 
 
+def parquet(file: str) -> pq.ParquetFile:
+    """A parquet file, by its path or address; every process and thread has a handle of its own."""
+    return _parquet(file, os.getpid(), threading.get_ident())
+
+
 @lru_cache(maxsize=64)
-def parquet(file: str, _: int) -> pq.ParquetFile:
-    """A parquet file, by its path or address. A process opens its own: forked ones share a handle's position."""
+def _parquet(file: str, *_: int) -> pq.ParquetFile:
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.core.url_to_fs(file)
     return pq.ParquetFile(system.open(path, "rb"))
 
 
-def records_of(manifest: Path, part: int) -> pa.Table:
-    """What a part tells about its pictures, without the pictures."""
-    return _group(manifest, part)
+def groups(manifest: Manifest) -> list[tuple[int, int]]:
+    """First record and number of records of what is read together: row groups of parquet, else GROUP pictures."""
+    spans = zip(manifest.starts, (count for counts in manifest.rows for count in counts), strict=False)
+    if manifest.kind == "parquet":
+        return list(spans)
+    return [(first + at, min(GROUP, count - at)) for first, count in spans for at in range(0, count, GROUP)]
+
+
+def group(path: Path, first: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """One of the manifest's groups: all columns, or what it has of these."""
+    manifest = read(path)
+    part = manifest.part_of(first)
+    if manifest.kind == "parquet" and columns is None:
+        return _group(path, part)
+    if manifest.kind == "parquet":
+        file, number = manifest.parts[part]
+        reader = parquet(manifest.files[file])
+        present = [name for name in columns or () if name in reader.schema_arrow.names]
+        return reader.read_row_group(number, columns=present)
+    if manifest.index:
+        return mapped(manifest.index).slice(first, count)
+    return mapped(manifest.files[part]).slice(first - manifest.starts[part], count)
 
 
 # ---- What is known of the pictures, without their bytes
@@ -188,7 +214,7 @@ def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of all pictures, as far as the files have them, some thousand pictures at a time."""
     if manifest.kind == "parquet":
         for file in manifest.files:
-            reader = parquet(file, os.getpid())
+            reader = parquet(file)
             present = [name for name in columns if name in reader.schema_arrow.names]
             for batch in reader.iter_batches(columns=present):
                 yield pa.Table.from_batches([batch])

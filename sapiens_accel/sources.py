@@ -7,7 +7,6 @@ in the cache; from then on it stands for the COCO JSON and for the folder of pic
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -168,7 +167,7 @@ def _manifest(split: str, files: Sequence[File], made: Path, cache: Path, in_pla
                 table = _index_of(name, number)
                 writer.write_table(table)
                 rows.append([table.num_rows])
-        return Manifest(kind, names, rows, [], digest, str(index))
+        return Manifest(kind, names, rows, _categories_beside(names[0], split), digest, str(index))
     schemas = [_schema(name, kind) for name in names]
     if kind == "parquet" and not in_place:
         names, kind = _as_arrow(split, names, cache), "arrow"
@@ -184,7 +183,7 @@ def _schema(name: str, kind: Kind) -> pa.Schema:
         UserError: it cannot be read, or has no pictures.
     """
     try:
-        schema = shards.parquet(name, os.getpid()).schema_arrow if kind == "parquet" else shards.mapped(name).schema
+        schema = shards.parquet(name).schema_arrow if kind == "parquet" else shards.mapped(name).schema
     except Exception as error:
         raise UserError(f"{name}: no {kind} file that can be read: {_line(error)}") from None
     if "image" not in schema.names:
@@ -197,8 +196,15 @@ def _categories(schema: pa.Schema) -> list[dict[str, Any]]:
     return json.loads(told)["categories"] if told else []
 
 
+def _categories_beside(name: str, split: str) -> list[dict[str, Any]]:
+    """Those of the split in categories.json, which `convert` writes above the tar shards."""
+    file = Path(name).parent.parent / shards.CATEGORIES
+    told = json.loads(file.read_text()) if file.is_file() else []
+    return [{k: v for k, v in one.items() if k != "split"} for one in told if one.get("split") in SPLITS[split]]
+
+
 def _row_groups(name: str) -> list[int]:
-    about = shards.parquet(name, os.getpid()).metadata
+    about = shards.parquet(name).metadata
     return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
 
 
