@@ -108,7 +108,7 @@ class DataConfig:
     """What to do about a picture that does not decode: stop and name it, or name it and leave its people out."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
     """How pictures are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
-    auto decodes sets of up to 5,000 pictures."""
+    auto decodes sets of up to 5,000 pictures, and of shards, or of over a million people, those of 5,000 people."""
     cache_dir: str | None = None
     """Where drawn people and Arrow tables are kept. Default: $SAPIENS_ACCEL_CACHE or ~/.cache/sapiens_accel."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -246,8 +246,17 @@ def _index_of(name: str, number: int) -> pa.Table:
                     found.setdefault(key, {})["json"] = content.read() if content else b""
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{name}: no uncompressed tar that can be read: {_line(error)}") from None
+    if not _ends(Path(name)):
+        raise UserError(f"{name}: cut off: it lacks the 512 zero bytes that a tar ends with; copy or write it again")
     rows = [_indexed(name, key, row) for key, row in found.items()]
     return pa.Table.from_pylist(rows, schema=INDEX)
+
+
+def _ends(path: Path) -> bool:
+    """Whether a tar has its end: one that is cut between two members reads as a shorter one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 512))
+        return file.read() == bytes(512)
 
 
 def _key(member: str) -> tuple[str, str]:

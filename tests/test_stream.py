@@ -182,8 +182,7 @@ def test_the_tar_of_the_same_pictures_streams_too(root: Path) -> None:
 
 def test_addresses_are_read_where_they_are(root: Path, sets: Sets) -> None:
     """Another machine's shards, here by fsspec's file://: parquet, read by row groups."""
-    config = _config(Path("x"), cache_dir=str(root.parent / "cache"))
-    config = replace(config, root=f"file://{root}")
+    config = replace(_config(root), root=f"file://{root}")
     found = data.open_people(config, COCO17, unlabelled=True)
     assert all(file.startswith("file://") for file in shards.read(found.train.annotations).files)
     steps = range(PEOPLE // BATCH)
@@ -227,7 +226,7 @@ def _losses(folder: Path) -> list[Any]:
 
 def test_a_cut_run_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
     words = ["--recipe", "demo", "--stage", "phase2", "--phase2.steps", 6, "--phase2.global_batch", 4]
-    words += ["--model.name", "sapiens_tiny", "--data.input_hw", "[64,48]", "--eval.num_pictures", 0]
+    words += ["--model.name", "sapiens_tiny", "--data.input_hw", "[64,48]", "--eval.num_pictures", 1, "--log_every", 1]
     words += ["--data.root", root, "--data.streaming", "--data.num_workers", 2, "--report_to", "none"]
     _run(tmp_path / "cache", *words, "--output_dir", tmp_path / "whole")
     _run(tmp_path / "cache", *words, "--output_dir", tmp_path / "cut", "--max_steps", 3, "--save_every", 3)
