@@ -127,7 +127,8 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     sets = Sets(checked["train"], checked["val"], checked.get("unlabelled"), warnings)
     check_targets(sets.train, config)
     if sets.unlabelled:
-        pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+        told = pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+        sets = sets._replace(warnings=(*sets.warnings, *told))
     return sets
 
 

@@ -59,7 +59,7 @@ def folder(root: str, cache: Path, *, streaming: bool) -> Path:
     is_remote = "://" in root
     if not is_remote and (not place.is_dir() or any(place.glob(f"*{shards.SUFFIX}"))):
         return place
-    found = _found(_address(root) if is_remote else root, remote=is_remote and streaming)
+    found = _found(_address(root) if is_remote else str(place), remote=is_remote and streaming)
     if not found:
         if is_remote or streaming:
             what = "streaming needs parquet, Arrow or tar shards; a folder in COCO's form has none, see README: Data"
@@ -80,6 +80,8 @@ def folder(root: str, cache: Path, *, streaming: bool) -> Path:
 def named(config: DataConfig, root: Path) -> DataConfig:
     """The config with this root, and its manifests in place of COCO's files where it has them."""
     there = {split: f"{split}{shards.SUFFIX}" for split in SPLITS if (root / f"{split}{shards.SUFFIX}").is_file()}
+    if there:  # what is missing is then a manifest
+        there |= {split: f"{split}{shards.SUFFIX}" for split in ("train", "val")}
     fields = {f"{split}_{kind}": name for split, name in there.items() for kind in ("annotations", "images")}
     return dataclasses.replace(config, root=str(root), **fields)
 

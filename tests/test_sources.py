@@ -216,6 +216,34 @@ def test_another_shard_is_another_source(shard: dict[str, Path], drawn: Path, tm
     assert len(_open(root, tmp_path / "cache").train) < len(first.train)
 
 
+def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
+    shard: dict[str, Path], drawn: Path, tmp_path: Path
+) -> None:
+    """The Hub's own cache, as a download leaves it, and HF_HUB_OFFLINE."""
+    repository = tmp_path / "hub" / "datasets--someone--people"
+    shutil.copytree(shard["parquet"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    script = (
+        "import json, sys; from sapiens_accel import data; from sapiens_accel.config import DataConfig\n"
+        "from sapiens_accel.skeleton import COCO17\n"
+        "people = data.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
+        "picture = data.read_image(people.root / people.rows[0]['file_name'])\n"
+        "print(json.dumps([people.rows['ann_id'][:], len(picture)]))"
+    )
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    try:
+        done = _run(["-c", script], tmp_path / "cache", "hf://someone/people")
+        absent = _run(["-c", script], tmp_path / "cache", "hf://someone/else")
+    finally:
+        del os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"]
+    assert done.returncode == 0, done.stderr
+    ids, height = json.loads(done.stdout.splitlines()[-1])
+    theirs = data.open_split(_config(drawn, tmp_path), COCO17, "val")
+    assert ids == theirs.rows["ann_id"][:] and height > 100
+    assert "UserError: --data.root hf://datasets/someone/else" in absent.stderr
+
+
 # ---- Whole runs
 
 
