@@ -62,7 +62,7 @@ class Group(NamedTuple):
 
     source: Source
     first: int
-    count: int
+    num: int
     first_person: int
     is_marked: bool  # whether anybody is, in the manifest
 
@@ -88,9 +88,9 @@ class Rows:
     def _people(self, number: int) -> list[dict[str, Any]]:
         if number not in self._held:
             group = self.groups[number]
-            table = shards.group(group.source.path, group.first, group.count)
+            table = shards.group(group.source.path, group.first, group.num)
             people = _people_of(group, table, self.num_keypoints)
-            rows = [people.row(i) for i in np.flatnonzero(group.source.chosen(people))]
+            rows = [people.row(i) for i in np.flatnonzero(group.source.chosen(people)).tolist()]
             if len(rows) != self.counts[number]:
                 raise UserError(
                     f"{group.source.path}: pictures from {group.first} on: {len(rows)} people where there were "
@@ -155,8 +155,8 @@ class _Sequence:
         return np.array(found, dtype=np.int64)
 
     def _shuffled(self, number: int) -> Int[Array, "n"]:
-        groups = self.groups[number * self.window : (number + 1) * self.window]
-        people = np.concatenate([np.arange(self.starts[group], self.starts[group + 1]) for group in groups])
+        groups = self.groups[number * self.window : (number + 1) * self.window].tolist()
+        people = np.concatenate([np.arange(int(self.starts[group]), int(self.starts[group + 1])) for group in groups])
         return default_rng([*self.key, number]).permutation(people)
 
 
@@ -242,7 +242,7 @@ def _columns(source: Source, span: tuple[int, int]) -> Any:
 
 
 def _number(group: Group, num_keypoints: int) -> int:
-    table = _columns(group.source, (group.first, group.count))
+    table = _columns(group.source, (group.first, group.num))
     return int(group.source.chosen(_people_of(group, table, num_keypoints)).sum())
 
 
