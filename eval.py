@@ -30,9 +30,10 @@ def main(argv: Sequence[str]) -> None:
     if run.eval.images:
         return own.look(accelerator, several, run)
     with accelerator.main_process_first():
-        annotations = run.data.val_annotations if run.eval.split == "val" else run.data.train_annotations
-        root, cache = data.places(run.data)
-        skeleton, told = candidates.skeleton_of(several, root / annotations, run.data.category, cache)
+        files = data.located(run.data)
+        annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
+        root, cache = data.places(files)
+        skeleton, told = candidates.skeleton_of(several, root / annotations, files.category, cache)
         people = data.open_split(run.data, skeleton, run.eval.split)
     if told:
         accelerator.print(told)

@@ -119,7 +119,7 @@ def truth(people: People, num_keypoints: int) -> dict[str, Any]:
     Labelled people who are not among the rows (their picture does not decode, their box is empty) are to be ignored, as
     crowds and people without keypoints are: nobody could have predicted them.
     """
-    tree = json.loads(people.annotations.read_text())
+    tree = coco.parsed(people.annotations)
     known = set(people.rows["ann_id"][:])
     zeros = [0.0] * (3 * num_keypoints)
     annotations = []

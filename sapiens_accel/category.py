@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel import coco
+from sapiens_accel import coco, shards
 from sapiens_accel.coco import WHOLE_BODY, Reading
 from sapiens_accel.config import UserError
 from sapiens_accel.skeleton import COCO17, WHOLEBODY133, Skeleton, words
@@ -83,25 +83,41 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
 
 def _summary(file: Path, cache: Path) -> dict[str, Any]:
     """The categories, and of each the count of the first annotation with keypoints and whether it has five lists."""
+    if shards.is_manifest(file):
+        return {"categories": shards.read(file).categories, "first": _firsts(_people_in(file))}
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
     kept = cache / "people" / f"{digest}-categories-v{SUMMARY_VERSION}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     tree = coco.read_json(file)
-    first: dict[str, tuple[int, bool]] = {}
-    for person in tree["annotations"]:
-        if isinstance(person, dict) and isinstance(person.get("keypoints"), list) and person["keypoints"]:
-            kind, whole = str(person.get("category_id")), all(key in person for key in WHOLE_BODY)
-            first.setdefault(kind, (len(person["keypoints"]) // 3, whole))
     categories = tree.get("categories") or []
     if not isinstance(categories, list):
         raise UserError(f"{file}: categories: expected a list, found {type(categories).__name__}")
-    summary = {"categories": categories, "first": first}
+    summary = {"categories": categories, "first": _firsts(tree["annotations"])}
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(summary))
     temporary.replace(kept)
     return summary
+
+
+def _firsts(people: Iterable[Any]) -> dict[str, tuple[int, bool]]:
+    first: dict[str, tuple[int, bool]] = {}
+    for person in people:
+        if isinstance(person, dict) and isinstance(person.get("keypoints"), list) and person["keypoints"]:
+            kind, whole = str(person.get("category_id")), all(person.get(key) is not None for key in WHOLE_BODY)
+            first.setdefault(kind, (len(person["keypoints"]) // 3, whole))
+    return first
+
+
+def _people_in(manifest: Path) -> list[Any]:
+    """The people of the first pictures of shards in which anybody has keypoints: a file of its own is of one kind."""
+    for table in shards.records(shards.read(manifest), ("people",)):
+        if "people" in table.column_names:
+            people = [person for several in table.column("people").to_pylist() for person in several or ()]
+            if any(person.get("keypoints") for person in people):
+                return people
+    return []
 
 
 def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:

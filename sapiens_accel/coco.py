@@ -20,11 +20,14 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
+from sapiens_accel import roster, shards
 from sapiens_accel.config import UserError
 
 if not sys.stderr.isatty():
@@ -32,9 +35,12 @@ if not sys.stderr.isatty():
 
 SCHEMA_VERSION = 1
 DECODE_AT_MOST = 5000
+LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at pictures of DECODE_AT_MOST, evenly spread
 COLON = re.compile(r":\s*")
 # COCO-WholeBody keeps its 133 keypoints in five lists.
 WHOLE_BODY = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
+# The files of the table of people in shards: rows, which are labelled, and their order where it is another.
+PEOPLE, LABELLED, ORDER = "people.arrow", "labelled.npy", "order.npy"
 JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 JPEG_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: those that are decoded at other sizes
@@ -109,7 +115,12 @@ def labelled_people(
     kept = np.flatnonzero(_labelled(people.rows))
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
-    return replace(people, rows=people.rows.select(kept))
+    return chosen_of(people, kept)
+
+
+def chosen_of(people: People, chosen: Int[Array, "n"]) -> People:
+    """These of the people, in this order, ascending; all of them are taken as they are, whatever their number."""
+    return people if len(chosen) == len(people) else replace(people, rows=people.rows.select(chosen))
 
 
 def by_picture(people: People, images: str) -> Int[Array, "n"]:
@@ -221,9 +232,13 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     Raises:
         UserError: a picture that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
     """
-    names = people.rows.unique("file_name")
-    folders = {folder: _listing(folder) for folder in {(people.root / name).parent for name in names}}
-    for path in (people.root / name for name in names):
+    # Shards are whole if their ends are there, so of their pictures some tell enough.
+    most = DECODE_AT_MOST if shards.is_manifest(people.annotations) else LOOK_AT_ALL
+    rows = some_of(people.rows, DECODE_AT_MOST) if check == "auto" and len(people) > most else people.rows
+    names = list(dict.fromkeys(rows["file_name"][:]))
+    outside = [path for name in names if not shards.inside(path := people.root / name)]
+    folders = {folder: _listing(folder) for folder in {path.parent for path in outside}}
+    for path in outside:
         if path.name not in folders[path.parent]:
             raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
     decode = check == "decode" or (check == "auto" and len(names) <= DECODE_AT_MOST)
@@ -232,12 +247,21 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
         raise UserError(f"{people.root / bad[0]}: does not decode; mend it, or --data.on_bad_image skip")
     for name in bad:
         print(f"skipped: {people.root / name} does not decode", flush=True)
+    if not bad:
+        return people
     kept = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), bad))
     num_skipped = len(people) - len(kept)
     if not len(kept):
         files = dict.fromkeys(str(source.annotations) for source in people.sources or (people,))
         raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} pictures decodes")
-    return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped) if bad else people
+    return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped)
+
+
+def some_of(rows: Dataset, number: int) -> Dataset:
+    """Up to so many rows, evenly spread: checks of a large set take the time of a small one."""
+    if len(rows) <= number:
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, number).astype(int))
 
 
 class Picture(NamedTuple):
@@ -266,7 +290,7 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
         UserError: the file does not decode.
     """
     try:
-        content = path.read_bytes()
+        content = shards.content(path)
     except OSError:
         content = b""
     reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
@@ -276,14 +300,14 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
     return Picture(pixels, reduction)
 
 
-def _decoded(content: bytes, size: int) -> UInt8[Array, "h w 3"] | None:
+def _decoded(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"] | None:
     if not content:
         return None
     image = cv2.imdecode(np.frombuffer(content, np.uint8), size | (RGB or cv2.IMREAD_COLOR))
     return image if image is None or RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _reducible(content: bytes, reduction: int) -> bool:
+def _reducible(content: shards.Bytes, reduction: int) -> bool:
     """Whether the decoder itself reduces the picture, and its pixels then lie amid those that they stand for.
 
     That holds for JPEG, counted from the corner where the file begins. EXIF may have the picture turned round
@@ -343,6 +367,14 @@ def whole_image(path: Path) -> Array | None:
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def decoded(path: Path, how: int) -> Array | None:
+    """`cv2.imread`, also of a picture in shards; None where it does not decode."""
+    if not shards.inside(path):
+        return cv2.imread(str(path), how)
+    content = np.frombuffer(shards.content(path), dtype=np.uint8)
+    return cv2.imdecode(content, how) if len(content) else None
+
+
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
     """All keypoints (image px, v) as one array."""
     return _column(rows, "keypoints", rows.features["keypoints"].shape)
@@ -354,11 +386,24 @@ def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
 
 
 def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    values = rows.with_format("numpy", dtype=np.float64)[name][:] if len(rows) else ()
-    return np.asarray(values, dtype=np.float64).reshape(len(rows), *shape)
+    if not len(rows):
+        return np.zeros((0, *shape))
+    # Out of Arrow itself: `datasets` makes an object of every person's array, 0.5 ms each.
+    table: Any = rows.select_columns([name]).with_format("arrow")[:]
+    chunks = (table.combine_chunks() if table.column(name).num_chunks > len(rows) // 100 else table).column(name).chunks
+    values = []
+    for chunk in chunks:
+        array = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+        while pa.types.is_nested(array.type):
+            array = array.flatten()
+        values.append(array.to_numpy(zero_copy_only=False))
+    return np.concatenate(values).astype(np.float64, copy=False).reshape(len(rows), *shape)
 
 
 def _labelled(rows: Dataset) -> Bool[Array, "n"]:
+    beside = [Path(file["filename"]).with_name(LABELLED) for file in rows.cache_files]
+    if beside and beside[0].is_file():
+        return np.load(beside[0])
     return np.asarray((keypoints_of(rows)[..., 2] > 0).any(axis=-1))
 
 
@@ -372,6 +417,12 @@ def _people(
     reading: Reading = PLAIN,
 ) -> People:
     file = annotation_file(root, annotations)
+    if shards.is_manifest(file):
+        if reading != PLAIN:
+            raise UserError(
+                f"{file}: shards are read with their own keypoints in their order; convert a JSON that has them"
+            )
+        return People(rows=_shard_table(file, images, num_keypoints, cache, keypoints), root=root, annotations=file)
     how = [] if reading == PLAIN else [repr(reading)]
     digest = _digest(file.read_bytes(), keypoints, images, *how)
     source = {"annotations": str(file), "images": images, "keypoints": keypoints, "reading": reading}
@@ -399,24 +450,66 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / "dataset_info.json").is_file():
-        found, features = list(rows(num_keypoints=num_keypoints, **source)), _features(num_keypoints)
+        found, features = list(rows(num_keypoints=num_keypoints, **source)), features_of(num_keypoints)
         if not found:  # `datasets` cannot read a table of nobody again
             return Dataset.from_dict({name: [] for name in features}, features=features)
         _save_atomically(Dataset.from_list(found, features=features), folder)
     return Dataset.load_from_disk(str(folder))
 
 
+def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str) -> Dataset:
+    """The same table of a manifest's people, written some thousand pictures at a time: memory does not grow with it."""
+    digest = _digest(shards.read(file).digest.encode(), keypoints, images)
+    folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
+    if not (folder / ORDER).is_file():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            _write_shard_table(temporary, file, images, num_keypoints, keypoints)
+            _rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    order = np.load(folder / ORDER)
+    if not (folder / PEOPLE).is_file():
+        features = features_of(num_keypoints)
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    rows = Dataset.from_file(str(folder / PEOPLE))
+    return rows.select(order) if len(order) else rows
+
+
+def _write_shard_table(folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str) -> None:
+    places, labelled = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    features = features_of(num_keypoints)
+    with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
+        for people in roster.chunks(file, images, num_keypoints):
+            withheld = replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
+            writer.write_table(withheld.table(features.arrow_schema))
+            places.append(people.place)
+            labelled.append(withheld.labelled)
+        writer.finalize()
+    place, seen = np.concatenate(places), np.concatenate(labelled)
+    if not len(place):  # `datasets` cannot read a table of nobody again
+        (folder / PEOPLE).unlink(missing_ok=True)
+    order = np.argsort(place, kind="stable")
+    np.save(folder / LABELLED, seen[order])
+    np.save(folder / ORDER, np.empty(0, int) if (order[1:] > order[:-1]).all() else order)
+
+
 def _save_atomically(table: Dataset, folder: Path) -> None:
     # A name for this process only: another one may be writing the same table.
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     table.save_to_disk(str(temporary))
+    _rename(temporary, folder)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:  # the other one was first
         shutil.rmtree(temporary)
 
 
-def _features(num_keypoints: int) -> Features:
+def features_of(num_keypoints: int) -> Features:
     return Features(
         {
             "file_name": Value("string"),
@@ -558,11 +651,13 @@ def _numbers(values: Any) -> Float[Array, "n"]:
 
 
 def parsed(path: Path) -> Any:
-    """A JSON file's content.
+    """A JSON file's content; of a manifest of shards, the COCO JSON that its rows would be.
 
     Raises:
         UserError: it is not JSON.
     """
+    if shards.is_manifest(path):
+        return shards.tree(path)
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -588,6 +683,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def pictures_of(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
+    if shards.is_manifest(path):
+        return shards.pictures(path)
     text, decode = path.read_text(), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":
@@ -624,7 +721,7 @@ def _whose(sources: Sequence[People], picture: Path) -> str:
 def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
     def bad(name: str) -> bool:
         path = root / name
-        return not _whole(path) or (decode and cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_8) is None)
+        return not _whole(path) or (decode and decoded(path, cv2.IMREAD_REDUCED_COLOR_8) is None)
 
     with ThreadPoolExecutor(8) as pool:
         progress = tqdm(pool.map(bad, names), total=len(names), desc="checking pictures", disable=None, leave=False)
@@ -633,13 +730,13 @@ def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
 
 def _whole(path: Path) -> bool:
     """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
-    with path.open("rb") as file:
+    with shards.opened(path) as file:
         head = file.read(8)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
         tail = file.read()
     if head[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
-        return JPEG_END in tail or JPEG_END in _jpeg_scan(path.read_bytes())
+        return JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(shards.content(path)))
     return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8
 
 

@@ -73,7 +73,16 @@ class MoreData:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     root: str | None = None
-    """Folder in COCO's form. Without one, the built-in synthetic people are drawn."""
+    """Folder in COCO's form; folder of parquet, Arrow or WebDataset tar shards; or a data set of the Hub,
+    hf://ORG/NAME[@REVISION]. Without one, the built-in synthetic people are drawn."""
+    streaming: bool = False
+    """Training pictures are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
+    they are needed: no copy of them is made, and people are shuffled within windows. Needs shards."""
+    stream_parts: int = 8
+    """streaming: parts of the global batch, each with pictures of its own. Every process then reads only its own
+    pictures if this is a multiple of processes x accumulation. The order of an epoch depends on it."""
+    stream_window: int = 2
+    """streaming: row groups whose people are shuffled among each other."""
     train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON of the training people, relative to the root."""
     train_images: str = "train2017"
@@ -128,7 +137,7 @@ class DataConfig:
     """What to do about a picture that does not decode: stop and name it, or name it and leave its people out."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
     """How pictures are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
-    auto decodes sets of up to 5,000 pictures."""
+    auto decodes sets of up to 5,000 pictures, and of shards, or of over a million people, those of 5,000 people."""
     reduced_decode: bool = True
     """Decode a JPEG to a half, a quarter or an eighth of its size where a training crop shows no more of it anyway: it
     takes less time and aliases less. Evaluation decodes everything whole."""
@@ -476,6 +485,7 @@ def _check_values(config: Config) -> None:
     """Refuse numbers that no run can have."""
     positive = {"log_every": config.log_every, "save_every": config.save_every, "eval_every": config.eval_every}
     positive |= {"keep_checkpoints": config.keep_checkpoints, "max_steps": config.max_steps}
+    positive |= {"data.stream_parts": config.data.stream_parts, "data.stream_window": config.data.stream_window}
     positive |= {"data.sigma": config.data.sigma, "memory.micro_batch": config.memory.micro_batch}
     positive |= {"memory.head_chunk": config.memory.head_chunk}
     for stage in STAGES:
@@ -596,8 +606,8 @@ def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
     options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
     evaluation = (f"eval.{name}" for name in ("flip", "compare", "ensemble"))
-    switches = {f"--{name}" for name in ("dry_run", "push_to_hub", "hub_private", *options, *evaluation)}
-    values = dict.fromkeys(switches, "true") | {"--eval.html": "auto"}
+    names = ("dry_run", "push_to_hub", "hub_private", "data.streaming", *options, *evaluation)
+    values = {f"--{name}": "true" for name in names} | {"--eval.html": "auto"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [
         f"{word}={values[word]}" if word in values and last else word for word, last in zip(argv, bare, strict=True)

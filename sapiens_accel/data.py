@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
+import datasets
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -26,16 +27,31 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel import category, coco, custom, geometry, interrupt, mixture, pool, synthetic
+from sapiens_accel import (
+    category,
+    coco,
+    convert,
+    custom,
+    geometry,
+    interrupt,
+    mixture,
+    pool,
+    shards,
+    sources,
+    stream,
+    synthetic,
+)  # fmt: skip
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.category import Category
 from sapiens_accel.coco import People, Picture, Rows, boxes_of, keypoints_of, read_picture
-from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError
+from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError, guarded
 from sapiens_accel.geometry import Crop
 from sapiens_accel.mixture import Mixture
 from sapiens_accel.skeleton import COCO17, Skeleton
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
+UNCOMPARED = "streaming: the pictures of training were not compared with those of validation"
 Loaded = TypeVar("Loaded")
 
 
@@ -113,6 +129,7 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     Raises:
         UserError: they do not tell; as `category.described`, `custom.given` and `custom.skeleton`.
     """
+    config = located(config)
     root, cache = places(config)
     asked = custom.given(config.skeleton, root) if config.skeleton else None
     return custom.skeleton([_category(one, config, root, cache) for one in _train_sets(config)], asked)
@@ -127,12 +144,15 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     Raises:
         UserError: what is missing or broken, by name.
     """
+    config = located(config)
+    if config.streaming:
+        return _open_streams(config, skeleton, unlabelled=unlabelled)
     root, cache = places(config)
     first, *others = _train_sets(config)
     train, told = _labelled_people(first, config, skeleton, root, cache)
     labelled = pool.labelled_places(config, train)
     val, told_of_val = _labelled_people(_val_set(config), config, skeleton, root, cache)
-    found = {"train": dataclasses.replace(train, rows=train.rows.select(labelled)), "val": val}
+    found = {"train": coco.chosen_of(train, labelled), "val": val}
     warnings = [told, told_of_val]
     if unlabelled:
         found["unlabelled"], more = pool.gather(root, config, skeleton.num_keypoints, cache, train, labelled)
@@ -155,8 +175,36 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
         mixture=_mixture(config, [len(people) for people in several]) if others else None,
     )
     if sets.unlabelled:
-        pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+        told = pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+        sets = sets._replace(warnings=(*sets.warnings, *told))
     return sets
+
+
+def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
+    """The same, of pictures that are read when they are needed; those of validation are few, and opened as always."""
+    for knob in ("labels", "on_bad_image", "more"):
+        if getattr(config, knob) != getattr(DataConfig, knob):
+            raise UserError(
+                f"--data.{knob} {getattr(config, knob)}: not with --data.streaming true; convert what is meant"
+            )
+    root, cache = places(config)
+    k, of_train = skeleton.num_keypoints, (root / config.train_annotations, config.train_images)
+    if not shards.is_manifest(of_train[0]):
+        raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
+    train = stream.people(root, [stream.Source(*of_train, stream.labelled)], k, cache)
+    first = datasets.Dataset.from_list(list(stream.sample(train, 100)), features=coco.features_of(k))
+    check_targets(dataclasses.replace(train, rows=first), config)
+    val = open_split(config, skeleton, "val")
+    others = None
+    if unlabelled:
+        chosen = stream.Unlabelled(config.unlabelled_min_side)
+        given = root / (config.unlabelled_annotations or "")
+        places_of = [(given, config.unlabelled_images)] * shards.is_manifest(given)
+        places_of += [of_train] * config.unlabelled_train_people
+        if not places_of:
+            raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
+        others = stream.people(root, [stream.Source(*place, chosen) for place in places_of], k, cache)
+    return Sets(train, val, others, (UNCOMPARED,))
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
@@ -165,11 +213,12 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     Raises:
         UserError: as `open_people`.
     """
+    config = located(config)
     root, cache = places(config)
     one = _val_set(config) if split == "val" else _train_sets(config)[0]
     people, _ = _labelled_people(one, config, skeleton, root, cache)
     if split == "train":
-        people = dataclasses.replace(people, rows=people.rows.select(pool.labelled_places(config, people)))
+        people = coco.chosen_of(people, pool.labelled_places(config, people))
     return coco.checked(people, config.on_bad_image, config.check_images)
 
 
@@ -213,6 +262,15 @@ def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
         raise UserError(f"--data.weight and the weights of --data.more, {given}: {error}") from None
 
 
+def located(config: DataConfig) -> DataConfig:
+    """The config with the files and folders that its root really has: those of COCO, or manifests of shards.
+
+    Raises:
+        UserError: as `places`.
+    """
+    return sources.named(config, places(config)[0])
+
+
 def places(config: DataConfig) -> tuple[Path, Path]:
     """The root of the data, drawn if there is none, and the folder of the tables made of it.
 
@@ -221,7 +279,7 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     """
     default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
     cache = Path(config.cache_dir or default)
-    root = Path(config.root) if config.root else _drawn(config, cache)
+    root = sources.folder(config.root, cache, streaming=config.streaming) if config.root else _drawn(config, cache)
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder")
     return root, cache
@@ -284,7 +342,7 @@ def order(seed: int, stream: str, step: int, num_people: int, global_batch: int)
     return _permutations(seed, stream, step // per_epoch, num_people, passes)[start : start + global_batch]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=3)
 def _permutations(seed: int, stream: str, epoch: int, num_people: int, passes: int) -> Int[Array, "n"]:
     # Kept for the epoch: permuting all of COCO takes 2 ms, and every sample asks.
     rng = default_rng([seed, zlib.crc32(stream.encode()), epoch])
@@ -302,8 +360,8 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         self, sets: Sets, augmenter: Augmenter, config: DataConfig, plan: StageConfig, *, seed: int, stage: str
     ) -> None:
         self.labelled, self.unlabelled, self.mixture = sets.train, sets.unlabelled, sets.mixture
-        self.labelled_rows = Rows(sets.train.rows)
-        self.unlabelled_rows = Rows(sets.unlabelled.rows) if sets.unlabelled else None
+        self.labelled_rows = _rows_of(sets.train)
+        self.unlabelled_rows = _rows_of(sets.unlabelled) if sets.unlabelled else None
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
@@ -316,22 +374,26 @@ class TrainingPeople(Dataset[Labelled | Pair]):
             )
 
     def __getitem__(self, key: Key) -> Labelled | Pair:
-        stream = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
-        rng = default_rng([self.seed, zlib.crc32(stream.encode()), key.step, key.position])
+        name = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
+        rng = default_rng([self.seed, zlib.crc32(name.encode()), key.step, key.position])
         if not key.unlabelled:
-            where = (self.seed, stream, key.step)
-            if self.mixture:
-                chosen = self.mixture.order(*where, self.global_batch)
-            else:
-                chosen = order(*where, len(self.labelled), self.global_batch)
+            chosen = self._order(self.labelled, name, key.step, self.global_batch)
             return self._labelled(int(chosen[key.position]), rng)
         assert self.unlabelled is not None
-        chosen = order(self.seed, stream, key.step, len(self.unlabelled), self.global_batch * self.ratio)
+        chosen = self._order(self.unlabelled, name, key.step, self.global_batch * self.ratio)
         return self._pair(int(chosen[key.position]), rng)
+
+    def _order(self, people: People, name: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
+        if isinstance(people.rows, stream.Rows):
+            parts, window = self.config.stream_parts, self.config.stream_window
+            return people.rows.order(self.seed, name, step, global_batch, parts, window)
+        if self.mixture and people is self.labelled:
+            return self.mixture.order(self.seed, name, step, global_batch)
+        return order(self.seed, name, step, len(people), global_batch)
 
     def _labelled(self, index: int, rng: Generator) -> Labelled:
         row = self.labelled_rows[index]
-        keypoints = row["keypoints"]
+        keypoints = np.asarray(row["keypoints"])
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
         picture = read_for([crop], self.labelled.root / row["file_name"], self.config)
         view = _view(picture, crop, self.config.input_hw, partial(self.changes, rng=rng))
@@ -344,7 +406,11 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         return pair_of(path, self._base(row), self.augmenter, self.config, self.changes, self.cutout, rng)[0]
 
     def _base(self, row: dict) -> Crop:
-        return geometry.box_crop(row["box_xywh"], self.config.box_padding, self.config.input_hw)
+        return geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+
+
+def _rows_of(people: People) -> Rows | stream.Rows:
+    return people.rows if isinstance(people.rows, stream.Rows) else Rows(people.rows)
 
 
 class EvaluationPeople(Dataset[Labelled]):
@@ -521,6 +587,7 @@ def check_targets(people: People, config: DataConfig) -> None:
     Raises:
         UserError: with an annotation for which it is so.
     """
+    people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     sizes = np.array([geometry.with_aspect((w, h), config.input_hw) for w, h in boxes[:, 2:] * config.box_padding])
     offset = np.abs(keypoints[..., :2] - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None])
@@ -534,3 +601,7 @@ def check_targets(people: People, config: DataConfig) -> None:
             f"{labelled.sum()} labelled keypoints lie in their person's box (annotation "
             f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the picture"
         )
+
+
+if __name__ == "__main__":
+    guarded(convert.main)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 
-from sapiens_accel import coco
+from sapiens_accel import coco, shards
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, UserError
 
 ASPECT_FACTOR = 2.0
 HEAD_BYTES = 1 << 14
 LOOKED_AT = 200
+IDS_AT_MOST = 1_000_000  # people whose ids are recorded
+COMPARED = 20_000
 ALIKE_GREY_LEVELS = 6.0
 
 
@@ -71,7 +73,9 @@ def write_labelled_ids(path: Path, people: People, config: DataConfig) -> None:
         UserError: the record that is there is not JSON.
     """
     rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
-    ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
+    ids = {}
+    if config.labels is not None or (not config.streaming and len(people) <= IDS_AT_MOST):
+        ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
     told = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
     if path.is_file():
         _keep_record(path, told)
@@ -84,7 +88,7 @@ def _keep_record(path: Path, told: dict[str, Any]) -> None:
         old = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}; it said who had labels in an earlier run; move it away") from None
-    if all(old.get(key) == told[key] for key in ("annotations", "ann_ids")):
+    if all(old.get(key) == told.get(key) for key in ("annotations", "ann_ids")):
         return
     number = 1
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
@@ -92,7 +96,7 @@ def _keep_record(path: Path, told: dict[str, Any]) -> None:
     path.rename(kept)
     # Ids of another JSON are other people's; without `labels` nobody is withheld, only left out with a picture.
     comparable = told["labels"] is not None and old.get("annotations") == told["annotations"]
-    lost = set(old.get("ann_ids", ())) - set(told["ann_ids"]) if comparable else ()
+    lost = set(old.get("ann_ids", ())) - set(told.get("ann_ids", ())) if comparable else ()
     line = (
         f"warning: {path}: {old.get('num_people')} people had labels in an earlier run in this folder, "
         f"{told['num_people']} have now; the earlier record is kept as {kept.name}"
@@ -121,7 +125,7 @@ def gather(
     """
     of_train = (config.train_annotations, config.train_images)
     sources = [_pictures(root, config, num_keypoints, cache)]
-    withheld = np.setdiff1d(np.arange(len(train)), labelled)
+    withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
         sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache, train.reading))
@@ -142,7 +146,7 @@ def gather(
 def _pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
     """The people of the folder of pictures without labels; None where there is no such folder."""
     folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
-    if not (root / folder).is_dir() and (given or folder != DataConfig.unlabelled_images):
+    if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
         raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
     boxes = given or f"annotations/person_boxes_{folder}.json"
     if coco.is_detections(root / boxes):
@@ -163,7 +167,8 @@ def _pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -
 def _another_aspect(people: People, labelled: People) -> str | None:
     """A line about boxes of another shape than the labelled people's; whole pictures are allowed, so no error."""
     theirs, ours = (
-        float(np.median(boxes[:, 2] / boxes[:, 3])) for boxes in map(boxes_of, (people.rows, labelled.rows))
+        float(np.median(boxes[:, 2] / boxes[:, 3]))
+        for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labelled))
     )
     if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
         return None
@@ -173,20 +178,27 @@ def _another_aspect(people: People, labelled: People) -> str | None:
     )
 
 
-def refuse_leaks(val: People, train: People, unlabelled: People) -> None:
+def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, ...]:
     """Refuse a validation picture among those that a run learns from: equal bytes, or id, name and look.
+
+    Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
 
     Raises:
         UserError: with the first such picture and the validation picture that it is.
     """
+    told = []
     for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
-        leaks = _leaks(val, people)
+        some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
+        if len(some) < len(people):
+            told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
+        leaks = _leaks(val, replace(people, rows=some))
         if leaks:
             ours, theirs = next(iter(leaks.items()))
             raise UserError(
                 f"{ours}: this {kind} picture is the validation picture {theirs} ({len(leaks)} such in "
                 f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
             )
+    return tuple(told)
 
 
 def _leaks(val: People, people: People) -> dict[Path, Path]:
@@ -208,7 +220,7 @@ def _look_alike(path: Path, other: Path) -> bool:
     """
     small = []
     for file in (path, other):
-        image = cv2.imread(str(file), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        image = coco.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if image is None:
             return False
         small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
@@ -226,7 +238,7 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
     Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
     """
     ours, theirs = list(files), list(others)
-    for look in (os.path.getsize, _head):
+    for look in (shards.size_of, _head):
         seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
         common = set(seen[0].values()) & set(seen[1].values())
         ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
@@ -235,9 +247,9 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with shards.opened(path) as file:
         return file.read(HEAD_BYTES)
 
 
 def _content(path: Path) -> bytes:
-    return hashlib.blake2b(path.read_bytes()).digest()
+    return hashlib.blake2b(shards.content(path)).digest()
