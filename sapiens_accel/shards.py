@@ -111,7 +111,7 @@ def content(path: Path) -> Bytes:
     value = image["bytes"] if pa.types.is_struct(image.type) else image
     if not value.is_valid:
         raise UserError(f"{path}: no bytes in its row; expected the picture itself in column 'image'")
-    return memoryview(value.as_buffer())
+    return memoryview(value.as_buffer()).cast("B")  # pyarrow counts bytes from -128
 
 
 def opened(path: Path) -> BinaryIO:
