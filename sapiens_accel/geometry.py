@@ -70,9 +70,9 @@ def with_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tupl
 def warp(
     image: UInt8[Array, "image_h image_w 3"], matrix: Float[Array, "2 3"], input_hw: tuple[int, int]
 ) -> UInt8[Array, "h w 3"]:
-    """The input picture: bilinear, black outside the image."""
+    """The input picture: bilinear, black outside the image. A single map, float [h, w], stays one."""
     size_wh = (input_hw[1], input_hw[0])
-    if image.shape[0] * image.shape[1] > FOUR_CHANNELS_AT_MOST:
+    if image.ndim == 2 or image.shape[0] * image.shape[1] > FOUR_CHANNELS_AT_MOST:
         return cv2.warpAffine(image, matrix, size_wh, flags=cv2.INTER_LINEAR)
     # The same bytes in half the time: pixels of four bytes are what processors load.
     warped = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), matrix, size_wh, flags=cv2.INTER_LINEAR)

@@ -225,10 +225,10 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     script = (
-        "import json, sys; from sapiens_accel import data; from sapiens_accel.config import DataConfig\n"
+        "import json, sys; from sapiens_accel import coco, data; from sapiens_accel.config import DataConfig\n"
         "from sapiens_accel.skeleton import COCO17\n"
         "people = data.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
-        "picture = data.read_image(people.root / people.rows[0]['file_name'])\n"
+        "picture = coco.read_image(people.root / people.rows[0]['file_name'])\n"
         "print(json.dumps([people.rows['ann_id'][:], len(picture)]))"
     )
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -310,9 +310,9 @@ def test_a_source_of_other_content_is_refused_in_a_line(tmp_path: Path) -> None:
     person = {"id": 7, "bbox": [1.0, 2, 3, 4], "keypoints": [1.0] * 51}
     _refused(_table(tmp_path / "a", other=[1]), cache, "no column 'image'", "other")
     _refused(
-        _table(tmp_path / "b", image=picture, people=[[person | {"keypoints": [1.0, 2, 2]}]]),
+        _table(tmp_path / "b", image=picture, people=[[person, person | {"id": 8, "keypoints": [1.0, 2, 2]}]]),
         cache,
-        "7",
+        "8",
         "51",
         "found 3",
     )
