@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
                 )
             if stage != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
                 raise Interrupted(f"asked to stop; {stage} is finished")
-    pictures = sorted(str(path) for path in folder.glob("pictures/*.jpg"))
+    pictures = sorted(str(path) for path in folder.glob("pictures/*.*"))
     accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:", *pictures, sep="\n  ")
 
 

@@ -301,10 +301,15 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
 
 
 def _decoded(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"] | None:
-    if not content:
-        return None
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), size | (RGB or cv2.IMREAD_COLOR))
+    image = _imdecode(content, size | (RGB or cv2.IMREAD_COLOR))
     return image if image is None or RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _imdecode(content: shards.Bytes, how: int) -> Array | None:
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
+    except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None
+        return None
 
 
 def _reducible(content: shards.Bytes, reduction: int) -> bool:
@@ -363,16 +368,12 @@ def _value(value: Any) -> Any:
 
 def whole_image(path: Path) -> Array | None:
     """The picture as `read_image` has it; None if it is cut short or does not decode."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() and _whole(path) else None
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return _decoded(path.read_bytes(), REDUCED[1]) if path.is_file() and _whole(path) else None
 
 
 def decoded(path: Path, how: int) -> Array | None:
     """`cv2.imread`, also of a picture in shards; None where it does not decode."""
-    if not shards.inside(path):
-        return cv2.imread(str(path), how)
-    content = np.frombuffer(shards.content(path), dtype=np.uint8)
-    return cv2.imdecode(content, how) if len(content) else None
+    return _imdecode(shards.content(path), how)
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:

@@ -62,6 +62,8 @@ def look(accelerator: Accelerator, several: Sequence[Candidate], run: Config) ->
     evaluation, path = run.eval, Path(str(run.eval.images)).expanduser()
     if evaluation.compare:
         raise UserError("--eval.compare: with --images nothing is measured; drop one of them")
+    if evaluation.save_predictions:
+        raise UserError("--eval.save_predictions: --images writes keypoints.json beside the pictures; drop one of them")
     groups = _groups(several, evaluation)
     # Looked at before weights are read, which may take minutes.
     names, told = _names(path)

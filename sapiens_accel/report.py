@@ -309,8 +309,9 @@ class Report:
                 whole |= tables.by_keypoint(evaluate.joints_of(predictions, self.people, self.skeleton), self.skeleton)
             checkpoint.write_whole(self.folder / self.stage / "eval.json", whole)
             if predictions:  # not of weights that were kept before this run went on
-                picture = prediction_picture(predictions, self.people, self.skeleton, self.run.eval.num_pictures)
-                self._picture("predictions", picture, step)
+                if num := self.run.eval.num_pictures:
+                    picture = prediction_picture(predictions, self.people, self.skeleton, num)
+                    self._picture("predictions", picture, step)
                 if self.kept is not self.judged:  # what there is was drawn of worse weights
                     self._worst(step, predictions)
         self.close()

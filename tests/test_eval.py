@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from networks import untrained
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
-from sapiens_accel import candidates, export, synthetic
+from sapiens_accel import candidates, synthetic
 from sapiens_accel.ap import METRICS
 from sapiens_accel.config import UserError
-from sapiens_accel.model import SapiensPose
 from sapiens_accel.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VAL = "annotations/person_keypoints_val2017.json"
-SIZE = (64, 48)
 Main = Callable[..., dict[str, Any]]
 
 
@@ -41,20 +39,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _weights(folder: Path, seed: int, skeleton: Skeleton = COCO17, name: str = "sapiens_tiny") -> Path:
-    torch.manual_seed(seed)
-    model = SapiensPose(name, skeleton.num_keypoints, SIZE)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.startswith("head.") and parameter.ndim > 1:
-                parameter.normal_(std=0.1)
-    export.export(folder, model.state_dict(), model, skeleton, 2.0)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def weights(root: Path) -> Path:
-    return _weights(root.parent / "first", 0)
+    return untrained(root.parent / "first", 0)
 
 
 @pytest.fixture
@@ -132,7 +119,7 @@ def test_what_each_augmentation_adds_and_costs(main: Main, weights: Path, tmp_pa
 
 
 def test_several_weights_and_their_ensemble(main: Main, weights: Path, tmp_path: Path) -> None:
-    other = _weights(tmp_path / "second", 1, name="sapiens2_tiny")
+    other = untrained(tmp_path / "second", 1, name="sapiens2_tiny")
     words = ("--ensemble", "--save_predictions", tmp_path / "r.json", "--pictures", "0", "--flip", "false")
     found = main(weights, other, *words)
     assert [name for name in found if name != "said"] == ["first", "second", "ensemble"]
@@ -146,7 +133,7 @@ def test_several_weights_and_their_ensemble(main: Main, weights: Path, tmp_path:
 
 def test_weights_of_more_keypoints_are_judged_by_those_of_the_data(main: Main, tmp_path: Path) -> None:
     for skeleton in (WHOLEBODY133, SAPIENS308):
-        folder = _weights(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton)
+        folder = untrained(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton)
         assert "by name" in main(folder)["said"]
 
 
@@ -177,7 +164,7 @@ def test_wrong_options_are_refused(main: Main, weights: Path) -> None:
 def test_weights_of_another_skeleton_are_refused(main: Main, weights: Path, tmp_path: Path) -> None:
     names = tuple("abcde")
     five = Skeleton(names=names, mirror=(0, 1, 2, 3, 4), sigmas=(0.1,) * 5, upper=(), edges=())
-    text = _refused(main, _weights(tmp_path / "five", 0, five))
+    text = _refused(main, untrained(tmp_path / "five", 0, five))
     assert "another skeleton: 5 keypoints (a, b, c, ...)" in text and "has 17 keypoints" in text
     headless = tmp_path / "headless"
     headless.mkdir()

@@ -15,18 +15,17 @@ import numpy as np
 import pytest
 import torch
 from detectors import tiny
+from networks import untrained
 
-from sapiens_accel import boxes, candidates, coco, config, detections, draw, export, own, synthetic
+from sapiens_accel import boxes, candidates, coco, config, detections, draw, own, synthetic
 from sapiens_accel.candidates import Candidate
 from sapiens_accel.config import UserError
-from sapiens_accel.model import SapiensPose
 from sapiens_accel.predict import predict
 from sapiens_accel.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = (REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini").resolve()
 VAL = "annotations/person_keypoints_val2017.json"
-SIZE = (64, 48)
 ALL = ("--eval.nms_threshold", "1", "--eval.score_threshold", "0")
 Main = Callable[..., tuple[dict[str, Any], str]]
 
@@ -38,23 +37,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(root: Path) -> Path:
-    return _weights(root.parent / "mine")
+    return untrained(root.parent / "mine")
 
 
 @pytest.fixture(scope="module")
 def detector(root: Path) -> Path:
     return tiny(root.parent / "detector")
-
-
-def _weights(folder: Path, skeleton: Skeleton = COCO17, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = SapiensPose("sapiens_tiny", skeleton.num_keypoints, SIZE)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.startswith("head.") and parameter.ndim > 1:
-                parameter.normal_(std=0.1)
-    export.export(folder, model.state_dict(), model, skeleton, 2.0)
-    return folder
 
 
 @pytest.fixture
@@ -282,7 +270,9 @@ def test_the_keypoints_are_the_weights_own(main: Main, weights: Path, root: Path
     names = ("left_toe", "right_toe", "hat")
     three = Skeleton(names=names, mirror=(1, 0, 2), sigmas=(0.1,) * 3, upper=(2,), edges=((0, 2),))
     for skeleton in (WHOLEBODY133, SAPIENS308, three):
-        tree, _ = main(_weights(tmp_path / f"of{skeleton.num_keypoints}", skeleton), root / "val2017", "--pictures", 0)
+        tree, _ = main(
+            untrained(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton), root / "val2017", "--pictures", 0
+        )
         assert tree["categories"][0]["keypoints"] == list(skeleton.names)
         assert len(tree["annotations"][0]["keypoints"]) == 3 * skeleton.num_keypoints
     (tmp_path / "of3" / "skeleton.json").unlink()
@@ -292,7 +282,7 @@ def test_the_keypoints_are_the_weights_own(main: Main, weights: Path, root: Path
 
 def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -> None:
     run = tmp_path / "evaluations" / "run"  # where the fixture looks for results
-    first, last = _weights(tmp_path / "first", seed=1), _weights(tmp_path / "last", seed=2)
+    first, last = untrained(tmp_path / "first", seed=1), untrained(tmp_path / "last", seed=2)
     expected, _ = main(last, root / "val2017", *ALL)
     for stage, weights in (("phase1", first), ("ssl", last)):
         shutil.copytree(weights, tmp_path / "run" / stage / "weights")
@@ -390,11 +380,12 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     (tmp_path / "clip.mp4").write_bytes(b"no film")
     assert "clip.mp4: does not open as a video" in _refused(main, weights, tmp_path / "clip.mp4")
     assert "--eval.compare" in _refused(main, weights, images, "--compare")
+    assert "--eval.save_predictions" in _refused(main, weights, images, "--save_predictions", "found.json")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no picture")
     assert "none of its pictures decodes" in _refused(main, weights, tmp_path / "empty")
     assert not (tmp_path / "evaluations").exists()
     assert "--eval.min_box_score 2" in _refused(main, weights, images, "--eval.min_box_score", 2)
-    other = _weights(tmp_path / "other", seed=3)
+    other = untrained(tmp_path / "other", seed=3)
     words = ["--images", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match="results of several weights would all be in"):
         importlib.import_module("eval").main([str(weights), str(other), *words])

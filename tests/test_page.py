@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from networks import INPUT_HW as SIZE
+from networks import untrained
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -29,7 +31,6 @@ from sapiens_accel import (
     detections,
     draw,
     evaluate,
-    export,
     geometry,
     page,
     predict,
@@ -51,7 +52,6 @@ VAL = "annotations/person_keypoints_val2017.json"
 DATA = DataConfig(input_hw=(64, 48), num_workers=0)
 HOW = EvalConfig(num_worst=20)
 VOID = {"meta", "link", "img", "br", "path", "rect"}
-SIZE = (64, 48)
 
 
 class Read(HTMLParser):
@@ -396,17 +396,6 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, t
 # ---- eval.py
 
 
-def _weights(folder: Path, seed: int, skeleton: Skeleton = COCO17) -> Path:
-    torch.manual_seed(seed)
-    model = SapiensPose("sapiens_tiny", skeleton.num_keypoints, SIZE)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.startswith("head.") and parameter.ndim > 1:
-                parameter.normal_(std=0.1)
-    export.export(folder, model.state_dict(), model, skeleton, 2.0)
-    return folder
-
-
 def _detector(people: People) -> None:
     """A detector that sees nobody in one of the pictures."""
     found = json.loads(people.annotations.read_text())["annotations"]
@@ -419,7 +408,7 @@ def _detector(people: People) -> None:
 def test_eval_writes_page_and_pictures_from_two_processes(people: People, tmp_path: Path) -> None:
     """Detector's boxes, one picture without any; rank 0 alone writes."""
     _detector(people)
-    weights = _weights(tmp_path / "first", 0)
+    weights = untrained(tmp_path / "first", 0)
     words = ["--data.root", people.root, "--data.num_workers", 0, "--boxes", "detector.json", "--worst", 5]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, REPOSITORY / "eval.py", weights, *words, "--pictures", 2, "--html"]
@@ -462,7 +451,7 @@ def test_133_keypoints_and_augmentation_by_row(
         "--data.val_annotations",
         "annotations/whole.json",
     ]
-    weights = _weights(tmp_path / "whole", 0, WHOLEBODY133)
+    weights = untrained(tmp_path / "whole", 0, WHOLEBODY133)
     shown = ["--compare", "--worst", "3", "--pictures", "0", "--html", "my/page.html"]
     importlib.import_module("eval").main([str(weights), *shown, *data])
     assert "page: my/page.html" in capsys.readouterr().out
