@@ -28,6 +28,7 @@ from sapiens_accel import coco, geometry, interrupt, pool, synthetic
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
 from sapiens_accel.config import DataConfig, StageConfig, UserError
+from sapiens_accel.examine import in_crop
 from sapiens_accel.geometry import Crop
 from sapiens_accel.skeleton import Skeleton
 
@@ -404,10 +405,8 @@ def check_targets(people: People, config: DataConfig) -> None:
         UserError: with an annotation for which it is so.
     """
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
-    sizes = np.array([geometry.with_aspect((w, h), config.input_hw) for w, h in boxes[:, 2:] * config.box_padding])
-    offset = np.abs(keypoints[..., :2] - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None])
     labelled = keypoints[..., 2] > 0
-    inside = (offset <= sizes[:, None] / 2).all(axis=-1) & labelled
+    inside = in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
     if inside.sum() < labelled.sum() / 2 or tiny:
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -179,18 +179,17 @@ def refuse_leaks(val: People, train: People, unlabelled: People) -> None:
         UserError: with the first such picture and the validation picture that it is.
     """
     for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
-        leaks = _leaks(val, people)
-        if leaks:
-            ours, theirs = next(iter(leaks.items()))
+        found = leaks(_pictures_of(people), _pictures_of(val))
+        if found:
+            ours, theirs = next(iter(found.items()))
             raise UserError(
-                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(leaks)} such in "
+                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(found)} such in "
                 f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
             )
 
 
-def _leaks(val: People, people: People) -> dict[Path, Path]:
-    """Pictures of the people to the validation picture that each one is."""
-    ours, theirs = _pictures_of(people), _pictures_of(val)
+def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
+    """Pictures that are learnt from to the validation picture that each one is; both with their ids."""
     same = same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)

@@ -13,8 +13,8 @@ ROOT = PACKAGE.parent
 # A line imports only from lines below it.
 LAYERS = (
     ("train", "eval"),
-    ("report",),
-    ("holdout", "hub"),
+    ("report", "doctor"),
+    ("holdout", "hub", "environment", "preview"),
     ("push",),
     ("card",),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch", "candidates"),
@@ -23,8 +23,8 @@ LAYERS = (
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin"),
-    ("pool", "detections"),
-    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published"),
+    ("pool", "detections", "lenient"),
+    ("augment", "coco", "synthetic", "heatmap", "chunked", "offload", "average", "alarms", "published", "examine"),
     ("geometry", "skeleton", "config", "interrupt", "modeling_sapiens_pose", "score"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
