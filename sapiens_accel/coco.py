@@ -21,7 +21,7 @@ import cv2
 import datasets
 import numpy as np
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 from tqdm import tqdm
 
@@ -227,25 +227,42 @@ def decoded(path: Path, how: int) -> Array | None:
         how: cv2.IMREAD_COLOR (grey, 16 bits, alpha and CMYK become 8-bit colours) or one of its reduced sizes.
     """
     try:
-        # To open a named pipe would wait for whoever writes into it.
-        return cv2.imread(str(path), how) if path.is_file() else None
-    except (OSError, cv2.error):  # a name that is too long; beyond OPENCV_IO_MAX_IMAGE_PIXELS
+        return cv2.imread(str(path), how) if is_file(path) else None
+    except cv2.error:  # beyond OPENCV_IO_MAX_IMAGE_PIXELS; OpenCV 4 returns None
         return None
+
+
+def is_file(path: Path) -> bool:
+    """Whether it can be opened as a file: no folder, no named pipe (opening it would wait for whoever writes into it),
+    no link to nothing or to itself, no name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
     """All keypoints (image px, v) as one array."""
-    return _column(rows, "keypoints", rows.features["keypoints"].shape)
+    return column_of(rows, "keypoints", rows.features["keypoints"].shape)
 
 
 def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
     """All boxes, x y w h in image px."""
-    return _column(rows, "box_xywh", (4,))
+    return column_of(rows, "box_xywh", (4,))
 
 
-def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    values = rows.with_format("numpy", dtype=np.float64)[name][:] if len(rows) else ()
-    return np.asarray(values, dtype=np.float64).reshape(len(rows), *shape)
+def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[Array, "n *shape"]:
+    """A column as one array, of numbers or of text.
+
+    Past `datasets`' own way, which makes an array of each row and a slice of each chosen one: 0.3 ms, COCO a minute.
+    """
+    column: Any = rows.data.column(name).combine_chunks()
+    values = getattr(column, "storage", column)
+    for _ in shape:
+        values = values.flatten()
+    whole = values.to_numpy(zero_copy_only=False).reshape(-1, *shape)
+    # A copy: what Arrow maps into memory may not be written to.
+    return whole.copy() if rows._indices is None else whole[rows._indices.column(0).to_numpy()]
 
 
 def _labelled(rows: Dataset) -> Bool[Array, "n"]:
@@ -580,7 +597,7 @@ def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int
 def _whole(path: Path) -> bool:
     """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
     try:
-        if not path.is_file():  # a folder, a named pipe, a link to nothing or to itself
+        if not is_file(path):
             return False
         with path.open("rb") as file:
             head = file.read(8)

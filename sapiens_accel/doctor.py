@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sapiens_accel import config, data, draw, environment, examine, lenient, pool, preview
-from sapiens_accel.coco import People, boxes_of, keypoints_of
+from sapiens_accel.coco import People, boxes_of, column_of, is_file, keypoints_of
 from sapiens_accel.config import Config, UserError
 from sapiens_accel.data import Sets
 from sapiens_accel.examine import LEVELS, Finding, Labels
@@ -82,6 +82,22 @@ def examined(run: Config, launch: environment.Launch, out: Path) -> Report:
     Raises:
         UserError: there is no data root.
     """
+    report, train = looked_over(run)
+    if report.count("error"):
+        text = "not looked at: what training would make of these data; mend the errors first"
+        report.findings.append(Finding(level="note", check="crops/grid", text=text))
+    else:
+        report.findings += _under("crops", _crops(run, train, report, out))
+    report.findings += _under("machine", environment.examine(run, launch, SKELETON))
+    return report
+
+
+def looked_over(run: Config) -> tuple[Report, Labels]:
+    """What is wrong with labels and pictures; and the training people with joints.
+
+    Raises:
+        UserError: there is no data root.
+    """
     root, _ = data.places(run.data)
     report = Report(recipe=run.recipe, root=str(root))
     found = {
@@ -95,13 +111,7 @@ def examined(run: Config, launch: environment.Launch, out: Path) -> Report:
         of_set += lenient.pictures(root, read, run.data.check_images, run.data.on_bad_image)
         report.findings += _under(name, of_set)
     report.findings += _under("train and val", _leaks(root, found["train"], found["val"]))
-    if report.count("error"):
-        text = "not looked at: what training would make of these data; mend the errors first"
-        report.findings.append(Finding(level="note", check="crops/grid", text=text))
-    else:
-        report.findings += _under("crops", _crops(run, _with_joints(found["train"].labels), report, out))
-    report.findings += _under("machine", environment.examine(run, launch, SKELETON))
-    return report
+    return report, _with_joints(found["train"].labels)
 
 
 def _crops(run: Config, labels: Labels, report: Report, out: Path) -> list[Finding]:
@@ -114,7 +124,7 @@ def _crops(run: Config, labels: Labels, report: Report, out: Path) -> list[Findi
     report.grid = str(draw.save(preview.grid(preview.first_stage(run, sets, SKELETON), SKELETON), out / "crops.png"))
     told = f"{preview.NUM_CROPS} augmented crops with their joints: {report.grid}"
     return [
-        *(Finding(level="warning", check="reader", text=line) for line in sets.warnings),
+        *(Finding(level="warning", check="reader", text=line.removeprefix("warning: ")) for line in sets.warnings),
         *preview.findings(run, labels, SKELETON),
         Finding(level="note", check="grid", text=told),
     ]
@@ -131,7 +141,7 @@ def _with_joints(labels: Labels) -> Labels:
 
 def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
     """Validation pictures that are learnt from; and ids that are in both files, which harms nobody here."""
-    ours, theirs = ({root / n: i for n, i in r.pictures.items() if (root / n).is_file()} for r in (train, val))
+    ours, theirs = ({root / n: i for n, i in r.pictures.items() if is_file(root / n)} for r in (train, val))
     leaks = pool.leaks(ours, theirs)
     findings = []
     if leaks:
@@ -170,21 +180,20 @@ def briefly(say: Callable[[object], object], sets: Sets, run: Config, skeleton: 
 
 
 def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
-    """Repeated ids among all, and what is wrong with a sample of the labels."""
-    ids = np.asarray(people.rows.with_format("numpy")["ann_id"][:])
+    """Repeated ids among all, and what else is wrong with a sample of the people."""
+    ids, names = column_of(people.rows, "ann_id"), column_of(people.rows, "file_name")
     places = np.linspace(0, len(people) - 1, min(BRIEF_PEOPLE, len(people))).astype(int)
-    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    twice = first[counts > 1]
-    rows = people.rows.select(np.union1d(places, np.flatnonzero(np.isin(ids, ids[twice]))))
+    rows = people.rows.select(places)
     labels = Labels(
-        ann_ids=np.asarray(rows["ann_id"][:]),
-        file_names=np.array(rows["file_name"][:], object),
+        ann_ids=ids[places],
+        file_names=names[places],
         boxes_xywh=boxes_of(rows),
-        areas=np.asarray(rows["area"][:], np.float64),
+        areas=column_of(rows, "area"),
         keypoints=keypoints_of(rows),
         size_wh=np.full((len(rows), 2), np.nan),
     )
-    return examine.faults(labels, skeleton, scored=scored)
+    found = [finding for finding in examine.faults(labels, skeleton, scored=scored) if finding.check != "ids"]
+    return [*examine.repeated_ids(ids, names, scored=scored), *found]
 
 
 # ---- As text

@@ -65,7 +65,7 @@ class Labels:
         return np.asarray(self.keypoints[..., 2] > 0)
 
     def named(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
-        return tuple(f"annotation {self.ann_ids[i]} ({self.file_names[i]})" for i in np.flatnonzero(chosen))
+        return _named(self.ann_ids[chosen], self.file_names[chosen])
 
     def at(self, places: Int[Array, "m"]) -> "Labels":
         """The people at these places."""
@@ -97,19 +97,23 @@ def faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]
     Args:
         scored: whether AP is computed of these people: some faults spoil it that do not matter to learning.
     """
-    checks: tuple[Callable[..., Iterator[Finding]], ...] = (_ids, _boxes, _areas, _joints, _visibility)
+    checks: tuple[Callable[..., Iterator[Finding]], ...] = (_boxes, _areas, _joints, _visibility)
     found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
+    found += repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
     return [*found, *_never_labelled(labels, skeleton), *swapped_pairs(labels, skeleton), *mirrored(labels, skeleton)]
 
 
-def _ids(labels: Labels, scored: bool) -> Iterator[Finding]:
-    _, first, counts = np.unique(labels.ann_ids, return_index=True, return_counts=True)
-    again = np.isin(labels.ann_ids, labels.ann_ids[first[counts > 1]])
+def repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool) -> Iterator[Finding]:
+    """Annotations that share their id with another one."""
+    ids, counts = np.unique(ann_ids, return_counts=True)
+    again = np.isin(ann_ids, ids[counts > 1])
     if again.any():
-        text = f"{_num(again, 'annotation')} share an id with another one"
-        why = "; COCO's evaluation takes one of each" if scored else ""
+        text = f"{again.sum()} annotations share their id with another one"
         yield Finding(
-            level="error" if scored else "warning", check="ids", text=text + why, culprits=labels.named(again)
+            level="error" if scored else "warning",
+            check="ids",
+            text=text + ("; COCO's evaluation takes one of each" if scored else ""),
+            culprits=_named(ann_ids[again], file_names[again]),
         )
 
 
@@ -255,6 +259,10 @@ def sigma_of(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
     fine = low <= sigma <= high and sigma >= LEAST_SIGMA
     expected = f"; published shares are 1/32 and 1/24: --data.sigma {max(heatmap_hw[1] / 32, LEAST_SIGMA):.2g}"
     return Finding(level="note" if fine else "warning", check="sigma", text=text + ("" if fine else expected))
+
+
+def _named(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
+    return tuple(f"annotation {i} ({name})" for i, name in zip(ann_ids.tolist(), file_names, strict=True))
 
 
 def _num(which: Bool[Array, "*any"], one: str, more: str | None = None) -> str:

@@ -116,7 +116,11 @@ def _people(
     others: dict[str, list[str]] = defaultdict(list)
     kinds = coco.person_ids(tree)
     for index, person in enumerate(tree["annotations"]):
-        who = f"annotation {coco.shown(person.get('id'))}" if isinstance(person, dict) else f"entry {index}"
+        who = (
+            f"annotation {coco.shown(person.get('id'))}"
+            if isinstance(person, dict)
+            else f"entry {index}, {coco.shown(person)}"
+        )
         try:
             if kinds and person.get("category_id", kinds[0]) not in kinds:
                 others["kind"].append(who)

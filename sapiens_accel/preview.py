@@ -1,5 +1,6 @@
 """What the network would see of labelled people: crops as a picture, joints that they leave out, the codec's error."""
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -14,7 +15,7 @@ from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SIZES
 from sapiens_accel.skeleton import Skeleton
 
-NUM_CROPS, COLUMNS, CROP_HEIGHT = 16, 4, 512
+NUM_CROPS, COLUMNS, CROP_HEIGHT, EDGE = 16, 4, 512, 2
 NUM_CROPPED, NUM_ENCODED = 1000, 128
 ENCODED_AT_ONCE = 16  # their maps of 256 x 192 are 54 MB
 MOST_CODEC_ERROR = 0.5  # input px in the mean
@@ -56,7 +57,8 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
         mirrored = ", mirrored" if sample.view.flipped else ""
         text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} joints{mirrored}"
         person = draw.person(image, points, sample.weights.numpy(), skeleton)
-        pictures.append(draw.titled(person, text, CROP_HEIGHT))
+        titled = draw.titled(person, text, CROP_HEIGHT)
+        pictures.append(cv2.copyMakeBorder(titled, *[EDGE] * 4, cv2.BORDER_CONSTANT, value=(128, 128, 128)))
     return draw.grid(pictures, columns=COLUMNS)
 
 
