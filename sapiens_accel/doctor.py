@@ -67,10 +67,13 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where crops.png goes (OUTPUT_DIR/doctor)")
     asked, rest = parser.parse_known_args(words)
     run = config.load(rest, prog="python -m sapiens_accel.doctor")
-    report = examined(run, environment.launch_of(asked.launch), asked.out or Path(run.output_dir) / "doctor")
-    as_json = json.dumps(report.as_json(), indent=2)
-    if asked.json and asked.json != "-":
-        Path(asked.json).write_text(as_json + "\n")
+    try:
+        report = examined(run, environment.launch_of(asked.launch), asked.out or Path(run.output_dir) / "doctor")
+        as_json = json.dumps(report.as_json(), indent=2)
+        if asked.json and asked.json != "-":
+            Path(asked.json).write_text(as_json + "\n")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
     print(as_json if asked.json == "-" else text_of(report))
     if report.count("error"):
         sys.exit(1)

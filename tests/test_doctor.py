@@ -1,4 +1,4 @@
-"""The doctor finds each planted fault, by name, and nothing in data that are fine; its report, picture and exit code."""
+"""The doctor finds each planted fault, by name, and nothing in data that are fine; its report, grid and exit code."""
 
 import dataclasses
 import json
@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[Callable[[Labels], Labels], str, str]] = {
     "area 0": (lambda b: _with(b, "areas", 7, 0), "area", "warning"),
     "area of more than the box": (lambda b: _with(b, "areas", 7, 9000), "area", "warning"),
     "joint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
-    "joint outside above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
+    "joint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
     "v of 3": (lambda b: _with(b, "keypoints", 7, [[9, 5, 3], *b.keypoints[7, 1:]]), "visibility", "warning"),
     "v of 1/2": (lambda b: _with(b, "keypoints", 7, [[9, 5, 0.5], *b.keypoints[7, 1:]]), "visibility", "warning"),
 }  # fmt: skip
@@ -270,7 +270,7 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Codec, "decode", off)
     bad = preview.round_trip(_labels(20), codec, 1.25)
     # 200 px of box, times the padding, are 128 px of input.
-    assert bad.level == "warning" and "off by 5.0" in bad.text and f"({5 * 250 / 128:.1f}" in bad.text
+    assert bad.level == "warning" and "off by 5.0" in bad.text and f"({5 * 250 / 128:.3f} " in bad.text
 
 
 def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
@@ -299,15 +299,15 @@ def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
 # ---- The machine
 
 
-def test_what_deepspeed_would_compile_is_what_its_config_uses() -> None:
+def test_what_deepspeed_would_compile_is_what_its_config_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     def needed(name: str, cuda: bool = True) -> Sequence[str]:
         return environment.needed_operations(environment.launch_of(f"accelerate_configs/{name}.yaml"), cuda)
 
-    os.chdir(REPOSITORY)
+    monkeypatch.chdir(REPOSITORY)
     offloading = ("zero2_offload", "zero3_offload")
     assert all(needed(name) == ["cpu_adam"] for name in offloading)
     assert all(needed(name) == [] for name in ("cpu", "single_gpu", "multi_gpu", "zero1", "zero2", "zero3"))
-    assert needed("zero2", cuda=False) == ["deepspeed_shm_comm"], "two processes"
+    assert needed("zero1", cuda=False) == ["deepspeed_shm_comm"], "two processes"
 
 
 def _machine(launch: Launch) -> dict[str, Finding]:
@@ -375,6 +375,13 @@ def test_faults_end_with_1_and_json_alone_can_be_printed(root: Path, capsys: pyt
     told = json.loads(capsys.readouterr().out)
     assert left.value.code == 1 and told["ok"] is False and told["errors"] == 1
     assert not (root.parent / "run").exists(), "nothing is written of a run that cannot be"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for words in (["--json", tmp_path / "nowhere" / "r.json"], ["--out", tmp_path / "file" / "out"]):
+        with pytest.raises(UserError, match="cannot be written"):
+            doctor.main(_words(drawn, *words))
 
 
 def test_what_the_reader_alone_refuses_is_an_error_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
