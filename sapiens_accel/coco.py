@@ -30,7 +30,7 @@ from sapiens_accel.config import UserError
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DECODE_AT_MOST = 5000
 COLON = re.compile(r":\s*")
 # COCO-WholeBody keeps its 133 keypoints in five lists.

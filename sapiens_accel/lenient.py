@@ -143,9 +143,14 @@ def _about(others: Mapping[str, Sequence[str]], num: int) -> Iterator[Finding]:
     told: tuple[tuple[str, Level, str, str], ...] = (
         ("bad", "error", "annotations", f"of {num} annotations cannot be read"),
         ("empty", "warning", "boxes", "annotations are left out: their boxes have no width or no height"),
-        ("count", "warning", "num_keypoints", "annotations count other than are labelled"),
-        ("crowd", "note", "crowd", "annotations of crowds are left out"),
-        ("kind", "note", "kind", "annotations are of other things than people"),
+        (
+            "count",
+            "warning",
+            "num_keypoints",
+            "annotations whose num_keypoints is not the number of their labelled joints",
+        ),
+        ("crowd", "note", "crowd", "annotations are crowds: left out"),
+        ("kind", "note", "kind", "annotations are of other things than people: left out"),
     )
     for key, level, check, text in told:
         if culprits := others.get(key):

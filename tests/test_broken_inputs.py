@@ -413,6 +413,7 @@ def test_a_name_that_is_no_text_is_refused_in_a_folder_of_pictures(root: Path, t
 
 def test_a_link_to_nothing_among_whole_pictures_is_named(root: Path, tmp_path: Path) -> None:
     (root / "unlabeled2017" / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(root / "unlabeled2017" / "pipe.jpg")  # to open it would wait for ever
     people = coco.whole_pictures(root, "unlabeled2017", 17, tmp_path / "cache")
     with pytest.raises(UserError, match=r"gone\.jpg"):
         coco.checked(people, "stop", "auto")

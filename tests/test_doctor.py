@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapiens_accel import config, data, doctor, draw, environment, examine, preview, synthetic
+from sapiens_accel import coco, config, data, doctor, draw, environment, examine, preview, synthetic
 from sapiens_accel.config import Config, DataConfig, UserError
 from sapiens_accel.environment import Launch
 from sapiens_accel.examine import Finding, Labels
@@ -221,6 +221,15 @@ def test_ids_of_both_files_are_a_note(root: Path) -> None:
     (root / VAL).write_text(text.replace(f'"image_id": {first},', '"image_id": 1,'))
     (finding,) = _found(_run(root), "train and val/ids")
     assert (finding.level, finding.culprits) == ("note", ("1",))
+
+
+def test_columns_are_those_of_the_chosen_rows(drawn: Path) -> None:
+    rows = data.open_people(_run(drawn).data, COCO17, unlabelled=False).train.rows
+    chosen = rows.select([70, 3, 41]).select([2, 0])
+    assert coco.column_of(chosen, "ann_id").tolist() == [rows[41]["ann_id"], rows[70]["ann_id"]]
+    assert list(coco.column_of(chosen, "file_name")) == [rows[41]["file_name"], rows[70]["file_name"]]
+    assert np.array_equal(coco.keypoints_of(chosen), [np.array(rows[i]["keypoints"]) for i in (41, 70)])
+    assert np.array_equal(coco.boxes_of(chosen), [rows[i]["box_xywh"] for i in (41, 70)])
 
 
 # ---- What the network would see
