@@ -39,6 +39,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
+NUMBERS = {int, float, bool}
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 
 
@@ -477,7 +478,7 @@ def _detected_rows(
 
 def _numbers(values: Any) -> Float[Array, "n"]:
     # numpy would read the numbers in a text, too.
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
         raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
     return np.asarray(values, dtype=np.float64)
 
