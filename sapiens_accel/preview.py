@@ -1,6 +1,5 @@
 """What the network would see of labelled people: crops as a picture, joints that they leave out, the codec's error."""
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -58,7 +57,7 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
         text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} joints{mirrored}"
         person = draw.person(image, points, sample.weights.numpy(), skeleton)
         titled = draw.titled(person, text, CROP_HEIGHT)
-        pictures.append(cv2.copyMakeBorder(titled, *[EDGE] * 4, cv2.BORDER_CONSTANT, value=(128, 128, 128)))
+        pictures.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
     return draw.grid(pictures, columns=COLUMNS)
 
 
