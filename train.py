@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sapiens_accel import checkpoint, config, data, distributed, evaluate, export, hub, memory, optim, weights
+from sapiens_accel import checkpoint, config, data, distributed, doctor, evaluate, export, hub, memory, optim, weights
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, Interrupted, StageName
 from sapiens_accel.data import Sets, TrainingPeople
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         given = hub.fetch(run.weights) if run.weights else None
         skeleton, told = data.open_skeleton(run.data)
         sets = data.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
-    accelerator.print(*told, sets, sep="\n")
+    doctor.briefly(accelerator.print, sets, run, told)
     folder, table = Path(run.output_dir), {}
     lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = memory.plans(accelerator, run, argv, skeleton.num_keypoints)

@@ -9,3 +9,7 @@ if "torch" not in sys.modules:
     # Read once, when torch loads OpenMP. By default its threads spin while they wait for each other: with 2 threads on
     # 2 cores, of which another process used one, a step of the demo took 2.7 s; with threads that sleep, 0.4 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Read once, when OpenCV is loaded. 134 megapixels are 0.4 GB once decoded, in each loading process; OpenCV's own limit
+# is 8 times as many, which a file of a few MB can ask for.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))

@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from sapiens_accel.config import UserError
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DECODE_AT_MOST = 5000
 LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at pictures of DECODE_AT_MOST, evenly spread
 COLON = re.compile(r":\s*")
@@ -54,6 +55,9 @@ REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
+NUMBERS = {int, float, bool}
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ def detected_people(
     """
     file = root / detections
     # Names that have come or gone change which picture is whose.
-    names = sorted(name for name in _listing(root / images) if Path(name).suffix.lower() in PICTURES)
+    names = _picture_names(root / images)
     digest = _digest(file.read_bytes(), "detections", images, str(min_score), *names)
     source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}
     people = People(
@@ -210,10 +214,11 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
         UserError: the folder holds no picture.
     """
     folder = root / images
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    names = _picture_names(folder)
     if not names:
         raise UserError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it")
-    stats = [(folder / name).stat() for name in names]
+    # A link to nothing is named by `checked`, like any other picture that does not decode.
+    stats = [(path if path.exists() else folder).stat() for path in (folder / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
     digest = _digest("\n".join(content).encode(), str(folder))
     rows = _table(_whole_picture_rows, digest, num_keypoints, cache, root=str(root), images=images, names=names)
@@ -226,23 +231,27 @@ def together(several: Sequence[People]) -> People:
     return replace(several[0], rows=rows, sources=tuple(several))
 
 
+def decodes(check: Literal["auto", "ends", "decode"], num_pictures: int) -> bool:
+    """Whether so many pictures are decoded to check them."""
+    return check == "decode" or (check == "auto" and num_pictures <= DECODE_AT_MOST)
+
+
 def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Literal["auto", "ends", "decode"]) -> People:
     """The same people once every picture is known to be there and to decode.
 
     Raises:
         UserError: a picture that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
     """
-    # Shards are whole if their ends are there, so of their pictures some tell enough.
-    most = DECODE_AT_MOST if shards.is_manifest(people.annotations) else LOOK_AT_ALL
-    rows = some_of(people.rows, DECODE_AT_MOST) if check == "auto" and len(people) > most else people.rows
+    some = check == "auto" and len(people) > most_looked_at(people.annotations)
+    rows = some_of(people.rows, DECODE_AT_MOST) if some else people.rows
     names = list(dict.fromkeys(rows["file_name"][:]))
     outside = [path for name in names if not shards.inside(path := people.root / name)]
-    folders = {folder: _listing(folder) for folder in {path.parent for path in outside}}
+    folders = {folder: listing(folder) for folder in {path.parent for path in outside}}
     for path in outside:
         if path.name not in folders[path.parent]:
             raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
-    decode = check == "decode" or (check == "auto" and len(names) <= DECODE_AT_MOST)
-    bad = _corrupt(people.root, names, decode)
+    sizes = looks(people.root, names, decodes(check, len(names)))
+    bad = [name for name, size in sizes.items() if size is None]
     if bad and on_bad_image == "stop":
         raise UserError(f"{people.root / bad[0]}: does not decode; mend it, or --data.on_bad_image skip")
     for name in bad:
@@ -255,6 +264,11 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
         files = dict.fromkeys(str(source.annotations) for source in people.sources or (people,))
         raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} pictures decodes")
     return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped)
+
+
+def most_looked_at(annotations: Path) -> int:
+    """Of more people auto looks at some. Shards are whole if their ends are there: few of their pictures will do."""
+    return DECODE_AT_MOST if shards.is_manifest(annotations) else LOOK_AT_ALL
 
 
 def some_of(rows: Dataset, number: int) -> Dataset:
@@ -289,10 +303,7 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
     Raises:
         UserError: the file does not decode.
     """
-    try:
-        content = shards.content(path)
-    except OSError:
-        content = b""
+    content = _content(path)
     reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
     pixels = _decoded(content, REDUCED[reduction])
     if pixels is None:
@@ -368,25 +379,47 @@ def _value(value: Any) -> Any:
 
 def whole_image(path: Path) -> Array | None:
     """The picture as `read_image` has it; None if it is cut short or does not decode."""
-    return _decoded(path.read_bytes(), REDUCED[1]) if path.is_file() and _whole(path) else None
+    return _decoded(_content(path), REDUCED[1]) if _whole(path) else None
 
 
 def decoded(path: Path, how: int) -> Array | None:
-    """`cv2.imread`, also of a picture in shards; None where it does not decode."""
-    return _imdecode(shards.content(path), how)
+    """What OpenCV makes of a picture, BGR; None if it does not decode, is larger than OpenCV may read, or is no file.
+
+    Args:
+        how: cv2.IMREAD_COLOR (grey, 16 bits, alpha and CMYK become 8-bit colours) or one of its reduced sizes.
+    """
+    return _imdecode(_content(path), how)
+
+
+def _content(path: Path) -> shards.Bytes:
+    """A picture's bytes; none of what cannot be read."""
+    try:
+        return shards.content(path) if shards.inside(path) or is_file(path) else b""
+    except OSError:
+        return b""
+
+
+def is_file(path: Path) -> bool:
+    """Whether it can be opened as a file: no folder, no named pipe (opening it would wait for whoever writes into it),
+    no link to nothing or to itself, no name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
     """All keypoints (image px, v) as one array."""
-    return _column(rows, "keypoints", rows.features["keypoints"].shape)
+    return column_of(rows, "keypoints", rows.features["keypoints"].shape)
 
 
 def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
     """All boxes, x y w h in image px."""
-    return _column(rows, "box_xywh", (4,))
+    return column_of(rows, "box_xywh", (4,))
 
 
-def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
+def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[Array, "n *shape"]:
+    """A column as one array of its own, of numbers or of text."""
     if not len(rows):
         return np.zeros((0, *shape))
     # Out of Arrow itself: `datasets` makes an object of every person's array, 0.5 ms each.
@@ -398,7 +431,7 @@ def _column(rows: Dataset, name: str, shape: tuple[int, ...]) -> Float[Array, ".
         while pa.types.is_nested(array.type):
             array = array.flatten()
         values.append(array.to_numpy(zero_copy_only=False))
-    return np.concatenate(values).astype(np.float64, copy=False).reshape(len(rows), *shape)
+    return np.concatenate(values).reshape(len(rows), *shape)
 
 
 def _labelled(rows: Dataset) -> Bool[Array, "n"]:
@@ -425,7 +458,10 @@ def _people(
             )
         return People(rows=_shard_table(file, images, num_keypoints, cache, keypoints), root=root, annotations=file)
     how = [] if reading == PLAIN else [repr(reading)]
-    digest = _digest(file.read_bytes(), keypoints, images, *how)
+    try:
+        digest = _digest(file.read_bytes(), keypoints, images, *how)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     source = {"annotations": str(file), "images": images, "keypoints": keypoints, "reading": reading}
     rows = _table(_coco_rows, digest, num_keypoints, cache, **source)
     return People(rows=rows, root=root, annotations=file, reading=reading)
@@ -528,7 +564,7 @@ def _coco_rows(
 ) -> Iterator[dict[str, Any]]:
     path = Path(annotations)
     tree = read_json(path)
-    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    names = picture_names(tree, path)
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
     kinds = category_ids(tree, reading)
@@ -536,31 +572,57 @@ def _coco_rows(
         if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
         try:
-            row = _row(person, names, images, num_keypoints, reading)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            row = row_of(person, names, images, num_keypoints, reading)
+        except BROKEN as error:
             who = person.get("id") if isinstance(person, dict) else person
-            raise UserError(f"{path}: annotation {who}: {type(error).__name__}: {error}") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: annotation {shown(who)}: {' '.join(reason.split())[:200]}") from None
         if row:
             yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
+
+
+def picture_names(tree: dict[str, Any], path: Path) -> dict[Any, str]:
+    """Each picture's name by its id, of what `read_json` has accepted.
+
+    Raises:
+        UserError: an id of two pictures.
+    """
+    names: dict[Any, str] = {}
+    for image in tree["images"]:
+        if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
+            both = f"{names[image['id']]} and {image['file_name']}"
+            raise UserError(f"{path}: images: id {shown(image['id'])} is of two pictures, {both}")
+    return names
+
+
+def shown(value: Any) -> str:
+    """A value from a JSON, short and in one line."""
+    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
 
 
 def category_ids(tree: dict[str, Any], reading: Reading) -> list[Any]:
     """A JSON of many kinds of things names those that count among them; empty: all count."""
     wanted = reading.categories or ("person",)
-    return [kind.get("id") for kind in tree.get("categories", ()) if kind.get("name") in wanted]
+    return [kind.get("id") for kind in tree.get("categories") or () if kind.get("name") in wanted]
 
 
 def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
     """The category_id of people in their COCO JSON: that of the name, else the only one; 1 where it does not tell."""
     tree = parsed(annotations)
-    listed = [kind.get("id") for kind in tree.get("categories", ())]
+    listed = [kind.get("id") for kind in tree.get("categories") or ()]
     return next(iter(category_ids(tree, reading) or listed), 1)
 
 
-def _row(
-    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading
+def row_of(
+    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading = PLAIN
 ) -> dict[str, Any] | None:
-    """The row of one COCO annotation; None for a crowd or an empty box."""
+    """The row of one COCO annotation; None for a crowd or an empty box.
+
+    Raises:
+        one of BROKEN: something in it is not what it should be.
+    """
+    if person.get("iscrowd", 0) not in (0, 1, None):
+        raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(person['iscrowd'])}")
     if person.get("iscrowd"):
         return None
     box = box_of(person)
@@ -571,14 +633,29 @@ def _row(
     points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
     if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
         raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
+    if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
+        raise ValueError(f"expected pixels of a picture, found numbers above {FARTHEST:g}")
+    area = person.get("area", float(box[2] * box[3]))
+    if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
+        raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
     return {
         "file_name": f"{images}/{names[person['image_id']]}",
-        "image_id": int(person["image_id"]),
-        "ann_id": int(person["id"]),
+        "image_id": _id(person["image_id"]),
+        "ann_id": _id(person["id"]),
         "box_xywh": box.tolist(),
-        "area": float(person["area"]) if "area" in person else float(box[2] * box[3]),
+        "area": float(area),
         "keypoints": points.reshape(num_keypoints, 3),
     }
+
+
+def _id(value: Any) -> int:
+    """A whole number that Arrow can keep, which has 64 bits."""
+    if not isinstance(value, int | str) and not (isinstance(value, float) and value.is_integer()):
+        raise ValueError(f"expected an id that is a whole number, found {shown(value)}")
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"expected an id of at most 64 bits, found {shown(value)}")
+    return number
 
 
 def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
@@ -595,7 +672,7 @@ def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Readin
     if not numbers or reading.source is None:
         return numbers
     if not isinstance(numbers, list) or len(numbers) != 3 * count:
-        raise ValueError(f"expected {3 * count} keypoint numbers, found {len(numbers)}")
+        raise ValueError(f"expected {3 * count} keypoint numbers, found {shown(numbers)}")
     return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
 
 
@@ -622,7 +699,10 @@ def _detected_rows(
     for index, thing in enumerate(found):
         try:
             box, score, key = box_of(thing), float(thing["score"]), thing["image_id"]
-        except (KeyError, TypeError, ValueError) as error:
+            if not np.isfinite(score):
+                raise ValueError(f"expected a number as its 'score', found {score}")
+            image_id = _id(key) if isinstance(key, int) else None
+        except BROKEN as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{detections}: detection {index}: {reason}") from None
         if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
@@ -636,7 +716,7 @@ def _detected_rows(
             )
         yield {
             "file_name": f"{images}/{name}",
-            "image_id": key if isinstance(key, int) else place[name],
+            "image_id": place[name] if image_id is None else image_id,
             "ann_id": index,
             "box_xywh": box.tolist(),
             "area": float(box[2] * box[3]),
@@ -646,7 +726,7 @@ def _detected_rows(
 
 def _numbers(values: Any) -> Float[Array, "n"]:
     # numpy would read the numbers in a text, too.
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
         raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
     return np.asarray(values, dtype=np.float64)
 
@@ -660,8 +740,8 @@ def parsed(path: Path) -> Any:
     if shards.is_manifest(path):
         return shards.tree(path)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
 
 
@@ -678,15 +758,36 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
         odd = [item for item in items if not isinstance(item, dict) or any(name not in item for name in needed)]
         if odd:
-            raise UserError(f"{path}: {key}: expected {' and '.join(needed) or 'keys'}, found {str(odd[0])[:80]}")
+            raise UserError(f"{path}: {key}: expected {' and '.join(needed) or 'keys'}, found {shown(odd[0])}")
+    kinds = tree.get("categories") or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
+        raise UserError(f"{path}: categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}")
+    for image in tree["images"]:
+        if reason := fault_of(image):
+            raise UserError(f"{path}: images: {reason}")
     return tree
+
+
+def fault_of(image: dict[str, Any]) -> str | None:
+    """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of pictures, and in one line."""
+    key, name = image["id"], image["file_name"]
+    if isinstance(key, bool) or not isinstance(key, int | float | str):
+        return f"expected an id that is a whole number, found {shown(key)}"
+    if not isinstance(name, str) or not PurePosixPath(name).name:
+        return f"id {shown(key)}: expected the name of a file, found {shown(name)}"
+    if name.startswith("/") or ".." in name.split("/"):
+        return f"id {shown(key)}: {shown(name)} leads out of the folder of pictures; expected a name inside it"
+    odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
+    if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
+        return f"id {shown(key)}: expected a name of letters that can be shown, found {shown(name)}"
+    return None
 
 
 def pictures_of(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
     if shards.is_manifest(path):
         return shards.pictures(path)
-    text, decode = path.read_text(), json.JSONDecoder().raw_decode
+    text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":
         key, at = decode(text, text.index('"', at))
@@ -696,7 +797,7 @@ def pictures_of(path: Path) -> list[dict[str, Any]]:
 
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
     for index, name in enumerate(names):
-        image = cv2.imread(str(Path(root) / images / name), cv2.IMREAD_COLOR)
+        image = decoded(Path(root) / images / name, cv2.IMREAD_COLOR)
         height, width = (1, 1) if image is None else image.shape[:2]  # `checked` names those that do not decode
         yield {
             "file_name": f"{images}/{name}",
@@ -708,8 +809,25 @@ def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[
         }
 
 
-def _listing(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+def listing(folder: Path) -> set[str]:
+    """What is in a folder, by name; nothing in one that is not there."""
+    try:
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError:  # of a name that no folder can have, or of one that may not be read: nothing is there
+        return set()
+
+
+def _picture_names(folder: Path) -> list[str]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        UserError: a name that is not UTF-8.
+    """
+    names = sorted(name for name in listing(folder) if Path(name).suffix.lower() in PICTURES)
+    for name in names:
+        if reason := fault_of({"id": 0, "file_name": name}):
+            raise UserError(f"{folder}: {reason.removeprefix('id 0: ')}; rename it")
+    return names
 
 
 def _whose(sources: Sequence[People], picture: Path) -> str:
@@ -719,22 +837,32 @@ def _whose(sources: Sequence[People], picture: Path) -> str:
     return f"{people.annotations}: annotation {people.rows[place]['ann_id']}"
 
 
-def _corrupt(root: Path, names: list[str], decode: bool) -> list[str]:
-    def bad(name: str) -> bool:
+def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int, int] | None]:
+    """Each picture's height and width in eighths, rounded either way; 0, 0 if not decoded; None if it is corrupt."""
+
+    def look(name: str) -> tuple[int, int] | None:
         path = root / name
-        return not _whole(path) or (decode and decoded(path, cv2.IMREAD_REDUCED_COLOR_8) is None)
+        if not _whole(path):
+            return None
+        image = decoded(path, cv2.IMREAD_REDUCED_COLOR_8) if decode else np.empty((0, 0))
+        return None if image is None else image.shape[:2]
 
     with ThreadPoolExecutor(8) as pool:
-        progress = tqdm(pool.map(bad, names), total=len(names), desc="checking pictures", disable=None, leave=False)
-        return [name for name, is_bad in zip(names, progress, strict=True) if is_bad]
+        progress = tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=None, leave=False)
+        return dict(zip(names, progress, strict=True))
 
 
 def _whole(path: Path) -> bool:
     """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
-    with shards.opened(path) as file:
-        head = file.read(8)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-        tail = file.read()
+    try:
+        if not shards.inside(path) and not is_file(path):
+            return False
+        with shards.opened(path) as file:
+            head = file.read(8)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+            tail = file.read()
+    except OSError:
+        return False
     if head[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
         return JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(shards.content(path)))

@@ -133,7 +133,7 @@ def _tree(split: Split) -> dict[str, Any]:
         raise UserError(f"{split.annotations}: expected a COCO annotation file; see --{split.name}_annotations")
     images = []
     for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in coco.PICTURES)):
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        picture = coco.decoded(path, cv2.IMREAD_COLOR)
         if picture is None:
             raise UserError(f"{path}: does not decode; mend it or move it away")
         sizes = {"width": picture.shape[1], "height": picture.shape[0]}

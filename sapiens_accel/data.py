@@ -45,6 +45,7 @@ from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.category import Category
 from sapiens_accel.coco import People, Picture, Rows, boxes_of, keypoints_of, read_picture
 from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError, guarded
+from sapiens_accel.examine import in_crop
 from sapiens_accel.geometry import Crop
 from sapiens_accel.mixture import Mixture
 from sapiens_accel.skeleton import COCO17, Skeleton
@@ -132,7 +133,7 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     config = located(config)
     root, cache = places(config)
     asked = custom.given(config.skeleton, root) if config.skeleton else None
-    return custom.skeleton([_category(one, config, root, cache) for one in _train_sets(config)], asked)
+    return custom.skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
@@ -148,10 +149,10 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     if config.streaming:
         return _open_streams(config, skeleton, unlabelled=unlabelled)
     root, cache = places(config)
-    first, *others = _train_sets(config)
+    first, *others = train_sets(config)
     train, told = _labelled_people(first, config, skeleton, root, cache)
     labelled = pool.labelled_places(config, train)
-    val, told_of_val = _labelled_people(_val_set(config), config, skeleton, root, cache)
+    val, told_of_val = _labelled_people(val_set(config), config, skeleton, root, cache)
     found = {"train": coco.chosen_of(train, labelled), "val": val}
     warnings = [told, told_of_val]
     if unlabelled:
@@ -204,7 +205,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -
         if not places_of:
             raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
         others = stream.people(root, [stream.Source(*place, chosen) for place in places_of], k, cache)
-    return Sets(train, val, others, (UNCOMPARED,))
+    return Sets(train, val, others, (UNCOMPARED,), skeleton)
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
@@ -215,24 +216,30 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     """
     config = located(config)
     root, cache = places(config)
-    one = _val_set(config) if split == "val" else _train_sets(config)[0]
+    one = val_set(config) if split == "val" else train_sets(config)[0]
     people, _ = _labelled_people(one, config, skeleton, root, cache)
     if split == "train":
         people = coco.chosen_of(people, pool.labelled_places(config, people))
     return coco.checked(people, config.on_bad_image, config.check_images)
 
 
-def _train_sets(config: DataConfig) -> tuple[MoreData, ...]:
+def train_sets(config: DataConfig) -> tuple[MoreData, ...]:
+    """The training sets of a `located` config, each as one of `data.more`."""
     files = {"train_annotations": config.train_annotations, "train_images": config.train_images}
     return MoreData(**files, category=config.category, weight=config.weight), *config.more
 
 
-def _val_set(config: DataConfig) -> MoreData:
+def val_set(config: DataConfig) -> MoreData:
+    """That of validation, in the same form."""
     return MoreData(train_annotations=config.val_annotations, train_images=config.val_images, category=config.category)
 
 
-def _files(one: MoreData, root: Path) -> tuple[str, str]:
-    """The annotations and the folder of pictures of a set, relative to the root, or absolute where it has its own."""
+def files_of(one: MoreData, root: Path) -> tuple[str, str]:
+    """The annotations and the folder of pictures of a set, relative to the root, or absolute where it has its own.
+
+    Raises:
+        UserError: its own root is no folder.
+    """
     if one.root is None:
         return one.train_annotations, one.train_images
     own = Path(one.root).resolve()
@@ -241,8 +248,13 @@ def _files(one: MoreData, root: Path) -> tuple[str, str]:
     return str(own / one.train_annotations), str(own / one.train_images)
 
 
-def _category(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
-    file = coco.annotation_file(root, _files(one, root)[0])
+def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
+    """What the JSON of a set tells of its keypoints.
+
+    Raises:
+        UserError: as `category.described`.
+    """
+    file = coco.annotation_file(root, files_of(one, root)[0])
     return category.described(file, one.category or config.category, cache)
 
 
@@ -250,12 +262,12 @@ def _labelled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
     """The labelled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
-    reading, told = category.reading(_category(one, config, root, cache), skeleton.names)
-    return coco.labelled_people(root, *_files(one, root), skeleton.num_keypoints, cache, reading), told
+    reading, told = category.reading(category_of(one, config, root, cache), skeleton.names)
+    return coco.labelled_people(root, *files_of(one, root), skeleton.num_keypoints, cache, reading), told
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
-    given = [one.weight for one in _train_sets(config)]
+    given = [one.weight for one in train_sets(config)]
     try:
         return Mixture(sizes=tuple(sizes), weights=mixture.weights_of(sizes, given))
     except ValueError as error:
@@ -589,10 +601,8 @@ def check_targets(people: People, config: DataConfig) -> None:
     """
     people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
-    sizes = np.array([geometry.with_aspect((w, h), config.input_hw) for w, h in boxes[:, 2:] * config.box_padding])
-    offset = np.abs(keypoints[..., :2] - (boxes[:, :2] + boxes[:, 2:] / 2)[:, None])
     labelled = keypoints[..., 2] > 0
-    inside = (offset <= sizes[:, None] / 2).all(axis=-1) & labelled
+    inside = in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
     if inside.sum() < labelled.sum() / 2 or tiny:
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))

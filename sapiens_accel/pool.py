@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -191,19 +191,18 @@ def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, .
         some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
         if len(some) < len(people):
             told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
-        leaks = _leaks(val, replace(people, rows=some))
-        if leaks:
-            ours, theirs = next(iter(leaks.items()))
+        found = leaks(_pictures_of(replace(people, rows=some)), _pictures_of(val))
+        if found:
+            ours, theirs = next(iter(found.items()))
             raise UserError(
-                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(leaks)} such in "
+                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(found)} such in "
                 f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
             )
     return tuple(told)
 
 
-def _leaks(val: People, people: People) -> dict[Path, Path]:
-    """Pictures of the people to the validation picture that each one is."""
-    ours, theirs = _pictures_of(people), _pictures_of(val)
+def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
+    """Pictures that are learnt from to the validation picture that each one is; both with their ids."""
     same = same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)

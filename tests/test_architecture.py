@@ -13,8 +13,8 @@ ROOT = PACKAGE.parent
 # A line imports only from lines below it.
 LAYERS = (
     ("train", "eval"),
-    ("report", "own"),
-    ("holdout", "hub", "boxes"),
+    ("report", "own", "doctor"),
+    ("holdout", "hub", "boxes", "environment", "preview"),
     ("push", "page", "boxes_json"),
     ("card", "cases", "detector", "gallery"),
     ("loop", "evaluate", "checkpoint", "memory", "export", "curve", "fetch", "candidates"),
@@ -23,7 +23,7 @@ LAYERS = (
     ("footprint", "predict"),
     ("objective", "optim", "weights", "distributed"),
     ("model", "data", "draw", "origin", "keypoints_json"),
-    ("pool", "detections", "pictures", "custom", "convert", "stream"),
+    ("pool", "detections", "pictures", "custom", "convert", "stream", "lenient"),
     ("category",),
     (
         "augment",
@@ -37,6 +37,7 @@ LAYERS = (
         "published",
         "worst",
         "sources",
+        "examine",
     ),
     ("roster",),
     ("shards",),
