@@ -28,6 +28,7 @@ from sapiens_accel import (
     environment,
     examine,
     lenient,
+    model,
     pool,
     preview,
     shards,
@@ -37,7 +38,6 @@ from sapiens_accel.coco import PLAIN, People, boxes_of, column_of, is_file, keyp
 from sapiens_accel.config import Config, DataConfig, MoreData, UserError
 from sapiens_accel.data import Sets
 from sapiens_accel.examine import LEVELS, Finding, Labels, Level
-from sapiens_accel.model import SIZES
 from sapiens_accel.skeleton import COCO17, Skeleton
 
 SHOWN = 4  # culprits of a check in the text; the JSON has all
@@ -242,7 +242,7 @@ def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequ
     found = []
     for name, people in _opened(sets).items():
         found += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
-    found.append(examine.sigma_of(run.data.sigma, SIZES[run.model.name].heatmap_hw(run.data.input_hw)))
+    found.append(examine.sigma_of(run.data.sigma, model.named(run.model.name).heatmap_hw(run.data.input_hw)))
     worst = [finding for level in LEVELS[:2] for finding in found if finding.level == level]
     for finding in worst[:BRIEF_LINES]:
         say(f"{finding.level}: {_line(finding, shown=1)}")

@@ -123,6 +123,17 @@ def _conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 1), nn.InstanceNorm2d(outputs), nn.SiLU()
 
 
+def named(name: str) -> Size:
+    """The size of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SIZES:
+        raise UserError(f"no such model {name!r}; there are: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
 class SapiensPose(nn.Module):
     """uint8 crops to heatmaps.
 
@@ -138,9 +149,8 @@ class SapiensPose(nn.Module):
 
     def __init__(self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None) -> None:
         super().__init__()
-        if name not in SIZES:
-            raise UserError(f"no such model {name!r}; there are: {', '.join(SIZES)}")
-        size = replace(SIZES[name], depth=depth or SIZES[name].depth)
+        size = named(name)
+        size = replace(size, depth=depth or size.depth)
         if any(pixels % size.patch for pixels in input_hw):
             raise UserError(f"input {input_hw[0]}x{input_hw[1]}: {name} needs multiples of its {size.patch}-px patch")
         self.name, self.size = name, size

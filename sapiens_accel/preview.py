@@ -5,13 +5,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray as Array
 
-from sapiens_accel import data, draw, examine, geometry
+from sapiens_accel import data, draw, examine, geometry, model
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import Config, DataConfig
 from sapiens_accel.data import Key, Labelled, Sets, TrainingPeople
 from sapiens_accel.examine import PERCENTILES, Finding, Labels
 from sapiens_accel.heatmap import Codec
-from sapiens_accel.model import SIZES
 from sapiens_accel.skeleton import Skeleton
 
 NUM_CROPS, COLUMNS, CROP_HEIGHT, EDGE = 16, 4, 512, 2
@@ -24,7 +23,7 @@ MOST_ENLARGED = 4.0
 def findings(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding]:
     """Joints lost, resolution, sigma and codec, for the run's crops."""
     config = run.data
-    heatmap_hw = SIZES[run.model.name].heatmap_hw(config.input_hw)
+    heatmap_hw = model.named(run.model.name).heatmap_hw(config.input_hw)
     codec = Codec(input_hw=config.input_hw, heatmap_hw=heatmap_hw, sigma=config.sigma)
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=config.input_hw)
     return [
