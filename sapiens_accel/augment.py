@@ -171,9 +171,10 @@ def _median_blur(image: Pixels, rng: Generator) -> Pixels:
 
 
 def _hole(image: Pixels, rng: Generator) -> Pixels:
-    sides_hw = (np.array(image.shape[:2]) * rng.uniform(*HOLE, 2)).astype(int)
-    top, left = rng.integers(0, image.shape[:2] - sides_hw + 1)
-    image[top : top + sides_hw[0], left : left + sides_hw[1]] = 0
+    height, width = image.shape[:2]
+    hole_h, hole_w = int(height * rng.uniform(*HOLE)), int(width * rng.uniform(*HOLE))
+    top, left = rng.integers(0, height - hole_h + 1), rng.integers(0, width - hole_w + 1)
+    image[top : top + hole_h, left : left + hole_w] = 0
     return image
 
 
@@ -202,7 +203,8 @@ def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -
 
 def _truncated_normal(rng: Generator, limit: float, num: int) -> Float[Array, "num"]:
     """Standard normal draws within +-limit, by drawing again: the number of draws never depends on scipy's version."""
-    values = rng.standard_normal(num)
-    while outside := [place for place, value in enumerate(values.tolist()) if abs(value) > limit]:
-        values[outside] = rng.standard_normal(len(outside))
-    return values
+    values = [rng.standard_normal() for _ in range(num)]  # one by one, so few are sooner drawn
+    while outside := [place for place, value in enumerate(values) if abs(value) > limit]:
+        for place in outside:
+            values[place] = rng.standard_normal()
+    return np.array(values)

@@ -303,7 +303,10 @@ def read_picture(path: Path, at_most: int = 1) -> Picture:
     Raises:
         UserError: the file does not decode.
     """
-    content = _content(path)
+    try:
+        content = shards.content(path)
+    except OSError:
+        content = b""
     reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
     pixels = _decoded(content, REDUCED[reduction])
     if pixels is None:

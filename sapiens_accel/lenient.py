@@ -124,11 +124,8 @@ def _people(
         if row:
             rows.append(row)
             told = person.get("num_keypoints")
-            if (
-                reading.source is None
-                and told is not None
-                and told != (labelled := int((row["keypoints"][:, 2] > 0).sum()))
-            ):
+            # Of five lists of a whole body the count is of the first.
+            if told is not None and told != (labelled := sum(v > 0 for v in (person.get("keypoints") or ())[2::3])):
                 others["count"].append(f"{who}: num_keypoints {coco.shown(told)}, labelled {labelled}")
         else:
             others["crowd" if person.get("iscrowd") else "empty"].append(who)

@@ -79,6 +79,22 @@ def test_real_people_are_fine() -> None:
     assert {(f.check, f.level) for f in report.findings} == expected
 
 
+WHOLE = REAL.with_name("coco_wholebody_mini")
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no real pictures: {WHOLE} (SAPIENS_ACCEL_TEST_DATA)")
+def test_whole_bodies_are_looked_at_with_all_their_joints(tmp_path: Path) -> None:
+    """Published hands have a v between 0 and 1, which counts as none, in two people."""
+    file = "annotations/coco_wholebody_val_v1.0.json"
+    names = {"train_annotations": file, "val_annotations": file, "train_images": "val2017"}
+    run = Config(data=DataConfig(root=str(WHOLE), cache_dir=str(tmp_path), **names))
+    report, labels, skeleton = doctor.looked_over(run)
+    told = {finding.check: finding for finding in report.findings if finding.level != "note"}
+    assert skeleton.num_keypoints == 133 and labels.keypoints.shape[1:] == (133, 3)
+    assert set(told) == {"train/visibility", "val/visibility", "train and val/leaks"}
+    assert len(told["val/visibility"].culprits) == 2 and len(told["train and val/leaks"].culprits) == 4
+
+
 # ---- Each fault, by name
 
 
