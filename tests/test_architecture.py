@@ -38,8 +38,9 @@ LAYERS = (
         "worst",
         "sources",
     ),
-    ("roster",),
+    ("roster", "remote"),
     ("shards",),
+    ("layout", "refused"),
     ("geometry", "skeleton", "config", "mixture", "interrupt", "modeling_sapiens_pose", "score", "markup"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
