@@ -52,7 +52,10 @@ def main(argv: Sequence[str]) -> None:
     asked = _parser().parse_args(argv)
     root, out = Path(asked.root), Path(asked.out)
     if asked.push_to_hub:
-        check_model_id(asked.push_to_hub)
+        try:
+            check_model_id(asked.push_to_hub)
+        except UserError as error:
+            raise UserError(str(error).replace("--hub_model_id", "--push_to_hub")) from None
         if not get_token():  # told before hours of writing
             raise UserError(f"--push_to_hub {asked.push_to_hub}: {why(LocalTokenNotFoundError(), '')}")
     if not root.is_dir():

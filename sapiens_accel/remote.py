@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -78,6 +78,20 @@ def downloaded(root: str, where: Place, endings: Sequence[str]) -> Path:
             f"start again with a network and without HF_HUB_OFFLINE, it goes on where it stopped"
         )
     return folder / where.folder
+
+
+def local(name: str) -> str:
+    """A file of the Hub in its cache, by address; any other name as it is.
+
+    Raises:
+        UserError: as `downloaded`.
+    """
+    where = place(name)
+    if not where:
+        return name
+    return _asked(
+        name, where, lambda: hf_hub_download(where.repo, where.folder, repo_type="dataset", revision=where.revision)
+    )
 
 
 def _gone(names: Sequence[str]) -> str | None:

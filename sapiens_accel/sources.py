@@ -170,7 +170,7 @@ def _manifest(
     known = _categories(schema) or layout.categories(schema, here)
     theirs = None if here.is_ours else dataclasses.asdict(here)
     if kind == "parquet" and not in_place:
-        names, kind = _as_arrow(split, names, cache), "arrow"
+        names, kind = _as_arrow(split, [remote.local(name) for name in names], cache), "arrow"
         return Manifest(kind, names, [[_length(name)] for name in names], known, digest, columns=theirs)
     return Manifest(kind, names, [about.rows for about in abouts], known, digest, columns=theirs)
 

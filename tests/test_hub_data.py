@@ -1,0 +1,350 @@
+"""Data sets of the Hub: the real client against a server on loopback; what is pushed is what is trained on."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hub_server import TOKEN, Server, serve
+from huggingface_hub import HfApi, HfFileSystem, constants
+
+from sapiens_accel import config, convert, data, shards, stream, synthetic
+from sapiens_accel.augment import Augmenter
+from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.data import Share, TrainingPeople
+from sapiens_accel.skeleton import COCO17
+
+ROOT = Path(__file__).parents[1]
+NAME, REPO = "me/people", "datasets/me/people"
+PEOPLE, BATCH = 48, 8
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.write(tmp_path_factory.mktemp("d") / "drawn", num_train=PEOPLE, num_unlabelled=9, num_val=4)
+
+
+@pytest.fixture(scope="module")
+def parquet(drawn: Path) -> Path:
+    """The same in shards of row groups of two pictures."""
+    convert.main(_words(drawn, drawn.parent / "parquet"))
+    return drawn.parent / "parquet"
+
+
+def _words(root: Path, out: Path, *more: str) -> list[str]:
+    return ["convert", "coco", str(root), str(out), "--shard_mb", "0.2", "--group_rows", "2", *more]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A Hub that this process's client talks to, with a cache of its own, logged in."""
+    with serve() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        HfFileSystem.clear_instance_cache()  # it remembers what is where, on another server
+        shards.read.cache_clear()
+        shards._held.clear()
+        yield running
+
+
+@pytest.fixture
+def filled(server: Server, parquet: Path) -> Server:
+    server.add(REPO, _files(parquet))
+    return server
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _config(root: str | Path, cache: Path, **changes: Any) -> DataConfig:
+    options: dict[str, Any] = {"unlabelled_min_side": 0.0, "input_hw": (64, 48)} | changes
+    return DataConfig(root=str(root), cache_dir=str(cache), **options)
+
+
+def _batches(found: DataConfig, steps: range, workers: int = 0) -> list[bytes]:
+    sets = data.open_people(found, COCO17, unlabelled=True)
+    augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
+    plan = StageConfig(global_batch=BATCH, teacher=TeacherConfig(ratio=1, cutout=2))
+    people = TrainingPeople(sets, augmenter, found, plan, seed=3, stage="ssl")
+    share = Share(rank=0, num_ranks=1, micro_batch=BATCH, accumulation=1)
+    return [_bytes(batch) for batch in data.batches(people, share, steps, workers, torch.device("cpu"))]
+
+
+def _bytes(tree: Any) -> bytes:
+    if isinstance(tree, torch.Tensor):
+        return tree.numpy().tobytes()
+    return b"".join(map(_bytes, tree))
+
+
+# ---- There and back
+
+
+def test_what_is_pushed_is_what_is_read(drawn: Path, parquet: Path, tmp_path: Path, server: Server) -> None:
+    """The command of the README; then the repository's rows, streamed and not, at its newest and at a first commit."""
+    environment = os.environ | server.environment(tmp_path / "home")
+    command = [sys.executable, "-m", "sapiens_accel.data", *_words(drawn, tmp_path / "out", "--push_to_hub", NAME)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"pushed: {server.url}/{REPO}"
+    assert server.repos[REPO].files == _files(tmp_path / "out") and len(server.repos[REPO].files) > 5
+    commit = server.repos[REPO].commits[0][0]
+    steps, folder, cache = range(3), _batches(_config(drawn, tmp_path / "a"), range(3)), tmp_path / "b"
+    assert _batches(_config(f"hf://{NAME}", cache), steps) == folder and len(folder[0]) > 100_000
+    streamed = _batches(_config(parquet, tmp_path / "c", streaming=True), steps)
+    assert _batches(_config(f"hf://{NAME}", cache, streaming=True), steps) == streamed
+    # Another push does not change what a commit is.
+    server.repos[REPO].commit({path: b"?" for path in server.repos[REPO].files if "/train-" in path})
+    HfFileSystem.clear_instance_cache()
+    for address in (f"hf://{NAME}@{commit}", f"hf://datasets/{NAME}@{commit}/data"):
+        assert _batches(_config(address, tmp_path / "d"), steps) == folder
+    assert _batches(_config(f"hf://{NAME}@{commit}", cache, streaming=True), steps, workers=2) == streamed
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_run_reads_the_commit_that_it_began_with(filled: Server, tmp_path: Path) -> None:
+    found = _config(f"hf://{NAME}", tmp_path, streaming=True)
+    sets = data.open_people(found, COCO17, unlabelled=False)
+    filled.repos[REPO].commit({path: b"?" for path in filled.repos[REPO].files if path.startswith("data/")})
+    HfFileSystem.clear_instance_cache()
+    shards._parquet.cache_clear()
+    names = [sets.train.rows[index]["file_name"] for index in range(PEOPLE)]
+    assert all(bytes(shards.content(sets.train.root / name))[:2] == b"\xff\xd8" for name in names)
+
+
+# ---- What goes wrong
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: Any) -> str:
+    """The line of a program that ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as caught:
+        config.guarded(lambda _: main())
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and TOKEN not in said
+    return said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_that_cannot_be_had_is_one_line(
+    filled: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], streaming: bool
+) -> None:
+    def told(root: str) -> str:
+        found = _config(root, tmp_path / "cache", streaming=streaming)
+        said = _told(monkeypatch, capsys, lambda: data.open_people(found, COCO17, unlabelled=False))
+        assert f"--data.root {root}: " in said
+        return said
+
+    assert "no data set me/nobody on the Hub that you may see" in told("hf://me/nobody")
+    assert f"{NAME} has no revision 'v9'" in told(f"hf://{NAME}@v9")
+    filled.add("datasets/me/private", {"a": b""}, private=True)
+    assert "no parquet, Arrow or tar shards in it" in told("hf://me/private")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert "`hf auth login`" in told("hf://me/private")
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}x")
+    assert "does not know the token" in told(f"hf://{NAME}")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    HfFileSystem.clear_instance_cache()
+    assert "could not be reached" in told(f"hf://{NAME}")
+
+
+def test_a_download_that_was_cut_off_is_never_taken_for_whole(
+    filled: Server, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _config(f"hf://{NAME}@{filled.repos[REPO].commits[0][0]}", tmp_path / "cache")
+    lost = "data/train-00001-of-"
+    filled.fail(f"/resolve/.*{lost}", method="GET", status=403)
+    with pytest.raises(UserError, match=r"--data\.root hf://me/people@\w+: .*may not"):
+        data.open_people(found, COCO17, unlabelled=False)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError, match="it is not in the cache"):
+            data.open_people(found, COCO17, unlabelled=False)
+    gets = filled.count("GET", "/resolve/")
+    assert len(data.open_people(found, COCO17, unlabelled=False).train) == PEOPLE
+    missing = filled.count("GET", "/resolve/") - gets
+    assert 1 <= missing <= sum(path.endswith(".parquet") for path in filled.repos[REPO].files)
+    for file in (*tmp_path.glob("hub/*/trees/*"), *tmp_path.glob(f"hub/*/snapshots/*/{lost}*")):
+        file.unlink()  # as a download that was cut off is left by clients that keep no list of files
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"{lost}.* is not in the cache .* cut off"):
+        data.open_people(found, COCO17, unlabelled=False)
+
+
+def test_a_push_that_fails_leaves_the_shards_and_changes_nothing(
+    server: Server, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(out: str, *more: str) -> str:
+        words = _words(drawn, tmp_path / out, "--push_to_hub", NAME, *more)
+        return _told(monkeypatch, capsys, lambda: convert.main(words))
+
+    server.fail("/commit/", status=None)
+    out = tmp_path / "cut"
+    assert f"`hf upload {NAME} {out} --repo-type dataset`" in told("cut")
+    assert server.repos[REPO].files == {}
+    puts = server.count("PUT", "/lfs/")
+    HfApi().upload_folder(repo_id=NAME, folder_path=out, repo_type="dataset")  # what that command does
+    assert server.repos[REPO].files == _files(out) and server.count("PUT", "/lfs/") == puts > 3
+    assert "public, and --private was asked for" in told("public", "--private")
+    server.tokens[TOKEN]["role"] = "read"
+    assert "the token may not do this" in told("read")
+    server.tokens.clear()
+    assert "does not know the token" in told("unknown")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "could not be reached" in told("alone")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert "no token" in told("none") and not (tmp_path / "none").exists(), "before hours of writing"
+    assert "--push_to_hub people: expected ORG/NAME" in _told(
+        monkeypatch, capsys, lambda: convert.main([*_words(drawn, tmp_path / "name"), "--push_to_hub", "people"])
+    )
+
+
+def test_a_push_that_is_killed_changes_nothing(server: Server, drawn: Path, tmp_path: Path) -> None:
+    server.fail("/lfs/", method="PUT", status=0, seconds=60)
+    environment = os.environ | server.environment(tmp_path / "home")
+    command = [sys.executable, "-m", "sapiens_accel.data", *_words(drawn, tmp_path / "out", "--push_to_hub", NAME)]
+    pushing = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not server.count("PUT", "/lfs/") and time.monotonic() < deadline and pushing.poll() is None:
+        time.sleep(0.01)
+    pushing.send_signal(signal.SIGKILL)
+    pushing.communicate()
+    assert pushing.returncode == -signal.SIGKILL and server.count("PUT", "/lfs/")
+    assert server.repos[REPO].files == {}
+    assert sum(pq.ParquetFile(f).metadata.num_rows for f in (tmp_path / "out").glob("data/train-*")) > 10
+
+
+# ---- Streaming
+
+
+def _records(folder: Path, name: str) -> list[list[int]]:
+    """The ids of each step: those of the ranks one after the other."""
+    ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob(f"{name}-*"))]
+    joined: dict[int, list[int]] = {}
+    for step, ids in itertools.chain.from_iterable(ranks):
+        joined.setdefault(step, []).extend(ids)
+    assert list(joined) == sorted(joined)
+    return list(joined.values())
+
+
+def _reference(parquet: Path, cache: Path, steps: range, **changes: Any) -> list[list[int]]:
+    """The ids of each step by one process that reads the folder."""
+    found = _config(parquet, cache, streaming=True, **changes)
+    sets = data.open_people(found, COCO17, unlabelled=False)
+    rows: Any = sets.train.rows
+    orders = [rows.order(0, "phase2", step, BATCH, found.stream_parts, found.stream_window) for step in steps]
+    return [[rows[int(index)]["ann_id"] for index in order] for order in orders]
+
+
+def _streamed(server: Server, tmp_path: Path, *words: object) -> None:
+    environment = os.environ | server.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    environment |= {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache"), "ACCELERATE_MIXED_PRECISION": "no"}
+    command = [sys.executable, "tests/streamed.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def _nowhere(folders: list[Path], parquet: Path) -> None:
+    """No file has a training picture in it."""
+    rows = pq.read_table(min((parquet / "data").glob("train-*"))).column("image").to_pylist()
+    kept = [path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert kept and not any(rows[number]["bytes"] in content for content in kept for number in (0, 1, -1))
+
+
+@pytest.mark.launch
+def test_everybody_once_over_real_processes(filled: Server, parquet: Path, tmp_path: Path) -> None:
+    """1 and 2 processes of gloo, 0, 1 and 3 workers: each epoch is the one of a single process that reads a folder."""
+    (tmp_path / "records").mkdir()
+    _streamed(filled, tmp_path, "epoch", tmp_path / "records", f"hf://{NAME}", tmp_path / "cache")
+    expected = _reference(parquet, tmp_path / "local", range(PEOPLE // BATCH))
+    assert len({one for ids in expected for one in ids}) == PEOPLE
+    for size, workers in itertools.product((1, 2), (0, 1, 3)):
+        assert _records(tmp_path / "records", f"{size}x{workers}") == expected, (size, workers)
+    _nowhere([tmp_path / "cache", tmp_path / "home"], parquet)
+
+
+@pytest.mark.launch
+def test_a_killed_run_goes_on_with_the_same_people(filled: Server, parquet: Path, tmp_path: Path) -> None:
+    """train.py with two processes, SIGKILL, and again: over the end of an epoch, with the Hub's answers as slow as it
+    likes and once none at all."""
+    (tmp_path / "records").mkdir()
+    words = ["--recipe=demo", "--stage=phase2", "--phase2.steps=8", f"--phase2.global_batch={BATCH}", "--save_every=1"]
+    words += ["--model.name=sapiens_tiny", "--data.input_hw=[64,48]", "--eval.num_pictures=0", "--report_to=none"]
+    words += [f"--data.root=hf://{NAME}", "--data.streaming=true", "--data.num_workers=1", "--keep_checkpoints=2"]
+    filled.fail("/resolve/.*/train-", method="GET", status=None)
+    _streamed(filled, tmp_path, "killed", tmp_path / "records", tmp_path / "run", *words)
+    expected = _reference(parquet, tmp_path / "local", range(8))
+    first, second = (_records(tmp_path / "records", name) for name in ("first", "second"))
+    assert 3 <= len(first) <= 8 and 0 < len(second) <= 5
+    assert first[:3] == expected[:3] and second == expected[-len(second) :]
+    assert first[: 8 - len(second)] + second == expected
+    _nowhere([tmp_path / "cache", tmp_path / "home", tmp_path / "run"], parquet)
+
+
+def _covered(parts: list[tuple[int, int]]) -> int:
+    """Bytes of a file that were sent at least once."""
+    total = reached = 0
+    for start, end in sorted(parts):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, tmp_path: Path) -> None:
+    convert.main(["convert", "coco", str(drawn), str(tmp_path / "out"), "--group_rows", "2"])
+    server.add(REPO, _files(tmp_path / "out"))
+    found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)
+    root = data.places(found)[0]
+    people = stream.people(root, [stream.Source(root / "train.shards", "train.shards", stream.labelled)], 17, tmp_path)
+    assert len(people) == PEOPLE
+    name = next(path for path in server.repos[REPO].files if "/train-" in path)
+    size = len(server.repos[REPO].files[name])
+    opened = server.sent[f"{REPO}/{name}"]
+    read = len(opened)
+    assert size > 400_000 and _covered(opened) < 0.25 * size, "64 kB of its end, and the columns of people"
+    shards.content(root / people.rows[0]["file_name"])
+    one = [part for part in server.sent[f"{REPO}/{name}"][read:] if part[1] < size]
+    assert 0 < _covered(one) < 0.2 * size, "one row group"
+
+
+def test_memory_does_not_grow_with_the_data_set(
+    server: Server, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of the pictures, and one of four times as many: Arrow holds no more at its peak."""
+    monkeypatch.setattr(shards, "HELD_BYTES", 400_000)
+    files, peaks = _files(parquet), []
+    train = [path for path in files if "/train-" in path]
+    for times in (1, 4):
+        repo = f"me/people{times}"
+        copies = {path.replace("train-", f"train-copy{n}-"): files[path] for n in range(times) for path in train}
+        server.add(f"datasets/{repo}", {path: files[path] for path in files if path not in train} | copies)
+        found = replace(_config(f"hf://{repo}", tmp_path / "cache", streaming=True), check_images="ends")
+        rows: Any = data.open_people(found, COCO17, unlabelled=False).train.rows
+        assert len(rows) == times * PEOPLE
+        shards._held.clear()
+        before, held = pa.total_allocated_bytes(), []
+        for step in range(len(rows) // BATCH):
+            for index in rows.order(0, "x", step, BATCH, 1, 2):
+                shards.content(tmp_path / rows.groups[0].source.path.parent / rows[int(index)]["file_name"])
+                held.append(pa.total_allocated_bytes() - before)
+        peaks.append(max(held))
+    assert 200_000 < peaks[0] < 600_000 and peaks[1] < 1.2 * peaks[0], peaks
+    assert 4 * sum(len(files[path]) for path in train) > 4 * peaks[1]
