@@ -228,10 +228,16 @@ def _field(name: str, values: pa.Array) -> pa.Array | None:
         return _flat(values, name)
     if name == "id" and not pa.types.is_integer(values.type):
         return None
-    try:
-        return values.cast(NUMBERS[name])
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise UserError(f"column '{name}' is {values.type}; expected numbers, as a ClassLabel has them") from None
+    if not _is_number(values.type):
+        raise UserError(f"column '{name}' is {values.type}; expected numbers, as a ClassLabel has them")
+    return values.cast(NUMBERS[name])
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    # Arrow would read the numbers in a text, too.
+    return any(
+        test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    )
 
 
 def _flat(values: pa.Array, name: str) -> pa.Array:
@@ -241,13 +247,15 @@ def _flat(values: pa.Array, name: str) -> pa.Array:
         raise UserError(f"column '{name}' is {kind}; expected a list of numbers for each person")
     lengths, inner = _lengths(values), _variable(values).flatten()
     while _is_list(inner.type):
+        if name != "bbox" and (odd := _lengths(inner)[_lengths(inner) != 3]).size:
+            raise UserError(
+                f"column '{name}' has points of {odd[0]} numbers; expected x, y, v (v: 0 unlabelled, 1 hidden, 2 seen)"
+            )
         ends = _offsets(_lengths(inner))[_offsets(lengths)]
         lengths, inner = np.diff(ends), _variable(inner).flatten()
-    try:
-        numbers = inner.cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise UserError(f"column '{name}' holds {inner.type}; expected numbers") from None
-    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), numbers)
+    if not _is_number(inner.type):
+        raise UserError(f"column '{name}' holds {inner.type}; expected numbers")
+    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), inner.cast(pa.float64()))
 
 
 def _lengths(values: pa.Array) -> Int[Array, "n"]:
