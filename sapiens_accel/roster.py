@@ -170,7 +170,8 @@ def people_of(
     if not has_box[kept].all():
         raise UserError(f"{path}: annotation {ann_id[kept & ~has_box][0]}: it has no 'bbox' (x, y, width, height)")
     kept &= (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
-    points = _keypoints(flat, reading.count or num_keypoints, kept, ann_id, path)
+    num_theirs = reading.count or num_keypoints
+    points = _keypoints(flat, num_theirs, kept, ann_id, path)
     area = _field(flat, "area", boxes[:, 2] * boxes[:, 3])
     chosen = record[kept]
     return People(
@@ -179,7 +180,7 @@ def people_of(
         ann_id=ann_id[kept],
         box_xywh=boxes[kept],
         area=area[kept],
-        keypoints=_by_name(points[kept].reshape(int(kept.sum()), -1, 3), reading.source),
+        keypoints=_by_name(points[kept].reshape(-1, num_theirs, 3), reading.source),
         place=place[kept],
     )
 

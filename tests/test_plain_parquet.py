@@ -28,7 +28,8 @@ images, annotations, pixels = [], [], {}
 for row in loaded["validation"]:
     image = row["image"].convert("RGB")
     pixels[row["image_id"]] = [image.size, sum(image.resize((1, 1)).getpixel((0, 0)))]
-    images.append({"id": row["image_id"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]})
+    sizes = {key: row[key] for key in ("file_name", "width", "height")}
+    images.append({"id": row["image_id"], **sizes})
     for person in row["people"]:
         lists = {key: person[key] or [] for key in ("bbox", "keypoints")}
         annotations.append({**person, **lists, "image_id": row["image_id"]})
