@@ -1,7 +1,9 @@
 """Run by test_hub_data.py: processes of gloo that stream a data set of the Hub.
 
-    python tests/streamed.py epoch RECORDS ROOT CACHE        one epoch with 1 and 2 processes, 0, 1 and 3 workers
-    python tests/streamed.py killed RECORDS RUN_DIR WORDS... train.py with 2 processes, killed, and resumed to its end
+    python tests/streamed.py RECORDS ROOT CACHE RUN_DIR WORDS...
+
+First one epoch of ROOT with 1 and 2 processes and 0, 1 and 3 workers; then train.py with 2 processes, killed after its
+third checkpoint, and resumed to its end.
 
 Each process is a fork of this one, which has torch loaded. RECORDS/NAME-RANK.jsonl gets the annotation ids of each
 micro-batch: [step, ids].
@@ -30,7 +32,7 @@ from sapiens_accel.data import Share, TrainingPeople
 from sapiens_accel.skeleton import COCO17
 
 BATCH, PEOPLE = 8, 48
-mode, records, *rest = sys.argv[1:]
+records, root, cache, folder, *words = sys.argv[1:]
 plain = data.batches
 
 
@@ -70,7 +72,7 @@ def ended(children: list[int]) -> None:
     assert not any(codes), codes
 
 
-def epoch(root: str, cache: str, workers: int) -> None:
+def epoch(workers: int) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     config = DataConfig(root=root, cache_dir=cache, streaming=True, input_hw=(64, 48))
@@ -83,23 +85,20 @@ def epoch(root: str, cache: str, workers: int) -> None:
     dist.destroy_process_group()
 
 
-if mode == "epoch":
-    for size in (1, 2):
-        for workers in (0, 1, 3):
-            ended(world(size, lambda n=workers: epoch(*rest, n)))
-else:
-    folder, *words = rest
-    checkpoints = Path(folder) / "phase2" / "checkpoints"
-    for name, more in (("first", []), ("second", ["--resume_from_checkpoint=latest"])):
-        data.batches = recorded(name)
-        children = world(2, lambda more=more: train.main([*words, f"--output_dir={folder}", *more]))
-        if name == "first":
-            deadline = time.monotonic() + 120
-            while not any(found.name == "step_3" for found in checkpoint.found(checkpoints)):
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            for child in children:
-                os.killpg(child, signal.SIGKILL)
-            assert [os.waitpid(child, 0)[1] for child in children] == [signal.SIGKILL] * 2
-        else:
-            ended(children)
+for size in (1, 2):
+    for workers in (0, 1, 3):
+        ended(world(size, lambda n=workers: epoch(n)))
+checkpoints = Path(folder) / "phase2" / "checkpoints"
+for name, more in (("first", []), ("second", ["--resume_from_checkpoint=latest"])):
+    data.batches = recorded(name)
+    children = world(2, lambda more=more: train.main([*words, f"--output_dir={folder}", *more]))
+    if name == "second":
+        ended(children)
+        continue
+    deadline = time.monotonic() + 120
+    while not any(found.name == "step_3" for found in checkpoint.found(checkpoints)):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    for child in children:
+        os.killpg(child, signal.SIGKILL)
+    assert [os.waitpid(child, 0)[1] for child in children] == [signal.SIGKILL] * 2
