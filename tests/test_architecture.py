@@ -38,6 +38,7 @@ LAYERS = (
         "worst",
         "sources",
     ),
+    ("tars",),
     ("roster", "remote"),
     ("shards",),
     ("layout", "refused"),

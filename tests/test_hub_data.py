@@ -127,6 +127,7 @@ def test_a_run_reads_the_commit_that_it_began_with(filled: Server, tmp_path: Pat
     filled.repos[REPO].commit({path: b"?" for path in filled.repos[REPO].files if path.startswith("data/")})
     HfFileSystem.clear_instance_cache()
     shards._parquet.cache_clear()
+    shards._held.clear()
     names = [sets.train.rows[index]["file_name"] for index in range(PEOPLE)]
     assert all(bytes(shards.content(sets.train.root / name))[:2] == b"\xff\xd8" for name in names)
 
