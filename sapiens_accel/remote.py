@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -50,10 +51,15 @@ def pinned(root: str, where: Place) -> str:
     Raises:
         UserError: why it cannot be found.
     """
-    told = _asked(
-        root, where, lambda: HfApi().dataset_info(where.repo, revision=where.revision, timeout=LISTING_SECONDS)
-    )
-    return f"hf://datasets/{where.repo}@{told.sha}" + (f"/{where.folder}" if where.folder else "")
+    commit = _asked(root, where, lambda: _commit(HfApi().endpoint, where.repo, where.revision))
+    return f"hf://datasets/{where.repo}@{commit}" + (f"/{where.folder}" if where.folder else "")
+
+
+@lru_cache(maxsize=64)
+def _commit(endpoint: str, repo: str, revision: str | None) -> str:
+    # Asked once a process: skeleton, training and validation are then of one commit.
+    told = HfApi(endpoint=endpoint).dataset_info(repo, revision=revision, timeout=LISTING_SECONDS)
+    return str(told.sha)
 
 
 def downloaded(root: str, where: Place, endings: Sequence[str]) -> Path:
