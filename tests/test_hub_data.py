@@ -20,7 +20,7 @@ import torch
 from hub_server import TOKEN, Server, serve
 from huggingface_hub import HfApi, HfFileSystem, constants
 
-from sapiens_accel import config, convert, data, shards, stream, synthetic
+from sapiens_accel import config, convert, data, remote, shards, stream, synthetic
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
 from sapiens_accel.data import Share, TrainingPeople
@@ -150,6 +150,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(
     filled: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], streaming: bool
 ) -> None:
     def told(root: str) -> str:
+        remote._commit.cache_clear()  # another process
         found = _config(root, tmp_path / "cache", streaming=streaming)
         said = _told(monkeypatch, capsys, lambda: data.open_people(found, COCO17, unlabelled=False))
         assert f"--data.root {root}: " in said
