@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from sapiens_accel import roster, shards
 from sapiens_accel.config import UserError
+from sapiens_accel.roster import PLAIN, Reading
 
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
@@ -58,25 +59,6 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
 NUMBERS = {int, float, bool}
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Which annotations of a JSON count, and which of their keypoints are the run's; see `category.reading`.
-
-    Attributes:
-        categories: the names of those that count; empty: person where there is one, else all.
-        count: keypoints of an annotation.
-        source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
-            they are the run's own, in its order.
-    """
-
-    categories: tuple[str, ...] = ()
-    count: int | None = None
-    source: tuple[int, ...] | None = None
-
-
-PLAIN = Reading()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,11 +437,8 @@ def _people(
 ) -> People:
     file = annotation_file(root, annotations)
     if shards.is_manifest(file):
-        if reading != PLAIN:
-            raise UserError(
-                f"{file}: shards are read with their own keypoints in their order; convert a JSON that has them"
-            )
-        return People(rows=_shard_table(file, images, num_keypoints, cache, keypoints), root=root, annotations=file)
+        rows = _shard_table(file, images, num_keypoints, cache, keypoints, reading)
+        return People(rows=rows, root=root, annotations=file, reading=reading)
     how = [] if reading == PLAIN else [repr(reading)]
     try:
         digest = _digest(file.read_bytes(), keypoints, images, *how)
@@ -497,15 +476,16 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
     return Dataset.load_from_disk(str(folder))
 
 
-def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str) -> Dataset:
+def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str, reading: Reading) -> Dataset:
     """The same table of a manifest's people, written some thousand pictures at a time: memory does not grow with it."""
-    digest = _digest(shards.read(file).digest.encode(), keypoints, images)
+    how = [] if reading == PLAIN else [repr(reading)]
+    digest = _digest(shards.read(file).digest.encode(), keypoints, images, *how)
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / ORDER).is_file():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
-            _write_shard_table(temporary, file, images, num_keypoints, keypoints)
+            _write_shard_table(temporary, file, images, num_keypoints, keypoints, reading)
             _rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -517,11 +497,13 @@ def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypo
     return rows.select(order) if len(order) else rows
 
 
-def _write_shard_table(folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str) -> None:
+def _write_shard_table(
+    folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str, reading: Reading
+) -> None:
     places, labelled = [np.empty(0, np.int64)], [np.empty(0, bool)]
     features = features_of(num_keypoints)
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
-        for people in roster.chunks(file, images, num_keypoints):
+        for people in roster.chunks(file, images, num_keypoints, reading):
             withheld = replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
             writer.write_table(withheld.table(features.arrow_schema))
             places.append(people.place)

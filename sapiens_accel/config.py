@@ -58,12 +58,14 @@ class SyntheticConfig:
 class MoreData:
     """A further labelled data set to train on; its keypoints become the run's by name."""
 
-    train_annotations: str
+    train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON, relative to its root."""
-    train_images: str
+    train_images: str = "train2017"
     """Folder of its pictures, relative to its root."""
     root: str | None = None
-    """Its folder. Default: data.root."""
+    """Its folder, in COCO's form, or shards as data.root takes them, whose `train` is taken. Default: data.root."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """As data.columns."""
     category: str | None = None
     """As data.category."""
     weight: float | None = None
@@ -75,6 +77,10 @@ class DataConfig:
     root: str | None = None
     """Folder in COCO's form; folder of parquet, Arrow or WebDataset tar shards; or a data set of the Hub,
     hf://ORG/NAME[@REVISION]. Without one, the built-in synthetic people are drawn."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What columns of shards are called where the names are neither ours nor common ones: {people: objs, bbox: xywh}.
+    Ours: image, image_id, file_name, width, height; people; of a person id, category_id, iscrowd, area, bbox,
+    keypoints."""
     streaming: bool = False
     """Training pictures are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
     they are needed: no copy of them is made, and people are shuffled within windows. Needs shards."""

@@ -19,11 +19,13 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import LocalTokenNotFoundError
 from tqdm import tqdm
 
 from sapiens_accel import coco, roster, shards
 from sapiens_accel.config import DataConfig, UserError, check_model_id
+from sapiens_accel.refused import why, without_token
 
 GROUP_BYTES = 8 << 20  # of a row group: what streaming reads at a time
 FOLDERS = {"train": "train", "val": "validation", "unlabelled": "unlabelled"}
@@ -50,7 +52,12 @@ def main(argv: Sequence[str]) -> None:
     asked = _parser().parse_args(argv)
     root, out = Path(asked.root), Path(asked.out)
     if asked.push_to_hub:
-        check_model_id(asked.push_to_hub)
+        try:
+            check_model_id(asked.push_to_hub)
+        except UserError as error:
+            raise UserError(str(error).replace("--hub_model_id", "--push_to_hub")) from None
+        if not get_token():  # told before hours of writing
+            raise UserError(f"--push_to_hub {asked.push_to_hub}: {why(LocalTokenNotFoundError(), '')}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one in COCO's form")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -266,13 +273,20 @@ def _card(splits: Sequence[str], ending: str, *, named: bool) -> str:
 
 
 def _push(folder: Path, name: str, *, private: bool) -> str:
-    api = HfApi()
+    """Upload the folder in one commit: a push that is cut off has changed nothing, and is begun again.
+
+    Raises:
+        UserError: why it could not be, and how to push what has been written.
+    """
+    api, repo = HfApi(), f"datasets/{name}"
     try:
-        api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        api.create_repo(name, repo_type="dataset", private=private or None, exist_ok=True)
+        if private and not api.dataset_info(name).private:
+            raise UserError(f"{repo} is there and public, and --private was asked for; make it private on the Hub")
         api.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", commit_message="Data as shards")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--push_to_hub {name}: {reason}; the shards are in {folder}: push them once that is mended"
+            f"--push_to_hub {name}: {without_token(why(error, repo))}; the shards are whole in {folder}: once that is "
+            f"mended, `hf upload {name} {folder} --repo-type dataset`"
         ) from None
-    return f"{name} (data set)"
+    return f"{api.endpoint}/{repo}"

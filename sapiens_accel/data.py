@@ -192,7 +192,8 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -
     k, of_train = skeleton.num_keypoints, (root / config.train_annotations, config.train_images)
     if not shards.is_manifest(of_train[0]):
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
-    train = stream.people(root, [stream.Source(*of_train, stream.labelled)], k, cache)
+    reading, told = category.reading(category_of(train_sets(config)[0], config, root, cache), skeleton.names)
+    train = stream.people(root, [stream.Source(*of_train, stream.labelled, reading)], k, cache)
     first = datasets.Dataset.from_list(list(stream.sample(train, 100)), features=coco.features_of(k))
     check_targets(dataclasses.replace(train, rows=first), config)
     val = open_split(config, skeleton, "val")
@@ -201,11 +202,12 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -
         chosen = stream.Unlabelled(config.unlabelled_min_side)
         given = root / (config.unlabelled_annotations or "")
         places_of = [(given, config.unlabelled_images)] * shards.is_manifest(given)
-        places_of += [of_train] * config.unlabelled_train_people
+        places_of += [(*of_train, reading)] * config.unlabelled_train_people
         if not places_of:
             raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
-        others = stream.people(root, [stream.Source(*place, chosen) for place in places_of], k, cache)
-    return Sets(train, val, others, (UNCOMPARED,), skeleton)
+        found = [stream.Source(path, images, chosen, *how) for path, images, *how in places_of]
+        others = stream.people(root, found, k, cache)
+    return Sets(train, val, others, tuple(line for line in (told, UNCOMPARED) if line), skeleton)
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
@@ -225,8 +227,9 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
 
 def train_sets(config: DataConfig) -> tuple[MoreData, ...]:
     """The training sets of a `located` config, each as one of `data.more`."""
-    files = {"train_annotations": config.train_annotations, "train_images": config.train_images}
-    return MoreData(**files, category=config.category, weight=config.weight), *config.more
+    files, category, weight = (config.train_annotations, config.train_images), config.category, config.weight
+    first = MoreData(train_annotations=files[0], train_images=files[1], category=category, weight=weight)
+    return first, *config.more
 
 
 def val_set(config: DataConfig) -> MoreData:
@@ -234,17 +237,19 @@ def val_set(config: DataConfig) -> MoreData:
     return MoreData(train_annotations=config.val_annotations, train_images=config.val_images, category=config.category)
 
 
-def files_of(one: MoreData, root: Path) -> tuple[str, str]:
+def files_of(one: MoreData, root: Path, cache: Path) -> tuple[str, str]:
     """The annotations and the folder of pictures of a set, relative to the root, or absolute where it has its own.
 
     Raises:
-        UserError: its own root is no folder.
+        UserError: its own root is no folder; as `sources.folder`.
     """
     if one.root is None:
         return one.train_annotations, one.train_images
-    own = Path(one.root).resolve()
+    own = sources.folder(one.root, cache, streaming=False, columns=one.columns).resolve()
     if not own.is_dir():
         raise UserError(f"--data.more: root {one.root}: no such folder")
+    if (manifest := own / f"train{shards.SUFFIX}").is_file():
+        return str(manifest), str(manifest)
     return str(own / one.train_annotations), str(own / one.train_images)
 
 
@@ -254,7 +259,7 @@ def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> C
     Raises:
         UserError: as `category.described`.
     """
-    file = coco.annotation_file(root, files_of(one, root)[0])
+    file = coco.annotation_file(root, files_of(one, root, cache)[0])
     return category.described(file, one.category or config.category, cache)
 
 
@@ -263,7 +268,7 @@ def _labelled_people(
 ) -> tuple[People, str]:
     """The labelled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
     reading, told = category.reading(category_of(one, config, root, cache), skeleton.names)
-    return coco.labelled_people(root, *files_of(one, root), skeleton.num_keypoints, cache, reading), told
+    return coco.labelled_people(root, *files_of(one, root, cache), skeleton.num_keypoints, cache, reading), told
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
@@ -291,10 +296,14 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     """
     default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
     cache = Path(config.cache_dir or default)
-    root = sources.folder(config.root, cache, streaming=config.streaming) if config.root else _drawn(config, cache)
+    root = _folder(config, cache) if config.root else _drawn(config, cache)
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder")
     return root, cache
+
+
+def _folder(config: DataConfig, cache: Path) -> Path:
+    return sources.folder(str(config.root), cache, streaming=config.streaming, columns=config.columns)
 
 
 def _drawn(config: DataConfig, cache: Path) -> Path:

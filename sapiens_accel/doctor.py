@@ -167,7 +167,7 @@ def _read(one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cac
     """A set, its keypoints taken by name where they can be."""
     reading, wrong = PLAIN, []
     try:
-        files = data.files_of(one, root)
+        files = data.files_of(one, root, cache)
         reading, _ = category.reading(data.category_of(one, config, root, cache), skeleton.names)
     except UserError as error:
         files = one.train_annotations, one.train_images

@@ -10,8 +10,6 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -20,6 +18,7 @@ from huggingface_hub.errors import (
 from sapiens_accel import origin
 from sapiens_accel.config import UserError
 from sapiens_accel.origin import WEIGHTS_ENDINGS, Reference
+from sapiens_accel.refused import is_final, why
 
 FILE = "model.safetensors"
 INDEX = f"{FILE}.index.json"
@@ -162,53 +161,3 @@ def _why(error: BaseException, wanted: Reference) -> str:
     if is_final(error):
         return why(error, wanted.repo)
     return f"{why(error, wanted.repo)}; and it is not whole in the cache {constants.HF_HUB_CACHE}"
-
-
-def why(error: BaseException, repo: str) -> str:
-    """Why the Hub did not do what it was asked to, in one line."""
-    url, status = f"{HfApi().endpoint}/{repo}", status_of(error)
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, GatedRepoError):
-        return f"{repo} is gated: accept its terms at {url}, then log in with `hf auth login`"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "no token of the Hub is here; log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if status == 401:
-        return "the Hub does not know the token; log in with `hf auth login` or correct HF_TOKEN"
-    if status == 403:
-        return f"the token may not do this to {repo}; it needs write access to push and read access to download"
-    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200] or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None:
-        return said  # a full disk, a folder that may not be written
-    if status:
-        return f"the Hub answered {status}: {said}"
-    return f"the Hub could not be reached ({said})" if _is_of_network(error) else f"{type(error).__name__}: {said}"
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether to try again is of no use."""
-    status = status_of(error)
-    if status is not None:
-        return status < 500 and status not in (408, 409, 412, 425, 429)
-    local = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
-    return local or isinstance(error, UserError | ValueError | LocalTokenNotFoundError | OfflineModeIsEnabled)
-
-
-def _is_of_network(error: BaseException | None) -> bool:
-    while error is not None:
-        # The client's errors are of httpx, of whichever version; they share no base with Python's.
-        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
-            return True
-        error = error.__cause__
-    return False
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, also one that the client wrapped into another."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code
-        error = error.__cause__
-    return None

@@ -20,8 +20,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from sapiens_accel import card, config
 from sapiens_accel.config import STAGES, Config, Interrupted, UserError
-from sapiens_accel.fetch import FILE, fetch, is_final, status_of, why
-from sapiens_accel.push import Push, publish, refuse_public, say, snapshot, without_token
+from sapiens_accel.fetch import FILE, fetch
+from sapiens_accel.push import Push, publish, refuse_public, say, snapshot
+from sapiens_accel.refused import is_final, status_of, why, without_token
 
 __all__ = ["NoUploads", "Uploads", "fetch", "uploads"]  # fetch: one module for both directions
 

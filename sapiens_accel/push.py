@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
 from sapiens_accel import card, origin
@@ -81,12 +81,6 @@ def _files(folder: Path) -> dict[str, Path]:
 def refuse_public(info: Any, repo_id: str) -> None:
     if not info.private:
         raise UserError(f"{repo_id} is there and public, and --hub_private was asked for; make it private on the Hub")
-
-
-def without_token(text: str) -> str:
-    """A text that may be shown: a server's answer may repeat what it was sent."""
-    token = get_token()
-    return text.replace(token, "***") if token else text
 
 
 def say(text: str, error: bool = False) -> None:

@@ -47,6 +47,25 @@ def person(annotation: dict[str, Any], place: int | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which annotations of a JSON count, and which of their keypoints are the run's; see `category.reading`.
+
+    Attributes:
+        categories: the names of those that count; empty: person where there is one, else all.
+        count: keypoints of an annotation.
+        source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
+            they are the run's own, in its order.
+    """
+
+    categories: tuple[str, ...] = ()
+    count: int | None = None
+    source: tuple[int, ...] | None = None
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
 class People:
     """n people, neither crowds nor with empty boxes, in the order of their pictures.
 
@@ -96,7 +115,7 @@ def _lists(values: pa.Array, length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), values)
 
 
-def chunks(path: Path, prefix: str, num_keypoints: int) -> Iterator[People]:
+def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN) -> Iterator[People]:
     """The people of a manifest; `prefix` is what their pictures' names begin with.
 
     Pictures of a split in which nobody is marked are one unlabelled person each, whose box is the picture.
@@ -108,7 +127,7 @@ def chunks(path: Path, prefix: str, num_keypoints: int) -> Iterator[People]:
     marked = any(count(table) for table in shards.records(manifest, ("people",)))
     for table in shards.records(manifest, COLUMNS):
         yield (
-            people_of(table, path, prefix, num_keypoints, record, person)
+            people_of(table, path, prefix, num_keypoints, record, person, reading)
             if marked
             else whole(table, path, prefix, num_keypoints, record)
         )
@@ -122,7 +141,13 @@ def count(table: pa.Table) -> int:
 
 
 def people_of(
-    table: pa.Table, path: Path, prefix: str, num_keypoints: int, first_record: int, first_person: int
+    table: pa.Table,
+    path: Path,
+    prefix: str,
+    num_keypoints: int,
+    first_record: int,
+    first_person: int,
+    reading: Reading = PLAIN,
 ) -> People:
     """The people of some pictures, of which the first is record `first_record` of the manifest `path`.
 
@@ -136,7 +161,8 @@ def people_of(
     flat = column.flatten()
     ann_id = _field(flat, "id", first_person + np.arange(len(flat)))
     place = _field(flat, "place", first_person + np.arange(len(flat)))
-    kinds = [kind.get("id") for kind in shards.read(path).categories if kind.get("name") == "person"]
+    wanted = reading.categories or ("person",)
+    kinds = [kind.get("id") for kind in shards.read(path).categories if kind.get("name") in wanted]
     kept = _field(flat, "iscrowd", np.zeros(len(flat), np.int64)) == 0
     if kinds:
         kept &= np.isin(_field(flat, "category_id", np.full(len(flat), kinds[0])), np.array(kinds))
@@ -144,7 +170,8 @@ def people_of(
     if not has_box[kept].all():
         raise UserError(f"{path}: annotation {ann_id[kept & ~has_box][0]}: it has no 'bbox' (x, y, width, height)")
     kept &= (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
-    points = _keypoints(flat, num_keypoints, kept, ann_id, path)
+    num_theirs = reading.count or num_keypoints
+    points = _keypoints(flat, num_theirs, kept, ann_id, path)
     area = _field(flat, "area", boxes[:, 2] * boxes[:, 3])
     chosen = record[kept]
     return People(
@@ -153,9 +180,14 @@ def people_of(
         ann_id=ann_id[kept],
         box_xywh=boxes[kept],
         area=area[kept],
-        keypoints=points[kept].reshape(-1, num_keypoints, 3),
+        keypoints=_by_name(points[kept].reshape(-1, num_theirs, 3), reading.source),
         place=place[kept],
     )
+
+
+def _by_name(points: Float[Array, "n m 3"], source: tuple[int, ...] | None) -> Float[Array, "n k 3"]:
+    """The run's keypoints of all that there are; zeros for those that are not."""
+    return points if source is None else np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
 
 
 def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> People:

@@ -24,7 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sapiens_accel import layout
 from sapiens_accel.config import UserError
+from sapiens_accel.layout import Layout
+from sapiens_accel.refused import why, without_token
 
 SUFFIX = ".shards"
 CATEGORIES = "categories.json"  # the same beside tar shards
@@ -47,6 +50,7 @@ class Manifest:
         categories: COCO's, with the names and edges of keypoints.
         index: for tar, the Arrow file of its records.
         digest: of names, sizes and times of the files that were given.
+        columns: a Layout's fields, where the files' columns are not ours.
     """
 
     kind: Kind
@@ -55,6 +59,7 @@ class Manifest:
     categories: list[dict[str, Any]]
     digest: str
     index: str | None = None
+    columns: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -68,6 +73,27 @@ class Manifest:
     def starts(self) -> list[int]:
         """The first record of each part, and the number of all."""
         return np.cumsum([0, *(count for counts in self.rows for count in counts)]).tolist()
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        return Layout(**self.columns) if self.columns else None
+
+    def needed(self, columns: Sequence[str], there: Sequence[str]) -> list[str]:
+        """The files' columns that hold these of ours, as far as they have them."""
+        if self.layout:
+            return self.layout.needed(list(columns), list(there))
+        return [name for name in columns if name in there]
+
+    def ours(self, table: pa.Table) -> pa.Table:
+        """A table of the files' columns by our names.
+
+        Raises:
+            UserError: as `layout.ours`.
+        """
+        try:
+            return layout.ours(table, self.layout) if self.layout else table
+        except UserError as error:
+            raise UserError(f"{self.files[0]}: {error}") from None
 
     def part_of(self, record: int) -> int:
         return bisect.bisect_right(self.starts, record, hi=len(self.parts)) - 1
@@ -107,7 +133,7 @@ def content(path: Path) -> Bytes:
     if manifest.kind == "tar":
         return _in_tar(manifest, record)
     table = _group(Path(found[1]), part) if manifest.kind == "parquet" else mapped(manifest.files[part])
-    image = table.column("image")[row]
+    image = table.column(manifest.layout.columns["image"] if manifest.layout else "image")[row]
     value = image["bytes"] if pa.types.is_struct(image.type) else image
     if not value.is_valid:
         raise UserError(f"{path}: no bytes in its row; expected the picture itself in column 'image'")
@@ -161,14 +187,19 @@ def _group(manifest: Path, part: int) -> pa.Table:
     if key not in _held:
         file, group = read(manifest).parts[part]
         name = read(manifest).files[file]
-        try:
-            _held[key] = parquet(name).read_row_group(group)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{name}: row group {group} cannot be read: {_first_line(error)}") from None
+        _held[key] = _row_group(name, group)
         while sum(table.nbytes for table in _held.values()) > HELD_BYTES and len(_held) > 1:
             _held.popitem(last=False)
     _held.move_to_end(key)
     return _held[key]
+
+
+def _row_group(file: str, number: int, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return parquet(file).read_row_group(number, columns=columns)
+    except Exception as error:  # of the file, of the network, of whatever client reads the address
+        reason = without_token(why(error, file))
+        raise UserError(f"{file}: row group {number} cannot be read: {reason}") from None
 
 
 def parquet(file: str) -> pq.ParquetFile:
@@ -181,7 +212,8 @@ def _parquet(file: str, *_: int) -> pq.ParquetFile:
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.core.url_to_fs(file)
-    return pq.ParquetFile(system.open(path, "rb"))
+    # Of what is asked for, all at once and nothing else: to read ahead is to fetch pictures where people are counted.
+    return pq.ParquetFile(system.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
 def groups(manifest: Manifest) -> list[tuple[int, int]]:
@@ -197,15 +229,18 @@ def group(path: Path, first: int, count: int, columns: Sequence[str] | None = No
     manifest = read(path)
     part = manifest.part_of(first)
     if manifest.kind == "parquet" and columns is None:
-        return _group(path, part)
+        return manifest.ours(_group(path, part))
     if manifest.kind == "parquet":
         file, number = manifest.parts[part]
-        reader = parquet(manifest.files[file])
-        present = [name for name in columns or () if name in reader.schema_arrow.names]
-        return reader.read_row_group(number, columns=present)
+        present = manifest.needed(columns or (), _names_in(manifest.files[file]))
+        return manifest.ours(_row_group(manifest.files[file], number, present))
     if manifest.index:
         return mapped(manifest.index).slice(first, count)
-    return mapped(manifest.files[part]).slice(first - manifest.starts[part], count)
+    return manifest.ours(mapped(manifest.files[part]).slice(first - manifest.starts[part], count))
+
+
+def _names_in(file: str) -> list[str]:
+    return parquet(file).schema_arrow.names
 
 
 # ---- What is known of the pictures, without their bytes
@@ -215,10 +250,8 @@ def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of all pictures, as far as the files have them, some thousand pictures at a time."""
     if manifest.kind == "parquet":
         for file in manifest.files:
-            reader = parquet(file)
-            present = [name for name in columns if name in reader.schema_arrow.names]
-            for batch in reader.iter_batches(columns=present):
-                yield pa.Table.from_batches([batch])
+            for batch in parquet(file).iter_batches(columns=manifest.needed(columns, _names_in(file))):
+                yield manifest.ours(pa.Table.from_batches([batch]))
         return
     for file in [manifest.index] if manifest.index else manifest.files:
         reader = _reader(str(file))
@@ -226,7 +259,7 @@ def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
             reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
         )
         for batch in several:
-            yield pa.Table.from_batches([batch]).select([name for name in columns if name in batch.schema.names])
+            yield manifest.ours(pa.Table.from_batches([batch]).select(manifest.needed(columns, batch.schema.names)))
 
 
 def pictures(path: Path) -> list[dict[str, Any]]:
@@ -272,7 +305,3 @@ def _annotation(person: dict[str, Any], index: int) -> dict[str, Any]:
     """What was not there is not there again."""
     kept = {key: value for key, value in person.items() if value is not None and not (key in LISTS and not value)}
     return {"id": index, **kept}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

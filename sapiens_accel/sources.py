@@ -8,19 +8,20 @@ import dataclasses
 import hashlib
 import json
 import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 import pyarrow as pa
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from sapiens_accel import roster, shards
+from sapiens_accel import layout, remote, shards, tars
 from sapiens_accel.config import DataConfig, UserError
+from sapiens_accel.layout import Layout
+from sapiens_accel.refused import why, without_token
 from sapiens_accel.shards import Kind, Manifest
 
 SPLITS = {
@@ -29,14 +30,8 @@ SPLITS = {
     "unlabelled": {"unlabelled", "unlabeled"},
 }
 KINDS: dict[str, Kind] = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-INDEX = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("file", "offset", "size", "image_id", "width", "height")),
-        ("file_name", pa.string()),
-        ("people", pa.list_(roster.PERSON)),
-    ]
-)
+VERSION = 2  # of manifests
+READERS = 16  # files whose ends are read at a time: from another machine the time is latency
 
 
 class File(NamedTuple):
@@ -46,11 +41,12 @@ class File(NamedTuple):
     version: str
 
 
-def folder(root: str, cache: Path, *, streaming: bool) -> Path:
+def folder(root: str, cache: Path, *, streaming: bool, columns: Mapping[str, str] | None = None) -> Path:
     """The folder that `DataConfig.root` stands for: the root itself where it is in COCO's form, else one of manifests.
 
     Args:
         streaming: parquet of train and unlabelled is read where it is, a row group at a time, never copied.
+        columns: `DataConfig.columns`.
 
     Raises:
         UserError: no such root, no shards in it or of no split, a broken one; a root that cannot be streamed.
@@ -59,21 +55,22 @@ def folder(root: str, cache: Path, *, streaming: bool) -> Path:
     is_remote = "://" in root
     if not is_remote and (not place.is_dir() or any(place.glob(f"*{shards.SUFFIX}"))):
         return place
-    found = _found(_address(root) if is_remote else str(place), remote=is_remote and streaming)
+    found = _found(root if is_remote else str(place), streaming=streaming)
     if not found:
         if is_remote or streaming:
             what = "streaming needs parquet, Arrow or tar shards; a folder in COCO's form has none, see README: Data"
             reason = f"--data.streaming true: {what}" if not is_remote else "no parquet, Arrow or tar shards in it"
             raise UserError(f"--data.root {root}: {reason}")
         return place
-    digest = hashlib.sha256(repr((found, streaming)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((VERSION, found, streaming, columns)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "_", root.rstrip("/").split("/")[-1])
     made = cache / "sources" / f"{name}-{digest}"
     for split, files in found.items():
         if not (made / f"{split}{shards.SUFFIX}").is_file():
             made.mkdir(parents=True, exist_ok=True)
             in_place = streaming and split != "val"
-            shards.write(_manifest(split, files, made, cache, in_place), made / f"{split}{shards.SUFFIX}")
+            manifest = _manifest(split, files, made, cache, in_place, columns or {})
+            shards.write(manifest, made / f"{split}{shards.SUFFIX}")
     return made
 
 
@@ -86,19 +83,15 @@ def named(config: DataConfig, root: Path) -> DataConfig:
     return dataclasses.replace(config, root=str(root), **fields)
 
 
-def _address(root: str) -> str:
-    """hf://ORG/NAME is a data set, as hf://datasets/ORG/NAME is."""
-    if root.startswith("hf://") and not root.startswith(("hf://datasets/", "hf://buckets/")):
-        return root.replace("hf://", "hf://datasets/", 1)
-    return root
-
-
-def _found(root: str, *, remote: bool) -> dict[str, list[File]]:
+def _found(root: str, *, streaming: bool) -> dict[str, list[File]]:
     """The shards of each split, by name."""
-    if root.startswith("hf://datasets/") and not remote:
-        root = _downloaded(root)
-    files = list(_remote(root) if "://" in root else _local(Path(root)))
-    base = root.rstrip("/") + "/"
+    listed, hub = root, remote.place(root)
+    if hub and streaming:
+        listed = remote.pinned(root, hub)
+    elif hub:
+        listed = str(remote.downloaded(root, hub, tuple(KINDS)))
+    files = list(_remote(root, listed) if "://" in listed else _local(Path(listed), deep=hub is not None))
+    base = listed.rstrip("/") + "/"
     kinds = {PurePosixPath(file.name).suffix for file in files}
     if len(kinds) > 1:
         raise UserError(f"--data.root {root}: shards of several kinds, {' and '.join(sorted(kinds))}; expected one")
@@ -115,41 +108,27 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
 
-def _local(root: Path) -> Iterator[File]:
+def _local(root: Path, *, deep: bool) -> Iterator[File]:
     # Two levels, as the Hub's data/train-*.parquet: folders of hundreds of thousands of pictures are not walked.
     if (root / "annotations").is_dir():
         return
-    for path in sorted(path for ending in KINDS for depth in ("", "*/") for path in root.glob(f"{depth}*{ending}")):
+    depths = ("**/",) if deep else ("", "*/")
+    for path in sorted(path for ending in KINDS for depth in depths for path in root.glob(f"{depth}*{ending}")):
         if not path.name.startswith("cache-"):
             stat = path.stat()
             yield File(str(path), f"{stat.st_size} {stat.st_mtime_ns}")
 
 
-def _remote(root: str) -> Iterator[File]:
-    def listed() -> Any:
-        system, path = fsspec.core.url_to_fs(root)
-        return system, system.find(path, detail=True)
-
-    system, files = _reached(root, listed)
+def _remote(root: str, listed: str) -> Iterator[File]:
+    try:
+        system, path = fsspec.core.url_to_fs(listed)
+        files = system.find(path, detail=True)
+    except Exception as error:
+        raise UserError(f"--data.root {root}: {without_token(why(error, root))}") from None
     for name, about in sorted(files.items()):
         if name.endswith(tuple(KINDS)):
             version = [about.get(key) for key in ("size", "blob_id", "ETag", "etag", "LastModified", "mtime")]
             yield File(system.unstrip_protocol(name), repr(version))
-
-
-def _downloaded(address: str) -> str:
-    """A Hub data set's shards in the Hub's own cache; without a network, what is there."""
-    name, _, revision = address.removeprefix("hf://datasets/").strip("/").partition("@")
-    patterns = [f"*{ending}" for ending in KINDS]
-    fetch = lambda: snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns)  # noqa: E731
-    return _reached(address, fetch)
-
-
-def _reached(root: str, action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except Exception as error:
-        raise UserError(f"--data.root {root}: {type(error).__name__}: {_line(error)}") from None
 
 
 def _line(error: BaseException) -> str:
@@ -159,38 +138,65 @@ def _line(error: BaseException) -> str:
 # ---- Manifests
 
 
-def _manifest(split: str, files: Sequence[File], made: Path, cache: Path, in_place: bool) -> Manifest:
-    digest = hashlib.sha256(repr([(Path(file.name).name, file.version) for file in files]).encode()).hexdigest()[:32]
-    names, kind = [file.name for file in files], KINDS[PurePosixPath(files[0].name).suffix]
+def _manifest(
+    split: str, files: Sequence[File], made: Path, cache: Path, in_place: bool, columns: Mapping[str, str]
+) -> Manifest:
+    versions = [(Path(file.name).name, file.version) for file in files]
+    digest = hashlib.sha256(repr((versions, sorted(columns.items()))).encode()).hexdigest()[:32]
+    names = [file.name for file in files]
+    kind: Kind = KINDS[PurePosixPath(names[0]).suffix]
     if kind == "tar":
         index, rows = made / f"{split}.index.arrow", []
-        with pa.OSFile(str(index), "wb") as sink, pa.ipc.new_stream(sink, INDEX) as writer:
+        with pa.OSFile(str(index), "wb") as sink, pa.ipc.new_stream(sink, tars.INDEX) as writer:
             for number, name in enumerate(tqdm(names, desc="reading tar shards", disable=None, leave=False)):
-                table = _index_of(name, number)
+                table = tars.index_of(name, number)
                 writer.write_table(table)
                 rows.append([table.num_rows])
         return Manifest(kind, names, rows, _categories_beside(names[0], split), digest, str(index))
-    schemas = [_schema(name, kind) for name in names]
+    with ThreadPoolExecutor(READERS) as pool:
+        about = pool.map(lambda name: _about(name, kind), names)
+        abouts = list(tqdm(about, total=len(names), desc="reading shards", disable=None, leave=False))
+    schema = abouts[0].schema
+    here = _layout(abouts, names, columns, labelled=split != "unlabelled")
+    known = _categories(schema) or layout.categories(schema, here)
+    theirs = None if here.is_ours else dataclasses.asdict(here)
     if kind == "parquet" and not in_place:
-        names, kind = _as_arrow(split, names, cache), "arrow"
-    if kind == "parquet":
-        return Manifest(kind, names, [_row_groups(name) for name in names], _categories(schemas[0]), digest)
-    return Manifest(kind, names, [[_length(name)] for name in names], _categories(schemas[0]), digest)
+        names, kind = _as_arrow(split, [remote.local(name) for name in names], cache), "arrow"
+        return Manifest(kind, names, [[_length(name)] for name in names], known, digest, columns=theirs)
+    return Manifest(kind, names, [about.rows for about in abouts], known, digest, columns=theirs)
 
 
-def _schema(name: str, kind: Kind) -> pa.Schema:
-    """A shard's schema.
+class About(NamedTuple):
+    """A shard's schema, and the pictures of each of its parts."""
+
+    schema: pa.Schema
+    rows: list[int]
+
+
+def _about(name: str, kind: Kind) -> About:
+    """What a shard says of itself.
 
     Raises:
-        UserError: it cannot be read, or has no pictures.
+        UserError: it cannot be read.
     """
     try:
-        schema = shards.parquet(name).schema_arrow if kind == "parquet" else shards.mapped(name).schema
+        if kind == "parquet":
+            file = shards.parquet(name)
+            parts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            return About(file.schema_arrow, parts)
+        return About(shards.mapped(name).schema, [_length(name)])
     except Exception as error:
-        raise UserError(f"{name}: no {kind} file that can be read: {_line(error)}") from None
-    if "image" not in schema.names:
-        raise UserError(f"{name}: no column 'image'; its columns: {', '.join(schema.names)[:200]}")
-    return schema
+        reason = without_token(_line(error))
+        raise UserError(f"{name}: no {kind} file that can be read: {reason}") from None
+
+
+def _layout(abouts: Sequence[About], names: Sequence[str], columns: Mapping[str, str], *, labelled: bool) -> Layout:
+    several = [
+        layout.found(about.schema, columns, name, labelled=labelled) for about, name in zip(abouts, names, strict=True)
+    ]
+    if odd := next((name for name, one in zip(names, several, strict=True) if one != several[0]), None):
+        raise UserError(f"{odd}: its columns are not those of {names[0]}; expected shards of one kind")
+    return several[0]
 
 
 def _categories(schema: pa.Schema) -> list[dict[str, Any]]:
@@ -203,11 +209,6 @@ def _categories_beside(name: str, split: str) -> list[dict[str, Any]]:
     file = Path(name).parent.parent / shards.CATEGORIES
     told = json.loads(file.read_text()) if file.is_file() else []
     return [{k: v for k, v in one.items() if k != "split"} for one in told if one.get("split") in SPLITS[split]]
-
-
-def _row_groups(name: str) -> list[int]:
-    about = shards.parquet(name).metadata
-    return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
 
 
 def _length(name: str) -> int:
@@ -224,60 +225,3 @@ def _as_arrow(split: str, names: list[str], cache: Path) -> list[str]:
         cause = error.__cause__ or error
         raise UserError(f"{Path(names[0]).parent}: {split} shards cannot be read: {_line(cause)}") from None
     return [file["filename"] for file in rows.cache_files]
-
-
-# ---- Tar shards: WebDataset's KEY.jpg and KEY.json, one after the other
-
-
-def _index_of(name: str, number: int) -> pa.Table:
-    """Where each picture of a tar is, and what its JSON says; reading it goes over the whole file, once.
-
-    Raises:
-        UserError: no tar, or compressed; a JSON without a picture, or of other content.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(name, "r:") as tar:
-            for member in tar:
-                key, ending = _key(member.name)
-                if member.isfile() and ending in PICTURES:
-                    place = {"file": number, "offset": member.offset_data, "size": member.size}
-                    found.setdefault(key, {}).update(place, picture=member.name)
-                elif member.isfile() and ending == ".json":
-                    content = tar.extractfile(member)
-                    found.setdefault(key, {})["json"] = content.read() if content else b""
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{name}: no uncompressed tar that can be read: {_line(error)}") from None
-    if not _ends(Path(name)):
-        raise UserError(f"{name}: cut off: it lacks the 512 zero bytes that a tar ends with; copy or write it again")
-    rows = [_indexed(name, key, row) for key, row in found.items()]
-    return pa.Table.from_pylist(rows, schema=INDEX)
-
-
-def _ends(path: Path) -> bool:
-    """Whether a tar has its end: one that is cut between two members reads as a shorter one."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 512))
-        return file.read() == bytes(512)
-
-
-def _key(member: str) -> tuple[str, str]:
-    """WebDataset's: the key ends at the first dot of the last part."""
-    folder, _, base = member.rpartition("/")
-    key, _, ending = base.partition(".")
-    return f"{folder}/{key}", f".{ending.lower()}"
-
-
-def _indexed(name: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
-    if "offset" not in row:
-        raise UserError(f"{name}: {key}.json has no picture {key}.jpg beside it")
-    try:
-        told = json.loads(row.get("json", "{}"))
-        people = told.get("people", told.get("annotations")) or []
-        marked = [roster.person(one, one.get("place")) for one in people]
-        about = {key: told.get(key) for key in ("image_id", "file_name", "width", "height")}
-        about["file_name"] = about["file_name"] or row["picture"].rpartition("/")[2]
-        pa.Table.from_pylist([about | {"people": marked}], schema=INDEX)
-    except (ValueError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise UserError(f"{name}: {key}.json: {_line(error)}") from None
-    return {**{name: row[name] for name in ("file", "offset", "size")}, **about, "people": marked}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from tqdm import tqdm
 from sapiens_accel import roster, shards
 from sapiens_accel.coco import People
 from sapiens_accel.config import UserError
+from sapiens_accel.roster import PLAIN, Reading
 
 PHASES = 4
+READERS = 16  # files of which people are counted at a time
 HELD_GROUPS = 256  # of people, without pictures: some 0.1 MB each
 
 Chosen = Callable[[roster.People], Bool[Array, "n"]]
@@ -50,11 +53,12 @@ class Unlabelled:
 
 
 class Source(NamedTuple):
-    """A manifest, what its pictures' names begin with, and which of its people are meant."""
+    """A manifest, what its pictures' names begin with, which of its people are meant, and how they are read."""
 
     path: Path
     prefix: str
     chosen: Chosen
+    reading: Reading = PLAIN
 
 
 class Group(NamedTuple):
@@ -203,7 +207,7 @@ def people(root: Path, sources: Sequence[Source], num_keypoints: int, cache: Pat
     if not sum(counts):
         raise UserError(f"{sources[0].path}: none of its people is {_words(sources[0].chosen)}")
     rows: Any = Rows(groups, counts, num_keypoints)
-    return People(rows=rows, root=root, annotations=sources[0].path)
+    return People(rows=rows, root=root, annotations=sources[0].path, reading=sources[0].reading)
 
 
 def _words(chosen: Chosen) -> str:
@@ -213,44 +217,52 @@ def _words(chosen: Chosen) -> str:
 def _counted(source: Source, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
     """For each group its chosen people and all people, read from the columns beside the pictures."""
     manifest = shards.read(source.path)
-    name = f"{manifest.digest}-k{num_keypoints}-{source.chosen!r}" if isinstance(source.chosen, Unlabelled) else (
-        f"{manifest.digest}-k{num_keypoints}-labelled"
-    )  # fmt: skip
+    chosen = repr(source.chosen) if isinstance(source.chosen, Unlabelled) else "labelled"
+    how = "" if source.reading == PLAIN else f"-{source.reading!r}"
+    name = f"{manifest.digest}-k{num_keypoints}-{chosen}{how}"
     file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{manifest.digest}.npy"
     if not file.is_file():
-        spans = shards.groups(manifest)
-        everybody = _mapped(lambda span: roster.count(_columns(source, span)), spans)
-        marked = any(everybody)
-        befores = np.concatenate([[0], np.cumsum(everybody)]).astype(int).tolist()
-        groups = [Group(source, *span, before, marked) for span, before in zip(spans, befores[:-1], strict=True)]
-        chosen = _mapped(lambda group: _number(group, num_keypoints), groups)
+        counted = _count(source, num_keypoints, is_marked=True)
+        if not counted[:, 1].any():  # nobody is told: each picture is somebody
+            counted = _count(source, num_keypoints, is_marked=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.stem}.{os.getpid()}.npy")
-        np.save(temporary, np.stack([chosen, everybody], axis=1).reshape(-1, 2))
+        np.save(temporary, counted)
         temporary.replace(file)
     return np.load(file)
 
 
-def _mapped(function: Callable[[Any], int], items: Sequence[Any]) -> list[int]:
-    """Of each item, several at a time: from another machine the time is latency."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc="counting", disable=None, leave=False))
+def _count(source: Source, num_keypoints: int, *, is_marked: bool) -> Int[Array, "groups 2"]:
+    """Several files at a time, each read by one thread: from another machine the time is latency."""
+
+    def of_file(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [_number(Group(source, *span, 0, is_marked), num_keypoints) for span in spans]
+
+    manifest = shards.read(source.path)
+    file_of = lambda span: manifest.parts[manifest.part_of(span[0])][0]  # noqa: E731
+    by_file = [list(spans) for _, spans in groupby(shards.groups(manifest), key=file_of)]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = tqdm(pool.map(of_file, by_file), total=len(by_file), desc="counting", disable=None, leave=False)
+        counted = [two for of in found for two in of]
+    return np.array(counted, dtype=np.int64).reshape(-1, 2)
 
 
-def _columns(source: Source, span: tuple[int, int]) -> Any:
-    return shards.group(source.path, *span, columns=roster.COLUMNS)
-
-
-def _number(group: Group, num_keypoints: int) -> int:
-    table = _columns(group.source, (group.first, group.num))
-    return int(group.source.chosen(_people_of(group, table, num_keypoints)).sum())
+def _number(group: Group, num_keypoints: int) -> tuple[int, int]:
+    """How many of the group's people are chosen, and how many there are."""
+    source = group.source
+    table = shards.group(source.path, group.first, group.num, columns=roster.COLUMNS)
+    everybody = roster.count(table)
+    if group.is_marked and not everybody:
+        return 0, 0
+    return int(source.chosen(_people_of(group, table, num_keypoints)).sum()), everybody
 
 
 def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.People:
     source = group.source
     if not group.is_marked:
         return roster.whole(table, source.path, source.prefix, num_keypoints, group.first)
-    return roster.people_of(table, source.path, source.prefix, num_keypoints, group.first, group.first_person)
+    known = (source.path, source.prefix, num_keypoints, group.first, group.first_person, source.reading)
+    return roster.people_of(table, *known)
 
 
 def sample(people: People, number: int) -> Iterator[dict[str, Any]]:

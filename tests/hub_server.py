@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 TOKEN, USER = "hf_TestTokenThatMustNotLeak", "me"
-LFS_ENDINGS = (".safetensors", ".pth", ".png", ".jpg")
+LFS_ENDINGS = (".safetensors", ".pth", ".png", ".jpg", ".parquet", ".tar")
+NAME = r"((?:datasets/)?[^/]+/[^/]+)"  # a data set's name here has the prefix that it has in addresses
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Server:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.sent: dict[str, list[tuple[int, int]]] = {}  # for each path the parts [start, end) that were read of it
         self.tokens = {TOKEN: {"name": USER, "role": "write"}}
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
@@ -189,13 +191,14 @@ class _Handler(BaseHTTPRequestHandler):
             ("GET", r"/api/whoami-v2", self._whoami),
             ("POST", r"/api/repos/create", self._create),
             ("POST", r"/api/validate-yaml", self._validate),
-            ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
-            ("POST", r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self._preupload),
-            ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
+            ("GET", rf"/api/(?:models/)?{NAME}(?:/revision/(.+))?", self._info),
+            ("GET", rf"/api/(?:models/)?{NAME}/tree/([^/]+)(?:/(.+))?", self._tree),
+            ("POST", rf"/api/(?:models/)?{NAME}/paths-info/([^/]+)", self._paths),
+            ("POST", rf"/api/(?:models/)?{NAME}/preupload/(.+)", self._preupload),
+            ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", self._batch),
             ("PUT", r"/lfs/(\w+)", self._put),
-            ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
-            ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
+            ("POST", rf"/api/(?:models/)?{NAME}/commit/(.+)", self._commit),
+            ("GET|HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", self._resolve),
         )
         for methods, pattern, answer in routes:
             found = re.fullmatch(pattern, path)
@@ -223,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self._token()
         if not token:
             self._error(401, "", "Invalid credentials in Authorization header")
-        elif token["role"] != "write" or name.split("/")[0] != token["name"]:
+        elif token["role"] != "write" or name.split("/")[-2] != token["name"]:
             self._error(403, "", "You don't have the rights to write here")
         elif name not in self.hub.repos:
             self._error(404, "RepoNotFound", "Repository not found")
@@ -247,6 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or token['name']}/{asked['name']}"
         if token["role"] != "write" or name.split("/")[0] != token["name"]:
             return self._error(403, "", "You don't have the rights to create a model under this namespace")
+        name = f"datasets/{name}" if asked.get("type") == "dataset" else name
         if name in self.hub.repos:
             told = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
             return self._json(told, status=409)
@@ -263,18 +267,29 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(found[1])]
         self._json({"id": name, "sha": found[0], "private": repo.private, "gated": repo.gated, "siblings": siblings})
 
-    def _tree(self, name: str, revision: str) -> None:
+    def _tree(self, name: str, revision: str, folder: str | None) -> None:
         if not (repo := self._readable(name)):
             return
         if not (found := repo.at(revision)):
             return self._error(404, "RevisionNotFound", "Invalid rev id")
-        rows = []
-        for path, content in found[1].items():
-            row: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
-            if path.endswith(LFS_ENDINGS):
-                row["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 127}
-            rows.append(row)
-        self._json(rows)
+        inside = f"{folder}/" if folder else ""
+        whole = "recursive=true" in self.path.lower() or "recursive=1" in self.path
+        below = {path: content for path, content in found[1].items() if path.startswith(inside)}
+        folders = {path[: at.start()] for path in below for at in re.finditer("/", path) if at.start() >= len(inside)}
+        rows = [{"type": "directory", "path": path, "size": 0, "oid": _git_oid(path.encode())} for path in folders]
+        rows += [_entry(path, content) for path, content in below.items()]
+        self._json([row for row in rows if whole or "/" not in row["path"].removeprefix(inside)])
+
+    def _paths(self, name: str, revision: str) -> None:
+        if not (repo := self._readable(name)):
+            return
+        if not (found := repo.at(revision)):
+            return self._error(404, "RevisionNotFound", "Invalid rev id")
+        try:
+            asked = json.loads(self.body)["paths"]
+        except ValueError:
+            asked = urllib.parse.parse_qs(self.body.decode())["paths"]
+        self._json([_entry(path, found[1][path]) for path in asked if path in found[1]])
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         if not (repo := self._readable(name)):
@@ -289,7 +304,15 @@ class _Handler(BaseHTTPRequestHandler):
         is_large = path.endswith(LFS_ENDINGS)
         tag = _sha256(content) if is_large else _git_oid(content)
         more = {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(content))} if is_large else {}
-        self._send(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": found[0], **more})
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": found[0], "Accept-Ranges": "bytes", **more}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        start, end = (int(part[1]), int(part[2] or len(content) - 1) + 1) if part else (0, len(content))
+        end = min(end, len(content))
+        if self.command == "GET":
+            self.hub.sent.setdefault(f"{name}/{path}", []).append((start, end))
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        self._send(206 if part else 200, content[start:end], headers)
 
     # ---- Pushing
 
@@ -306,7 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if tree.get("license") == "other" and not (tree.get("license_name") and tree.get("license_link")):
                 errors.append("license_name and license_link are required")
-            if not re.fullmatch(r"[a-z0-9.-]+", str(tree.get("license"))):
+            if "license" in tree and not re.fullmatch(r"[a-z0-9.-]+", str(tree["license"])):
                 errors.append("license is not valid")
             if not isinstance(tree.get("base_model", ""), str) or not isinstance(tree.get("tags", []), list):
                 errors.append("base_model or tags are not valid")
@@ -378,6 +401,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file as listings have it."""
+    row: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
+    if path.endswith(LFS_ENDINGS):
+        row["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 127}
+    return row
 
 
 def _sha256(content: bytes) -> str:

@@ -39,8 +39,10 @@ LAYERS = (
         "sources",
         "examine",
     ),
-    ("roster",),
+    ("tars",),
+    ("roster", "remote"),
     ("shards",),
+    ("layout", "refused"),
     ("geometry", "skeleton", "config", "mixture", "interrupt", "modeling_sapiens_pose", "score", "markup"),
 )
 LAYER_OF = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

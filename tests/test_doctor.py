@@ -298,6 +298,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
         people[4]["area"] = 0
         for person in people:
             person["keypoints"] = np.reshape(person["keypoints"], (17, 3))[kept].ravel().tolist()
+            person["num_keypoints"] = sum(v > 0 for v in person["keypoints"][2::3])
 
     _change(other, change)
     tree = json.loads((other / TRAIN).read_text())

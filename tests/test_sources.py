@@ -241,7 +241,7 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     ids, height = json.loads(done.stdout.splitlines()[-1])
     theirs = data.open_split(_config(drawn, tmp_path), COCO17, "val")
     assert ids == theirs.rows["ann_id"][:] and height > 100
-    assert "UserError: --data.root hf://datasets/someone/else" in absent.stderr
+    assert "UserError: --data.root hf://someone/else" in absent.stderr
 
 
 # ---- Whole runs
@@ -316,7 +316,9 @@ def test_a_source_of_other_content_is_refused_in_a_line(tmp_path: Path) -> None:
         "51",
         "found 3",
     )
-    _refused(_table(tmp_path / "c", image=picture, people=[[{"id": 7, "keypoints": [1.0] * 51}]]), cache, "7", "bbox")
+    _refused(
+        _table(tmp_path / "c", image=picture, people=[[person, person | {"id": 8, "bbox": None}]]), cache, "8", "bbox"
+    )
     _refused(_table(tmp_path / "d", image=picture, people=[[person]]), cache, "does not decode", "train.shards/0/0")
     odd = _table(tmp_path / "e", image=picture)
     for file in odd.rglob("*.parquet"):
