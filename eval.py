@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"\n{evaluate.summary(rows, run.eval, skeleton)}", *cases.told(findings), sep="\n\n")
         print("\npictures:", *pictures, sep="\n  ")
         if run.eval.html:
-            print(f"\npage: {page.write(run.eval.html, several[0].folder, rows, hows, findings, skeleton)}")
+            about = [f"people of {people.annotations}", *(f"{one.name}: weights of {one.weights}" for one in several)]
+            print(f"\npage: {page.write(run.eval.html, several[0].folder, rows, hows, findings, skeleton, about)}")
 
 
 if __name__ == "__main__":

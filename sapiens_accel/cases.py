@@ -21,6 +21,7 @@ from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.worst import Diagnosis, Kind, Reason, diagnose
 
 PANEL_HW = (384, 320)
+OF_MANY_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
 AROUND = 1.25  # of the box, so that what is next to a person is seen too
 SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labelled not at all
 # Told apart without red and green, on bright and on dark paper.
@@ -142,11 +143,12 @@ def find(
     looked = own if boxes_xywh is None else boxes_xywh
     seen = [index for index in chosen if looked[index, 2:].all()]
     maps = dict(zip(seen, zip(*heatmaps(seen), strict=True), strict=True)) if heatmaps and seen else {}
+    panel_hw = OF_MANY_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
     cases = []
     for index in chosen:
         row = people.rows[index]
-        panel = _frame(own[index], looked[index])
-        image = geometry.warp(read_image(people.root / row["file_name"]), panel, PANEL_HW)
+        panel = _frame(own[index], looked[index], labels[index], panel_hw)
+        image = geometry.warp(read_image(people.root / row["file_name"]), panel, panel_hw)
         panels = _panels(image, panel, labels[index], index, predictions, found, skeleton)
         if heatmaps:
             panels.append(_heat(image, panel, maps.get(index)))
@@ -163,12 +165,15 @@ def find(
     return Findings(diagnosis=found, cases=tuple(cases))
 
 
-def _frame(box_xywh: Float[Array, "4"], other_xywh: Float[Array, "4"]) -> Float[Array, "2 3"]:
-    """panel_from_image: what shows both boxes, if the second has a size."""
+def _frame(
+    box_xywh: Float[Array, "4"], other_xywh: Float[Array, "4"], label: Float[Array, "k 3"], panel_hw: tuple[int, int]
+) -> Float[Array, "2 3"]:
+    """panel_from_image: what shows both boxes, if the second has a size, and the labelled joints beside them."""
     several = np.stack([box_xywh, other_xywh] if other_xywh[2:].all() else [box_xywh])
-    low, high = several[:, :2].min(axis=0), (several[:, :2] + several[:, 2:]).max(axis=0)
-    size_wh = geometry.with_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), PANEL_HW)
-    return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(PANEL_HW)
+    corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[label[:, 2] > 0, :2]])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    size_wh = geometry.with_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), panel_hw)
+    return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
 
 
 def _panels(
@@ -180,15 +185,14 @@ def _panels(
     found: Diagnosis,
     skeleton: Skeleton,
 ) -> list[Picture]:
-    width, scores, kinds = PANEL_HW[1], predictions.scores[person], found.kinds[person]
+    width, scores, kinds = image.shape[1], predictions.scores[person], found.kinds[person]
     true_xy, found_xy = geometry.apply(panel, label[:, :2]), geometry.apply(panel, predictions.points_xy[person])
     there, labelled = bool(found.found[person]), label[:, 2] > 0
     shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labelled, 0.5, 0.0)) * there
     colours = [COLOURS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
     missed = found_xy if there else true_xy  # of nobody: a dot where each joint is
-    side = [("labelled:", (0, 0, 0)), ("left", draw.LEFT), ("right", draw.RIGHT)]
     kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in COLOURS.items()]
-    strips = [draw.key(width, side), draw.ramp(width), draw.key(width, kind_of)]
+    strips = [draw.sides(width), draw.ramp(width), draw.key(width, kind_of)]
     pictures = [
         draw.person(image, true_xy, label[:, 2] / 2, skeleton),
         draw.person(image, found_xy, shown, skeleton, scores),
@@ -203,12 +207,12 @@ def _heat(
     seen: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
 ) -> Picture:
     """Heatmaps where they are in the picture."""
-    width = PANEL_HW[1]
+    width = image.shape[1]
     if seen is None:
         return np.concatenate([draw.key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
     maps, heatmap_from_image = seen
     place = np.vstack([panel, [0, 0, 1]]) @ np.vstack([geometry.invert(heatmap_from_image), [0, 0, 1]])
-    top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), place[:2], PANEL_HW)
+    top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), place[:2], (image.shape[0], width))
     strip = draw.key(width, [(f"heatmaps, the highest at each pixel; peak {maps.max():.2f}", (0, 0, 0))])
     return np.concatenate([strip, draw.overlay(image, top[None], np.ones(1))])
 

@@ -18,6 +18,7 @@ DARK = (20, 20, 20)
 SHORT = 8  # px: a bone shorter than this has no rim, and no joints larger than a dot
 SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
 MANY = 40  # keypoints: more are drawn smaller
+DOT = 1  # px: radius of a joint that is close to others
 STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 Colour = tuple[int, int, int]
@@ -39,17 +40,17 @@ def person(
     """
     canvas, points = _enlarged(image, points_xy)
     thickness = _thickness(canvas, len(points))
-    radius = 2 * thickness + (1 if len(points) <= MANY else 0)
+    radii = _radii(points, np.asarray(shown) > 0, 2 * thickness + 1)
     for a, b in skeleton.edges:
         if shown[a] > 0 and shown[b] > 0:
             cv2.line(canvas, points[a], points[b], _colour(skeleton, a, b), thickness, cv2.LINE_AA)
     for k, point in enumerate(points):
         if shown[k] > 0:
-            filled = -1 if shown[k] >= 0.75 else thickness
-            if scores is not None:
-                cv2.circle(canvas, point, radius + 1, (0, 0, 0), filled, cv2.LINE_AA)
+            filled = -1 if shown[k] >= 0.75 or radii[k] == DOT else thickness
+            if scores is not None and radii[k] > DOT:
+                cv2.circle(canvas, point, radii[k] + 1, (0, 0, 0), filled, cv2.LINE_AA)
             colour = _colour(skeleton, k, k) if scores is None else confidence(float(scores[k]))
-            cv2.circle(canvas, point, radius, colour, filled, cv2.LINE_AA)
+            cv2.circle(canvas, point, radii[k], colour, filled, cv2.LINE_AA)
     return canvas
 
 
@@ -85,10 +86,13 @@ def displaced(
     """`errors`, each in a colour of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
     thickness = _thickness(canvas, len(points) // 2)
+    ends = points[len(found_xy) :]
+    radii = _radii(ends, shown, 2 * thickness + (len(ends) > MANY))
     for k in np.flatnonzero(shown).tolist():
-        found, true = points[k], points[len(found_xy) + k]
-        cv2.line(canvas, found, true, colours[k], thickness, cv2.LINE_AA)
-        cv2.circle(canvas, true, 2 * thickness, colours[k], -1, cv2.LINE_AA)
+        # A dark rim, so that they are seen on any ground; where joints are close, it would be all that is seen.
+        for colour, rim in ((DARK, 1), (colours[k], 0)) if radii[k] > DOT else ((colours[k], 0),):
+            cv2.line(canvas, points[k], ends[k], colour, thickness + 2 * rim, cv2.LINE_AA)
+            cv2.circle(canvas, ends[k], radii[k] + rim, colour, -1, cv2.LINE_AA)
     return canvas
 
 
@@ -116,13 +120,18 @@ def overlay(
     return (cv2.resize(image, size) * (1 - opacity) + heat * opacity).round().astype(np.uint8)
 
 
+def sides(width: int) -> UInt8[Array, "h w 3"]:
+    """A strip of this width (px) over a person as labelled."""
+    return key(width, [("labelled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
+
+
 def ramp(width: int) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) that tells which colour is which score."""
     strip = np.full((STRIP, width, 3), PAPER, np.uint8)
-    left, right = width // 4, width - width // 8
+    left, right = width * 3 // 8, width - width // 16
     for x in range(left, right):
         strip[5:-5, x] = confidence((x - left) / (right - 1 - left))
-    _text(strip, "score 0", left - 52, INK)
+    _text(strip, "predicted: score 0", 6, INK)
     _text(strip, "1", right + 6, INK)
     return strip
 
@@ -194,6 +203,16 @@ def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Colour) -> i
 
 def _width(text: str) -> int:
     return cv2.getTextSize(text, FONT, 0.38, 1)[0][0]
+
+
+def _radii(points: Sequence[tuple[int, int]], shown: Bool[Array, "k"], most: int) -> list[int]:
+    """Of each joint's circle (px): of many, those that are close are small, so that none hides another."""
+    places = np.array(points, dtype=np.float64)
+    if len(places) <= MANY:
+        return [most] * len(places)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    apart[:, ~shown], apart[np.diag_indices(len(places))] = np.inf, np.inf
+    return (apart.min(axis=1) / 2 - 1).clip(DOT, most - 1).astype(int).tolist()
 
 
 def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:

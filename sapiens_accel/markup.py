@@ -15,6 +15,7 @@ small,.faint{color:var(--faint)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.15rem .55rem;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
 thead th{border-bottom:1px solid var(--line);font-weight:600}
+.panels div{flex:1 1 9.5rem;min-width:0;max-width:20rem}.panels small{display:block}
 .bars{width:100%;max-width:46rem}.bars td:last-child,.bars th:last-child{width:60%;text-align:left}
 .bars.two td:nth-last-child(-n+2),.bars.two th:nth-last-child(-n+2){width:36%;text-align:left}
 .bar{display:flex;height:.9rem;background:var(--soft);border-radius:2px;overflow:hidden}.bar i{display:block}
@@ -24,16 +25,31 @@ svg .grid{stroke:var(--line)}svg polyline{fill:none;stroke-width:1.6;vector-effe
 ul.key{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.1rem 1.2rem}
 ul.key i,.kind i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}
 figure{margin:1.5rem 0}figcaption{margin-bottom:.4rem}.panels{display:flex;flex-wrap:wrap;gap:4px}
-.panels img{flex:1 1 9.5rem;min-width:0;max-width:20rem;height:auto}
+.panels img{display:block;width:100%;height:auto}
 details>summary{cursor:pointer;padding:.3rem 0}
+@media(max-width:44rem){.stack,.stack tbody{display:block}.stack thead{display:none}
+.stack tr{display:flex;flex-wrap:wrap;gap:.1rem .5rem;padding:.4rem 0;border-bottom:1px solid var(--line)}
+.stack td,.stack td:first-child{padding:0;min-width:3.9rem;text-align:left;white-space:normal}
+.stack td:first-child{flex-basis:100%;font-weight:600}
+.stack td[data-head]::before{content:attr(data-head);display:block;color:var(--faint);font-size:.75rem}
+.bars{table-layout:fixed;font-size:.85rem}.bars th,.bars td{padding:.15rem .3rem;white-space:normal}
+.bars th:first-child{width:30%}.bars th:nth-child(2){width:16%}
+.bars th:nth-child(3){width:17%}.bars th:last-child,.bars td:last-child{width:auto}
+.bars.two th:nth-last-child(-n+2),.bars.two td:nth-last-child(-n+2){width:27%}}
 """
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table of words; one that is too wide is scrolled."""
+    """A table of words; on a narrow page each row is a block, and each cell under its heading."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
+    rows = "\n".join(f"<tr>{''.join(map(_cell, head, row))}</tr>" for row in body)
+    return (
+        f'<div class="wide"><table class="stack"><thead><tr>{top}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
+    )
+
+
+def _cell(heading: str, text: str) -> str:
+    return f'<td data-head="{escape(heading)}">{escape(text)}</td>' if heading else f"<td>{escape(text)}</td>"
 
 
 def chart(across: str, up: str, inner: str) -> str:

@@ -3,6 +3,7 @@
 import base64
 import math
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sapiens_accel.worst import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliabili
 AUTO = "auto"
 PANEL_BYTES = 24_000  # a panel's JPEG: four of each of 20 people are 2.6 MB in base64
 LOW = 0.5  # OKS below which a person counts for no AP
+# Of the curves, by OKS: in order, each told from the next one, on bright and on dark paper.
+LINES = ["#6a4de0", "#3f6ff0", "#1f97e0", "#12adb8", "#17a673", "#6ba82a", "#b3a012", "#e08a0c", "#e2602a", "#d93a5e"]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -31,6 +34,7 @@ def write(
     hows: dict[str, EvalConfig],
     findings: dict[str, Findings],
     skeleton: Skeleton,
+    about: Sequence[str] = (),
 ) -> Path:
     """Write the page of an evaluation.
 
@@ -38,6 +42,7 @@ def write(
         given: the file; `auto` is eval.html in `folder`.
         rows, hows: what was judged, by its name in the tables, and how each was measured.
         findings: what went wrong, of some of the rows.
+        about: which weights and which people, a line each.
 
     Raises:
         UserError: the file cannot be written.
@@ -45,14 +50,18 @@ def write(
     file = folder / "eval.html" if given == AUTO else Path(given)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(whole(rows, hows, findings, skeleton), encoding="utf-8")
+        file.write_text(whole(rows, hows, findings, skeleton, about), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--eval.html {file}: not written: {error.strerror}; name another file") from None
     return file
 
 
 def whole(
-    rows: dict[str, Judgement], hows: dict[str, EvalConfig], findings: dict[str, Findings], skeleton: Skeleton
+    rows: dict[str, Judgement],
+    hows: dict[str, EvalConfig],
+    findings: dict[str, Findings],
+    skeleton: Skeleton,
+    about: Sequence[str] = (),
 ) -> str:
     """The page itself."""
     title = f"Evaluation of {'; '.join(rows)}"
@@ -73,6 +82,7 @@ def whole(
             f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>',
             f"<style>{markup.STYLE}</style>\n</head>\n<body>",
             f"<h1>{escape(title)}</h1>",
+            *(f'<p class="faint">{escape(line)}</p>' for line in about),
             _metrics(rows, hows),
             *(f"<p>{escape(line)}</p>" for line in [*costs, *notes]),
             *sections,
@@ -113,6 +123,7 @@ def _section(judged: Judgement, found: Findings | None, skeleton: Skeleton) -> s
             "<h3>Are the scores to be believed?</h3>",
             _calibration(judged, found.diagnosis),
             f"<h3>The worst people</h3><p>{escape(_reasons(found.diagnosis, skeleton))}</p>",
+            _colours() if found.cases else "",
             *(_case(case, number) for number, case in enumerate(found.cases, start=1)),
         ]
     return "\n".join(parts)
@@ -126,8 +137,11 @@ def _curves(curves: Curves) -> str:
         return "<p>Nobody to measure.</p>"
     lines, names = [], []
     for index, precision in enumerate(curves):
-        threshold, colour = 0.5 + 0.05 * index, f"hsl({230 - 22 * index} 70% 50%)"
-        points = " ".join(f"{100 * i / (len(precision) - 1):g},{100 * p:.3f}" for i, p in enumerate(precision))
+        threshold, colour = 0.5 + 0.05 * index, LINES[index]
+        # What is never recalled has a precision of 0: the curve ends there.
+        reached = np.flatnonzero(precision > 0).max(initial=-1) + 2
+        recalled = np.linspace(0, 100, len(precision))[:reached]
+        points = " ".join(f"{x:g},{100 * y:.3f}" for x, y in zip(recalled, precision, strict=False))
         label = f"OKS {threshold:.2f}: AP {100 * precision.mean():.1f}"
         lines.append(f'<polyline stroke="{colour}" points="{points}"><title>{label}</title></polyline>')
         names.append((label, colour))
@@ -163,7 +177,7 @@ def _joints(judged: Judgement, skeleton: Skeleton) -> str:
         counts = values.count[at]
         top.append(_joint(part, counts.sum(), _mean(values.oks[at], counts), _mean(values.pck[at], counts)))
     body = [_joint(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
-    return markup.folded("bars two", ("keypoint", "people", "OKS, %", "PCK@0.2, %"), top, body, SHOWN_JOINTS)
+    return markup.folded("bars two", ("keypoint", "labelled", "OKS, %", "PCK@0.2, %"), top, body, SHOWN_JOINTS)
 
 
 def _joint(name: str, count: int, *values: float) -> str:
@@ -179,7 +193,7 @@ def _kinds(found: Diagnosis, skeleton: Skeleton) -> str:
     top = [_kind(name, of) for name, of in {"all keypoints": counts.sum(axis=1), **parts}.items()]
     body = [_kind(name, counts[:, k]) for k, name in enumerate(skeleton.names)]
     key = markup.key((kind.words, _css(kind)) for kind in Kind)
-    return key + markup.folded("bars", ("keypoint", "people", "errors, %", "kinds"), top, body, SHOWN_JOINTS)
+    return key + markup.folded("bars", ("keypoint", "labelled", "errors, %", "kinds"), top, body, SHOWN_JOINTS)
 
 
 def _kind(name: str, counts: Int[Array, "kinds"]) -> str:
@@ -205,10 +219,20 @@ def _reasons(found: Diagnosis, skeleton: Skeleton) -> str:
     return f"{told}; what costs them most: {', '.join(f'{words} {num}' for words, num in most)}." if low else f"{told}."
 
 
+def _colours() -> str:
+    """What colours mean in the pictures of people, as text: on a narrow page that in the pictures is small."""
+    sides = [("left", draw.LEFT), ("right", draw.RIGHT), ("score 0", draw.UNSURE), ("0.5", draw.HALF_SURE)]
+    named = [(text, _hex(colour)) for text, colour in [*sides, ("score 1", draw.SURE)]]
+    return markup.key([*named, *((kind.words, _css(kind)) for kind in Kind)])
+
+
 def _case(case: Case, number: int) -> str:
     badge = f'<span class="kind"><i style="background:{_css(case.reason.kind)}"></i>{case.reason.kind.words}</span>'
     names = ("as labelled", "as predicted", "errors", "heatmaps")
-    panels = "\n".join(_image(p, f"{name}: {case.reason.text}") for name, p in zip(names, case.panels, strict=False))
+    several = zip(names, case.panels, strict=False)
+    panels = "\n".join(
+        f"<div>{_image(p, f'{name}: {case.reason.text}')}<small>{name}</small></div>" for name, p in several
+    )
     place = f"annotation {case.ann_id} of picture {case.image_id}, {case.file_name}"
     return (
         f"<figure><figcaption><b>{number}. OKS {case.oks:.2f}</b> {badge}: {escape(case.reason.text)}<br>"
@@ -223,7 +247,11 @@ def _image(picture: UInt8[Array, "h w 3"], alt: str) -> str:
 
 
 def _css(kind: Kind) -> str:
-    return "#" + "".join(f"{part:02x}" for part in cases.COLOURS[kind])
+    return _hex(cases.COLOURS[kind])
+
+
+def _hex(colour: draw.Colour) -> str:
+    return "#" + "".join(f"{part:02x}" for part in colour)
 
 
 def _meanings() -> str:

@@ -367,9 +367,10 @@ def prediction_picture(predictions: Predictions, people: People, skeleton: Skele
         above.append(draw.person(image, apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
         scores = predictions.scores[index]
         below.append(draw.person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
-    # What the colours mean, under each person.
-    pictures = draw.grid([*above, *below], columns=len(chosen))
-    return np.concatenate([pictures, np.tile(draw.ramp(PERSON_HW[1]), (1, len(chosen), 1))])
+    # What the colours mean, over each person.
+    rows = [(draw.sides(PERSON_HW[1]), above), (draw.ramp(PERSON_HW[1]), below)]
+    strips = [(np.tile(strip, (1, len(chosen), 1)), draw.grid(row, columns=len(chosen))) for strip, row in rows]
+    return np.concatenate([picture for pair in strips for picture in pair])
 
 
 def _shortened(ann_ids: Sequence[int]) -> str:

@@ -82,10 +82,10 @@ def costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
 def joint_table(values: Joints, skeleton: Skeleton) -> str:
     """OKS and PCK of each keypoint as text, and how sure the network is of them."""
     width = max(len(name) for name in ("all keypoints", *skeleton.names))
-    head = f"{'':<{width}}{'people':>8}{'OKS':>7}{'PCK@0.2':>9}"
+    head = f"{'':<{width}}{'labelled':>10}{'OKS':>7}{'PCK@0.2':>9}"
     rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
     rows.append(("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck))
-    lines = [f"{name:<{width}}{count:>8}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]
+    lines = [f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]
     calibration = f"expected calibration error of the scores: {_percent(values.ece, 0)} (right: OKS above 0.5)"
     return "\n".join([head, *lines, calibration])
 

@@ -32,6 +32,7 @@ from sapiens_accel import (
     draw,
     evaluate,
     geometry,
+    markup,
     page,
     predict,
     synthetic,
@@ -102,7 +103,7 @@ class Read(HTMLParser):
     @property
     def curves(self) -> list[Array]:
         """Points in percent: recall, precision."""
-        lines = [one["points"] for one in self.all("polyline") if "hsl" in one["stroke"]]
+        lines = [one["points"] for one in self.all("polyline") if one["stroke"] in page.LINES]
         return [np.array([[float(n) for n in point.split(",")] for point in line.split()]) for line in lines]
 
 
@@ -181,13 +182,19 @@ def test_curves_and_table_are_those_of_pycocotools(
     read = _fetches_nothing(page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17))
     assert len(read.curves) == 10
     for curve, expected in zip(read.curves, precision, strict=True):
-        assert curve[:, 0] == pytest.approx(np.arange(101))
-        assert curve[:, 1] == pytest.approx(100 * expected, abs=6e-4)
+        # A curve ends where its precision has come down to 0, and is drawn as far as that.
+        shown = min(int((expected > 0).sum()) + 1, 101)
+        assert len(curve) == shown and not expected[shown:].any()
+        assert curve[:, 0] == pytest.approx(np.arange(shown))
+        assert curve[:, 1] == pytest.approx(100 * expected[:shown], abs=6e-4)
     for threshold, expected in zip(np.arange(0.5, 1.0, 0.05), precision, strict=True):
         assert f"OKS {threshold:.2f}: AP {100 * expected.mean():.1f}" in read.text
     shown = " ".join("-" if value < 0 else f"{100 * value:.1f}" for value in stats)
     assert f"AR_M AR_L net {shown}" in read.text
     assert "net 24 val ground truth yes 1 0.9 pycocotools" in read.text
+    # On a narrow page each cell stands under its own heading, the first of a row over all of them.
+    headings = [one.get("data-head") for one in read.all("td")][: 1 + len(ap.METRICS)]
+    assert headings == [None, *ap.METRICS] and "content:attr(data-head)" in markup.STYLE
 
 
 def test_the_other_backend_draws_the_same_curves(judged: Judgement, people: People) -> None:
@@ -396,6 +403,27 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, t
 # ---- eval.py
 
 
+def test_labelled_joints_beside_their_box_are_in_the_panel() -> None:
+    box, label = np.array([100.0, 100.0, 50.0, 80.0]), np.zeros((17, 3))
+    label[3], label[5] = (400, 120, 2), (1000, 1000, 0)
+    panel = cases._frame(box, np.zeros(4), label, cases.PANEL_HW)
+    (x, y), (far, _) = geometry.apply(panel, label[[3, 5], :2])
+    height, width = cases.PANEL_HW
+    assert 0.85 * width < x < width and 0 < y < height and far > width
+
+
+def test_of_many_joints_none_hides_another() -> None:
+    """133 joints, of which some are 4 px from one another: each one's own pixel has the colour of its score."""
+    points_xy = np.stack(np.meshgrid(np.arange(12) * 4.0 + 20, np.arange(12) * 4.0 + 20), axis=-1).reshape(-1, 2)[:133]
+    points_xy[0] = 300, 300  # alone: as large as before, with a rim
+    scores, plain = np.linspace(0, 1, 133), replace(WHOLEBODY133, edges=())
+    drawn = draw.person(np.full((384, 384, 3), 128, np.uint8), points_xy, np.ones(133), plain, scores)
+    for (x, y), score in zip(points_xy.astype(int) + 1, scores, strict=True):  # a pixel's corner lies between centres
+        near = drawn[y - 1 : y + 1, x - 1 : x + 1].reshape(-1, 3).astype(int)
+        assert np.abs(near - draw.confidence(score)).max(axis=1).min() < 8
+    assert (drawn[295:306, 295:306] == 0).all(axis=2).any() and not (drawn[:200] == 0).all(axis=2).any()
+
+
 def _detector(people: People) -> None:
     """A detector that sees nobody in one of the pictures."""
     found = json.loads(people.annotations.read_text())["annotations"]
@@ -423,6 +451,7 @@ def test_eval_writes_page_and_pictures_from_two_processes(people: People, tmp_pa
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["first_val_predictions.jpg", *names]
     read = _fetches_nothing((folder / "eval.html").read_text())
     assert "first 24 val detector (detector.json) yes 1 0.9 pycocotools" in read.text
+    assert f"people of {people.annotations} first: weights of {weights}" in read.text
     assert len(read.pictures) == 20 and len(read.curves) == 10
     # Who was not looked for comes first, and is told as well as those who were found badly.
     assert NOBODY in read.text and NOBODY in done.stdout
