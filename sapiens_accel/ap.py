@@ -145,6 +145,20 @@ def truth(people: People, num_keypoints: int) -> dict[str, Any]:
     return {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
 
 
+def left_out(people: People, num_keypoints: int) -> list[int]:
+    """Ids of the people with labelled keypoints, no crowds, who are not among the rows: nobody is measured of them."""
+    tree, known = coco.parsed(people.annotations), set(people.rows["ann_id"][:])
+    kinds = coco.category_ids(tree, people.reading) if people.reading.categories else ()
+    return [
+        person.get("id", -1)
+        for person in tree["annotations"]
+        if person.get("id") not in known
+        and not person.get("iscrowd")
+        and (not kinds or person.get("category_id", kinds[0]) in kinds)
+        and any(v > 0 for v in (coco.keypoint_numbers(person, num_keypoints, people.reading) or [])[2::3])
+    ]
+
+
 def _measured(
     tree: dict[str, Any],
     found: Sequence[dict[str, Any]],

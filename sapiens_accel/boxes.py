@@ -131,7 +131,8 @@ def main(words: Sequence[str]) -> None:
         print(f"stopped; {asked.out}.partial keeps what is done, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     told = [seen.told, *(f"skipped: {seen.root / name} does not decode" for name in bad)]
-    print(*filter(None, told), f"{asked.out}: {num} people in {len(seen.names)} pictures of {seen.root}", sep="\n")
+    looked = f"{len(seen.names) - len(bad)} pictures of {seen.root}" + f", {len(bad)} skipped" * bool(bad)
+    print(*filter(None, told), f"{asked.out}: {num} people in {looked}", sep="\n")
     folder, file = seen.root.resolve(), asked.out.resolve()
     print(f"stage ssl: --data.unlabelled_images {folder} --data.unlabelled_annotations {file}")
     print(f"eval.py: --boxes {file}")

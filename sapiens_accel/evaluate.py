@@ -153,7 +153,7 @@ def _measured(
         ap.save(found, predictions_file(config.save_predictions, name), people, skeleton)
     metrics, curves = ap.scored(found, people, skeleton, config.backend)
     values = joints_of(own, people, skeleton)
-    notes = [boxes.told] * bool(boxes.told) + explained(metrics, own, people, skeleton)
+    notes = [boxes.told] * bool(boxes.told) + missing(people, skeleton) + explained(metrics, own, people, skeleton)
     return metrics, curves, values, tuple(notes)
 
 
@@ -207,6 +207,14 @@ def _chosen(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
 
 def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> Array:
     return oks(label[:, :2], others_xy, np.full(len(others_xy), area), skeleton.sigmas, label[:, 2] > 0)
+
+
+def missing(people: People, skeleton: Skeleton) -> list[str]:
+    """Labelled people whom the numbers do not count, in a line, if there are any."""
+    ids = ap.left_out(people, skeleton.num_keypoints)
+    named = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
+    why = "a box without area, or a picture that does not decode"
+    return [f"{len(ids)} labelled people of {people.annotations.name} are not measured: {why}: {named}"] if ids else []
 
 
 def explained(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:

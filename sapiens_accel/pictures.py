@@ -1,5 +1,6 @@
 """A user's own pictures: what a picture, a folder or a video holds, in a fixed order, and videos out again."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def length(video: Path) -> tuple[int, float]:
 
 
 def _opened(video: Path) -> cv2.VideoCapture:
+    # FFmpeg's own words on a broken file come without its name; ours are the one line. Read when a video is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     capture = cv2.VideoCapture(str(video))
     if not capture.isOpened():
         raise UserError(f"{video}: does not open as a video; expected one that OpenCV (FFmpeg) reads")

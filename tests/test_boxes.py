@@ -120,7 +120,8 @@ def test_a_picture_that_does_not_decode_is_named_and_the_rest_goes_on(
     cut = folder / "p4.png"
     cut.write_bytes(cut.read_bytes()[:2000])
     _main(folder, "--out", tmp_path / "some.json", *words)
-    assert f"skipped: {cut} does not decode" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"skipped: {cut} does not decode" in said and f"people in 6 pictures of {folder}, 1 skipped" in said
     rest = [row for row in _read(tmp_path / "all.json") if row["file_name"] != "p4.png"]
     some = _read(tmp_path / "some.json")
     assert [row["file_name"] for row in some] == [row["file_name"] for row in rest]

@@ -204,6 +204,11 @@ def test_whatever_can_be_trained_on_can_be_evaluated(
 def test_people_who_were_left_out_are_not_missed(crowd: People) -> None:
     left = replace(crowd, rows=crowd.rows.select(range(5, len(crowd))), num_skipped=5)
     assert _ap(left, _perfect(left))["AP"] == pytest.approx(1.0, abs=1e-9)
+    # But it is said who they are.
+    first = ", ".join(str(ann_id) for ann_id in crowd.rows["ann_id"][:5])
+    (line,) = evaluate.missing(left, COCO17)
+    assert line.startswith("5 labelled people") and line.endswith(f": {first}")
+    assert evaluate.missing(crowd, COCO17) == []
 
 
 # ---- OKS, suppression, scores
