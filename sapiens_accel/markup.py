@@ -33,9 +33,9 @@ details>summary{cursor:pointer;padding:.3rem 0}
 .stack td:first-child{flex-basis:100%;font-weight:600}
 .stack td[data-head]::before{content:attr(data-head);display:block;color:var(--faint);font-size:.75rem}
 .bars{table-layout:fixed;font-size:.85rem}.bars th,.bars td{padding:.15rem .3rem;white-space:normal}
-.bars th:first-child{width:30%}.bars th:nth-child(2){width:16%}
+.bars th:first-child{width:26%}.bars th:nth-child(2){width:21%}
 .bars th:nth-child(3){width:17%}.bars th:last-child,.bars td:last-child{width:auto}
-.bars.two th:nth-last-child(-n+2),.bars.two td:nth-last-child(-n+2){width:27%}}
+.bars.two th:nth-last-child(-n+2),.bars.two td:nth-last-child(-n+2){width:26.5%}}
 """
 
 
