@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sapiens_accel import roster, shards
 from sapiens_accel.config import UserError
-from sapiens_accel.roster import PLAIN, Reading
+from sapiens_accel.roster import FARTHEST, PLAIN, Reading
 
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
@@ -56,7 +56,6 @@ REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
 NUMBERS = {int, float, bool}
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 

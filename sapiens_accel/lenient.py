@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sapiens_accel import coco, shards
-from sapiens_accel.coco import PLAIN, Reading
+from sapiens_accel.coco import FARTHEST, PLAIN, Reading
 from sapiens_accel.config import UserError
 from sapiens_accel.examine import Finding, Labels, Level
 
@@ -83,7 +83,7 @@ def _images(listed: Sequence[Any], folder: str) -> tuple[dict[Any, str], dict[st
             twice.append(f"id {coco.shown(image['id'])} ({names[image['id']]}, {image['file_name']})")
         else:
             size = tuple(s for key in ("width", "height") if isinstance(s := image.get(key), int | float))
-            if len(size) == 2 and min(size) > 0 and max(size) < coco.FARTHEST:
+            if len(size) == 2 and min(size) > 0 and max(size) < FARTHEST:
                 sizes[f"{folder}/{image['file_name']}"] = size
     findings = []
     if bad:

@@ -17,6 +17,7 @@ from sapiens_accel.config import UserError
 pc: Any = pyarrow.compute  # its functions are made at run time
 COLUMNS = ("image_id", "file_name", "width", "height", "people")
 # COCO-WholeBody's 133 keypoints in five lists, as its JSON has them.
+FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
 WHOLE_BODY = {"keypoints": 17, "foot_kpts": 6, "face_kpts": 68, "lefthand_kpts": 21, "righthand_kpts": 21}
 
 # One annotation as it stands in a row's list of people; `place` is its place in the whole JSON.
@@ -163,7 +164,9 @@ def people_of(
     place = _field(flat, "place", first_person + np.arange(len(flat)))
     wanted = reading.categories or ("person",)
     kinds = [kind.get("id") for kind in shards.read(path).categories if kind.get("name") in wanted]
-    kept = _field(flat, "iscrowd", np.zeros(len(flat), np.int64)) == 0
+    crowd = _field(flat, "iscrowd", np.zeros(len(flat), np.int64))
+    _expect((crowd == 0) | (crowd == 1), crowd, "'iscrowd' of 0 or 1", ann_id, path)
+    kept = crowd == 0
     if kinds:
         kept &= np.isin(_field(flat, "category_id", np.full(len(flat), kinds[0])), np.array(kinds))
     boxes, has_box = _vectors(flat, "bbox", 4, kept, ann_id, path)
@@ -173,6 +176,7 @@ def people_of(
     num_theirs = reading.count or num_keypoints
     points = _keypoints(flat, num_theirs, kept, ann_id, path)
     area = _field(flat, "area", boxes[:, 2] * boxes[:, 3])
+    _expect((area >= 0) & (area <= FARTHEST**2) | ~kept, area, "'area' of a number from 0 up", ann_id, path)
     chosen = record[kept]
     return People(
         file_name=_names(table, prefix, first_record).take(pa.array(chosen)),
@@ -257,10 +261,16 @@ def _vectors(
     has = lengths == length
     values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
     found[has] = values[np.repeat(has, lengths)].reshape(-1, length)
-    wrong = kept & ~np.isfinite(found).all(axis=1)
-    if wrong.any():
-        raise UserError(f"{path}: annotation {ann_id[wrong][0]}: expected finite numbers in '{name}'")
+    fine = (np.abs(found) <= FARTHEST).all(axis=1)
+    _expect(fine | ~kept, found, f"numbers of at most {FARTHEST:g} in '{name}'", ann_id, path)
     return found, has
+
+
+def _expect(fine: Bool[Array, "n"], values: Array, expected: str, ann_id: Int[Array, "n"], path: Path) -> None:
+    """The rules of `coco.row_of`, for columns."""
+    if not fine.all():
+        at = int(np.argmin(fine))
+        raise UserError(f"{path}: annotation {ann_id[at]}: expected {expected}, found {str(values[at].tolist())[:60]}")
 
 
 def _keypoints(

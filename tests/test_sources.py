@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -325,6 +326,34 @@ def test_a_source_of_other_content_is_refused_in_a_line(tmp_path: Path) -> None:
         file.rename(file.with_name(f"part{file.name[0]}.parquet"))
     _refused(odd, cache, "'train'", "part")
     _refused(odd, cache, "'train'", "part", streaming=True)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"bbox": [NAN, 1.0, 9, 9]}, "'bbox', found [nan"),
+        ({"bbox": [1.0, 1, INF, 9]}, "'bbox', found [1.0, 1.0, inf"),
+        ({"bbox": [1.0, 1, 2e7, 9]}, "'bbox'"),
+        ({"keypoints": [-1e12, *[1.0] * 50]}, "'keypoints'"),
+        ({"keypoints": [NAN, *[1.0] * 50]}, "'keypoints'"),
+        ({"area": NAN}, "'area' of a number from 0 up, found nan"),
+        ({"area": -4.0}, "'area' of a number from 0 up, found -4.0"),
+        ({"iscrowd": 3}, "'iscrowd' of 0 or 1, found 3"),
+    ],
+)
+def test_numbers_in_shards_keep_the_rules_of_a_json(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    """Only of those who count is anything asked: a crowd may have what it likes."""
+    picture = [{"bytes": cv2.imencode(".jpg", np.zeros((50, 50, 3), np.uint8))[1].tobytes(), "path": "a.jpg"}]
+    person = {"id": 7, "bbox": [1.0, 2, 30, 40], "area": 90.0, "iscrowd": 0, "keypoints": [1.0] * 51}
+    whole = _table(tmp_path / "whole", image=picture, people=[[person, {**person, "id": 8, **change}]])
+    _refused(whole, tmp_path / "cache", "annotation 8", named)
+    crowd = {**person, "id": 8, **change, "iscrowd": 1}
+    config = DataConfig(root=str(_table(tmp_path / "crowd", image=picture, people=[[person, crowd]])))
+    config = replace(config, cache_dir=str(tmp_path / "cache"))
+    assert data.open_people(config, COCO17, unlabelled=False).train.rows["ann_id"][:] == [7]
 
 
 def test_a_tar_without_pictures_or_sense_is_refused(tmp_path: Path) -> None:
