@@ -6,6 +6,7 @@ DeepSpeed or not is what the launch says (ACCELERATE_USE_DEEPSPEED and ACCELERAT
 "without_number" are the steps (from 1) in which the last rank's loss is made NaN.
 """
 
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,7 @@ def break_steps(steps: list[int]) -> None:
     loop.lr_at, Supervised.loss = lr_at, loss
 
 
+gc.freeze()  # what the libraries hold is not gone through again at the end of every stage
 for job in json.loads(Path(sys.argv[1]).read_text()):
     os.environ.update(job.get("env", {}))
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.launch
 COMMON = [
     "--data.synthetic.num_train=24", "--data.synthetic.num_unlabelled=16", "--data.synthetic.num_val=6",
     "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1", "--report_to=none",
+    "--eval.num_pictures=0", "--eval.num_worst=0",
     *(f"--{stage}.{knob}" for stage in ("phase1", "phase2", "ssl")
       for knob in (f"steps={STEPS}", f"global_batch={GLOBAL_BATCH}", "optim.warmup_steps=2", "loss_weight=100")),
     "--phase2.optim.layer_decay=0.8", "--phase2.optim.clip_norm=0.05", "--ssl.teacher.threshold=0.2",
