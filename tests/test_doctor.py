@@ -470,6 +470,51 @@ def test_a_launch_that_is_none_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+ODD_LAUNCHES = {
+    "num_processes of text": ("distributed_type: MULTI_GPU\nnum_processes: auto\n", "num_processes"),
+    "deepspeed_config of text": ("distributed_type: DEEPSPEED\ndeepspeed_config: zero2\n", "deepspeed_config"),
+    "a list": ("[]", "expected DeepSpeed's JSON"),
+    "zero_optimization of text": ('{"zero_optimization": "stage 2"}', "expected DeepSpeed's JSON"),
+    "offload of text": ('{"zero_optimization": {"offload_optimizer": "cpu"}}', "expected DeepSpeed's JSON"),
+    "cut": ('{"zero', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LAUNCHES)
+def test_a_launch_of_odd_types_is_one_line(tmp_path: Path, case: str) -> None:
+    text, told = ODD_LAUNCHES[case]
+    with pytest.raises(UserError, match=told) as caught:
+        environment.launch_of(_launch(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def _launch(folder: Path, text: str) -> str:
+    """An accelerate config; of a DeepSpeed JSON, one that names it."""
+    if text.startswith(("[", "{")):
+        (folder / "zero.json").write_text(text)
+        text = f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {folder / 'zero.json'}\n"
+    (folder / "launch.yaml").write_text(text)
+    return str(folder / "launch.yaml")
+
+
+@pytest.mark.parametrize("zero", ["null", "{}", '{"offload_optimizer": null, "offload_param": {"device": null}}'])
+def test_a_json_that_offloads_nothing_has_nothing_to_compile(tmp_path: Path, zero: str) -> None:
+    launch = environment.launch_of(_launch(tmp_path, f'{{"zero_optimization": {zero}}}'))
+    assert launch.deepspeed and environment.needed_operations(launch, cuda=True) == []
+
+
+def test_what_accelerate_config_writes_itself_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading told by accelerate's own keys, in the file and to the processes; a `no` that YAML takes for false."""
+    told = "distributed_type: DEEPSPEED\nmixed_precision: no\ndeepspeed_config:\n  zero_stage: 2\n"
+    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: cpu\n"))
+    assert launch.precision == "no" and environment.needed_operations(launch, cuda=True) == ["cpu_adam"]
+    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: none\n"))
+    assert environment.needed_operations(launch, cuda=True) == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme")
+    assert environment.needed_operations(environment.launch_of(None), cuda=True) == ["cpu_adam", "async_io"]
+
+
 def test_too_little_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Config(output_dir=str(tmp_path / "a" / "b"), save_every=10)
     needs = environment.disk_bytes(run, COCO17)
