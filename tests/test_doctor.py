@@ -341,6 +341,76 @@ def test_joints_that_cannot_be_told_are_an_error_among_the_others(root: Path) ->
     assert all("'nose' is there twice" in errors[check] for check in ("joints/names", "train/keypoints"))
 
 
+def _of_21(tree: Tree) -> None:
+    tree["categories"] = [{"id": 1, "name": "hand"}]
+    for one in tree["annotations"]:
+        one |= {"keypoints": [*one["keypoints"], *one["keypoints"][:12]], "num_keypoints": 21}
+
+
+def test_joints_without_names_are_one_error_and_no_fault_of_each_person(root: Path) -> None:
+    """What else is wrong is told with it."""
+    for file in (TRAIN, VAL):
+        tree = json.loads((root / file).read_text())
+        _of_21(tree)
+        tree["annotations"][4].update(bbox=[1, 2, 3], num_keypoints=0)
+        (root / file).write_text(json.dumps(tree))
+    report, _, _ = doctor.looked_over(_run(root))
+    errors = {finding.check: finding for finding in report.findings if finding.level == "error"}
+    assert set(errors) == {"joints/names", "train/annotations", "val/annotations"}
+    assert "names its 21 keypoints" in errors["joints/names"].text
+    (culprit,) = errors["train/annotations"].culprits
+    assert culprit.startswith("annotation 5: ") and "bbox" in culprit
+
+
+def test_other_joints_in_validation_are_one_error_of_its_file(root: Path) -> None:
+    tree = json.loads((root / VAL).read_text())
+    _of_21(tree)
+    (root / VAL).write_text(json.dumps(tree))
+    report, _, _ = doctor.looked_over(_run(root))
+    (error,) = [finding for finding in report.findings if finding.level == "error"]
+    assert error.check == "val/keypoints" and "have 21 keypoints" in error.text
+
+
+def test_pictures_whose_size_is_not_told_are_said_to_be_unchecked(root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    del tree["images"][3]["width"]
+    tree["images"][4]["height"] = "160"
+    (root / TRAIN).write_text(json.dumps(tree))
+    (finding,) = _found(_run(root), "train/size")
+    assert finding.level == "note" and "not looked at" in finding.text
+    assert finding.culprits == tuple(f"train2017/{image['file_name']}" for image in tree["images"][3:5])
+
+
+def _ssl(root: Path, **changes: Any) -> Config:
+    words = [*_words(root), "--stage", "ssl"]
+    return config.load([*words, *(word for key, value in changes.items() for word in (f"--data.{key}", str(value)))])
+
+
+def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> None:
+    folder = root / "found"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(root / "val2017" / "000020000003.jpg", folder / name)
+    shutil.copy(next((root / "unlabeled2017").iterdir()), folder / "c.jpg")
+    for name in ("cut.jpg", "empty.jpg"):
+        (folder / name).write_bytes((folder / "c.jpg").read_bytes()[: 400 * (name == "cut.jpg")])
+    report, _, _ = doctor.looked_over(_ssl(root, unlabelled_images="found"))
+    told = {finding.check: finding.culprits for finding in report.findings if finding.level == "error"}
+    leaks = tuple(f"found/{name}.jpg is val2017/000020000003.jpg" for name in "ab")
+    assert told == {"unlabelled/unreadable": ("found/cut.jpg", "found/empty.jpg"), "unlabelled/leaks": leaks}
+    report, _, _ = doctor.looked_over(config.load([*_words(root), "--data.unlabelled_images", "found"]))
+    assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learnt from them"
+
+
+def test_boxes_of_pictures_without_labels_that_are_not_there_are_all_named(root: Path) -> None:
+    gone = sorted(path.name for path in (root / "unlabeled2017").iterdir())
+    shutil.rmtree(root / "unlabeled2017")
+    (finding,) = _found(_ssl(root, unlabelled_min_side=1), "unlabelled/missing")
+    assert finding.culprits == tuple(f"unlabeled2017/{name}" for name in gone)
+    (finding,) = _found(_ssl(root, unlabelled_images="nowhere"), "unlabelled/reader")
+    assert finding.level == "error" and "--data.unlabelled_images" in finding.text
+
+
 def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: Path) -> None:
     """The second one has ids of the first, which is nothing, a joint fewer, a leak and an annotation of area 0."""
     other = Path(shutil.copytree(drawn, tmp_path / "other"))
