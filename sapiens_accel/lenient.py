@@ -223,7 +223,8 @@ def _sizes(told: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[in
             shown = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
             (turned if is_turned else other).append(shown)
     if turned:
-        text = f"{len(turned)} pictures lie on their side when read, as their EXIF data says; were they labelled so?"
+        text = f"{len(turned)} pictures lie on their side when read: by their EXIF data (were they labelled so?), or "
+        text += "width and height are exchanged in the JSON"
         yield _error("size", text, *turned)
     if other:
         yield _error("size", f"{len(other)} pictures have another size than the JSON says", *other)

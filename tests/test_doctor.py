@@ -18,7 +18,7 @@ from sapiens_accel.config import Config, DataConfig, UserError
 from sapiens_accel.environment import Launch
 from sapiens_accel.examine import Finding, Labels
 from sapiens_accel.heatmap import Codec
-from sapiens_accel.skeleton import COCO17, Skeleton
+from sapiens_accel.skeleton import COCO17, WHOLEBODY133, Skeleton
 
 TRAIN, VAL = (f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val"))
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -164,6 +164,16 @@ def test_animals_that_trot_past_have_no_swapped_pairs() -> None:
     keypoints = np.stack([x, rng.normal(100, 4, (200, 12)), np.full((200, 12), 2)], axis=-1)
     labels = dataclasses.replace(_labels(200), keypoints=keypoints)
     assert list(examine.swapped_pairs(labels, TROT)) == []
+
+
+def test_the_sides_of_many_joints_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    sides = Skeleton.sides.fget
+    assert sides
+    monkeypatch.setattr(Skeleton, "sides", property(lambda self: asked.append(self) or sides(self)))
+    pairs = examine._sides(WHOLEBODY133)
+    assert len(asked) == 1 and len(pairs) > 50
+    assert all(WHOLEBODY133.names[a].replace("left", "right") == WHOLEBODY133.names[b] for a, b in pairs if a < 17)
 
 
 def test_pairs_that_chance_decides_are_not_told_of() -> None:
@@ -379,6 +389,30 @@ def test_pictures_whose_size_is_not_told_are_said_to_be_unchecked(root: Path) ->
     (finding,) = _found(_run(root), "train/size")
     assert finding.level == "note" and "not looked at" in finding.text
     assert finding.culprits == tuple(f"train2017/{image['file_name']}" for image in tree["images"][3:5])
+
+
+def test_width_and_height_exchanged_are_not_laid_on_exif_data_alone(root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    for image in tree["images"]:
+        image["width"], image["height"] = image["height"], image["width"]
+    (root / TRAIN).write_text(json.dumps(tree))
+    (finding,) = _found(_run(root), "train/size")
+    assert finding.level == "error" and "exchanged in the JSON" in finding.text
+    assert len(finding.culprits) == len({one["image_id"] for one in tree["annotations"]})
+
+
+def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
+    """Their keypoints lie inside of them: that all targets are zero would contradict itself."""
+
+    def scale(people: list[Tree]) -> None:
+        for person in people:
+            person["bbox"] = [side / 240 for side in person["bbox"]]
+            person["keypoints"] = [n if k % 3 == 2 else n / 240 for k, n in enumerate(person["keypoints"])]
+
+    _change(root, scale)
+    with pytest.raises(UserError, match=r"boxes are less than 2 px.* expected both in pixels") as caught:
+        data.open_people(_run(root).data, COCO17, unlabelled=False)
+    assert "zero" not in str(caught.value)
 
 
 def _ssl(root: Path, **changes: Any) -> Config:
