@@ -256,8 +256,7 @@ def _no_chance(share: float, votes: int) -> bool:
 def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
     """The pairs of the mirror order, the left one first by its name."""
     pairs = [(a, b) for a, b in enumerate(skeleton.mirror) if a < b]
-    sides = skeleton.sides  # read of all names each time: of 10,000, minutes if asked for each pair
-    return [(b, a) if sides[b] == "left" else (a, b) for a, b in pairs]
+    return [(b, a) if skeleton.sides[b] == "left" else (a, b) for a, b in pairs]
 
 
 def in_crop(
