@@ -618,9 +618,10 @@ def check_targets(people: People, config: DataConfig) -> None:
     inside = in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
     if inside.sum() < labelled.sum() / 2 or tiny:
+        told = f"{'nearly ' if inside.any() else ''}all targets are zero"
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))
         raise UserError(
-            f"{people.annotations}: {'nearly ' if inside.any() else ''}all targets are zero: {inside.sum()} of "
+            f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else told}: {inside.sum()} of "
             f"{labelled.sum()} labelled keypoints lie in their person's box (annotation "
             f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the picture"
         )

@@ -30,6 +30,12 @@ from sapiens_accel.skeleton import Skeleton
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
 DRIVER = Path("/proc/driver/nvidia/version")
+# Keys of accelerate's deepspeed_config, and the variables that tell them to the processes of a launch.
+TOLD_BY = {
+    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+}
 SHARED = Path("/dev/shm")
 SHARED_FOR_EACH = 256 * 2**20  # bytes of shared memory a loading process can fill with batches that wait
 
@@ -49,36 +55,57 @@ def launch_of(file: str | None) -> Launch:
     """The launch of an accelerate config; without one, of the launch that this process is in.
 
     Raises:
-        UserError: there is no such file, it is none of accelerate's, or its DeepSpeed JSON is missing.
+        UserError: there is no such file, it is none of accelerate's, or its DeepSpeed JSON is missing or none.
     """
     if file is None:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if with_deepspeed else None
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=_zero(config, "this"))
+        told = {key: os.environ.get(variable) for key, variable in TOLD_BY.items()}
+        zero = _zero(told, "this") if with_deepspeed else {}
+        ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
+        return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
+    where = f"--launch {file}"
     try:
         tree = yaml.safe_load(Path(file).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--launch {file}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(tree, dict) or "distributed_type" not in tree:
-        raise UserError(f"--launch {file}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
+        raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
     of_deepspeed = tree.get("deepspeed_config") or {}
+    if not isinstance(of_deepspeed, dict):
+        raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {coco.shown(of_deepspeed)}")
     return Launch(
         name=f"accelerate launch --config_file {file}",
-        precision=str(tree.get("mixed_precision", "no")),
-        num_processes=int(tree.get("num_processes", 1)),
+        precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
+        num_processes=_processes(tree.get("num_processes", 1), f"{where}: num_processes"),
         deepspeed=tree["distributed_type"] == "DEEPSPEED",
-        zero=_zero(of_deepspeed.get("deepspeed_config_file"), file),
+        zero=_zero(of_deepspeed, file),
     )
 
 
-def _zero(file: str | None, of: str) -> Mapping[str, Any]:
-    if file is None:
-        return {}
-    if not Path(file).is_file():
+def _processes(told: Any, where: str) -> int:
+    try:
+        return int(told)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: expected the number of processes, found {coco.shown(told)}") from None
+
+
+def _zero(told: Mapping[str, Any], of: str) -> Mapping[str, Any]:
+    """What DeepSpeed's JSON says of ZeRO; without one, where accelerate's own keys put what is offloaded."""
+    file = told.get("deepspeed_config_file")
+    if not file:
+        places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
+        return {name: {"device": str(place)} for name, place in places.items()}
+    if not Path(str(file)).is_file():
         raise UserError(f"--launch {of}: its {file} is not there; run in the folder of the repository")
-    return coco.parsed(Path(file)).get("zero_optimization", {})
+    tree = coco.parsed(Path(file))
+    zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
+    parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(
+            f"--launch {of}: {file}: expected DeepSpeed's JSON, with objects for zero_optimization and what it offloads"
+        )
+    return zero
 
 
 def examine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
@@ -144,7 +171,8 @@ def needed_operations(launch: Launch, cuda: bool) -> list[str]:
     """DeepSpeed's own C++ that this launch uses: with optimizer offload its Adam, with NVMe its file access."""
     if not launch.deepspeed:
         return []
-    places = [launch.zero.get(f"offload_{part}", {}).get("device", "none") for part in ("optimizer", "param")]
+    offloaded = [launch.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    places = [part.get("device") or "none" for part in offloaded]
     needed = ["cpu_adam"] if places[0] != "none" else []
     needed += ["async_io"] if "nvme" in places else []
     return needed + (["deepspeed_shm_comm"] if launch.num_processes > 1 and not cuda else [])

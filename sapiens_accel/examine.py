@@ -19,6 +19,9 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 PERCENTILES = (5, 50, 95)
 SLACK = 1.0  # px by which a label may lie outside of its picture: rounding
 LEAST_VOTES = 30  # people in whom a pair was compared: of fewer, chance decides
+UNLIKELY = 3.5  # standard deviations
+AGREED = 0.5  # mean length of the others' directions: all alike 1, at random 0
+UPRIGHT = 0.7  # the sine of 45 degrees
 SWAPPED, DOUBTFUL = 0.75, 0.6  # shares of people in whom a pair disagrees with the others; arms that cross do so in few
 MOST_LOST = 0.05  # of the labelled keypoints, by the crop
 SIGMA_SHARES = (1 / 48, 1 / 20)  # of the heatmap's width: published are 1/32 (Sapiens) and 1/24 (ViTPose, UDP)
@@ -186,6 +189,7 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     """Left and right joints that lie the other way round than the other pairs of the same person, in most people.
 
     From right to left a pair points into the same half-plane as the sum of the others, whichever way a person faces.
+    Who is seen from the side has no say: there the legs of a stride lie one way round and the arms the other.
     """
     pairs = [(left, right) for left, right in _sides(skeleton)]
     if len(pairs) < 3 or not len(labels):
@@ -197,12 +201,13 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     towards = np.divide(towards, length, out=np.zeros_like(towards), where=length > 0)
     others = towards.sum(axis=1, keepdims=True) - towards
     # Others that do not agree among themselves have no say.
-    asked = both & (np.linalg.norm(others, axis=-1) >= 1) & (length[..., 0] > 0)
+    agreeing = np.linalg.norm(others, axis=-1) >= np.maximum(AGREED * (both.sum(axis=1, keepdims=True) - 1), 1)
+    asked = both & agreeing & (length[..., 0] > 0)
     against = asked & ((towards * others).sum(axis=-1) < 0)
     for pair, (a, b) in enumerate(pairs):
         votes = int(asked[:, pair].sum())
         share = against[:, pair].sum() / max(votes, 1)
-        if votes >= LEAST_VOTES and share > DOUBTFUL:
+        if share > DOUBTFUL and _no_chance(share, votes):
             text = (
                 f"{skeleton.names[a]} and {skeleton.names[b]} lie the other way round than the person's other pairs in "
                 f"{share:.0%} of {votes} people: swapped?"
@@ -212,23 +217,40 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
 
 
 def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
-    """All of left and right exchanged: who shows a face has their left shoulder to the right in the picture."""
+    """All of left and right exchanged: who shows a face has their left shoulder to the right, seen with the head up.
+
+    No error: who calls left what lies left in the picture, in all files, learns that as well.
+    """
     names = ("nose", "left_eye", "right_eye", "left_shoulder", "right_shoulder")
     if not set(names) <= set(skeleton.names) or not len(labels):
         return
     *face, left, right = (skeleton.names.index(name) for name in names)
-    across = labels.keypoints[:, left, :2] - labels.keypoints[:, right, :2]
-    upright = np.abs(across[:, 0]) > np.abs(across[:, 1])
-    shown = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labelled[:, [left, right]].all(axis=1) & upright
-    wrong = shown & (across[:, 0] < 0)
-    share = wrong.sum() / max(shown.sum(), 1)
-    if shown.sum() >= LEAST_VOTES and share > DOUBTFUL:
-        text = (
-            f"{share:.0%} of {shown.sum()} people who show their face have the left shoulder to the left in the "
-            f"picture: left and right exchanged, or pictures mirrored?"
+    points = labels.keypoints[..., :2]
+    (ax, ay), (ux, uy) = (
+        direction.T
+        for direction in (
+            points[:, left] - points[:, right],
+            points[:, face[0]] - (points[:, left] + points[:, right]) / 2,
         )
-        level: Level = "error" if share > SWAPPED else "warning"
-        yield Finding(level=level, check="mirror", text=text, culprits=labels.named(wrong))
+    )
+    # The sine between the shoulders and the way up, whichever that is in the picture; times both lengths.
+    turn, lengths = ax * uy - ay * ux, np.hypot(ax, ay) * np.hypot(ux, uy)
+    facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labelled[:, [left, right]].all(axis=1)
+    shown = facing & (np.abs(turn) > UPRIGHT * lengths)
+    wrong = shown & (turn > 0)
+    votes = int(shown.sum())
+    share = wrong.sum() / max(votes, 1)
+    if share > DOUBTFUL and _no_chance(share, votes):
+        text = (
+            f"{share:.0%} of {votes} people who show their face have the left shoulder on the left as one sees them: "
+            f"left and right exchanged, or pictures mirrored?"
+        )
+        yield Finding(level="warning", check="mirror", text=text, culprits=labels.named(wrong))
+
+
+def _no_chance(share: float, votes: int) -> bool:
+    """Whether more than half by so much is no chance: of a hundred pairs tossed like coins none is told."""
+    return votes >= LEAST_VOTES and (share - 0.5) * 2 * votes**0.5 > UNLIKELY
 
 
 def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:

@@ -38,12 +38,13 @@ class Read:
     findings: Sequence[Finding] = ()
 
 
-def read(root: Path, annotations: str, images: str, num_keypoints: int, reading: Reading = PLAIN) -> Read:
+def read(root: Path, annotations: str, images: str, num_keypoints: int, reading: Reading | None = PLAIN) -> Read:
     """Read what can be read.
 
     Args:
         annotations, images: the JSON (or manifest of shards) and the folder of its pictures, relative to `root`.
-        reading: how its annotations become the run's keypoints.
+        reading: how its annotations become the run's keypoints; None: that is not known, and another number of them is
+            no fault of each annotation.
     """
     path = root / annotations
     nothing = _labels([], {}, num_keypoints)
@@ -60,13 +61,21 @@ def read(root: Path, annotations: str, images: str, num_keypoints: int, reading:
     names, sizes, findings = _images(tree["images"], images)
     tree["categories"], of_kinds = _categories(tree.get("categories"))
     rows, of_people = _people(tree, names, images, num_keypoints, reading)
+    pictures = {row["file_name"]: row["image_id"] for row in rows}
     return Read(
         labels=_labels(rows, sizes, num_keypoints),
-        pictures={row["file_name"]: row["image_id"] for row in rows},
+        pictures=pictures,
         sizes_wh=sizes,
         most_looked_at=coco.most_looked_at(path),
-        findings=[*findings, *of_kinds, *of_people],
+        findings=[*findings, *of_kinds, *of_people, *_unknown_sizes(pictures, sizes)],
     )
+
+
+def of_people(people: coco.People) -> Read:
+    """The pictures of people without labels."""
+    pictures = dict(zip(people.rows["file_name"][:], people.rows["image_id"][:], strict=True))
+    labels = _labels([], {}, people.rows.features["keypoints"].shape[0])
+    return Read(labels=labels, pictures=pictures, most_looked_at=coco.most_looked_at(people.annotations))
 
 
 def _images(listed: Sequence[Any], folder: str) -> tuple[dict[Any, str], dict[str, tuple[float, float]], list[Finding]]:
@@ -93,6 +102,14 @@ def _images(listed: Sequence[Any], folder: str) -> tuple[dict[Any, str], dict[st
     return names, sizes, findings
 
 
+def _unknown_sizes(pictures: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    unknown = tuple(name for name in pictures if name not in sizes)
+    if unknown:
+        text = f"{len(unknown)} of {len(pictures)} pictures have no width and height in the JSON: whether boxes and "
+        text += "joints lie outside of them was not looked at"
+        yield Finding(level="note", check="size", text=text, culprits=unknown)
+
+
 def _categories(kinds: Any) -> tuple[list[dict[str, Any]], list[Finding]]:
     if isinstance(kinds or [], list) and all(isinstance(kind, dict) for kind in kinds or ()):
         return kinds or [], []
@@ -101,12 +118,13 @@ def _categories(kinds: Any) -> tuple[list[dict[str, Any]], list[Finding]]:
 
 
 def _people(
-    tree: dict[str, Any], names: dict[Any, str], folder: str, num_keypoints: int, reading: Reading
+    tree: dict[str, Any], names: dict[Any, str], folder: str, num_keypoints: int, reading: Reading | None
 ) -> tuple[list[dict[str, Any]], list[Finding]]:
     """The rows that a run would take, and findings about the others."""
     rows = []
     others: dict[str, list[str]] = defaultdict(list)
-    kinds = coco.category_ids(tree, reading)
+    known = reading or PLAIN
+    kinds = coco.category_ids(tree, known)
     for index, person in enumerate(tree["annotations"]):
         who = (
             f"annotation {coco.shown(person.get('id'))}"
@@ -117,7 +135,9 @@ def _people(
             if kinds and person.get("category_id", kinds[0]) not in kinds:
                 others["kind"].append(who)
                 continue
-            row = coco.row_of(person, names, folder, num_keypoints, reading)
+            without = reading is None and _is_other_number(person, num_keypoints)
+            taken = person | {"keypoints": []} if without else person
+            row = coco.row_of(taken, names, folder, num_keypoints, known)
         except coco.BROKEN as error:
             others["bad"].append(f"{who}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
             continue
@@ -132,6 +152,11 @@ def _people(
     return rows, list(_about(others, len(tree["annotations"])))
 
 
+def _is_other_number(person: dict[str, Any], num_keypoints: int) -> bool:
+    numbers = person.get("keypoints")
+    return isinstance(numbers, list) and len(numbers) % 3 == 0 and len(numbers) != 3 * num_keypoints
+
+
 def _about(others: Mapping[str, Sequence[str]], num: int) -> Iterator[Finding]:
     told: tuple[tuple[str, Level, str, str], ...] = (
         ("bad", "error", "annotations", f"of {num} annotations cannot be read"),
@@ -143,7 +168,7 @@ def _about(others: Mapping[str, Sequence[str]], num: int) -> Iterator[Finding]:
             "annotations whose num_keypoints is not the number of their labelled joints",
         ),
         ("crowd", "note", "crowd", "annotations are crowds: left out"),
-        ("kind", "note", "kind", "annotations are of other things than people: left out"),
+        ("kind", "note", "kind", "annotations are of other categories: left out"),
     )
     for key, level, check, text in told:
         if culprits := others.get(key):
@@ -198,7 +223,8 @@ def _sizes(told: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[in
             shown = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
             (turned if is_turned else other).append(shown)
     if turned:
-        text = f"{len(turned)} pictures lie on their side when read, as their EXIF data says; were they labelled so?"
+        text = f"{len(turned)} pictures lie on their side when read: by their EXIF data (were they labelled so?), or "
+        text += "width and height are exchanged in the JSON"
         yield _error("size", text, *turned)
     if other:
         yield _error("size", f"{len(other)} pictures have another size than the JSON says", *other)

@@ -124,7 +124,7 @@ def gather(
         UserError: there is nobody, or what was asked for is missing or broken.
     """
     of_train = (config.train_annotations, config.train_images)
-    sources = [_pictures(root, config, num_keypoints, cache)]
+    sources = [pictures(root, config, num_keypoints, cache)]
     withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
@@ -143,8 +143,12 @@ def gather(
     return coco.together(found), tuple(line for line in said if line)
 
 
-def _pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
-    """The people of the folder of pictures without labels; None where there is no such folder."""
+def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
+    """The people of the folder of pictures without labels; None where there is no such folder.
+
+    Raises:
+        UserError: what was asked for is missing or broken.
+    """
     folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
     if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
         raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")

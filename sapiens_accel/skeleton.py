@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 
@@ -33,7 +34,7 @@ class Skeleton:
     def num_keypoints(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property  # of 10,000 names; it is asked for at each joint that is drawn
     def sides(self) -> tuple[str | None, ...]:
         """Left or right of each keypoint whose name tells; None on the midline, and of what has no partner."""
         return tuple(_side(name, self.names[self.mirror[k]]) for k, name in enumerate(self.names))

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from sapiens_accel import coco, config, convert, data, doctor, draw, environment, examine, preview, synthetic
+from sapiens_accel import coco, config, convert, data, doctor, draw, environment, examine, preview, skeleton, synthetic
 from sapiens_accel.config import Config, DataConfig, UserError
 from sapiens_accel.environment import Launch
 from sapiens_accel.examine import Finding, Labels
 from sapiens_accel.heatmap import Codec
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.skeleton import COCO17, WHOLEBODY133, Skeleton
 
 TRAIN, VAL = (f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val"))
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -124,7 +124,71 @@ def test_left_and_right_exchanged_in_all_pairs_are_seen(root: Path) -> None:
 
     _change(root, exchange)
     (finding,) = _found(_run(root), "train/mirror")
-    assert finding.level == "error" and "left shoulder" in finding.text
+    assert finding.level == "warning" and "left shoulder" in finding.text
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 250])
+def test_left_and_right_are_seen_with_the_head_up(degrees: float) -> None:
+    """Divers, and people who lie: turned by any angle, who is right stays right and who is exchanged is seen."""
+    labels = _labels(40)
+    assert _mirrored(labels, labels.keypoints, degrees) == []
+    assert len(_mirrored(labels, labels.keypoints * [-1, 1, 1], degrees)) == 1
+
+
+def _mirrored(labels: Labels, points: np.ndarray, degrees: float) -> list[Finding]:
+    turned = points.copy()
+    turned[..., :2] = points[..., :2] @ _rotation(degrees)
+    return list(examine.mirrored(dataclasses.replace(labels, keypoints=turned), COCO17))
+
+
+def _rotation(degrees: float) -> np.ndarray:
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return np.array([[cos, sin], [-sin, cos]])
+
+
+LEGS = ("shoulder", "elbow", "front_paw", "hip", "knee", "back_paw")
+TROT = Skeleton(
+    names=tuple(f"{side}_{part}" for part in LEGS for side in ("left", "right")),
+    mirror=tuple(k ^ 1 for k in range(12)),
+    sigmas=(0.05,) * 12,
+    upper=(),
+    edges=(),
+)
+
+
+def test_animals_that_trot_past_have_no_swapped_pairs() -> None:
+    """The left front leg is ahead with the right hind leg: each pair lies otherwise than the sum of the others."""
+    rng = np.random.default_rng(0)
+    ahead = np.repeat([1, -1], 3) * rng.choice([-20, 20], (200, 1))
+    x = np.stack([ahead, -ahead], axis=-1).reshape(200, 12) + rng.normal(0, 4, (200, 12))
+    keypoints = np.stack([x, rng.normal(100, 4, (200, 12)), np.full((200, 12), 2)], axis=-1)
+    labels = dataclasses.replace(_labels(200), keypoints=keypoints)
+    assert list(examine.swapped_pairs(labels, TROT)) == []
+
+
+def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the doctor of 10,000 joints, and every picture of a training, would take time by the square of them."""
+    read, side = [], skeleton._side
+    monkeypatch.setattr(skeleton, "_side", lambda *names: read.append(names) or side(*names))
+    whole = dataclasses.replace(WHOLEBODY133)
+    pairs = examine._sides(whole)
+    draw.person(np.zeros((64, 48, 3), np.uint8), np.full((133, 2), 20.0), np.ones(133), whole)
+    assert len(read) == 133 and len(pairs) > 50
+    assert all(whole.names[a].replace("left", "right") == whole.names[b] for a, b in pairs if a < 17)
+
+
+def test_pairs_that_chance_decides_are_not_told_of() -> None:
+    """Sixty pairs of a small face, labelled by coin: none of them is swapped."""
+    pairs = 60
+    names = tuple(f"{side}_{k}" for k in range(pairs) for side in ("left", "right"))
+    mirror = tuple(k ^ 1 for k in range(2 * pairs))
+    face = Skeleton(names=names, mirror=mirror, sigmas=(0.05,) * 2 * pairs, upper=(), edges=())
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x = rng.choice([-9.0, 9.0], (35, pairs))
+        x[:, :40] = 9  # these are clear, and the others are held against them
+        keypoints = np.stack([x, -x], axis=-1).reshape(35, 2 * pairs, 1) * [1, 0, 0] + [100, 100, 2]
+        assert list(examine.swapped_pairs(dataclasses.replace(_labels(35), keypoints=keypoints), face)) == []
 
 
 def test_people_who_lie_or_turn_vote_alike() -> None:
@@ -133,9 +197,8 @@ def test_people_who_lie_or_turn_vote_alike() -> None:
     points = labels.keypoints.copy()
     points[:, [LEFT_WRIST, RIGHT_WRIST]] = points[:, [RIGHT_WRIST, LEFT_WRIST]]
     for degrees in (0, 90, 200):
-        cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         turned = points.copy()
-        turned[..., :2] = points[..., :2] @ np.array([[cos, sin], [-sin, cos]])
+        turned[..., :2] = points[..., :2] @ _rotation(degrees)
         (finding,) = examine.swapped_pairs(dataclasses.replace(labels, keypoints=turned), COCO17)
         assert finding.text.startswith("left_wrist and right_wrist") and len(finding.culprits) == 60
 
@@ -289,6 +352,100 @@ def test_joints_that_cannot_be_told_are_an_error_among_the_others(root: Path) ->
     assert all("'nose' is there twice" in errors[check] for check in ("joints/names", "train/keypoints"))
 
 
+def _of_21(tree: Tree) -> None:
+    tree["categories"] = [{"id": 1, "name": "hand"}]
+    for one in tree["annotations"]:
+        one |= {"keypoints": [*one["keypoints"], *one["keypoints"][:12]], "num_keypoints": 21}
+
+
+def test_joints_without_names_are_one_error_and_no_fault_of_each_person(root: Path) -> None:
+    """What else is wrong is told with it."""
+    for file in (TRAIN, VAL):
+        tree = json.loads((root / file).read_text())
+        _of_21(tree)
+        tree["annotations"][4].update(bbox=[1, 2, 3], num_keypoints=0)
+        (root / file).write_text(json.dumps(tree))
+    report, _, _ = doctor.looked_over(_run(root))
+    errors = {finding.check: finding for finding in report.findings if finding.level == "error"}
+    assert set(errors) == {"joints/names", "train/annotations", "val/annotations"}
+    assert "names its 21 keypoints" in errors["joints/names"].text
+    (culprit,) = errors["train/annotations"].culprits
+    assert culprit.startswith("annotation 5: ") and "bbox" in culprit
+
+
+def test_other_joints_in_validation_are_one_error_of_its_file(root: Path) -> None:
+    tree = json.loads((root / VAL).read_text())
+    _of_21(tree)
+    (root / VAL).write_text(json.dumps(tree))
+    report, _, _ = doctor.looked_over(_run(root))
+    (error,) = [finding for finding in report.findings if finding.level == "error"]
+    assert error.check == "val/keypoints" and "have 21 keypoints" in error.text
+
+
+def test_pictures_whose_size_is_not_told_are_said_to_be_unchecked(root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    del tree["images"][3]["width"]
+    tree["images"][4]["height"] = "160"
+    (root / TRAIN).write_text(json.dumps(tree))
+    (finding,) = _found(_run(root), "train/size")
+    assert finding.level == "note" and "not looked at" in finding.text
+    assert finding.culprits == tuple(f"train2017/{image['file_name']}" for image in tree["images"][3:5])
+
+
+def test_width_and_height_exchanged_are_not_laid_on_exif_data_alone(root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    for image in tree["images"]:
+        image["width"], image["height"] = image["height"], image["width"]
+    (root / TRAIN).write_text(json.dumps(tree))
+    (finding,) = _found(_run(root), "train/size")
+    assert finding.level == "error" and "exchanged in the JSON" in finding.text
+    assert len(finding.culprits) == len({one["image_id"] for one in tree["annotations"]})
+
+
+def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
+    """Their keypoints lie inside of them: that all targets are zero would contradict itself."""
+
+    def scale(people: list[Tree]) -> None:
+        for person in people:
+            person["bbox"] = [side / 240 for side in person["bbox"]]
+            person["keypoints"] = [n if k % 3 == 2 else n / 240 for k, n in enumerate(person["keypoints"])]
+
+    _change(root, scale)
+    with pytest.raises(UserError, match=r"boxes are less than 2 px.* expected both in pixels") as caught:
+        data.open_people(_run(root).data, COCO17, unlabelled=False)
+    assert "zero" not in str(caught.value)
+
+
+def _ssl(root: Path, **changes: Any) -> Config:
+    words = [*_words(root), "--stage", "ssl"]
+    return config.load([*words, *(word for key, value in changes.items() for word in (f"--data.{key}", str(value)))])
+
+
+def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> None:
+    folder = root / "found"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(root / "val2017" / "000020000003.jpg", folder / name)
+    shutil.copy(next((root / "unlabeled2017").iterdir()), folder / "c.jpg")
+    for name in ("cut.jpg", "empty.jpg"):
+        (folder / name).write_bytes((folder / "c.jpg").read_bytes()[: 400 * (name == "cut.jpg")])
+    report, _, _ = doctor.looked_over(_ssl(root, unlabelled_images="found"))
+    told = {finding.check: finding.culprits for finding in report.findings if finding.level == "error"}
+    leaks = tuple(f"found/{name}.jpg is val2017/000020000003.jpg" for name in "ab")
+    assert told == {"unlabelled/unreadable": ("found/cut.jpg", "found/empty.jpg"), "unlabelled/leaks": leaks}
+    report, _, _ = doctor.looked_over(config.load([*_words(root), "--data.unlabelled_images", "found"]))
+    assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learnt from them"
+
+
+def test_boxes_of_pictures_without_labels_that_are_not_there_are_all_named(root: Path) -> None:
+    gone = sorted(path.name for path in (root / "unlabeled2017").iterdir())
+    shutil.rmtree(root / "unlabeled2017")
+    (finding,) = _found(_ssl(root, unlabelled_min_side=1), "unlabelled/missing")
+    assert finding.culprits == tuple(f"unlabeled2017/{name}" for name in gone)
+    (finding,) = _found(_ssl(root, unlabelled_images="nowhere"), "unlabelled/reader")
+    assert finding.level == "error" and "--data.unlabelled_images" in finding.text
+
+
 def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: Path) -> None:
     """The second one has ids of the first, which is nothing, a joint fewer, a leak and an annotation of area 0."""
     other = Path(shutil.copytree(drawn, tmp_path / "other"))
@@ -333,7 +490,7 @@ def shards(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming: bool) -> None:
-    report, labels, _ = doctor.looked_over(_run(shards, streaming=streaming))
+    report, labels, _ = doctor.looked_over(_run(shards, streaming=streaming, unlabelled_min_side=1))
     told = {finding.check: finding.culprits for finding in report.findings if finding.level != "note"}
     assert set(told) == {"train/area", "train/boxes"} and report.people["train"]["people"] == len(labels) == 120
     assert told["train/area"][0].startswith("annotation 6 (")
@@ -471,6 +628,51 @@ def test_a_launch_that_is_none_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+ODD_LAUNCHES = {
+    "num_processes of text": ("distributed_type: MULTI_GPU\nnum_processes: auto\n", "num_processes"),
+    "deepspeed_config of text": ("distributed_type: DEEPSPEED\ndeepspeed_config: zero2\n", "deepspeed_config"),
+    "a list": ("[]", "expected DeepSpeed's JSON"),
+    "zero_optimization of text": ('{"zero_optimization": "stage 2"}', "expected DeepSpeed's JSON"),
+    "offload of text": ('{"zero_optimization": {"offload_optimizer": "cpu"}}', "expected DeepSpeed's JSON"),
+    "cut": ('{"zero', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LAUNCHES)
+def test_a_launch_of_odd_types_is_one_line(tmp_path: Path, case: str) -> None:
+    text, told = ODD_LAUNCHES[case]
+    with pytest.raises(UserError, match=told) as caught:
+        environment.launch_of(_launch(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def _launch(folder: Path, text: str) -> str:
+    """An accelerate config; of a DeepSpeed JSON, one that names it."""
+    if text.startswith(("[", "{")):
+        (folder / "zero.json").write_text(text)
+        text = f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {folder / 'zero.json'}\n"
+    (folder / "launch.yaml").write_text(text)
+    return str(folder / "launch.yaml")
+
+
+@pytest.mark.parametrize("zero", ["null", "{}", '{"offload_optimizer": null, "offload_param": {"device": null}}'])
+def test_a_json_that_offloads_nothing_has_nothing_to_compile(tmp_path: Path, zero: str) -> None:
+    launch = environment.launch_of(_launch(tmp_path, f'{{"zero_optimization": {zero}}}'))
+    assert launch.deepspeed and environment.needed_operations(launch, cuda=True) == []
+
+
+def test_what_accelerate_config_writes_itself_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading told by accelerate's own keys, in the file and to the processes; a `no` that YAML takes for false."""
+    told = "distributed_type: DEEPSPEED\nmixed_precision: no\ndeepspeed_config:\n  zero_stage: 2\n"
+    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: cpu\n"))
+    assert launch.precision == "no" and environment.needed_operations(launch, cuda=True) == ["cpu_adam"]
+    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: none\n"))
+    assert environment.needed_operations(launch, cuda=True) == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme")
+    assert environment.needed_operations(environment.launch_of(None), cuda=True) == ["cpu_adam", "async_io"]
+
+
 def test_too_little_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Config(output_dir=str(tmp_path / "a" / "b"), save_every=10)
     needs = environment.disk_bytes(run, COCO17)
@@ -556,8 +758,10 @@ def test_before_a_training_faults_are_said_and_spoilt_labels_are_refused(root: P
     assert len(said) == 3 and said[1].startswith("warning: train/area: 1 person of area 0: annotation 4 (train2017/")
     _change(root, lambda people: _swap(people, 11, 12))
     said = _brief(root)
-    assert len(said) <= 6 and said[-1].startswith("refused: train/mirror: left_hip and right_hip")
-    assert all("\n" not in line for line in said)
+    assert said[1].startswith("error: train/mirror: left_hip and right_hip"), "said first, and trained: it is no proof"
+    assert len(said) <= 6 and all("\n" not in line for line in said)
+    _change(root, lambda people: people[3].update(id=people[9]["id"]), VAL)
+    assert _brief(root)[-1].startswith("refused: val/ids: 2 annotations share their id")
 
 
 def test_before_a_training_no_picture_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
