@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sapiens_accel import boxes_json, coco, config, detector, pictures
+from sapiens_accel import boxes_json, coco_json, config, detector, pictures
 from sapiens_accel.config import UserError
 from sapiens_accel.detector import Detector, Found
 from sapiens_accel.pictures import Pictures
@@ -123,7 +123,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError("several processes: expected one, python -m sapiens_accel.boxes without a launcher")
     seen = _pictures(asked)
     ids = boxes_json.ids_in(asked.annotations, seen.names) if asked.annotations else boxes_json.ids_of(seen.names)
-    category = coco.person_category(asked.annotations) if asked.annotations else 1
+    category = coco_json.person_category(asked.annotations) if asked.annotations else 1
     finder = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
     try:
         num, bad = detect(seen, ids, category, finder, asked.out, asked.batch_size, asked.num_workers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sapiens_accel import coco
+from sapiens_accel import coco, coco_json
 from sapiens_accel.config import UserError
 from sapiens_accel.detector import NOBODY, Found
 
@@ -53,7 +53,7 @@ def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: it is not there, or one of them lacks what is needed.
     """
-    tree = coco.parsed(file)
+    tree = coco_json.parsed(file)
     things = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(things, list):
         raise UserError(f"{file}: no list {key!r} in it; expected a COCO annotation file")
@@ -125,7 +125,7 @@ class BoxesFile:
         return Found(np.stack(boxes), np.array(scores))
 
     def _detections(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for index, thing in enumerate(coco.parsed(self.file)):
+        for index, thing in enumerate(coco_json.parsed(self.file)):
             if not isinstance(thing, dict) or not {"file_name", "image_id"} & set(thing):
                 raise UserError(f"{self.file}: box {index}: expected image_id, bbox and score, found {str(thing)[:80]}")
             if thing.get("category_id", 1) == 1:
@@ -133,7 +133,7 @@ class BoxesFile:
 
     def _annotations(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         names = {image["id"]: image["file_name"] for image in listed(self.file, "images", ("id", "file_name"))}
-        person = coco.person_category(self.file)
+        person = coco_json.person_category(self.file)
         for thing in listed(self.file, "annotations", ("image_id", "bbox")):
             if not thing.get("iscrowd") and thing.get("category_id", person) == person:
                 yield names.get(thing["image_id"], thing["image_id"]), thing
@@ -142,7 +142,7 @@ class BoxesFile:
         """A box and its score; None for one that is not to be looked at."""
         score = thing.get("score", 1.0)
         try:
-            box = coco.box_of(thing)
+            box = coco_json.box_of(thing)
             if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
                 raise ValueError(f"expected a number as 'score', found {score!r}")
         except ValueError as error:

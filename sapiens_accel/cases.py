@@ -10,12 +10,13 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
 from sapiens_accel import draw, geometry, predict, tables
-from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
+from sapiens_accel.coco import People, boxes_of, keypoints_of
 from sapiens_accel.config import DataConfig, EvalConfig
 from sapiens_accel.detections import Boxes
 from sapiens_accel.draw import Colour
 from sapiens_accel.evaluate import Judgement
 from sapiens_accel.geometry import Crop
+from sapiens_accel.photo import read_image
 from sapiens_accel.predict import Network, Predictions
 from sapiens_accel.skeleton import Skeleton
 from sapiens_accel.worst import Diagnosis, Kind, Reason, diagnose

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel import coco, shards
-from sapiens_accel.coco import WHOLE_BODY, Reading
+from sapiens_accel import coco_json, shards
+from sapiens_accel.coco_json import WHOLE_BODY
 from sapiens_accel.config import UserError
+from sapiens_accel.roster import Reading
 from sapiens_accel.skeleton import COCO17, WHOLEBODY133, Skeleton, words
 
 SUMMARY_VERSION = 1
@@ -89,7 +90,7 @@ def _summary(file: Path, cache: Path) -> dict[str, Any]:
     kept = cache / "people" / f"{digest}-categories-v{SUMMARY_VERSION}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    tree = coco.read_json(file)
+    tree = coco_json.read_json(file)
     categories = tree.get("categories") or []
     if not isinstance(categories, list):
         raise UserError(f"{file}: categories: expected a list, found {type(categories).__name__}")

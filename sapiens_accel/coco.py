@@ -5,18 +5,14 @@ memory-mapped, cached by the content of the JSON; pictures are referenced by nam
 """
 
 import hashlib
-import json
 import os
-import re
 import shutil
 import sys
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import datasets
@@ -24,13 +20,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Array2D, Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
-from tqdm import tqdm
 
-from sapiens_accel import roster, shards
+from sapiens_accel import coco_json, photo, roster, shards
 from sapiens_accel.config import UserError
-from sapiens_accel.roster import FARTHEST, PLAIN, Reading
+from sapiens_accel.roster import PLAIN, Reading
 
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
@@ -38,26 +33,8 @@ if not sys.stderr.isatty():
 SCHEMA_VERSION = 2
 DECODE_AT_MOST = 5000
 LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at pictures of DECODE_AT_MOST, evenly spread
-COLON = re.compile(r":\s*")
-# COCO-WholeBody keeps its 133 keypoints in five lists.
-WHOLE_BODY = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
 # The files of the table of people in shards: rows, which are labelled, and their order where it is another.
 PEOPLE, LABELLED, ORDER = "people.arrow", "labelled.npy", "order.npy"
-JPEG_END = b"\xff\xd9"
-JPEG_START_OF_SCAN = 0xDA
-JPEG_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: those that are decoded at other sizes
-JPEG_APP1 = 0xE1
-# OpenCV from 4.11 on decodes to RGB; a reduction is named with the flag of grey, which the one of colour overrules.
-RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
-REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-NUMBERS = {int, float, bool}
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +87,7 @@ def chosen_of(people: People, chosen: Int[Array, "n"]) -> People:
 
 def by_picture(people: People, images: str) -> Int[Array, "n"]:
     """The people's indices in the order of the JSON's `images`, and in that of its annotations within a picture."""
-    listed = [f"{images}/{image['file_name']}" for image in pictures_of(people.annotations)]
+    listed = [f"{images}/{image['file_name']}" for image in coco_json.pictures_of(people.annotations)]
     places = {name: place for place, name in reversed(list(enumerate(listed)))}
     return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
 
@@ -197,7 +174,7 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
     folder = root / images
     names = _picture_names(folder)
     if not names:
-        raise UserError(f"{folder}: no pictures ({', '.join(PICTURES)}) in it")
+        raise UserError(f"{folder}: no pictures ({', '.join(photo.PICTURES)}) in it")
     # A link to nothing is named by `checked`, like any other picture that does not decode.
     stats = [(path if path.exists() else folder).stat() for path in (folder / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
@@ -227,11 +204,11 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     rows = some_of(people.rows, DECODE_AT_MOST) if some else people.rows
     names = list(dict.fromkeys(rows["file_name"][:]))
     outside = [path for name in names if not shards.inside(path := people.root / name)]
-    folders = {folder: listing(folder) for folder in {path.parent for path in outside}}
+    folders = {folder: photo.listing(folder) for folder in {path.parent for path in outside}}
     for path in outside:
         if path.name not in folders[path.parent]:
             raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
-    sizes = looks(people.root, names, decodes(check, len(names)))
+    sizes = photo.looks(people.root, names, decodes(check, len(names)))
     bad = [name for name, size in sizes.items() if size is None]
     if bad and on_bad_image == "stop":
         raise UserError(f"{people.root / bad[0]}: does not decode; mend it, or --data.on_bad_image skip")
@@ -257,71 +234,6 @@ def some_of(rows: Dataset, number: int) -> Dataset:
     if len(rows) <= number:
         return rows
     return rows.select(np.linspace(0, len(rows) - 1, number).astype(int))
-
-
-class Picture(NamedTuple):
-    """A decoded picture. One of its pixels stands for reduction x reduction of the file's, and lies amid them."""
-
-    pixels: UInt8[Array, "h w 3"]
-    reduction: int
-
-
-def read_image(path: Path) -> UInt8[Array, "h w 3"]:
-    """An RGB picture, turned as its EXIF data says.
-
-    Raises:
-        UserError: the file does not decode.
-    """
-    return read_picture(path).pixels
-
-
-def read_picture(path: Path, at_most: int = 1) -> Picture:
-    """`read_image`, smaller where that decodes sooner.
-
-    Args:
-        at_most: the largest reduction that may be made, 1, 2, 4 or 8.
-
-    Raises:
-        UserError: the file does not decode.
-    """
-    try:
-        content = shards.content(path)
-    except OSError:
-        content = b""
-    reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
-    pixels = _decoded(content, REDUCED[reduction])
-    if pixels is None:
-        raise UserError(f"{path}: does not decode; mend it, or run with --data.check_images decode")
-    return Picture(pixels, reduction)
-
-
-def _decoded(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"] | None:
-    image = _imdecode(content, size | (RGB or cv2.IMREAD_COLOR))
-    return image if image is None or RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _imdecode(content: shards.Bytes, how: int) -> Array | None:
-    try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
-    except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None
-        return None
-
-
-def _reducible(content: shards.Bytes, reduction: int) -> bool:
-    """Whether the decoder itself reduces the picture, and its pixels then lie amid those that they stand for.
-
-    That holds for JPEG, counted from the corner where the file begins. EXIF may have the picture turned round
-    afterwards: if the sides are no multiples of the reduction, that corner's opposite would be taken for it.
-    """
-    at, may_turn = 2, False
-    while content[:2] == b"\xff\xd8" and at + 9 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker in JPEG_START_OF_FRAME:
-            sides = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
-            return not may_turn or all(side % reduction == 0 for side in sides)
-        may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return False
 
 
 class Rows:
@@ -359,37 +271,6 @@ def _values(column: Any, feature: Any) -> Any:
 
 def _value(value: Any) -> Any:
     return value if isinstance(value, np.ndarray) else value.as_py()
-
-
-def whole_image(path: Path) -> Array | None:
-    """The picture as `read_image` has it; None if it is cut short or does not decode."""
-    return _decoded(_content(path), REDUCED[1]) if _whole(path) else None
-
-
-def decoded(path: Path, how: int) -> Array | None:
-    """What OpenCV makes of a picture, BGR; None if it does not decode, is larger than OpenCV may read, or is no file.
-
-    Args:
-        how: cv2.IMREAD_COLOR (grey, 16 bits, alpha and CMYK become 8-bit colours) or one of its reduced sizes.
-    """
-    return _imdecode(_content(path), how)
-
-
-def _content(path: Path) -> shards.Bytes:
-    """A picture's bytes; none of what cannot be read."""
-    try:
-        return shards.content(path) if shards.inside(path) or is_file(path) else b""
-    except OSError:
-        return b""
-
-
-def is_file(path: Path) -> bool:
-    """Whether it can be opened as a file: no folder, no named pipe (opening it would wait for whoever writes into it),
-    no link to nothing or to itself, no name that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def keypoints_of(rows: Dataset) -> Float[Array, "n k 3"]:
@@ -547,146 +428,36 @@ def _coco_rows(
     num_keypoints: int, annotations: str, images: str, keypoints: str, reading: Reading
 ) -> Iterator[dict[str, Any]]:
     path = Path(annotations)
-    tree = read_json(path)
-    names = picture_names(tree, path)
+    tree = coco_json.read_json(path)
+    names = coco_json.picture_names(tree, path)
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-    kinds = category_ids(tree, reading)
+    kinds = coco_json.category_ids(tree, reading)
     for person in tree["annotations"]:
         if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
         try:
-            row = row_of(person, names, images, num_keypoints, reading)
-        except BROKEN as error:
+            row = coco_json.row_of(person, names, images, num_keypoints, reading)
+        except coco_json.BROKEN as error:
             who = person.get("id") if isinstance(person, dict) else person
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: annotation {shown(who)}: {' '.join(reason.split())[:200]}") from None
+            raise UserError(f"{path}: annotation {coco_json.shown(who)}: {coco_json.reason(error)}") from None
         if row:
             yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
-
-
-def picture_names(tree: dict[str, Any], path: Path) -> dict[Any, str]:
-    """Each picture's name by its id, of what `read_json` has accepted.
-
-    Raises:
-        UserError: an id of two pictures.
-    """
-    names: dict[Any, str] = {}
-    for image in tree["images"]:
-        if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            both = f"{names[image['id']]} and {image['file_name']}"
-            raise UserError(f"{path}: images: id {shown(image['id'])} is of two pictures, {both}")
-    return names
-
-
-def shown(value: Any) -> str:
-    """A value from a JSON, short and in one line."""
-    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
-
-
-def category_ids(tree: dict[str, Any], reading: Reading) -> list[Any]:
-    """A JSON of many kinds of things names those that count among them; empty: all count."""
-    wanted = reading.categories or ("person",)
-    return [kind.get("id") for kind in tree.get("categories") or () if kind.get("name") in wanted]
-
-
-def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
-    """The category_id of people in their COCO JSON: that of the name, else the only one; 1 where it does not tell."""
-    tree = parsed(annotations)
-    listed = [kind.get("id") for kind in tree.get("categories") or ()]
-    return next(iter(category_ids(tree, reading) or listed), 1)
-
-
-def row_of(
-    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading = PLAIN
-) -> dict[str, Any] | None:
-    """The row of one COCO annotation; None for a crowd or an empty box.
-
-    Raises:
-        one of BROKEN: something in it is not what it should be.
-    """
-    if person.get("iscrowd", 0) not in (0, 1, None):
-        raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(person['iscrowd'])}")
-    if person.get("iscrowd"):
-        return None
-    box = box_of(person)
-    if box[2] <= 0 or box[3] <= 0:
-        return None
-    if person.get("image_id") not in names:
-        raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
-    points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
-    if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
-        raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
-    if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
-        raise ValueError(f"expected pixels of a picture, found numbers above {FARTHEST:g}")
-    area = person.get("area", float(box[2] * box[3]))
-    if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
-        raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
-    return {
-        "file_name": f"{images}/{names[person['image_id']]}",
-        "image_id": _id(person["image_id"]),
-        "ann_id": _id(person["id"]),
-        "box_xywh": box.tolist(),
-        "area": float(area),
-        "keypoints": points.reshape(num_keypoints, 3),
-    }
-
-
-def _id(value: Any) -> int:
-    """A whole number that Arrow can keep, which has 64 bits."""
-    if not isinstance(value, int | str) and not (isinstance(value, float) and value.is_integer()):
-        raise ValueError(f"expected an id that is a whole number, found {shown(value)}")
-    number = int(value)
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"expected an id of at most 64 bits, found {shown(value)}")
-    return number
-
-
-def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
-    """An annotation's x, y, v, x, y, v, ... for the run's keypoints; None where it has none.
-
-    COCO-WholeBody's five lists are taken as one where 133 are asked for.
-
-    Raises:
-        ValueError: those that the run's are to be taken from are more or fewer than they should be.
-    """
-    count, numbers = reading.count or num_keypoints, person.get("keypoints")
-    if count == 133 and all(key in person for key in WHOLE_BODY):
-        numbers = [number for key in WHOLE_BODY for number in person[key]]
-    if not numbers or reading.source is None:
-        return numbers
-    if not isinstance(numbers, list) or len(numbers) != 3 * count:
-        raise ValueError(f"expected {3 * count} keypoint numbers, found {shown(numbers)}")
-    return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
-
-
-def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
-    """The `bbox` of an annotation or a detection.
-
-    Raises:
-        ValueError: there is none, or it is not four finite numbers.
-    """
-    if "bbox" not in thing:
-        raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the picture")
-    box = _numbers(thing["bbox"])
-    if box.shape != (4,) or not np.isfinite(box).all():
-        raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")
-    return box
 
 
 def _detected_rows(
     num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
 ) -> Iterator[dict[str, Any]]:
-    found = parsed(Path(detections))
+    found = coco_json.parsed(Path(detections))
     there, of_stem = set(names), {Path(name).stem: name for name in names}
     place = {name: index for index, name in enumerate(names)}
     for index, thing in enumerate(found):
         try:
-            box, score, key = box_of(thing), float(thing["score"]), thing["image_id"]
+            box, score, key = coco_json.box_of(thing), float(thing["score"]), thing["image_id"]
             if not np.isfinite(score):
                 raise ValueError(f"expected a number as its 'score', found {score}")
-            image_id = _id(key) if isinstance(key, int) else None
-        except BROKEN as error:
+            image_id = coco_json.id_of(key) if isinstance(key, int) else None
+        except coco_json.BROKEN as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{detections}: detection {index}: {reason}") from None
         if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
@@ -708,80 +479,9 @@ def _detected_rows(
         }
 
 
-def _numbers(values: Any) -> Float[Array, "n"]:
-    # numpy would read the numbers in a text, too.
-    if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
-        raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
-    return np.asarray(values, dtype=np.float64)
-
-
-def parsed(path: Path) -> Any:
-    """A JSON file's content; of a manifest of shards, the COCO JSON that its rows would be.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    if shards.is_manifest(path):
-        return shards.tree(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A COCO annotation file: a tree with lists of images and annotations.
-
-    Raises:
-        UserError: it is none.
-    """
-    tree = parsed(path)
-    for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
-        items = tree.get(key) if isinstance(tree, dict) else None
-        if not isinstance(items, list):
-            raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
-        odd = [item for item in items if not isinstance(item, dict) or any(name not in item for name in needed)]
-        if odd:
-            raise UserError(f"{path}: {key}: expected {' and '.join(needed) or 'keys'}, found {shown(odd[0])}")
-    kinds = tree.get("categories") or []
-    if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
-        raise UserError(f"{path}: categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}")
-    for image in tree["images"]:
-        if reason := fault_of(image):
-            raise UserError(f"{path}: images: {reason}")
-    return tree
-
-
-def fault_of(image: dict[str, Any]) -> str | None:
-    """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of pictures, and in one line."""
-    key, name = image["id"], image["file_name"]
-    if isinstance(key, bool) or not isinstance(key, int | float | str):
-        return f"expected an id that is a whole number, found {shown(key)}"
-    if not isinstance(name, str) or not PurePosixPath(name).name:
-        return f"id {shown(key)}: expected the name of a file, found {shown(name)}"
-    if name.startswith("/") or ".." in name.split("/"):
-        return f"id {shown(key)}: {shown(name)} leads out of the folder of pictures; expected a name inside it"
-    odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
-    if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
-        return f"id {shown(key)}: expected a name of letters that can be shown, found {shown(name)}"
-    return None
-
-
-def pictures_of(path: Path) -> list[dict[str, Any]]:
-    """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
-    if shards.is_manifest(path):
-        return shards.pictures(path)
-    text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
-    key, value, at = "", [], text.index("{")
-    while key != "images":
-        key, at = decode(text, text.index('"', at))
-        value, at = decode(text, next(COLON.finditer(text, at)).end())
-    return value
-
-
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
     for index, name in enumerate(names):
-        image = decoded(Path(root) / images / name, cv2.IMREAD_COLOR)
+        image = photo.decoded(Path(root) / images / name, cv2.IMREAD_COLOR)
         height, width = (1, 1) if image is None else image.shape[:2]  # `checked` names those that do not decode
         yield {
             "file_name": f"{images}/{name}",
@@ -793,23 +493,15 @@ def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[
         }
 
 
-def listing(folder: Path) -> set[str]:
-    """What is in a folder, by name; nothing in one that is not there."""
-    try:
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    except OSError:  # of a name that no folder can have, or of one that may not be read: nothing is there
-        return set()
-
-
 def _picture_names(folder: Path) -> list[str]:
     """The pictures of a folder, by name.
 
     Raises:
         UserError: a name that is not UTF-8.
     """
-    names = sorted(name for name in listing(folder) if Path(name).suffix.lower() in PICTURES)
+    names = sorted(name for name in photo.listing(folder) if Path(name).suffix.lower() in photo.PICTURES)
     for name in names:
-        if reason := fault_of({"id": 0, "file_name": name}):
+        if reason := coco_json.fault_of({"id": 0, "file_name": name}):
             raise UserError(f"{folder}: {reason.removeprefix('id 0: ')}; rename it")
     return names
 
@@ -819,43 +511,3 @@ def _whose(sources: Sequence[People], picture: Path) -> str:
     several = ((people, row) for people in sources for row in enumerate(people.rows["file_name"][:]))
     people, place = next((people, i) for people, (i, name) in several if people.root / name == picture)
     return f"{people.annotations}: annotation {people.rows[place]['ann_id']}"
-
-
-def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int, int] | None]:
-    """Each picture's height and width in eighths, rounded either way; 0, 0 if not decoded; None if it is corrupt."""
-
-    def look(name: str) -> tuple[int, int] | None:
-        path = root / name
-        if not _whole(path):
-            return None
-        image = decoded(path, cv2.IMREAD_REDUCED_COLOR_8) if decode else np.empty((0, 0))
-        return None if image is None else image.shape[:2]
-
-    with ThreadPoolExecutor(8) as pool:
-        progress = tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=None, leave=False)
-        return dict(zip(names, progress, strict=True))
-
-
-def _whole(path: Path) -> bool:
-    """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
-    try:
-        if not shards.inside(path) and not is_file(path):
-            return False
-        with shards.opened(path) as file:
-            head = file.read(8)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-            tail = file.read()
-    except OSError:
-        return False
-    if head[:2] == b"\xff\xd8":
-        # Cameras append data of their own, so the end need not be the last thing in the file.
-        return JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(shards.content(path)))
-    return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8
-
-
-def _jpeg_scan(content: bytes) -> bytes:
-    """What follows the headers: they may hold a thumbnail with an end of its own. Segments are marker, length, data."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != JPEG_START_OF_SCAN:
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return content[at:]

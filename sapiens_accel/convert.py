@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError
 from tqdm import tqdm
 
-from sapiens_accel import coco, roster, shards
+from sapiens_accel import coco, coco_json, photo, roster, shards
 from sapiens_accel.config import DataConfig, UserError, check_model_id
 from sapiens_accel.refused import why, without_token
 
@@ -135,12 +135,12 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
 def _tree(split: Split) -> dict[str, Any]:
     """The split's JSON; of an unlabelled folder without one, its pictures."""
     if split.annotations.is_file() and not coco.is_detections(split.annotations):
-        return coco.read_json(split.annotations)
+        return coco_json.read_json(split.annotations)
     if not split.optional:
         raise UserError(f"{split.annotations}: expected a COCO annotation file; see --{split.name}_annotations")
     images = []
-    for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in coco.PICTURES)):
-        picture = coco.decoded(path, cv2.IMREAD_COLOR)
+    for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in photo.PICTURES)):
+        picture = photo.decoded(path, cv2.IMREAD_COLOR)
         if picture is None:
             raise UserError(f"{path}: does not decode; mend it or move it away")
         sizes = {"width": picture.shape[1], "height": picture.shape[0]}
@@ -155,7 +155,7 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             people[annotation["image_id"]].append(roster.person(annotation, place))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{split.annotations}: annotations[{place}]: {type(error).__name__}: {error}") from None
+            raise UserError(f"{split.annotations}: annotations[{place}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]
     strangers = people.keys() - set(known)
     if strangers:

@@ -43,11 +43,12 @@ from sapiens_accel import (
 )  # fmt: skip
 from sapiens_accel.augment import Augmenter, change_pixels
 from sapiens_accel.category import Category
-from sapiens_accel.coco import People, Picture, Rows, boxes_of, keypoints_of, read_picture
+from sapiens_accel.coco import People, Rows, boxes_of, keypoints_of
 from sapiens_accel.config import DataConfig, MoreData, StageConfig, UserError, guarded
 from sapiens_accel.examine import in_crop
 from sapiens_accel.geometry import Crop
 from sapiens_accel.mixture import Mixture
+from sapiens_accel.photo import Picture, read_picture
 from sapiens_accel.skeleton import COCO17, Skeleton
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
-from sapiens_accel import coco
+from sapiens_accel import coco_json
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import UserError
 
@@ -66,7 +66,7 @@ def of_people(people: People) -> Boxes:
         UserError: a box that has nothing of its picture in it.
     """
     boxes, image_ids = boxes_of(people.rows), np.asarray(people.rows["image_id"][:], dtype=np.int64)
-    sizes = {image["id"]: image for image in coco.pictures_of(people.annotations)}
+    sizes = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
     for box, image_id, ann_id in zip(boxes, image_ids.tolist(), people.rows["ann_id"][:], strict=True):
         if _outside(box, sizes[image_id]):
             raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
@@ -86,12 +86,12 @@ def of_detector(file: Path, people: People) -> Boxes:
         UserError: no list of detections, none at all or none of these pictures or of people; one without image_id, box
             or score; a box without area or beside its picture; a picture that is not there.
     """
-    found = coco.parsed(file)
+    found = coco_json.parsed(file)
     if not isinstance(found, list):
         raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
     if not found:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
-    pictures = {image["id"]: image for image in coco.pictures_of(people.annotations)}
+    pictures = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
     rows = list(_rows(file, found))
     here = [row for row in rows if row[0] in pictures]
     if not here:
@@ -99,7 +99,7 @@ def of_detector(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({row[0] for row in rows})} pictures (the first is "
             f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
         )
-    person = coco.person_category(people.annotations, people.reading)
+    person = coco_json.person_category(people.annotations, people.reading)
     kept = [row for row in here if row[1] == person]
     if not kept:
         kinds = sorted({str(row[1]) for row in here})
@@ -134,7 +134,7 @@ def _rows(file: Path, found: list[Any]) -> Iterator[Row]:
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"{file}: detection {index}: expected a number as 'score', found {score!r}")
         try:
-            box = coco.box_of(thing)
+            box = coco_json.box_of(thing)
         except ValueError as error:
             raise UserError(f"{file}: detection {index}: {error}") from None
         yield thing["image_id"], thing.get("category_id", 1), box, float(score), index
@@ -172,5 +172,7 @@ def _shown(box: Float[Array, "4"]) -> str:
 def _folder(people: People) -> str:
     """The folder of the people's pictures: what stands before each listed name."""
     row = people.rows[0]
-    name = next(image["file_name"] for image in coco.pictures_of(people.annotations) if image["id"] == row["image_id"])
+    name = next(
+        image["file_name"] for image in coco_json.pictures_of(people.annotations) if image["id"] == row["image_id"]
+    )
     return row["file_name"].removesuffix(f"/{name}")

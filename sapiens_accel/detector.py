@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 from torch.utils.data import DataLoader, Dataset
 
-from sapiens_accel import coco, fetch
+from sapiens_accel import fetch, photo
 from sapiens_accel.config import UserError
 from sapiens_accel.data import begin_worker
 
@@ -136,7 +136,7 @@ class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> UInt8[Array, "h w 3"] | None:
-        return coco.whole_image(self.root / self.names[index])
+        return photo.whole_image(self.root / self.names[index])
 
 
 def prepare(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:

@@ -34,10 +34,11 @@ from sapiens_accel import (
     shards,
     stream,
 )
-from sapiens_accel.coco import People, boxes_of, column_of, is_file, keypoints_of
+from sapiens_accel.coco import People, boxes_of, column_of, keypoints_of
 from sapiens_accel.config import Config, DataConfig, MoreData, UserError
 from sapiens_accel.data import Sets
 from sapiens_accel.examine import LEVELS, Finding, Labels, Level
+from sapiens_accel.photo import is_file
 from sapiens_accel.skeleton import COCO17, Skeleton
 
 SHOWN = 4  # culprits of a check in the text; the JSON has all

@@ -20,7 +20,7 @@ import torch
 import yaml
 from huggingface_hub import get_token
 
-from sapiens_accel import coco, memory
+from sapiens_accel import coco_json, memory
 from sapiens_accel.config import Config, UserError
 from sapiens_accel.distributed import BF16_CAPABILITY
 from sapiens_accel.examine import Finding
@@ -73,7 +73,9 @@ def launch_of(file: str | None) -> Launch:
         raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
     of_deepspeed = tree.get("deepspeed_config") or {}
     if not isinstance(of_deepspeed, dict):
-        raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {coco.shown(of_deepspeed)}")
+        raise UserError(
+            f"{where}: deepspeed_config: expected keys as accelerate's, found {coco_json.shown(of_deepspeed)}"
+        )
     return Launch(
         name=f"accelerate launch --config_file {file}",
         precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
@@ -87,7 +89,7 @@ def _processes(told: Any, where: str) -> int:
     try:
         return int(told)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: expected the number of processes, found {coco.shown(told)}") from None
+        raise UserError(f"{where}: expected the number of processes, found {coco_json.shown(told)}") from None
 
 
 def _zero(told: Mapping[str, Any], of: str) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ def _zero(told: Mapping[str, Any], of: str) -> Mapping[str, Any]:
         return {name: {"device": str(place)} for name, place in places.items()}
     if not Path(str(file)).is_file():
         raise UserError(f"--launch {of}: its {file} is not there; run in the folder of the repository")
-    tree = coco.parsed(Path(file))
+    tree = coco_json.parsed(Path(file))
     zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
     if not all(isinstance(part, dict) for part in parts):

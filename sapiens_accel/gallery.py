@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sapiens_accel import draw, pictures
-from sapiens_accel.coco import read_image
 from sapiens_accel.config import EvalConfig
 from sapiens_accel.keypoints_json import KeypointsFile, Person
+from sapiens_accel.photo import read_image
 from sapiens_accel.pictures import Film
 from sapiens_accel.skeleton import Skeleton
 

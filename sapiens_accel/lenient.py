@@ -1,6 +1,6 @@
 """An annotation file and its pictures, read on past the first fault: what the run's own reader would refuse, all of it.
 
-Each person is read by the reader itself (`coco.row_of`), so nothing passes here that a run would not take.
+Each person is read by the reader itself (`coco_json.row_of`), so nothing passes here that a run would not take.
 """
 
 from collections import defaultdict
@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapiens_accel import coco, shards
-from sapiens_accel.coco import FARTHEST, PLAIN, Reading
+from sapiens_accel import coco, coco_json, photo, shards
 from sapiens_accel.config import UserError
 from sapiens_accel.examine import Finding, Labels, Level
+from sapiens_accel.roster import FARTHEST, PLAIN, Reading
 
-EIGHTH = 8  # `coco.looks` tells sizes to this many px
+EIGHTH = 8  # `photo.looks` tells sizes to this many px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def read(root: Path, annotations: str, images: str, num_keypoints: int, reading:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; see --data.root and --data.*_annotations")
-        tree = coco.parsed(path)
+        tree = coco_json.parsed(path)
     except (UserError, OSError) as error:
         return Read(labels=nothing, findings=[_error("json", str(error), str(path))])
     for key in ("images", "annotations"):
@@ -85,11 +85,11 @@ def _images(listed: Sequence[Any], folder: str) -> tuple[dict[Any, str], dict[st
     bad, twice = [], []
     for index, image in enumerate(listed):
         if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-            bad.append(f"images, entry {index}: expected id and file_name, found {coco.shown(image)}")
-        elif reason := coco.fault_of(image):
+            bad.append(f"images, entry {index}: expected id and file_name, found {coco_json.shown(image)}")
+        elif reason := coco_json.fault_of(image):
             bad.append(f"images, entry {index}: {reason}")
         elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            twice.append(f"id {coco.shown(image['id'])} ({names[image['id']]}, {image['file_name']})")
+            twice.append(f"id {coco_json.shown(image['id'])} ({names[image['id']]}, {image['file_name']})")
         else:
             size = tuple(s for key in ("width", "height") if isinstance(s := image.get(key), int | float))
             if len(size) == 2 and min(size) > 0 and max(size) < FARTHEST:
@@ -113,7 +113,7 @@ def _unknown_sizes(pictures: Mapping[str, int], sizes: Mapping[str, tuple[float,
 def _categories(kinds: Any) -> tuple[list[dict[str, Any]], list[Finding]]:
     if isinstance(kinds or [], list) and all(isinstance(kind, dict) for kind in kinds or ()):
         return kinds or [], []
-    text = f"categories: expected a list of objects with 'id' and 'name', found {coco.shown(kinds)}"
+    text = f"categories: expected a list of objects with 'id' and 'name', found {coco_json.shown(kinds)}"
     return [], [_error("categories", text)]
 
 
@@ -124,12 +124,12 @@ def _people(
     rows = []
     others: dict[str, list[str]] = defaultdict(list)
     known = reading or PLAIN
-    kinds = coco.category_ids(tree, known)
+    kinds = coco_json.category_ids(tree, known)
     for index, person in enumerate(tree["annotations"]):
         who = (
-            f"annotation {coco.shown(person.get('id'))}"
+            f"annotation {coco_json.shown(person.get('id'))}"
             if isinstance(person, dict)
-            else f"entry {index}, {coco.shown(person)}"
+            else f"entry {index}, {coco_json.shown(person)}"
         )
         try:
             if kinds and person.get("category_id", kinds[0]) not in kinds:
@@ -137,16 +137,16 @@ def _people(
                 continue
             without = reading is None and _is_other_number(person, num_keypoints)
             taken = person | {"keypoints": []} if without else person
-            row = coco.row_of(taken, names, folder, num_keypoints, known)
-        except coco.BROKEN as error:
-            others["bad"].append(f"{who}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
+            row = coco_json.row_of(taken, names, folder, num_keypoints, known)
+        except coco_json.BROKEN as error:
+            others["bad"].append(f"{who}: {coco_json.reason(error)}")
             continue
         if row:
             rows.append(row)
             told = person.get("num_keypoints")
             # Of five lists of a whole body the count is of the first.
             if told is not None and told != (labelled := sum(v > 0 for v in (person.get("keypoints") or ())[2::3])):
-                others["count"].append(f"{who}: num_keypoints {coco.shown(told)}, labelled {labelled}")
+                others["count"].append(f"{who}: num_keypoints {coco_json.shown(told)}, labelled {labelled}")
         else:
             others["crowd" if person.get("iscrowd") else "empty"].append(who)
     return rows, list(_about(others, len(tree["annotations"])))
@@ -193,7 +193,7 @@ def pictures(
 ) -> list[Finding]:
     """Pictures that are not there, that do not decode, or that have another size than the JSON says."""
     outside = [name for name in found.pictures if not shards.inside(root / name)]
-    there = {folder: coco.listing(folder) for folder in {(root / name).parent for name in outside}}
+    there = {folder: photo.listing(folder) for folder in {(root / name).parent for name in outside}}
     missing = [name for name in outside if (root / name).name not in there[(root / name).parent]]
     names = sorted(set(found.pictures) - set(missing))
     findings = []
@@ -201,7 +201,7 @@ def pictures(
         text = f"{coco.DECODE_AT_MOST} of {len(names)} pictures were looked at; all by --data.check_images ends"
         findings.append(Finding(level="note", check="unreadable", text=text))
         names = [names[place] for place in np.linspace(0, len(names) - 1, coco.DECODE_AT_MOST).astype(int)]
-    looks = coco.looks(root, names, coco.decodes(check, len(names)))
+    looks = photo.looks(root, names, coco.decodes(check, len(names)))
     corrupt = [name for name, hw in looks.items() if hw is None]
     if missing:
         findings.append(_error("missing", f"{len(missing)} of {len(found.pictures)} pictures are not there", *missing))

@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
-from sapiens_accel import coco
-from sapiens_accel.coco import PICTURES
+from sapiens_accel import photo
 from sapiens_accel.config import UserError
+from sapiens_accel.photo import PICTURES
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 JPEG_QUALITY = 95
@@ -66,7 +66,7 @@ def sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
     """Height and width (px) of every picture, turned as its EXIF data says; None for one that does not decode."""
 
     def size(name: str) -> tuple[int, int] | None:
-        image = coco.whole_image(root / name)
+        image = photo.whole_image(root / name)
         return None if image is None else image.shape[:2]
 
     with ThreadPoolExecutor(4) as pool:

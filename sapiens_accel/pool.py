@@ -14,7 +14,7 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 
-from sapiens_accel import coco, shards
+from sapiens_accel import coco, photo, shards
 from sapiens_accel.coco import People, boxes_of
 from sapiens_accel.config import DataConfig, UserError
 
@@ -223,7 +223,7 @@ def _look_alike(path: Path, other: Path) -> bool:
     """
     small = []
     for file in (path, other):
-        image = coco.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        image = photo.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if image is None:
             return False
         small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))

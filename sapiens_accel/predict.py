@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from sapiens_accel import geometry, heatmap, weights
-from sapiens_accel.coco import read_image
 from sapiens_accel.config import DataConfig, EvalConfig, UserError
 from sapiens_accel.data import begin_worker, plainly
 from sapiens_accel.detections import Boxes
 from sapiens_accel.heatmap import Codec
 from sapiens_accel.model import SapiensPose
+from sapiens_accel.photo import read_image
 from sapiens_accel.skeleton import Skeleton
 
 PATCH = 16

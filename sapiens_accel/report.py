@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sapiens_accel import cases, checkpoint, config, distributed, draw, evaluate, holdout, pool, tables
 from sapiens_accel.alarms import Alarms, Stopped
 from sapiens_accel.augment import Augmenter
-from sapiens_accel.coco import People, boxes_of, keypoints_of, read_image
+from sapiens_accel.coco import People, boxes_of, keypoints_of
 from sapiens_accel.config import Config, StageName
 from sapiens_accel.data import Key, Labelled, Sets, TrainingPeople
 from sapiens_accel.evaluate import Metrics, Predictions
@@ -32,6 +32,7 @@ from sapiens_accel.heatmap import Codec
 from sapiens_accel.holdout import Holdout
 from sapiens_accel.loop import Step
 from sapiens_accel.objective import MeanTeacher, Objective
+from sapiens_accel.photo import read_image
 from sapiens_accel.plan import GIB, Plan
 from sapiens_accel.skeleton import Skeleton
 

@@ -267,7 +267,7 @@ def _vectors(
 
 
 def _expect(fine: Bool[Array, "n"], values: Array, expected: str, ann_id: Int[Array, "n"], path: Path) -> None:
-    """The rules of `coco.row_of`, for columns."""
+    """The rules of `coco_json.row_of`, for columns."""
     if not fine.all():
         at = int(np.argmin(fine))
         raise UserError(f"{path}: annotation {ann_id[at]}: expected {expected}, found {str(values[at].tolist())[:60]}")

@@ -39,7 +39,7 @@ LAYERS = (
         "sources",
         "examine",
     ),
-    ("tars",),
+    ("tars", "coco_json", "photo"),
     ("roster", "remote"),
     ("shards",),
     ("layout", "refused"),

@@ -16,7 +16,7 @@ import transformers
 from detectors import tiny
 from PIL import Image
 
-from sapiens_accel import boxes, boxes_json, coco, detections, pictures, synthetic
+from sapiens_accel import boxes, boxes_json, coco, detections, photo, pictures, synthetic
 from sapiens_accel.config import UserError
 from sapiens_accel.detector import Detector, suppress
 
@@ -198,7 +198,7 @@ def test_every_third_frame_of_a_video_becomes_a_picture(detector: Path, tmp_path
     names = [f"clip_{index:06d}.jpg" for index in (0, 3, 6, 9)]
     assert sorted(path.name for path in folder.iterdir()) == names
     for name, index in zip(names, (0, 3, 6, 9), strict=True):
-        picture = coco.read_image(folder / name)
+        picture = photo.read_image(folder / name)
         difference = [np.abs(picture.astype(int) - frame).mean() for frame in frames]
         assert int(np.argmin(difference)) == index and difference[index] < 2
     found = _read(tmp_path / "b.json")

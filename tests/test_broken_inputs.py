@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sapiens_accel import coco, data, doctor, synthetic
+from sapiens_accel import coco, data, doctor, photo, synthetic
 from sapiens_accel.config import Config, DataConfig, UserError
 from sapiens_accel.skeleton import COCO17
 
@@ -348,7 +348,7 @@ def test_every_kind_of_picture_is_read_as_8_bit_colours(run: Config, root: Path,
     save(image, path)  # the name still ends in .jpg: what counts is the content
     expected = np.array(image.convert("RGB")).astype(int)
     assert len(_open(run).train) == NUM
-    found = coco.read_image(path)
+    found = photo.read_image(path)
     assert found.dtype == np.uint8 and found.shape == (160, 240, 3)
     assert np.abs(found - expected).mean() < 4, "JPEG loses as much of the drawings' noise"
     assert doctor.looked_over(run)[0].count("error") == 0
@@ -381,7 +381,7 @@ def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not
     exif = Image.Exif()
     exif[0x112] = 6  # to be shown turned by 90 degrees, clockwise
     Image.open(path).save(path, "JPEG", exif=exif, quality=95)
-    found = coco.read_image(path)
+    found = photo.read_image(path)
     assert found.shape == (240, 160, 3)
     assert np.abs(found - np.rot90(upright, -1)).mean() < 4
     assert len(_open(run).train) == NUM

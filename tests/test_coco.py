@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from sapiens_accel import coco, synthetic
+from sapiens_accel import coco, photo, synthetic
 from sapiens_accel.coco import People, Rows
 from sapiens_accel.config import UserError
 
@@ -197,9 +197,9 @@ def test_whole_pictures_of_coco_mini(cache: Path) -> None:
 def test_pictures_are_read_as_rgb(tmp_path: Path) -> None:
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     cv2.imwrite(str(tmp_path / "x.png"), picture[..., ::-1])
-    assert np.array_equal(coco.read_image(tmp_path / "x.png"), picture)
+    assert np.array_equal(photo.read_image(tmp_path / "x.png"), picture)
     (tmp_path / "x.jpg").write_bytes(b"no picture at all")
-    _error(lambda: coco.read_image(tmp_path / "x.jpg"), tmp_path / "x.jpg")
+    _error(lambda: photo.read_image(tmp_path / "x.jpg"), tmp_path / "x.jpg")
 
 
 def test_rows_one_by_one_are_the_tables(root: Path, cache: Path) -> None:

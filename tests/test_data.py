@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapiens_accel import coco, data, synthetic
+from sapiens_accel import coco, data, photo, synthetic
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
 from sapiens_accel.data import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, Share, TrainingPeople, View
@@ -428,7 +428,7 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
     known: list[tuple[int, int]] = []
     read = data.read_picture
 
-    def told(path: Path, at_most: int = 1) -> coco.Picture:
+    def told(path: Path, at_most: int = 1) -> photo.Picture:
         known.append((at_most, read(path, at_most).reduction))
         return read(path, at_most)
 

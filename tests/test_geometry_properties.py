@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sapiens_accel import coco, data, geometry
+from sapiens_accel import data, geometry, photo
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.config import AugmentConfig
 from sapiens_accel.geometry import Crop, apply, apply_batch, box_crop, invert, of_reduced, strong_from_weak, warp
@@ -212,8 +212,8 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
         path = Path(folder) / "dot.jpg"
         image = image_of(dot_xy, sigma, size_wh)
         path.write_bytes(turned_jpeg(image, orientation) if exif else jpeg(image))
-        picture = coco.read_picture(path, factor)
-        assert np.abs(coco.read_image(path).astype(int) - image).max() < 12
+        picture = photo.read_picture(path, factor)
+        assert np.abs(photo.read_image(path).astype(int) - image).max() < 12
     divisible = all(side % factor == 0 for side in size_wh)
     assert picture.reduction == (factor if divisible or not exif else 1)
     assert picture.pixels.shape[:2] == tuple(-(-side // picture.reduction) for side in size_wh[::-1])
@@ -259,10 +259,10 @@ def test_only_a_jpegs_own_decoder_reduces(tmp_path: Path, factor: int) -> None:
     """By what is in the file: of others, OpenCV would make a smaller picture after decoding them whole."""
     for name, kind in (("a.png", ".png"), ("b.jpg", ".png"), ("c.jpg", ".bmp"), ("d.jpg", ".webp")):
         (tmp_path / name).write_bytes(cv2.imencode(kind, _noise())[1].tobytes())
-        assert coco.read_picture(tmp_path / name, factor).reduction == 1
-        assert coco.read_picture(tmp_path / name, factor).pixels.shape == _noise().shape
+        assert photo.read_picture(tmp_path / name, factor).reduction == 1
+        assert photo.read_picture(tmp_path / name, factor).pixels.shape == _noise().shape
     progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
     for name, options in (("e.png", []), ("f.jpg", progressive)):
         (tmp_path / name).write_bytes(cv2.imencode(".jpg", _noise(), options)[1].tobytes())
-        reduced = coco.read_picture(tmp_path / name, factor)
+        reduced = photo.read_picture(tmp_path / name, factor)
         assert reduced.reduction == factor and reduced.pixels.shape[:2] == (-(-61 // factor), -(-83 // factor))

@@ -17,7 +17,7 @@ import torch
 from detectors import tiny
 from networks import untrained
 
-from sapiens_accel import boxes, candidates, coco, config, detections, draw, own, synthetic
+from sapiens_accel import boxes, candidates, coco, config, detections, draw, own, photo, synthetic
 from sapiens_accel.candidates import Candidate
 from sapiens_accel.config import UserError
 from sapiens_accel.predict import predict
@@ -314,7 +314,7 @@ def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Pat
     assert [image["file_name"] for image in tree["images"]] == names
     people = _numbers(tree)
     for name, person in zip(names, people, strict=True):
-        was, now = (coco.read_image(place / name).astype(int) for place in (folder, drawn))
+        was, now = (photo.read_image(place / name).astype(int) for place in (folder, drawn))
         changed = np.abs(was - now).max(axis=2) > 60
         assert was.shape == now.shape and 0.001 < changed.mean() < 0.5
         assert changed[

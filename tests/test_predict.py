@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapiens_accel import coco, detections, geometry, heatmap, predict, weights
+from sapiens_accel import coco, detections, geometry, heatmap, photo, predict, weights
 from sapiens_accel.config import DataConfig, EvalConfig, UserError
 from sapiens_accel.detections import Boxes
 from sapiens_accel.heatmap import Codec
@@ -200,7 +200,7 @@ def _looked_at(network: Network, boxes: Boxes, index: int, scale: float, mirrore
     height, width = network.codec.input_hw
     input_hw = (int(height * scale), int(width * scale))
     matrix = geometry.box_crop(boxes.boxes_xywh[index], 1.25, network.codec.input_hw).matrix(input_hw)
-    image = geometry.warp(coco.read_image(boxes.root / boxes.file_names[index]), matrix, input_hw)
+    image = geometry.warp(photo.read_image(boxes.root / boxes.file_names[index]), matrix, input_hw)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.no_grad(), predict.seeing(network.model, input_hw):
         maps = network.model(pixels.flip(-1) if mirrored else pixels)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapiens_accel import ap, coco, convert, data, detections, evaluate, shards, synthetic
+from sapiens_accel import ap, coco, coco_json, convert, data, detections, evaluate, photo, shards, synthetic
 from sapiens_accel.augment import Augmenter
 from sapiens_accel.coco import People
 from sapiens_accel.config import AugmentConfig, DataConfig, EvalConfig, StageConfig, TeacherConfig, UserError
@@ -140,11 +140,11 @@ def test_ap_is_the_same_to_the_last_digit(drawn: Path, shard: dict[str, Path], t
 def test_the_json_comes_back(drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str) -> None:
     """All that AP needs: ids, crowds, areas and their absence, boxes, sizes, in the order of the file."""
     people = data.open_split(_config(shard[form], tmp_path), COCO17, "val")
-    ours, theirs = coco.parsed(people.annotations), json.loads((drawn / VAL).read_text())
+    ours, theirs = coco_json.parsed(people.annotations), json.loads((drawn / VAL).read_text())
     kept = ("id", "image_id", "category_id", "iscrowd", "area", "bbox", "keypoints")
     assert ours["annotations"] == [{"iscrowd": 0} | {k: p[k] for k in kept if k in p} for p in theirs["annotations"]]
     assert [i | {"file_name": Path(i["file_name"]).name} for i in ours["images"]] == theirs["images"]
-    assert coco.pictures_of(people.annotations) == ours["images"]
+    assert coco_json.pictures_of(people.annotations) == ours["images"]
     assert ours["categories"] == theirs["categories"]
     truth = [ap.truth(replace(people, annotations=file), 17) for file in (people.annotations, drawn / VAL)]
     assert truth[0] == truth[1]
@@ -157,7 +157,7 @@ def test_a_detector_s_boxes_are_looked_for_in_shards(drawn: Path, shard: dict[st
     people = data.open_split(_config(shard["parquet"], tmp_path), COCO17, "val")
     boxes = detections.open_boxes(str(tmp_path / "boxes.json"), people)
     assert len(boxes) == len(found) and all(shards.inside(boxes.root / name) for name in boxes.file_names)
-    assert coco.read_image(boxes.root / boxes.file_names[0]).shape[2] == 3
+    assert photo.read_image(boxes.root / boxes.file_names[0]).shape[2] == 3
 
 
 def test_five_lists_of_whole_bodies_survive(drawn: Path, tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     script = (
-        "import json, sys; from sapiens_accel import coco, data; from sapiens_accel.config import DataConfig\n"
+        "import json, sys; from sapiens_accel import data, photo; from sapiens_accel.config import DataConfig\n"
         "from sapiens_accel.skeleton import COCO17\n"
         "people = data.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
-        "picture = coco.read_image(people.root / people.rows[0]['file_name'])\n"
+        "picture = photo.read_image(people.root / people.rows[0]['file_name'])\n"
         "print(json.dumps([people.rows['ann_id'][:], len(picture)]))"
     )
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
