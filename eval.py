@@ -9,10 +9,20 @@ python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes F
 from collections.abc import Sequence
 from pathlib import Path
 
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data import dataset as data
+from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation import figures as cases
+from sapiens_accel.evaluation import html_report as page
+
 # Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-from sapiens_accel import candidates, cases, config, data, distributed, draw, evaluate, own, page, report
-from sapiens_accel.config import UserError
-from sapiens_accel.evaluate import Judgement
+from sapiens_accel.evaluation import networks as candidates
+from sapiens_accel.evaluation.evaluate import Judgement
+from sapiens_accel.inference import predict_media as own
+from sapiens_accel.pose import draw
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training import logger as report
 
 
 def main(argv: Sequence[str]) -> None:

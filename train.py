@@ -14,18 +14,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sapiens_accel import checkpoint, config, data, distributed, doctor, evaluate, export, hub, memory, optim, weights
-from sapiens_accel.augment import Augmenter
-from sapiens_accel.config import Config, Interrupted, StageName
-from sapiens_accel.data import Sets, TrainingPeople
-from sapiens_accel.evaluate import Metrics
-from sapiens_accel.heatmap import Codec
-from sapiens_accel.interrupt import StopRequest
-from sapiens_accel.loop import steps
-from sapiens_accel.model import SapiensPose
-from sapiens_accel.objective import build as build_objective
-from sapiens_accel.plan import Plan
-from sapiens_accel.report import Report, begin_folder
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import Config, Interrupted, StageName
+from sapiens_accel.data import dataset as data
+from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.data.dataset import Sets, TrainingPeople
+from sapiens_accel.doctor import report as doctor
+from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation.evaluate import Metrics
+from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory.estimate import Plan
+from sapiens_accel.models import export
+from sapiens_accel.models import load as weights
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.publish import uploader as hub
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime.signals import StopRequest
+from sapiens_accel.training import checkpoint, optim
+from sapiens_accel.training.logger import Report, begin_folder
+from sapiens_accel.training.loop import steps
+from sapiens_accel.training.mean_teacher import build as build_objective
 
 
 def main(argv: Sequence[str]) -> None:

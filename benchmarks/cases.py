@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from subject import Case, run_of
 
-from sapiens_accel import memory
-from sapiens_accel.config import StageName, UserError
-from sapiens_accel.data import Share
-from sapiens_accel.model import Layout
-from sapiens_accel.plan import GIB, IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.config.parse import StageName, UserError
+from sapiens_accel.data.dataset import Share
+from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory.estimate import GIB, IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.models.sapiens import Layout
 
 REAL_HW, REAL_BATCH = (512, 384), 32
 

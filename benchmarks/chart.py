@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from sapiens_accel import draw
+from sapiens_accel.pose import draw
 
 COLOURS = [
     (120, 120, 120),

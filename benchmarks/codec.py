@@ -24,9 +24,9 @@ from codec_peer import seconds
 from elsewhere import Elsewhere
 from speeds import over, spread
 
-from sapiens_accel import config
-from sapiens_accel.config import UserError
-from sapiens_accel.heatmap import BLUR_KERNEL, Codec
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.pose.heatmap import BLUR_KERNEL, Codec
 
 Row = dict[str, Any]
 STEPS = ("encode", "decode")

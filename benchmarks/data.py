@@ -27,12 +27,13 @@ from codec_peer import seconds
 from elsewhere import Elsewhere
 from speeds import over, spread
 
-from sapiens_accel import config, data
-from sapiens_accel.augment import Augmenter
-from sapiens_accel.coco import People
-from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
-from sapiens_accel.data import Key, Sets, TrainingPeople
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.data import dataset as data
+from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
+from sapiens_accel.data.people import People
+from sapiens_accel.pose.skeleton import COCO17
 
 Row = dict[str, Any]
 Pass = Callable[

@@ -25,8 +25,8 @@ import record
 import yaml
 from tqdm import tqdm
 
-from sapiens_accel import config
-from sapiens_accel.config import UserError
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Path(__file__).with_name("ssl.yaml")
@@ -93,8 +93,8 @@ def done_before(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 def draw(options: Sequence[str]) -> None:
     """The people, once for all runs, and a look at the options before hours are spent on them."""
-    from sapiens_accel import data
-    from sapiens_accel.skeleton import COCO17
+    from sapiens_accel.data import dataset as data
+    from sapiens_accel.pose.skeleton import COCO17
 
     run = config.load([f"--recipe={RECIPE}", *options])
     data.open_people(run.data, COCO17, unlabelled=True)

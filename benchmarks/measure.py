@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from subject import Case, case_of, network, num_unlabelled, people, stepping
 from torch.profiler import ProfilerActivity, profile
 
-from sapiens_accel import config, distributed
-from sapiens_accel.config import UserError
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.runtime import engine as distributed
 
 OUT_OF_MEMORY = "out of memory"
 STEPS = {"cuda": 3, "cpu": 2}  # the first one makes the optimizer's state

@@ -26,9 +26,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from cases import REAL_BATCH, REAL_HW, Planned, Wanted
 
-from sapiens_accel import config, distributed, memory
-from sapiens_accel.config import STAGES, UserError
-from sapiens_accel.plan import GIB
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import STAGES, UserError
+from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory.estimate import GIB
+from sapiens_accel.runtime import engine as distributed
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

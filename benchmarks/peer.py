@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Sapiens2ForPoseEstimation
 
-from sapiens_accel.data import Batch
-from sapiens_accel.heatmap import Codec
-from sapiens_accel.model import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
+from sapiens_accel.data.dataset import Batch
+from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
+from sapiens_accel.pose.heatmap import Codec
 
 # Dense bf16 (T4: fp16) of NVIDIA's data sheets, by a part of the device's name; the first that is in it counts.
 PEAK_TFLOPS = {

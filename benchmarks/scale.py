@@ -29,10 +29,11 @@ import pyarrow as pa
 import record
 import torch
 
-from sapiens_accel import config, data
-from sapiens_accel.augment import Augmenter
-from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig
+from sapiens_accel.data import dataset as data
+from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.pose.skeleton import COCO17
 
 Row = dict[str, Any]
 BARS = {"open_seconds": 60.0, "anonymous_mib": 1024.0}

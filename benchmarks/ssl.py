@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))
     import gain
 
-    from sapiens_accel import config
+    from sapiens_accel.config import parse as config
 
     config.guarded(gain.main)
 else:

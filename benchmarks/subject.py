@@ -10,14 +10,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sapiens_accel import config, distributed, optim
-from sapiens_accel.config import Config, StageConfig, StageName, UserError
-from sapiens_accel.data import Batch, Labelled, Pair, Share, View
-from sapiens_accel.heatmap import Codec
-from sapiens_accel.loop import Step, steps
-from sapiens_accel.model import SIZES, Layout, SapiensPose
-from sapiens_accel.objective import build
-from sapiens_accel.skeleton import COCO17 as SKELETON
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import Config, StageConfig, StageName, UserError
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
+from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17 as SKELETON
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training import optim
+from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.mean_teacher import build
 
 SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
 

@@ -27,12 +27,14 @@ from speeds import Row, speeds, text
 from subject import codec_of, network, people, run_of, stepping
 from torch import Tensor
 
-from sapiens_accel import config, distributed, memory
-from sapiens_accel.config import Config, UserError
-from sapiens_accel.data import Batch
-from sapiens_accel.model import Layout, SapiensPose
-from sapiens_accel.plan import FEW, GIB, Plan, Way, fit, need, stage_of
-from sapiens_accel.skeleton import COCO17 as SKELETON
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import Config, UserError
+from sapiens_accel.data.dataset import Batch
+from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory.estimate import FEW, GIB, Plan, Way, fit, need, stage_of
+from sapiens_accel.models.sapiens import Layout, SapiensPose
+from sapiens_accel.pose.skeleton import COCO17 as SKELETON
+from sapiens_accel.runtime import engine as distributed
 
 TOLD = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
 # What sets the layout of a runner, and its steps.

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sapiens_accel import average, distributed
-from sapiens_accel.config import Place
-from sapiens_accel.data import Share
+from sapiens_accel.config.parse import Place
+from sapiens_accel.data.dataset import Share
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training import ema as average
 
 PLACES: tuple[Place, ...] = ("device", "sharded", "host")
 average.PIECE = 100  # several pieces in a tensor, as in a large one

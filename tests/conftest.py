@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapiens_accel import config
-from sapiens_accel.config import Config
-from sapiens_accel.model import SapiensPose
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import Config
+from sapiens_accel.models.sapiens import SapiensPose
 
 # One thread: the tests share the machine, and tiny tensors gain nothing from more.
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def picture() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def recipes() -> dict[str, Config]:
     """Every recipe in sapiens_accel/recipes, loaded by its name (once: each takes a third of a second)."""
-    folder = Path(config.__file__).parent / "recipes"
+    folder = Path(config.__file__).parents[1] / "recipes"
     return {path.stem: config.load(["--recipe", path.stem]) for path in sorted(folder.glob("*.yaml"))}
 
 

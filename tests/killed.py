@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from sapiens_accel import checkpoint
+from sapiens_accel.training import checkpoint
 
 kills, seed, folder, *words = sys.argv[1:]
 draw, moments = random.Random(int(seed)), []

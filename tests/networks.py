@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from sapiens_accel import export
-from sapiens_accel.model import SapiensPose
-from sapiens_accel.skeleton import COCO17, Skeleton
+from sapiens_accel.models import export
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.pose.skeleton import COCO17, Skeleton
 
 INPUT_HW = (64, 48)
 

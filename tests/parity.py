@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from sapiens_accel import loop
-from sapiens_accel.objective import Supervised
+from sapiens_accel.training import loop
+from sapiens_accel.training.mean_teacher import Supervised
 
 SUPERVISED_LOSS, LR_AT = Supervised.loss, loop.lr_at
 

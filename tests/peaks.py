@@ -19,15 +19,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import Accelerator
 
-from sapiens_accel import config, distributed, optim, plan
-from sapiens_accel.average import MovingAverage
-from sapiens_accel.config import OptimConfig
-from sapiens_accel.data import Batch, Labelled, Pair, Share, View
-from sapiens_accel.heatmap import Codec
-from sapiens_accel.loop import steps
-from sapiens_accel.model import Layout, SapiensPose
-from sapiens_accel.objective import MeanTeacher, Objective, Supervised
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import OptimConfig
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
+from sapiens_accel.memory import estimate as plan
+from sapiens_accel.models.sapiens import Layout, SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training import optim
+from sapiens_accel.training.ema import MovingAverage
+from sapiens_accel.training.loop import steps
+from sapiens_accel.training.mean_teacher import MeanTeacher, Objective, Supervised
 
 INPUT_HW = (256, 192)
 

@@ -25,11 +25,12 @@ import torch
 from torch import distributed as dist
 
 import train
-from sapiens_accel import checkpoint, data
-from sapiens_accel.augment import Augmenter
-from sapiens_accel.config import AugmentConfig, DataConfig, StageConfig
-from sapiens_accel.data import Share, TrainingPeople
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig
+from sapiens_accel.data import dataset as data
+from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.data.dataset import Share, TrainingPeople
+from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.training import checkpoint
 
 BATCH, PEOPLE = 8, 48
 records, root, cache, folder, *words = sys.argv[1:]

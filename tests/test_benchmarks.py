@@ -12,9 +12,9 @@ from typing import Any
 import cv2
 import pytest
 
-from sapiens_accel import synthetic
-from sapiens_accel.config import UserError
-from sapiens_accel.plan import GIB
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.memory.estimate import GIB
+from sapiens_accel.sources import synthetic
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_A_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # what these tests measure is the CPU's, wherever they run

@@ -17,10 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapiens_accel import checkpoint, data, synthetic
-from sapiens_accel.config import STAGES, UserError
-from sapiens_accel.evaluate import METRICS
-from sapiens_accel.skeleton import COCO17
+from sapiens_accel.config.parse import STAGES, UserError
+from sapiens_accel.data import dataset as data
+from sapiens_accel.evaluation.evaluate import METRICS
+from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.sources import synthetic
+from sapiens_accel.training import checkpoint
 
 pytestmark = pytest.mark.launch
 

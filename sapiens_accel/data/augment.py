@@ -1,0 +1,210 @@
+"""A person's row and a generator to a crop (half body, scale, rotation, shift, mirror), and changes of pixels.
+
+The geometry follows facebookresearch/sapiens, pose/mmpose/datasets/transforms/common_transforms.py; draws differ, since
+every one comes from the generator that is passed in. Pixels are changed by albumentations.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy import ndarray as Array
+from numpy.random import Generator
+
+from sapiens_accel.config.parse import AugmentConfig
+from sapiens_accel.pose.geometry import Crop, with_aspect
+from sapiens_accel.pose.skeleton import Skeleton
+
+# albumentations asks the network for its newest version on import.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+from albumentations.augmentations.blur import functional as blur
+
+HALF_BODY_MIN_KEYPOINTS = 9
+HALF_BODY_MIN_UPPER, HALF_BODY_MIN_LOWER = 2, 3
+HALF_BODY_UPPER_P = 0.7
+HALF_BODY_PADDING = 1.5
+STRONG_HALF_BODY_SCALE = (0.5, 0.6)
+# The published ranges of the changes of pixels: brightness in levels, hue in turns, blurs in px, holes in sides.
+BRIGHTNESS, HUE = 32.0, 0.1
+CONTRAST = SATURATION = (0.5, 1.5)
+BLUR_SIDES = (3, 5, 7)
+HOLE = (0.2, 0.4)
+AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of greys, as a cross product
+GREY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+Pixels = UInt8[Array, "h w 3"]
+
+
+class Change(NamedTuple):
+    """A change of pixels and its probability; it may use the picture's own memory."""
+
+    p: float
+    apply: Callable[[Pixels, Generator], Pixels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmenter:
+    """The augmentation of one run: what to draw, for which skeleton and input."""
+
+    config: AugmentConfig
+    skeleton: Skeleton
+    input_hw: tuple[int, int]
+
+    def train_crop(self, base: Crop, keypoints: Float[Array, "k 3"], rng: Generator) -> Crop:
+        """A training crop of a person whose upright crop is `base`.
+
+        Args:
+            base: from `geometry.box_crop`.
+            keypoints: x, y (image px) and visibility.
+            rng: everything random comes from here.
+        """
+        config = self.config
+        flip = bool(rng.random() < config.flip_p)
+        half = self._half_body(keypoints, rng) if rng.random() < config.half_body_p else None
+        crop = half or base
+        shift = _truncated_normal(rng, 1.0, 2) * config.shift * (rng.random() < config.shift_p)
+        scale = 1 + config.scale * _truncated_normal(rng, 1.0, 1)[0]
+        degrees = config.rotation * _truncated_normal(rng, 1.0, 1)[0] * (rng.random() < config.rotation_p)
+        return replace(_moved(crop, shift, scale, degrees), flip=flip)
+
+    def weak_crop(self, base: Crop, rng: Generator) -> Crop:
+        """The teacher's view: a little turned and scaled, mirrored or not."""
+        config = self.config
+        degrees = config.weak_rotation * _truncated_normal(rng, 2.0, 1)[0]
+        scale = rng.uniform(1 - config.weak_scale, 1 + config.weak_scale)
+        return replace(_moved(base, np.zeros(2), scale, degrees), flip=bool(rng.random() < config.flip_p))
+
+    def strong_crop(self, weak: Crop, rng: Generator) -> Crop:
+        """The student's view: the teacher's or a half of it, turned, scaled, shifted and mirrored further."""
+        config = self.config
+        # Drawn whether or not it is used: no later draw depends on the probability.
+        is_half, is_upper = rng.random() < config.strong_half_body_p, rng.random() < HALF_BODY_UPPER_P
+        scale_of_half = rng.uniform(*STRONG_HALF_BODY_SCALE)
+        weak = _half(weak, scale_of_half, upper=is_upper) if is_half else weak
+        shift = rng.uniform(-config.strong_shift, config.strong_shift, 2)
+        scale = rng.uniform(1 - config.strong_scale, 1 + config.strong_scale)
+        degrees = config.strong_rotation * _truncated_normal(rng, 2.0, 1)[0] * (rng.random() < 0.8)
+        return replace(_moved(weak, shift, scale, degrees), flip=weak.flip ^ bool(rng.random() < config.flip_p))
+
+    def pixel_changes(self) -> tuple[Change, ...]:
+        """Photometric changes, blurs and one black rectangle; `change_pixels` draws and runs them."""
+        p = self.config.photometric_p
+        return (
+            Change(1.0, partial(_colours, p=p)),
+            Change(self.config.blur_p, _box_blur),
+            Change(self.config.blur_p, _median_blur),
+            Change(self.config.coarse_dropout_p, _hole),
+        )
+
+    def _half_body(self, keypoints: Float[Array, "k 3"], rng: Generator) -> Crop | None:
+        labelled = keypoints[:, 2] > 0
+        if labelled.sum() < HALF_BODY_MIN_KEYPOINTS or not (self.skeleton.upper and self.skeleton.lower):
+            return None  # few, or of a skeleton that has no halves: a hand
+        upper = [k for k in self.skeleton.upper if labelled[k]]
+        lower = [k for k in self.skeleton.lower if labelled[k]]
+        halves = [upper] * (len(upper) >= HALF_BODY_MIN_UPPER) + [lower] * (len(lower) >= HALF_BODY_MIN_LOWER)
+        if not halves:
+            return None
+        chosen = halves[0] if len(halves) == 1 or rng.random() < HALF_BODY_UPPER_P else halves[1]
+        points_xy = keypoints[chosen, :2]
+        width, height = np.ptp(points_xy, axis=0) * HALF_BODY_PADDING
+        if min(width, height) < 1.0:  # all in one line: no box
+            return None
+        center_x, center_y = points_xy.mean(axis=0)
+        size_wh = with_aspect((float(width), float(height)), self.input_hw)
+        return Crop(center_xy=(float(center_x), float(center_y)), size_wh=size_wh)
+
+
+def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> Pixels:
+    """Those of the changes that are drawn, all from `rng`; `image` may be changed itself, fresh memory costs time."""
+    for change in changes:
+        if rng.random() < change.p:
+            image = change.apply(image, rng)
+    return image
+
+
+def _colours(image: Pixels, rng: Generator, p: float) -> Pixels:
+    """Brightness and contrast, saturation and hue, the order of channels: each drawn, all in one pass over the pixels.
+
+    Hue turns colours about the axis of greys, which leaves greys alone, as Paeth and Haeberli do it.
+    """
+    scale, offset = np.eye(3), np.zeros(3)
+    if rng.random() < p:
+        scale, offset = scale * rng.uniform(*CONTRAST), offset + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
+    if rng.random() < p:
+        changed = _turn(rng.uniform(-HUE, HUE)) @ _saturation(rng.uniform(*SATURATION))
+        scale, offset = changed @ scale, changed @ offset
+    if rng.random() < p:
+        order = rng.permutation(3)
+        scale, offset = scale[order], offset[order]
+    if not offset.any() and (scale == np.eye(3)).all():
+        return image
+    return cv2.transform(image, np.column_stack([scale, offset]), image)
+
+
+def _saturation(factor: float) -> Float[Array, "3 3"]:
+    """Takes a colour away from its grey, or to it."""
+    return factor * np.eye(3) + (1 - factor) * GREY
+
+
+def _turn(turns: float) -> Float[Array, "3 3"]:
+    """Rotates about the axis of greys (Rodrigues): red goes to green by a third of a turn."""
+    angle = 2 * math.pi * turns
+    return np.eye(3) + math.sin(angle) * AXIS + (1 - math.cos(angle)) * (AXIS @ AXIS)
+
+
+def _box_blur(image: Pixels, rng: Generator) -> Pixels:
+    return blur.box_blur(image, BLUR_SIDES[rng.integers(len(BLUR_SIDES))])
+
+
+def _median_blur(image: Pixels, rng: Generator) -> Pixels:
+    """7 px as 5 and then 3, which reach as far: OpenCV's own takes 20 times as long, and a tenth of all this work."""
+    for side in ((3,), (5,), (5, 3))[rng.integers(len(BLUR_SIDES))]:
+        image = blur.median_blur(image, side)
+    return image
+
+
+def _hole(image: Pixels, rng: Generator) -> Pixels:
+    height, width = image.shape[:2]
+    hole_h, hole_w = int(height * rng.uniform(*HOLE)), int(width * rng.uniform(*HOLE))
+    top, left = rng.integers(0, height - hole_h + 1), rng.integers(0, width - hole_w + 1)
+    image[top : top + hole_h, left : left + hole_w] = 0
+    return image
+
+
+def _half(crop: Crop, scale: float, *, upper: bool) -> Crop:
+    """The crop scaled about the middle of its upper or lower edge, as one sees it in the input picture."""
+    (x, y), (w, h) = crop.center_xy, crop.size_wh
+    # The input's vertical axis in the image; mirroring leaves it alone.
+    angle = np.deg2rad(crop.degrees)
+    along = (1 - scale) / 2 * h * (-1 if upper else 1)
+    center_xy = (x + float(along * np.sin(angle)), y + float(along * np.cos(angle)))
+    return replace(crop, center_xy=center_xy, size_wh=(w * scale, h * scale))
+
+
+def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -> Crop:
+    """The crop shifted by a fraction of its size, scaled and turned further."""
+    (x, y), (w, h) = crop.center_xy, crop.size_wh
+    # What is seen mirrored turns the other way round.
+    turn = -degrees if crop.flip else degrees
+    return replace(
+        crop,
+        center_xy=(x + float(shift[0]) * w, y + float(shift[1]) * h),
+        size_wh=(w * float(scale), h * float(scale)),
+        degrees=crop.degrees + float(turn),
+    )
+
+
+def _truncated_normal(rng: Generator, limit: float, num: int) -> Float[Array, "num"]:
+    """Standard normal draws within +-limit, by drawing again: the number of draws never depends on scipy's version."""
+    values = [rng.standard_normal() for _ in range(num)]  # one by one, so few are sooner drawn
+    while outside := [place for place, value in enumerate(values) if abs(value) > limit]:
+        for place in outside:
+            values[place] = rng.standard_normal()
+    return np.array(values)

@@ -1,0 +1,220 @@
+"""What a COCO JSON tells of its keypoints, and how they are read, by name, as those of a run."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data.annotation_rules import Reading
+from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton, words
+from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources import shards
+from sapiens_accel.sources.coco import WHOLE_BODY
+
+SUMMARY_VERSION = 1
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """What a JSON tells of its keypoints.
+
+    Attributes:
+        categories: as in Reading.
+        kind: what they are called.
+        names: one name for each keypoint; None if it names none.
+        edges: pairs of names.
+        count: keypoints of its annotations; None if none has any.
+        whole: whether annotations have COCO-WholeBody's five lists; then `names` are its 133.
+        told: what is odd in it, in lines.
+    """
+
+    file: Path
+    categories: tuple[str, ...]
+    kind: str
+    names: tuple[str, ...] | None
+    edges: tuple[tuple[str, str], ...] = ()
+    count: int | None = None
+    whole: bool = False
+    told: tuple[str, ...] = ()
+
+
+def described(file: Path, wanted: str | None, cache: Path) -> Category:
+    """What a COCO JSON tells of its keypoints.
+
+    Args:
+        wanted: the name of the category to take; default: the one with keypoints, of several of them `person`, or all
+            if their keypoints are the same (a kind of animal each).
+        cache: where what was found is kept, by the content of the JSON: COCO's takes seconds to parse.
+
+    Raises:
+        UserError: no COCO JSON; no such category, or none to be preferred; names that are no names or not unique.
+    """
+    tree = _summary(file, cache)
+    every = [kind for kind in tree["categories"] if isinstance(kind, dict)]
+    kinds = _chosen(file, every, wanted)
+    one = kinds[0] if kinds else {}
+    names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
+    firsts = tree["first"]
+    first = next((firsts[str(kind.get("id"))] for kind in kinds if str(kind.get("id")) in firsts), None)
+    if not kinds or first is None:
+        first = firsts.get("None") or (None if kinds else next(iter(firsts.values()), None))
+    count, whole = first or (None, False)
+    edges, told = _edges(file, one.get("skeleton") if names else None, names or ())
+    if whole and (not names or len(names) != 133):
+        names, edges = WHOLEBODY133.names, pairs_of(WHOLEBODY133)
+    listed = {str(kind.get("name")) for kind in every}
+    chosen = {str(kind.get("name")) for kind in kinds}
+    as_ever = chosen == ({"person"} if "person" in listed else listed)
+    return Category(
+        file=file,
+        categories=() if as_ever or not kinds else tuple(sorted(chosen)),
+        kind=short(sorted(chosen), 2) or "things",
+        names=names,
+        edges=edges,
+        count=133 if whole else len(names) if names else count,
+        whole=whole,
+        told=told,
+    )
+
+
+def _summary(file: Path, cache: Path) -> dict[str, Any]:
+    """The categories, and of each the count of the first annotation with keypoints and whether it has five lists."""
+    if shards.is_manifest(file):
+        return {"categories": shards.read(file).categories, "first": _firsts(_people_in(file))}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+    kept = cache / "people" / f"{digest}-categories-v{SUMMARY_VERSION}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    tree = coco_json.read_json(file)
+    categories = tree.get("categories") or []
+    if not isinstance(categories, list):
+        raise UserError(f"{file}: categories: expected a list, found {type(categories).__name__}")
+    summary = {"categories": categories, "first": _firsts(tree["annotations"])}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(summary))
+    temporary.replace(kept)
+    return summary
+
+
+def _firsts(people: Iterable[Any]) -> dict[str, tuple[int, bool]]:
+    first: dict[str, tuple[int, bool]] = {}
+    for person in people:
+        if isinstance(person, dict) and isinstance(person.get("keypoints"), list) and person["keypoints"]:
+            kind, whole = str(person.get("category_id")), all(person.get(key) is not None for key in WHOLE_BODY)
+            first.setdefault(kind, (len(person["keypoints"]) // 3, whole))
+    return first
+
+
+def _people_in(manifest: Path) -> list[Any]:
+    """The people of the first pictures of shards in which anybody has keypoints: a file of its own is of one kind."""
+    for table in shards.records(shards.read(manifest), ("people",)):
+        if "people" in table.column_names:
+            people = [person for several in table.column("people").to_pylist() for person in several or ()]
+            if any(person.get("keypoints") for person in people):
+                return people
+    return []
+
+
+def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
+    """The categories whose annotations count; none where there is nothing to choose by."""
+    names = [str(kind.get("name")) for kind in kinds]
+    if wanted is not None:
+        if wanted not in names:
+            raise UserError(f"{file}: no category {wanted!r} (--data.category){nearest(wanted, names)}")
+        return [kinds[names.index(wanted)]]
+    able = [kind for kind in kinds if kind.get("keypoints")]
+    if len(able) > 1 and any(kind["keypoints"] != able[0]["keypoints"] for kind in able):
+        people = [kind for kind in able if kind.get("name") == "person"]
+        if not people:
+            several = ", ".join(str(kind.get("name")) for kind in able[:SHOWN])
+            raise UserError(f"{file}: several categories with keypoints ({several}): name one by --data.category NAME")
+        return people
+    return able or [kind for kind in kinds if kind.get("name") == "person"] or kinds[: len(kinds) == 1]
+
+
+def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
+    """A list of names, each once, as a tuple; None for None.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
+        raise UserError(f"{where}: expected a list of names, found {str(found)[:80]}")
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
+    return tuple(found)
+
+
+def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only pictures need it."""
+    fine: list[list[int]] = []
+    odd: list[Any] = []
+    for pair in pairs if isinstance(pairs, list) else ():
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(k) is int for k in pair)
+        (fine if is_pair and all(0 <= k <= len(names) for k in pair) else odd).append(pair)
+    from_zero = any(0 in pair for pair in fine) and not any(len(names) in pair for pair in fine)
+    if not from_zero:
+        odd += [pair for pair in fine if 0 in pair]
+        fine = [pair for pair in fine if 0 not in pair]
+    told = [f"warning: {file}: skeleton: {len(odd)} edges left out, such as {odd[0]}"] if odd else []
+    told += [f"warning: {file}: skeleton: its edges count from 0; COCO's count from 1"] if from_zero else []
+    named = ["", *names] if not from_zero else list(names)
+    return tuple((named[pair[0]], named[pair[1]]) for pair in fine), tuple(told)
+
+
+def reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]:
+    """How a JSON's annotations become the run's keypoints, by name, and a line about those that it lacks ("" if none).
+
+    Raises:
+        UserError: it has none of them, or names none and has another number.
+    """
+    plain = Reading(categories=one.categories)
+    if one.whole and names == COCO17.names:
+        return plain, ""
+    if one.names is None:
+        if one.count in (None, len(names)):
+            return plain, ""
+        raise UserError(
+            f"{one.file}: its annotations have {one.count} keypoints and its category names none; the run has "
+            f"{len(names)} ({short(names, 3)}): name them there, or in a YAML (--data.skeleton FILE)"
+        )
+    exact = {name: k for k, name in enumerate(one.names)}
+    alike = {words(name): k for k, name in reversed(list(enumerate(one.names)))}
+    source = tuple(exact.get(name, alike.get(words(name), -1)) for name in names)
+    lacks = [name for name, k in zip(names, source, strict=True) if k < 0]
+    if len(lacks) == len(names):
+        raise UserError(
+            f"{one.file}: none of the run's keypoints ({short(names, 3)}) is among its own ({short(one.names, 3)}); "
+            f"expected names in common"
+        )
+    if source == tuple(range(one.count or 0)):
+        return plain, ""
+    line = f"{one.file}: has {len(names) - len(lacks)} of the {len(names)} keypoints, by name; "
+    line += f"the others have weight 0 there: {short(lacks)}" if lacks else "all of them"
+    return replace(plain, count=one.count, source=source), line if lacks else ""
+
+
+def short(names: Sequence[str], at_most: int = SHOWN) -> str:
+    """The first of the names, for a line."""
+    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A half sentence with the name that was meant, or with the first of those that there are."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {short(list(names))}"
+
+
+def pairs_of(one: Skeleton) -> tuple[tuple[str, str], ...]:
+    """The edges by name."""
+    return tuple((one.names[a], one.names[b]) for a, b in one.edges)

@@ -1,0 +1,271 @@
+"""People of shards in an order that reads whole row groups: training without a copy of the pictures.
+
+An epoch goes through its row groups in an order of its own; people are shuffled within windows of a few row groups.
+That sequence is cut into lanes, PHASES x parts of them, each read from beginning to end: a place in a global batch
+belongs to a part, and a step to a phase. A process reads the lanes of its parts, a worker those of its phases, so no
+picture travels twice where processes divide the parts and workers the phases; where they do not, pictures are read more
+than once and the batches stay the same. Who is where is a function of (seed, stage, step, position): a run goes on at
+any step, with any number of processes and workers, and no state of the stream is saved.
+"""
+
+import bisect
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray as Array
+from numpy.random import default_rng
+from tqdm import tqdm
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data import annotation_rules as roster
+from sapiens_accel.data.annotation_rules import PLAIN, Reading
+from sapiens_accel.data.people import People
+from sapiens_accel.sources import shards
+
+PHASES = 4
+READERS = 16  # files of which people are counted at a time
+HELD_GROUPS = 256  # of people, without pictures: some 0.1 MB each
+
+Chosen = Callable[[roster.People], Bool[Array, "n"]]
+
+
+def labelled(people: roster.People) -> Bool[Array, "n"]:
+    return people.labelled
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """People without keypoints whose boxes have sides of at least so many px."""
+
+    min_side: float
+
+    def __call__(self, people: roster.People) -> Bool[Array, "n"]:
+        return ~people.labelled & (people.box_xywh[:, 2:].min(axis=1, initial=np.inf) >= self.min_side)
+
+
+class Source(NamedTuple):
+    """A manifest, what its pictures' names begin with, which of its people are meant, and how they are read."""
+
+    path: Path
+    prefix: str
+    chosen: Chosen
+    reading: Reading = PLAIN
+
+
+class Group(NamedTuple):
+    """Pictures that are read together."""
+
+    source: Source
+    first: int
+    num: int
+    first_person: int
+    is_marked: bool  # whether anybody is, in the manifest
+
+
+class Rows:
+    """Rows of people by number, as of a `datasets` table; a row group is read when one of its people is asked for."""
+
+    def __init__(self, groups: Sequence[Group], counts: Sequence[int], num_keypoints: int) -> None:
+        self.groups, self.num_keypoints = list(groups), num_keypoints
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._held: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not isinstance(index, int):
+            raise UserError(f"--data.streaming true: {index!r} of all people is not known; use --eval.split val")
+        group = bisect.bisect_right(self.starts, index) - 1
+        return self._people(group)[index - int(self.starts[group])]
+
+    def _people(self, number: int) -> list[dict[str, Any]]:
+        if number not in self._held:
+            group = self.groups[number]
+            table = shards.group(group.source.path, group.first, group.num)
+            people = _people_of(group, table, self.num_keypoints)
+            rows = [people.row(i) for i in np.flatnonzero(group.source.chosen(people)).tolist()]
+            if len(rows) != self.counts[number]:
+                raise UserError(
+                    f"{group.source.path}: pictures from {group.first} on: {len(rows)} people where there were "
+                    f"{self.counts[number]}: the shards have changed while they were read; start again"
+                )
+            self._held[number] = rows
+            while len(self._held) > HELD_GROUPS:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+    def order(
+        self, seed: int, stream: str, step: int, global_batch: int, parts: int, window: int
+    ) -> Int[Array, "global_batch"]:
+        """Which people the global batch of a step holds.
+
+        Args:
+            stream: the name of the sequence (a stage, labelled or not), part of the seed.
+            parts, window: see the module, and `DataConfig`.
+        """
+        return _order(_Counts(self.counts), seed, stream, step, global_batch, parts, window)
+
+
+def places(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Array, "global_batch"]:
+    """The places in an epoch's sequence that the global batch of one of its steps takes, each in its lane."""
+    part = np.arange(global_batch) * parts // global_batch
+    widths = np.bincount(part, minlength=parts)
+    steps_of = np.array([len(range(phase, num_steps, PHASES)) for phase in range(PHASES)])
+    starts = np.concatenate([[0], np.cumsum(np.outer(steps_of, widths).ravel())])
+    phase, turn = step % PHASES, step // PHASES
+    before = np.concatenate([[0], np.cumsum(widths)])[part]
+    return starts[phase * parts + part] + turn * widths[part] + np.arange(global_batch) - before
+
+
+class _Counts:
+    """An array that a cache can tell by its identity."""
+
+    def __init__(self, values: Int[Array, "n"]) -> None:
+        self.values = values
+
+    def __hash__(self) -> int:
+        return id(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Counts) and other.values is self.values
+
+
+class _Sequence:
+    """One pass over all people: row groups in an order of its own, people shuffled within windows."""
+
+    def __init__(self, counts: Int[Array, "n"], window: int, key: Sequence[int]) -> None:
+        self.key, self.window = list(key), window
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.groups = default_rng(self.key).permutation(len(counts))
+        ends = np.concatenate([[0], np.cumsum(counts[self.groups])])
+        self.windows = np.append(ends[:-1:window], ends[-1])
+        self.shuffled = lru_cache(maxsize=1024)(self._shuffled)
+
+    def people(self, places: Int[Array, "n"]) -> Int[Array, "n"]:
+        windows = np.searchsorted(self.windows, places, side="right") - 1
+        found = [self.shuffled(int(w))[p - self.windows[w]] for w, p in zip(windows, places, strict=True)]
+        return np.array(found, dtype=np.int64)
+
+    def _shuffled(self, number: int) -> Int[Array, "n"]:
+        groups = self.groups[number * self.window : (number + 1) * self.window].tolist()
+        people = np.concatenate([np.arange(int(self.starts[group]), int(self.starts[group + 1])) for group in groups])
+        return default_rng([*self.key, number]).permutation(people)
+
+
+@lru_cache(maxsize=4)
+def _sequence(counts: _Counts, window: int, *key: int) -> _Sequence:
+    # Kept for the epoch: every sample asks.
+    return _Sequence(counts.values, window, key)
+
+
+@lru_cache(maxsize=8)
+def _order(
+    counts: _Counts, seed: int, stream: str, step: int, global_batch: int, parts: int, window: int
+) -> Int[Array, "global_batch"]:
+    num_people = int(counts.values.sum())
+    num_steps = max(1, num_people // global_batch)
+    epoch, step = divmod(step, num_steps)
+    place = places(step, num_steps, global_batch, min(parts, global_batch))
+    found = np.empty(global_batch, dtype=np.int64)
+    # Fewer people than a batch: pass over them again and again.
+    for again in np.unique(place // num_people):
+        of_pass = place // num_people == again
+        sequence = _sequence(counts, window, seed, zlib.crc32(stream.encode()), epoch, int(again))
+        found[of_pass] = sequence.people(place[of_pass] % num_people)
+    return found
+
+
+# ---- Opening
+
+
+def people(root: Path, sources: Sequence[Source], num_keypoints: int, cache: Path) -> People:
+    """The chosen people of several manifests of one root; who is where is read once and kept in the cache.
+
+    Raises:
+        UserError: nobody is, a shard cannot be read, or an annotation in it is broken.
+    """
+    groups, counts = [], []
+    for source in sources:
+        told = _counted(source, num_keypoints, cache)
+        starts = np.concatenate([[0], np.cumsum(told[:, 1])])
+        spans = shards.groups(shards.read(source.path))
+        for (first, count), (chosen, _), before in zip(spans, told, starts[:-1], strict=True):
+            groups.append(Group(source, first, count, int(before), bool(starts[-1])))
+            counts.append(int(chosen))
+    if not sum(counts):
+        raise UserError(f"{sources[0].path}: none of its people is {_words(sources[0].chosen)}")
+    rows: Any = Rows(groups, counts, num_keypoints)
+    return People(rows=rows, root=root, annotations=sources[0].path, reading=sources[0].reading)
+
+
+def _words(chosen: Chosen) -> str:
+    return "without keypoints and large enough" if isinstance(chosen, Unlabelled) else "labelled (v > 0)"
+
+
+def _counted(source: Source, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
+    """For each group its chosen people and all people, read from the columns beside the pictures."""
+    manifest = shards.read(source.path)
+    chosen = repr(source.chosen) if isinstance(source.chosen, Unlabelled) else "labelled"
+    how = "" if source.reading == PLAIN else f"-{source.reading!r}"
+    name = f"{manifest.digest}-k{num_keypoints}-{chosen}{how}"
+    file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{manifest.digest}.npy"
+    if not file.is_file():
+        counted = _count(source, num_keypoints, is_marked=True)
+        if not counted[:, 1].any():  # nobody is told: each picture is somebody
+            counted = _count(source, num_keypoints, is_marked=False)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.stem}.{os.getpid()}.npy")
+        np.save(temporary, counted)
+        temporary.replace(file)
+    return np.load(file)
+
+
+def _count(source: Source, num_keypoints: int, *, is_marked: bool) -> Int[Array, "groups 2"]:
+    """Several files at a time, each read by one thread: from another machine the time is latency."""
+
+    def of_file(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [_number(Group(source, *span, 0, is_marked), num_keypoints) for span in spans]
+
+    manifest = shards.read(source.path)
+    file_of = lambda span: manifest.parts[manifest.part_of(span[0])][0]  # noqa: E731
+    by_file = [list(spans) for _, spans in groupby(shards.groups(manifest), key=file_of)]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = tqdm(pool.map(of_file, by_file), total=len(by_file), desc="counting", disable=None, leave=False)
+        counted = [two for of in found for two in of]
+    return np.array(counted, dtype=np.int64).reshape(-1, 2)
+
+
+def _number(group: Group, num_keypoints: int) -> tuple[int, int]:
+    """How many of the group's people are chosen, and how many there are."""
+    source = group.source
+    table = shards.group(source.path, group.first, group.num, columns=roster.COLUMNS)
+    everybody = roster.count(table)
+    if group.is_marked and not everybody:
+        return 0, 0
+    return int(source.chosen(_people_of(group, table, num_keypoints)).sum()), everybody
+
+
+def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.People:
+    source = group.source
+    if not group.is_marked:
+        return roster.whole(table, source.path, source.prefix, num_keypoints, group.first)
+    known = (source.path, source.prefix, num_keypoints, group.first, group.first_person, source.reading)
+    return roster.people_of(table, *known)
+
+
+def sample(people: People, number: int) -> Iterator[dict[str, Any]]:
+    """The first people of an opened stream, for checks."""
+    yield from (people.rows[index] for index in range(min(number, len(people))))

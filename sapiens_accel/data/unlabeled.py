@@ -1,0 +1,260 @@
+"""Which training people keep their labels, the pool of people without, and what must never be in it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray as Array
+from numpy.random import default_rng
+
+from sapiens_accel.config.parse import DataConfig, UserError
+from sapiens_accel.data import people as coco
+from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.sources import images as photo
+from sapiens_accel.sources import shards
+
+ASPECT_FACTOR = 2.0
+HEAD_BYTES = 1 << 14
+LOOKED_AT = 200
+IDS_AT_MOST = 1_000_000  # people whose ids are recorded
+COMPARED = 20_000
+ALIKE_GREY_LEVELS = 6.0
+
+
+def labelled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
+    """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
+
+    "First" is the published rule of Xie et al. 2021 (https://arxiv.org/abs/2011.12498): the people with keypoints of
+    each picture, pictures in the order of the JSON's `images`, cut after N people. COCO's annotations are in another
+    order. Source: xierc/Semi_Human_Pose, lib/dataset/coco.py.
+
+    Raises:
+        UserError: `labels` is no count and no share, or is of nobody or of more people than there are.
+    """
+    num = _num_labels(config.labels, people)
+    if num == len(people):
+        return np.arange(num)
+    if config.labels_by == "first":
+        return np.sort(coco.by_picture(people, config.train_images)[:num])
+    return np.sort(default_rng(config.labels_seed).choice(len(people), num, replace=False))
+
+
+def _num_labels(labels: int | str | None, people: People) -> int:
+    if labels is None:
+        return len(people)
+    text = str(labels).strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else int(text) / len(people)
+    except ValueError:
+        raise UserError(f"--data.labels {labels}: expected a count of people like 1000, or a share like 5%") from None
+    if not 0 < share <= 1 or not (num := round(share * len(people))):
+        raise UserError(
+            f"--data.labels {labels}: expected 1 to {len(people)} people, or a share of them up to 100%; there are "
+            f"{len(people)} people with keypoints in {people.annotations}"
+        )
+    return num
+
+
+def write_labelled_ids(path: Path, people: People, config: DataConfig) -> None:
+    """Write which people are labelled, and by which rule, as JSON; ids in ascending order.
+
+    A record of other people is kept as NAME.1.json, NAME.2.json, ... and told: what was trained by it knows labels
+    that are withheld now.
+
+    Args:
+        people: those that a run learns from, after pictures that do not decode were left out.
+
+    Raises:
+        UserError: the record that is there is not JSON.
+    """
+    rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
+    ids = {}
+    if config.labels is not None or (not config.streaming and len(people) <= IDS_AT_MOST):
+        ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
+    told = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
+    if path.is_file():
+        _keep_record(path, told)
+    path.write_text(json.dumps(told) + "\n")
+
+
+def _keep_record(path: Path, told: dict[str, Any]) -> None:
+    """Keep an earlier run's record where it names other people, and print what that means for this run."""
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}; it said who had labels in an earlier run; move it away") from None
+    if all(old.get(key) == told.get(key) for key in ("annotations", "ann_ids")):
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    # Ids of another JSON are other people's; without `labels` nobody is withheld, only left out with a picture.
+    comparable = told["labels"] is not None and old.get("annotations") == told["annotations"]
+    lost = set(old.get("ann_ids", ())) - set(told.get("ann_ids", ())) if comparable else ()
+    line = (
+        f"warning: {path}: {old.get('num_people')} people had labels in an earlier run in this folder, "
+        f"{told['num_people']} have now; the earlier record is kept as {kept.name}"
+    )
+    if lost:
+        line += (
+            f"; {len(lost)} people had labels then and not now: weights of an earlier stage in this folder have learnt "
+            f"from labels that this run withholds; for a fair comparison give another --output_dir (or --weights)"
+        )
+    print(line, flush=True)
+
+
+def gather(
+    root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labelled: Int[Array, "n"]
+) -> tuple[People, tuple[str, ...]]:
+    """The unlabelled people of a run, and what should be said about them.
+
+    Pictures without labels, by box where there are boxes; the training people whose labels are withheld; those that
+    have no keypoints.
+
+    Args:
+        train: all training people with keypoints; `labelled` are the indices of those that keep them.
+
+    Raises:
+        UserError: there is nobody, or what was asked for is missing or broken.
+    """
+    of_train = (config.train_annotations, config.train_images)
+    sources = [pictures(root, config, num_keypoints, cache)]
+    withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
+    if len(withheld):
+        min_side = config.unlabelled_min_side
+        sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache, train.reading))
+    if config.unlabelled_train_people:
+        min_side = config.unlabelled_min_side
+        sources.append(coco.people_with_boxes(root, *of_train, num_keypoints, min_side, cache, train.reading))
+    found = [people for people in sources if people]
+    if not found:
+        raise UserError(
+            f"stage ssl has no unlabelled people: expected pictures in {root / config.unlabelled_images} "
+            f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
+            f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
+        )
+    said = (_another_aspect(people, train) for people in found)
+    return coco.together(found), tuple(line for line in said if line)
+
+
+def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
+    """The people of the folder of pictures without labels; None where there is no such folder.
+
+    Raises:
+        UserError: what was asked for is missing or broken.
+    """
+    folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
+    if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
+        raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
+    boxes = given or f"annotations/person_boxes_{folder}.json"
+    if coco.is_detections(root / boxes):
+        min_score = config.unlabelled_min_score
+        people = coco.detected_people(root, boxes, folder, num_keypoints, min_side, min_score, cache)
+    elif given or (root / boxes).is_file():
+        people = coco.people_with_boxes(root, boxes, folder, num_keypoints, min_side, cache)
+    else:
+        return coco.whole_pictures(root, folder, num_keypoints, cache) if (root / folder).is_dir() else None
+    if given and not len(people):
+        raise UserError(
+            f"{people.annotations}: no unlabelled person in it has a box of at least {min_side:g} px (a detection: and "
+            f"category 1 and a score of at least {config.unlabelled_min_score:g}); see --data.unlabelled_min_side"
+        )
+    return people
+
+
+def _another_aspect(people: People, labelled: People) -> str | None:
+    """A line about boxes of another shape than the labelled people's; whole pictures are allowed, so no error."""
+    theirs, ours = (
+        float(np.median(boxes[:, 2] / boxes[:, 3]))
+        for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labelled))
+    )
+    if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
+        return None
+    return (
+        f"warning: {people.annotations}: its unlabelled boxes have a median width / height of {theirs:.2f}, the "
+        f"labelled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
+    )
+
+
+def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, ...]:
+    """Refuse a validation picture among those that a run learns from: equal bytes, or id, name and look.
+
+    Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
+
+    Raises:
+        UserError: with the first such picture and the validation picture that it is.
+    """
+    told = []
+    for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
+        some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
+        if len(some) < len(people):
+            told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
+        found = leaks(_pictures_of(replace(people, rows=some)), _pictures_of(val))
+        if found:
+            ours, theirs = next(iter(found.items()))
+            raise UserError(
+                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(found)} such in "
+                f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
+            )
+    return tuple(told)
+
+
+def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
+    """Pictures that are learnt from to the validation picture that each one is; both with their ids."""
+    same = same_files(ours, theirs)
+    known = {(image_id, path.name): path for path, image_id in theirs.items()}
+    named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)
+    # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded anew shows it at once, so
+    # a few are looked at.
+    others = ((path, other) for path, other in named if path not in same)
+    return same | {path: other for path, other in islice(others, LOOKED_AT) if _look_alike(path, other)}
+
+
+def _look_alike(path: Path, other: Path) -> bool:
+    """Whether two pictures are one, encoded anew: 16 x 16 grey levels hardly differ in the mean.
+
+    Of 169 COCO photographs none differs from itself at JPEG quality 30 by 0.5, and no two differ by less than 17.
+    """
+    small = []
+    for file in (path, other):
+        image = photo.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        if image is None:
+            return False
+        small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
+    return bool(np.abs(small[0] - small[1]).mean() < ALIKE_GREY_LEVELS)
+
+
+def _pictures_of(people: People) -> dict[Path, int]:
+    names, ids = people.rows["file_name"][:], people.rows["image_id"][:]
+    return {people.root / name: image_id for name, image_id in dict(zip(names, ids, strict=True)).items()}
+
+
+def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path]:
+    """Those of `files` whose bytes are also in `others`, each with its equal.
+
+    Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
+    """
+    ours, theirs = list(files), list(others)
+    for look in (shards.size_of, _head):
+        seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
+        common = set(seen[0].values()) & set(seen[1].values())
+        ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
+    equal = {_content(path): path for path in reversed(theirs)}
+    return {path: equal[content] for path in ours if (content := _content(path)) in equal}
+
+
+def _head(path: Path) -> bytes:
+    with shards.opened(path) as file:
+        return file.read(HEAD_BYTES)
+
+
+def _content(path: Path) -> bytes:
+    return hashlib.blake2b(shards.content(path)).digest()

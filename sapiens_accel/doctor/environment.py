@@ -1,0 +1,289 @@
+"""The machine that a run would have: devices, precision, what DeepSpeed would compile, room on disk and host, the Hub.
+
+Nothing is started, compiled or asked of a network, and DeepSpeed is looked at without being imported.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import get_token
+
+from sapiens_accel.config.parse import Config, UserError
+from sapiens_accel.doctor.labels import Finding
+from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory.estimate import GIB
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime.engine import BF16_CAPABILITY
+from sapiens_accel.sources import coco as coco_json
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
+DRIVER = Path("/proc/driver/nvidia/version")
+# Keys of accelerate's deepspeed_config, and the variables that tell them to the processes of a launch.
+TOLD_BY = {
+    "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+}
+SHARED = Path("/dev/shm")
+SHARED_FOR_EACH = 256 * 2**20  # bytes of shared memory a loading process can fill with batches that wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What an accelerate config says of a launch."""
+
+    name: str = "python train.py"
+    precision: str = "no"
+    num_processes: int = 1
+    deepspeed: bool = False
+    zero: Mapping[str, Any] = field(default_factory=dict)
+
+
+def launch_of(file: str | None) -> Launch:
+    """The launch of an accelerate config; without one, of the launch that this process is in.
+
+    Raises:
+        UserError: there is no such file, it is none of accelerate's, or its DeepSpeed JSON is missing or none.
+    """
+    if file is None:
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        told = {key: os.environ.get(variable) for key, variable in TOLD_BY.items()}
+        zero = _zero(told, "this") if with_deepspeed else {}
+        ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
+        return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
+    where = f"--launch {file}"
+    try:
+        tree = yaml.safe_load(Path(file).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(tree, dict) or "distributed_type" not in tree:
+        raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
+    of_deepspeed = tree.get("deepspeed_config") or {}
+    if not isinstance(of_deepspeed, dict):
+        raise UserError(
+            f"{where}: deepspeed_config: expected keys as accelerate's, found {coco_json.shown(of_deepspeed)}"
+        )
+    return Launch(
+        name=f"accelerate launch --config_file {file}",
+        precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
+        num_processes=_processes(tree.get("num_processes", 1), f"{where}: num_processes"),
+        deepspeed=tree["distributed_type"] == "DEEPSPEED",
+        zero=_zero(of_deepspeed, file),
+    )
+
+
+def _processes(told: Any, where: str) -> int:
+    try:
+        return int(told)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: expected the number of processes, found {coco_json.shown(told)}") from None
+
+
+def _zero(told: Mapping[str, Any], of: str) -> Mapping[str, Any]:
+    """What DeepSpeed's JSON says of ZeRO; without one, where accelerate's own keys put what is offloaded."""
+    file = told.get("deepspeed_config_file")
+    if not file:
+        places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
+        return {name: {"device": str(place)} for name, place in places.items()}
+    if not Path(str(file)).is_file():
+        raise UserError(f"--launch {of}: its {file} is not there; run in the folder of the repository")
+    tree = coco_json.parsed(Path(file))
+    zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
+    parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(
+            f"--launch {of}: {file}: expected DeepSpeed's JSON, with objects for zero_optimization and what it offloads"
+        )
+    return zero
+
+
+def examine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
+    """What is there for this run, and what is missing."""
+    return [
+        _packages(),
+        *_devices(),
+        *_precision(launch),
+        *_operations(launch),
+        *_disk(run, skeleton),
+        *_host(run),
+        *_hub(run),
+    ]
+
+
+def _found(level: Any, check: str, text: str, *culprits: str) -> Finding:
+    return Finding(level=level, check=check, text=text, culprits=culprits)
+
+
+def _packages() -> Finding:
+    told = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
+    return _found("note", "packages", f"Python {sys.version.split()[0]}, {told}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Finding]:
+    driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
+    told = f"NVIDIA driver {driver[1]}" if driver else "no NVIDIA driver"
+    if not torch.cuda.is_available():
+        yield _found("note", "gpu", f"none; training would run on {os.cpu_count()} CPU cores")
+        if driver:
+            build = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '-'}"
+            yield _found("warning", "gpu", f"{told} is here, but {build}, sees no GPU; install a build that fits it")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory_told = f"{device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
+        yield _found("note", "gpu", f"{index}: {device.name}, {memory_told}; {told}, CUDA {torch.version.cuda}")
+
+
+def _precision(launch: Launch) -> Iterator[Finding]:
+    asked, cuda = launch.precision, torch.cuda.is_available()
+    if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
+        yield _found("note", "precision", "bf16 is asked for; this GPU has none: fp16 with loss scaling")
+    elif asked == "fp16" and not cuda:
+        yield _found("error", "precision", "fp16 is asked for, and there is no GPU: take accelerate_configs/cpu.yaml")
+    elif asked == "no" and cuda:
+        yield _found("warning", "precision", "fp32 on a GPU: a launch with bf16 or fp16 halves time and memory")
+    else:
+        yield _found("note", "precision", {"no": "fp32"}.get(asked, asked))
+
+
+# ---- What DeepSpeed compiles on first use
+
+
+def needed_operations(launch: Launch, cuda: bool) -> list[str]:
+    """DeepSpeed's own C++ that this launch uses: with optimizer offload its Adam, with NVMe its file access."""
+    if not launch.deepspeed:
+        return []
+    offloaded = [launch.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    places = [part.get("device") or "none" for part in offloaded]
+    needed = ["cpu_adam"] if places[0] != "none" else []
+    needed += ["async_io"] if "nvme" in places else []
+    return needed + (["deepspeed_shm_comm"] if launch.num_processes > 1 and not cuda else [])
+
+
+def _operations(launch: Launch) -> Iterator[Finding]:
+    if not launch.deepspeed:
+        return
+    if _version("deepspeed") is None:
+        yield _found("error", "deepspeed", f"{launch.name} needs DeepSpeed: pip install deepspeed")
+        return
+    needed = needed_operations(launch, torch.cuda.is_available())
+    missing = [name for name in needed if not _is_built(name)]
+    if not missing:
+        built = f"{', '.join(needed)}: built already" if needed else "nothing"
+        yield _found("note", "deepspeed", f"to compile for {launch.name}: {built}")
+        return
+    lacks = list(_lacking_tools())
+    text = f"{launch.name}: compiles {', '.join(missing)} on first use (1 to 2 minutes)"
+    if lacks:
+        yield _found("error", "deepspeed", f"{text}, and {', '.join(lacks)} missing", *missing)
+    else:
+        yield _found(
+            "note", "deepspeed", f"{text} with {_compiler()}; CUDA_HOME {_cuda_home() or 'is not set'}", *missing
+        )
+
+
+def _lacking_tools() -> Iterator[str]:
+    """What torch's builder of extensions needs and is not here."""
+    if not _compiler():
+        yield "a C++ compiler (apt-get install g++, or CXX) is"
+    if not shutil.which("ninja"):
+        yield "ninja on the PATH (pip install ninja) is"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        yield f"Python.h (apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev) is"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def _cuda_home() -> str | None:
+    told = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    return told or (str(Path(nvcc).resolve().parent.parent) if nvcc else None)
+
+
+def _is_built(operation: str) -> bool:
+    """Whether it came with the installation, or torch has compiled it before."""
+    spec = importlib.util.find_spec("deepspeed")
+    told = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
+    if told and told.is_file():
+        found = re.search(r"^installed_ops=(\{.*\})$", told.read_text(), re.MULTILINE)
+        if found and ast.literal_eval(found[1]).get(operation):
+            return True
+    cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{cuda}"
+    default = Path.home() / ".cache" / "torch_extensions" / python
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    return (folder / operation / f"{operation}.so").is_file()
+
+
+# ---- Room
+
+
+def _disk(run: Config, skeleton: Skeleton) -> Iterator[Finding]:
+    folder = Path(run.output_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needs = disk_bytes(run, skeleton)
+    text = f"{free / GIB:.1f} GiB free in {folder}; the run writes about {needs / GIB:.1f} GiB"
+    yield _found("note" if free > 1.1 * needs else "error", "disk", text)
+    if not os.access(folder, os.W_OK):
+        yield _found("error", "disk", f"{folder} may not be written to; give another --output_dir")
+
+
+def disk_bytes(run: Config, skeleton: Skeleton) -> float:
+    """What a run leaves: 4 bytes a parameter for each stage's weights (ssl: two), 16 and weights for a checkpoint.
+
+    One checkpoint more is there while the next one is written, and one is the best.
+    """
+    with torch.device("meta"):
+        model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total = 0.0
+    for stage in run.stages:
+        networks = 2 if run.of(stage).teacher else 1
+        checkpoints = run.keep_checkpoints + 2 if run.save_every else 0
+        total += 4 * networks + checkpoints * (12 + 8 * networks)
+    return total * parameters
+
+
+def _host(run: Config) -> Iterator[Finding]:
+    workers = run.data.num_workers
+    cores = len(os.sched_getaffinity(0))
+    text = f"{memory.free_host_bytes() / GIB:.1f} GiB of memory free, {cores} CPU cores for {workers} loading processes"
+    yield _found("note" if workers <= cores else "warning", "host", text)
+    if workers and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < workers * SHARED_FOR_EACH:
+        text = f"{free / 2**20:.0f} MiB of shared memory for {workers} loading processes; docker run --shm-size 4g"
+        yield _found("warning", "host", text)
+
+
+def _hub(run: Config) -> Iterator[Finding]:
+    """Whether there is a token; never the token."""
+    if get_token():
+        yield _found("note", "hub", "a token of the Hugging Face Hub is here (not shown)")
+    elif run.push_to_hub:
+        yield _found("error", "hub", "--push_to_hub needs a token: hf auth login, or set HF_TOKEN")
+    else:
+        yield _found("note", "hub", "no token of the Hugging Face Hub; only pushing and gated weights need one")

@@ -1,0 +1,303 @@
+"""What is wrong with labelled people, found on whole columns: each check names all that it finds.
+
+Shape letters: n people, k keypoints. All coordinates are image px.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy import ndarray as Array
+
+from sapiens_accel.pose.skeleton import Skeleton
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+PERCENTILES = (5, 50, 95)
+SLACK = 1.0  # px by which a label may lie outside of its picture: rounding
+LEAST_VOTES = 30  # people in whom a pair was compared: of fewer, chance decides
+UNLIKELY = 3.5  # standard deviations
+AGREED = 0.5  # mean length of the others' directions: all alike 1, at random 0
+UPRIGHT = 0.7  # the sine of 45 degrees
+SWAPPED, DOUBTFUL = 0.75, 0.6  # shares of people in whom a pair disagrees with the others; arms that cross do so in few
+MOST_LOST = 0.05  # of the labelled keypoints, by the crop
+SIGMA_SHARES = (1 / 48, 1 / 20)  # of the heatmap's width: published are 1/32 (Sapiens) and 1/24 (ViTPose, UDP)
+LEAST_SIGMA = 0.8  # heatmap px: a narrower Gaussian lies between the pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a check has found.
+
+    Attributes:
+        level: an error spoils the training or its numbers; a warning may; a note says how things are.
+        check: its name; before a slash, what was looked at.
+        culprits: every annotation, picture, joint or file that it is about.
+    """
+
+    level: Level
+    check: str
+    text: str
+    culprits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The people of one annotation file, column by column.
+
+    Attributes:
+        keypoints: x, y and COCO's v (0 unlabelled, 1 occluded, 2 visible).
+        size_wh: of each person's picture; not a number where it is not known.
+    """
+
+    ann_ids: Int[Array, "n"]
+    file_names: Shaped[Array, "n"]
+    boxes_xywh: Float[Array, "n 4"]
+    areas: Float[Array, "n"]
+    keypoints: Float[Array, "n k 3"]
+    size_wh: Float[Array, "n 2"]
+
+    def __len__(self) -> int:
+        return len(self.ann_ids)
+
+    @property
+    def labelled(self) -> Bool[Array, "n k"]:
+        return np.asarray(self.keypoints[..., 2] > 0)
+
+    def named(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
+        return _named(self.ann_ids[chosen], self.file_names[chosen])
+
+    def at(self, places: Int[Array, "m"]) -> "Labels":
+        """The people at these places."""
+        return Labels(**{column.name: getattr(self, column.name)[places] for column in dataclasses.fields(self)})
+
+
+def joined(several: Sequence[Labels]) -> Labels:
+    """The people of several files, one after another."""
+    columns = [column.name for column in dataclasses.fields(Labels)]
+    return Labels(**{name: np.concatenate([getattr(one, name) for one in several]) for name in columns})
+
+
+def portrait(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
+    """How many people, the share of them in whom each joint is visible and occluded, and percentiles of sizes (px)."""
+    v, num = labels.keypoints[..., 2], max(len(labels), 1)
+    sides = {"box_width": labels.boxes_xywh[:, 2], "box_height": labels.boxes_xywh[:, 3], "area": labels.areas}
+    shares = {"visible": v >= 2, "occluded": (v > 0) & (v < 2)}
+    by_joint = {
+        name: dict(zip(skeleton.names, (which.sum(axis=0) / num).round(4).tolist(), strict=True))
+        for name, which in shares.items()
+    }
+    return {
+        "people": len(labels),
+        "pictures": len(set(labels.file_names)),
+        "joints_labelled": float(labels.labelled.sum() / num),
+        **by_joint,
+        "percentiles": list(PERCENTILES),
+        **{name: np.percentile(of, PERCENTILES).round(1).tolist() if len(of) else [] for name, of in sides.items()},
+    }
+
+
+def faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
+    """Every fault of the labels.
+
+    Args:
+        scored: whether AP is computed of these people: some faults spoil it that do not matter to learning.
+    """
+    checks: tuple[Callable[..., Iterator[Finding]], ...] = (_boxes, _areas, _joints, _visibility)
+    found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
+    found += repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
+    return [*found, *_never_labelled(labels, skeleton), *swapped_pairs(labels, skeleton), *mirrored(labels, skeleton)]
+
+
+def repeated(ids: Int[Array, "n"]) -> Bool[Array, "n"]:
+    """Which are there more than once."""
+    distinct, counts = np.unique(ids, return_counts=True)
+    return np.isin(ids, distinct[counts > 1])
+
+
+def repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool) -> Iterator[Finding]:
+    """Annotations that share their id with another one."""
+    again = repeated(ann_ids)
+    if again.any():
+        text = f"{again.sum()} annotations share their id with another one"
+        yield Finding(
+            level="error" if scored else "warning",
+            check="ids",
+            text=text + ("; COCO's evaluation takes one of each" if scored else ""),
+            culprits=_named(ann_ids[again], file_names[again]),
+        )
+
+
+def _boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
+    x, y, w, h = labels.boxes_xywh.T
+    width, height = labels.size_wh.T
+    with np.errstate(invalid="ignore"):
+        inside_w = np.clip(np.minimum(x + w, width + SLACK) - np.maximum(x, -SLACK), 0, None)
+        inside_h = np.clip(np.minimum(y + h, height + SLACK) - np.maximum(y, -SLACK), 0, None)
+        share = inside_w * inside_h / (w * h)
+    gone = share == 0
+    if gone.any():
+        text = f"{_num(gone, 'box', 'boxes')} outside of the picture"
+        yield Finding(level="error", check="boxes", text=text, culprits=labels.named(gone))
+    partly = (share > 0) & (share < 0.9)
+    if partly.any():
+        text = f"{_num(partly, 'box', 'boxes')} with more than a tenth outside of the picture"
+        yield Finding(level="warning", check="boxes", text=text, culprits=labels.named(partly))
+
+
+def _areas(labels: Labels, scored: bool) -> Iterator[Finding]:
+    none = labels.areas <= 0
+    if none.any():
+        text = f"{_num(none, 'person', 'people')} of area 0" + ("; they count as missed, always" if scored else "")
+        yield Finding(level="warning", check="area", text=text, culprits=labels.named(none))
+    large = labels.areas > 1.1 * labels.boxes_xywh[:, 2] * labels.boxes_xywh[:, 3]
+    if large.any():
+        text = f"{_num(large, 'area')} larger than the person's box"
+        yield Finding(level="warning", check="area", text=text, culprits=labels.named(large))
+
+
+def _joints(labels: Labels, scored: bool) -> Iterator[Finding]:
+    points = labels.keypoints[..., :2]
+    with np.errstate(invalid="ignore"):
+        beyond = (points > labels.size_wh[:, None] - 1 + SLACK) | (points < -SLACK)
+    outside = beyond.any(axis=-1) & labels.labelled
+    people = np.asarray(outside.any(axis=1))
+    if people.any():
+        text = f"{_num(outside, 'labelled joint')} outside of the picture"
+        yield Finding(level="warning", check="joints", text=text, culprits=labels.named(people))
+
+
+def _visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
+    v = labels.keypoints[..., 2]
+    odd = np.asarray((~np.isin(v, (0, 1, 2))).any(axis=1))
+    if odd.any():
+        text = f"{_num(odd, 'person', 'people')} with a v that is not 0, 1 or 2; above 2 it counts as 2, else as none"
+        yield Finding(level="warning", check="visibility", text=text, culprits=labels.named(odd))
+
+
+def _never_labelled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+    never = [name for k, name in enumerate(skeleton.names) if not labels.labelled[:, k].any()]
+    if never and len(labels):
+        text = f"{len(never)} of {skeleton.num_keypoints} joints have no label in any person"
+        yield Finding(level="warning", check="joints", text=text, culprits=tuple(never))
+
+
+def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+    """Left and right joints that lie the other way round than the other pairs of the same person, in most people.
+
+    From right to left a pair points into the same half-plane as the sum of the others, whichever way a person faces.
+    Who is seen from the side has no say: there the legs of a stride lie one way round and the arms the other.
+    """
+    pairs = [(left, right) for left, right in _sides(skeleton)]
+    if len(pairs) < 3 or not len(labels):
+        return
+    left, right = (np.array(side) for side in zip(*pairs, strict=True))
+    both = labels.labelled[:, left] & labels.labelled[:, right]
+    towards = (labels.keypoints[:, left, :2] - labels.keypoints[:, right, :2]) * both[..., None]
+    length = np.linalg.norm(towards, axis=-1, keepdims=True)
+    towards = np.divide(towards, length, out=np.zeros_like(towards), where=length > 0)
+    others = towards.sum(axis=1, keepdims=True) - towards
+    # Others that do not agree among themselves have no say.
+    agreeing = np.linalg.norm(others, axis=-1) >= np.maximum(AGREED * (both.sum(axis=1, keepdims=True) - 1), 1)
+    asked = both & agreeing & (length[..., 0] > 0)
+    against = asked & ((towards * others).sum(axis=-1) < 0)
+    for pair, (a, b) in enumerate(pairs):
+        votes = int(asked[:, pair].sum())
+        share = against[:, pair].sum() / max(votes, 1)
+        if share > DOUBTFUL and _no_chance(share, votes):
+            text = (
+                f"{skeleton.names[a]} and {skeleton.names[b]} lie the other way round than the person's other pairs in "
+                f"{share:.0%} of {votes} people: swapped?"
+            )
+            level: Level = "error" if share > SWAPPED else "warning"
+            yield Finding(level=level, check="mirror", text=text, culprits=labels.named(against[:, pair]))
+
+
+def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+    """All of left and right exchanged: who shows a face has their left shoulder to the right, seen with the head up.
+
+    No error: who calls left what lies left in the picture, in all files, learns that as well.
+    """
+    names = ("nose", "left_eye", "right_eye", "left_shoulder", "right_shoulder")
+    if not set(names) <= set(skeleton.names) or not len(labels):
+        return
+    *face, left, right = (skeleton.names.index(name) for name in names)
+    points = labels.keypoints[..., :2]
+    (ax, ay), (ux, uy) = (
+        direction.T
+        for direction in (
+            points[:, left] - points[:, right],
+            points[:, face[0]] - (points[:, left] + points[:, right]) / 2,
+        )
+    )
+    # The sine between the shoulders and the way up, whichever that is in the picture; times both lengths.
+    turn, lengths = ax * uy - ay * ux, np.hypot(ax, ay) * np.hypot(ux, uy)
+    facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labelled[:, [left, right]].all(axis=1)
+    shown = facing & (np.abs(turn) > UPRIGHT * lengths)
+    wrong = shown & (turn > 0)
+    votes = int(shown.sum())
+    share = wrong.sum() / max(votes, 1)
+    if share > DOUBTFUL and _no_chance(share, votes):
+        text = (
+            f"{share:.0%} of {votes} people who show their face have the left shoulder on the left as one sees them: "
+            f"left and right exchanged, or pictures mirrored?"
+        )
+        yield Finding(level="warning", check="mirror", text=text, culprits=labels.named(wrong))
+
+
+def _no_chance(share: float, votes: int) -> bool:
+    """Whether more than half by so much is no chance: of a hundred pairs tossed like coins none is told."""
+    return votes >= LEAST_VOTES and (share - 0.5) * 2 * votes**0.5 > UNLIKELY
+
+
+def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
+    """The pairs of the mirror order, the left one first by its name."""
+    pairs = [(a, b) for a, b in enumerate(skeleton.mirror) if a < b]
+    return [(b, a) if skeleton.sides[b] == "left" else (a, b) for a, b in pairs]
+
+
+def in_crop(
+    boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
+) -> Bool[Array, "n k"]:
+    """Which labelled keypoints the upright crop of their person holds, as `geometry.box_crop` cuts it."""
+    aspect = input_hw[1] / input_hw[0]
+    width, height = (boxes_xywh[:, 2:] * padding).T
+    sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)
+    offset = np.abs(keypoints[..., :2] - (boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2)[:, None])
+    return (offset <= sizes[:, None] / 2).all(axis=-1) & (keypoints[..., 2] > 0)
+
+
+def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
+    """The share of labelled joints that lie outside of their person's upright crop: nothing is learnt of them."""
+    lost = labels.labelled & ~in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
+    share = lost.sum() / max(labels.labelled.sum(), 1)
+    text = f"{lost.sum()} of {labels.labelled.sum()} labelled joints ({share:.2%}) lie outside of the person's crop"
+    return Finding(
+        level="warning" if share > MOST_LOST else "note",
+        check="crop",
+        text=text + (f"; boxes too tight for --data.box_padding {padding:g}?" if share > MOST_LOST else ""),
+        culprits=labels.named(np.asarray(lost.any(axis=1))),
+    )
+
+
+def sigma_of(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
+    """Whether the targets' width suits the heatmap's."""
+    low, high = (share * heatmap_hw[1] for share in SIGMA_SHARES)
+    text = (
+        f"sigma {sigma:g} of a heatmap of {heatmap_hw[0]} x {heatmap_hw[1]}: 1/{heatmap_hw[1] / sigma:.0f} of its width"
+    )
+    fine = low <= sigma <= high and sigma >= LEAST_SIGMA
+    expected = f"; published shares are 1/32 and 1/24: --data.sigma {max(heatmap_hw[1] / 32, LEAST_SIGMA):.2g}"
+    return Finding(level="note" if fine else "warning", check="sigma", text=text + ("" if fine else expected))
+
+
+def _named(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
+    return tuple(f"annotation {i} ({name})" for i, name in zip(ann_ids.tolist(), file_names, strict=True))
+
+
+def _num(which: Bool[Array, "*any"], one: str, more: str | None = None) -> str:
+    number = int(which.sum())
+    return f"{number} {one if number == 1 else more or one + 's'}"

@@ -1,0 +1,342 @@
+"""Look a run over before it starts: its labels and pictures, what the network would see, and the machine.
+
+    python -m sapiens_accel.doctor --recipe sapiens_1b_coco --data.root DIR [--launch accelerate_configs/zero2.yaml]
+        [--json FILE|-] [--out FOLDER] [any option of train.py]
+
+Every fault is named at once. Exit code 0 with warnings alone, 1 with errors.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import Config, DataConfig, MoreData, UserError
+from sapiens_accel.data import dataset as data
+from sapiens_accel.data import keypoint_mapping as category
+from sapiens_accel.data import people as coco
+from sapiens_accel.data import streaming as stream
+from sapiens_accel.data import unlabeled as pool
+from sapiens_accel.data.dataset import Sets
+from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of
+from sapiens_accel.doctor import annotations as lenient
+from sapiens_accel.doctor import environment, preview
+from sapiens_accel.doctor import labels as examine
+from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
+from sapiens_accel.models import sapiens as model
+from sapiens_accel.pose import draw
+from sapiens_accel.pose.skeleton import COCO17, Skeleton
+from sapiens_accel.sources import shards
+from sapiens_accel.sources.images import is_file
+
+SHOWN = 4  # culprits of a check in the text; the JSON has all
+BRIEF_PEOPLE = 10_000  # spread over the set: shares are known to a percent, in a fraction of a second
+BRIEF_LINES = 4
+STREAMED_PEOPLE = 100  # of a stream: more would be fetched
+SIZES_TOLD = ("box_width", "box_height", "area")
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What the doctor found.
+
+    Attributes:
+        people: of each set: how many, their joints, sizes (of which PERCENTILES are given).
+        grid: the picture of augmented crops.
+    """
+
+    recipe: str
+    root: str
+    findings: list[Finding] = field(default_factory=list)
+    people: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: str | None = None
+
+    def count(self, level: examine.Level) -> int:
+        return sum(finding.level == level for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        counts = {f"{level}s": self.count(level) for level in LEVELS}
+        return {"ok": not self.count("error"), **counts, **dataclasses.asdict(self)}
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.doctor",
+        description="Look a run over before it starts. Options of train.py may follow: --recipe, --data.root, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--launch", help="the accelerate config that the run will be launched with")
+    parser.add_argument("--json", metavar="FILE", help="write all that was found as JSON; - prints it instead of text")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where crops.png goes (OUTPUT_DIR/doctor)")
+    asked, rest = parser.parse_known_args(words)
+    run = config.load(rest, prog="python -m sapiens_accel.doctor")
+    try:
+        report = examined(run, environment.launch_of(asked.launch), asked.out or Path(run.output_dir) / "doctor")
+        as_json = json.dumps(report.as_json(), indent=2)
+        if asked.json and asked.json != "-":
+            Path(asked.json).write_text(as_json + "\n")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    print(as_json if asked.json == "-" else text_of(report))
+    if report.count("error"):
+        sys.exit(1)
+
+
+def examined(run: Config, launch: environment.Launch, out: Path) -> Report:
+    """Everything that the doctor looks at; the grid of crops goes into `out`.
+
+    Raises:
+        UserError: there is no data root.
+    """
+    report, train, skeleton = looked_over(run)
+    if report.count("error"):
+        text = "not looked at: what training would make of these data; mend the errors first"
+        report.findings.append(Finding(level="note", check="crops/grid", text=text))
+    else:
+        report.findings += _under("crops", _crops(run, train, skeleton, report, out))
+    report.findings += _under("machine", environment.examine(run, launch, skeleton))
+    return report
+
+
+def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
+    """What is wrong with labels and pictures; the training people with joints; and what the joints are.
+
+    Raises:
+        UserError: there is no data root.
+    """
+    config = data.located(run.data)
+    root, cache = data.places(config)
+    report = Report(recipe=run.recipe, root=str(root))
+    skeleton, report.findings = _skeleton(config)
+    found = {}
+    known = not report.count("error")
+    for name, one in _sets(config).items():
+        read = found[name] = _read(one, config, skeleton if known else None, root, cache)
+        labels = _with_joints(read.labels)
+        report.people[name] = examine.portrait(labels, skeleton)
+        of_set = [*read.findings, *examine.faults(labels, skeleton, scored=name == "val")]
+        if not config.streaming:
+            of_set += lenient.pictures(root, read, config.check_images, config.on_bad_image)
+        report.findings += _under(name, of_set)
+    val = found.pop("val")
+    if config.streaming:
+        text = "--data.streaming: pictures of training were neither looked at nor compared with those of validation"
+        report.findings.append(Finding(level="note", check="train/pictures", text=text))
+    else:
+        for name, train in found.items():
+            report.findings += _under(f"{name} and val", _leaks(root, train, val))
+        if any(run.of(stage).ratio for stage in run.stages):
+            report.findings += _under("unlabelled", _unlabelled(config, skeleton, root, cache, val))
+    return report, examine.joined([_with_joints(train.labels) for train in found.values()]), skeleton
+
+
+def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:
+    """What the joints are; COCO's 17 where the files do not tell, so that the rest can be looked at."""
+    try:
+        skeleton, told = data.open_skeleton(config)
+    except UserError as error:
+        return COCO17, [Finding(level="error", check="joints/names", text=str(error))]
+    return skeleton, _under("joints", _of_lines("names", told))
+
+
+def _of_lines(check: str, lines: Sequence[str]) -> list[Finding]:
+    """What the run would print, as findings."""
+    mark = "warning: "
+    levels: list[tuple[Level, str]] = [
+        ("warning" if line.startswith(mark) else "note", line.removeprefix(mark)) for line in lines
+    ]
+    return [Finding(level=level, check=check, text=text) for level, text in levels]
+
+
+def _sets(config: DataConfig) -> dict[str, MoreData]:
+    """The sets of people with labels, by what they are called here."""
+    first, *others = data.train_sets(config)
+    more = {f"train {number}": one for number, one in enumerate(others, start=2)}
+    return {"train": first, **more, "val": data.val_set(config)}
+
+
+def _read(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Path, cache: Path) -> lenient.Read:
+    """A set, its keypoints taken by name where they can be; None: it is not known what they are."""
+    reading, wrong = None, []
+    try:
+        files = data.files_of(one, root, cache)
+        told = data.category_of(one, config, root, cache)
+        if skeleton:
+            reading, _ = category.reading(told, skeleton.names)
+    except UserError as error:
+        files = one.train_annotations, one.train_images
+        wrong = [Finding(level="error", check="keypoints", text=str(error))]
+    read = lenient.read(root, *files, (skeleton or COCO17).num_keypoints, reading)
+    of_file = [finding for finding in read.findings if finding.check in ("json", "categories")]
+    return read if of_file else dataclasses.replace(read, findings=[*wrong, *read.findings])
+
+
+def _unlabelled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: lenient.Read) -> list[Finding]:
+    """What is wrong with the pictures without labels that stage ssl learns from."""
+    try:
+        people = pool.pictures(root, config, skeleton.num_keypoints, cache)
+    except UserError as error:
+        return [Finding(level="error", check="reader", text=str(error))]
+    if people is None:
+        return []
+    read = lenient.of_people(people)
+    leaks = [finding for finding in _leaks(root, read, val) if finding.check == "leaks"]
+    return [*lenient.pictures(root, read, config.check_images, config.on_bad_image), *leaks]
+
+
+def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out: Path) -> list[Finding]:
+    """What the run's own reader says, and what the network would see."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it skips has been told, and stdout may be JSON
+            sets = data.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
+    except UserError as error:
+        return [Finding(level="error", check="reader", text=str(error))]
+    report.grid = str(draw.save(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png"))
+    told = f"{preview.NUM_CROPS} augmented crops with their joints: {report.grid}"
+    return [
+        *_of_lines("reader", sets.warnings),
+        *preview.findings(run, labels, skeleton),
+        Finding(level="note", check="grid", text=told),
+    ]
+
+
+def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
+    return [dataclasses.replace(finding, check=f"{group}/{finding.check}") for finding in findings]
+
+
+def _with_joints(labels: Labels) -> Labels:
+    """Those with at least one labelled keypoint."""
+    return labels.at(np.flatnonzero(labels.labelled.any(axis=1)))
+
+
+def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
+    """Validation pictures that are learnt from; and ids that are in both files, which harms nobody here."""
+    ours, theirs = (
+        {path: i for n, i in r.pictures.items() if shards.inside(path := root / n) or is_file(path)}
+        for r in (train, val)
+    )
+    leaks = pool.leaks(ours, theirs)
+    findings = []
+    if leaks:
+        pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
+        text = f"{len(leaks)} pictures to learn from are validation pictures: scores would be of what was learnt"
+        findings.append(Finding(level="error", check="leaks", text=text, culprits=pairs))
+    common = sorted(set(ours.values()) & set(theirs.values()))
+    if common:
+        text = f"{len(common)} picture ids are in both files"
+        findings.append(Finding(level="note", check="ids", text=text, culprits=tuple(map(str, common))))
+    return findings
+
+
+def _below(root: Path, path: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
+
+
+# ---- Before every training
+
+
+def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequence[str] = ()) -> None:
+    """Say who a run learns from and what is wrong with their labels, in a few lines; no picture is opened.
+
+    Args:
+        told: what there is to say about their keypoints.
+
+    Raises:
+        UserError: labels that spoil the run.
+    """
+    for line in (*told, sets):
+        say(line)
+    found = []
+    for name, people in _opened(sets).items():
+        found += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
+    found.append(examine.sigma_of(run.data.sigma, model.named(run.model.name).heatmap_hw(run.data.input_hw)))
+    worst = [finding for level in LEVELS[:2] for finding in found if finding.level == level]
+    for finding in worst[:BRIEF_LINES]:
+        say(f"{finding.level}: {_line(finding, shown=1)}")
+    if worst:
+        more = f"{len(worst) - BRIEF_LINES} more; " if len(worst) > BRIEF_LINES else ""
+        say(f"{more}all of it, by name: python -m sapiens_accel.doctor with the options of this run")
+    # That left and right look exchanged is no proof: whose people are so must be able to train.
+    certain = [finding for finding in worst if finding.level == "error" and not finding.check.endswith("/mirror")]
+    if certain:
+        raise UserError(_line(certain[0], shown=1))
+
+
+def _opened(sets: Sets) -> dict[str, People]:
+    """The sets of `_sets` as they were opened. Ids of one may be ids of another."""
+    first, *others = sets.train.sources if sets.mixture else (sets.train,)
+    return {"train": first, **{f"train {number}": one for number, one in enumerate(others, start=2)}, "val": sets.val}
+
+
+def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
+    """Repeated ids among all, and what else is wrong with a sample of the people."""
+    if isinstance(people.rows, stream.Rows):
+        some, features = list(stream.sample(people, STREAMED_PEOPLE)), coco.features_of(skeleton.num_keypoints)
+        rows, again = datasets.Dataset.from_list(some, features=features), []
+    else:
+        rows = coco.some_of(people.rows, BRIEF_PEOPLE)
+        ids = column_of(people.rows, "ann_id")
+        twice = np.flatnonzero(
+            examine.repeated(ids)
+        )  # names are read of these alone: all may be more than memory holds
+        names = column_of(people.rows.select(twice), "file_name")
+        again = list(examine.repeated_ids(ids[twice], names, scored=scored))
+    labels = Labels(
+        ann_ids=column_of(rows, "ann_id"),
+        file_names=column_of(rows, "file_name"),
+        boxes_xywh=boxes_of(rows),
+        areas=column_of(rows, "area"),
+        keypoints=keypoints_of(rows),
+        size_wh=np.full((len(rows), 2), np.nan),
+    )
+    found = examine.faults(labels, skeleton, scored=scored)
+    return [*again, *(finding for finding in found if finding.check != "ids")]
+
+
+# ---- As text
+
+
+def text_of(report: Report) -> str:
+    """Grouped by what was looked at, the worst first."""
+    lines = [f"{report.recipe}, {report.root}", "", *_people_lines(report.people)]
+    groups = dict.fromkeys(finding.check.split("/")[0] for finding in report.findings)
+    for group in groups:
+        lines += ["", group]
+        of_group = [finding for finding in report.findings if finding.check.split("/")[0] == group]
+        for finding in sorted(of_group, key=lambda finding: LEVELS.index(finding.level)):
+            shown = 0 if finding.level == "note" else SHOWN
+            lines.append(f"  {finding.level:8}{_line(finding, shown).removeprefix(f'{group}/')}")
+    counts = [f"{report.count(level)} {level}{'' if report.count(level) == 1 else 's'}" for level in LEVELS[:2]]
+    return "\n".join([*lines, "", ", ".join(counts)])
+
+
+def _line(finding: Finding, shown: int) -> str:
+    named = ", ".join(finding.culprits[:shown])
+    more = len(finding.culprits) - shown
+    rest = f" and {more} more" if more > 0 and named else ""
+    return f"{finding.check}: {finding.text}{f': {named}' if named else ''}{rest}"
+
+
+def _people_lines(people: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sizes, and a table of joints: in how many of the people they are visible and occluded."""
+    lines = []
+    for name, of in people.items():
+        each = f"{of['joints_labelled']:.1f} joints each"
+        lines.append(f"{name}: {of['people']} people in {of['pictures']} pictures, {each}")
+        if of["people"]:
+            sizes = (f"{key.replace('_', ' ')} {' | '.join(f'{size:.0f}' for size in of[key])}" for key in SIZES_TOLD)
+            lines.append(f"  px, 5 % | median | 95 %: {'; '.join(sizes)}")
+    lines += ["", f"{'joint':26}" + "".join(f"{f'{name} visible':>16}{'occluded':>10}" for name in people)]
+    for joint in next(iter(people.values()))["visible"]:
+        shares = "".join(f"{of['visible'][joint]:16.0%}{of['occluded'][joint]:10.0%}" for of in people.values())
+        lines.append(f"{joint:26}{shares}")
+    return lines

@@ -1,0 +1,178 @@
+"""Where evaluation looks for people: the labelled people's own boxes, or a detector's, checked against the pictures."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray as Array
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.sources import coco as coco_json
+
+GROUND_TRUTH = "gt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boxes:
+    """n boxes in pictures.
+
+    Attributes:
+        root: the folder of the pictures; `file_names` [n] are relative to it.
+        image_ids: [n], as in the annotations.
+        boxes_xywh: image px.
+        scores: of the boxes; 1 for ground truth.
+        source: ground truth, or the detector's file.
+        labelled: whether row i is the labelled person i.
+        told: what was left out, in a line; empty if nothing was.
+    """
+
+    root: Path
+    file_names: list[str]
+    image_ids: Int[Array, "n"]
+    boxes_xywh: Float[Array, "n 4"]
+    scores: Float[Array, "n"]
+    source: str
+    labelled: bool
+    told: str = ""
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+
+def open_boxes(given: str, people: People) -> Boxes:
+    """`gt`, or a detector's results in COCO's form, relative to here or to the people's root.
+
+    Raises:
+        UserError: as `of_people` and `of_detector`; no such file.
+    """
+    if given == GROUND_TRUTH:
+        return of_people(people)
+    places = [Path(given), people.root / given]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f"--eval.boxes {given}: no such file; expected gt, or a detector's results in COCO's form")
+    return of_detector(file, people)
+
+
+def of_people(people: People) -> Boxes:
+    """The labelled people's own boxes.
+
+    Raises:
+        UserError: a box that has nothing of its picture in it.
+    """
+    boxes, image_ids = boxes_of(people.rows), np.asarray(people.rows["image_id"][:], dtype=np.int64)
+    sizes = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
+    for box, image_id, ann_id in zip(boxes, image_ids.tolist(), people.rows["ann_id"][:], strict=True):
+        if _outside(box, sizes[image_id]):
+            raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
+    return Boxes(
+        root=people.root, file_names=list(people.rows["file_name"][:]), image_ids=image_ids, boxes_xywh=boxes,
+        scores=np.ones(len(boxes)), source="ground truth", labelled=True,
+    )  # fmt: skip
+
+
+def of_detector(file: Path, people: People) -> Boxes:
+    """The boxes of a detector's results that are of people in the people's pictures; no score is too low.
+
+    Results of more pictures than there are here (of all of COCO, for a part of it) and of other categories are left
+    out, and told.
+
+    Raises:
+        UserError: no list of detections, none at all or none of these pictures or of people; one without image_id, box
+            or score; a box without area or beside its picture; a picture that is not there.
+    """
+    found = coco_json.parsed(file)
+    if not isinstance(found, list):
+        raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
+    if not found:
+        raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
+    pictures = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
+    rows = list(_rows(file, found))
+    here = [row for row in rows if row[0] in pictures]
+    if not here:
+        raise UserError(
+            f"{file}: of another image set: none of its {len({row[0] for row in rows})} pictures (the first is "
+            f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
+        )
+    person = coco_json.person_category(people.annotations, people.reading)
+    kept = [row for row in here if row[1] == person]
+    if not kept:
+        kinds = sorted({str(row[1]) for row in here})
+        raise UserError(f"{file}: no detection of category {person} (person); its categories: {', '.join(kinds[:9])}")
+    folder = _folder(people)
+    _check(file, kept, pictures, people.root / folder)
+    others, of_others = len(here) - len(kept), len(rows) - len(here)
+    parts = [f"{others} of other categories"] * bool(others) + [f"{of_others} of other pictures"] * bool(of_others)
+    return Boxes(
+        root=people.root,
+        file_names=[f"{folder}/{pictures[row[0]]['file_name']}" for row in kept],
+        image_ids=np.array([row[0] for row in kept], dtype=np.int64),
+        boxes_xywh=np.array([row[2] for row in kept]),
+        scores=np.array([row[3] for row in kept]),
+        source=f"detector ({file.name})",
+        labelled=False,
+        told=f"{file}: {' and '.join(parts)} are left out" if parts else "",
+    )
+
+
+Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file
+
+
+def _rows(file: Path, found: list[Any]) -> Iterator[Row]:
+    for index, thing in enumerate(found):
+        if not isinstance(thing, dict):
+            raise UserError(f"{file}: detection {index}: expected image_id, category_id, bbox, score; found {thing!r}")
+        for key in ("image_id", "bbox", "score"):
+            if key not in thing:
+                raise UserError(f"{file}: detection {index}: it has no {key!r}; expected image_id, bbox and score")
+        score = thing["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"{file}: detection {index}: expected a number as 'score', found {score!r}")
+        try:
+            box = coco_json.box_of(thing)
+        except ValueError as error:
+            raise UserError(f"{file}: detection {index}: {error}") from None
+        yield thing["image_id"], thing.get("category_id", 1), box, float(score), index
+
+
+def _check(file: Path, rows: list[Row], pictures: dict[Any, dict[str, Any]], folder: Path) -> None:
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for image_id, _, box, _, index in rows:
+        picture = pictures[image_id]
+        if not (box[2] > 0 and box[3] > 0):
+            raise UserError(f"{file}: detection {index}: its box {_shown(box)} has no area (x, y, width, height)")
+        if _outside(box, picture):
+            raise UserError(f"{file}: detection {index}: {_beyond(box, picture)}")
+        # In a folder of its own (train2017/000.jpg as the name) it is only looked for when it is read.
+        if "/" not in picture["file_name"] and picture["file_name"] not in there:
+            raise UserError(f"{file}: detection {index}: its picture {folder / picture['file_name']} is not there")
+
+
+def _outside(box: Float[Array, "4"], picture: dict[str, Any]) -> bool:
+    """Whether nothing of the box is in the picture, as far as its size is told."""
+    x, y, w, h = box
+    width, height = picture.get("width"), picture.get("height")
+    return x + w <= 0 or y + h <= 0 or bool(width and x >= width) or bool(height and y >= height)
+
+
+def _beyond(box: Float[Array, "4"], picture: dict[str, Any]) -> str:
+    size = f"{picture.get('width')}x{picture.get('height')}"
+    return f"its box {_shown(box)} is outside picture {picture['id']} ({size} px); expected x, y, width, height in px"
+
+
+def _shown(box: Float[Array, "4"]) -> str:
+    return f"[{', '.join(f'{number:g}' for number in box)}]"
+
+
+def _folder(people: People) -> str:
+    """The folder of the people's pictures: what stands before each listed name."""
+    row = people.rows[0]
+    name = next(
+        image["file_name"] for image in coco_json.pictures_of(people.annotations) if image["id"] == row["image_id"]
+    )
+    return row["file_name"].removesuffix(f"/{name}")

@@ -1,0 +1,214 @@
+"""Keypoints to COCO's results and its AP and AR, whole and by part of the body, by pycocotools or a drop-in for it.
+
+Scores and suppression as published (sapiens, pose/mmpose/evaluation/metrics/coco_metric.py): a person's score is the
+box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of a picture count.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray as Array
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.data.people import People
+from sapiens_accel.evaluation.boxes import Boxes
+from sapiens_accel.evaluation.predict import Predictions
+from sapiens_accel.pose import geometry
+from sapiens_accel.pose.oks import oks_nms, person_scores
+from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
+from sapiens_accel.sources import coco as coco_json
+
+Metrics = dict[str, float]
+# Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
+Curves = Float[Array, "10 101"]
+Backend = Literal["pycocotools", "faster_coco_eval"]
+METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
+MOST = 20  # results of one picture that count, COCO's rule for keypoints
+# COCO-WholeBody's parts, each with its list in the JSON; its own evaluation scores them one by one.
+BODY = slice(0, 17)
+PARTS = {
+    "body": (BODY, "keypoints"),
+    "feet": (slice(17, 23), "foot_kpts"),
+    "face": (slice(23, 91), "face_kpts"),
+    "left_hand": (slice(91, 112), "lefthand_kpts"),
+    "right_hand": (slice(112, 133), "righthand_kpts"),
+}
+
+
+def parts_of(skeleton: Skeleton) -> dict[str, slice]:
+    """The keypoints that are also scored by themselves; none but of COCO-WholeBody."""
+    return {part: place for part, (place, _) in PARTS.items()} if skeleton.names == WHOLEBODY133.names else {}
+
+
+def results(
+    predictions: Predictions, boxes: Boxes, skeleton: Skeleton, data: DataConfig, config: EvalConfig
+) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
+    """COCO's results, at most 20 of a picture, and which prediction each of them is.
+
+    A result: image_id, category_id 1, keypoints [x, y, score, ...] in image px (to 0.001) and score.
+    """
+    crops = [geometry.box_crop(box, data.box_padding, data.input_hw) for box in boxes.boxes_xywh]
+    areas = np.array([crop.size_wh[0] * crop.size_wh[1] for crop in crops])  # of the padded box, as published
+    scores = boxes.scores * person_scores(predictions.scores, config.score_threshold)
+    by_image: dict[int, list[int]] = defaultdict(list)
+    for index, image_id in enumerate(boxes.image_ids.tolist()):
+        by_image[image_id].append(index)
+    found, chosen = [], []
+    for image_id, members in by_image.items():
+        here = np.array(members)
+        kept = oks_nms(predictions.points_xy[here], scores[here], areas[here], skeleton.sigmas, config.nms_threshold)
+        for index in here[kept][:MOST].tolist():
+            points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
+            person = {"keypoints": points.round(3).ravel().tolist(), "score": float(scores[index])}
+            found.append({"image_id": image_id, "category_id": 1, **person})
+            chosen.append(index)
+    return found, np.array(chosen, dtype=int)
+
+
+def metrics_of(found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend) -> Metrics:
+    """METRICS (0..1, -1 where there is nobody to measure) of results over the JSON that the people came from.
+
+    Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and hands, the mean of both hands. The
+    metrics without a part are those of all 133 keypoints.
+    """
+    return scored(found, people, skeleton, backend)[0]
+
+
+def scored(
+    found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend
+) -> tuple[Metrics, Curves]:
+    """`metrics_of`, and the precision-recall curves of all keypoints that AP is the mean of."""
+    tree = truth(people, skeleton.num_keypoints)
+    parts = parts_of(skeleton)
+    # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
+    areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None
+    metrics, curves = _measured(tree, found, slice(0, skeleton.num_keypoints), skeleton, backend, areas)
+    for part, place in parts.items():
+        of_part, _ = _measured(tree, found, place, skeleton, backend, areas)
+        metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
+    for name in METRICS if parts else ():
+        hands = [value for side in ("left", "right") if (value := metrics[f"{side}_hand/{name}"]) >= 0]
+        metrics[f"hands/{name}"] = float(np.mean(hands)) if hands else -1.0
+    return metrics, curves
+
+
+def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
+    """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists."""
+    category, whole = coco_json.person_category(people.annotations, people.reading), parts_of(skeleton)
+    written = []
+    for result in found:
+        points = result["keypoints"]
+        lists = {key: _part(points, place) for place, key in PARTS.values()} if whole else {"keypoints": points}
+        written.append({**result, "category_id": category, **lists})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(written))
+
+
+def truth(people: People, num_keypoints: int) -> dict[str, Any]:
+    """The JSON as pycocotools wants it, whatever it leaves out: a single category, areas and counts.
+
+    Labelled people who are not among the rows (their picture does not decode, their box is empty) are to be ignored, as
+    crowds and people without keypoints are: nobody could have predicted them.
+    """
+    tree = coco_json.parsed(people.annotations)
+    known = set(people.rows["ann_id"][:])
+    zeros = [0.0] * (3 * num_keypoints)
+    annotations = []
+    kinds = coco_json.category_ids(tree, people.reading) if people.reading.categories else ()
+    for person in tree["annotations"]:
+        if kinds and person.get("category_id", kinds[0]) not in kinds:
+            continue
+        box = person.get("bbox") or [0, 0, 0, 0]
+        is_known = person.get("id") in known
+        keypoints = coco_json.keypoint_numbers(person, num_keypoints, people.reading) if is_known else None
+        annotations.append(
+            {
+                "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
+                "image_id": person["image_id"],
+                "category_id": 1,
+                "iscrowd": int(bool(person.get("iscrowd"))),
+                "area": float(person.get("area", box[2] * box[3])),
+                "bbox": box,
+                "keypoints": keypoints or zeros,
+            }
+        )
+    images = [{"id": image["id"]} for image in tree["images"]]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+
+
+def left_out(people: People, num_keypoints: int) -> list[int]:
+    """Ids of the people with labelled keypoints, no crowds, who are not among the rows: nobody is measured of them."""
+    tree, known = coco_json.parsed(people.annotations), set(people.rows["ann_id"][:])
+    kinds = coco_json.category_ids(tree, people.reading) if people.reading.categories else ()
+    return [
+        person.get("id", -1)
+        for person in tree["annotations"]
+        if person.get("id") not in known
+        and not person.get("iscrowd")
+        and (not kinds or person.get("category_id", kinds[0]) in kinds)
+        and any(v > 0 for v in (coco_json.keypoint_numbers(person, num_keypoints, people.reading) or [])[2::3])
+    ]
+
+
+def _measured(
+    tree: dict[str, Any],
+    found: Sequence[dict[str, Any]],
+    place: slice,
+    skeleton: Skeleton,
+    backend: Backend,
+    areas: Sequence[float] | None,
+) -> tuple[Metrics, Curves]:
+    """METRICS of some of the keypoints; a person without one of them labelled is to be ignored."""
+    people = [{**person, "keypoints": _part(person["keypoints"], place)} for person in tree["annotations"]]
+    people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
+    predicted: Any = [{**result, "keypoints": _part(result["keypoints"], place)} for result in found]
+    sigmas = np.array(skeleton.sigmas[place])
+    with contextlib.redirect_stdout(io.StringIO()):
+        whole: Any = _tools(backend).COCO() if backend == "faster_coco_eval" else COCO()
+        whole.dataset = {**tree, "annotations": people}
+        whole.createIndex()
+        predictions = whole.loadRes(predicted)
+        for annotation, area in zip(predictions.dataset["annotations"], areas or (), strict=bool(areas)):
+            annotation["area"] = area
+        if backend == "faster_coco_eval":
+            # It writes its numbers by a logger, and takes the sigmas as a list.
+            quiet: Any = lambda *_: None  # noqa: E731
+            make = _tools(backend).COCOeval_faster
+            evaluation = make(whole, predictions, "keypoints", kpt_oks_sigmas=sigmas.tolist(), print_function=quiet)
+        else:
+            evaluation = COCOeval(whole, predictions, "keypoints")
+            evaluation.params.kpt_oks_sigmas = sigmas
+        evaluation.params.maxDets = [MOST]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # [OKS, recall, category, area, results of a picture]; the first area is all of them.
+    curves = np.asarray(evaluation.eval["precision"], dtype=np.float64)[:, :, 0, 0, 0]
+    return dict(zip(METRICS, (float(value) for value in evaluation.stats[: len(METRICS)]), strict=True)), curves
+
+
+def _tools(backend: Backend) -> Any:
+    try:
+        return importlib.import_module(backend)
+    except ImportError:
+        raise UserError(f"--eval.backend {backend}: not installed; pip install {backend.replace('_', '-')}") from None
+
+
+def _part(numbers: Sequence[float], place: slice) -> list[float]:
+    return list(numbers[3 * place.start : 3 * place.stop])
+
+
+def _extent(numbers: Sequence[float], place: slice) -> float:
+    """Width times height of what some of the keypoints span."""
+    points = np.array(_part(numbers, place)).reshape(-1, 3)[:, :2]
+    return float((points.max(axis=0) - points.min(axis=0)).prod())

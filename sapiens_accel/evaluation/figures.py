@@ -1,0 +1,238 @@
+"""The worst people of an evaluation, to look at: as labelled, as predicted, what went wrong, and the heatmaps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray as Array
+
+from sapiens_accel.config.parse import DataConfig, EvalConfig
+from sapiens_accel.data.people import People, boxes_of, keypoints_of
+from sapiens_accel.evaluation import predict, tables
+from sapiens_accel.evaluation.boxes import Boxes
+from sapiens_accel.evaluation.error_analysis import Diagnosis, Kind, Reason, diagnose
+from sapiens_accel.evaluation.evaluate import Judgement
+from sapiens_accel.evaluation.predict import Network, Predictions
+from sapiens_accel.pose import draw, geometry
+from sapiens_accel.pose.draw import Colour
+from sapiens_accel.pose.geometry import Crop
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.sources.images import read_image
+
+PANEL_HW = (384, 320)
+OF_MANY_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
+AROUND = 1.25  # of the box, so that what is next to a person is seen too
+SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labelled not at all
+# Told apart without red and green, on bright and on dark paper.
+COLOURS: dict[Kind, Colour] = {
+    Kind.GOOD: (46, 160, 110),
+    Kind.IMPRECISE: (230, 180, 20),
+    Kind.SWAPPED: (190, 100, 220),
+    Kind.WRONG_PERSON: (50, 140, 235),
+    Kind.MISSED: (235, 70, 50),
+}
+Picture = UInt8[Array, "h w 3"]
+# Of a few people, by their indices: maps of each, and heatmap_from_image of them.
+Heatmaps = Callable[[list[int]], tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One person.
+
+    Attributes:
+        panels: pictures of one size: labelled, predicted, the errors and, where there is a network, its heatmaps.
+    """
+
+    ann_id: int
+    image_id: int
+    file_name: str
+    oks: float
+    reason: Reason
+    panels: tuple[Picture, ...]
+
+    @property
+    def title(self) -> str:
+        return f"OKS {self.oks:.2f}, annotation {self.ann_id} of picture {self.image_id}: {self.reason.text}"
+
+    @property
+    def picture(self) -> Picture:
+        return draw.headed(np.concatenate(self.panels, axis=1), self.title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What went wrong with everybody, and pictures of the worst."""
+
+    diagnosis: Diagnosis
+    cases: tuple[Case, ...]
+
+
+def told(findings: dict[str, Findings]) -> list[str]:
+    """The worst people of each row in words: a paragraph each, a line for a person."""
+    return [
+        "\n".join([f"{name}: people of the lowest OKS", *(f"  {case.title}" for case in found.cases)])
+        for name, found in findings.items()
+        if found.cases
+    ]
+
+
+def of_networks(
+    judged: Judgement,
+    people: People,
+    skeleton: Skeleton,
+    networks: Sequence[Network],
+    data: DataConfig,
+    config: EvalConfig,
+    device: torch.device,
+) -> Findings:
+    """The worst `config.num_worst` of an evaluation, with heatmaps, which are computed again. On one rank.
+
+    Raises:
+        UserError: as `predict.predict`.
+    """
+    boxes = Boxes(
+        root=people.root,
+        file_names=list(people.rows["file_name"][:]),
+        image_ids=np.asarray(people.rows["image_id"][:]),
+        boxes_xywh=judged.boxes_xywh,
+        scores=np.ones(len(people)),
+        source=tables.boxes_in_words(config),
+        labelled=False,
+    )
+
+    def heatmaps(chosen: list[int]) -> tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]:
+        few = _few(boxes, chosen)
+        maps = predict.heatmaps(networks, few, skeleton, data, config, device=device)
+        crops = [geometry.box_crop(box, data.box_padding, networks[0].codec.input_hw) for box in few.boxes_xywh]
+        # The corners of a heatmap are those of the crop.
+        return maps, np.stack([crop.matrix((maps.shape[2], maps.shape[3])) for crop in crops])
+
+    return find(judged.predictions, people, skeleton, config.num_worst, judged.boxes_xywh, heatmaps)
+
+
+def _few(boxes: Boxes, chosen: list[int]) -> Boxes:
+    return replace(
+        boxes,
+        file_names=[boxes.file_names[index] for index in chosen],
+        image_ids=boxes.image_ids[chosen],
+        boxes_xywh=boxes.boxes_xywh[chosen],
+        scores=boxes.scores[chosen],
+    )
+
+
+def find(
+    predictions: Predictions,
+    people: People,
+    skeleton: Skeleton,
+    num: int,
+    boxes_xywh: Float[Array, "n 4"] | None = None,
+    heatmaps: Heatmaps | None = None,
+) -> Findings:
+    """Diagnose everybody, and draw the `num` people of the lowest OKS.
+
+    Args:
+        predictions: of the people, in their order.
+        boxes_xywh: where they were looked for, if elsewhere than in their labelled boxes; of no size: nowhere.
+    """
+    labels, own = keypoints_of(people.rows), boxes_of(people.rows)
+    areas, image_ids = np.asarray(people.rows["area"][:], dtype=np.float64), people.rows["image_id"][:]
+    found = diagnose(predictions.points_xy, predictions.scores, labels, areas, image_ids, skeleton)
+    chosen = found.worst(num).tolist()
+    looked = own if boxes_xywh is None else boxes_xywh
+    seen = [index for index in chosen if looked[index, 2:].all()]
+    maps = dict(zip(seen, zip(*heatmaps(seen), strict=True), strict=True)) if heatmaps and seen else {}
+    panel_hw = OF_MANY_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
+    cases = []
+    for index in chosen:
+        row = people.rows[index]
+        panel = _frame(own[index], looked[index], labels[index], panel_hw)
+        image = geometry.warp(read_image(people.root / row["file_name"]), panel, panel_hw)
+        panels = _panels(image, panel, labels[index], index, predictions, found, skeleton)
+        if heatmaps:
+            panels.append(_heat(image, panel, maps.get(index)))
+        cases.append(
+            Case(
+                ann_id=row["ann_id"],
+                image_id=row["image_id"],
+                file_name=row["file_name"],
+                oks=float(found.oks[index]),
+                reason=found.reason(index, skeleton),
+                panels=tuple(panels),
+            )
+        )
+    return Findings(diagnosis=found, cases=tuple(cases))
+
+
+def _frame(
+    box_xywh: Float[Array, "4"], other_xywh: Float[Array, "4"], label: Float[Array, "k 3"], panel_hw: tuple[int, int]
+) -> Float[Array, "2 3"]:
+    """panel_from_image: what shows both boxes, if the second has a size, and the labelled joints beside them."""
+    several = np.stack([box_xywh, other_xywh] if other_xywh[2:].all() else [box_xywh])
+    corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[label[:, 2] > 0, :2]])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    size_wh = geometry.with_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), panel_hw)
+    return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
+
+
+def _panels(
+    image: Picture,
+    panel: Float[Array, "2 3"],
+    label: Float[Array, "k 3"],
+    person: int,
+    predictions: Predictions,
+    found: Diagnosis,
+    skeleton: Skeleton,
+) -> list[Picture]:
+    width, scores, kinds = image.shape[1], predictions.scores[person], found.kinds[person]
+    true_xy, found_xy = geometry.apply(panel, label[:, :2]), geometry.apply(panel, predictions.points_xy[person])
+    there, labelled = bool(found.found[person]), label[:, 2] > 0
+    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labelled, 0.5, 0.0)) * there
+    colours = [COLOURS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
+    missed = found_xy if there else true_xy  # of nobody: a dot where each joint is
+    kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in COLOURS.items()]
+    strips = [draw.sides(width), draw.ramp(width), draw.key(width, kind_of)]
+    pictures = [
+        draw.person(image, true_xy, label[:, 2] / 2, skeleton),
+        draw.person(image, found_xy, shown, skeleton, scores),
+        draw.displaced(image, missed, true_xy, labelled, colours),
+    ]
+    return [np.concatenate(both) for both in zip(strips, pictures, strict=True)]
+
+
+def _heat(
+    image: Picture,
+    panel: Float[Array, "2 3"],
+    seen: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
+) -> Picture:
+    """Heatmaps where they are in the picture."""
+    width = image.shape[1]
+    if seen is None:
+        return np.concatenate([draw.key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
+    maps, heatmap_from_image = seen
+    place = np.vstack([panel, [0, 0, 1]]) @ np.vstack([geometry.invert(heatmap_from_image), [0, 0, 1]])
+    top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), place[:2], (image.shape[0], width))
+    strip = draw.key(width, [(f"heatmaps, the highest at each pixel; peak {maps.max():.2f}", (0, 0, 0))])
+    return np.concatenate([strip, draw.overlay(image, top[None], np.ones(1))])
+
+
+def save(findings: Findings, folder: Path, name: str) -> list[Path]:
+    """Write FOLDER/NAME_01.png and so on, instead of those that an earlier evaluation wrote."""
+    for stale in folder.glob(f"{_literal(name)}_[0-9][0-9]*.png"):
+        stale.unlink()
+    return [draw.save(case.picture, folder / f"{name}_{i:02d}.png") for i, case in enumerate(findings.cases, start=1)]
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in name)
+
+
+def sheet(findings: Findings) -> Picture:
+    """All cases as one picture, two in a row."""
+    pictures = [case.picture for case in findings.cases]
+    height = max(len(picture) for picture in pictures)
+    padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures]
+    return draw.grid(padded, columns=min(2, len(padded)))

@@ -1,0 +1,283 @@
+"""What eval.py is asked to judge: a run's stages, weights of any layout, or a name on the Hub, as networks."""
+
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sapiens_accel.config.parse import Config, EvalConfig, UserError
+from sapiens_accel.data.keypoint_mapping import Category, described, short
+from sapiens_accel.evaluation.predict import Network
+from sapiens_accel.models import checkpoint_formats as published
+from sapiens_accel.models import load as weights
+from sapiens_accel.models.checkpoint_formats import FILE, SKELETON_FILE, Weights
+from sapiens_accel.models.sapiens import SIZES, SapiensPose
+from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, words
+
+SHORT = {
+    "boxes": "eval.boxes",
+    "images": "eval.images",
+    "flip": "eval.flip",
+    "scales": "eval.scales",
+    "ensemble": "eval.ensemble",
+    "compare": "eval.compare",
+    "backend": "eval.backend",
+    "split": "eval.split",
+    "batch_size": "eval.batch_size",
+    "save_predictions": "eval.save_predictions",
+    "pictures": "eval.num_pictures",
+    "worst": "eval.num_worst",
+    "html": "eval.html",
+}
+PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Weights to judge, by what they are called in tables, and where results of them belong."""
+
+    name: str
+    weights: Path
+    folder: Path
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is to be judged, and the options in their long form.
+
+    `--flip` is `--eval.flip`, and so on (SHORT); the numbers after `--scales` need no brackets.
+
+    Raises:
+        UserError: nothing is to be judged.
+    """
+    words = list(argv)
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if not count:
+        raise UserError(
+            "expected what to judge first: python eval.py WEIGHTS|RUN_DIR|HUB_REPO [--data.root DIR] [--boxes gt|FILE]"
+        )
+    options, scales = [], None
+    for word in words[count:]:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            name, scales = SHORT.get(name, name), None
+            if name == "eval.scales" and not equals:
+                options.append(scales := "--eval.scales=[]")
+                continue
+            options.append(f"--{name}{equals}{value}")
+        elif scales is not None:
+            given = options[-1].removeprefix("--eval.scales=[").removesuffix("]")
+            options[-1] = f"--eval.scales=[{','.join(filter(None, [given, word.strip('[]')]))}]"
+        else:
+            options.append(word)
+    return words[:count], options
+
+
+def local(reference: str) -> Path:
+    """A path as it is, or a Hub repository's weights, downloaded.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(reference).exists():
+        return Path(reference)
+    if importlib.util.find_spec("sapiens_accel.hub.download"):
+        return Path(importlib.import_module("sapiens_accel.hub.download").fetch(reference))
+    raise UserError(f"{reference}: no such file or folder; expected a run folder, or a file or folder of weights")
+
+
+def run_config(path: Path) -> Path | None:
+    """The config.yaml of the run that a folder is, or that weights were trained in."""
+    folders = [path, *path.resolve().parents[:3]]
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def candidates(path: Path, run: Config, output: Path | None) -> list[Candidate]:
+    """A run folder's stages that have weights, or the weights themselves.
+
+    Args:
+        output: where results belong; default: the run folder, evaluations/NAME for what is none.
+
+    Raises:
+        UserError: a run folder without weights of the stages that are asked for.
+    """
+    if not (path / "config.yaml").is_file():
+        name = path.stem if path.is_file() else path.resolve().name
+        return [Candidate(name=name, weights=path, folder=output or Path("evaluations") / name)]
+    stages = [stage for stage in run.stages if (path / stage / "weights" / FILE).is_file()]
+    if not stages:
+        raise UserError(f"{path}: no weights of {run.stage} in it; expected STAGE/weights/{FILE}")
+    return [Candidate(name=stage, weights=path / stage / "weights", folder=output or path) for stage in stages]
+
+
+def name_of(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
+    """What a table calls one of several, or more of them together; those of one name are numbered."""
+    if len(group) > 1:
+        return "ensemble"
+    name = group[0].name
+    if sum(one.name == name for one in several) == 1:
+        return name
+    number = [one.weights for one in several if one.name == name].index(group[0].weights) + 1
+    return f"{name} ({number})"
+
+
+def skeleton_of(
+    several: Sequence[Candidate], annotations: Path, category: str | None, cache: Path
+) -> tuple[Skeleton, str]:
+    """The most keypoints that the annotations have and all of the weights know, and a line on those left out.
+
+    Their meaning (sigmas, mirror order, edges) is what lies beside the first weights, else what is built in.
+
+    Args:
+        category, cache: as in `category.described`.
+
+    Raises:
+        UserError: weights of other keypoints, or without any.
+    """
+    there = described(annotations, category, cache)
+    options = _options(there)
+    for candidate in several:
+        names, count = _keypoints_of(candidate)
+        if names:
+            known = set(map(words, names))
+            options = [[name for name in option if words(name) in known] for option in options]
+        options = [option for option in options if option and (names or len(option) == count)]
+        if not options:
+            theirs = f"{count} keypoints" + (f" ({short(names, 3)})" if names else " of unknown names")
+            raise UserError(
+                f"{candidate.weights}: weights of another skeleton: {theirs}; {annotations} has {there.count or 'no'} "
+                f"keypoints{f' ({short(there.names, 3)})' if there.names else ''}; expected names in common"
+            )
+    best = max(options, key=len)
+    left_out = f"{len(best)} of its {there.count} keypoints are known to all of the weights"
+    return _meaning(several[0], there, best), f"{annotations}: {left_out}" if len(best) < (there.count or 0) else ""
+
+
+def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
+    """The keypoints of the weights themselves, where no labelled people are there to say which are wanted.
+
+    That of skeleton.json beside the first weights; else the largest published one that all of them know.
+
+    Raises:
+        UserError: weights of other keypoints, or without any.
+    """
+    skeletons = [*filter(None, [_stored(several[0])]), *reversed(PUBLISHED.values())]
+    for candidate in several:
+        names, count = _keypoints_of(candidate)
+        known = [one for one in skeletons if (set(one.names) <= set(names) if names else one.num_keypoints == count)]
+        if not known:
+            theirs = f"{count} keypoints" + (f" ({', '.join(names[:3])}, ...)" if names else " of unknown names")
+            raise UserError(
+                f"{candidate.weights}: weights of unknown keypoints: {theirs}; expected those of "
+                f"{' or '.join(map(str, PUBLISHED))} keypoints, or a skeleton.json beside the weights"
+            )
+        skeletons = known
+    return skeletons[0]
+
+
+def _options(there: Category) -> list[list[str]]:
+    """The lists of keypoints that a JSON can be read as: COCO-WholeBody's 133 or their 17."""
+    known = PUBLISHED.get(there.count or 0)
+    names = there.names or (known.names if known else ())
+    return [list(names), list(COCO17.names)] if there.whole else [list(names)]
+
+
+def _meaning(candidate: Candidate, there: Category, names: Sequence[str]) -> Skeleton:
+    """The skeleton of these keypoints: from beside the weights, else what their names imply."""
+    theirs, _ = _keypoints_of(candidate)
+    stored = _stored(candidate)
+    if stored is not None and stored.names == theirs:
+        return stored.of(names)
+    return custom.skeleton([replace(there, names=tuple(names))], None)[0]
+
+
+def _stored(candidate: Candidate) -> Skeleton | None:
+    """What `export.export` wrote beside the weights.
+
+    Raises:
+        UserError: it is no skeleton.
+    """
+    file = published.find(str(candidate.weights)).parent / SKELETON_FILE
+    if not file.is_file():
+        return None
+    try:
+        tree = json.loads(file.read_text())
+        lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
+        return Skeleton(**lists, edges=tuple((a, b) for a, b in tree["edges"]))
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError):
+        raise UserError(f"{file}: not the skeleton of weights; mend it or move the weights away from it") from None
+
+
+def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
+    found = published.read(str(candidate.weights))
+    count = published.num_keypoints(found.state)
+    if not count:
+        raise UserError(f"{candidate.weights}: no heatmap head in it; expected weights of a pose network")
+    return found.names, count
+
+
+def network(
+    candidate: Candidate, run: Config, skeleton: Skeleton, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[Network, str]:
+    """A candidate's network on the device, and what became of every tensor of its file.
+
+    Args:
+        autocast: the dtype of mixed precision; None is fp32.
+
+    Raises:
+        UserError: a file of no network that we have, or one that lacks keypoints of the skeleton.
+    """
+    found = published.read(str(candidate.weights))
+    input_hw = found.input_hw or (PUBLISHED_HW if found.as_published else run.data.input_hw)
+    model = SapiensPose(_size_name(found), skeleton.num_keypoints, input_hw)
+    report = weights.load(model, str(candidate.weights), skeleton.names if found.names else None)
+    anew = [*report.new_keypoints, *report.missing, *report.reinitialised]
+    if anew:
+        raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
+    codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
+    return Network(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
+
+
+def _size_name(found: Weights) -> str:
+    """The key of SIZES whose network this is: by config.json where it is ours, else by its tensors."""
+    if (found.file.parent / "config.json").is_file() and not found.as_published:
+        try:
+            return weights.description(found.file.parent)["name"]
+        except UserError:
+            pass  # transformers' own config
+    projections = ("patch_embeddings.projection.weight", "patch_embeddings.weight")
+    of_patches = (found.state.get(f"backbone.embeddings.{name}") for name in projections)
+    width = next((len(one) for one in of_patches if one is not None), None)
+    blocks = {block[1] for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))}
+    shape = (found.family, width, len(blocks))
+    name = next((name for name, size in SIZES.items() if (size.family, size.width, size.depth) == shape), None)
+    if name is None:
+        raise UserError(
+            f"{found.file}: a {found.family} {width} wide, {len(blocks)} blocks; there are: {', '.join(SIZES)}"
+        )
+    return name
+
+
+def variants(config: EvalConfig) -> Iterator[tuple[str, EvalConfig]]:
+    """What is asked for, or, with `compare`, first without each kind of augmentation; each by its name.
+
+    Raises:
+        UserError: there is nothing to leave out.
+    """
+    if not config.compare:
+        yield "", config
+        return
+    flips, scales = ([False, True] if config.flip else [False]), [(1.0,)]
+    scales += [config.scales] if config.scales != (1.0,) else []
+    if len(flips) == len(scales) == 1:
+        raise UserError("--eval.compare: nothing to compare; give --eval.flip true or --eval.scales 0.5 1.0 1.5 2.0")
+    for several in scales:
+        for flip in flips:
+            parts = ["flip"] * flip + ["scales"] * (several != (1.0,))
+            yield " + ".join(parts) or "plain", replace(config, flip=flip, scales=several)

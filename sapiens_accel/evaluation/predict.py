@@ -1,0 +1,290 @@
+"""Networks and boxes to keypoints in image px: crops, test-time augmentation, any number of processes.
+
+A person is looked at once, or several times: mirrored, at other sizes of the crop, by other networks. The heatmaps of
+all looks are brought into one frame, the first network's own crop, and averaged there; one decoding follows.
+
+Shape letters: n boxes, b of them at a time, k keypoints, H W the input, h w the heatmap.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray as Array
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from tqdm import tqdm
+
+from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.data.dataset import begin_worker, plainly
+from sapiens_accel.evaluation.boxes import Boxes
+from sapiens_accel.models import load as weights
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.pose import geometry, heatmap
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.sources.images import read_image
+
+PATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Keypoints of all people, in the order of their rows: image px, and scores."""
+
+    points_xy: Float[Array, "n k 2"]
+    scores: Float[Array, "n k"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """uint8 crops [b, 3, H, W] to heatmaps [b, k, h, w], which `codec` decodes.
+
+    Attributes:
+        autocast: the dtype of mixed precision; None where the module sees to its own.
+    """
+
+    model: nn.Module
+    codec: Codec
+    autocast: torch.dtype | None = None
+
+
+class Crop(NamedTuple):
+    """What a network is shown of a box, and the matrix input_from_image that made it."""
+
+    image: UInt8[Tensor, "*b 3 H W"]
+    matrix: Float[Tensor, "*b 2 3"]  # float64: offsets of thousands of pixels are inverted and composed
+
+
+@dataclass(frozen=True)
+class Look:
+    """A network at one size of its crop."""
+
+    network: Network
+    input_hw: tuple[int, int]
+
+    @cached_property
+    def is_own_size(self) -> bool:
+        return self.input_hw == self.network.codec.input_hw
+
+
+def looks(networks: Sequence[Network], scales: Sequence[float]) -> list[Look]:
+    """Every network at every scale of its own input, in multiples of the patch.
+
+    Raises:
+        UserError: two scales that are the same size.
+    """
+    found = []
+    for network in networks:
+        sizes = [
+            tuple(max(1, round(side * scale / PATCH)) * PATCH for side in network.codec.input_hw) for scale in scales
+        ]
+        # The network's own size need not be of patches for whatever is no ViT.
+        sizes = [network.codec.input_hw if scale == 1 else size for scale, size in zip(scales, sizes, strict=True)]
+        for index, size in enumerate(sizes):
+            if size in sizes[:index]:
+                same = f"{scales[sizes.index(size)]:g} and {scales[index]:g}"
+                raise UserError(
+                    f"--eval.scales: {same} are both {size[0]}x{size[1]} px of {PATCH}-px patches; drop one"
+                )
+            found.append(Look(network, (size[0], size[1])))
+    return found
+
+
+class Crops(Dataset[tuple[Crop, ...]]):
+    """Index -> the upright crop of a box for every look; its picture is read once."""
+
+    def __init__(self, boxes: Boxes, shown: Sequence[Look], padding: float) -> None:
+        self.boxes, self.padding = boxes, padding
+        self.sizes = [(look.network.codec.input_hw, look.input_hw) for look in shown]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: int) -> tuple[Crop, ...]:
+        image = read_image(self.boxes.root / self.boxes.file_names[index])
+        return tuple(self._crop(image, index, own_hw, input_hw) for own_hw, input_hw in self.sizes)
+
+    def _crop(
+        self, image: UInt8[Array, "h w 3"], index: int, own_hw: tuple[int, int], input_hw: tuple[int, int]
+    ) -> Crop:
+        # The same part of the picture at every scale: the rectangle has the aspect of the network's own input.
+        matrix = geometry.box_crop(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
+        picture = geometry.warp(image, matrix, input_hw)
+        return Crop(torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), torch.from_numpy(matrix))
+
+
+@torch.no_grad()
+def predict(
+    networks: Sequence[Network],
+    boxes: Boxes,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Predictions:
+    """Predict each box once; all ranks return all predictions.
+
+    Args:
+        gather: concatenates a tensor of equal shape on all ranks along its first dimension.
+
+    Raises:
+        UserError: a picture that does not decode; scales that are the same; another scale of a sharded network.
+    """
+    # Every rank takes as many boxes as the others (a sharded model's forward is a collective); the last ones again.
+    mine = [index % len(boxes) for index in range(rank, -(-len(boxes) // num_ranks) * num_ranks, num_ranks)]
+    shown = looks(networks, config.scales)
+    loader = DataLoader(
+        Subset(Crops(boxes, shown, data.box_padding), mine),
+        batch_size=config.batch_size,
+        num_workers=data.num_workers,
+        collate_fn=default_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=begin_worker,
+    )
+    found = []
+    with _evaluating([network.model for network in networks]), _progress(len(mine), rank) as progress:
+        for batch in plainly(loader):
+            crops = [Crop(*crop) for crop in batch]
+            maps = _mean_maps(shown, crops, skeleton, config, device)
+            points_xy, scores = networks[0].codec.decode(maps)
+            found.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix))
+            progress.update(len(points_xy))
+    points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    # The frame of the maps is the first network's own crop, whatever its first look was.
+    frames = _own_matrices(matrices, shown[0])
+    image_xy = torch.stack([_to_image(m, p) for m, p in zip(frames, points_xy, strict=True)])
+    rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
+    index = torch.tensor(mine, device=device)
+    return _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
+
+
+@torch.no_grad()
+def heatmaps(
+    networks: Sequence[Network],
+    boxes: Boxes,
+    skeleton: Skeleton,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    device: torch.device,
+) -> Float[Array, "n k h w"]:
+    """What `predict` decodes, of a few boxes: the average of all looks, in the first network's own crop. On one rank.
+
+    Raises:
+        UserError: as `predict`.
+    """
+    shown = looks(networks, config.scales)
+    crops, found = Crops(boxes, shown, data.box_padding), []
+    with _evaluating([network.model for network in networks]):
+        for first in range(0, len(boxes), config.batch_size):
+            several = [crops[index] for index in range(first, min(first + config.batch_size, len(boxes)))]
+            batch = [Crop(*crop) for crop in default_collate(several)]
+            found.append(_mean_maps(shown, batch, skeleton, config, device).cpu().numpy())
+    return np.concatenate(found)
+
+
+def _mean_maps(
+    shown: Sequence[Look], crops: Sequence[Crop], skeleton: Skeleton, config: EvalConfig, device: torch.device
+) -> Float[Tensor, "b k h w"]:
+    """The average of all looks, in the frame of the first network's own crop."""
+    total, num = None, 0
+    frame, codec = _own_matrices(crops[0].matrix, shown[0]), shown[0].network.codec
+    for look, crop in zip(shown, crops, strict=True):
+        image = crop.image.to(device, non_blocking=True)
+        maps = _maps(look, image)
+        if config.flip:
+            maps = maps + heatmap.flip(_maps(look, image.flip(-1)), skeleton.mirror)
+        if not torch.equal(crop.matrix, frame) or tuple(maps.shape[-2:]) != codec.heatmap_hw:
+            frame_from_look = geometry.strong_from_weak(frame, crop.matrix).float().to(device)
+            maps = geometry.warp_maps(
+                maps, frame_from_look, look.input_hw, other_input_hw=codec.input_hw, other_hw=codec.heatmap_hw
+            )
+        total, num = maps if total is None else total + maps, num + 1 + config.flip
+    assert total is not None
+    return total / num
+
+
+def _maps(look: Look, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
+    """A network's maps, in float32; of a larger crop, fewer people at a time."""
+    network, own_hw = look.network, look.network.codec.input_hw
+    pixels = look.input_hw[0] * look.input_hw[1] / (own_hw[0] * own_hw[1])
+    at_a_time = max(1, int(len(image) / max(1.0, pixels)))
+    casts = torch.autocast(image.device.type, dtype=network.autocast, enabled=network.autocast is not None)
+    with seeing(network.model, look.input_hw), casts:
+        return torch.cat([network.model(part).float() for part in image.split(at_a_time)])
+
+
+@contextmanager
+def seeing(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None]:
+    """A network that takes crops of another size: Sapiens v1's position embedding is resized to the patches there are.
+
+    Sapiens2 computes its positions from the picture. Whatever is no network of ours is left alone.
+
+    Raises:
+        UserError: the embedding is shared out among the ranks (ZeRO-3).
+    """
+    network = getattr(model, "module", model)
+    if not isinstance(network, SapiensPose) or network.size.family != "sapiens" or input_hw == network.input_hw:
+        yield
+        return
+    embeddings, patch = network.backbone.embeddings, network.size.patch
+    own = embeddings.position_embeddings
+    if hasattr(own, "ds_id"):
+        raise UserError("--eval.scales: not under ZeRO-3, whose ranks share out the positions; use eval.py afterwards")
+    grid_hw, target_hw = ((hw[0] // patch, hw[1] // patch) for hw in (network.input_hw, input_hw))
+    resized = torch.cat([own[:, :1], weights.resize(own[:, 1:], grid_hw, target_hw).to(own.dtype)], dim=1)
+    try:
+        embeddings.position_embeddings = nn.Parameter(resized, requires_grad=False)
+        embeddings.patch_embeddings.image_size = input_hw
+        yield
+    finally:
+        embeddings.position_embeddings = own
+        embeddings.patch_embeddings.image_size = network.input_hw
+
+
+@contextmanager
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+def _progress(total: int, rank: int) -> tqdm:
+    hidden = None if rank == 0 else True  # None: where there is no terminal
+    return tqdm(total=total, desc="evaluating", unit="person", disable=hidden, leave=False)
+
+
+def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: Look) -> Float[Tensor, "n 2 3"]:
+    """What `matrices` would be at the network's own size: the same rectangle of the picture."""
+    if look.is_own_size:
+        return matrices
+    (height, width), (own_h, own_w) = look.input_hw, look.network.codec.input_hw
+    factors = [(own_w - 1) / (width - 1), (own_h - 1) / (height - 1)]
+    return matrices * torch.tensor(factors, dtype=torch.float64)[:, None]
+
+
+def _to_image(matrix: Float[Tensor, "2 3"], points_xy: Float[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:
+    return torch.from_numpy(geometry.apply(geometry.invert(matrix.numpy()), points_xy.numpy()))
+
+
+def _assemble(index: Int[Array, "m"], rows: Float[Array, "m k 3"], num_boxes: int) -> Predictions:
+    """By each box's own index: what was predicted twice to fill a rank's share counts once."""
+    assert set(index.tolist()) == set(range(num_boxes)), "a person was lost between the ranks"
+    whole = np.zeros((num_boxes, *rows.shape[1:]))
+    whole[index] = rows
+    return Predictions(points_xy=whole[..., :2], scores=whole[..., 2])

@@ -1,0 +1,181 @@
+"""Person boxes in a folder of pictures or a video, by a detector of transformers, as a JSON of detections.
+
+python -m sapiens_accel.boxes PICTURES|VIDEO --out boxes.json [--detector NAME|FOLDER] [--threshold 0.05]
+
+Stage ssl reads the JSON as --data.unlabelled_annotations, eval.py as --boxes. Killed, the same command goes on: whole
+batches are kept in OUT.partial.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data import detections as boxes_json
+from sapiens_accel.inference import detector
+from sapiens_accel.inference import media as pictures
+from sapiens_accel.inference.detector import Detector, Found
+from sapiens_accel.inference.media import Pictures
+from sapiens_accel.sources import coco as coco_json
+
+LEAST = {"batch_size": 1, "num_workers": 0, "every": 1, "threshold": 0, "max_iou": 0}
+
+
+class Partial:
+    """Batches that are done, a line each, beside the JSON to come; a line that was cut short does not count.
+
+    Raises:
+        UserError: those that are there are of other pictures or settings.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self.file = out.with_name(f"{out.name}.partial")
+        self.done: list[list[Found | None]] = []
+        lines = self.file.read_bytes().splitlines(keepends=True) if self.file.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if whole and json.loads(whole[0]) != about:
+            was = json.loads(whole[0])
+            other = ", ".join(
+                f"{key} {was.get(key)} is now {about[key]}" for key in about if was.get(key) != about[key]
+            )
+            raise UserError(f"{self.file}: begun with other settings: {other}; delete it to start anew")
+        self.done = [[_found(people) for people in json.loads(line)] for line in whole[1:]]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.file.open("r+b" if whole else "wb")
+        self._stream.seek(sum(map(len, whole)))
+        self._stream.truncate()
+        if not whole:
+            self._write(about)
+
+    def add(self, batch: list[Found | None]) -> None:
+        """Note a batch; it counts once it is on the disk."""
+        self._write(
+            [None if people is None else [people.boxes_xywh.tolist(), people.scores.tolist()] for people in batch]
+        )
+        self.done.append(batch)
+
+    def _write(self, thing: Any) -> None:
+        self._stream.write(json.dumps(thing).encode() + b"\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _found(people: Any) -> Found | None:
+    return None if people is None else Found(np.array(people[0]).reshape(-1, 4), np.array(people[1]).reshape(-1))
+
+
+# ---- python -m sapiens_accel.boxes
+
+
+def detect(
+    seen: Pictures, ids: Sequence[Any], category: Any, finder: Detector, out: Path, batch_size: int, num_workers: int
+) -> tuple[int, list[str]]:
+    """Write the detections of all pictures; how many there are, and the pictures that do not decode.
+
+    What a killed run had done is used, batch by batch, so that the file is the same byte for byte.
+
+    Raises:
+        UserError: as `Partial`; no picture decodes.
+    """
+    listing = "\n".join(f"{name} {(seen.root / name).stat().st_size}" for name in seen.names)
+    settings = {"detector": finder.name, "threshold": finder.threshold, "max_iou": finder.max_iou}
+    about = {**settings, "batch_size": batch_size, "pictures": hashlib.sha256(listing.encode()).hexdigest()[:16]}
+    kept = Partial(out, about)
+    done = sum(map(len, kept.done))
+    if done:
+        print(f"{kept.file}: goes on after {done} of {len(seen.names)} pictures", flush=True)
+    progress = tqdm(total=len(seen.names), initial=done, desc="boxes", unit="picture", disable=None, leave=False)
+    with progress:
+        for batch in finder.scan(seen.root, seen.names[done:], batch_size, num_workers):
+            kept.add(batch)
+            progress.update(len(batch))
+    kept.close()
+    found = [people for batch in kept.done for people in batch]
+    bad = [name for name, people in zip(seen.names, found, strict=True) if people is None]
+    if len(bad) == len(found):
+        raise UserError(f"{seen.root}: none of its {len(bad)} pictures decodes ({bad[0]}, ...)")
+    written = boxes_json.rows(seen.names, ids, category, found)
+    temporary = out.with_name(f"{out.name}.tmp")
+    temporary.write_text(json.dumps(written))
+    temporary.replace(out)
+    kept.file.unlink()
+    return len(written), bad
+
+
+def main(words: Sequence[str]) -> None:
+    asked = _parser().parse_args(words)
+    for knob, least in LEAST.items():
+        value = getattr(asked, knob)
+        if value is not None and (value < least or (isinstance(value, float) and value > 1)):
+            raise UserError(
+                f"--{knob} {value:g}: expected {'0 to 1' if isinstance(value, float) else f'{least} or more'}"
+            )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes: expected one, python -m sapiens_accel.boxes without a launcher")
+    seen = _pictures(asked)
+    ids = boxes_json.ids_in(asked.annotations, seen.names) if asked.annotations else boxes_json.ids_of(seen.names)
+    category = coco_json.person_category(asked.annotations) if asked.annotations else 1
+    finder = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
+    try:
+        num, bad = detect(seen, ids, category, finder, asked.out, asked.batch_size, asked.num_workers)
+    except KeyboardInterrupt:
+        print(f"stopped; {asked.out}.partial keeps what is done, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    told = [seen.told, *(f"skipped: {seen.root / name} does not decode" for name in bad)]
+    looked = f"{len(seen.names) - len(bad)} pictures of {seen.root}" + f", {len(bad)} skipped" * bool(bad)
+    print(*filter(None, told), f"{asked.out}: {num} people in {looked}", sep="\n")
+    folder, file = seen.root.resolve(), asked.out.resolve()
+    print(f"stage ssl: --data.unlabelled_images {folder} --data.unlabelled_annotations {file}")
+    print(f"eval.py: --boxes {file}")
+
+
+def _pictures(asked: Any) -> Pictures:
+    if not pictures.is_video(asked.pictures):
+        if asked.frames or asked.every:
+            raise UserError(f"{asked.pictures}: --every and --frames are of a video; this is none")
+        return pictures.find(asked.pictures)
+    folder = asked.frames or asked.out.parent / asked.pictures.stem
+    return pictures.write_frames(asked.pictures, folder, asked.every or 1)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not here; expected cpu or, with a GPU, cuda") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.boxes",
+        description="Find the people in pictures, and write their boxes for stage ssl and eval.py.",
+        allow_abbrev=False,
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("pictures", type=Path, help="a picture, a folder (with all below it) or a video")
+    add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
+    add("--detector", default=detector.DEFAULT, help=f"a folder, or a repository on the Hub ({detector.DEFAULT})")
+    least, overlap = detector.THRESHOLD, detector.MAX_IOU
+    add("--threshold", type=float, default=least, help=f"the least score ({least}; ssl takes those from 0.5 on)")
+    add("--max_iou", type=float, default=overlap, help=f"of two boxes that overlap by more, one stays ({overlap})")
+    add("--batch_size", type=int, default=8, help="pictures of one forward (8)")
+    add("--num_workers", type=int, default=4, help="reading processes (4)")
+    add("--device", help="cuda where there is one, else cpu")
+    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labelled pictures")
+    add("--every", type=int, help="of a video: every n-th frame (1)")
+    add("--frames", type=Path, help="of a video: the folder its frames are written to (beside OUT, named as the video)")
+    return parser

@@ -1,0 +1,160 @@
+"""Where people are in pictures, by a detector of transformers (RT-DETR, RT-DETRv2, D-FINE, DETR, ...)."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray as Array
+from torch.utils.data import DataLoader, Dataset
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data.dataset import begin_worker
+from sapiens_accel.hub import download as fetch
+from sapiens_accel.sources import images as photo
+
+# Learnt on COCO, 43 million weights; Apache-2.0, as its code in transformers is.
+# https://huggingface.co/PekingU/rtdetr_v2_r50vd
+DEFAULT = "PekingU/rtdetr_v2_r50vd"
+THRESHOLD, MAX_IOU = 0.05, 0.7
+SMALLEST = 1.0  # px: a thinner box holds nobody
+
+
+class Found(NamedTuple):
+    """The people of one picture, the surest first: boxes x y w h in image px, within the picture."""
+
+    boxes_xywh: Float[Array, "n 4"]
+    scores: Float[Array, "n"]
+
+
+NOBODY = Found(np.zeros((0, 4)), np.zeros(0))
+
+
+class Prepared(NamedTuple):
+    """A batch as the network wants it, and the (height, width) of each of its pictures; None does not decode."""
+
+    inputs: dict[str, torch.Tensor]
+    sizes: list[tuple[int, int] | None]
+
+
+class Detector:
+    """A detector of transformers, of which people alone are asked for; one picture's boxes depend on no other.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        threshold: boxes with a score up to this are left out.
+        max_iou: of two boxes that overlap by more, the surer one stays.
+        knob: the option that named it, for what is said about it.
+
+    Raises:
+        UserError: nothing there, no detector of transformers, weights that are not whole, no class of people.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        threshold: float = THRESHOLD,
+        max_iou: float = MAX_IOU,
+        knob: str = "--detector",
+    ) -> None:
+        self.name, self.device, self.threshold, self.max_iou = name, device, threshold, max_iou
+        folder = _local(name, knob)
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        try:
+            model, told = transformers.AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
+            # Without torchvision; the arithmetic on pictures is the one that these networks were trained with.
+            self.processor: Any = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        except Exception as error:  # whatever transformers makes of files that are not its own
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"{knob} {name}: not a detector that transformers loads ({said}); expected RT-DETR, D-FINE, ..."
+            ) from None
+        if told["missing_keys"]:
+            missing = sorted(told["missing_keys"])
+            raise UserError(f"{knob} {name}: incomplete: no {missing[0]!r} ({len(missing)} such) in its weights")
+        labels = model.config.id2label
+        self.people = [int(key) for key, label in labels.items() if str(label).lower() == "person"]
+        if not self.people:
+            shown = ", ".join(str(label) for label in list(labels.values())[:5])
+            raise UserError(f"{knob} {name}: no class 'person' among its {len(labels)} ({shown}, ...)")
+        self.model: Any = model.to(device).eval()
+
+    def scan(self, root: Path, names: Sequence[str], batch_size: int, num_workers: int) -> Iterator[list[Found | None]]:
+        """The people of each picture, batch by batch; None for a picture that does not decode."""
+        loader = DataLoader(
+            _Files(root, names),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=partial(prepare, self.processor),
+            worker_init_fn=begin_worker,
+        )
+        for batch in loader:
+            yield self.find(batch)
+
+    @torch.inference_mode()
+    def find(self, batch: Prepared) -> list[Found | None]:
+        """The people of each picture of a batch."""
+        seen = [size for size in batch.sizes if size is not None]
+        if not seen:
+            return [None for _ in batch.sizes]
+        outputs = self.model(**{key: value.to(self.device) for key, value in batch.inputs.items()})
+        read = self.processor.post_process_object_detection
+        results = iter(zip(read(outputs, threshold=self.threshold, target_sizes=seen), seen, strict=True))
+        return [None if size is None else self._people(*next(results)) for size in batch.sizes]
+
+    def _people(self, result: dict[str, torch.Tensor], size_hw: tuple[int, int]) -> Found:
+        boxes, scores, labels = (result[key].cpu().double().numpy() for key in ("boxes", "scores", "labels"))
+        height, width = size_hw
+        corners = boxes.reshape(-1, 2, 2).clip(0, (width, height))
+        sides = corners[:, 1] - corners[:, 0]
+        kept = np.flatnonzero(np.isin(labels, self.people) & (sides >= SMALLEST).all(axis=1))
+        found = np.concatenate([corners[:, 0], sides], axis=1)[kept]
+        chosen = suppress(found, scores[kept], self.max_iou)
+        return Found(found[chosen], scores[kept][chosen])
+
+
+def _local(name: str, knob: str) -> str:
+    try:
+        return fetch.fetch(name)
+    except UserError as error:
+        raise UserError(f"{knob} {str(error).removeprefix('--weights ')}") from None
+
+
+class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
+    """Index -> picture, None if it does not decode."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root, self.names = root, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> UInt8[Array, "h w 3"] | None:
+        return photo.whole_image(self.root / self.names[index])
+
+
+def prepare(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:
+    """A batch of pictures for the network; in the reading processes, so that the device does not wait."""
+    seen = [image for image in images if image is not None]
+    inputs = processor(images=seen, input_data_format="channels_last", return_tensors="pt") if seen else {}
+    return Prepared(dict(inputs), [None if image is None else image.shape[:2] for image in images])
+
+
+def suppress(boxes_xywh: Float[Array, "n 4"], scores: Float[Array, "n"], max_iou: float) -> Int[Array, "m"]:
+    """Indices of the boxes that stay, best first: of two whose intersection over union is above `max_iou`, one."""
+    left, kept = np.argsort(-scores, kind="stable"), []
+    low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+    areas = boxes_xywh[:, 2] * boxes_xywh[:, 3]
+    while len(left):
+        best, rest = left[0], left[1:]
+        kept.append(best)
+        common = (np.minimum(high[best], high[rest]) - np.maximum(low[best], low[rest])).clip(0).prod(axis=1)
+        left = rest[common <= max_iou * (areas[best] + areas[rest] - common)]
+    return np.array(kept, dtype=int)

@@ -1,0 +1,194 @@
+"""A user's own pictures: what a picture, a folder or a video holds, in a fixed order, and videos out again."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray as Array
+from tqdm import tqdm
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.sources import images as photo
+from sapiens_accel.sources.images import PICTURES
+
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+JPEG_QUALITY = 95
+USUAL_RATE = 25.0  # frames a second of a video that does not tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures on disk: `names`, sorted, relative to `root`; `told` is what was left out, in a line, or empty."""
+
+    root: Path
+    names: list[str]
+    told: str = ""
+
+
+def is_video(path: Path) -> bool:
+    """Whether it is a file with a video's ending."""
+    return path.is_file() and path.suffix.lower() in VIDEOS
+
+
+def find(path: Path) -> Pictures:
+    """A picture alone, or all pictures in and below a folder.
+
+    Raises:
+        UserError: no such path, no picture or video by its ending, a folder without pictures.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in PICTURES:
+            raise UserError(f"{path}: neither a picture ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
+        return Pictures(root=path.parent, names=[path.name])
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; expected a picture, a folder of pictures or a video")
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    # A file that begins with a dot is no picture of the user's (another system's notes of ._NAME.jpg are not).
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    # Nor is what was drawn of an earlier look, in a folder that is looked at again.
+    drawn = {file.parent / "drawn" for file in files if file.name == "keypoints.json"}
+    shown = sorted(file.as_posix() for file in files if not drawn & set(file.parents))
+    names = [name for name in shown if Path(name).suffix.lower() in PICTURES]
+    videos = [name for name in shown if Path(name).suffix.lower() in VIDEOS]
+    if not names:
+        hint = f"; it has videos, give one of them: {path / videos[0]}" if videos else ""
+        raise UserError(f"{path}: no pictures ({', '.join(PICTURES)}) in or below it{hint}")
+    told = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
+    return Pictures(root=path, names=names, told=told if videos else "")
+
+
+def sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Height and width (px) of every picture, turned as its EXIF data says; None for one that does not decode."""
+
+    def size(name: str) -> tuple[int, int] | None:
+        image = photo.whole_image(root / name)
+        return None if image is None else image.shape[:2]
+
+    with ThreadPoolExecutor(4) as pool:
+        read = pool.map(size, names)
+        return list(tqdm(read, total=len(names), desc="looking at pictures", disable=None, leave=False))
+
+
+# ---- Videos
+
+
+def frame_name(video: Path, index: int, suffix: str = ".jpg") -> str:
+    """The name of a frame's picture: VIDEO_000012.jpg is frame 12, counted from 0."""
+    return f"{video.stem}_{index:06d}{suffix}"
+
+
+def frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w 3"]]]:
+    """Every n-th frame, RGB, with its number from 0; one at a time is in memory.
+
+    Raises:
+        UserError: nothing of it decodes.
+    """
+    capture = _opened(video)
+    index = -1
+    try:
+        while capture.grab():
+            index += 1
+            if index % every == 0:
+                read, frame = capture.retrieve()
+                if read:
+                    yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    finally:
+        capture.release()
+    if index < 0:
+        raise UserError(f"{video}: no frame of it decodes; expected a video that OpenCV (FFmpeg) reads")
+
+
+def length(video: Path) -> tuple[int, float]:
+    """How many frames it says to have, or, where it does not tell, has; and how many a second.
+
+    Raises:
+        UserError: it does not open; as `frames`.
+    """
+    capture = _opened(video)
+    num, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+    capture.release()
+    usual = np.isfinite(rate) and 0 < rate <= 1000
+    known = np.isfinite(num) and num >= 1
+    return int(num) if known else sum(1 for _ in frames(video)), float(rate) if usual else USUAL_RATE
+
+
+def _opened(video: Path) -> cv2.VideoCapture:
+    # FFmpeg's own words on a broken file come without its name; ours are the one line. Read when a video is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    capture = cv2.VideoCapture(str(video))
+    if not capture.isOpened():
+        raise UserError(f"{video}: does not open as a video; expected one that OpenCV (FFmpeg) reads")
+    return capture
+
+
+def write_frames(video: Path, folder: Path, every: int) -> Pictures:
+    """Every n-th frame as a picture in the folder; frames that are there already stay as they are.
+
+    A frame appears whole or not at all, so that a run that was killed can be repeated.
+
+    Raises:
+        UserError: as `frames`; a picture that cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    total = -(-length(video)[0] // every)
+    shown = tqdm(frames(video, every), total=total, desc="frames", unit="frame", disable=None, leave=False)
+    for index, frame in shown:
+        names.append(frame_name(video, index))
+        if not (folder / names[-1]).is_file():
+            temporary = folder / f".{names[-1]}"
+            save(frame, temporary)
+            temporary.replace(folder / names[-1])
+    return Pictures(root=folder, names=names)
+
+
+def save(picture: UInt8[Array, "h w 3"], path: Path) -> None:
+    """Write a picture by its name's ending.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
+    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options):
+        raise UserError(f"{path}: could not be written; is the disk full, or the folder protected?")
+
+
+class Film:
+    """An mp4 that is written frame by frame, and appears under its name when it is whole."""
+
+    def __init__(self, path: Path, rate: float) -> None:
+        self.path, self.rate = path, rate
+        self._writer: cv2.VideoWriter | None = None
+        self._size_wh = (0, 0)
+
+    def add(self, frame: UInt8[Array, "h w 3"]) -> None:
+        """The next frame; of another size than the first one's it is resized to that.
+
+        Raises:
+            UserError: this OpenCV writes no mp4.
+        """
+        if self._writer is None:
+            self._size_wh = (frame.shape[1], frame.shape[0])
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            self._writer = cv2.VideoWriter(str(self._part), code, self.rate, self._size_wh)
+            if not self._writer.isOpened():
+                raise UserError(f"{self.path}: this OpenCV writes no mp4; --pictures 0 draws nothing")
+        if (frame.shape[1], frame.shape[0]) != self._size_wh:
+            frame = cv2.resize(frame, self._size_wh, interpolation=cv2.INTER_AREA)
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._part.replace(self.path)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.part{self.path.suffix}")

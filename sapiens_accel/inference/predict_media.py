@@ -1,0 +1,242 @@
+"""Weights and a user's own pictures or video to keypoints, drawn and as COCO JSON: eval.py WEIGHTS --images PICTURES.
+
+    pictures -> where people are (a file, a detector, the whole picture) -> predict -> OKS-NMS -> keypoints.json, drawn
+
+A video goes through in pieces of some frames, so that its length takes no memory.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from sapiens_accel.config.parse import Config, EvalConfig, UserError
+from sapiens_accel.data.detections import BoxesFile
+from sapiens_accel.evaluation import networks as candidates
+from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
+from sapiens_accel.evaluation.networks import Candidate
+from sapiens_accel.evaluation.predict import Network, predict
+from sapiens_accel.inference import media as pictures
+from sapiens_accel.inference.detector import DEFAULT, NOBODY, Detector, Found
+from sapiens_accel.inference.keypoints_json import Person
+from sapiens_accel.inference.outputs import Gallery, Piece
+from sapiens_accel.pose import geometry
+from sapiens_accel.pose.oks import oks_nms, person_scores
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime import engine as distributed
+
+FRAMES = 64  # of a video, at a time
+WHOLE, BY_DETECTOR = "whole", "detector"
+DETECTED_AT_ONCE = 8
+Thing = TypeVar("Thing")
+Seen = TypeVar("Seen")
+
+
+Where = Callable[[Piece], list[Found]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is the same for all pieces: the networks, looked at as one, and who finds people (`boxes`, in words)."""
+
+    path: Path
+    run: Config
+    skeleton: Skeleton
+    networks: Sequence[Network]
+    where: Where
+    boxes: str
+
+
+def look(accelerator: Accelerator, several: Sequence[Candidate], run: Config) -> None:
+    """Find everybody's keypoints in `run.eval.images` with each run's last stage, each weights, or all as one.
+
+    All ranks must call it; rank 0 writes FOLDER/images/NAME/keypoints.json and, beside it, drawn/ or drawn.mp4.
+
+    Raises:
+        UserError: what is wrong with the pictures, the boxes, the detector or the weights.
+    """
+    evaluation, path = run.eval, Path(str(run.eval.images)).expanduser()
+    if evaluation.compare:
+        raise UserError("--eval.compare: with --images nothing is measured; drop one of them")
+    if evaluation.save_predictions:
+        raise UserError("--eval.save_predictions: --images writes keypoints.json beside the pictures; drop one of them")
+    groups = _groups(several, evaluation)
+    # Looked at before weights are read, which may take minutes.
+    names, told = _names(path)
+    if told:
+        accelerator.print(told)
+    skeleton = candidates.own_skeleton(several)
+    where, boxes = _where(accelerator, evaluation, names, run.data.num_workers)
+    autocast = distributed.autocast_dtype(accelerator)
+    for group in groups:
+        built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
+        accelerator.print(*(told for _, told in built), sep="\n")
+        networks = [network for network, _ in built]
+        task = Task(path=path, run=run, skeleton=skeleton, networks=networks, where=where, boxes=boxes)
+        folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
+        _look_at(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
+
+
+def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[Candidate]]:
+    """All weights as one, or each by itself; of the stages of a run, the last."""
+    if evaluation.ensemble:
+        return [list(several)]
+    # Of a run folder they are RUN_DIR/STAGE/weights, each named by its stage; weights that were named stay.
+    last = {one.weights.parent.parent if one.weights.parent.name == one.name else one.weights: one for one in several}
+    folders = [one.folder for one in last.values()]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--images: results of several weights would all be in {folders[0]}; give one, or --ensemble")
+    return [[one] for one in last.values()]
+
+
+def _names(path: Path) -> tuple[list[str], str]:
+    """The names of all pictures, of a video's frames as many as it says to have; and what is left out, in a line."""
+    if not pictures.is_video(path):
+        found = pictures.find(path)
+        return found.names, found.told
+    return [pictures.frame_name(path, index) for index in range(pictures.length(path)[0])], ""
+
+
+# ---- Where people are
+
+
+def _where(
+    accelerator: Accelerator, evaluation: EvalConfig, names: Sequence[str], num_workers: int
+) -> tuple[Where, str]:
+    given, min_score = evaluation.boxes, evaluation.min_box_score
+    if given in (GROUND_TRUTH, WHOLE):
+        return _whole, "whole pictures"
+    if given.endswith(".json") or Path(given).is_file():
+        file = BoxesFile(Path(given), names, min_score)
+        if file.told:
+            accelerator.print(file.told)
+        return lambda piece: [file.of(name) for name in piece.names], f"of {given}"
+    name = DEFAULT if given == BY_DETECTOR else given
+    with accelerator.main_process_first():
+        detector = Detector(name, accelerator.device, min_score, knob="--eval.boxes")
+    return partial(_detected, accelerator, detector, num_workers), f"of the detector {name}"
+
+
+def _whole(piece: Piece) -> list[Found]:
+    return [Found(np.array([[0.0, 0.0, width, height]]), np.ones(1)) for height, width in piece.sizes]
+
+
+def _detected(accelerator: Accelerator, detector: Detector, num_workers: int, piece: Piece) -> list[Found]:
+    def scan(files: Sequence[str]) -> list[Found]:
+        batches = detector.scan(piece.root, files, DETECTED_AT_ONCE, num_workers)
+        return [found or NOBODY for batch in batches for found in batch]
+
+    return _shared_out(accelerator, piece.files, scan)
+
+
+def _shared_out(
+    accelerator: Accelerator, things: Sequence[Thing], look_at: Callable[[Sequence[Thing]], list[Seen]]
+) -> list[Seen]:
+    """Each rank looks at its part of the things; all return what was seen of all, in order."""
+    mine = range(accelerator.process_index, len(things), accelerator.num_processes)
+    pairs = list(zip(mine, look_at([things[index] for index in mine]), strict=True))
+    return [seen for _, seen in sorted(gather_object(pairs), key=lambda pair: pair[0])]
+
+
+# ---- Pieces
+
+
+def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Piece]:
+    """All pictures of a folder at once, a video's frames some at a time, as pictures in `scratch`."""
+    if not pictures.is_video(path):
+        found = pictures.find(path)
+        yield _piece(accelerator, found.root, found.names, found.names)
+        return
+    # Every rank reads them from there: rank 0 alone decodes, and a picture without loss is the frame.
+    frames = pictures.frames(path) if accelerator.is_main_process else iter(())
+    try:
+        while indices := _next_frames(path, frames, scratch):
+            files = [pictures.frame_name(path, index, ".png") for index in indices]
+            yield _piece(accelerator, scratch, files, [pictures.frame_name(path, index) for index in indices])
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                shutil.rmtree(scratch)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _next_frames(path: Path, frames: Iterator[tuple[int, Any]], scratch: Path) -> list[int]:
+    indices = []
+    for index, frame in islice(frames, FRAMES):
+        pictures.save(frame, scratch / pictures.frame_name(path, index, ".png"))
+        indices.append(index)
+    return broadcast_object_list([indices])[0]
+
+
+def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Sequence[str]) -> Piece:
+    sizes = _shared_out(accelerator, files, partial(pictures.sizes, root))
+    rows = list(zip(files, names, sizes, strict=True))
+    return Piece(
+        root=root,
+        files=[file for file, _, size in rows if size is not None],
+        names=[name for _, name, size in rows if size is not None],
+        sizes=[size for size in sizes if size is not None],
+        bad=[name for _, name, size in rows if size is None],
+    )
+
+
+def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
+    evaluation = task.run.eval
+    about = {"weights": weights, "boxes": task.boxes, "flip": evaluation.flip, "scales": list(evaluation.scales)}
+    made = Gallery(task.path, folder, task.skeleton, evaluation, about) if accelerator.is_main_process else None
+    num_pictures = 0
+    for piece in _pieces(accelerator, task.path, folder / ".frames"):
+        num_pictures += len(piece.files)
+        for name in piece.bad:
+            accelerator.print(f"skipped: {task.path / name} does not decode")
+        everybody = _people(accelerator, piece, task)
+        if made is not None:
+            made.add(piece, everybody)
+    if not num_pictures:
+        raise UserError(f"{task.path}: none of its pictures decodes")
+    if made is not None:
+        print(made.close())
+
+
+def _people(accelerator: Accelerator, piece: Piece, task: Task) -> list[list[Person]]:
+    """The people of each picture, the surest first."""
+    found = task.where(piece)
+    at = [index for index, people in enumerate(found) for _ in people.scores]
+    if not at:
+        return [[] for _ in found]
+    boxes = Boxes(
+        root=piece.root, file_names=[piece.files[index] for index in at], image_ids=np.array(at),
+        boxes_xywh=np.concatenate([people.boxes_xywh for people in found]),
+        scores=np.concatenate([people.scores for people in found]), source=task.boxes, labelled=False,
+    )  # fmt: skip
+    gather = partial(distributed.gather, accelerator)
+    predictions = predict(
+        task.networks, boxes, task.skeleton, task.run.data, task.run.eval, device=accelerator.device,
+        rank=accelerator.process_index, num_ranks=accelerator.num_processes, gather=gather,
+    )  # fmt: skip
+    scores = boxes.scores * person_scores(predictions.scores, task.run.eval.score_threshold)
+    parts = (predictions.points_xy, predictions.scores, scores.tolist(), boxes.boxes_xywh, boxes.scores.tolist())
+    everybody = [Person(*row) for row in zip(*parts, strict=True)]
+    places = [np.flatnonzero(boxes.image_ids == index) for index in range(len(found))]
+    return [_different([everybody[place] for place in here], task) for here in places]
+
+
+def _different(people: list[Person], task: Task) -> list[Person]:
+    """Each person once, as evaluation counts them: areas are those of the padded boxes."""
+    if not people:
+        return []
+    input_hw, padding = task.networks[0].codec.input_hw, task.run.data.box_padding
+    sizes = [geometry.box_crop(person.box_xywh, padding, input_hw).size_wh for person in people]
+    areas = np.array([width * height for width, height in sizes])
+    points_xy = np.stack([person.points_xy for person in people])
+    scores = np.array([person.score for person in people])
+    kept = oks_nms(points_xy, scores, areas, task.skeleton.sigmas, task.run.eval.nms_threshold)
+    return [people[index] for index in kept]

@@ -1,0 +1,264 @@
+"""Bytes of activations that the parts of a training step take, found by running them on fake tensors.
+
+A fake tensor has a shape and no data: a block of the 5B runs in milliseconds and allocates nothing. What is alive is
+followed operation by operation, as torch.distributed._tools.mem_tracker does it (which stops at frozen parameters).
+
+Shape letters: p people of a micro-batch (labelled and unlabelled), n people of one chunk of the head.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
+
+from sapiens_accel.config.parse import StageConfig
+from sapiens_accel.data.dataset import Batch, Labelled, View
+from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.training.ema import MovingAverage
+from sapiens_accel.training.mean_teacher import MeanTeacher, Objective, PseudoLabels, Supervised, Taught
+
+SMALLEST_BLOCK = 512  # bytes: the allocator rounds up to it
+
+
+class Linear(tuple[float, float, float]):
+    """Bytes: a constant, and so many for each of p people and n people of a chunk."""
+
+    def __call__(self, p: int, n: int = 0) -> float:
+        return self[0] + self[1] * p + self[2] * n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What the phases of one micro-batch's forward and backward take, beside parameters and their gradients.
+
+    Attributes:
+        stem: kept by the embeddings, the first block's input with it.
+        kept: kept by a checkpointed block: the next one's input.
+        saved: kept by a whole block, likewise.
+        neck: kept between the last block and the head.
+        head: the most that the head and the loss take beyond what is kept before them.
+        gradient: what they leave behind: the features' gradient and the head's own.
+        whole: the most that the backward of a whole block takes beyond what is kept when it begins.
+        again: the most that forward and backward of a checkpointed block take, beyond what is kept before that block.
+        forward: the most that a forward without gradients takes, heatmaps included.
+        block_flops: of one block's forward, a person.
+        head_flops: of the head's forward, a person.
+    """
+
+    stem: Linear
+    kept: Linear
+    saved: Linear
+    neck: Linear
+    head: Linear
+    gradient: Linear
+    whole: Linear
+    again: Linear
+    forward: Linear
+    block_flops: float
+    head_flops: float
+
+
+@lru_cache(maxsize=32)
+def footprint(
+    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, half: bool, cast: bool
+) -> Footprint:
+    """Measure a stage's step.
+
+    Args:
+        name: a key of `SIZES`.
+        half: the arithmetic is in 16 bits ...
+        cast: ... by autocast over weights in fp32, and not in weights of 16 bits.
+    """
+    # transformers remembers the patch coordinates that it computed first: they must not be fake ones.
+    size = SIZES[name]
+    grid = [pixels // size.patch for pixels in input_hw]
+    get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
+    probe = partial(_probe, name, num_keypoints, input_hw, sigma, plan, half=half, cast=cast)
+    group = 1 + plan.ratio
+    small, large, chunked = (probe(p=p * group, n=n) for p, n in ((2, 1), (4, 1), (4, 2)))
+    parts = {
+        part: _line(small[part], large[part], chunked[part], 2 * group)
+        for part in ("stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
+    }
+    return Footprint(
+        **parts,
+        block_flops=small["block_flops"] / (2 * group),
+        head_flops=small["head_flops"] / (2 * group),
+    )
+
+
+def _line(small: float, large: float, chunked: float, p: int) -> Linear:
+    """Through the measurements at (p, 1), (2 p, 1) and (2 p, 2)."""
+    per_person, per_chunk = (large - small) / p, chunked - large
+    return Linear((small - per_person * p - per_chunk, per_person, per_chunk))
+
+
+def _probe(
+    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, *,
+    half: bool, cast: bool, p: int, n: int,
+) -> dict[str, float]:  # fmt: skip
+    """One step of a network of two blocks, the first checkpointed and the second whole, p people in chunks of n."""
+    with torch.device("meta"):
+        model = SapiensPose(name, num_keypoints, input_hw, depth=2).train()
+    if "block_*" in plan.frozen:  # the others are taken to learn: what is frozen beside it saves little
+        model.freeze(("embeddings", "block_*", "norm"))
+    model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
+    objective = _objective(model, plan, sigma)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fill(model, torch.bfloat16 if half and not cast else torch.float32)
+        live = LiveBytes(model.parameters(), model.buffers())
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half and cast, cache_enabled=False)
+        step = _step(model, objective, plan, p)
+        with live:
+            found = _phases(model, live, step, autocast)
+        with live, autocast, torch.no_grad(), FlopCounterMode(display=False) as flops:
+            image = torch.zeros(p, 3, *input_hw, dtype=torch.uint8)
+            before = live.mark()
+            model(image)
+            found["forward"] = live.peak - before
+    counts = flops.get_flop_counts()
+    found["head_flops"] = sum(counts["SapiensPose.head"].values())
+    found["block_flops"] = (flops.get_total_flops() - found["head_flops"]) / 2  # the patches' share is small
+    return found
+
+
+def _fill(model: nn.Module, dtype: torch.dtype) -> None:
+    """Fake tensors in place of the meta device's, floating ones of this dtype."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+            if p.requires_grad:
+                fake.register_post_accumulate_grad_hook(_forget_gradient)
+            setattr(module, name, fake)
+        for name, b in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None  # gradients of parameters are counted elsewhere
+
+
+def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective:
+    """The stage's own, with a teacher in name only: its forward is counted beside."""
+    codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=sigma)
+    supervised = Supervised(codec=codec)
+    if plan.teacher is None:
+        return supervised
+    keypoints = range(model.num_keypoints)
+    names, teacher = [str(k) for k in keypoints], MovingAverage(nn.Linear(1, 1))
+    return MeanTeacher(supervised, teacher, list, plan.teacher, keypoints, names=names, num_steps=1, gather=lambda t: t)
+
+
+def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:
+    """The loss of a micro-batch of p people."""
+    (height, width), k = model.input_hw, model.num_keypoints
+    b = p // (1 + plan.ratio)
+    view = View(torch.zeros(b, 3, height, width, dtype=torch.uint8), torch.zeros(b, 2, 3), torch.zeros(b))
+    batch = Batch(Labelled(view, torch.zeros(b, k, 2), torch.ones(b, k), torch.zeros(b)), None)
+    if not plan.ratio:
+        return lambda: objective.loss(model, batch, None)[0]
+    image = torch.zeros(p - b, 3, height, width, dtype=torch.uint8)
+    points_xy, ones = torch.zeros(p - b, k, 2), torch.ones(p - b, k)
+    maps = torch.zeros(p - b, k, *model.heatmap_hw) if plan.teacher and plan.teacher.compares_maps else None
+    labels = PseudoLabels(Taught(points_xy, ones, ones, ones > 0, points_xy, maps), ones, image, torch.ones(()), {})
+    return lambda: objective.loss(model, batch, labels)[0]
+
+
+def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], autocast: Any) -> dict[str, float]:
+    """Run a step, and see what is alive where one phase ends and the next begins."""
+    at: dict[str, int] = {}
+    peak: dict[str, int] = {}
+
+    def note(name: str, *_: Any) -> None:
+        at[name], peak[name] = live.now, live.peak
+        live.mark()
+
+    def note_output(name: str, _module: Any, _inputs: Any, output: Any) -> None:
+        note(name)
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(partial(note, f"gradient of {name}"))
+
+    first, second = model.blocks
+    hooks = [
+        first.register_forward_pre_hook(partial(note, "stem")),
+        first.register_forward_hook(partial(note_output, "first")),
+        second.register_forward_hook(partial(note_output, "second")),
+        model.head.register_forward_pre_hook(partial(note, "neck")),
+        model.head.register_forward_hook(partial(note, "head")),
+    ]
+    start = live.mark()
+    with autocast:
+        loss = step()
+    live.mark()
+    loss.backward()
+    note("end")
+    for hook in hooks:
+        hook.remove()
+    if "gradient of first" not in at:  # frozen: each block's input is freed once it has been used
+        head = {"head": peak["head"] - at["neck"], "gradient": at["head"] - at["neck"]}
+        backbone = {"stem": at["stem"] - start, "neck": at["neck"] - at["stem"]}
+        return {**dict.fromkeys(("kept", "saved", "whole", "again"), 0), **head, **backbone}
+    return {
+        "stem": at["stem"] - start,
+        "kept": at["first"] - at["stem"],
+        "saved": at["second"] - at["first"],
+        "neck": at["neck"] - at["second"],
+        "head": peak["head"] - at["neck"],
+        "gradient": at["head"] - at["neck"],
+        "whole": max(peak["gradient of second"], peak["gradient of first"]) - at["head"],
+        "again": peak["end"] - at["stem"],
+    }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most of it since the last `mark`.
+    """
+
+    def __init__(self, *known: Any) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+        for tensor in tree_leaves([list(tensors) for tensors in known]):
+            self._is_new(tensor)
+
+    def mark(self) -> int:
+        self.peak = self.now
+        return self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and self._is_new(leaf):
+                storage = leaf.untyped_storage()
+                num = -(-storage.nbytes() // SMALLEST_BLOCK) * SMALLEST_BLOCK
+                self.now += num
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, num)
+        return result
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Whether the storage has not been seen; a view's has."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.seen:
+            return False
+        self.seen.add(key)
+        weakref.finalize(storage, self.seen.discard, key)
+        return True
+
+    def _freed(self, num: int) -> None:
+        self.now -= num

@@ -1,0 +1,201 @@
+"""Weights out: a folder that plain transformers loads, a card's snippet, and graphs for other runtimes.
+
+python -m sapiens_accel.export RUN_DIR/STAGE/weights --to onnx model.onnx
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sapiens_accel.models import export_graph as graph
+from sapiens_accel.models import modeling_sapiens_pose
+from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
+from sapiens_accel.models.load import FILE
+from sapiens_accel.models.modeling_sapiens_pose import SapiensPoseConfig
+from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
+from sapiens_accel.pose.skeleton import Skeleton
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_SNIPPET = """\
+import cv2, numpy as np, torch
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{repo_id}"{trust}).eval()
+image = cv2.cvtColor(cv2.imread("people.jpg"), cv2.COLOR_BGR2RGB)
+x, y, w, h = 120, 80, 160, 400  # one person's box: left, top, width, height in pixels
+H, W = model.config.image_size
+size = 1.25 * max(w / W, h / H) * np.array([W, H])  # the box with room around it, in the network's aspect
+corner, scale = np.array([x + w / 2, y + h / 2]) - size / 2, (np.array([W, H]) - 1) / size
+crop = cv2.warpAffine(image, np.column_stack([np.diag(scale), -scale * corner]), (W, H))
+pixels = (torch.from_numpy(crop) / 255 - torch.tensor({mean})) / torch.tensor({std})
+with torch.no_grad():
+    maps = model(pixels.permute(2, 0, 1)[None]).heatmaps[0].float().numpy()
+rows_columns = np.array([np.unravel_index(one.argmax(), one.shape) for one in maps])
+points = rows_columns[:, ::-1] / (np.array(maps.shape[:0:-1]) - 1) * size + corner  # x, y in pixels of the image
+for k, (px, py) in enumerate(points):
+    print(f"{{model.config.id2label[k]:>16}} {{px:7.1f}} {{py:7.1f}}  score {{maps[k].max():.2f}}")
+"""
+
+
+def write(
+    folder: Path,
+    states: Mapping[str, Mapping[str, Tensor]],
+    *,
+    model: SapiensPose,
+    skeleton: Skeleton,
+    sigma: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """`export` each state into the folder of its name."""
+    for name, state in states.items():
+        export(folder / name, state, model, skeleton, sigma, dtype)
+
+
+def export(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    model: SapiensPose,
+    skeleton: Skeleton,
+    sigma: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write weights with what rebuilds and feeds the network; plain transformers loads the folder.
+
+    Sapiens2: `AutoModelForPoseEstimation.from_pretrained(folder)`. Sapiens v1: `AutoModel.from_pretrained(folder,
+    trust_remote_code=True)`, by the modelling file that lies in the folder.
+
+    Args:
+        state: whole tensors by the model's own names: the fp32 masters.
+        dtype: of the tensors in the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {_published(key, model): value.to(dtype).contiguous() for key, value in state.items()}
+    temporary = folder / f".{FILE}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
+    _write(folder / "config.json", _config(model, skeleton, sigma, dtype))
+    _write(folder / "preprocessor_config.json", _preprocessor(model, sigma))
+    _write(folder / SKELETON_FILE, meaning)
+    if model.size.family == "sapiens":
+        source = Path(modeling_sapiens_pose.__file__)
+        (folder / source.name).write_text(source.read_text())
+    # Last and in one step: a folder with this file in it is whole.
+    temporary.replace(folder / FILE)
+
+
+def _write(file: Path, tree: dict[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _published(key: str, model: SapiensPose) -> str:
+    if model.size.family == "sapiens":
+        return key
+    return re.sub(r"^head\.", "decode_head.", re.sub(r"^backbone\.", "model.", key))
+
+
+def _config(model: SapiensPose, skeleton: Skeleton, sigma: float, dtype: torch.dtype) -> dict[str, Any]:
+    ours = {**model.description(), "heatmap_hw": list(model.heatmap_hw), "sigma": sigma, "keypoints": skeleton.names}
+    if model.size.family == "sapiens":
+        tree, name = sapiens_config(model), "SapiensForPoseEstimation"
+        module = Path(modeling_sapiens_pose.__file__).stem
+        autos = dict.fromkeys(("AutoModel", "AutoModelForPoseEstimation"), f"{module}.{name}")
+        tree.auto_map = {"AutoConfig": f"{module}.SapiensPoseConfig", **autos}
+    else:
+        tree, name = sapiens2_config(model.size, model.num_keypoints, model.input_hw), "Sapiens2ForPoseEstimation"
+    tree.id2label = dict(enumerate(skeleton.names))
+    tree.label2id = {keypoint: index for index, keypoint in enumerate(skeleton.names)}
+    tree.flip_pairs = _flip_pairs(skeleton)
+    return {**tree.to_dict(), "architectures": [name], "dtype": str(dtype).split(".")[-1], "sapiens_accel": ours}
+
+
+def sapiens_config(model: SapiensPose) -> SapiensPoseConfig:
+    """The config of a Sapiens v1 pose network in modeling_sapiens_pose.py."""
+    size = model.size
+    return SapiensPoseConfig(
+        image_size=list(model.input_hw),
+        patch_size=[size.patch, size.patch],
+        hidden_size=size.width,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        upsample_out_channels=list(size.upsample),
+        conv_out_channels=list(size.convs),
+        num_labels=model.num_keypoints,  # pyright: ignore[reportCallIssue]  (a key of every transformers config)
+    )
+
+
+def _flip_pairs(skeleton: Skeleton) -> list[list[int]]:
+    return [[k, other] for k, other in enumerate(skeleton.mirror) if k < other]
+
+
+def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
+    """For transformers' Sapiens2ImageProcessor, which crops people's boxes and reads heatmaps of either family."""
+    height, width = model.input_hw
+    return {
+        "image_processor_type": "Sapiens2ImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_center_crop": False,
+        "do_pad": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [mean / 255 for mean in PIXEL_MEAN],
+        "image_std": [std / 255 for std in PIXEL_STD],
+        "keypoint_heatmap_downscale_factor": height // model.heatmap_hw[0],
+        "keypoint_heatmap_sigma": sigma,
+    }
+
+
+def snippet(repo_id: str, family: str) -> str:
+    """Python that a model card shows: a picture and a person's box to keypoints, without this package.
+
+    Args:
+        repo_id: what `from_pretrained` is given: a Hub repository or a folder.
+        family: sapiens or sapiens2.
+    """
+    v1 = family == "sapiens"
+    return _SNIPPET.format(
+        repo_id=repo_id,
+        auto="AutoModel" if v1 else "AutoModelForPoseEstimation",
+        trust=", trust_remote_code=True" if v1 else "",
+        mean=[round(mean / 255, 6) for mean in PIXEL_MEAN],
+        std=[round(std / 255, 6) for std in PIXEL_STD],
+    )
+
+
+# ---- python -m sapiens_accel.export
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.export",
+        description="Write a weights folder as a graph, pixel_values (float32, normalised) to heatmaps, and check it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
+    parser.add_argument("--to", required=True, choices=graph.SUFFIX, help="the format")
+    parser.add_argument("out", type=Path, help="the file to write: OUT.onnx or OUT.pt2")
+    parser.add_argument(
+        "--dynamic_batch", nargs="?", const="true", default="true", choices=("true", "false"),
+        help="any number of people at a time (true), or one",
+    )  # fmt: skip
+    parser.add_argument("--opset", type=int, help="ONNX's operator set (18; bf16: 22)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights and the arithmetic (fp32)")
+    asked = parser.parse_args(words)
+    network = graph.Network(asked.weights, DTYPES[asked.dtype])
+    dynamic = asked.dynamic_batch == "true"
+    graph.write(network, asked.out, asked.to, dynamic_batch=dynamic, opset=asked.opset)
+    found = graph.check(network, asked.out, (1, 3) if dynamic else (1,))
+    for file in graph.files(asked.out):
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    print(found)

@@ -1,0 +1,235 @@
+"""Weights in: a file's tensors fitted to the network, with a report of every one."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sapiens_accel.config.parse import STAGES, StageName, UserError
+from sapiens_accel.models import checkpoint_formats as published
+from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
+from sapiens_accel.models.sapiens import SIZES, SapiensPose
+
+FROM_RANDOM = "starts from RANDOM weights; the published ones, or a stage of an earlier run, come in by --weights"
+POSITIONS = "backbone.embeddings.position_embeddings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of every tensor.
+
+    Attributes:
+        source: the file.
+        loaded: the model's tensors that are the file's.
+        reshaped: the model's, resized from the file's (position embeddings).
+        mapped: the model's whose rows were taken from the file's by keypoint name.
+        reinitialised: the model's that start anew, because the file's are of another shape or of unknown keypoints.
+        missing: the model's that start anew, because the file has none.
+        unused: the file's that went nowhere.
+        mapping: how many keypoints were mapped and whence their names, in words.
+        new_keypoints: the run's keypoints that the file does not have; their rows start anew.
+    """
+
+    source: str
+    loaded: list[str]
+    reshaped: list[str]
+    mapped: list[str]
+    reinitialised: list[str]
+    missing: list[str]
+    unused: list[str]
+    mapping: str = ""
+    new_keypoints: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"weights from {self.source}"]
+        for name in ("loaded", "reshaped", "mapped", "reinitialised", "missing", "unused"):
+            keys: list[str] = getattr(self, name)
+            if keys or name == "missing":
+                lines.append(f"  {name:<14}{len(keys):>5}  {_short(keys)}".rstrip())
+                lines[-1] += f": {self.mapping}" if name == "mapped" else ""
+                lines[-1] += " (start anew)" if name == "missing" and keys else ""
+        if self.new_keypoints:
+            lines.append(f"  {'new keypoints':<14}{len(self.new_keypoints):>5}  {_short(self.new_keypoints, 8)}")
+        return "\n".join(lines)
+
+
+def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None) -> Report:
+    """Load a file or folder into the model.
+
+    Position embeddings are resized to the model's grid. The rows of the head's last layer are taken by keypoint name
+    where the file's are known (from its meta data, config.json beside it or, of a published layout, their number), else
+    by position where there are as many; else that layer starts anew.
+
+    Args:
+        model: on any device; its own values stay where the file has none.
+        reference: a local file or folder; see `published.find`.
+        names: the run's keypoints; None takes the file's rows by position.
+
+    Raises:
+        UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is not there
+            or does not fit.
+    """
+    found, own = published.read(reference), model.state_dict()
+    _check_size(found, model)
+    state = dict(found.state)
+    reshaped = _fit_positions(state, found, own, model)
+    mapping, new = _fit_rows(state, found, own, model, names)
+    mapped = list(_rows(model)) if mapping else []
+    fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    absent = [key for key in own if key not in fitting]
+    _check_backbone(found, state, own, absent, model)
+    model.load_state_dict(fitting, strict=False)
+    return Report(
+        source=str(found.file),
+        loaded=sorted(set(fitting) - {*reshaped, *mapped}),
+        reshaped=reshaped,
+        mapped=mapped,
+        reinitialised=[key for key in absent if key in found.state],
+        missing=[key for key in absent if key not in found.state],
+        unused=sorted(set(found.state) - set(fitting)),
+        mapping=mapping,
+        new_keypoints=new,
+    )
+
+
+def starting_point(run_folder: Path, stage: StageName) -> str | None:
+    """The weights of the stage before this one in the run folder, if there are any."""
+    for earlier in reversed(STAGES[: STAGES.index(stage)]):
+        if (run_folder / earlier / "weights" / FILE).is_file():
+            return str(run_folder / earlier / "weights")
+    return None
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """What `export.export` wrote of the network: name, num_keypoints, input_hw, sigma, keypoints.
+
+    Raises:
+        UserError: the folder is not one of ours.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no config.json; expected a weights folder")
+    tree = json.loads(file.read_text())
+    if "sapiens_accel" not in tree:
+        raise UserError(f"{file}: no 'sapiens_accel' in it; expected a weights folder of this project")
+    return tree["sapiens_accel"]
+
+
+# ---- Whose weights they are
+
+
+def _check_size(found: Weights, model: SapiensPose) -> None:
+    patches = {"sapiens": "patch_embeddings.projection.weight", "sapiens2": "patch_embeddings.weight"}
+    projection = found.state.get(f"backbone.embeddings.{patches[found.family]}")
+    blocks = [int(block[1]) for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))]
+    width, depth = len(projection) if projection is not None and projection.ndim else None, max(blocks, default=-1) + 1
+    if found.family == model.size.family and width in (model.size.width, None) and depth == model.size.depth:
+        return
+    sizes = [
+        name for name, size in SIZES.items() if (size.family, size.width, size.depth) == (found.family, width, depth)
+    ]
+    what = f"{sizes[0]} ({width} wide, {depth} blocks)" if sizes else f"a {found.family} {width} wide, {depth} blocks"
+    ours = f"{model.name} is {model.size.width} wide, {model.size.depth} blocks"
+    remedy = f"give --model.name {sizes[0]}, or other weights" if sizes else "give weights of this size"
+    family = "" if found.family == model.size.family else f", and of family {model.size.family}"
+    raise UserError(f"--weights {found.file}: this is {what}; {ours}{family}: {remedy}")
+
+
+def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[str], model: SapiensPose) -> None:
+    lost = [key for key in absent if key.startswith("backbone.")]
+    if not lost:
+        return
+    first, expected = lost[0], "x".join(map(str, own[lost[0]].shape))
+    what = f"is {'x'.join(map(str, state[first].shape))}" if first in state else "is not there"
+    raise UserError(
+        f"--weights {found.file}: {first!r} {what}, {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
+        f"{expected} ({len(lost)} backbone tensors lack or do not fit); fetch the file again, or other weights"
+    )
+
+
+# ---- Positions
+
+
+def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose) -> list[str]:
+    """Put Sapiens v1's position embedding on the model's grid, after VitPose's empty slot 0; names what was resized.
+
+    A published one may have a class position where ours has that slot: of equal shape, and not to be taken for it.
+    """
+    if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[::2] != own[POSITIONS].shape[::2]:
+        return []
+    source, patch = state[POSITIONS], model.size.patch
+    target_hw, told_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
+    counts = [source.shape[1], source.shape[1] - 1] if found.as_published else [source.shape[1] - 1]
+    grid_hw = _grid_hw(counts, told_hw, target_hw)
+    if grid_hw is None:
+        return []
+    patches = source[:, source.shape[1] - grid_hw[0] * grid_hw[1] :]
+    if grid_hw != target_hw:
+        patches = resize(patches, grid_hw, target_hw)
+    empty = torch.zeros_like(own[POSITIONS][:, :1], device=patches.device)
+    state[POSITIONS] = torch.cat([empty, patches], dim=1)
+    return [POSITIONS] if grid_hw != target_hw else []
+
+
+def resize(
+    positions: Float[Tensor, "1 n c"], grid_hw: tuple[int, int], target_hw: tuple[int, int]
+) -> Float[Tensor, "1 m c"]:
+    """Bicubic, in fp32, no antialiasing: as published (pretrain/mmpretrain/models/utils/embed.py)."""
+    grid = positions.float().transpose(1, 2).unflatten(2, grid_hw)
+    return F.interpolate(grid, size=target_hw, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def _grid_hw(counts: Sequence[int], told_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of so many patches (the first count that makes one): as told, square, 4:3, or the model's own."""
+    for count in counts:
+        side, unit = math.isqrt(count), math.isqrt(count // 12)
+        # As published: square in pre-training, 4:3 for pose.
+        for grid_hw in (told_hw, (side, side), (4 * unit, 3 * unit), target_hw):
+            if grid_hw[0] * grid_hw[1] == count:
+                return grid_hw
+    return None
+
+
+# ---- Keypoints
+
+
+def _rows(model: SapiensPose) -> tuple[str, str]:
+    layer = published.predictor(model.size.family)
+    return f"{layer}.weight", f"{layer}.bias"
+
+
+def _fit_rows(
+    state: State, found: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Order the last layer's rows as the run's keypoints, by name; says how, and which keypoints have no row.
+
+    Nothing is said where the file's rows are in this order already, or where nothing is known to go by.
+    """
+    keys = _rows(model)
+    if names is None or found.names in (None, tuple(names)) or not all(key in state for key in keys):
+        return "", ()
+    shared = [name for name in names if name in found.names]
+    if not shared or any(state[key].shape != (len(found.names), *own[key].shape[1:]) for key in keys):
+        # Other keypoints, even if they are as many; or features of another width.
+        for key in keys:
+            del state[key]
+        return "", ()
+    to, source = ([list(order).index(name) for name in shared] for order in (names, found.names))
+    for key in keys:
+        rows = own[key].detach().clone()
+        rows[to] = state[key][source].to(rows)
+        state[key] = rows
+    how = f"{len(shared)} of {len(names)} keypoints by name, of the file's {len(found.names)} (by {found.names_from})"
+    return how, tuple(name for name in names if name not in shared)
+
+
+def _short(keys: Sequence[str], at_most: int = 2) -> str:
+    return ", ".join(keys[:at_most]) + (", ..." if len(keys) > at_most else "")

@@ -1,0 +1,320 @@
+"""SapiensPose: a transformers backbone (Sapiens v1 or Sapiens2) and its published heatmap head. Single-device code.
+
+transformers' `VitPoseBackbone` is the Sapiens v1 backbone (LayerNorm eps 1e-6, no class position), Sapiens2 is in
+transformers under its own name; no transformer is written here.
+
+Shape letters: b people, k keypoints, c channels, H W the input picture, h w the heatmap.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackbone, VitPoseBackboneConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
+
+# ImageNet's, as Sapiens was trained with (RGB, 0..255).
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What fixes one network. `upsample` and `convs` are the head's channels; both families upsample by 4."""
+
+    family: Literal["sapiens", "sapiens2"]
+    width: int
+    depth: int
+    heads: int
+    upsample: tuple[int, ...] = (768, 768)
+    convs: tuple[int, ...] = (768, 768)
+    patch: int = 16
+
+    def heatmap_hw(self, input_hw: tuple[int, int]) -> tuple[int, int]:
+        """The heatmap's size: each upsampling layer doubles the patch grid."""
+        up = 2 ** len(self.upsample)
+        return input_hw[0] // self.patch * up, input_hw[1] // self.patch * up
+
+
+# Published: facebookresearch/sapiens and sapiens2. The 0.1b has no published pose head; it gets the 0.4b's.
+SIZES = {
+    "sapiens_tiny": Size(family="sapiens", width=128, depth=4, heads=4, upsample=(64, 32), convs=(32, 32)),
+    "sapiens_0.3b": Size(family="sapiens", width=1024, depth=24, heads=16),
+    "sapiens_0.6b": Size(family="sapiens", width=1280, depth=32, heads=16),
+    "sapiens_1b": Size(family="sapiens", width=1536, depth=40, heads=24),
+    "sapiens_2b": Size(family="sapiens", width=1920, depth=48, heads=32),
+    "sapiens2_tiny": Size(family="sapiens2", width=128, depth=4, heads=4, upsample=(64, 64), convs=(64, 64, 32)),
+    "sapiens2_0.1b": Size(
+        family="sapiens2", width=768, depth=12, heads=12, upsample=(1024, 768), convs=(512, 512, 256)
+    ),
+    "sapiens2_0.4b": Size(
+        family="sapiens2", width=1024, depth=24, heads=16, upsample=(1024, 768), convs=(512, 512, 256)
+    ),
+    "sapiens2_0.8b": Size(
+        family="sapiens2", width=1280, depth=32, heads=16, upsample=(1024, 768), convs=(512, 512, 256)
+    ),
+    "sapiens2_1b": Size(
+        family="sapiens2", width=1536, depth=40, heads=24, upsample=(1536, 1024), convs=(768, 512, 256)
+    ),
+    "sapiens2_5b": Size(family="sapiens2", width=2432, depth=56, heads=32, upsample=(1024, 768), convs=(512, 512, 256)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What of a training step is kept and what is computed again; it changes memory and time, never the losses.
+
+    Attributes:
+        checkpointed_blocks: blocks, from the first on, of which only the input is kept. The last ones are kept whole
+            first: the backward frees them before the others need room.
+        head_chunk: people whose heatmaps and loss are computed at a time; None is all of them.
+        compiled: the blocks run compiled.
+    """
+
+    checkpointed_blocks: int = 0
+    head_chunk: int | None = None
+    compiled: bool = False
+
+
+class HeatmapHead(ChunkedHead):
+    """Sapiens v1's head: 4x4 deconvolutions without bias, 1x1 convolutions, InstanceNorm without parameters, SiLU.
+
+    The layers are numbered as in the published checkpoints (deconv_layers.{0,3}, conv_layers.{0,3}, final_layer).
+    """
+
+    def __init__(self, size: Size, num_keypoints: int) -> None:
+        super().__init__()
+        channels = [size.width, *size.upsample]
+        self.deconv_layers = nn.Sequential(*(layer for a, b in pairwise(channels) for layer in _deconv(a, b)))
+        channels = [size.upsample[-1], *size.convs]
+        self.conv_layers = nn.Sequential(*(layer for a, b in pairwise(channels) for layer in _conv(a, b)))
+        self.final_layer = nn.Conv2d(channels[-1], num_keypoints, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, std=0.001)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def maps(self, features: Float[Tensor, "b c grid_h grid_w"]) -> Float[Tensor, "b k h w"]:
+        return self.final_layer(self.conv_layers(self.deconv_layers(features)))
+
+
+class Sapiens2PoseHead(ChunkedHead, Sapiens2Head):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """transformers' head."""
+
+    def maps(self, features: Float[Tensor, "b c grid_h grid_w"]) -> Float[Tensor, "b k h w"]:
+        return Sapiens2Head.forward(self, features)
+
+
+def _deconv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    return nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.InstanceNorm2d(outputs), nn.SiLU()
+
+
+def _conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 1), nn.InstanceNorm2d(outputs), nn.SiLU()
+
+
+def named(name: str) -> Size:
+    """The size of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SIZES:
+        raise UserError(f"no such model {name!r}; there are: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+class SapiensPose(nn.Module):
+    """uint8 crops to heatmaps.
+
+    Args:
+        name: a key of `SIZES`.
+        num_keypoints: K.
+        input_hw: the crop's height and width in pixels, multiples of the patch.
+        depth: fewer blocks than the published network has, to measure one of them.
+
+    Raises:
+        UserError: no such size; an input that patches do not tile.
+    """
+
+    def __init__(self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None) -> None:
+        super().__init__()
+        size = named(name)
+        size = replace(size, depth=depth or size.depth)
+        if any(pixels % size.patch for pixels in input_hw):
+            raise UserError(f"input {input_hw[0]}x{input_hw[1]}: {name} needs multiples of its {size.patch}-px patch")
+        self.name, self.size = name, size
+        self.num_keypoints, self.input_hw = num_keypoints, input_hw
+        build = _build_sapiens if size.family == "sapiens" else _build_sapiens2
+        self.backbone: Any
+        self.head: ChunkedHead
+        self.backbone, self.head = build(size, num_keypoints, input_hw)
+
+    @property
+    def heatmap_hw(self) -> tuple[int, int]:
+        return self.size.heatmap_hw(self.input_hw)
+
+    @property
+    def blocks(self) -> list[GradientCheckpointingLayer]:
+        """The transformer blocks, from input to output."""
+        return [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def lay_out(self, layout: Layout) -> None:
+        """Keep and compute again what the layout says, from the next forward on."""
+        # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none.
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        for index, block in enumerate(self.blocks):
+            block.gradient_checkpointing = index < layout.checkpointed_blocks
+            if layout.compiled:
+                block.compile()
+        self.head.chunk = layout.head_chunk
+
+    def forward(
+        self, image: UInt8[Tensor, "b 3 H W"], criterion: Criterion | None = None
+    ) -> Float[Tensor, "b k h w"] | tuple[Float[Tensor, ""], Float[Tensor, "t"]]:
+        """Heatmaps; with a criterion, their loss and its terms, and the head only ever holds a chunk of them."""
+        # A frozen backbone keeps no activations, whether its blocks are checkpointed or not.
+        learns = any(p.requires_grad for p in self.backbone.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = self._features(_normalise(image).to(next(self.parameters()).dtype))
+        return self.head(features, criterion)
+
+    def _features(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c grid_h grid_w"]:
+        grid_hw = [pixels.shape[-2] // self.size.patch, pixels.shape[-1] // self.size.patch]
+        if self.size.family == "sapiens":
+            # By its parts: the backbone's own forward records the output of every block, which would stay in memory.
+            tokens = self.backbone.embeddings(pixels)
+            del pixels  # a variable would keep them through the whole forward
+            tokens = self.backbone.layernorm(self.backbone.encoder(tokens).last_hidden_state)
+        else:
+            tokens = self.backbone(pixels).last_hidden_state[:, -grid_hw[0] * grid_hw[1] :]
+        return tokens.transpose(1, 2).unflatten(2, grid_hw)
+
+    def layer_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """The ordered, complete partition of the parameters, from input to output.
+
+        embeddings, block_0 ... block_{depth - 1}, norm, head. Freezing and layer-wise lr decay both read it, so what a
+        layer is stands only here.
+        """
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {
+            name: [] for name in ("embeddings", *(f"block_{i}" for i in range(self.size.depth)), "norm", "head")
+        }
+        for name, parameter in self.named_parameters():
+            groups[_group_of(name)].append((name, parameter))
+        return groups
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Let the layer groups that match a shell pattern not learn, and all others learn.
+
+        Raises:
+            UserError: a pattern that matches no group, or patterns that leave nothing to learn.
+        """
+        groups = self.layer_groups()
+        for pattern in patterns:
+            if not fnmatch.filter(groups, pattern):
+                raise UserError(f"frozen: {pattern!r} matches no layer group; there are: {', '.join(groups)}")
+        for group, members in groups.items():
+            frozen = any(fnmatch.fnmatch(group, pattern) for pattern in patterns)
+            for _, parameter in members:
+                parameter.requires_grad_(not frozen)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to learn")
+
+    def description(self) -> dict[str, Any]:
+        """What rebuilds this network, for config.json."""
+        shape = {"num_keypoints": self.num_keypoints, "input_hw": list(self.input_hw), "size": asdict(self.size)}
+        return {"name": self.name, **shape}
+
+
+def _group_of(parameter_name: str) -> str:
+    """The layer group of a parameter by its name in either family; everything else is an embedding."""
+    parts = parameter_name.split(".")
+    if parts[0] == "head":
+        return "head"
+    if "layer" in parts:
+        return f"block_{parts[parts.index('layer') + 1]}"
+    return "norm" if parts[1] in ("layernorm", "norm") else "embeddings"
+
+
+def _normalise(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+    # Per channel with plain numbers: a tensor of constants would be a copy to the device, and a wait, in every step;
+    # a buffer would be rounded by an engine that casts the module.
+    channels = zip(image.float().unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
+    config = VitPoseBackboneConfig(
+        image_size=input_hw,
+        patch_size=(size.patch, size.patch),
+        hidden_size=size.width,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        layer_norm_eps=1e-6,
+    )
+    backbone = VitPoseBackbone(config)
+    positions = backbone.embeddings.position_embeddings
+    grid_hw = (input_hw[0] // size.patch, input_hw[1] // size.patch)
+    with torch.no_grad():
+        positions[:, 0] = 0.0
+        positions[:, 1:] = sine_cosine_positions(grid_hw, size.width)
+    # VitPose adds slot 0 to every position; Sapiens has no such slot. Without a gradient it stays what it is: zero.
+    positions.register_hook(_without_first_slot)
+    return backbone, HeatmapHead(size, num_keypoints)
+
+
+def sine_cosine_positions(grid_hw: tuple[int, int], width: int) -> Float[Tensor, "n c"]:
+    """What Sapiens' position embedding starts from: half of the channels for the column, half for the row.
+
+    As in its MAE pre-training (He et al. 2021, https://arxiv.org/abs/2111.06377, official code's `pos_embed.py`).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid_hw[0]), torch.arange(grid_hw[1]), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+
+
+def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n c"]:
+    return torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], dim=1)
+
+
+def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
+    config = sapiens2_config(size, num_keypoints, input_hw)
+    pose = Sapiens2ForPoseEstimation(config)
+    head = Sapiens2PoseHead(config)
+    head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)
+    # Published: kaiming. With few keypoints its maps start at a standard deviation of 3.3, and the loss at 10.
+    nn.init.normal_(head.predictor.weight, std=0.001)
+    return pose.model, head
+
+
+def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> Sapiens2Config:
+    """The transformers config of a Sapiens2 pose network."""
+    return Sapiens2Config(
+        image_size=list(input_hw),
+        patch_size=size.patch,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        num_key_value_attention_heads=size.heads // 2,
+        layerscale_value=1e-4,  # as published; transformers starts at 1
+        pos_embed_rescale=None,  # transformers rescales positions at random in training; Sapiens2 does not
+        num_labels=num_keypoints,  # pyright: ignore[reportCallIssue]  (a key of every transformers config)
+        head_config={  # pyright: ignore[reportArgumentType]  (transformers takes the dict)
+            "upsample_out_channels": list(size.upsample),
+            "upsample_kernel_sizes": [4] * len(size.upsample),
+            "conv_out_channels": list(size.convs),
+            "conv_kernel_sizes": [1] * len(size.convs),
+        },
+    )

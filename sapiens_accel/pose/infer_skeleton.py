@@ -1,0 +1,300 @@
+"""A Skeleton for any keypoints: what COCO categories name, what is known by name, and what a YAML says otherwise.
+
+--data.skeleton hand.yaml             every key may be left out:
+names: [wrist, thumb_tip, ...]        the run's keypoints, in its order; of a JSON that names none: what they are
+mirror: [[left_eye, right_eye], ...]  all pairs; who is in none stays where it is
+sigmas: {wrist: 0.03, ...}            OKS sigmas of some, or a list of all
+upper: [wrist, ...]                   the upper half of the body, for the half-body crop; none or all: no such crop
+edges: [[wrist, thumb_tip], ...]      lines in pictures
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data.keypoint_mapping import SHOWN, Category, nearest, pairs_of, short, unique_names
+from sapiens_accel.pose.skeleton import (
+    BUILT_IN,
+    COCO17,
+    PUBLISHED,
+    SAPIENS308,
+    WHOLEBODY133,
+    Skeleton,
+    mirror_of,
+    words,
+)
+
+KEYS = ("names", "mirror", "sigmas", "upper", "edges")
+# A guess for a keypoint of which nothing is known: the geometric mean of COCO's extremes, 0.025 (eye) and 0.107 (hip).
+# A sigma of 1 / K, which others take, makes AP of few keypoints all but certain (ultralytics/ultralytics#4135).
+GUESSED_SIGMA = 0.05
+# Words that tell the part of a body: a keypoint of another name gets the median of COCO-WholeBody's with that word.
+PARTS = ("eye", "ear", "nose", "shoulder", "elbow", "wrist", "hip", "knee", "ankle", "toe", "heel", "thumb",
+         "forefinger", "middle", "ring", "pinky")  # fmt: skip
+SAME = {"index": "forefinger", "little": "pinky"}
+FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside one of them is a middle or a ring a finger
+LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
+         "tail"}  # fmt: skip
+FRONT = {"front", "fore"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a YAML says of a skeleton; None where it says nothing. Its names are checked when they are used."""
+
+    file: str
+    names: tuple[str, ...] | None = None
+    mirror: tuple[tuple[str, str], ...] | None = None
+    sigmas: Mapping[str, float] | tuple[float, ...] | None = None
+    upper: tuple[str, ...] | None = None
+    edges: tuple[tuple[str, str], ...] | None = None
+
+
+# ---- From a YAML
+
+
+def given(text: str, root: Path) -> Skeleton | Given:
+    """What `--data.skeleton` means: a built-in skeleton, or a YAML, relative to here or to the root.
+
+    Raises:
+        UserError: neither; a key that there is not, or a value of another kind.
+    """
+    if text in BUILT_IN:
+        return BUILT_IN[text]
+    file = next((path for path in (Path(text), root / text) if path.is_file()), None)
+    if file is None:
+        there = ", ".join(BUILT_IN)
+        raise UserError(f"--data.skeleton {text}: no such file{nearest(text, BUILT_IN)}; expected a YAML, or {there}")
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: expected keys ({', '.join(KEYS)}), found {type(tree).__name__}")
+    for key in tree:
+        if key not in KEYS:
+            raise UserError(f"{file}: no such key {key!r}{nearest(str(key), KEYS)}; there are: {', '.join(KEYS)}")
+    where = {key: f"{file}: {key}" for key in KEYS}
+    return Given(
+        file=str(file),
+        names=unique_names(tree.get("names"), where["names"]),
+        mirror=_pairs(tree.get("mirror"), where["mirror"]),
+        sigmas=_sigmas(tree.get("sigmas"), where["sigmas"]),
+        upper=unique_names(tree.get("upper"), where["upper"]),
+        edges=_pairs(tree.get("edges"), where["edges"]),
+    )
+
+
+def _pairs(found: Any, where: str) -> tuple[tuple[str, str], ...] | None:
+    if found is None:
+        return None
+    for pair in found if isinstance(found, list) else [found]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            raise UserError(f"{where}: expected pairs of names, [[left_eye, right_eye], ...], found {str(pair)[:80]}")
+    return tuple((a, b) for a, b in found)
+
+
+def _sigmas(found: Any, where: str) -> Mapping[str, float] | tuple[float, ...] | None:
+    if found is None:
+        return None
+    values = list(found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else ()))
+    if not values:
+        raise UserError(f"{where}: expected a number for each name, or a list of numbers, found {str(found)[:80]}")
+    for key, value in values:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not 0 < value <= 1:
+            raise UserError(f"{where}: {key}: expected a number above 0 and up to 1 (a nose: 0.026), found {value!r}")
+    return {str(k): float(v) for k, v in values} if isinstance(found, dict) else tuple(float(v) for _, v in values)
+
+
+# ---- The skeleton
+
+
+def skeleton(several: Sequence[Category], asked: Skeleton | Given | None) -> tuple[Skeleton, tuple[str, ...]]:
+    """The run's skeleton, and what to say about it.
+
+    The keypoints of the first data set, and then those of the others that it lacks; in the order of a built-in skeleton
+    where they are its own. What is known by name (sigmas, halves, edges) is taken from the built-in skeletons.
+
+    Args:
+        asked: what `--data.skeleton` says.
+
+    Raises:
+        UserError: nothing names the keypoints; a name in the YAML that is none of them.
+    """
+    told = tuple(dict.fromkeys(line for one in several for line in one.told))
+    if isinstance(asked, Skeleton):
+        return asked, (*told, f"keypoints: {asked.num_keypoints}, built in")
+    names = _wanted(asked, several) if asked and asked.names else _together(several)
+    built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
+    if built_in and asked is None:
+        other = "" if built_in.names == names else f" (here spelt otherwise: {short(names, 3)})"
+        whose = next(name for name, one in BUILT_IN.items() if one is built_in)
+        return built_in, (*told, f"keypoints: {len(names)}, {whose}{other}")
+    found, lines = _made(names, several, asked or Given(file=""), built_in)
+    return found, (*told, *lines)
+
+
+def _wanted(asked: Given, several: Sequence[Category]) -> tuple[str, ...]:
+    """The names in the YAML, which the data know if they name any."""
+    assert asked.names
+    there = [name for one in several for name in one.names or ()]
+    alike = set(map(words, there))
+    for name in asked.names if all(one.names for one in several) else ():
+        if words(name) not in alike:
+            raise UserError(f"{asked.file}: names: no such keypoint {name!r} in the data{nearest(name, there)}")
+    return asked.names
+
+
+def _together(several: Sequence[Category]) -> tuple[str, ...]:
+    """All keypoints by name, in the order of a built-in skeleton where they are just its own."""
+    lists = []
+    for one in several:
+        known = PUBLISHED.get(17 if one.count is None else one.count)  # without any the reader says what is missing
+        if one.names is None and known is None:
+            raise UserError(
+                f"{one.file}: no category names its {one.count} keypoints: expected 'keypoints' in it, or names in a "
+                f"YAML (--data.skeleton FILE)"
+            )
+        lists.append(one.names or (known.names if known else ()))
+    if len(lists) == 1:
+        return lists[0]
+    union: dict[tuple[str, ...], str] = {}
+    for name in (name for names in lists for name in names):
+        union.setdefault(words(name), name)
+    alike = (one.names for one in PUBLISHED.values() if {*map(words, one.names)} == set(union))
+    return next(alike, tuple(union.values()))
+
+
+def _made(
+    names: tuple[str, ...], several: Sequence[Category], asked: Given, built_in: Skeleton | None
+) -> tuple[Skeleton, list[str]]:
+    mirror, lonely = (built_in.mirror, ()) if built_in else _mirror(names)
+    place = {name: k for k, name in enumerate(names)}
+    if asked.mirror is not None:
+        pairs = [[_index(place, name, asked, "mirror") for name in pair] for pair in asked.mirror]
+        mirror, lonely = _from_pairs(pairs, names, asked), ()
+    sigmas, guesses, guessed, num_given = _all_sigmas(names, mirror, asked, place)
+    upper = built_in.upper if built_in else tuple(k for k, name in enumerate(names) if not _is_lower(name))
+    if asked.upper is not None:
+        upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
+    drawn = built_in or next((one for one in PUBLISHED.values() if set(names) <= set(one.names)), None)
+    pairs = [pair for one in several for pair in one.edges] or (pairs_of(drawn) if drawn else ())
+    alike = {words(name): k for k, name in reversed(list(enumerate(names)))}
+    found = [[place.get(name, alike.get(words(name))) for name in pair] for pair in pairs]
+    edges = [(a, b) for a, b in found if a is not None and b is not None]
+    if asked.edges is not None:
+        edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
+    made = Skeleton(names=names, mirror=mirror, sigmas=sigmas, upper=upper, edges=tuple(dict.fromkeys(edges)))
+    return made, _lines(made, several, asked, lonely, guesses, guessed, num_given)
+
+
+def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """By the sides in the names; of COCO-WholeBody's face, whose names have none, as it is known."""
+    mirror, lonely = mirror_of(names)
+    face = {name: WHOLEBODY133.names[k] for name, k in zip(WHOLEBODY133.names, WHOLEBODY133.mirror, strict=True)}
+    place = {name: k for k, name in enumerate(names)}
+    order = [place.get(face.get(name, name), k) if mirror[k] == k else mirror[k] for name, k in place.items()]
+    return tuple(order), tuple(name for name in lonely if order[place[name]] == place[name])
+
+
+def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Given) -> tuple[int, ...]:
+    mirror = list(range(len(names)))
+    for a, b in pairs:
+        if mirror[a] != a or mirror[b] != b or a == b:
+            raise UserError(f"{asked.file}: mirror: {names[a]!r} and {names[b]!r}: expected each name in one pair")
+        mirror[a], mirror[b] = b, a
+    return tuple(mirror)
+
+
+def _index(place: Mapping[str, int], name: str, asked: Given, key: str) -> int:
+    if name not in place:
+        raise UserError(f"{asked.file}: {key}: no such keypoint {name!r}{nearest(name, place)}")
+    return place[name]
+
+
+# ---- What is known by name
+
+
+def _known_sigmas() -> dict[tuple[str, ...], float]:
+    """By the words of a name, and by those without its side where both sides have the same."""
+    known: dict[tuple[str, ...], float] = {}
+    for one in (SAPIENS308, WHOLEBODY133, COCO17):
+        for name, sigma in zip(one.names, one.sigmas, strict=True):
+            known[words(name)] = sigma
+    for key in list(known):
+        bare = tuple(word for word in key if word not in ("left", "right"))
+        known.setdefault(bare, known[key])
+    return known
+
+
+def _all_sigmas(
+    names: tuple[str, ...], mirror: tuple[int, ...], asked: Given, place: Mapping[str, int]
+) -> tuple[tuple[float, ...], list[str], list[str], int]:
+    """The sigmas; the names whose are estimates, and those whose are guesses; how many were given."""
+    if isinstance(asked.sigmas, tuple):
+        if len(asked.sigmas) != len(names):
+            raise UserError(f"{asked.file}: sigmas: expected {len(names)} numbers, found {len(asked.sigmas)}")
+        return asked.sigmas, [], [], len(names)
+    own = {_index(place, name, asked, "sigmas"): sigma for name, sigma in (asked.sigmas or {}).items()}
+    known, sigmas, estimated, guessed = _known_sigmas(), [], [], []
+    for k, name in enumerate(names):
+        sigma = own.get(k, own.get(mirror[k], known.get(words(name))))
+        if sigma is None:
+            sigma = _of_part(name)
+            estimated += [name] * (sigma is not None)
+            guessed += [name] * (sigma is None)
+        sigmas.append(GUESSED_SIGMA if sigma is None else sigma)
+    return tuple(sigmas), estimated, guessed, sum(k in own or mirror[k] in own for k in range(len(names)))
+
+
+def _of_part(name: str) -> float | None:
+    """The median of COCO-WholeBody's keypoints that share the word for a part of the body."""
+    here = words(name)
+    part = next((one for word in here if (one := SAME.get(word, word)) in PARTS), None)
+    if part is None or (part in ("middle", "ring") and not FINGER_WORDS & set(here)):
+        return None
+    pairs = zip(WHOLEBODY133.names, WHOLEBODY133.sigmas, strict=True)
+    return round(median(sigma for other, sigma in pairs if part in words(other)), 4)
+
+
+def _is_lower(name: str) -> bool:
+    here = {part for word in words(name) for part in (word, word.removesuffix("s"))}
+    return bool(LOWER & here) and not FRONT & here
+
+
+def _lines(
+    made: Skeleton, several: Sequence[Category], asked: Given, lonely: Sequence[str], estimated: Sequence[str],
+    guessed: Sequence[str], num_given: int,
+) -> list[str]:  # fmt: skip
+    k, pairs = made.num_keypoints, [(a, b) for a, b in enumerate(made.mirror) if a < b]
+    whence = {"given": num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
+    whence = {"known by name": k - sum(whence.values()), **whence}
+    shown = f" ({short([f'{made.names[a]} - {made.names[b]}' for a, b in pairs], 3)})" if pairs else ""
+    halves = f"{len(made.upper)} upper, {len(made.lower)} lower" if made.upper and made.lower else "no halves of a body"
+    lines = [
+        f"keypoints: {k} of {several[0].kind if several else 'a YAML'} ({short(made.names, 3)}); left and right: "
+        f"{len(pairs)} pairs{shown}; {halves}; {len(made.edges)} edges; OKS sigmas: "
+        + ", ".join(f"{count} {how}" for how, count in whence.items() if count)
+    ]
+    if lonely:
+        lines.append(
+            f"warning: {len(lonely)} keypoints have a side in their name and no partner ({short(lonely)}): a mirrored "
+            f"picture leaves them what they are; say otherwise by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
+        )
+    unsure = [*guessed, *estimated]
+    if unsure:
+        sigma = dict(zip(made.names, made.sigmas, strict=True))
+        values = ", ".join(f"{name}: {sigma[name]:g}" for name in unsure[:SHOWN]) + ", ..." * (len(unsure) > SHOWN)
+        lines.append(
+            f"warning: the OKS sigmas of {len(unsure)} keypoints are {'guesses' if guessed else 'estimates'}, and AP "
+            f"is worth no more than they are: label some pictures twice, and give the standard deviations over "
+            f"sqrt(area) in --data.skeleton FILE as sigmas: {{{values}}}"
+        )
+    return lines

@@ -1,0 +1,311 @@
+"""The model card of a run: what was measured and how, how it was trained, from what, and under which licence.
+
+All of it is read from the run folder; nothing is promised beyond what eval.json holds.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+import sapiens_accel
+from sapiens_accel.config.parse import STAGES, EvalConfig, UserError
+from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation.evaluate import METRICS
+from sapiens_accel.pose import draw
+from sapiens_accel.publish import curve
+from sapiens_accel.publish import license as origin
+from sapiens_accel.publish.license import SAPIENS2, Origin
+from sapiens_accel.training import checkpoint
+
+LICENCE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
+DRAWN = "drawn people"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a run folder tells about the weights of a stage, read at one moment.
+
+    Attributes:
+        run: the tree of config.yaml.
+        network: what the weights' config.json says of it.
+        scores: by stage, METRICS (0..1) and how they were measured; only of weights that were evaluated.
+        lines: of metrics.jsonl.
+        picture: JPEG of predictions.
+        num_labelled: training people with labels.
+        has_code: Python files lie beside the weights; they are ours.
+    """
+
+    run: Mapping[str, Any]
+    stage: str
+    network: Mapping[str, Any]
+    scores: Mapping[str, Mapping[str, Any]]
+    lines: Sequence[Mapping[str, Any]]
+    picture: bytes | None
+    num_labelled: int | None
+    has_code: bool
+    origin: Origin
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that this run trained, up to the one whose weights these are."""
+        return _trained(self.run, self.stage)
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.run["data"].get("root") is None
+
+
+def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path | None = None) -> Facts:
+    """Read what there is.
+
+    Args:
+        folder: the weights. Default: RUN/STAGE/weights.
+        step: the one whose weights these are; of other weights no score is taken. Default: whatever was written last.
+
+    Raises:
+        UserError: no run folder, or without this stage's weights.
+    """
+    file, weights = run_folder / "config.yaml", (folder or run_folder / stage / "weights") / "config.json"
+    if not file.is_file():
+        raise UserError(f"{run_folder}: no config.yaml in it; expected a run folder of train.py")
+    if not weights.is_file():
+        raise UserError(f"{run_folder}: no {stage}/weights in it; nothing was trained there, or not that stage")
+    run, lines = yaml.safe_load(file.read_text()), lines_of(run_folder)
+    steps = {name: step if name == stage else None for name in _trained(run, stage)}
+    scores = {name: _score(run_folder / name, run, lines, steps[name]) for name in steps}
+    picture, labelled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
+    shows_these = picture.is_file() and _judged(run_folder / stage, step) is not None
+    return Facts(
+        run=run,
+        stage=stage,
+        network=json.loads(weights.read_text()).get("sapiens_accel", {}),
+        scores={name: score for name, score in scores.items() if score},
+        lines=lines,
+        picture=picture.read_bytes() if shows_these else None,
+        num_labelled=len(json.loads(labelled.read_text()).get("ann_ids", ())) if labelled.is_file() else None,
+        has_code=any(weights.parent.glob("*.py")),
+        origin=origin.of(run, stage),
+    )
+
+
+def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
+    return STAGES[: STAGES.index(stage) + 1] if run.get("stage") == "all" else (stage,)  # pyright: ignore
+
+
+def _judged(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
+    """What eval.json says, if it speaks of this step's weights."""
+    found = checkpoint.read(stage_folder / "eval.json")
+    return found if found and step in (None, found.get("weights_step", found.get("step"))) else None
+
+
+def _score(
+    stage_folder: Path, run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], step: int | None
+) -> dict[str, Any] | None:
+    if judged := _judged(stage_folder, step):
+        return judged
+    mine = [line for line in lines if line.get("stage") == stage_folder.name and line.get("step") == step]
+    at_step = [line for line in mine if "AP" in line]
+    if not at_step:
+        return None
+    known = {spec.name for spec in fields(EvalConfig)}
+    config = EvalConfig(**{name: value for name, value in run["eval"].items() if name in known})
+    return {**at_step[-1], **evaluate.how(config)}
+
+
+def lines_of(run_folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds."""
+    file, found = run_folder / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the run was cut off while it wrote this one
+    return found
+
+
+def write(folder: Path, facts: Facts, repo_id: str, licence: Path | None) -> None:
+    """Write README.md, the pictures and a copy of the licence into a folder.
+
+    Args:
+        licence: the text of a licence that must be passed on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if licence:
+        (folder / LICENCE_NAME).write_bytes(licence.read_bytes())
+    if facts.picture:
+        (folder / PICTURE_NAME).write_bytes(facts.picture)
+    picture = curve.draw(facts.lines, facts.stages)
+    if picture is not None:
+        draw.save(picture, folder / CURVE_NAME)
+    (folder / "README.md").write_text(
+        render(facts, repo_id, has_licence=licence is not None, has_curve=picture is not None)
+    )
+
+
+def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) -> str:
+    """The card as Markdown, with its metadata in front."""
+    family = "sapiens2" if facts.run["model"]["name"].startswith("sapiens2") else "sapiens"
+    height, width = facts.network.get("input_hw") or facts.run["data"]["input_hw"]
+    keypoints = facts.network.get("keypoints") or []
+    about = (
+        f"2-D human pose: {facts.network.get('num_keypoints', len(keypoints))} keypoints of one person in a "
+        f"{height}x{width} crop. `{facts.run['model']['name']}`, starting from {facts.origin.told}, trained with "
+        f"sapiens_accel {sapiens_accel.__version__}; weights of stage `{facts.stage}`."
+    )
+    if facts.is_drawn:
+        about += f" **It has only seen {DRAWN}**: a test of the programme, of no use on photographs."
+    parts = [
+        f"---\n{metadata(facts, repo_id, has_licence=has_licence).to_yaml()}\n---",
+        f"# {repo_id.split('/')[-1]}",
+        about,
+        "## Licence\n\n" + _licence(facts, has_licence),
+        _use(repo_id, family),
+        "## Results\n\n" + _results(facts),
+        _by_keypoint(facts, keypoints),
+        f"![Above as labelled, below as predicted]({PICTURE_NAME})" if facts.picture else "",
+        "## Training\n\n" + _training(facts),
+        f"![Loss and AP over the steps]({CURVE_NAME})" if has_curve else "",
+        "## Keypoints\n\n" + ", ".join(f"{k} {name}" for k, name in enumerate(keypoints)) if keypoints else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def metadata(facts: Facts, repo_id: str, *, has_licence: bool) -> ModelCardData:
+    """What the Hub sorts and filters by."""
+    licence = dict(facts.origin.licence.metadata)
+    if has_licence:
+        licence["license_link"] = LICENCE_NAME
+    score = facts.scores.get(facts.stage)
+    results = [
+        EvalResult(
+            task_type="keypoint-detection",
+            task_name="2-D human pose",
+            dataset_type="drawn-people" if facts.is_drawn else "coco-keypoints-json",
+            dataset_name=_people(facts, score["split"]),
+            dataset_split=score["split"],
+            metric_type=name,
+            metric_name=f"COCO keypoint {name} x 100 ({_how(score)})",
+            metric_value=round(100 * score[name], 1),
+        )
+        for name in METRICS
+        if score and _measured(score, name)
+    ]
+    return ModelCardData(
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
+        base_model=facts.origin.base,
+        library_name="transformers",
+        pipeline_tag="keypoint-detection",
+        tags=[origin.OUR_TAG, "pose-estimation", facts.run["model"]["name"].split("_")[0]],
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def _use(repo_id: str, family: str) -> str:
+    from sapiens_accel.models import export
+
+    return f"## Use\n\n```python\n{export.snippet(repo_id, family).strip()}\n```"
+
+
+def _licence(facts: Facts, has_licence: bool) -> str:
+    text = facts.origin.licence.notice + (" The Python files here are Apache-2.0." if facts.has_code else "")
+    if facts.origin.licence is not SAPIENS2:
+        return text
+    link = f"[{LICENCE_NAME}]({LICENCE_NAME})" if has_licence else f"<{SAPIENS2.metadata['license_link']}>"
+    missing = "" if has_licence else " A copy was not at hand when this card was made and has to be added here."
+    return f"{text}\n\nIts text: {link}.{missing}"
+
+
+def _results(facts: Facts) -> str:
+    if not facts.scores:
+        return "These weights were not evaluated."
+    rows = [["weights", "people", "boxes", "flip test", *METRICS]]
+    for stage, score in facts.scores.items():
+        cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
+        rows.append([f"`{stage}`", score["split"], score["boxes"], "yes" if score["flip"] else "no", *cells])
+    splits = dict.fromkeys(score["split"] for score in facts.scores.values())
+    said = f"COCO keypoint metrics x 100, on {'; '.join(f'{name}: {_people(facts, name)}' for name in splits)}."
+    if any(score["boxes"] == "ground truth" for score in facts.scores.values()):
+        said += " With ground-truth boxes numbers are higher than with a detector's, as most published ones are."
+    return f"{said}\n\n{_table(rows)}"
+
+
+def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> str:
+    """Numbers of single keypoints (NAME/KEYPOINT, or NAME with a value for each), where the evaluation has any."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.scores.get(facts.stage, {}).items():
+        flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+    names = dict.fromkeys(key.split("/")[0] for key in flat if "/" in key and key.split("/", 1)[1] in keypoints)
+    if not names:
+        return ""
+    rows = [["keypoint", *names]]
+    for keypoint in keypoints:
+        values = [flat.get(f"{name}/{keypoint}") for name in names]
+        rows.append([keypoint, *(f"{v:.3f}" if isinstance(v, float | int) else "-" for v in values)])
+    return f"### By keypoint\n\n{_table(rows)}"
+
+
+def _training(facts: Facts) -> str:
+    data = facts.run["data"]
+    if facts.run.get("stage") not in ("all", facts.stage):
+        return "A later run in the same folder wrote its own settings over those that these weights were trained with."
+    count = f"{facts.num_labelled}" if facts.num_labelled is not None else "the"
+    said = f"On {count} labelled people of {_people(facts, 'train')}."
+    rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
+    rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
+    teacher = facts.run[facts.stage].get("teacher") if facts.stage == "ssl" else None
+    if teacher:
+        said += (
+            f" Stage `ssl` adds {teacher.get('ratio')} unlabelled for each labelled person by a mean teacher "
+            f"(threshold {teacher.get('threshold')}, weight {teacher.get('weight')}); these are the teacher's weights."
+        )
+    size = "x".join(str(pixels) for pixels in data["input_hw"])
+    said += f" Input {size}, target sigma {data['sigma']:g} heatmap px, AdamW, seed {facts.run['seed']}."
+    return f"{said}\n\n{_table(rows)}"
+
+
+_KNOBS = {
+    "steps": lambda stage, last: str(last),
+    "planned": lambda stage, last: f"{stage['steps']} steps" if stage.get("steps") else f"{stage['epochs']:g} epochs",
+    "global batch": lambda stage, last: str(stage["global_batch"]),
+    "learning rate": lambda stage, last: f"{stage['optim']['lr']:g}, {stage['optim']['schedule']}",
+    "layer decay": lambda stage, last: f"{stage['optim']['layer_decay']:g}",
+    "weight decay": lambda stage, last: f"{stage['optim']['weight_decay']:g}",
+    "frozen": lambda stage, last: ", ".join(f"`{name}`" for name in stage["frozen"]) or "nothing",
+}
+
+
+def _knob(facts: Facts, stage: str, name: str) -> str:
+    last = max((line["step"] for line in facts.lines if line.get("stage") == stage and "step" in line), default=0)
+    return _KNOBS[name](facts.run[stage], last)
+
+
+def _people(facts: Facts, split: str) -> str:
+    # The names of COCO's files are the defaults: people of one's own may well be in files of these names.
+    data = facts.run["data"]
+    if facts.is_drawn:
+        return f"{data['synthetic'][f'num_{split}']} {DRAWN}"
+    return Path(data[f"{split}_annotations"]).name
+
+
+def _how(score: Mapping[str, Any]) -> str:
+    return f"{score['boxes']} boxes, {'flip test' if score['flip'] else 'no flip test'}"
+
+
+def _measured(score: Mapping[str, Any], name: str) -> bool:
+    # pycocotools says -1 where there is nobody to measure.
+    value = score.get(name)
+    return isinstance(value, float | int) and math.isfinite(value) and value >= 0
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

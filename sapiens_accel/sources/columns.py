@@ -1,0 +1,283 @@
+"""What other data sets call their columns, and their tables as ours: a row for each picture, with its people.
+
+Ours: image, image_id, file_name, width, height, and people, a list of id, category_id, iscrowd, area, bbox and
+keypoints. Read as well, by the names in COLUMNS and PERSON or those that `data.columns` gives:
+
+lists   `objects` (as on the Hub) with a list for each field, or those lists as columns of their own
+rows    a row for each person, with columns bbox, keypoints, ...; the picture's bytes are in each of its rows
+
+Boxes are x, y, width, height and keypoints x, y, v (in one list, or a list each) in pixels of the picture, as COCO's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from jaxtyping import Int
+from numpy import ndarray as Array
+
+from sapiens_accel.config.parse import UserError
+
+pc: Any = pyarrow.compute  # its functions are made at run time
+# Ours, and what they are called; the first that is there counts.
+COLUMNS = {
+    "image": ("image", "img", "picture", "jpg"),
+    "image_id": ("image_id", "img_id"),
+    "file_name": ("file_name", "filename"),
+    "width": ("width", "image_width"),
+    "height": ("height", "image_height"),
+    "people": ("people", "objects", "annotations", "persons"),
+}
+PERSON = {
+    "id": ("id", "ann_id", "annotation_id", "bbox_id"),
+    "category_id": ("category_id", "category", "label"),
+    "iscrowd": ("iscrowd", "is_crowd"),
+    "area": ("area",),
+    "bbox": ("bbox", "bboxes", "box", "boxes"),
+    "keypoints": ("keypoints", "kpts"),
+    **{name: (name,) for name in ("foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")},
+}
+Form = Literal["ours", "lists", "rows", "none"]
+NEEDED = ("bbox", "keypoints")
+NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "area": pa.float64()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a table has what.
+
+    Attributes:
+        form: how people are told: as `people` of ours, in lists, in rows of their own, or not at all.
+        columns: ours to theirs, of a picture.
+        fields: ours to theirs, of a person.
+        is_ours: whether there is nothing to change.
+    """
+
+    form: Form
+    columns: dict[str, str]
+    fields: dict[str, str]
+    is_ours: bool
+
+    def needed(self, ours: tuple[str, ...] | list[str], there: list[str]) -> list[str]:
+        """The columns of a file that hold these of ours."""
+        beside = [] if "people" in self.columns or "people" not in ours else list(self.fields.values())
+        wanted = [self.columns[name] for name in ours if name in self.columns] + beside
+        return [name for name in there if name in wanted]
+
+
+def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labelled: bool) -> Layout:
+    """The layout of a table.
+
+    Args:
+        given: ours to theirs, where they are not called as others are.
+        labelled: whether people with keypoints are expected.
+
+    Raises:
+        UserError: what is missing, what was found, and what to do; an odd name in `given`.
+    """
+    for name in given:
+        if name not in COLUMNS | PERSON:
+            raise UserError(f"--data.columns: no such name {name!r}; there are: {', '.join(COLUMNS | PERSON)}")
+    columns = _named(COLUMNS, schema.names, given)
+    if "image" not in columns:
+        raise _missing(where, "image", "the picture's bytes", schema, given)
+    form, kinds = _people_in(schema, columns.get("people"), where)
+    fields = _named(PERSON, list(kinds), given)
+    if form == "none" and "bbox" in fields:
+        form = "lists" if _depth(kinds[fields["bbox"]]) > 1 else "rows"
+    plain = form == "ours" and all(_depth(kinds[fields[name]]) == 1 for name in fields if name not in NUMBERS)
+    lacks = [name for name in NEEDED if name not in fields]
+    if labelled and lacks:
+        raise _missing(where, lacks[0], "of each person", schema, given)
+    lost = [f"{ours}: {name}" for ours, name in given.items() if name not in (columns | fields).values()]
+    if labelled and lost:
+        raise UserError(f"{where}: --data.columns {{{lost[0]}}}: no such column; it has: {_shown(schema)}")
+    fields = {} if form == "none" else fields
+    renamed = any(ours != theirs for ours, theirs in (columns | fields).items())
+    return Layout(form, columns, fields, is_ours=(plain or form == "none") and not renamed)
+
+
+def _people_in(schema: pa.Schema, people: str | None, where: str) -> tuple[Form, dict[str, pa.DataType]]:
+    """The form of a column of people, and its fields; without one, the columns themselves."""
+    if people is None:
+        return "none", {field.name: field.type for field in schema}
+    kind = inside = schema.field(people).type
+    if _is_list(kind):
+        inside = kind.value_type
+    if not pa.types.is_struct(inside):
+        raise UserError(f"{where}: column {people!r} is {kind}; expected fields in it, such as bbox and keypoints")
+    fields = {inside.field(i).name: inside.field(i).type for i in range(inside.num_fields)}
+    return "lists" if inside is kind else "ours", fields
+
+
+def _named(known: Mapping[str, tuple[str, ...]], there: list[str], given: Mapping[str, str]) -> dict[str, str]:
+    tries = {ours: (given[ours],) if ours in given else names for ours, names in known.items()}
+    first = {ours: next((name for name in names if name in there), None) for ours, names in tries.items()}
+    return {ours: name for ours, name in first.items() if name is not None}
+
+
+def _depth(kind: pa.DataType) -> int:
+    depth = 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return depth
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _missing(where: str, name: str, what: str, schema: pa.Schema, given: Mapping[str, str]) -> UserError:
+    known = (given[name],) if name in given else (COLUMNS | PERSON)[name]
+    inside = " (a column, or in 'people' or 'objects')" if name in PERSON else ""
+    return UserError(
+        f"{where}: no column '{name}', {what}; looked for {' or '.join(known)}{inside}, found: {_shown(schema)}; "
+        f"say what it is called by --data.columns '{{{name}: THEIR_NAME}}', or convert the set, see README"
+    )
+
+
+def _shown(schema: pa.Schema) -> str:
+    """The columns, and what is in those of several fields."""
+    words = []
+    for field in schema:
+        kind = field.type
+        while _is_list(kind):
+            kind = kind.value_type
+        inside = ", ".join(kind.field(i).name for i in range(kind.num_fields)) if pa.types.is_struct(kind) else ""
+        words.append(f"{field.name} ({inside})" if inside and "bytes" not in inside else field.name)
+    return ", ".join(words)[:300]
+
+
+def categories(schema: pa.Schema, layout: Layout) -> list[dict[str, Any]]:
+    """COCO's categories from the names that `datasets` keeps of a ClassLabel; none where it has none."""
+    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = _class_names(told.get("info", {}).get("features"), layout.fields.get("category_id", ""))
+    return [{"id": index, "name": name} for index, name in enumerate(names or ())]
+
+
+def _class_names(tree: Any, key: str) -> list[str] | None:
+    if not isinstance(tree, dict):
+        return None
+    label = tree.get(key)
+    while isinstance(label, dict):
+        if label.get("_type") == "ClassLabel":
+            return label.get("names")
+        label = label.get("feature")
+    return next((names for one in tree.values() if (names := _class_names(one, key))), None)
+
+
+# ---- Tables as ours
+
+
+def ours(table: pa.Table, layout: Layout) -> pa.Table:
+    """The table's columns but for the picture, as far as it has them, by our names; `people` as a list of structs.
+
+    Raises:
+        UserError: fields of a person that are not numbers, or lists of one picture that differ in length.
+    """
+    if layout.is_ours:
+        return table
+    made = {name: _one(table, theirs) for name, theirs in layout.columns.items() if theirs in table.column_names}
+    nested = made.pop("people", None)
+    made.pop("image", None)
+    if "image_id" in made and not pa.types.is_integer(made["image_id"].type):
+        del made["image_id"]
+    if nested is not None or (layout.fields and set(layout.fields.values()) <= set(table.column_names)):
+        made["people"] = _people(table, layout, nested)
+    return pa.table(made) if made else table.select([])
+
+
+def _people(table: pa.Table, layout: Layout, nested: pa.Array | None) -> pa.Array:
+    if layout.form == "ours":
+        assert nested is not None
+        lengths, flat = _lengths(nested), nested.flatten()
+        fields = {name: _child(flat, theirs) for name, theirs in layout.fields.items()}
+        return _listed(lengths, fields)
+    if nested is not None:
+        given = {name: _child(nested, theirs) for name, theirs in layout.fields.items()}
+    else:
+        given = {name: _one(table, theirs) for name, theirs in layout.fields.items()}
+    if layout.form == "rows":
+        has = given["bbox"].is_valid()
+        return _listed(has.cast(pa.int64()).to_numpy(), {name: one.filter(has) for name, one in given.items()})
+    lengths = _lengths(given["bbox"])
+    for name, values in given.items():
+        if (_lengths(values) != lengths).any():
+            row = int(np.flatnonzero(_lengths(values) != lengths)[0])
+            raise UserError(
+                f"column {layout.fields[name]!r} has {_lengths(values)[row]} entries where "
+                f"{layout.fields['bbox']!r} has {lengths[row]}; expected one for each person of a picture"
+            )
+    return _listed(lengths, {name: _variable(values).flatten() for name, values in given.items()})
+
+
+def _listed(lengths: Int[Array, "n"], fields: dict[str, pa.Array]) -> pa.Array:
+    made = {name: _field(name, values) for name, values in fields.items()}
+    kept = {name: values for name, values in made.items() if values is not None}
+    people = pa.StructArray.from_arrays(list(kept.values()), names=list(kept))
+    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), people)
+
+
+def _field(name: str, values: pa.Array) -> pa.Array | None:
+    """One number, or one flat list of numbers, for each person; None for ids that are no numbers."""
+    if name not in NUMBERS:
+        return _flat(values, name)
+    if name == "id" and not pa.types.is_integer(values.type):
+        return None
+    if not _is_number(values.type):
+        raise UserError(f"column '{name}' is {values.type}; expected numbers, as a ClassLabel has them")
+    return values.cast(NUMBERS[name])
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    # Arrow would read the numbers in a text, too.
+    return any(
+        test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    )
+
+
+def _flat(values: pa.Array, name: str) -> pa.Array:
+    """[[x, y, v], ...] as [x, y, v, ...]."""
+    kind = values.type
+    if not _is_list(kind):
+        raise UserError(f"column '{name}' is {kind}; expected a list of numbers for each person")
+    lengths, inner = _lengths(values), _variable(values).flatten()
+    while _is_list(inner.type):
+        if name != "bbox" and (odd := _lengths(inner)[_lengths(inner) != 3]).size:
+            raise UserError(
+                f"column '{name}' has points of {odd[0]} numbers; expected x, y, v (v: 0 unlabelled, 1 hidden, 2 seen)"
+            )
+        ends = _offsets(_lengths(inner))[_offsets(lengths)]
+        lengths, inner = np.diff(ends), _variable(inner).flatten()
+    if not _is_number(inner.type):
+        raise UserError(f"column '{name}' holds {inner.type}; expected numbers")
+    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), inner.cast(pa.float64()))
+
+
+def _lengths(values: pa.Array) -> Int[Array, "n"]:
+    lengths = pc.fill_null(pc.list_value_length(_variable(values)), 0)
+    return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _variable(values: pa.Array) -> pa.Array:
+    """A list of lists of one length as one of any lengths: a null then takes no room."""
+    is_fixed = pa.types.is_fixed_size_list(values.type)
+    return values.cast(pa.list_(values.type.value_type)) if is_fixed else values
+
+
+def _offsets(lengths: Int[Array, "n"]) -> Int[Array, "n+1"]:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _child(values: pa.StructArray, name: str) -> pa.Array:
+    """A field; null where the whole is."""
+    return values.flatten()[values.type.get_field_index(name)]
+
+
+def _one(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name).combine_chunks()
+    return column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)

@@ -1,0 +1,463 @@
+"""Resumable state on disk: written whole or not at all, checked before it is read, found again, pruned.
+
+STAGE/checkpoints/step_N holds Accelerate's state (model, optimizer, random states of every rank; DeepSpeed's shards),
+the objective's (the teacher), the weights as a run hands them on, and position.json: the step, the world that wrote it
+and every file's size and checksum. It is written under another name and renamed. `latest` and `best` beside the
+checkpoints are links for people; this module derives both.
+"""
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.models.load import FILE
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training.mean_teacher import Objective
+
+POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
+UNFINISHED, CORRUPT = ".tmp", ".corrupt"
+STATE = "state"
+SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
+# What a full or broken disk raises: torch and safetensors have words of their own for it.
+NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a checkpoint stands, the world that wrote it, and its files: size in bytes and CRC-32."""
+
+    stage: str
+    step: int
+    num_processes: int
+    zero_stage: int
+    precision: str
+    files: dict[str, tuple[int, int]]
+
+
+def save(
+    stage_folder: Path,
+    accelerator: Accelerator,
+    objective: Objective,
+    stage: str,
+    keep: int,
+    collect: Callable[[], Weights],
+    write: Callable[[Path, Weights], None],
+    step: int,
+) -> Path | None:
+    """Write stage_folder/checkpoints/step_N, and prune the oldest beyond `keep` and the best. All ranks must call it.
+
+    Args:
+        collect: the whole weights by folder, on rank 0; all ranks call it.
+        write: puts them into a folder; rank 0 calls it.
+
+    Returns:
+        The checkpoint; None where it could not be written: then those before it are whole, and the reason was printed.
+    """
+    folder = stage_folder / "checkpoints"
+    target, temporary = folder / f"step_{step}", folder / f"step_{step}{UNFINISHED}"
+    main = accelerator.is_main_process
+    problem = _made_room(folder, temporary) if main else None
+    problem = broadcast_object_list([problem])[0]
+    if problem is None:
+        collected = collect()
+        failed = [_tried(lambda: write(temporary, collected)) if main else None]
+        del collected
+        failed.append(distributed.save_state(accelerator, temporary / STATE, NOT_WRITTEN))
+        state = objective.state_dict()  # gathered from all ranks, where each keeps a part of the teacher
+        failed.append(_tried(lambda: save_file(state, temporary / OBJECTIVE)) if main else None)
+        accelerator.wait_for_everyone()
+        failed.append(_tried(lambda: _describe(accelerator, temporary, stage, step)))
+        problem = next((found for found in gather_object([_first(failed)]) if found), None)
+    if main and problem is None:
+        problem = _tried(lambda: _put_in_place(temporary, target))
+        if problem is None and (left := _tried(lambda: _prune(folder, keep))):
+            print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
+    problem = broadcast_object_list([problem])[0]
+    if problem is None:
+        return target
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        earlier = found(folder)
+        whole = f"; {earlier[-1]} is whole" if earlier else ""
+        print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training goes on", flush=True)
+    accelerator.wait_for_everyone()
+    return None
+
+
+def _tried(action: Callable[[], object]) -> str | None:
+    """What went wrong, if anything: the other ranks must not wait for one whose disk is full."""
+    try:
+        action()
+    except NOT_WRITTEN as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def write_on_main(accelerator: Accelerator, action: Callable[[], object], what: Path, *, needed: bool) -> bool:
+    """Let rank 0 write something; whether it could. All ranks must call it.
+
+    Raises:
+        UserError: it could not, and it is needed.
+    """
+    problem = broadcast_object_list([_tried(action) if accelerator.is_main_process else None])[0]
+    if problem and needed:
+        raise UserError(
+            f"{what} could not be written: {problem}; make room, and go on with --resume_from_checkpoint latest"
+        )
+    if problem:
+        accelerator.print(f"warning: {what} could not be written: {problem}; training goes on")
+    return problem is None
+
+
+def _first(problems: Iterable[str | None]) -> str | None:
+    return next((problem for problem in problems if problem), None)
+
+
+def _made_room(folder: Path, temporary: Path) -> str | None:
+    """Clear away what was never finished and make the new folder; or say why there can be none."""
+
+    def make() -> None:
+        for left in folder.glob(f"*{UNFINISHED}"):
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+        earlier = read(found(folder)[-1] / POSITION) if found(folder) else None
+        needed = SPARE * sum(size for size, _ in earlier["files"].values()) if earlier else 0
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{free / 2**30:.1f} GiB are free in {folder}, {needed / 2**30:.1f} GiB are needed")
+
+    return _tried(make)
+
+
+def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> None:
+    """Write position.json, last; each rank reads its share of the files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine = files[accelerator.process_index :: accelerator.num_processes]
+    problem, own = None, []
+    try:
+        own = [(str(path.relative_to(folder)), _fingerprint(path)) for path in mine]
+    except OSError as error:
+        problem = error
+    every = gather_object(own)  # before anything is raised: the others are there
+    if problem:
+        raise problem
+    if accelerator.is_main_process:
+        world = distributed.world(accelerator)
+        whole = Position(stage=stage, step=step, files=dict(sorted(every)), **world)
+        (folder / POSITION).write_text(json.dumps(asdict(whole)))
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            checksum = zlib.crc32(piece, checksum)
+    return path.stat().st_size, checksum
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if target.exists():
+        rename(target)  # of another history
+    temporary.rename(target)
+    _point("latest", target)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    whole = found(folder)
+    kept = {*whole[-keep:], best(folder)}
+    for old in whole:
+        if old not in kept:
+            # Renamed first: a folder of that name is whole, also if this process is killed while it deletes.
+            shutil.rmtree(old.rename(old.with_name(old.name + UNFINISHED)))
+
+
+def _point(name: str, target: Path) -> None:
+    """Let the link `name` beside a checkpoint lead to it; not where the file system has no links."""
+    link = target.with_name(name)
+    temporary = link.with_name(name + UNFINISHED)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:
+        return
+    temporary.replace(link)
+
+
+def judged(stage_folder: Path, step: int, ap: float) -> bool:
+    """Note the AP of a step if it was saved; whether it is the best of the saved ones. Rank 0 calls it."""
+    checkpoint = stage_folder / "checkpoints" / f"step_{step}"
+    if not checkpoint.is_dir():
+        return False
+    write_whole(checkpoint / SCORE, {"AP": ap})
+    is_best = best(checkpoint.parent) == checkpoint
+    if is_best:
+        _point("best", checkpoint)
+    return is_best
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
+    scores = [(score["AP"], path) for path in found(folder) if (score := read(path / SCORE))]
+    highest = max((score for score, _ in scores), default=None)
+    return next((path for score, path in reversed(scores) if score == highest), None)
+
+
+def write_whole(file: Path, tree: Mapping[str, Any]) -> None:
+    """Write a small JSON so that it is there whole or as it was."""
+    temporary = file.with_name(file.name + UNFINISHED)
+    temporary.write_text(json.dumps(tree, indent=2))
+    temporary.replace(file)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """What a small JSON says; None if there is none that can be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+# ---- Going on
+
+Way = Literal["whole", "universal", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """A checkpoint to go on from.
+
+    Attributes:
+        way: whole: everything, as it was. universal: everything, for another number of processes, through DeepSpeed's
+            universal checkpoint. weights: weights, step and teacher, with a fresh optimizer.
+    """
+
+    folder: Path
+    position: Position
+    way: Way
+
+    @property
+    def weights(self) -> str | None:
+        """Where to begin with, if the state itself cannot be read by this launch: the student's, where there is one."""
+        student = self.folder / "student"
+        return None if self.way != "weights" else str(student if student.is_dir() else self.folder / "weights")
+
+    def __str__(self) -> str:
+        then = f"{self.position.num_processes} process(es), {_kind(self.position.zero_stage, self.position.precision)}"
+        said = {
+            "whole": "",
+            "universal": f"; written by {then}, and read through a universal checkpoint",
+            "weights": f"; written by {then}: weights, step and teacher are taken, and the optimizer STARTS ANEW",
+        }
+        return f"goes on from {self.folder}{said[self.way]}"
+
+    def load(self, accelerator: Accelerator, objective: Objective) -> int:
+        """Restore what can be restored into what was built; returns the step. All ranks must call it."""
+        if self.way == "whole":
+            accelerator.load_state(str(self.folder / STATE))
+        elif self.way == "universal":
+            distributed.load_universal(accelerator, self.folder / STATE)
+        # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
+        accelerator.step = 0
+        objective.load_state_dict(load_file(self.folder / OBJECTIVE))
+        return self.position.step
+
+
+def to_resume(accelerator: Accelerator, run_folder: Path, asked: str | None, stage: str) -> Resume | None:
+    """The checkpoint that a stage goes on from, if any: its last whole one, or the folder asked for if its own.
+
+    A truncated or corrupt one is named and set aside, and the one before it is taken. All ranks must call it.
+
+    Raises:
+        UserError: the folder asked for is not whole.
+    """
+    if asked is None:
+        return None
+    if asked == "latest":
+        chosen = _last_whole(run_folder / stage / "checkpoints") if accelerator.is_main_process else None
+        chosen = broadcast_object_list([chosen])[0]
+    else:
+        chosen = Path(asked) if position(Path(asked)).stage == stage else None
+        broken = _broken(chosen) if chosen and accelerator.is_main_process else None
+        if broken := broadcast_object_list([broken])[0]:
+            raise UserError(f"--resume_from_checkpoint {asked}: {broken}; take another one, or latest")
+    if chosen is None:
+        return None
+    there = position(chosen)
+    return Resume(folder=chosen, position=there, way=_way(there, distributed.world(accelerator)))
+
+
+def _last_whole(folder: Path) -> Path | None:
+    for checkpoint in reversed(found(folder)):
+        broken = _broken(checkpoint)
+        if broken is None:
+            return checkpoint
+        aside = checkpoint.with_name(checkpoint.name + CORRUPT)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        print(f"warning: {checkpoint} is not whole: {broken}; set aside as {aside.name}, trying the one before it")
+    return None
+
+
+def _broken(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything."""
+    try:
+        files = position(checkpoint).files
+    except UserError as error:
+        return str(error)
+
+    def differs(name: str) -> str | None:
+        path, (size, checksum) = checkpoint / name, files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        try:
+            return None if _fingerprint(path)[1] == checksum else f"{name} is not what was written (checksum)"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+
+    with ThreadPoolExecutor(4) as pool:
+        return _first(pool.map(differs, files))
+
+
+def _way(then: Position, now: Mapping[str, int | str]) -> Way:
+    if (then.zero_stage, then.precision) != (now["zero_stage"], now["precision"]):
+        return "weights"
+    if then.num_processes == now["num_processes"] or then.zero_stage == 0:
+        return "whole"  # without ZeRO, every process holds everything
+    # Of ZeRO-3's universal checkpoint, deepspeed 0.19 gives every parameter group the first one's settings.
+    return "universal" if then.zero_stage in (1, 2) else "weights"
+
+
+def _kind(zero: int, precision: str) -> str:
+    return f"{f'ZeRO-{zero}' if zero else 'no ZeRO'}, {'fp32' if precision == 'no' else precision}"
+
+
+def position(folder: Path) -> Position:
+    """Where a checkpoint folder stands.
+
+    Raises:
+        UserError: it is not one.
+    """
+    file = folder / POSITION
+    if not file.is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: not a checkpoint; expected latest or STAGE/checkpoints/step_N"
+        )
+    try:
+        return Position(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not a checkpoint's description: {error}") from None
+
+
+def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
+    """The metrics of the stages that a resumed run need not train again.
+
+    Args:
+        lasts: the run's stages, in order, and the step that each ends with.
+        asked: `--resume_from_checkpoint`. latest leaves alone all stages that reached their end; a folder, those before
+            its stage: that one and what follows it are trained from there.
+
+    Raises:
+        UserError: a folder that is no checkpoint, or one of a stage that is not trained.
+    """
+    stages = list(lasts)
+    if asked is None:
+        return {}
+    if asked != "latest":
+        stage = position(Path(asked)).stage
+        if stage not in stages:
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: of stage {stage}, but --stage trains {', '.join(stages)}"
+            )
+        stages = stages[: stages.index(stage)]
+    done = {}
+    for stage in stages:
+        metrics = _metrics(run_folder / stage, lasts[stage])
+        if not metrics:
+            break  # what follows began with other weights than this stage is going to hand over
+        done[stage] = metrics
+    return done
+
+
+def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
+    metrics = read(stage_folder / "eval.json")
+    if not (metrics and (stage_folder / "weights" / FILE).is_file()):
+        return None
+    return metrics if metrics.get("step", -1) >= last else None
+
+
+def make_way(
+    run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None, done: Iterable[str] = ()
+) -> None:
+    """Set aside what an earlier run left where this one is going to write: stages that start anew as STAGE.1, ...
+
+    One stage may go on: the first that is not done, or that of a checkpoint asked for; of it, what came after.
+
+    Args:
+        stages: the run's, in order.
+        start: the weights that the first of them begins with.
+        asked: `--resume_from_checkpoint`.
+        done: the stages that are not trained again.
+
+    Raises:
+        UserError: the weights to start from are among it.
+    """
+    anew = [stage for stage in stages if stage not in done]
+    if asked == "latest":
+        anew = anew[1:]
+    elif asked:
+        there = position(Path(asked))
+        anew.remove(there.stage)
+        _forget_after(run_folder / there.stage, there.step)
+    for old in (run_folder / stage for stage in anew):
+        if not old.exists():
+            continue
+        if start and old.resolve() in Path(start).expanduser().resolve().parents:
+            raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
+        rename(old)
+
+
+def _forget_after(stage_folder: Path, step: int) -> None:
+    """Set aside what a stage left after a step: it is another history."""
+    folder = stage_folder / "checkpoints"
+    later = [path for path in found(folder) if _step(path) > step]
+    for path in [*later, stage_folder / "eval.json", stage_folder / "kept.json"]:
+        if path.exists():
+            rename(path)
+    for link in (folder / "latest", folder / "best"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+
+
+def rename(old: Path) -> None:
+    """NAME becomes the first free of NAME.1, NAME.2, ..."""
+    number = 1
+    while (kept := old.with_name(f"{old.name}.{number}")).exists():
+        number += 1
+    old.rename(kept)
+    print(f"{old} was there already; it is kept as {kept}", flush=True)
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(steps, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

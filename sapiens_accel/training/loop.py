@@ -1,0 +1,86 @@
+"""steps(): the generator that every stage runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sapiens_accel.config.parse import OptimConfig
+from sapiens_accel.data.dataset import Batch, Share
+from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.training.activation_offload import offloaded
+from sapiens_accel.training.mean_teacher import Objective
+from sapiens_accel.training.optim import lr_at, set_lr
+
+Logs = Mapping[str, Tensor | float]
+
+
+class Step(NamedTuple):
+    """What became of an optimizer step.
+
+    Attributes:
+        number: steps done, this one included.
+        logs: this rank's, on the device: looking at them waits for it.
+        skipped: the gradients were no numbers; nothing has changed.
+        ann_ids: of a skipped step, this rank's labelled people, and whether the loss of their micro-batch was a number.
+    """
+
+    number: int
+    logs: Logs
+    skipped: bool
+    ann_ids: Sequence[tuple[int, bool]]
+
+
+def steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    objective: Objective,
+    batches: Iterator[Batch],
+    share: Share,
+    config: OptimConfig,
+    first: int,
+    num_steps: int,
+    offload: bool = False,
+) -> Iterator[Step]:
+    """Train, and yield after each optimizer step.
+
+    Args:
+        batches: this rank's micro-batches from step `first` on; the stage ends with them.
+        num_steps: length of the whole schedule.
+        offload: what a forward saves waits for its backward in host memory.
+    """
+    step = first
+    while micro_batches := list(islice(batches, share.accumulation)):
+        model.train()
+        rate = lr_at(step, num_steps, config)
+        # Before the backward: under DeepSpeed, `accelerator.backward` also takes the optimizer's step.
+        set_lr(optimizer, rate)
+        logs: dict[str, Tensor | float] = {}
+        losses: list[Tensor] = []
+        grad_norm, taken = None, True
+        for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
+            with accelerator.accumulate(model):
+                with offloaded(accelerator.device, wanted=offload):
+                    loss, parts = objective.loss(model, batch, prepared)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm, taken = distributed.take_step(accelerator, model, optimizer, config.clip_norm)
+                    optimizer.zero_grad()
+            losses.append(loss.detach())
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                logs[name] = logs.get(name, 0.0) + value / share.accumulation
+        if taken:
+            objective.after_step()
+        step += 1
+        logs |= {"lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
+        yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))
+
+
+def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:
+    """Annotation ids of the labelled people, and whether the loss of their micro-batch is a number."""
+    each = zip(batches, losses, strict=True)
+    return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labelled.ann_id.tolist()]

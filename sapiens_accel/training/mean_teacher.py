@@ -1,0 +1,455 @@
+"""What a step minimises: Supervised and MeanTeacher, (model, batch) -> loss and logs. Single-device code.
+
+Shape letters: b labelled people, u unlabelled people, k keypoints, h w the heatmap. All of it in fp32, whatever the
+precision of the network.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from sapiens_accel.config.parse import StageConfig, TeacherConfig
+from sapiens_accel.data.dataset import Batch, Labelled, Pair
+from sapiens_accel.models.sapiens import PIXEL_MEAN
+from sapiens_accel.pose import geometry
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.training.ema import MovingAverage
+
+LOG_FLOOR = 0.02  # eps of `log_linear`
+MIN_KEPT = 4  # keypoints of a person that must be kept for any of them to count
+PEAK_RANGE = (0.3, 1.0)  # of the factor that sharpens a teacher's own map
+CONFIDENCE_MOMENTUM = 0.95
+CONFIDENCE_QUANTILE = 0.9
+CONFIDENCE_FLOOR = 0.2
+CUTOUT_NOISE = 0.05  # of the input's width
+CUTOUT_HALF_SIDE = (0.05, 0.10)  # of the input's width
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[Any]:
+        """Whatever the losses of one step's micro-batches need to know of each other; one item for each."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: Any) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of one micro-batch; the step's loss is the mean over micro-batches and ranks."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        ...
+
+    def health(self) -> dict[str, Tensor]:
+        """What is worth looking at now and then; it is asked where logs are written."""
+        ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def result(self, model: nn.Module) -> nn.Module:
+        """What is evaluated and handed on."""
+        ...
+
+    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What is written, by folder: `weights` are the result's. All ranks must call it; rank 0 writes."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the model and the optimizer. All ranks must call it; rank 0 writes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Supervised:
+    """The published loss: mean over people, keypoints and pixels of weight * (heatmap - target)^2."""
+
+    codec: Codec
+    loss_weight: float = 1.0
+
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[None]:
+        return [None] * len(batches)
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "1"]:
+            return self.heatmap_loss(heatmaps, batch.labelled, people).reshape(1)
+
+        loss, _ = model(batch.labelled.view.image, terms)
+        return loss, {}
+
+    def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labelled: Labelled, people: slice) -> Float[Tensor, ""]:
+        """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
+        target, weights = self.codec.encode(labelled.points_xy[people], labelled.weights[people])
+        error = (heatmaps.float() - target).square().mean(dim=(2, 3))
+        return self.loss_weight * (weights * error).sum() / labelled.weights.numel()
+
+    def after_step(self) -> None:
+        pass
+
+    def health(self) -> dict[str, Tensor]:
+        return {}
+
+    def result(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {"weights": student}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def build(
+    stage: StageConfig,
+    codec: Codec,
+    skeleton: Skeleton,
+    average: MovingAverage | None,
+    student_parameters: Callable[[], Iterator[Tensor]],
+    num_steps: int,
+    gather: Callable[[Tensor], Tensor],
+    autocast: torch.dtype | None,
+) -> Objective:
+    """What a stage minimises; the arguments behind `skeleton` are the mean teacher's."""
+    supervised = Supervised(codec=codec, loss_weight=stage.loss_weight)
+    if stage.teacher is None or average is None:
+        return supervised
+    return MeanTeacher(
+        supervised,
+        average,
+        student_parameters,
+        stage.teacher,
+        skeleton.mirror,
+        names=skeleton.names,
+        num_steps=num_steps,
+        gather=gather,
+        autocast=autocast,
+    )
+
+
+class Taught(NamedTuple):
+    """What the teacher says of pairs.
+
+    Attributes:
+        points_xy: keypoints in the strong view, input px, in the strong view's order of left and right.
+        scores: the raw peaks of the teacher's heatmaps.
+        confidence: the scores as shares of what a good keypoint of its kind has, 0 to 1 (or the raw ones, clamped).
+        kept: whether a keypoint is learnt from.
+        weak_xy: keypoints in the weak view, input px, in its own order.
+        maps: the teacher's heatmaps as the strong view shows them, where the loss compares with them.
+    """
+
+    points_xy: Float[Tensor, "u k 2"]
+    scores: Float[Tensor, "u k"]
+    confidence: Float[Tensor, "u k"]
+    kept: Bool[Tensor, "u k"]
+    weak_xy: Float[Tensor, "u k 2"]
+    maps: Float[Tensor, "u k h w"] | None
+
+
+class PseudoLabels(NamedTuple):
+    """What the student is to agree with: the teaching, its weights (0 = not learnt from), the view with cutouts."""
+
+    taught: Taught
+    weights: Float[Tensor, "u k"]
+    image: UInt8[Tensor, "u 3 H W"]
+    scale: Float[Tensor, ""]
+    logs: dict[str, Tensor]
+
+
+class MeanTeacher:
+    """Supervised, plus the agreement of the student's strong view with a moving average of itself on the weak view.
+
+    The teacher's heatmap is decoded, its points are moved by the exact matrix into the strong view, rendered again by
+    the codec (the sharpest target there is, without drift), and compared by a KL divergence of log-heatmap softmaxes.
+
+    Args:
+        supervised: the labelled loss.
+        teacher: the moving average of the student, beginning as the student does.
+        student_parameters: the student's whole parameters, in the teacher's order, whenever it is called.
+        mirror: the skeleton's mirror order.
+        names: of the keypoints, in the logs.
+        num_steps: length of the stage; decay and ramp follow from it.
+        gather: concatenates a tensor over all ranks along its first dimension.
+        autocast: dtype of the teacher's forward; None for fp32.
+    """
+
+    def __init__(
+        self,
+        supervised: Supervised,
+        teacher: MovingAverage,
+        student_parameters: Callable[[], Iterable[Tensor]],
+        config: TeacherConfig,
+        mirror: Sequence[int],
+        *,
+        names: Sequence[str],
+        num_steps: int,
+        gather: Callable[[Tensor], Tensor],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.supervised, self.codec = supervised, supervised.codec
+        self.average, self.teacher = teacher, teacher.network
+        self.student_parameters, self.config = student_parameters, config
+        self.num_steps, self.gather, self.autocast = num_steps, gather, autocast
+        self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(num_steps)
+        device = next(self.teacher.parameters()).device
+        self.names, self.mirror = names, torch.tensor(mirror, device=device)
+        # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
+        self.reference = torch.zeros(len(self.mirror), device=device)
+        self.sample = self.average.sample()
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
+        """Pseudo-labels of all micro-batches of a step: their weights share one denominator over all ranks."""
+        if self.config.ratio == 0:
+            return [None] * len(batches)
+        views = [(batch.pair, *self._teach(batch.pair)) for batch in batches if batch.pair]
+        self._update_reference(self.gather(torch.cat([scores for _, _, scores, _ in views])))
+        taught = [self._judged(*view) for view in views]
+        kept = torch.stack([labels.kept.sum() for labels in taught]).sum().reshape(1)
+        num_kept = self.gather(kept)
+        # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
+        factor = self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept)
+        scale, logs = factor / num_kept.sum().clamp_min(1), self._logs(taught, [batch.labelled for batch in batches])
+        return [
+            PseudoLabels(labels, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs)
+            for batch, labels in zip(batches, taught, strict=True)
+            if batch.pair
+        ]
+
+    @torch.no_grad()
+    def pseudo_labels(self, pair: Pair) -> Taught:
+        """What the teacher says of pairs now; nothing is learnt or remembered."""
+        return self._judged(pair, *self._teach(pair))
+
+    def loss(
+        self, model: nn.Module, batch: Batch, prepared: PseudoLabels | None
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        if prepared is None:
+            return self.supervised.loss(model, batch, None)
+        labelled = batch.labelled.view.image
+        border = len(labelled)
+        squares = torch.zeros(2, device=labelled.device)  # of the gradients of both losses by the heatmaps
+
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
+            """The labelled people come first; a chunk may hold some of both."""
+            first, last = (
+                slice(min(people.start, border), min(people.stop, border)),
+                slice(max(people.start, border) - border, max(people.stop, border) - border),
+            )
+            num = first.stop - first.start
+            supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labelled, first)
+            unsupervised = self._agreement(heatmaps[num:], prepared, last)
+            if heatmaps.requires_grad:
+                heatmaps.register_hook(partial(_add_squares, squares, num))
+            return torch.stack([supervised, unsupervised])
+
+        # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
+        loss, (supervised, unsupervised) = model(torch.cat([labelled, prepared.image]), terms)
+        ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        return loss, {
+            "loss_labelled": supervised,
+            "loss_unlabelled": unsupervised,
+            "grad_ratio": ratio,
+            **prepared.logs,
+        }
+
+    def _agreement(self, heatmaps: Float[Tensor, "n k h w"], labels: PseudoLabels, people: slice) -> Float[Tensor, ""]:
+        weights, taught, config = labels.weights[people], labels.taught, self.config
+        if taught.maps is None:
+            target, _ = self.codec.encode(taught.points_xy[people], weights)
+        else:
+            target = taught.maps[people]
+        if config.loss == "mse":
+            error = (heatmaps.float() - target).square().mean(dim=(2, 3))
+        elif config.loss == "literal":
+            error = literal_kl(heatmaps, target, config.temperature)
+        else:
+            # Where the map is the teacher's own, its peak says by how much doubt has widened it: T * peak undoes that.
+            peak = taught.scores[people].clamp(*PEAK_RANGE)
+            sharper = 1.0 if taught.maps is None else peak[..., None]
+            error = heatmap_kl(heatmaps, target, self.codec.sigma, config.temperature, sharper)
+        return labels.scale * (weights * error).sum()
+
+    def after_step(self) -> None:
+        self.average.update(self.student_parameters(), self.decay)
+
+    def health(self) -> dict[str, Tensor]:
+        """ema_moved: the share of some of the average's values that changed since it was asked last."""
+        before, self.sample = self.sample, self.average.sample()
+        return {"ema_moved": (self.sample != before).float().mean()}
+
+    def result(self, model: nn.Module) -> nn.Module:
+        return self.teacher
+
+    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {"weights": self.average.state_dict(), "student": student}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
+        return {"reference": self.reference, **teacher}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.reference.copy_(state["reference"])
+        self.average.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
+        self.sample = self.average.sample()
+
+    def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
+        """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
+        device = pair.weak.image.device
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            heatmaps = self.teacher(pair.weak.image)
+        return *self.codec.decode(heatmaps), heatmaps if self.config.compares_maps else None
+
+    def _judged(
+        self, pair: Pair, weak_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"], maps: Tensor | None
+    ) -> Taught:
+        """Into the strong view's frame and order, and which of it is learnt from."""
+        matrices = geometry.strong_from_weak(pair.strong.matrix, pair.weak.matrix)
+        swapped = pair.weak.flipped != pair.strong.flipped
+        points_xy = self._swap(geometry.apply_batch(matrices, weak_xy), swapped)
+        if maps is not None:
+            maps = self._swap(geometry.warp_maps(maps.float(), matrices, self.codec.input_hw), swapped)
+        # The reference is per kind of keypoint, and both of a mirrored pair have the same kind.
+        confidence, scores = (self._swap(values, swapped) for values in (self._confidence(scores), scores))
+        kept = (confidence > self.config.threshold) & self._inside(points_xy)
+        kept &= kept.sum(dim=1, keepdim=True) >= min(MIN_KEPT, kept.shape[1])
+        return Taught(points_xy, scores, confidence, kept, weak_xy, maps)
+
+    def _swap(self, values: Float[Tensor, "u k *rest"], swapped: Bool[Tensor, "u"]) -> Float[Tensor, "u k *rest"]:
+        return torch.where(swapped.view(-1, *[1] * (values.ndim - 1)), values[:, self.mirror], values)
+
+    def _update_reference(self, scores: Float[Tensor, "n k"]) -> None:
+        high = torch.quantile(scores.float(), CONFIDENCE_QUANTILE, dim=0)
+        # A peak that is no number (fp16 on one picture) must not stay in it.
+        high = torch.where(high.isfinite(), high, self.reference)
+        mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
+        self.reference = torch.where(self.reference == 0, high, mean)
+
+    def _confidence(self, scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
+        if self.config.raw_confidence:
+            return scores.clamp(0, 1)
+        return (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
+
+    def _inside(self, points_xy: Float[Tensor, "u k 2"]) -> Bool[Tensor, "u k"]:
+        x, y = points_xy.unbind(-1)
+        return (x >= 0) & (y >= 0) & (x <= self.codec.input_hw[1] - 1) & (y <= self.codec.input_hw[0] - 1)
+
+    def _ramp(self, step: int) -> float:
+        done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
+        return self.config.weight * math.exp(-5 * (1 - done) ** 2)
+
+    def _logs(self, taught: Sequence[Taught], labelled: Sequence[Labelled]) -> dict[str, Tensor]:
+        scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
+        points_xy, labels_xy = (
+            geometry.shares(torch.cat(points), self.codec.input_hw)
+            for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labelled])
+        )
+        weights = torch.cat([people.weights for people in labelled])
+        each = kept.mean(dim=0)
+        return {
+            "keep": each.mean(),
+            **{f"keep/{name}": share for name, share in zip(self.names, each, strict=True)},
+            "teacher_peak": scores.mean(),
+            "teacher_peak_p99": torch.quantile(scores, 0.99),
+            "spread": _spread(points_xy, torch.ones_like(scores)),
+            "spread_labelled": _spread(labels_xy, (weights > 0).float()),
+        }
+
+
+def _spread(points: Float[Tensor, "n k 2"], counted: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """Standard deviation over people, of the keypoints that at least two of them have; mean over keypoints, x and y."""
+    num = counted.sum(dim=0)
+    center = (points * counted[..., None]).sum(dim=0) / num.clamp_min(1)[:, None]
+    variance = ((points - center).square() * counted[..., None]).sum(dim=0) / num.clamp_min(1)[:, None]
+    several = (num >= 2).float()
+    return (variance.sqrt().mean(dim=-1) * several).sum() / several.sum().clamp_min(1)
+
+
+def _add_squares(squares: Float[Tensor, "2"], border: int, gradient: Float[Tensor, "n k h w"]) -> None:
+    # By norms: squares of a gradient would be another tensor of its size.
+    squares += torch.stack([torch.linalg.vector_norm(part) ** 2 for part in (gradient[:border], gradient[border:])])
+
+
+def ema_decay(num_steps: int) -> float:
+    """A window of 2 % of the stage: long enough to average, short enough to follow."""
+    return min(max(1 - 50 / num_steps, 0.99), 0.9998)
+
+
+def log_linear(h: Float[Tensor, "*shape"], floor: float = LOG_FLOOR) -> Float[Tensor, "*shape"]:
+    """log h above `floor`, and below it the line that continues it smoothly: no dead zone, slope at most 1 / floor."""
+    return torch.where(h >= floor, h.clamp_min(floor).log(), math.log(floor) - 1 + h / floor)
+
+
+def heatmap_kl(
+    student: Float[Tensor, "u k h w"],
+    target: Float[Tensor, "u k h w"],
+    sigma: float,
+    temperature: float,
+    sharper: Float[Tensor, "u k 1"] | float = 1.0,
+) -> Float[Tensor, "u k"]:
+    """KL(P(target) || P(student)) with P(h) = softmax(log_linear(h) / T) = h^(1/T) / sum h^(1/T), in units of MSE.
+
+    A shift of d heatmap px costs d^2 / (2 sigma^2 T) in KL and pi d^2 / (2 h w) in mean squared error, so the factor
+    pi sigma^2 T / (h w) makes it weigh as much as the labelled loss. The same T on both sides: sharpening the teacher
+    alone shrinks and lifts the student's peaks without end.
+
+    Args:
+        sharper: the target's T is this times T. For a target that the teacher's doubt has widened: such a map is a
+            Gaussian of peak c and variance sigma^2 / c, and c is what undoes it.
+    """
+    log_q = F.log_softmax(log_linear(student.float().flatten(2)) / temperature, dim=-1)
+    log_p = F.log_softmax(log_linear(target.float().flatten(2)) / (temperature * sharper), dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return kl * (math.pi * sigma**2 * temperature / (student.shape[-1] * student.shape[-2]))
+
+
+def literal_kl(
+    student: Float[Tensor, "u k h w"], target: Float[Tensor, "u k h w"], temperature: float
+) -> Float[Tensor, "u k"]:
+    """KL(softmax(target / T) || softmax(student)): only the teacher sharpened, raw heatmaps as logits. For comparison.
+
+    To second order it is half the variance of (target / T - student): with T = 0.5, a mean squared error to twice the
+    teacher's height. Peaks grow without end.
+    """
+    log_q = F.log_softmax(student.float().flatten(2), dim=-1)
+    log_p = F.log_softmax(target.float().flatten(2) / temperature, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def cut_out(pair: Pair, points_xy: Float[Tensor, "u k 2"]) -> UInt8[Tensor, "u 3 H W"]:
+    """The strong view with squares of the mean colour on some of the teacher's keypoints (joint cutout).
+
+    Xie et al. 2021, https://arxiv.org/abs/2011.12498: what is hidden must be inferred from the rest of the body.
+
+    Args:
+        points_xy: keypoints in the strong view, input px.
+    """
+    image = pair.strong.image
+    height, width = image.shape[-2:]
+    which, offset, size = pair.cutout[..., 0], pair.cutout[..., 1:3], pair.cutout[..., 3]
+    index = (which * points_xy.shape[1]).long().clamp(max=points_xy.shape[1] - 1)
+    # Uniform draws of this width have the deviation of CUTOUT_NOISE.
+    noise = (offset - 0.5) * (math.sqrt(12) * CUTOUT_NOISE * width)
+    center_xy = points_xy.gather(1, index[..., None].expand(-1, -1, 2)) + noise
+    low, high = CUTOUT_HALF_SIDE
+    half = (low + (high - low) * size) * width
+    x = torch.arange(width, device=image.device)
+    y = torch.arange(height, device=image.device)
+    in_x = (x - center_xy[..., 0, None]).abs() <= half[..., None]  # [u, n, W]
+    in_y = (y - center_xy[..., 1, None]).abs() <= half[..., None]
+    hidden = (in_y[..., :, None] & in_x[..., None, :]).any(dim=1)
+    colours = [torch.where(hidden, round(mean), image[:, c]) for c, mean in enumerate(PIXEL_MEAN)]
+    return torch.stack(colours, dim=1).to(torch.uint8)

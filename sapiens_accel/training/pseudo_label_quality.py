@@ -1,0 +1,181 @@
+"""Labelled people put through the unlabelled path of stage ssl: what its pseudo-labels are worth, and pictures.
+
+Shape letters: b people, k keypoints, H W the input.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from numpy import ndarray as Array
+from numpy.random import default_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from sapiens_accel.config.parse import DataConfig
+from sapiens_accel.data.augment import Augmenter, change_pixels
+from sapiens_accel.data.dataset import Pair, begin_worker, pair_of, plainly, seen_in, to_device
+from sapiens_accel.data.people import People
+from sapiens_accel.evaluation.evaluate import oks
+from sapiens_accel.pose import draw, geometry
+from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.training.mean_teacher import MeanTeacher, Taught, cut_out
+
+NUM_HOLDOUT = 256  # some 3,000 joints: a precision of 0.9 is known to +-0.01, and they take seconds
+NUM_SHOWN = 6
+NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its joint is right
+
+
+class Known(NamedTuple):
+    """A pair of a labelled person, with the truth in the strong view: input px, in its left/right order."""
+
+    pair: Pair
+    truth_xy: Float[Tensor, "*b k 2"]
+    labelled: Bool[Tensor, "*b k"]
+    area: Float[Tensor, "*b"]  # of the person, input px^2
+
+
+Seen = Sequence[tuple[Known, Taught]]  # of one person each
+
+
+class Holdout(Dataset[Known]):
+    """Up to 256 labelled people, evenly spread over a set; their views are the same each time."""
+
+    def __init__(
+        self, people: People, augmenter: Augmenter, config: DataConfig, *, num_cutouts: int, seed: int
+    ) -> None:
+        self.people, self.augmenter, self.config = people, augmenter, config
+        self.num_cutouts, self.seed = num_cutouts, seed
+        self.changes = partial(change_pixels, augmenter.pixel_changes())
+        self.chosen = np.linspace(0, len(people) - 1, min(NUM_HOLDOUT, len(people))).round().astype(int).tolist()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Known:
+        row = self.people.rows[self.chosen[index]]
+        rng = default_rng([self.seed, zlib.crc32(b"holdout"), index])
+        base = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+        path = self.people.root / row["file_name"]
+        pair, strong = pair_of(path, base, self.augmenter, self.config, self.changes, self.num_cutouts, rng)
+        truth = seen_in(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
+        area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
+        points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))
+        return Known(pair, points_xy, torch.from_numpy(truth[:, 2] > 0), torch.tensor(area, dtype=torch.float64))
+
+
+def probe(
+    objective: MeanTeacher,
+    holdout: Holdout,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> tuple[dict[str, float], Seen]:
+    """What the teacher's labels of the hold-out are worth (the same on all ranks), and some of this rank's people.
+
+    `pseudo_precision`: the share of its keypoints with a label of both kinds that lie within 5 % of the crop's diagonal
+    of the truth. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
+    mean OKS over people, of the kept keypoints alone. Each is nan where there is nothing to measure.
+
+    Args:
+        gather: concatenates a tensor over all ranks along its first dimension. All ranks must call this.
+    """
+    device = next(objective.teacher.parameters()).device
+    mine = list(range(rank, len(holdout), num_ranks))
+    shown = set(np.linspace(0, len(mine) - 1, min(NUM_SHOWN, len(mine))).round().astype(int).tolist())
+    loader = DataLoader(
+        Subset(holdout, mine),
+        batch_size=batch_size,
+        num_workers=holdout.config.num_workers,
+        collate_fn=default_collate,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # its own: the draws of this process stay what they are without a hold-out
+    )
+    sums, seen, position = torch.zeros(6, dtype=torch.float64), [], 0
+    for known in plainly(loader):
+        taught: Taught = _map(Tensor.cpu, objective.pseudo_labels(to_device(known.pair, device)))
+        sums += _sums(known, taught, holdout)
+        for row in range(len(known.area)):
+            if position + row in shown:
+                seen.append(_map(lambda tensor, row=row: tensor[row : row + 1], (known, taught)))
+        position += len(known.area)
+    right, judged, kept, true, similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
+    ratios = {"precision": (right, judged), "coverage": (kept, true), "oks": (similarity, people)}
+    return {f"pseudo_{name}": a / b if b else math.nan for name, (a, b) in ratios.items()}, seen
+
+
+def _sums(known: Known, taught: Taught, holdout: Holdout) -> Float[Tensor, "6"]:
+    """Numerators and denominators of precision, coverage and OKS."""
+    height, width = holdout.config.input_hw
+    x, y = known.truth_xy.unbind(-1)
+    true = known.labelled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
+    judged = known.labelled & taught.kept
+    right = judged & near(taught.points_xy, known.truth_xy, holdout.config.input_hw)
+    sigmas = holdout.augmenter.skeleton.sigmas
+    similarities = [
+        oks(truth, found[None].numpy(), area[None].numpy(), sigmas, counted.numpy())[0]
+        for truth, found, area, counted in zip(
+            known.truth_xy.double().numpy(), taught.points_xy.double(), known.area, judged, strict=True
+        )
+        if counted.any()
+    ]
+    counts = [right.sum(), judged.sum(), (true & taught.kept).sum(), true.sum(), sum(similarities), len(similarities)]
+    return torch.tensor([float(count) for count in counts], dtype=torch.float64)
+
+
+def near(
+    found_xy: Float[Tensor, "*b k 2"], true_xy: Float[Tensor, "*b k 2"], input_hw: tuple[int, int]
+) -> Bool[Tensor, "*b k"]:
+    """Whether a point is within 5 % of the crop's diagonal of the true one."""
+    return (found_xy - true_xy).norm(dim=-1) <= NEAR * math.hypot(*input_hw)
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The function of every tensor of a tree of tuples."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if tree is None:
+        return None
+    items = [_map(function, item) for item in tree]
+    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+def panel(seen: Seen, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
+    """One person a column: the teacher's view and points (hollow: not kept), what the student learns, and the errors.
+
+    The student's view has its squares of the mean colour; lines go from what it learns to the truth, red where they
+    are longer than 5 % of the diagonal.
+    """
+    columns = [_column(known, taught, skeleton) for known, taught in seen]
+    return draw.grid([cell for row in zip(*columns, strict=True) for cell in row], columns=len(columns))
+
+
+def _column(known: Known, taught: Taught, skeleton: Skeleton) -> list[UInt8[Array, "h w 3"]]:
+    pair, kept = known.pair, taught.kept[0].numpy()
+    weak, strong, cut = (
+        image[0].permute(1, 2, 0).numpy()
+        for image in (pair.weak.image, pair.strong.image, cut_out(pair, taught.points_xy))
+    )
+    input_hw = (strong.shape[0], strong.shape[1])
+    swapped = bool(pair.weak.flipped[0] != pair.strong.flipped[0])
+    order = list(skeleton.mirror) if swapped else list(range(skeleton.num_keypoints))
+    weak_from_strong = geometry.strong_from_weak(pair.weak.matrix, pair.strong.matrix)
+    weak_xy = geometry.apply_batch(weak_from_strong, taught.points_xy)[0].numpy()[order]
+    found_xy, true_xy = taught.points_xy[0].numpy(), known.truth_xy[0].numpy()
+    right = near(taught.points_xy, known.truth_xy, input_hw)[0].numpy()
+    judged = kept & known.labelled[0].numpy()
+    turned = " (mirrored)" if swapped else ""
+    return [
+        draw.titled(draw.person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton), f"keeps {kept.sum()}"),
+        draw.titled(draw.person(cut, found_xy, kept.astype(float), skeleton), f"to learn{turned}"),
+        draw.titled(
+            draw.errors(strong, found_xy, true_xy, judged, right), f"{(judged & ~right).sum()} of {judged.sum()} far"
+        ),
+    ]

@@ -1,0 +1,180 @@
+"""When stage ssl is in trouble: what its logs and evaluations say, which of it is told and which stops the stage."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sapiens_accel.config.parse import UserError
+
+IN_A_ROW = 3  # logs: one batch may be odd
+LONG = 500  # steps
+COLLAPSED = 0.5  # of the first peak: annotation noise and augmentation move it by a fifth
+INFLATED = 1.2  # a target's peak is 1; the decoder's overshoot and noise reach 1.1
+SPREAD = 0.3  # of the first spread: one batch's differs from the next by a third
+KEPT = (0.05, 0.98)
+MOVED = 0.01  # in fp32 nearly every weight moves; what rounds the average away leaves it at 0
+GRADIENTS = 10.0  # of the unlabelled loss to the labelled one; in balance they are within 0.2 to 2
+PRECISION_LOST = 0.03
+STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what it averages
+AP_LOST = 0.005
+
+
+class Stopped(UserError):  # noqa: N818  (no mistake of the program's)
+    """Going on would spoil what the stage has learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Something that is wrong while `holds(values, first values)` does, for so many values in a row and so many steps.
+
+    Without the values it needs nothing is known, and nothing changes.
+    """
+
+    needs: tuple[str, ...]
+    holds: Callable[[Mapping[str, float], Mapping[str, float]], bool]
+    says: str  # what it is, what it means and what to change; a format of the values and of `first`
+    in_a_row: int = 1
+    steps: int = 0
+    stops: bool = False
+    harms: bool = False  # what is kept is better than what is there now
+
+
+RULES = (
+    Rule(
+        needs=("teacher_peak",),
+        holds=lambda now, first: now["teacher_peak"] < COLLAPSED * first["teacher_peak"],
+        says="teacher_peak {teacher_peak:.3f} is below half of its first {first[teacher_peak]:.3f}: the student learns "
+        "the background; lower --ssl.teacher.weight or raise --ssl.teacher.ramp",
+        in_a_row=IN_A_ROW,
+        stops=True,
+    ),
+    Rule(
+        needs=("teacher_peak_p99",),
+        holds=lambda now, _: now["teacher_peak_p99"] > INFLATED,
+        says="teacher_peak_p99 {teacher_peak_p99:.2f} is above 1.2, where targets end at 1: what is learnt lifts the "
+        "peaks that it is taken from; lower --ssl.teacher.weight, and use no loss that sharpens the teacher alone "
+        "(--ssl.teacher.loss literal)",
+        in_a_row=IN_A_ROW,
+        stops=True,
+    ),
+    Rule(
+        needs=("spread",),
+        holds=lambda now, first: now["spread"] < SPREAD * first["spread"],
+        says="the teacher's points spread over {spread:.3f} of the crop, at first over {first[spread]:.3f}: it says "
+        "the same of everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
+        in_a_row=IN_A_ROW,
+        stops=True,
+    ),
+    Rule(
+        needs=("not_finite",),
+        holds=lambda now, _: now["not_finite"] > 0,
+        says="the loss or the teacher's peaks are no numbers; lower --ssl.optim.lr, or launch with bf16 or fp32",
+        in_a_row=IN_A_ROW,
+        stops=True,
+    ),
+    Rule(
+        needs=("keep",),
+        holds=lambda now, _: now["keep"] < KEPT[0],
+        says="keep {keep:.3f}, for 500 steps below 0.05: next to nothing is learnt from unlabelled people; lower "
+        "--ssl.teacher.threshold",
+        steps=LONG,
+    ),
+    Rule(
+        needs=("keep",),
+        holds=lambda now, _: now["keep"] > KEPT[1],
+        says="keep {keep:.3f}, for 500 steps above 0.98: the mask leaves out nothing; raise --ssl.teacher.threshold, "
+        "or make the strong view harder (--augment.strong_rotation, --ssl.teacher.cutout)",
+        steps=LONG,
+    ),
+    Rule(
+        needs=("ema_moved", "lr"),
+        holds=lambda now, _: now["ema_moved"] < MOVED and now["lr"] > 0,
+        says="ema_moved {ema_moved:.4f}: the teacher's weights stand still; lower --ssl.teacher.ema_decay or raise "
+        "--ssl.optim.lr",
+        in_a_row=IN_A_ROW,
+    ),
+    Rule(
+        needs=("grad_ratio",),
+        holds=lambda now, _: now["grad_ratio"] > GRADIENTS,
+        says="grad_ratio {grad_ratio:.1f}: unlabelled people outweigh the labelled ones more than ten times; lower "
+        "--ssl.teacher.weight",
+        in_a_row=IN_A_ROW,
+    ),
+    Rule(
+        needs=("pseudo_precision",),
+        holds=lambda now, first: now["pseudo_precision"] < first["pseudo_precision"] - PRECISION_LOST,
+        says="pseudo_precision {pseudo_precision:.3f}, first {first[pseudo_precision]:.3f}: the teacher's labels get "
+        "worse; raise --ssl.teacher.threshold or lower --ssl.teacher.weight",
+    ),
+    Rule(
+        needs=("AP", "student_AP"),
+        holds=lambda now, _: now["student_AP"] > now["AP"] + STUDENT_AHEAD,
+        says="student_AP {student_AP:.3f} is above the teacher's {AP:.3f}: the average is too slow; lower "
+        "--ssl.teacher.ema_decay",
+        in_a_row=2,
+    ),
+    Rule(
+        needs=("AP", "student_AP"),
+        holds=lambda now, first: now["AP"] < first["AP"] - AP_LOST,
+        says="the teacher's AP {AP:.3f} is below its first {first[AP]:.3f}: the stage does harm; lower "
+        "--ssl.teacher.weight or --ssl.optim.lr, or leave the stage out",
+        harms=True,
+    ),
+)
+
+
+@dataclass(kw_only=True)
+class Alarms:
+    """What the values of one stage say about its health. Equal values on all ranks: all of them stop together.
+
+    Attributes:
+        good: where the last good weights are, for the message.
+        stops: whether what would stop the stage does, or is only told.
+        first: the first value of each name, of this run or of the one that it goes on from.
+    """
+
+    good: str
+    stops: bool = True
+    first: dict[str, float] = field(default_factory=dict)
+    held: dict[Rule, tuple[int, int]] = field(default_factory=dict, init=False)  # since which step, how many times
+    said: set[Rule] = field(default_factory=set, init=False)
+
+    @property
+    def sick(self) -> bool:
+        """Whether something is going on that stops a stage if it lasts."""
+        return self.stops and any(rule.stops for rule in self.held)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the weights are worth keeping in place of earlier ones."""
+        return not (self.sick or any(rule.harms for rule in self.held))
+
+    def check(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """Warnings that these values give rise to, each said once until it clears.
+
+        Raises:
+            Stopped: with what to change, and where the last good weights are.
+        """
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        if "teacher_peak" in values and not values.get("skipped"):  # a step that was left out is told of by itself
+            known["not_finite"] = float(not {"loss", "teacher_peak"} <= known.keys())
+        self.first = known | self.first
+        said = []
+        for rule in RULES:
+            if not known.keys() >= set(rule.needs):
+                continue
+            if not rule.holds(known, self.first):
+                self.held.pop(rule, None)
+                self.said.discard(rule)
+                continue
+            since, times = self.held.get(rule, (step, 0))
+            self.held[rule] = since, times + 1
+            lasts = times + 1 >= rule.in_a_row and step - since >= rule.steps
+            text = rule.says.format(first=self.first, **known)
+            if lasts and rule.stops and self.stops:
+                raise Stopped(f"stage ssl stopped at step {step}: {text}; the last good weights are {self.good}")
+            if (lasts or rule.stops) and rule not in self.said:
+                self.said.add(rule)
+                stops = rule.stops and self.stops
+                said.append(f"{text} (the stage stops after {rule.in_a_row} logs of this)" if stops else text)
+        return said

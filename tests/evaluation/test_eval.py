@@ -1,0 +1,226 @@
+"""eval.py as a user starts it: what it takes, what it says, and that processes and batches change no number."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import untrained
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file, save_file
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.evaluation import networks as candidates
+from sapiens_accel.evaluation.coco_metrics import METRICS
+from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
+from sapiens_accel.sources import synthetic
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+VAL = "annotations/person_keypoints_val2017.json"
+Main = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven people to judge by, and a detector's file of them."""
+    root = synthetic.write(tmp_path_factory.mktemp("eval") / "drawn", num_train=1, num_unlabelled=1, num_val=7)
+    people = json.loads((root / VAL).read_text())["annotations"]
+    found = [{"image_id": p["image_id"], "category_id": 1, "bbox": p["bbox"], "score": 0.3} for p in people]
+    (root / "detector.json").write_text(json.dumps([*found, *found[:2]]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(root: Path) -> Path:
+    return untrained(root.parent / "first", 0)
+
+
+@pytest.fixture
+def main(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """eval.py's main in this process; what it printed, and eval.json of the first weights."""
+    monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(root.parent / "cache"))
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    monkeypatch.chdir(tmp_path)
+    program = importlib.import_module("eval").main
+    data = ["--data.root", str(root), "--data.num_workers", "0"]
+
+    def run(*words: object) -> dict[str, Any]:
+        program([*map(str, words), *data])
+        file = next(tmp_path.glob("evaluations/*/eval.json"))
+        return {"said": capsys.readouterr().out, **json.loads(file.read_text())}
+
+    return run
+
+
+def test_weights_alone_are_judged(main: Main, weights: Path, tmp_path: Path) -> None:
+    found = main(weights)
+    said, row = found["said"], found["first"]
+    assert "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test\n" in said
+    assert {name for name in METRICS if name in row} == set(METRICS)
+    assert (row["boxes"], row["flip"], row["scales"], row["split"]) == ("ground truth", True, [1.0], "val")
+    joints = row["joints"]["keypoints"]
+    assert list(joints) == list(COCO17.names)
+    assert row["joints"]["PCK@0.2"] > 0 and all(0 <= joint["PCK@0.2"] <= 1 for joint in joints.values())
+    assert re.search(r"left_wrist +\d+ +\d+\.\d +\d+\.\d\n", said)
+    assert "expected calibration error" in said
+    assert len(list(tmp_path.glob("evaluations/first/pictures/*.jpg"))) == 1
+    # An untrained network: a 0 is explained.
+    assert row["AP"] > 0 or "AP 0: of 7 people none counts" in said
+
+
+def test_short_options_are_the_long_ones(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    short = main(weights, "--flip", "false", "--scales", "1.0", "1.5", "--boxes", "detector.json",
+                 "--save_predictions", tmp_path / "a.json", "--pictures", "0")  # fmt: skip
+    long = main(weights, "--eval.flip=false", "--eval.scales=[1.0,1.5]", "--eval.boxes", root / "detector.json",
+                "--eval.save_predictions", tmp_path / "b.json", "--eval.num_pictures", "2")  # fmt: skip
+    assert "detector's boxes (detector.json), no flip test, scales 1 1.5" in short["said"]
+    assert {**short["first"], "seconds": 0} == {**long["first"], "seconds": 0}
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    assert short["first"]["boxes"] == "detector (detector.json)"
+    assert "pictures:\n  evaluations" in long["said"] and ".jpg" not in short["said"]
+
+
+def test_saved_predictions_score_the_same_by_hand(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    row = main(weights, "--boxes", "detector.json", "--save_predictions", tmp_path / "results.json")["first"]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert len(saved) == 7, "two boxes of the nine are of the same people"
+    assert all(person["score"] <= 0.3 for person in saved), "times the box score"
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(root / VAL))
+        evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "keypoints")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert [row[name] for name in METRICS] == pytest.approx(list(evaluation.stats), abs=1e-12)
+
+
+def test_what_each_augmentation_adds_and_costs(main: Main, weights: Path, tmp_path: Path) -> None:
+    found = main(weights, "--scales", "0.7", "1.0", "--compare", "--flip", "--save_predictions", tmp_path / "r.json")
+    names = ["first, plain", "first, flip", "first, scales", "first, flip + scales"]
+    assert [name for name in found if name != "said"] == names
+    assert "augmentation by row" in found["said"]
+    for name in names[1:]:
+        assert re.search(rf"^{re.escape(name)}: AP [+-]\d+\.\d\d for \d+\.\d\d x the time", found["said"], re.M)
+    assert [(found[name]["flip"], found[name]["scales"]) for name in names] == [
+        (False, [1.0]), (True, [1.0]), (False, [0.7, 1.0]), (True, [0.7, 1.0])
+    ]  # fmt: skip
+    files = sorted(path.name for path in tmp_path.glob("r*.json"))
+    assert files == ["r_first_flip.json", "r_first_flip_scales.json", "r_first_plain.json", "r_first_scales.json"]
+    assert len({(tmp_path / name).read_text() for name in files}) == 4, "none is without effect"
+
+
+def test_several_weights_and_their_ensemble(main: Main, weights: Path, tmp_path: Path) -> None:
+    other = untrained(tmp_path / "second", 1, name="sapiens2_tiny")
+    words = ("--ensemble", "--save_predictions", tmp_path / "r.json", "--pictures", "0", "--flip", "false")
+    found = main(weights, other, *words)
+    assert [name for name in found if name != "said"] == ["first", "second", "ensemble"]
+    points = {}
+    for name in ("first", "second", "ensemble"):
+        saved = json.loads((tmp_path / f"r_{name}.json").read_text())
+        points[name] = {one["image_id"]: np.array(one["keypoints"]) for one in saved}
+    for name in ("first", "second"):
+        assert any(np.abs(points[name][i] - points["ensemble"][i]).max() > 1 for i in points["ensemble"])
+
+
+def test_weights_of_more_keypoints_are_judged_by_those_of_the_data(main: Main, tmp_path: Path) -> None:
+    for skeleton in (WHOLEBODY133, SAPIENS308):
+        folder = untrained(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton)
+        assert "by name" in main(folder)["said"]
+
+
+# ---- Bad input
+
+
+def _refused(main: Main, *words: object) -> str:
+    with pytest.raises(UserError) as caught:
+        main(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_options_are_refused(main: Main, weights: Path) -> None:
+    assert "expected what to judge first" in _refused(main)
+    assert "/no/such/folder" in _refused(main, "/no/such/folder")
+    assert "several networks" in _refused(main, weights, "--ensemble")
+    assert "nothing to compare" in _refused(main, weights, "--compare", "--flip", "false")
+    assert "--eval.scales 1 1" in _refused(main, weights, "--scales", "1", "1")
+    assert "--eval.scales 0:" in _refused(main, weights, "--scales", "0")
+    assert "--eval.scales" in _refused(main, weights, "--scales")
+    assert "both 64x48" in _refused(main, weights, "--scales", "1.0", "1.05")
+    assert "--eval.boxes nothing.json" in _refused(main, weights, "--boxes", "nothing.json")
+    assert "--eval.flp; did you mean --eval.flip?" in _refused(main, weights, "--eval.flp", "1")
+    assert "backend" in _refused(main, weights, "--backend", "mine")
+
+
+def test_weights_of_another_skeleton_are_refused(main: Main, weights: Path, tmp_path: Path) -> None:
+    names = tuple("abcde")
+    five = Skeleton(names=names, mirror=(0, 1, 2, 3, 4), sigmas=(0.1,) * 5, upper=(), edges=())
+    text = _refused(main, untrained(tmp_path / "five", 0, five))
+    assert "another skeleton: 5 keypoints (a, b, c, ...)" in text and "has 17 keypoints" in text
+    headless = tmp_path / "headless"
+    headless.mkdir()
+    state = {key: value for key, value in load_file(weights / "model.safetensors").items() if "head." not in key}
+    save_file(state, headless / "model.safetensors")
+    assert "no heatmap head" in _refused(main, headless)
+
+
+def test_words() -> None:
+    split: Callable[[Sequence[str]], Any] = candidates.split_words
+    assert split(["a", "b/c", "--flip"]) == (["a", "b/c"], ["--eval.flip"])
+    assert split(["a", "--scales", "0.5", "1.0", "--boxes", "x"])[1] == ["--eval.scales=[0.5,1.0]", "--eval.boxes", "x"]
+    assert split(["a", "--eval.scales", "2"])[1] == ["--eval.scales=[2]"]
+    assert split(["a", "--scales=[0.5,1.0]"])[1] == ["--eval.scales=[0.5,1.0]"]
+    assert split(["a", "--scales", "[0.5,1.0]", "--seed", "1"])[1] == ["--eval.scales=[0.5,1.0]", "--seed", "1"]
+    assert split(["a", "--pictures=3"])[1] == ["--eval.num_pictures=3"]
+
+
+# ---- Processes and batches
+
+
+def _launch(
+    folder: Path, weights: Path, root: Path, num: int, batch_size: int
+) -> tuple[str, dict[str, Any], list[Any]]:
+    folder.mkdir()
+    words = ["--data.root", root, "--data.num_workers", 0, "--batch_size", batch_size, "--boxes", "detector.json"]
+    words += ["--scales", "1.0", "1.5", "--save_predictions", folder / "results.json", "--pictures", 0]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"] if num > 1 else []
+    command = [sys.executable, *torchrun, REPOSITORY / "eval.py", weights, *words]
+    environment = {"SAPIENS_ACCEL_CACHE": str(root.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads((folder / "evaluations" / "first" / "eval.json").read_text())["first"]
+    row.pop("seconds")
+    return done.stdout, row, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.launch
+def test_processes_and_batches_change_no_number(weights: Path, root: Path, tmp_path: Path) -> None:
+    # Nine boxes: the last batch of 4 has one, and of two processes one predicts a box twice.
+    alone_said, alone, alone_saved = _launch(tmp_path / "one", weights, root, 1, 4)
+    said, row, saved = _launch(tmp_path / "two", weights, root, 2, 2)
+    assert said.count("COCO keypoint metrics") == 1
+    table = alone_said[alone_said.index("COCO keypoint metrics") :]
+    assert said[said.index("COCO keypoint metrics") :] == table
+    assert _close(row, alone)
+    assert [one["image_id"] for one in saved] == [one["image_id"] for one in alone_saved] and len(saved) == 7
+    for one, other in zip(saved, alone_saved, strict=True):
+        assert one["keypoints"] == pytest.approx(other["keypoints"], abs=2e-3)
+    assert alone["joints"]["OKS"] > 0.001
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
+    return a == pytest.approx(b, abs=1e-5) if isinstance(a, float) else a == b

@@ -1,0 +1,420 @@
+"""eval.py --images: keypoints in a user's own pictures and videos are those that evaluation predicts."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectors import tiny
+from networks import untrained
+
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.data import people as coco
+from sapiens_accel.evaluation import boxes as detections
+from sapiens_accel.evaluation import networks as candidates
+from sapiens_accel.evaluation.networks import Candidate
+from sapiens_accel.evaluation.predict import predict
+from sapiens_accel.inference import detect_people as boxes
+from sapiens_accel.inference import predict_media as own
+from sapiens_accel.pose import draw
+from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
+from sapiens_accel.sources import images as photo
+from sapiens_accel.sources import synthetic
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REAL = (REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini").resolve()
+VAL = "annotations/person_keypoints_val2017.json"
+ALL = ("--eval.nms_threshold", "1", "--eval.score_threshold", "0")
+Main = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.write(tmp_path_factory.mktemp("own") / "drawn", num_train=1, num_unlabelled=1, num_val=9)
+
+
+@pytest.fixture(scope="module")
+def weights(root: Path) -> Path:
+    return untrained(root.parent / "mine")
+
+
+@pytest.fixture(scope="module")
+def detector(root: Path) -> Path:
+    return tiny(root.parent / "detector")
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """eval.py's main in this process, in an empty folder: what it wrote and what it said."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path / "cache"))
+    program = importlib.import_module("eval").main
+
+    def run(weights: Path, images: Path, *words: object) -> tuple[dict[str, Any], str]:
+        shutil.rmtree(tmp_path / "evaluations", ignore_errors=True)
+        program([str(weights), "--images", str(images), "--data.num_workers", "0", *map(str, words)])
+        (file,) = tmp_path.glob("evaluations/*/images/*/keypoints.json")
+        return json.loads(file.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def _people(tree: dict[str, Any]) -> dict[tuple[str, tuple[float, ...]], dict[str, Any]]:
+    """Annotations by picture and box."""
+    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    found = {(names[one["image_id"]], tuple(np.round(one["bbox"], 1))): one for one in tree["annotations"]}
+    assert len(found) == len(tree["annotations"])
+    return found
+
+
+def _numbers(tree: dict[str, Any]) -> np.ndarray:
+    """[people, keypoints, x y v score], in the order of the file."""
+    rows = [np.reshape(one["keypoints"], (-1, 3)).T for one in tree["annotations"]]
+    return np.stack([[*row, one["keypoint_scores"]] for row, one in zip(rows, tree["annotations"], strict=True)])
+
+
+# ---- The same keypoints
+
+
+def test_keypoints_are_those_of_evaluation(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    """Boxes of the labels' own file; flip test and two scales; the prediction is evaluation's, within 1e-4 px."""
+    scales = ("--scales", "0.7", "1.0")
+    tree, said = main(weights, root / "val2017", "--boxes", root / VAL, *scales, *ALL)
+    people = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
+    run = config.load(["--eval.scales=[0.7,1.0]", "--data.num_workers=0"])
+    network, _ = candidates.network(
+        Candidate(name="mine", weights=weights, folder=tmp_path), run, COCO17, torch.device("cpu")
+    )
+    theirs = predict(
+        [network], detections.of_people(people), COCO17, run.data, run.eval, device=torch.device("cpu")
+    )  # fmt: skip
+    assert len(tree["annotations"]) == len(people) == 9 and "9 people in" in said
+    ours = _people(tree)
+    for row, points_xy, scores in zip(people.rows, theirs.points_xy, theirs.scores, strict=True):
+        one = ours[Path(row["file_name"]).name, tuple(np.round(row["box_xywh"], 1))]
+        points = np.reshape(one["keypoints"], (-1, 3))
+        assert points[:, :2] == pytest.approx(points_xy, abs=1e-4)
+        assert one["keypoint_scores"] == pytest.approx(scores, abs=1e-4)
+        assert points[:, 2].tolist() == (2 * (scores > 0)).tolist()
+        assert one["score"] == pytest.approx(scores[scores > 0].mean(), abs=1e-4)
+
+
+def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    words = ("--boxes", root / VAL, "--eval.nms_threshold", 1)
+    threshold = round(float(np.median(_numbers(main(weights, root / "val2017", *words)[0])[:, 3])), 3)
+    tree, _ = main(weights, root / "val2017", *words, "--eval.score_threshold", threshold)
+    numbers, kind = _numbers(tree), tree["categories"][0]
+    labelled = numbers[:, 3] > threshold
+    assert 0.05 < labelled.mean() < 0.95
+    far = abs(numbers[:, 3] - threshold) > 1e-4  # of the scores, four digits are written
+    assert (numbers[:, 2] == 2 * labelled)[far].all()
+    assert [one["num_keypoints"] for one in tree["annotations"]] == (numbers[:, 2] > 0).sum(axis=1).tolist()
+    assert kind["keypoints"] == list(COCO17.names) and {len(edge) for edge in kind["skeleton"]} == {2}
+    assert [[a - 1, b - 1] for a, b in kind["skeleton"]] == [list(edge) for edge in COCO17.edges]
+    assert all((image["width"], image["height"]) == (240, 240) for image in tree["images"])
+    (tmp_path / "data").mkdir()
+    shutil.copytree(root / "val2017", tmp_path / "data" / "val2017")
+    (tmp_path / "data" / "mine.json").write_text(json.dumps(tree))
+    people = coco.labelled_people(tmp_path / "data", "mine.json", "val2017", 17, tmp_path / "cache")
+    with_any = [one for one in tree["annotations"] if one["num_keypoints"]]
+    assert coco.keypoints_of(people.rows).reshape(-1, 51).tolist() == [one["keypoints"] for one in with_any]
+
+
+def test_without_boxes_each_picture_is_a_person(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    """Pictures of different shapes; the same as a file that says so."""
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    whole = []
+    for index, path in enumerate(sorted((root / "val2017").iterdir())):
+        image = cv2.imread(str(path))
+        assert image is not None
+        cv2.imwrite(str(folder / f"p{index}.png"), image[: 240 - 30 * index, : 120 + 30 * index])
+        whole.append({"image_id": f"p{index}", "bbox": [0, 0, min(240, 120 + 30 * index), 240 - 30 * index]})
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    alone, said = main(weights, folder, *ALL)
+    filed, _ = main(weights, folder, "--boxes", tmp_path / "whole.json", *ALL)
+    assert "boxes: whole pictures" in said
+    assert alone["annotations"] == filed["annotations"] and len(alone["annotations"]) == len(whole) > 3
+    assert alone["images"] == filed["images"]
+    one, _ = main(weights, folder / "p2.png", "--boxes", "whole", *ALL)
+    assert one["annotations"][0]["keypoints"] == pytest.approx(alone["annotations"][2]["keypoints"], abs=2e-4)
+
+
+def test_people_of_one_picture_are_told_apart_and_nobody_is_there_twice(
+    main: Main, weights: Path, root: Path, tmp_path: Path
+) -> None:
+    rows = [row for row in json.loads((root / VAL).read_text())["annotations"] if row["num_keypoints"]]
+    several = next(row["image_id"] for row in rows if sum(row["image_id"] == one["image_id"] for one in rows) > 1)
+    here = [{"image_id": several, "bbox": row["bbox"], "score": 0.9} for row in rows if row["image_id"] == several]
+    again = {**here[0], "score": 0.7}
+    unsure = {**here[0], "score": 0.4}
+    for name, listed in (("once.json", here), ("twice.json", [again, *here, unsure])):
+        (tmp_path / name).write_text(json.dumps(listed))
+    once, _ = main(weights, root / "val2017", "--boxes", tmp_path / "once.json")
+    twice, _ = main(weights, root / "val2017", "--boxes", tmp_path / "twice.json")
+    assert _people(twice).keys() == _people(once).keys() and len(_people(once)) == len(here)
+    assert {one["box_score"] for one in twice["annotations"]} == {0.9}
+    kept, _ = main(weights, root / "val2017", "--boxes", tmp_path / "twice.json", "--eval.nms_threshold", 1,
+                   "--eval.min_box_score", 0.3)  # fmt: skip
+    assert len(kept["annotations"]) == len(here) + 2
+
+
+# ---- Detectors and videos
+
+
+def _video(path: Path, root: Path, num: int) -> list[np.ndarray]:
+    """Pictures of people that move; the frames as OpenCV decodes them (BGR)."""
+    pictures = [cv2.imread(str(path)) for path in sorted((root / "val2017").iterdir())]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12, (240, 200))
+    for index in range(num):
+        picture = pictures[index % 2]
+        assert picture is not None
+        writer.write(np.roll(picture, 5 * index, axis=1)[:200])
+    writer.release()
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    assert len(frames) == num
+    return frames
+
+
+@pytest.mark.parametrize("by", ["whole", "detector"])
+def test_a_video_is_its_frames(
+    main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Frame by frame what the pictures of the frames give, in pieces of 3 frames; and a video of as many frames."""
+    monkeypatch.setattr(own, "FRAMES", 3)
+    frames = _video(tmp_path / "clip.avi", root, 8)
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index, frame in enumerate(frames):
+        cv2.imwrite(str(folder / f"clip_{index:06d}.png"), frame)
+    words = ("--boxes", detector if by == "detector" else by, *ALL)
+    pictures, _ = main(weights, folder, *words)
+    video, said = main(weights, tmp_path / "clip.avi", *words)
+    assert f"{len(video['annotations'])} people in 8 frames" in said
+    assert [one["file_name"] for one in video["images"]] == [f"clip_{index:06d}.jpg" for index in range(8)]
+    if by == "detector":
+        assert len(video["annotations"]) > 16
+    assert [one["image_id"] for one in video["annotations"]] == [one["image_id"] for one in pictures["annotations"]]
+    assert _numbers(video) == pytest.approx(_numbers(pictures), abs=2e-2 if by == "detector" else 1e-3)
+    place = tmp_path / "evaluations" / "mine" / "images" / "clip"
+    assert sorted(path.name for path in place.iterdir()) == ["drawn.mp4", "keypoints.json"]
+    drawn = cv2.VideoCapture(str(place / "drawn.mp4"))
+    shown = []
+    while (read := drawn.read())[0]:
+        shown.append(read[1])
+    assert drawn.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+    assert [one.shape for one in shown] == [(200, 240, 3)] * 8
+    for index, one in enumerate(shown):
+        difference = [np.abs(one.astype(int) - frame).mean() for frame in frames]
+        assert int(np.argmin(difference)) == index
+
+
+def test_boxes_by_the_detector_are_those_of_the_program(
+    main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path
+) -> None:
+    """eval.py with the detector itself, and with the file that sapiens_accel.boxes wrote with it."""
+    words = ["--out", tmp_path / "b.json", "--detector", detector, "--num_workers", 0]
+    boxes.main([str(root / "val2017"), *map(str, words)])
+    itself, _ = main(weights, root / "val2017", "--boxes", detector, *ALL)
+    filed, said = main(weights, root / "val2017", "--boxes", tmp_path / "b.json", *ALL)
+    assert f"boxes: of {tmp_path / 'b.json'}" in said
+    assert len(itself["annotations"]) == len(filed["annotations"]) > 10
+    # Two of nearly equal scores may change places; boxes are written to 0.01 px.
+    sides = [sorted((one["image_id"], *one["bbox"]) for one in tree["annotations"]) for tree in (itself, filed)]
+    assert np.array(sides[0]) == pytest.approx(np.array(sides[1]), abs=0.011)
+
+
+def test_a_films_boxes_are_those_of_its_frames(
+    main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path
+) -> None:
+    _video(tmp_path / "clip.avi", root, 6)
+    words = [tmp_path / "clip.avi", "--out", tmp_path / "b.json", "--detector", detector, "--every", 2]
+    boxes.main([*map(str, words), "--num_workers", "0"])
+    tree, _ = main(weights, tmp_path / "clip.avi", "--boxes", tmp_path / "b.json", *ALL)
+    assert {one["image_id"] for one in tree["annotations"]} == {1, 3, 5} and len(tree["images"]) == 6
+
+
+@pytest.mark.launch
+def test_processes_change_nothing(weights: Path, root: Path, detector: Path, tmp_path: Path) -> None:
+    """Two processes: each finds and looks at half of the people; rank 0 writes."""
+    _video(tmp_path / "clip.avi", root, 5)
+    trees = []
+    for num in (1, 2):
+        folder = tmp_path / str(num)
+        folder.mkdir()
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"] if num > 1 else []
+        command = [sys.executable, *torchrun, REPOSITORY / "eval.py", weights, "--images", tmp_path / "clip.avi",
+                   "--boxes", detector, "--data.num_workers", 0, *ALL]  # fmt: skip
+        done = subprocess.run(
+            list(map(str, command)), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+            text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("people in 5 frames") == 1
+        trees.append(json.loads((folder / "evaluations" / "mine" / "images" / "clip" / "keypoints.json").read_text()))
+    one, two = trees
+    assert one["images"] == two["images"] and len(one["annotations"]) > 10
+    assert [p["image_id"] for p in one["annotations"]] == [p["image_id"] for p in two["annotations"]]
+    assert _numbers(one) == pytest.approx(_numbers(two), abs=2e-2)
+
+
+# ---- Weights
+
+
+def test_the_keypoints_are_the_weights_own(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    names = ("left_toe", "right_toe", "hat")
+    three = Skeleton(names=names, mirror=(1, 0, 2), sigmas=(0.1,) * 3, upper=(2,), edges=((0, 2),))
+    for skeleton in (WHOLEBODY133, SAPIENS308, three):
+        tree, _ = main(
+            untrained(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton), root / "val2017", "--pictures", 0
+        )
+        assert tree["categories"][0]["keypoints"] == list(skeleton.names)
+        assert len(tree["annotations"][0]["keypoints"]) == 3 * skeleton.num_keypoints
+    (tmp_path / "of3" / "skeleton.json").unlink()
+    with pytest.raises(UserError, match=r"of3: weights of unknown keypoints: 3 keypoints \(left_toe, right_toe, hat"):
+        main(tmp_path / "of3", root / "val2017")
+
+
+def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "evaluations" / "run"  # where the fixture looks for results
+    first, last = untrained(tmp_path / "first", seed=1), untrained(tmp_path / "last", seed=2)
+    expected, _ = main(last, root / "val2017", *ALL)
+    for stage, weights in (("phase1", first), ("ssl", last)):
+        shutil.copytree(weights, tmp_path / "run" / stage / "weights")
+    config.save(config.load(["--data.root=nowhere"]), tmp_path / "run" / "config.yaml")
+    program = importlib.import_module("eval").main
+    program([str(tmp_path / "run"), "--images", str(root / "val2017"), "--data.num_workers=0", *ALL])
+    assert not run.exists()
+    tree = json.loads((tmp_path / "run" / "images" / "val2017" / "keypoints.json").read_text())
+    assert tree["annotations"] == expected["annotations"]
+    several = [Candidate(name="w", weights=tmp_path / "run" / stage / "w", folder=run) for stage in ("phase1", "ssl")]
+    with pytest.raises(UserError, match="of several weights would all be in"):
+        own._groups(several, config.EvalConfig())
+
+
+# ---- Pictures
+
+
+def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pics"
+    shutil.copytree(root / "val2017", folder / "below")
+    bad = folder / "broken.jpg"
+    bad.write_bytes(next((folder / "below").iterdir()).read_bytes()[:2000])
+    (folder / "clip.mp4").write_bytes(b"")
+    tree, said = main(weights, folder, "--eval.score_threshold", 0)
+    assert f"skipped: {bad} does not decode" in said and ", 1 skipped" in said and "left out: clip.mp4" in said
+    drawn = tmp_path / "evaluations" / "mine" / "images" / "pics" / "drawn"
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "below").iterdir())
+    assert sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*.*")) == names
+    assert [image["file_name"] for image in tree["images"]] == names
+    people = _numbers(tree)
+    for name, person in zip(names, people, strict=True):
+        was, now = (photo.read_image(place / name).astype(int) for place in (folder, drawn))
+        changed = np.abs(was - now).max(axis=2) > 60
+        assert was.shape == now.shape and 0.001 < changed.mean() < 0.5
+        assert changed[
+            np.clip(person[1].round().astype(int), 0, 239), np.clip(person[0].round().astype(int), 0, 239)
+        ].any()
+    # What was drawn is no picture of the user's.
+    shutil.copytree(drawn.parents[3], folder / "evaluations")
+    again, _ = main(weights, folder, "--eval.score_threshold", 0)
+    assert again["images"] == tree["images"]
+    _, said = main(weights, folder, "--pictures", 0)
+    assert not drawn.exists() and "pics/drawn" not in said
+
+
+def test_people_are_drawn_where_they_are() -> None:
+    """Lines where the bones are, in the colours of sides, and nothing elsewhere; the picture itself stays."""
+    image = np.full((120, 200, 3), 128, np.uint8)
+    people_xy = np.zeros((2, 17, 2))
+    people_xy[:, 5], people_xy[:, 7], people_xy[:, 6], people_xy[:, 8] = (30, 20), (30, 80), (90, 20), (90, 80)
+    people_xy[1, :, 0] += 80
+    shown = np.zeros((2, 17), dtype=bool)
+    shown[0, [5, 7, 6, 8]] = shown[1, [5, 7]] = True
+    drawn = draw.people_on(image, people_xy, shown, COCO17)
+    assert (image == 128).all()
+    for (x, y), colour in (
+        ((30, 50), draw.LEFT),
+        ((90, 50), draw.RIGHT),
+        ((60, 20), draw.MIDDLE),
+        ((110, 50), draw.LEFT),
+    ):
+        assert np.abs(drawn[y, x].astype(int) - colour).max() < 30
+    assert drawn[50, 170].tolist() == [128] * 3, "not shown"
+    changed = (drawn != 128).any(axis=2)
+    assert not changed[:, 36:84][26:].any() and not changed[90:].any() and changed[50].sum() <= 24
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+def test_real_pictures(main: Main, weights: Path) -> None:
+    file = REAL / "annotations" / "person_keypoints_val2017.json"
+    tree, _ = main(weights, REAL / "val2017", "--boxes", file, "--flip", "false", *ALL)
+    known = {one["id"]: one for one in json.loads(file.read_text())["images"]}
+    boxes = [one for one in json.loads(file.read_text())["annotations"] if not one["iscrowd"]]
+    assert len(tree["annotations"]) == len(boxes)
+    sizes = {one["file_name"]: (one["width"], one["height"]) for one in known.values()}
+    assert {one["file_name"]: (one["width"], one["height"]) for one in tree["images"]} == sizes
+
+
+# ---- Bad input
+
+
+def _refused(main: Main, *words: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        main(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    images = root / "val2017"
+    assert "nowhere: no such file or folder" in _refused(main, weights, tmp_path / "nowhere")
+    assert "no such file or folder" in _refused(main, tmp_path / "nowhere", images)
+    (tmp_path / "empty").mkdir()
+    assert "empty: no pictures" in _refused(main, weights, tmp_path / "empty")
+    (tmp_path / "clip.mp4").write_bytes(b"no film")
+    assert "clip.mp4: does not open as a video" in _refused(main, weights, tmp_path / "clip.mp4")
+    assert "--eval.compare" in _refused(main, weights, images, "--compare")
+    assert "--eval.save_predictions" in _refused(main, weights, images, "--save_predictions", "found.json")
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"no picture")
+    assert "none of its pictures decodes" in _refused(main, weights, tmp_path / "empty")
+    assert not (tmp_path / "evaluations").exists()
+    assert "--eval.min_box_score 2" in _refused(main, weights, images, "--eval.min_box_score", 2)
+    other = untrained(tmp_path / "other", seed=3)
+    words = ["--images", str(images), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="results of several weights would all be in"):
+        importlib.import_module("eval").main([str(weights), str(other), *words])
+
+
+def test_wrong_boxes_are_refused(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    images, file = root / "val2017", tmp_path / "b.json"
+
+    def refused(content: Any) -> str:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return _refused(main, weights, images, "--boxes", file)
+
+    name = sorted(images.iterdir())[0].stem
+    box = {"image_id": int(name), "bbox": [1, 2, 30, 40], "score": 0.9}
+    assert "b.json: not JSON" in refused("[{")
+    assert "b.json: no box in it" in refused([])
+    assert "of other pictures: the first of its 1 boxes is of 99999" in refused([box | {"image_id": 99999}])
+    assert "of other pictures" in refused([box | {"image_id": "holiday"}])
+    assert "box 0: expected 'bbox' of 4 numbers" in refused([box | {"bbox": [1, 2]}])
+    assert "box 1: expected a number as 'score'" in refused([box, box | {"score": "high"}])
+    assert "box 0: expected image_id" in refused([{"bbox": [1, 2, 3, 4]}])
+    assert "no list 'images'" in refused({"annotations": []})
+    assert "missing.json: no such file" in _refused(main, weights, images, "--boxes", tmp_path / "missing.json")
+    assert "--eval.boxes not/a/name/here: no such" in _refused(main, weights, images, "--boxes", "not/a/name/here")

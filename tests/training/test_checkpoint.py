@@ -1,0 +1,391 @@
+"""State on disk: whole or not at all, checked before it is read, pruned but for the best; killed, stopped, full."""
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch import nn
+
+from sapiens_accel.config.parse import UserError
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.training import checkpoint
+from sapiens_accel.training.mean_teacher import Supervised
+
+ROOT = Path(__file__).parents[2]
+STAGE = "phase2"
+WORDS = [
+    "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=2",
+    "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1", "--report_to=none", "--save_every=1",
+    *(f"--{stage}.{knob}" for stage in ("phase2", "ssl")
+      for knob in ("steps=2000", "global_batch=4", "optim.warmup_steps=2", "loss_weight=100")),
+]  # fmt: skip
+
+
+class Run:
+    """A tiny network under a real Accelerator, saved by the real functions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        self.network, self.folder = nn.Linear(64, 64), folder
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
+        self.engine, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.objective = Supervised(codec=Codec(input_hw=(64, 48), heatmap_hw=(16, 12), sigma=1))
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.engine(torch.ones(2, 64)).square().mean().backward()
+        self.optimizer.step()
+
+    def save(self, step: int, keep: int = 2) -> Path | None:
+        def write(where: Path, results: checkpoint.Weights) -> None:
+            (where / "weights").mkdir()
+            torch.save(dict(results["weights"]), where / "weights" / "weights.pt")
+
+        arguments = (self.accelerator, self.objective, STAGE, keep)
+        return checkpoint.save(
+            self.folder / STAGE, *arguments, lambda: {"weights": self.network.state_dict()}, write, step
+        )
+
+    def resume(self, asked: str = "latest") -> checkpoint.Resume | None:
+        return checkpoint.to_resume(self.accelerator, self.folder, asked, STAGE)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    yield Run(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def names(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.folder / STAGE / "checkpoints").iterdir())
+
+
+def test_weights_moments_and_random_numbers_come_back(run: Run) -> None:
+    run.step()
+    assert run.save(7) == run.folder / STAGE / "checkpoints" / "step_7"
+    drawn = torch.rand(4)
+    for _ in range(3):
+        run.step()
+    expected = [value.clone() for value in run.network.state_dict().values()]
+    for _ in range(2):
+        run.step()
+    found = run.resume()
+    assert found is not None and found.way == "whole" and found.weights is None
+    assert found.load(run.accelerator, run.objective) == 7
+    assert torch.equal(torch.rand(4), drawn)
+    for _ in range(3):
+        run.step()
+    for value, before in zip(run.network.state_dict().values(), expected, strict=True):
+        assert torch.equal(value, before)
+
+
+def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
+    folder = run.folder / STAGE
+    for step, ap in ((1, 0.2), (2, 0.5), (3, None), (4, 0.3), (5, 0.5)):
+        run.save(step)
+        if ap is not None:
+            assert checkpoint.judged(folder, step, ap) == (step in (1, 2, 5))
+        assert (folder / "checkpoints" / "latest").resolve().name == f"step_{step}"
+        if step == 4:
+            assert names(run) == ["best", "latest", "step_2", "step_3", "step_4"]
+            assert (folder / "checkpoints" / "best").resolve().name == "step_2"
+    run.save(6)
+    run.save(7)
+    assert names(run) == ["best", "latest", "step_5", "step_6", "step_7"]
+    assert (folder / "checkpoints" / "best").resolve().name == "step_5"
+    assert not checkpoint.judged(folder, 99, 1.0), "a step that was not saved is no checkpoint"
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["state/model.safetensors", "state/optimizer.bin", "objective.safetensors"])
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, Path.unlink])
+def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(run: Run, damage, file, capsys) -> None:
+    for step in (3, 4):
+        run.save(step)
+    damage(run.folder / STAGE / "checkpoints" / "step_4" / file)
+    with pytest.raises(UserError, match=rf"step_4: {file} .*take another one") as raised:
+        run.resume(str(run.folder / STAGE / "checkpoints" / "step_4"))
+    assert "\n" not in str(raised.value)
+    found = run.resume()
+    assert found is not None and found.position.step == 3
+    said = capsys.readouterr().out
+    assert "step_4 is not whole" in said and file in said
+    assert "step_4.corrupt" in names(run)
+    assert run.save(4), "the step can be written again"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": 4}'])
+def test_a_checkpoint_without_its_description_is_passed_over(run: Run, text: str) -> None:
+    for step in (3, 4):
+        run.save(step)
+    (run.folder / STAGE / "checkpoints" / "step_4" / "position.json").write_text(text)
+    found = run.resume()
+    assert found is not None and found.position.step == 3
+
+
+def test_a_disk_that_fills_up_leaves_the_one_before_it(run: Run, capsys) -> None:
+    """No file may grow beyond 8 kB: what the kernel does when a quota or a disk is full in the middle of a file."""
+    run.save(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        assert run.save(2) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().out
+    assert "step 2 could not be saved" in said and "step_1 is whole; training goes on" in said
+    assert names(run) == ["latest", "step_1"]
+    found = run.resume()
+    assert found is not None and found.position.step == 1
+    assert run.save(3), "when there is room again, it goes on saving"
+
+
+def test_what_does_not_fit_is_not_begun(run: Run, capsys) -> None:
+    first = run.save(1)
+    assert first
+    tree = json.loads((first / "position.json").read_text())
+    tree["files"]["state/optimizer.bin"][0] = 10**18
+    (first / "position.json").write_text(json.dumps(tree))
+    assert run.save(2) is None
+    assert "GiB are free" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_unfinished_is_no_checkpoint(run: Run) -> None:
+    whole = run.save(1)
+    assert whole
+    shutil.copytree(whole, whole.with_name("step_2.tmp"))
+    found = run.resume()
+    assert found is not None and found.position.step == 1
+    run.save(3)
+    assert names(run) == ["latest", "step_1", "step_3"]
+
+
+def test_a_kill_between_link_and_name_does_no_harm(run: Run) -> None:
+    whole = run.save(1)
+    assert whole
+    whole.with_name("latest.tmp").symlink_to("step_1")
+    whole.with_name("best.tmp").symlink_to("step_0")
+    assert run.save(2) and names(run) == ["latest", "step_1", "step_2"]
+
+
+def test_a_torn_note_is_no_note(run: Run) -> None:
+    for step in (1, 2):
+        run.save(step)
+        checkpoint.judged(run.folder / STAGE, step, 0.1)
+    (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text("")
+    assert run.save(3)
+    found = checkpoint.best(run.folder / STAGE / "checkpoints")
+    assert found is not None and found.name == "step_1"
+    (run.folder / STAGE / "eval.json").write_text('{"step": 1')
+    (run.folder / STAGE / "weights").mkdir()
+    (run.folder / STAGE / "weights" / "model.safetensors").touch()
+    assert checkpoint.finished(run.folder, {STAGE: 1}, "latest") == {}
+
+
+def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None:
+    """phase1 is to be longer than it was: what phase2 and ssl made of it then is not what they would make now."""
+    lasts = {"phase1": 4, "phase2": 4, "ssl": 4}
+    for stage, step in (("phase1", 2), ("phase2", 4), ("ssl", 4)):
+        (run.folder / stage / "weights").mkdir(parents=True)
+        (run.folder / stage / "weights" / "model.safetensors").touch()
+        (run.folder / stage / "eval.json").write_text(json.dumps({"step": step, "AP": 0.5}))
+    done = checkpoint.finished(run.folder, lasts, "latest")
+    assert done == {}
+    checkpoint.make_way(run.folder, list(lasts), None, "latest", done)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", "phase2.1", "ssl.1"]
+    (run.folder / "phase1" / "eval.json").write_text(json.dumps({"step": 4, "AP": 0.5}))
+    assert list(checkpoint.finished(run.folder, lasts, "latest")) == ["phase1"]
+
+
+def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) -> None:
+    for step in (2, 4, 6):
+        run.save(step, keep=9)
+    stage = run.folder / STAGE
+    (stage / "eval.json").write_text("{}")
+    (run.folder / "ssl").mkdir()
+    (run.folder / "phase1").mkdir()
+    done = ["phase1"]
+    asked = str(stage / "checkpoints" / "step_2")
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest", ["phase1", STAGE])
+    assert (run.folder / "ssl").is_dir() and names(run) == ["latest", "step_2", "step_4", "step_6"]
+    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked, done)
+    assert names(run) == ["step_2", "step_4.1", "step_6.1"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", STAGE, "ssl.1"]
+    assert not (stage / "eval.json").exists(), "it must not look finished"
+    found = run.resume()
+    assert found is not None and found.position.step == 2
+    run.step()
+    assert run.save(4), "the same step of the new history"
+    assert checkpoint.best(stage / "checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "way"),
+    [
+        ((1, 0, "no"), (1, 0, "no"), "whole"),
+        ((2, 0, "no"), (1, 0, "no"), "whole"),
+        ((2, 2, "no"), (1, 2, "no"), "universal"),
+        ((1, 1, "bf16"), (4, 1, "bf16"), "universal"),
+        ((2, 3, "no"), (1, 3, "no"), "weights"),
+        ((1, 0, "no"), (1, 2, "no"), "weights"),
+        ((2, 2, "no"), (2, 3, "no"), "weights"),
+        ((2, 2, "bf16"), (2, 2, "no"), "weights"),
+    ],
+)
+def test_what_another_launch_can_read(then, now, way) -> None:
+    keys = ("num_processes", "zero_stage", "precision")
+    position = checkpoint.Position(stage=STAGE, step=1, files={}, **dict(zip(keys, then, strict=True)))
+    assert checkpoint._way(position, dict(zip(keys, now, strict=True))) == way
+
+
+# ---- Whole runs
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "SAPIENS_ACCEL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.launch
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL, during saves too: `latest` always loads, and the losses are those of a run that was never killed."""
+    kills = os.environ.get("SAPIENS_ACCEL_TEST_KILLS", "6")
+    words = [*WORDS, "--stage=ssl", "--keep_checkpoints=1", "--ssl.teacher.on_alarm=warn"]
+    folder = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "tests/killed.py", kills, "0", str(folder), *words, f"--output_dir={folder}"],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    moments = done.stdout.splitlines()[-int(kills) :]
+    assert all(moment.startswith("after step ") for moment in moments)
+    print(*moments, sep="\n")
+    assert "is not whole" not in done.stdout
+    assert done.stdout.count("goes on from") == int(kills) - 1
+    found = _losses(folder)
+    whole = tmp_path / "whole"
+    subprocess.run(
+        [sys.executable, "train.py", *words, f"--output_dir={whole}", f"--max_steps={len(found)}"],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, check=True,
+    )  # fmt: skip
+    assert len(found) >= int(kills) and found == _losses(whole)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Path) -> None:
+    """Sent to the whole process group, as Ctrl-C and batch systems do, with loading processes in it."""
+    words = [word for word in WORDS if word not in ("--data.num_workers=0", "--save_every=1")]
+    words += ["--stage=phase2", "--save_every=100000", "--data.num_workers=2", f"--output_dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, env=_environment(tmp_path), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, getattr(signal, name))
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said
+    assert f"{name}: stopping after this step" in said and "Traceback" not in said
+    assert "--resume_from_checkpoint latest" in said
+    (whole,) = checkpoint.found(tmp_path / "run" / "phase2" / "checkpoints")
+    step = checkpoint.position(whole).step
+    assert len(_losses(tmp_path / "run")) == step, "the last whole step is what was saved"
+    assert checkpoint._broken(whole) is None
+    # The command that was printed is taken at its word.
+    again = said.split("the same launch and: ")[1].splitlines()[0]
+    done = subprocess.run(
+        [sys.executable, *shlex.split(again), f"--max_steps={step + 2}"],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(_losses(tmp_path / "run")) == step + 2
+
+
+@pytest.mark.launch
+def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path) -> None:
+    """Files may not grow beyond 8 kB: no checkpoint, few lines; without room for the end's weights it is one line."""
+    words = [*WORDS, "--stage=phase2", f"--output_dir={tmp_path}/run", "--max_steps=40", "--eval_every=100"]
+    subprocess.run(
+        [sys.executable, "train.py", *words, "--dry_run"],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, check=True,
+    )  # fmt: skip
+    runner = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY));"
+        "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", runner, *words],
+        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step 1 could not be saved" in done.stdout and "step 40 could not be saved" in done.stdout
+    assert "lines or pictures are lost, training goes on" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "make room" in done.stderr
+
+
+@pytest.mark.launch
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """While the step is held up (here: by a picture that never comes), the second one, a while later, is not noted."""
+    script = (
+        "import os, signal, time\n"
+        "from sapiens_accel.interrupt import ECHO_SECONDS, StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert stop.name == 'SIGTERM', stop.name\n"
+        "    time.sleep(ECHO_SECONDS + 0.1)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM and done.stdout == "still here\n", done.stderr
+
+
+@pytest.mark.launch
+def test_weights_in_a_checkpoint_start_another_run(tmp_path: Path) -> None:
+    words = [*WORDS, "--stage=phase2"]
+    for more in (
+        [f"--output_dir={tmp_path}/one", "--max_steps=2"],
+        [f"--output_dir={tmp_path}/two", "--max_steps=1", f"--weights={tmp_path}/one/phase2/checkpoints/latest/weights",
+         "--weights_dtype=bfloat16"],
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "train.py", *words, *more],
+            cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    saved = load_file(tmp_path / "one" / "phase2" / "checkpoints" / "step_2" / "weights" / "model.safetensors")
+    kept = load_file(tmp_path / "one" / "phase2" / "weights" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in kept.items())
+    rounded = load_file(tmp_path / "two" / "phase2" / "weights" / "model.safetensors")
+    assert {value.dtype for value in rounded.values()} == {torch.bfloat16}

@@ -1,0 +1,36 @@
+"""Real people: the tiny network learns COCO's by heart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = (ROOT / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini").resolve()
+
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)"),
+]
+
+
+def test_86_real_people_are_learnt_by_heart(tmp_path: Path) -> None:
+    """AP on the training pictures at least 0.90: decode, crop, codec, loss and evaluation agree to a pixel or so."""
+    options = {
+        "--stage": "phase2", "--data.root": REAL, "--output_dir": tmp_path / "run", "--report_to": "none",
+        "--eval.split": "train", "--eval.flip": "false", "--phase2.global_batch": "16", "--phase2.steps": "550",
+        "--phase2.optim.lr": "2e-3",
+        # Each person always the same crop.
+        **{f"--augment.{knob}": "0" for knob in ("flip_p", "rotation", "scale", "shift")},
+    }  # fmt: skip
+    words = [str(word) for option in options.items() for word in option]
+    env = {**os.environ, "SAPIENS_ACCEL_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics = json.loads((tmp_path / "run" / "phase2" / "eval.json").read_text())
+    assert metrics["split"] == "train" and metrics["AP"] >= 0.90
