@@ -28,10 +28,8 @@ ROWS = (
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}
 # What still imports upward, to be emptied: (file, package that it imports).
 KNOWN: set[tuple[str, str]] = {
-    ("data/dataset.py", "doctor"),
     ("data/detections.py", "inference"),
     ("hub/download.py", "publish"),
-    ("pose/infer_skeleton.py", "data"),
     ("pose/infer_skeleton.py", "config"),
     ("runtime/engine.py", "data"),
     ("runtime/engine.py", "training"),

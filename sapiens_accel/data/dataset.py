@@ -34,13 +34,12 @@ from sapiens_accel.data import sampling as mixture
 from sapiens_accel.data import streaming as stream
 from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter, change_pixels
-from sapiens_accel.data.keypoint_mapping import Category
 from sapiens_accel.data.people import People, Rows, boxes_of, keypoints_of
 from sapiens_accel.data.sampling import Mixture
-from sapiens_accel.doctor.labels import in_crop
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.geometry import Crop
+from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.runtime import signals as interrupt
 from sapiens_accel.sources import discover as sources
@@ -612,7 +611,7 @@ def check_targets(people: People, config: DataConfig) -> None:
     people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     labelled = keypoints[..., 2] > 0
-    inside = in_crop(boxes, keypoints, config.box_padding, config.input_hw)
+    inside = geometry.in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
     if inside.sum() < labelled.sum() / 2 or tiny:
         told = f"{'nearly ' if inside.any() else ''}all targets are zero"

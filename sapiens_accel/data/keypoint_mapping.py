@@ -1,47 +1,22 @@
 """What a COCO JSON tells of its keypoints, and how they are read, by name, as those of a run."""
 
-import difflib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sapiens_accel.config.parse import UserError
 from sapiens_accel.data.annotation_rules import Reading
-from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton, words
+from sapiens_accel.pose.infer_skeleton import SHOWN, Category, nearest, pairs_of, short, unique_names
+from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import shards
 from sapiens_accel.sources.coco import WHOLE_BODY
 
 SUMMARY_VERSION = 1
-SHOWN = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Category:
-    """What a JSON tells of its keypoints.
-
-    Attributes:
-        categories: as in Reading.
-        kind: what they are called.
-        names: one name for each keypoint; None if it names none.
-        edges: pairs of names.
-        count: keypoints of its annotations; None if none has any.
-        whole: whether annotations have COCO-WholeBody's five lists; then `names` are its 133.
-        told: what is odd in it, in lines.
-    """
-
-    file: Path
-    categories: tuple[str, ...]
-    kind: str
-    names: tuple[str, ...] | None
-    edges: tuple[tuple[str, str], ...] = ()
-    count: int | None = None
-    whole: bool = False
-    told: tuple[str, ...] = ()
 
 
 def described(file: Path, wanted: str | None, cache: Path) -> Category:
@@ -139,22 +114,6 @@ def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list
     return able or [kind for kind in kinds if kind.get("name") == "person"] or kinds[: len(kinds) == 1]
 
 
-def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
-    """A list of names, each once, as a tuple; None for None.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if found is None:
-        return None
-    if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
-        raise UserError(f"{where}: expected a list of names, found {str(found)[:80]}")
-    twice = [name for name in found if found.count(name) > 1]
-    if twice:
-        raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
-    return tuple(found)
-
-
 def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only pictures need it."""
     fine: list[list[int]] = []
@@ -202,19 +161,3 @@ def reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]:
     line = f"{one.file}: has {len(names) - len(lacks)} of the {len(names)} keypoints, by name; "
     line += f"the others have weight 0 there: {short(lacks)}" if lacks else "all of them"
     return replace(plain, count=one.count, source=source), line if lacks else ""
-
-
-def short(names: Sequence[str], at_most: int = SHOWN) -> str:
-    """The first of the names, for a line."""
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """A half sentence with the name that was meant, or with the first of those that there are."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {short(list(names))}"
-
-
-def pairs_of(one: Skeleton) -> tuple[tuple[str, str], ...]:
-    """The edges by name."""
-    return tuple((one.names[a], one.names[b]) for a, b in one.edges)

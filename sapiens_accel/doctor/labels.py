@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
+from sapiens_accel.pose import geometry
 from sapiens_accel.pose.skeleton import Skeleton
 
 Level = Literal["error", "warning", "note"]
@@ -259,20 +260,9 @@ def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
     return [(b, a) if skeleton.sides[b] == "left" else (a, b) for a, b in pairs]
 
 
-def in_crop(
-    boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
-) -> Bool[Array, "n k"]:
-    """Which labelled keypoints the upright crop of their person holds, as `geometry.box_crop` cuts it."""
-    aspect = input_hw[1] / input_hw[0]
-    width, height = (boxes_xywh[:, 2:] * padding).T
-    sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)
-    offset = np.abs(keypoints[..., :2] - (boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2)[:, None])
-    return (offset <= sizes[:, None] / 2).all(axis=-1) & (keypoints[..., 2] > 0)
-
-
 def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
     """The share of labelled joints that lie outside of their person's upright crop: nothing is learnt of them."""
-    lost = labels.labelled & ~in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
+    lost = labels.labelled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
     share = lost.sum() / max(labels.labelled.sum(), 1)
     text = f"{lost.sum()} of {labels.labelled.sum()} labelled joints ({share:.2%}) lie outside of the person's crop"
     return Finding(

@@ -94,7 +94,7 @@ def enlargement(labels: Labels, config: DataConfig) -> Finding:
 def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
     """What encoding joints as heatmaps and decoding them again loses, in a sample of upright crops."""
     some = labels.at(_spread(len(labels), NUM_ENCODED))
-    inside = examine.in_crop(some.boxes_xywh, some.keypoints, padding, codec.input_hw)
+    inside = geometry.in_crop(some.boxes_xywh, some.keypoints, padding, codec.input_hw)
     crops = [geometry.box_crop(box, padding, codec.input_hw) for box in some.boxes_xywh]
     points = [
         geometry.apply(crop.matrix(codec.input_hw), keypoints[:, :2])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sapiens_accel.config.parse import Config, EvalConfig, UserError
-from sapiens_accel.data.keypoint_mapping import Category, described, short
+from sapiens_accel.data.keypoint_mapping import described
 from sapiens_accel.evaluation.predict import Network
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights
@@ -19,6 +19,7 @@ from sapiens_accel.models.checkpoint_formats import FILE, SKELETON_FILE, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.infer_skeleton import Category, short
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, words
 
 SHORT = {

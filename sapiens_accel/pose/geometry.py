@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray as Array
 from torch import Tensor
 
@@ -177,3 +177,14 @@ def shares(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Fl
     """Points as shares of a width and a height; by plain numbers, since a tensor of them would be waited for."""
     x, y = points_xy.unbind(-1)
     return torch.stack([x / size_hw[1], y / size_hw[0]], dim=-1)
+
+
+def in_crop(
+    boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
+) -> Bool[Array, "n k"]:
+    """Which labelled keypoints the upright crop of their person holds, as `geometry.box_crop` cuts it."""
+    aspect = input_hw[1] / input_hw[0]
+    width, height = (boxes_xywh[:, 2:] * padding).T
+    sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)
+    offset = np.abs(keypoints[..., :2] - (boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2)[:, None])
+    return (offset <= sizes[:, None] / 2).all(axis=-1) & (keypoints[..., 2] > 0)

@@ -8,8 +8,9 @@ upper: [wrist, ...]                   the upper half of the body, for the half-b
 edges: [[wrist, thumb_tip], ...]      lines in pictures
 """
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,6 @@ from typing import Any
 import yaml
 
 from sapiens_accel.config.parse import UserError
-from sapiens_accel.data.keypoint_mapping import SHOWN, Category, nearest, pairs_of, short, unique_names
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
     COCO17,
@@ -42,6 +42,31 @@ FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside on
 LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
          "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """What a JSON tells of its keypoints.
+
+    Attributes:
+        categories: as in annotation_rules.Reading.
+        kind: what they are called.
+        names: one name for each keypoint; None if it names none.
+        edges: pairs of names.
+        count: keypoints of its annotations; None if none has any.
+        whole: whether annotations have COCO-WholeBody's five lists; then `names` are its 133.
+        told: what is odd in it, in lines.
+    """
+
+    file: Path
+    categories: tuple[str, ...]
+    kind: str
+    names: tuple[str, ...] | None
+    edges: tuple[tuple[str, str], ...] = ()
+    count: int | None = None
+    whole: bool = False
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,3 +323,38 @@ def _lines(
             f"sqrt(area) in --data.skeleton FILE as sigmas: {{{values}}}"
         )
     return lines
+
+
+# ---- Names
+
+
+def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
+    """A list of names, each once, as a tuple; None for None.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
+        raise UserError(f"{where}: expected a list of names, found {str(found)[:80]}")
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
+    return tuple(found)
+
+
+def short(names: Sequence[str], at_most: int = SHOWN) -> str:
+    """The first of the names, for a line."""
+    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A half sentence with the name that was meant, or with the first of those that there are."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {short(list(names))}"
+
+
+def pairs_of(one: Skeleton) -> tuple[tuple[str, str], ...]:
+    """The edges by name."""
+    return tuple((one.names[a], one.names[b]) for a, b in one.edges)

@@ -23,6 +23,7 @@ from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Share, TrainingPeople
 from sapiens_accel.data.sampling import Mixture
 from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
 from sapiens_accel.sources import synthetic
 
@@ -355,12 +356,12 @@ def _refusal(action: Callable[[], object]) -> str:
 )
 def test_a_yaml_that_is_wrong_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "hand.yaml").write_text(text)
-    hand = category.Category(file=Path("hand.json"), categories=(), kind="hand", names=HAND, count=21)
+    hand = Category(file=Path("hand.json"), categories=(), kind="hand", names=HAND, count=21)
     said = _refusal(lambda: custom.skeleton([hand], custom.given("hand.yaml", tmp_path)))
     assert expected in said and "hand.yaml" in said
 
 
-def _described(tmp_path: Path, *kinds: dict[str, Any], wanted: str | None = None, **person: Any) -> category.Category:
+def _described(tmp_path: Path, *kinds: dict[str, Any], wanted: str | None = None, **person: Any) -> Category:
     people = [{"id": 1, "image_id": 1, "category_id": kinds[0]["id"] if kinds else 1, **person}] if person else []
     file = tmp_path / "some.json"
     file.write_text(json.dumps({"images": [], "annotations": people, "categories": kinds}))

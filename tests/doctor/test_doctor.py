@@ -22,7 +22,7 @@ from sapiens_accel.doctor import labels as examine
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.doctor.environment import Launch
 from sapiens_accel.doctor.labels import Finding, Labels
-from sapiens_accel.pose import draw, skeleton
+from sapiens_accel.pose import draw, geometry, skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import convert, synthetic
@@ -529,9 +529,9 @@ def test_in_crop_is_what_the_crop_holds() -> None:
     rng = np.random.default_rng(0)
     boxes = np.column_stack([rng.uniform(0, 100, (50, 2)), rng.uniform(10, 200, (50, 2))])
     keypoints = np.concatenate([rng.uniform(-60, 300, (50, 17, 2)), rng.integers(0, 3, (50, 17, 1))], axis=-1)
-    inside = examine.in_crop(boxes, keypoints, 1.25, (64, 48))
+    inside = geometry.in_crop(boxes, keypoints, 1.25, (64, 48))
     for box, points, ours in zip(boxes, keypoints, inside, strict=True):
-        crop = preview.geometry.box_crop(box, 1.25, (64, 48))
+        crop = geometry.box_crop(box, 1.25, (64, 48))
         seen = data.seen_in(crop, points, (64, 48), COCO17)
         expected = ((seen[:, :2] >= 0) & (seen[:, :2] <= (47, 63))).all(axis=1) & (points[:, 2] > 0)
         assert np.array_equal(ours, expected)

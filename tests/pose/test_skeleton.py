@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sapiens_accel.data.keypoint_mapping import Category
 from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import (
     COCO17,
     PUBLISHED,
