@@ -21,7 +21,7 @@ from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.evaluate import Judgement
 from sapiens_accel.inference import predict_media as own
 from sapiens_accel.pose import draw
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
 from sapiens_accel.training import logger as report
 
 

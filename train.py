@@ -29,9 +29,9 @@ from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.publish import uploader as hub
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed, engine, files
 from sapiens_accel.runtime.signals import StopRequest
-from sapiens_accel.training import checkpoint, optim
+from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.logger import Report, begin_folder
 from sapiens_accel.training.loop import steps
 from sapiens_accel.training.mean_teacher import build as build_objective
@@ -88,13 +88,20 @@ def train(
     accelerator.print(f"\n{stage}: {resume or loaded}")
     model.freeze(plan.frozen)
     model.lay_out(planned.layout)
-    teacher = distributed.moving_average(accelerator, deepcopy(model), planned.way.teacher) if plan.teacher else None
-    frozen = distributed.frozen_masters(accelerator, model)
+    teacher = ema.moving_average(accelerator, deepcopy(model), planned.way.teacher) if plan.teacher else None
+    frozen = engine.frozen_masters(accelerator, model)
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
-    engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, plan.optim.clip_norm)
+    network, optimizer = engine.prepare(
+        accelerator,
+        model,
+        optimizer,
+        micro_batch=share.micro_batch,
+        accumulation=share.accumulation,
+        clip_norm=plan.optim.clip_norm,
+    )
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    parameters = partial(distributed.full_values, accelerator, engine)
+    parameters = partial(engine.full_values, accelerator, network)
     gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
     objective = build_objective(plan, codec, skeleton, teacher, parameters, schedule, gather, autocast)
     first = resume.load(accelerator, objective) if resume else 0
@@ -105,23 +112,23 @@ def train(
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
     stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
-    report = Report(accelerator, run, stage, planned, sets, augmenter, start=start, first=first, last=last)
+    report = Report(accelerator, run, stage, planned.gpu_peak, sets, augmenter, start=start, first=first, last=last)
     report.crops(people, objective.codec)
 
     def collect() -> checkpoint.Weights:
         """What the stage would hand over, by folder, on rank 0; all ranks must call it."""
-        return objective.results({**distributed.full_state(accelerator, engine), **frozen})
+        return objective.results({**engine.full_state(accelerator, network), **frozen})
 
     def keep_weights(step: int) -> None:
         """Hand over the weights that were judged last; all ranks must call it."""
         action = partial(write, folder / stage, collect(), dtype=getattr(torch, run.weights_dtype))
-        if checkpoint.write_on_main(accelerator, action, folder / stage / "weights", needed=step == last):
+        if files.write_on_main(accelerator, action, folder / stage / "weights", needed=step == last):
             report.keeps(folder / stage / "weights")
 
     write = partial(export.write, model=model, skeleton=skeleton, sigma=run.data.sigma)
     save = partial(checkpoint.save, folder / stage, accelerator, objective, stage, run.keep_checkpoints, collect, write)
-    drop, step, offload = partial(distributed.drop_gradients, engine), first, run.memory.offload_activations
-    stepping = steps(accelerator, engine, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
+    drop, step, offload = partial(engine.drop_gradients, network), first, run.memory.offload_activations
+    stepping = steps(accelerator, network, optimizer, objective, stream, share, plan.optim, first, schedule, offload)
     rescue = memory.out_of_memory_told(accelerator, stage, planned, drop, lambda: save(step) if step > first else None)
     with rescue:
         for done in stepping:
@@ -137,19 +144,19 @@ def train(
                 report.close()
                 raise Interrupted(f"{stage}: asked to stop; step {step} is in {saved or save(step) or 'NO checkpoint'}")
             if run.eval_every and step % run.eval_every == 0 and step < last:
-                if report.judge(step, engine, objective):
+                if report.judge(step, network, objective):
                     keep_weights(step)  # a stage that is stopped leaves its last good ones
             elif step == 1 < last:
-                report.begin(step, engine, objective)
+                report.begin(step, network, objective)
             if saved:
                 uploads.saved(stage, step=step, weights=saved / "weights", score=report.ap(step))
 
     # ---- Hand over
-    if not run.dry_run and report.judge(last, engine, objective):
+    if not run.dry_run and report.judge(last, network, objective):
         keep_weights(last)
     metrics = report.finish()
     uploads.saved(stage, score=metrics.get("AP"), last=True)
-    distributed.release(accelerator, engine, optimizer)
+    engine.release(accelerator, network, optimizer)
     return metrics
 
 

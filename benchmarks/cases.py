@@ -8,8 +8,9 @@ from subject import Case, run_of
 from sapiens_accel.config.parse import StageName, UserError
 from sapiens_accel.data.dataset import Share
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import GIB, IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
 from sapiens_accel.models.sapiens import Layout
+from sapiens_accel.runtime.files import GIB
 
 REAL_HW, REAL_BATCH = (512, 384), 32
 

@@ -26,7 +26,7 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import StageName
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.models.sapiens import SIZES
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
 
 BARS = {"time_ratio": 2.3, "memory_ratio": 1.10}
 WARM_UP, MEASURED = 1, 2  # steps before each repetition's clock starts, and under it

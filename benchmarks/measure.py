@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import UserError
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
 
 OUT_OF_MEMORY = "out of memory"
 STEPS = {"cuda": 3, "cpu": 2}  # the first one makes the optimizer's state

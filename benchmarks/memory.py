@@ -29,8 +29,8 @@ from cases import REAL_BATCH, REAL_HW, Planned, Wanted
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import STAGES, UserError
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import GIB
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.files import GIB
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

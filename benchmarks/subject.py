@@ -16,8 +16,8 @@ from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
-from sapiens_accel.runtime import engine as distributed
-from sapiens_accel.training import optim
+from sapiens_accel.runtime import distributed, engine
+from sapiens_accel.training import ema, optim
 from sapiens_accel.training.loop import Step, steps
 from sapiens_accel.training.mean_teacher import build
 
@@ -117,22 +117,29 @@ def stepping(accelerator: Accelerator, case: Case, model: SapiensPose, batches: 
     """Build the stage; what is returned takes one optimizer step each time it is asked, until the batches end."""
     plan = case.run.of(case.stage)
     model.lay_out(case.layout)
-    teacher = distributed.moving_average(accelerator, deepcopy(model), "device") if plan.teacher else None
+    teacher = ema.moving_average(accelerator, deepcopy(model), "device") if plan.teacher else None
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
-    engine, optimizer = distributed.prepare(accelerator, model, optimizer, case.share, plan.optim.clip_norm)
+    network, optimizer = engine.prepare(
+        accelerator,
+        model,
+        optimizer,
+        micro_batch=case.share.micro_batch,
+        accumulation=case.share.accumulation,
+        clip_norm=plan.optim.clip_norm,
+    )
     objective = build(
         plan,
         codec_of(case.run),
         SKELETON,
         teacher,
-        partial(distributed.full_values, accelerator, engine),
+        partial(engine.full_values, accelerator, network),
         num_steps=SCHEDULE,
         gather=lambda tensor: tensor,
         autocast=distributed.autocast_dtype(accelerator),
     )
     rest = (case.share, plan.optim, 0, SCHEDULE, case.offload_activations)
-    return steps(accelerator, engine, optimizer, objective, batches, *rest)
+    return steps(accelerator, network, optimizer, objective, batches, *rest)
 
 
 def codec_of(run: Config) -> Codec:

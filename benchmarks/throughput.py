@@ -31,10 +31,11 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import Config, UserError
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import FEW, GIB, Plan, Way, fit, need, stage_of
+from sapiens_accel.memory.estimate import FEW, Plan, Way, fit, need, stage_of
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.files import GIB
 
 TOLD = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
 # What sets the layout of a runner, and its steps.

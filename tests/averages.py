@@ -1,4 +1,4 @@
-"""Run by test_average.py in two processes: a real engine trains a small network, and its averages are kept in all ways.
+"""Run by test_ema.py in two processes: a real engine trains a small network, and its averages are kept in all ways.
 
     torchrun ... tests/averages.py FOLDER DECAY CONFIG.json STEPS [CONFIG.json STEPS ...]      ZeRO configs, one a run
 
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sapiens_accel.config.parse import Place
-from sapiens_accel.data.dataset import Share
-from sapiens_accel.runtime import engine as distributed
-from sapiens_accel.training import ema as average
+from sapiens_accel.runtime import distributed, engine
+from sapiens_accel.training import ema
 
 PLACES: tuple[Place, ...] = ("device", "sharded", "host")
-average.PIECE = 100  # several pieces in a tensor, as in a large one
+ema.PIECE = 100  # several pieces in a tensor, as in a large one
 
 
 class Network(nn.Sequential):
@@ -42,22 +41,21 @@ def run(accelerator: Accelerator, num_steps: int, decay: float) -> dict[str, Any
     torch.manual_seed(0)
     network: Any = Network()
     first = {name: value.clone() for name, value in network.state_dict().items()}
-    means = {place: distributed.moving_average(accelerator, _copy(network), place) for place in PLACES}
+    means = {place: ema.moving_average(accelerator, _copy(network), place) for place in PLACES}
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    share = Share(rank=accelerator.process_index, num_ranks=2, micro_batch=4, accumulation=1)
-    engine, optimizer = distributed.prepare(accelerator, network, optimizer, share, 1.0)
+    trained, optimizer = engine.prepare(accelerator, network, optimizer, micro_batch=4, accumulation=1, clip_norm=1.0)
     generator = torch.Generator().manual_seed(accelerator.process_index)
     history = []
     for _ in range(num_steps):
         given = torch.randn(4, 13, generator=generator).bfloat16()
-        loss = (engine(given).float() - given[:, :5].float().sin()).square().mean()
+        loss = (trained(given).float() - given[:, :5].float().sin()).square().mean()
         accelerator.backward(loss)
         for mean in means.values():
-            mean.update((value for _, value in distributed.full_parameters(accelerator, engine)), decay)
-        values = [value.flatten().clone() for _, value in distributed.full_parameters(accelerator, engine)]
+            mean.update((value for _, value in engine.full_parameters(accelerator, trained)), decay)
+        values = [value.flatten().clone() for _, value in engine.full_parameters(accelerator, trained)]
         history.append(torch.cat(values))
     states = {place: mean.state_dict() for place, mean in means.items()}
-    distributed.release(accelerator, engine, optimizer)
+    engine.release(accelerator, trained, optimizer)
     networks = {place: _values(mean.network) for place, mean in means.items()}
     return {"networks": networks, "states": states, "first": first, "history": torch.stack(history)}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
+from sapiens_accel.runtime.files import UNFINISHED
 from sapiens_accel.training import checkpoint
 
 kills, seed, folder, *words = sys.argv[1:]
@@ -38,7 +39,7 @@ for _ in range(int(kills)):
     while newest() <= before and time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.3))
-    unfinished = sorted(path.name for path in checkpoints.glob(f"*{checkpoint.UNFINISHED}"))
+    unfinished = sorted(path.name for path in checkpoints.glob(f"*{UNFINISHED}"))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
     assert newest() > before, "it did not get one step further"

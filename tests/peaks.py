@@ -26,7 +26,7 @@ from sapiens_accel.memory import estimate as plan
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.loop import steps
@@ -76,9 +76,11 @@ def peak(
         teacher = MovingAverage(deepcopy(model)) if stage.teacher else None
         groups = optim.param_groups(model.layer_groups(), stage.optim)
         optimizer = optim.adamw(groups, stage.optim, torch.device("cpu"))
-        engine, optimizer = distributed.prepare(accelerator, model, optimizer, share, 1.0)
-        objective = _objective(accelerator, model, teacher, engine, stage)
-        for _ in steps(accelerator, engine, optimizer, objective, _fresh(batches), share, OptimConfig(), 0, 100):
+        network, optimizer = engine.prepare(
+            accelerator, model, optimizer, micro_batch=share.micro_batch, accumulation=share.accumulation, clip_norm=1.0
+        )
+        objective = _objective(accelerator, model, teacher, network, stage)
+        for _ in steps(accelerator, network, optimizer, objective, _fresh(batches), share, OptimConfig(), 0, 100):
             pass
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     now = most = 0
@@ -96,7 +98,7 @@ def _objective(
     accelerator: Accelerator,
     model: SapiensPose,
     teacher: MovingAverage | None,
-    engine: nn.Module,
+    network: nn.Module,
     stage: config.StageConfig,
 ) -> Objective:
     codec = Codec(input_hw=INPUT_HW, heatmap_hw=model.heatmap_hw, sigma=2)
@@ -106,7 +108,7 @@ def _objective(
     return MeanTeacher(
         supervised,
         teacher,
-        lambda: (value for _, value in distributed.full_parameters(accelerator, engine)),
+        lambda: (value for _, value in engine.full_parameters(accelerator, network)),
         stage.teacher,
         COCO17.mirror,
         names=COCO17.names,

@@ -31,13 +31,9 @@ KNOWN: set[tuple[str, str]] = {
     ("data/detections.py", "inference"),
     ("hub/download.py", "publish"),
     ("pose/infer_skeleton.py", "config"),
-    ("runtime/engine.py", "data"),
-    ("runtime/engine.py", "training"),
-    ("runtime/engine.py", "models"),
     ("sources/coco.py", "data"),
     ("sources/convert.py", "data"),
     ("sources/tars.py", "data"),
-    ("training/logger.py", "memory"),
 }
 
 

@@ -13,7 +13,7 @@ import cv2
 import pytest
 
 from sapiens_accel.config.parse import UserError
-from sapiens_accel.memory.estimate import GIB
+from sapiens_accel.runtime.files import GIB
 from sapiens_accel.sources import synthetic
 
 ROOT = Path(__file__).parents[1]

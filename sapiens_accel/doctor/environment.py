@@ -23,10 +23,10 @@ from huggingface_hub import get_token
 from sapiens_accel.config.parse import Config, UserError
 from sapiens_accel.doctor.labels import Finding
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import GIB
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime.engine import BF16_CAPABILITY
+from sapiens_accel.runtime.distributed import BF16_CAPABILITY
+from sapiens_accel.runtime.files import GIB
 from sapiens_accel.sources import coco as coco_json
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")

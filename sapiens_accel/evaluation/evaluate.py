@@ -33,7 +33,7 @@ from sapiens_accel.evaluation.tables import how, protocol, table
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import Joints, joints, oks
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed, engine
 
 __all__ = ["METRICS", "Metrics", "Predictions", "how", "judge", "oks", "protocol", "score", "table"]
 
@@ -79,7 +79,7 @@ def score(
         UserError: as `judge`.
     """
     # An engine sets the precision of its forward itself.
-    autocast = None if distributed.is_engine(model) else distributed.autocast_dtype(accelerator)
+    autocast = None if engine.is_engine(model) else distributed.autocast_dtype(accelerator)
     network = Network(model=model, codec=codec, autocast=autocast)
     judgement = judge(accelerator, [network], people, skeleton, data, config)
     return judgement.metrics, judgement.predictions

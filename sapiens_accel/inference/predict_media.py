@@ -30,7 +30,7 @@ from sapiens_accel.inference.outputs import Gallery, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed
 
 FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"

@@ -20,11 +20,11 @@ from sapiens_accel.config.parse import Config, MemoryConfig, Place, StageConfig,
 from sapiens_accel.data.dataset import Share
 from sapiens_accel.memory.activations import Footprint, footprint
 from sapiens_accel.models.sapiens import Layout, SapiensPose
-from sapiens_accel.runtime import engine as distributed
-from sapiens_accel.runtime.engine import Strategy
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.distributed import Strategy
+from sapiens_accel.runtime.files import GIB
 from sapiens_accel.training import optim
 
-GIB = 2**30
 # Not measured yet: allowances, to be calibrated on a GPU.
 CONTEXT = 1.0 * GIB  # of a card's memory: CUDA, its libraries, the display
 WORKSPACE = 0.125 * GIB  # of cuBLAS and cuDNN
@@ -257,7 +257,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     everything, learning = stage.num_parameters, stage.num_learning
     sixteen = strategy.half and strategy.zero > 0
     word = 2 if sixteen else 4
-    # Accumulated in fp32 (`distributed.prepare`); DeepSpeed then keeps the sum on the device, offloading or not.
+    # Accumulated in fp32 (`engine.prepare`); DeepSpeed then keeps the sum on the device, offloading or not.
     summed = 4 if accumulates and strategy.bf16 else word
     part = learning / ranks
     weights = word * everything / (ranks if strategy.zero == 3 else 1)

@@ -24,9 +24,10 @@ from accelerate import Accelerator
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import Config, StageName, UserError
 from sapiens_accel.data import dataset as data
-from sapiens_accel.memory.estimate import CONTEXT, GIB, Plan, Stage, Way, command, fit, need, stage_of, ways
-from sapiens_accel.runtime import engine as distributed
-from sapiens_accel.runtime.engine import Strategy
+from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.distributed import Strategy
+from sapiens_accel.runtime.files import GIB
 
 UNITS = {
     "B": 1,

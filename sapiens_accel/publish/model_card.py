@@ -21,7 +21,7 @@ from sapiens_accel.pose import draw
 from sapiens_accel.publish import curve
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import SAPIENS2, Origin
-from sapiens_accel.training import checkpoint
+from sapiens_accel.runtime import files
 
 LICENCE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 DRAWN = "drawn people"
@@ -100,7 +100,7 @@ def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
 
 def _judged(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
     """What eval.json says, if it speaks of this step's weights."""
-    found = checkpoint.read(stage_folder / "eval.json")
+    found = files.read_json(stage_folder / "eval.json")
     return found if found and step in (None, found.get("weights_step", found.get("step"))) else None
 
 

@@ -14,25 +14,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapiens_accel.config.parse import UserError
 from sapiens_accel.models.load import FILE
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed, engine
+from sapiens_accel.runtime.files import (
+    CORRUPT,
+    GIB,
+    NOT_WRITTEN,
+    UNFINISHED,
+    error_of,
+    read_json,
+    set_aside,
+    write_json,
+)
 from sapiens_accel.training.mean_teacher import Objective
 
 POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
-UNFINISHED, CORRUPT = ".tmp", ".corrupt"
 STATE = "state"
 SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
-# What a full or broken disk raises: torch and safetensors have words of their own for it.
-NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
 Weights = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -74,17 +80,17 @@ def save(
     problem = broadcast_object_list([problem])[0]
     if problem is None:
         collected = collect()
-        failed = [_tried(lambda: write(temporary, collected)) if main else None]
+        failed = [error_of(lambda: write(temporary, collected)) if main else None]
         del collected
-        failed.append(distributed.save_state(accelerator, temporary / STATE, NOT_WRITTEN))
+        failed.append(engine.save_state(accelerator, temporary / STATE, NOT_WRITTEN))
         state = objective.state_dict()  # gathered from all ranks, where each keeps a part of the teacher
-        failed.append(_tried(lambda: save_file(state, temporary / OBJECTIVE)) if main else None)
+        failed.append(error_of(lambda: save_file(state, temporary / OBJECTIVE)) if main else None)
         accelerator.wait_for_everyone()
-        failed.append(_tried(lambda: _describe(accelerator, temporary, stage, step)))
+        failed.append(error_of(lambda: _describe(accelerator, temporary, stage, step)))
         problem = next((found for found in gather_object([_first(failed)]) if found), None)
     if main and problem is None:
-        problem = _tried(lambda: _put_in_place(temporary, target))
-        if problem is None and (left := _tried(lambda: _prune(folder, keep))):
+        problem = error_of(lambda: _put_in_place(temporary, target))
+        if problem is None and (left := error_of(lambda: _prune(folder, keep))):
             print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
     problem = broadcast_object_list([problem])[0]
     if problem is None:
@@ -98,31 +104,6 @@ def save(
     return None
 
 
-def _tried(action: Callable[[], object]) -> str | None:
-    """What went wrong, if anything: the other ranks must not wait for one whose disk is full."""
-    try:
-        action()
-    except NOT_WRITTEN as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
-
-
-def write_on_main(accelerator: Accelerator, action: Callable[[], object], what: Path, *, needed: bool) -> bool:
-    """Let rank 0 write something; whether it could. All ranks must call it.
-
-    Raises:
-        UserError: it could not, and it is needed.
-    """
-    problem = broadcast_object_list([_tried(action) if accelerator.is_main_process else None])[0]
-    if problem and needed:
-        raise UserError(
-            f"{what} could not be written: {problem}; make room, and go on with --resume_from_checkpoint latest"
-        )
-    if problem:
-        accelerator.print(f"warning: {what} could not be written: {problem}; training goes on")
-    return problem is None
-
-
 def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem), None)
 
@@ -134,13 +115,13 @@ def _made_room(folder: Path, temporary: Path) -> str | None:
         for left in folder.glob(f"*{UNFINISHED}"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
         temporary.mkdir(parents=True)
-        earlier = read(found(folder)[-1] / POSITION) if found(folder) else None
+        earlier = read_json(found(folder)[-1] / POSITION) if found(folder) else None
         needed = SPARE * sum(size for size, _ in earlier["files"].values()) if earlier else 0
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(f"{free / 2**30:.1f} GiB are free in {folder}, {needed / 2**30:.1f} GiB are needed")
+            raise OSError(f"{free / GIB:.1f} GiB are free in {folder}, {needed / GIB:.1f} GiB are needed")
 
-    return _tried(make)
+    return error_of(make)
 
 
 def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> None:
@@ -171,7 +152,7 @@ def _fingerprint(path: Path) -> tuple[int, int]:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     if target.exists():
-        rename(target)  # of another history
+        set_aside(target)  # of another history
     temporary.rename(target)
     _point("latest", target)
 
@@ -202,7 +183,7 @@ def judged(stage_folder: Path, step: int, ap: float) -> bool:
     checkpoint = stage_folder / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
         return False
-    write_whole(checkpoint / SCORE, {"AP": ap})
+    write_json(checkpoint / SCORE, {"AP": ap})
     is_best = best(checkpoint.parent) == checkpoint
     if is_best:
         _point("best", checkpoint)
@@ -211,24 +192,9 @@ def judged(stage_folder: Path, step: int, ap: float) -> bool:
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
-    scores = [(score["AP"], path) for path in found(folder) if (score := read(path / SCORE))]
+    scores = [(score["AP"], path) for path in found(folder) if (score := read_json(path / SCORE))]
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
-
-
-def write_whole(file: Path, tree: Mapping[str, Any]) -> None:
-    """Write a small JSON so that it is there whole or as it was."""
-    temporary = file.with_name(file.name + UNFINISHED)
-    temporary.write_text(json.dumps(tree, indent=2))
-    temporary.replace(file)
-
-
-def read(file: Path) -> dict[str, Any] | None:
-    """What a small JSON says; None if there is none that can be read."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 # ---- Going on
@@ -269,7 +235,7 @@ class Resume:
         if self.way == "whole":
             accelerator.load_state(str(self.folder / STATE))
         elif self.way == "universal":
-            distributed.load_universal(accelerator, self.folder / STATE)
+            engine.load_universal(accelerator, self.folder / STATE)
         # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
         accelerator.step = 0
         objective.load_state_dict(load_file(self.folder / OBJECTIVE))
@@ -395,7 +361,7 @@ def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> d
 
 
 def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
-    metrics = read(stage_folder / "eval.json")
+    metrics = read_json(stage_folder / "eval.json")
     if not (metrics and (stage_folder / "weights" / FILE).is_file()):
         return None
     return metrics if metrics.get("step", -1) >= last else None
@@ -429,7 +395,7 @@ def make_way(
             continue
         if start and old.resolve() in Path(start).expanduser().resolve().parents:
             raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
-        rename(old)
+        set_aside(old)
 
 
 def _forget_after(stage_folder: Path, step: int) -> None:
@@ -438,19 +404,10 @@ def _forget_after(stage_folder: Path, step: int) -> None:
     later = [path for path in found(folder) if _step(path) > step]
     for path in [*later, stage_folder / "eval.json", stage_folder / "kept.json"]:
         if path.exists():
-            rename(path)
+            set_aside(path)
     for link in (folder / "latest", folder / "best"):
         if link.is_symlink() and not link.exists():
             link.unlink()
-
-
-def rename(old: Path) -> None:
-    """NAME becomes the first free of NAME.1, NAME.2, ..."""
-    number = 1
-    while (kept := old.with_name(f"{old.name}.{number}")).exists():
-        number += 1
-    old.rename(kept)
-    print(f"{old} was there already; it is kept as {kept}", flush=True)
 
 
 def found(folder: Path) -> list[Path]:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sapiens_accel.config.parse import Place
+from sapiens_accel.runtime import distributed
 
 PIECE = 2**22  # elements that are worked on at a time: what is allocated on the way does not grow with the network
 ALIGN = 64  # elements: in the flat copy every tensor begins where the fast kernels want it
@@ -194,3 +196,11 @@ def _rounded(num: int, unit: int) -> int:
 
 def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
     return [slice(at, min(at + most, stop)) for at in range(start, stop, most)]
+
+
+def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
+    """The average of what `network` begins with, shared among the ranks where it is not kept whole on the device."""
+    several = accelerator.num_processes > 1
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, distributed.share_parts) if several else Ranks()
+    dtype = distributed.autocast_dtype(accelerator) or torch.float32
+    return MovingAverage(network, place, device=accelerator.device, dtype=dtype, ranks=ranks)

@@ -29,12 +29,12 @@ from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation import figures as cases
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
-from sapiens_accel.memory.estimate import GIB, Plan
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.geometry import Crop, apply, warp
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import distributed, files
+from sapiens_accel.runtime.files import GIB
 from sapiens_accel.sources.images import read_image
 from sapiens_accel.training import checkpoint
 from sapiens_accel.training import pseudo_label_quality as holdout
@@ -78,7 +78,7 @@ class Report:
     """One stage's scalars, scores, pictures and alarms.
 
     Args:
-        planned: what the memory plan said.
+        predicted_peak: bytes of GPU memory that the memory plan predicts.
         start: the weights that the stage began with.
         first: steps already done. Later lines of this stage in metrics.jsonl, of a run that was cut off, are dropped.
         last: the step that the stage ends with.
@@ -89,7 +89,7 @@ class Report:
         accelerator: Accelerator,
         run: Config,
         stage: StageName,
-        planned: Plan,
+        predicted_peak: float,
         sets: Sets,
         augmenter: Augmenter,
         *,
@@ -97,7 +97,7 @@ class Report:
         first: int,
         last: int,
     ) -> None:
-        self.accelerator, self.run, self.planned = accelerator, run, planned
+        self.accelerator, self.run, self.predicted_peak = accelerator, run, predicted_peak
         self.stage: StageName = stage
         self.folder, self.first, self.last = Path(run.output_dir), first, last
         self.people, self.skeleton, self.holdout = sets.split(run.eval.split), augmenter.skeleton, None
@@ -127,7 +127,7 @@ class Report:
             good = f"in {written}"
         stops = teacher is None or teacher.on_alarm == "stop"
         self.alarms = Alarms(good=good, stops=stops, first=broadcast_object_list([earlier])[0])
-        kept = checkpoint.read(self.folder / stage / KEPT) if first and accelerator.is_main_process else None
+        kept = files.read_json(self.folder / stage / KEPT) if first and accelerator.is_main_process else None
         if (kept := broadcast_object_list([kept])[0]) and kept["step"] <= first:
             self.kept = Judged(**kept)
 
@@ -176,7 +176,7 @@ class Report:
         means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
         if device.type == "cuda":
             means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-            means["gpu_peak_predicted_gib"] = self.planned.gpu_peak / GIB
+            means["gpu_peak_predicted_gib"] = self.predicted_peak / GIB
         self.write(step, means)
         if device.type == "cuda" and step - self.first <= self.run.log_every:
             measured, predicted = means["gpu_peak_gib"], means["gpu_peak_predicted_gib"]
@@ -194,7 +194,7 @@ class Report:
         if self.writes:
             (weights.parent / "eval.json").unlink(missing_ok=True)  # it spoke of other weights
             told = {"step": self.kept.step, "metrics": self.kept.metrics}
-            self._on_disk(lambda: checkpoint.write_whole(weights.parent / KEPT, told))
+            self._on_disk(lambda: files.write_json(weights.parent / KEPT, told))
         self.restart_clock(self.judged.step)
 
     def restart_clock(self, step: int) -> None:
@@ -315,7 +315,7 @@ class Report:
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.how(self.run.eval)}
             if predictions:
                 whole |= tables.by_keypoint(evaluate.joints_of(predictions, self.people, self.skeleton), self.skeleton)
-            checkpoint.write_whole(self.folder / self.stage / "eval.json", whole)
+            files.write_json(self.folder / self.stage / "eval.json", whole)
             if predictions:  # not of weights that were kept before this run went on
                 if num := self.run.eval.num_pictures:
                     picture = prediction_picture(predictions, self.people, self.skeleton, num)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sapiens_accel.config.parse import OptimConfig
 from sapiens_accel.data.dataset import Batch, Share
-from sapiens_accel.runtime import engine as distributed
+from sapiens_accel.runtime import engine
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.mean_teacher import Objective
 from sapiens_accel.training.optim import lr_at, set_lr
@@ -68,7 +68,7 @@ def steps(
                     loss, parts = objective.loss(model, batch, prepared)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm, taken = distributed.take_step(accelerator, model, optimizer, config.clip_norm)
+                    grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.clip_norm)
                     optimizer.zero_grad()
             losses.append(loss.detach())
             for name, value in {"loss": loss.detach(), **parts}.items():

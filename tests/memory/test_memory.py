@@ -16,9 +16,10 @@ from sapiens_accel.config.parse import Config, MemoryConfig, Place, UserError
 from sapiens_accel.data.dataset import Share
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import GIB, Plan, Way
+from sapiens_accel.memory.estimate import Plan, Way
 from sapiens_accel.models.sapiens import Layout
-from sapiens_accel.runtime.engine import Strategy
+from sapiens_accel.runtime.distributed import Strategy
+from sapiens_accel.runtime.files import GIB
 
 ROOT = Path(__file__).parents[2]
 ROOM, HOST = 15 * GIB, 64 * GIB  # a 16 GB card less CUDA's own
