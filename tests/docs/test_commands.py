@@ -1,0 +1,265 @@
+"""Every command that the project prints is run as printed: what a user types is what is tested.
+
+`printed_commands.py` finds the commands. Each runs in a folder that holds what the command names (DIR is a folder of
+that name, RUN_DIR a run directory, ORG/NAME a repository of a Hub on loopback), so that not a word of it is replaced.
+Only a tail is appended that makes it small.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import detectors
+import hub_server
+import native
+import printed_commands
+import pytest
+import torch
+from printed_commands import REPOSITORY, Printed
+from safetensors.torch import save_file
+
+from sapiens_accel.sources import synthetic
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+SECONDS = 400
+# What cannot run here, and why. Each must still be printed somewhere.
+NOT_RUN = {
+    "pytest": "is this",
+    "bash .ci/run": "runs this, in an environment of its own",
+    "mkdocs serve": "does not end; .ci/run builds the same site",
+    "accelerate launch --config_file accelerate_configs/multi_node.yaml --machine_rank 0 --main_process_ip HOST "
+    "--main_process_port 29500 train.py --recipe sapiens_1b_coco --data.root DIR": "16 processes on two machines",
+    "accelerate launch --config_file accelerate_configs/zero2.yaml benchmarks/measure.py TASK.json RESULT.json": (
+        "is started by the benchmarks, with a task that they write: tests/test_benchmarks.py"
+    ),
+    "accelerate launch --config_file accelerate_configs/zero2.yaml benchmarks/throughput.py --models sapiens_0.3b": (
+        "measures for minutes: tests/test_benchmarks.py runs it small"
+    ),
+    # With parts that are known only when they are printed.
+    "accelerate launch --config_file accelerate_configs/{}.yaml --num_processes {} train.py": (
+        "test_what_the_memory_plan_prints"
+    ),
+    "accelerate launch --config_file {}": "a launch that the user gave to the doctor",
+    "python -m sapiens_accel.hub {}": "tests/publish/test_hub.py runs it",
+    "pip install {}": "the name of a backend: test_what_pip_installs knows both",
+}
+NOT_RUN_PREFIX = "python benchmarks/"  # they measure for minutes: tests/test_benchmarks.py runs each of them small
+NAMES = ("accelerate launch", "torchrun")  # of a program, in a sentence
+
+COUNTS = {"num_train": 12, "num_unlabelled": 8, "num_val": 6}
+SMALL = "--data.input_hw [64,48] --data.sigma 1 --data.num_workers 0"
+DRAWN = " ".join(f"--data.synthetic.{name} {number}" for name, number in COUNTS.items())
+BATCH = " ".join(f"--{stage}.global_batch 4" for stage in ("phase1", "phase2", "ssl"))
+TRAIN = f"--max_steps 2 {BATCH} {SMALL} {DRAWN} --eval.num_pictures 2 --eval.num_worst 2"
+
+
+def _parts() -> list[Printed]:
+    """A case for each command: those that && joins are several."""
+    whole = printed_commands.collect()
+    return [Printed(one.file, one.line, part.strip()) for one in whole for part in one.text.split("&&")]
+
+
+PARTS = _parts()
+PIP = [one for one in PARTS if one.text.startswith("pip install")]
+RUN = [
+    one
+    for one in PARTS
+    if one not in PIP and one.text not in {*NOT_RUN, *NAMES} and not one.text.startswith(NOT_RUN_PREFIX)
+]
+
+
+def tail(command: str) -> str:
+    """What makes a command small. It never changes what is printed: it comes after it."""
+    family = "sapiens2_tiny" if "sapiens2" in command else "sapiens_tiny"
+    words = command.split()
+    if command.startswith("python -m") and len(words) <= 3 + (words[2] == "sapiens_accel.data"):
+        return "--help"
+    if "train.py" in words and "--help" not in words:
+        return f"--model.name {family} {TRAIN}"
+    if "sapiens_accel.doctor" in words:
+        return f"--model.name {family} {SMALL}"
+    if "sapiens_accel.boxes" in words:
+        return "--num_workers 0"
+    if "eval.py" in words:
+        return "--data.num_workers 0" if {"RUN_DIR", "DIR"} & set(words) else f"--data.num_workers 0 {DRAWN}"
+    return ""
+
+
+# ---- What the commands name
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of everything that a command may name, by that name. Made once; read only."""
+    folder = tmp_path_factory.mktemp("commands")
+    coco = synthetic.write(folder / "DIR", **COUNTS)
+    (folder / "COCO").symlink_to(coco)
+    validation = coco / "annotations" / "person_keypoints_val2017.json"
+    (folder / "hands").mkdir()
+    for split in ("train", "val"):
+        (folder / "hands" / split).symlink_to(coco / f"{split}2017")
+        shutil.copy(coco / "annotations" / f"person_keypoints_{split}2017.json", folder / "hands" / f"{split}.json")
+    for name in ("FOLDER", "PICTURES"):
+        (folder / name).symlink_to(coco / "val2017")
+    images = sorted((coco / "val2017").iterdir())
+    for name in ("IMAGE.jpg", "IMAGE", "PICTURE"):
+        shutil.copy(images[0], folder / name)
+    shutil.copy(validation, folder / "boxes.json")
+    people = json.loads(validation.read_text())["annotations"]
+    boxes = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in people]
+    (folder / "DETECTIONS.json").write_text(json.dumps(boxes))
+    film = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (240, 240))
+    for _ in range(12):
+        film.write(cv2.imread(str(images[0])))
+    film.release()
+    (folder / "DATA" / "annotations").mkdir(parents=True)
+    _published(folder)
+    return folder
+
+
+def _published(folder: Path) -> None:
+    """Files of weights as they are published, of the tiny networks, by the names in the headers of the recipes."""
+    first = native.v1_backbone(128, 4, 12) | native.v1_head(128, (64, 32), (32, 32), 17)
+    second = native.v2_backbone(128, 4, 4) | native.v2_head(128, (64, 64), (64, 64, 32), 17)
+    for name in {word for one in RUN for word in one.text.split() if re.fullmatch(r"[\w.]+\.(pth|safetensors)", word)}:
+        if name.startswith("sapiens2"):
+            save_file(native.random(second, 1), folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(native.random(first, 1), folder / name)
+
+
+@pytest.fixture(scope="session")
+def trained(assets: Path, environment: dict[str, str]) -> Path:
+    """The run directory of `sapiens_1b_coco`, small, with a checkpoint of each step but the last."""
+    words = "--recipe sapiens_1b_coco --data.root DIR --stage all --save_every 1 --output_dir RUN_DIR"
+    command = f"{sys.executable} {REPOSITORY / 'train.py'} {words} {tail('train.py')}"
+    done = subprocess.run(command, shell=True, cwd=assets, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(assets / "RUN_DIR" / "ssl" / "weights", assets / "WEIGHTS")
+    (assets / "RUN_DIR" / "STAGE").symlink_to("phase2")
+    return assets / "RUN_DIR"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[hub_server.Server]:
+    with hub_server.serve() as server:
+        server.tokens = {hub_server.TOKEN: {"name": "ORG", "role": "write"}}
+        yield server
+
+
+@pytest.fixture(scope="session")
+def environment(assets: Path, server: hub_server.Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a command runs with: its own cache, no accelerate config of the user, the Hub on loopback."""
+    scratch = tmp_path_factory.mktemp("home")
+    server.add(
+        "facebook/sapiens-pretrain-1b",
+        {name: (assets / name).read_bytes() for name in ["sapiens_1b_epoch_173_clean.pth"]},
+    )
+    detector = detectors.tiny(scratch / "detector")
+    server.add("PekingU/rtdetr_v2_r50vd", {path.name: path.read_bytes() for path in detector.iterdir()})
+    own = {"SAPIENS_ACCEL_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **server.environment(scratch / "hf"), **own, "PATH": beside}
+
+
+@pytest.fixture
+def workspace(assets: Path, trained: Path, tmp_path: Path) -> Path:
+    """The current folder of a command: a clone of the repository, and what the commands name."""
+    for path in (
+        *(REPOSITORY / name for name in ("train.py", "eval.py", "accelerate_configs", "ds_configs")),
+        *assets.iterdir(),
+    ):
+        if path != trained:
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(trained, tmp_path / "RUN_DIR", symlinks=True)
+    (tmp_path / "docs").mkdir()
+    return tmp_path
+
+
+def _prepare(workspace: Path, command: str, environment: dict[str, str]) -> None:
+    """What earlier commands on the same page would have left behind."""
+    recipe = re.search(r"--recipe (\S+)", command)
+    if "--stage ssl" in command or "--resume_from_checkpoint" in command or "runs/demo" in command:
+        run = workspace / "runs" / (recipe[1] if recipe else "demo")
+        shutil.copytree(workspace / "RUN_DIR", run, symlinks=True)
+        if "--resume_from_checkpoint" in command:  # as if it was cut after the first step of phase1
+            for stage in ("phase2", "ssl"):
+                shutil.rmtree(run / stage)
+            (run / "phase1" / "eval.json").unlink()
+            shutil.rmtree(run / "phase1" / "weights")
+    if "--data.root OUT" in command:
+        _bash("python -m sapiens_accel.data convert coco COCO OUT --to parquet", workspace, environment)
+
+
+def _bash(command: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    said = f"$ {command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert done.returncode == 0, said
+    assert "Traceback" not in done.stderr, said
+    return done.stdout
+
+
+# ---- The commands
+
+
+OUTCOMES: dict[str, str | None] = {}  # of commands that are printed in several places: run once
+
+
+@pytest.mark.parametrize("printed", RUN, ids=lambda printed: printed.name)
+def test_a_printed_command_runs(printed: Printed, request: pytest.FixtureRequest) -> None:
+    if printed.text not in OUTCOMES:
+        workspace, environment = request.getfixturevalue("workspace"), request.getfixturevalue("environment")
+        OUTCOMES[printed.text] = "failed where it was first printed"
+        _prepare(workspace, printed.text, environment)
+        _bash(f"{printed.text} {tail(printed.text)}", workspace, environment)
+        OUTCOMES[printed.text] = None
+    assert OUTCOMES[printed.text] is None, f"{printed.name}: {printed.text}"
+
+
+@pytest.mark.parametrize("printed", PIP, ids=lambda printed: printed.name)
+def test_what_pip_installs(printed: Printed) -> None:
+    """Each name is this package, with extras that it has, or one of its requirements (so CI installs it)."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *(word for words in extras.values() for word in words)]
+    known = {re.match(r"[\w-]+", word)[0] for word in required}  # type: ignore[index]
+    words = [word.strip("\"'") for word in printed.text.split()[2:] if word != "-e"]
+    assert words
+    for word in words:
+        name, extra = re.fullmatch(r"(\.|sapiens_accel|[\w-]+|\{\})(?:\[([\w,-]+)\])?", word).groups()  # type: ignore[union-attr]
+        assert name in (".", "sapiens_accel", "{}") or name in known, f"{printed.name}: {word}"
+        assert not extra or set(extra.split(",")) <= set(extras), f"{printed.name}: {word}"
+
+
+def test_what_is_not_run_is_still_printed() -> None:
+    texts = {one.text for one in PARTS}
+    assert set(NOT_RUN) - texts == set(), "no longer printed: take it off the list"
+    assert any(text.startswith(NOT_RUN_PREFIX) for text in texts)
+
+
+def test_every_kind_of_place_is_read() -> None:
+    """So that a collector that finds nothing does not pass."""
+    files = {one.file for one in PARTS}
+    recipes = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("sapiens_accel/recipes/*.yaml")}
+    assert {"README.md", "CONTRIBUTING.md", "docs/quick_start.md", "train.py", *recipes} <= files
+    assert any("--config_file accelerate_configs/zero2.yaml" in one.text for one in RUN)
+
+
+def test_commands_in_documents_stand_in_bash_blocks() -> None:
+    """A block of another kind would be printed and not run."""
+    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+        for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            if kind != "bash":
+                assert not re.search(rf"^\s*(\$ )?{printed_commands.PROGRAM}", body, re.MULTILINE), f"{path}: {body}"
+            else:
+                assert " [" not in body, f"{path}: an optional part in a command; write a table or a text block"
