@@ -22,7 +22,6 @@ from sapiens_accel.evaluation.evaluate import Judgement
 from sapiens_accel.inference import predict_media as own
 from sapiens_accel.pose import draw
 from sapiens_accel.runtime import distributed
-from sapiens_accel.training import logger as report
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         row = list(rows)[-1]  # with all augmentation that is asked for
         folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
         if run.eval.num_pictures:
-            picture = report.prediction_picture(rows[row].predictions, people, skeleton, run.eval.num_pictures)
+            picture = cases.prediction_picture(rows[row].predictions, people, skeleton, run.eval.num_pictures)
             pictures.append(draw.save(picture, folder / f"{stem}_predictions.jpg"))
         findings[row] = cases.of_networks(
             rows[row], people, skeleton, networks, run.data, hows[row], device=accelerator.device

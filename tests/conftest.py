@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import Recorder
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.parse import Config
@@ -39,6 +40,10 @@ def recipes() -> dict[str, Config]:
     """Every recipe in sapiens_accel/recipes, loaded by its name (once: each takes a third of a second)."""
     folder = Path(config.__file__).parents[1] / "recipes"
     return {path.stem: config.load(["--recipe", path.stem]) for path in sorted(folder.glob("*.yaml"))}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Recorder())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import read_image
 
+PERSON_HW = (384, 384)
 PANEL_HW = (384, 320)
 OF_MANY_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
 AROUND = 1.25  # of the box, so that what is next to a person is seen too
@@ -236,3 +237,23 @@ def sheet(findings: Findings) -> Picture:
     height = max(len(picture) for picture in pictures)
     padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures]
     return draw.grid(padded, columns=min(2, len(padded)))
+
+
+def prediction_picture(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> Picture:
+    """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2), by confidence."""
+    chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
+    boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)
+    above, below = [], []
+    for index in chosen:
+        x, y, w, h = boxes[index]
+        side = 1.25 * max(w, h)
+        matrix = Crop(center_xy=(x + w / 2, y + h / 2), size_wh=(side, side)).matrix(PERSON_HW)
+        image = geometry.warp(read_image(people.root / people.rows[int(index)]["file_name"]), matrix, PERSON_HW)
+        labels, found = keypoints[index], geometry.apply(matrix, predictions.points_xy[index])
+        above.append(draw.person(image, geometry.apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
+        scores = predictions.scores[index]
+        below.append(draw.person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
+    # What the colours mean, over each person.
+    rows = [(draw.sides(PERSON_HW[1]), above), (draw.ramp(PERSON_HW[1]), below)]
+    strips = [(np.tile(strip, (1, len(chosen), 1)), draw.grid(row, columns=len(chosen))) for strip, row in rows]
+    return np.concatenate([picture for pair in strips for picture in pair])

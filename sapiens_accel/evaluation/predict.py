@@ -23,8 +23,7 @@ from tqdm import tqdm
 from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
 from sapiens_accel.data.dataset import begin_worker, plainly
 from sapiens_accel.evaluation.boxes import Boxes
-from sapiens_accel.models import load as weights
-from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.models.sapiens import use_input_size
 from sapiens_accel.pose import geometry, heatmap
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
@@ -220,36 +219,8 @@ def _maps(look: Look, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w
     pixels = look.input_hw[0] * look.input_hw[1] / (own_hw[0] * own_hw[1])
     at_a_time = max(1, int(len(image) / max(1.0, pixels)))
     casts = torch.autocast(image.device.type, dtype=network.autocast, enabled=network.autocast is not None)
-    with seeing(network.model, look.input_hw), casts:
+    with use_input_size(network.model, look.input_hw), casts:
         return torch.cat([network.model(part).float() for part in image.split(at_a_time)])
-
-
-@contextmanager
-def seeing(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None]:
-    """A network that takes crops of another size: Sapiens v1's position embedding is resized to the patches there are.
-
-    Sapiens2 computes its positions from the picture. Whatever is no network of ours is left alone.
-
-    Raises:
-        UserError: the embedding is shared out among the ranks (ZeRO-3).
-    """
-    network = getattr(model, "module", model)
-    if not isinstance(network, SapiensPose) or network.size.family != "sapiens" or input_hw == network.input_hw:
-        yield
-        return
-    embeddings, patch = network.backbone.embeddings, network.size.patch
-    own = embeddings.position_embeddings
-    if hasattr(own, "ds_id"):
-        raise UserError("--eval.scales: not under ZeRO-3, whose ranks share out the positions; use eval.py afterwards")
-    grid_hw, target_hw = ((hw[0] // patch, hw[1] // patch) for hw in (network.input_hw, input_hw))
-    resized = torch.cat([own[:, :1], weights.resize(own[:, 1:], grid_hw, target_hw).to(own.dtype)], dim=1)
-    try:
-        embeddings.position_embeddings = nn.Parameter(resized, requires_grad=False)
-        embeddings.patch_embeddings.image_size = input_hw
-        yield
-    finally:
-        embeddings.position_embeddings = own
-        embeddings.patch_embeddings.image_size = network.input_hw
 
 
 @contextmanager

@@ -1,19 +1,96 @@
 """What was found in a user's own pictures: keypoints.json, and everybody drawn, picture by picture or as a video."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray as Array
 
 from sapiens_accel.config.parse import EvalConfig
 from sapiens_accel.inference import media as pictures
-from sapiens_accel.inference.keypoints_json import KeypointsFile, Person
 from sapiens_accel.inference.media import Film
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import read_image
+
+LABELLED = 2  # COCO's v of a keypoint that is there
+
+
+class Person(NamedTuple):
+    """One of a picture's people, in px of the picture; `score` is the box's times the mean of keypoint scores."""
+
+    points_xy: Float[Array, "k 2"]
+    scores: Float[Array, "k"]
+    score: float
+    box_xywh: Float[Array, "4"]
+    box_score: float
+
+
+class KeypointsFile:
+    """A COCO annotation file that is written picture by picture, and appears under its name when it is whole.
+
+    `keypoints` are COCO's x, y, v: v is 2 where a keypoint's score is above the threshold, else 0, and then x and
+    y are a guess. The scores themselves are `keypoint_scores`, one each.
+    """
+
+    def __init__(self, file: Path, skeleton: Skeleton, threshold: float, info: dict[str, Any]) -> None:
+        self.file, self.threshold = file, threshold
+        self._part = file.with_name(f".{file.name}.part")
+        self._images: list[dict[str, Any]] = []
+        self._num = 0
+        self._stream: TextIO | None = None  # nothing is written before there is something
+        edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
+        kind = {"id": 1, "name": "person", "supercategory": "person", "keypoints": skeleton.names, "skeleton": edges}
+        third = f"v: 2 where the score is above {threshold:g}, else 0"
+        about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
+        self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": ['
+
+    def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person]) -> None:
+        """A picture and its people."""
+        number = len(self._images) + 1
+        height, width = size_hw
+        self._images.append({"id": number, "file_name": name, "width": width, "height": height})
+        for person in people:
+            self._written.write(",\n" if self._num else "\n")
+            self._num += 1
+            self._written.write(json.dumps({"id": self._num, "image_id": number, **self._annotation(person)}))
+
+    @property
+    def _written(self) -> TextIO:
+        if self._stream is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._part.open("w")
+            self._stream.write(self._head)
+        return self._stream
+
+    def _annotation(self, person: Person) -> dict[str, Any]:
+        shown = np.where(person.scores > self.threshold, LABELLED, 0)
+        points = [
+            number
+            for (x, y), v in zip(person.points_xy.round(4).tolist(), shown.tolist(), strict=True)
+            for number in (x, y, v)
+        ]
+        return {
+            "category_id": 1,
+            "iscrowd": 0,
+            "bbox": person.box_xywh.round(2).tolist(),
+            "area": round(float(person.box_xywh[2:].prod()), 2),
+            "num_keypoints": int((shown > 0).sum()),
+            "keypoints": points,
+            "keypoint_scores": person.scores.round(4).tolist(),
+            "score": round(person.score, 5),
+            "box_score": round(person.box_score, 5),
+        }
+
+    def close(self) -> None:
+        """What was added is the file."""
+        self._written.write(f'],\n"images": {json.dumps(self._images)}}}\n')
+        self._written.close()
+        self._part.replace(self.file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import Network, predict
 from sapiens_accel.inference import media as pictures
 from sapiens_accel.inference.detector import DEFAULT, NOBODY, Detector, Found
-from sapiens_accel.inference.keypoints_json import Person
-from sapiens_accel.inference.outputs import Gallery, Piece
+from sapiens_accel.inference.outputs import Gallery, Person, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import Skeleton

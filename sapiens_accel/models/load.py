@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from sapiens_accel.config.parse import STAGES, StageName, UserError
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
-from sapiens_accel.models.sapiens import SIZES, SapiensPose
+from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
 
 FROM_RANDOM = "starts from RANDOM weights; the published ones, or a stage of an earlier run, come in by --weights"
 POSITIONS = "backbone.embeddings.position_embeddings"
@@ -173,18 +170,10 @@ def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose)
         return []
     patches = source[:, source.shape[1] - grid_hw[0] * grid_hw[1] :]
     if grid_hw != target_hw:
-        patches = resize(patches, grid_hw, target_hw)
+        patches = resize_positions(patches, grid_hw, target_hw)
     empty = torch.zeros_like(own[POSITIONS][:, :1], device=patches.device)
     state[POSITIONS] = torch.cat([empty, patches], dim=1)
     return [POSITIONS] if grid_hw != target_hw else []
-
-
-def resize(
-    positions: Float[Tensor, "1 n c"], grid_hw: tuple[int, int], target_hw: tuple[int, int]
-) -> Float[Tensor, "1 m c"]:
-    """Bicubic, in fp32, no antialiasing: as published (pretrain/mmpretrain/models/utils/embed.py)."""
-    grid = positions.float().transpose(1, 2).unflatten(2, grid_hw)
-    return F.interpolate(grid, size=target_hw, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _grid_hw(counts: Sequence[int], told_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int] | None:

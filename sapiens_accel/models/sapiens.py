@@ -7,12 +7,14 @@ Shape letters: b people, k keypoints, c channels, H W the input picture, h w the
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackbone, VitPoseBackboneConfig
@@ -318,3 +320,42 @@ def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -
             "conv_kernel_sizes": [1] * len(size.convs),
         },
     )
+
+
+@contextmanager
+def use_input_size(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None]:
+    """Let a network take crops of another size: the position embedding of Sapiens v1 is resized to their patch grid.
+
+    Sapiens2 computes its positions from the image. Any other module is left unchanged.
+
+    Raises:
+        UserError: the embedding is sharded over the ranks (ZeRO-3).
+    """
+    network = getattr(model, "module", model)
+    if not isinstance(network, SapiensPose) or network.size.family != "sapiens" or input_hw == network.input_hw:
+        yield
+        return
+    embeddings, patch = network.backbone.embeddings, network.size.patch
+    own = embeddings.position_embeddings
+    if hasattr(own, "ds_id"):
+        raise UserError("--eval.scales: not under ZeRO-3, whose ranks share out the positions; use eval.py afterwards")
+    grid_hw, target_hw = ((hw[0] // patch, hw[1] // patch) for hw in (network.input_hw, input_hw))
+    resized = torch.cat([own[:, :1], resize_positions(own[:, 1:], grid_hw, target_hw).to(own.dtype)], dim=1)
+    try:
+        embeddings.position_embeddings = nn.Parameter(resized, requires_grad=False)
+        embeddings.patch_embeddings.image_size = input_hw
+        yield
+    finally:
+        embeddings.position_embeddings = own
+        embeddings.patch_embeddings.image_size = network.input_hw
+
+
+def resize_positions(
+    positions: Float[Tensor, "1 n c"], grid_hw: tuple[int, int], target_hw: tuple[int, int]
+) -> Float[Tensor, "1 m c"]:
+    """Position embeddings of another patch grid: bicubic, in fp32, no antialiasing.
+
+    As published (pretrain/mmpretrain/models/utils/embed.py).
+    """
+    grid = positions.float().transpose(1, 2).unflatten(2, grid_hw)
+    return F.interpolate(grid, size=target_hw, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

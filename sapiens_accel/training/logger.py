@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -25,17 +24,14 @@ from sapiens_accel.config.parse import Config, StageName
 from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople
-from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation import figures as cases
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.pose import draw
-from sapiens_accel.pose.geometry import Crop, apply, warp
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import distributed, files
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.sources.images import read_image
 from sapiens_accel.training import checkpoint
 from sapiens_accel.training import pseudo_label_quality as holdout
 from sapiens_accel.training.loop import Step
@@ -44,8 +40,6 @@ from sapiens_accel.training.pseudo_label_quality import Holdout
 from sapiens_accel.training.ssl_monitor import Alarms, Stopped
 
 NUM_CROPS = 8
-PERSON_HW = (384, 384)
-SHOWN_SCORE = 0.2
 MOST_SKIPPED = 20  # steps in a row: what has diverged does not come back
 SEARCHED = 5  # that fp16 may skip in a row while it looks for its loss scale, and nothing is said
 SHOWN_IDS = 40
@@ -318,7 +312,7 @@ class Report:
             files.write_json(self.folder / self.stage / "eval.json", whole)
             if predictions:  # not of weights that were kept before this run went on
                 if num := self.run.eval.num_pictures:
-                    picture = prediction_picture(predictions, self.people, self.skeleton, num)
+                    picture = cases.prediction_picture(predictions, self.people, self.skeleton, num)
                     self._picture("predictions", picture, step)
                 if self.kept is not self.judged:  # what there is was drawn of worse weights
                     self._worst(step, predictions)
@@ -359,26 +353,6 @@ def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skel
         above.append(draw.person(image, sample.points_xy.numpy(), sample.weights.numpy(), skeleton))
         below.append(draw.overlay(image, maps[0].numpy(), weights[0].numpy()))
     return draw.grid([*above, *below], columns=num)
-
-
-def prediction_picture(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> UInt8[Array, "h w 3"]:
-    """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2), by confidence."""
-    chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
-    boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)
-    above, below = [], []
-    for index in chosen:
-        x, y, w, h = boxes[index]
-        side = 1.25 * max(w, h)
-        matrix = Crop(center_xy=(x + w / 2, y + h / 2), size_wh=(side, side)).matrix(PERSON_HW)
-        image = warp(read_image(people.root / people.rows[int(index)]["file_name"]), matrix, PERSON_HW)
-        labels, found = keypoints[index], apply(matrix, predictions.points_xy[index])
-        above.append(draw.person(image, apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
-        scores = predictions.scores[index]
-        below.append(draw.person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
-    # What the colours mean, over each person.
-    rows = [(draw.sides(PERSON_HW[1]), above), (draw.ramp(PERSON_HW[1]), below)]
-    strips = [(np.tile(strip, (1, len(chosen), 1)), draw.grid(row, columns=len(chosen))) for strip, row in rows]
-    return np.concatenate([picture for pair in strips for picture in pair])
 
 
 def _shortened(ann_ids: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from sapiens_accel.evaluation import predict
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.predict import Look, Network, Predictions
 from sapiens_accel.models import load as weights
-from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.models.sapiens import SapiensPose, use_input_size
 from sapiens_accel.pose import geometry, heatmap
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
@@ -168,7 +168,7 @@ def test_a_network_at_another_size_is_the_one_that_its_weights_make_there(name: 
     larger.load_state_dict(state)
     with torch.no_grad():
         expected, own = larger(image), model(image[:, :, :64, :48])
-        with predict.seeing(model, (96, 80)):
+        with use_input_size(model, (96, 80)):
             assert torch.equal(model(image), expected)
         assert torch.equal(model(image[:, :, :64, :48]), own), "what it was before"
     assert expected.std() > 1e-3
@@ -181,7 +181,7 @@ def test_a_failure_at_another_size_leaves_the_network_as_it_was() -> None:
     model = _tiny("sapiens_tiny", 0).model
     assert isinstance(model, SapiensPose)
     own = model.backbone.embeddings.position_embeddings
-    with pytest.raises(RuntimeError, match="memory"), predict.seeing(model, (96, 80)):
+    with pytest.raises(RuntimeError, match="memory"), use_input_size(model, (96, 80)):
         raise RuntimeError("out of memory")
     assert model.backbone.embeddings.position_embeddings is own
     assert tuple(model.backbone.embeddings.patch_embeddings.image_size) == (64, 48)
@@ -191,9 +191,9 @@ def test_positions_that_are_shared_out_are_not_resized() -> None:
     model = _tiny("sapiens_tiny", 0).model
     assert isinstance(model, SapiensPose)
     model.backbone.embeddings.position_embeddings.ds_id = 0  # as DeepSpeed marks it in ZeRO-3
-    with pytest.raises(UserError, match=r"--eval\.scales: not under ZeRO-3"), predict.seeing(model, (96, 80)):
+    with pytest.raises(UserError, match=r"--eval\.scales: not under ZeRO-3"), use_input_size(model, (96, 80)):
         pass
-    with predict.seeing(model, (64, 48)):
+    with use_input_size(model, (64, 48)):
         pass
 
 
@@ -207,7 +207,7 @@ def _looked_at(network: Network, boxes: Boxes, index: int, scale: float, mirrore
     matrix = geometry.box_crop(boxes.boxes_xywh[index], 1.25, network.codec.input_hw).matrix(input_hw)
     image = geometry.warp(photo.read_image(boxes.root / boxes.file_names[index]), matrix, input_hw)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    with torch.no_grad(), predict.seeing(network.model, input_hw):
+    with torch.no_grad(), use_input_size(network.model, input_hw):
         maps = network.model(pixels.flip(-1) if mirrored else pixels)
     maps = heatmap.flip(maps, COCO17.mirror) if mirrored else maps
     return F.interpolate(maps, size=network.codec.heatmap_hw, mode="bilinear", align_corners=True)
