@@ -13,6 +13,7 @@ from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKw
 from torch import Tensor
 
 from sapiens_accel.config.parse import UserError
+from sapiens_accel.runtime import launch
 
 BF16_CAPABILITY = (8, 0)
 
@@ -45,22 +46,26 @@ class Strategy:
 
 
 def start() -> Accelerator:
-    """The Accelerator of this launch, at the best precision that was asked for and that the device really has."""
-    cuda = torch.cuda.is_available()
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if with_deepspeed and "LOCAL_RANK" not in os.environ:
-        raise UserError("DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml")
+    """The Accelerator of this launch, at the best precision that was asked for and that the device really has.
+
+    Raises:
+        UserError: the launch asks for what this package cannot run.
+    """
+    launch.check()
+    cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
     # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
     backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
+    if cuda and "LOCAL_RANK" not in os.environ:
+        # Accelerate's device of a single process has no index, and several of torch.cuda's functions need one.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{torch.cuda.current_device()}"
     # Each weight is used once in a forward: autocast's cache would keep all of their 16-bit copies for nothing.
     handlers = [
         InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3)),
         AutocastKwargs(cache_enabled=False),
     ]
-    precision = _precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cuda)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=precision_of_device(launch.precision_asked(), cuda),
         cpu=not cuda and not with_deepspeed,
         kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
     )
@@ -70,11 +75,15 @@ def start() -> Accelerator:
     return accelerator
 
 
-def _precision(asked: str, cuda: bool) -> str:
-    """bf16 only where the hardware has it (compute capability 8.0): torch emulates it on older cards, slowly."""
+def precision_of_device(asked: str, cuda: bool) -> str:
+    """The precision that the device has: the one that was asked for, or the other one of 16 bits.
+
+    bf16 only where the hardware has it (compute capability 8.0): torch emulates it on older cards, slowly. A CPU has no
+    fp16 that could train: neither DeepSpeed nor accelerate let it.
+    """
     if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
         return "fp16"
-    return asked
+    return "bf16" if asked == "fp16" and not cuda else asked
 
 
 def stop() -> None:
@@ -85,16 +94,17 @@ def stop() -> None:
 
 def description(accelerator: Accelerator) -> str:
     """One line: processes, device, ZeRO stage, precision and why."""
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
     zero = f", ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else ""
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision, asked = accelerator.mixed_precision, launch.precision_asked()
     why = ""
     if asked == "bf16" and precision == "fp16":
         why = " with loss scaling (bf16 was asked for; this GPU's compute capability is below 8.0)"
-    elif precision == "fp32" and accelerator.device.type == "cuda":
+    elif asked == "fp16" and precision == "bf16":
+        why = " (fp16 was asked for; a CPU has none)"
+    elif precision == "no" and accelerator.device.type == "cuda":
         why = " (mixed_precision is 'no'; an accelerate config with bf16 or fp16 halves time and memory)"
-    return f"{accelerator.num_processes} process(es) on {device}{zero}, {precision}{why}"
+    return f"{accelerator.num_processes} process(es) on {device}{zero}, {launch.PRECISIONS[precision]}{why}"
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

@@ -48,15 +48,33 @@ def prepare(
             # In fp32 and fp16 it leaves out a step whose gradients are no numbers by itself.
             config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
     if zero_stage(accelerator) == 3:
-        from deepspeed.utils import set_z3_leaf_module
-
-        set_z3_leaf_module(
-            model.get_submodule("head"), True
-        )  # its weights are gathered once for all chunks, not for each
+        _gather_head_at_once(model.get_submodule("head"))
+    names = [name for name, _ in model.named_parameters()]
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1 and prepared_model is model:
         raise RuntimeError("several processes, but the model is not wrapped: the ranks would diverge")
+    if [name for name, _ in _module(prepared_model).named_parameters()] != names:
+        raise RuntimeError("the launch renames the model's parameters: its exported weights could not be loaded")
     return prepared_model, prepared_optimizer
+
+
+def _gather_head_at_once(head: nn.Module) -> None:
+    """Let ZeRO-3 gather the head's weights once for all of its chunks, not for each.
+
+    DeepSpeed reduces the gradients of such a module when those of its inputs are known. If none of them needs one (the
+    backbone is frozen), torch runs that hook before the parameters have theirs: so the features always need one.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(head, True)
+    head.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    features, *rest = inputs
+    if torch.is_grad_enabled() and not features.requires_grad:
+        features = features.detach().requires_grad_()
+    return features, *rest
 
 
 def take_step(
