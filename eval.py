@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import dataset as data
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation import figures as cases
 from sapiens_accel.evaluation import html_report as page
@@ -80,5 +80,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)
     distributed.stop()

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, Interrupted, StageName
+from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Sets, TrainingPeople
 from sapiens_accel.doctor import report as doctor
+from sapiens_accel.errors import Interrupted, run_main
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner as memory
@@ -161,5 +162,5 @@ def train(
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)
     distributed.stop()

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from subject import Case, run_of
 
-from sapiens_accel.config.parse import StageName, UserError
+from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.dataset import Share
+from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
 from sapiens_accel.models.sapiens import Layout

@@ -24,8 +24,7 @@ from codec_peer import seconds
 from elsewhere import Elsewhere
 from speeds import over, spread
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.heatmap import BLUR_KERNEL, Codec
 
 Row = dict[str, Any]
@@ -211,4 +210,4 @@ def text(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)

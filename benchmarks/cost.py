@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from measure import peak_of
 from subject import Case, network, num_unlabelled, people, stepping
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import StageName
+from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.dataset import Batch
+from sapiens_accel.errors import run_main
 from sapiens_accel.models.sapiens import SIZES
 from sapiens_accel.runtime import distributed
 
@@ -141,5 +141,5 @@ def wait(accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)
     distributed.stop()

@@ -27,12 +27,12 @@ from codec_peer import seconds
 from elsewhere import Elsewhere
 from speeds import over, spread
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.skeleton import COCO17
 
 Row = dict[str, Any]
@@ -242,4 +242,4 @@ def text(found: Row, rows: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)

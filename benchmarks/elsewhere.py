@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 
 class Elsewhere:

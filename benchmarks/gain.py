@@ -26,7 +26,7 @@ import yaml
 from tqdm import tqdm
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Path(__file__).with_name("ssl.yaml")

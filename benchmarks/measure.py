@@ -17,8 +17,7 @@ from accelerate import Accelerator
 from subject import Case, case_of, network, num_unlabelled, people, stepping
 from torch.profiler import ProfilerActivity, profile
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.runtime import distributed
 
 OUT_OF_MEMORY = "out of memory"
@@ -118,5 +117,5 @@ def peak_of(work: Callable[[], None]) -> int:
 
 
 if __name__ == "__main__":
-    config.guarded(lambda words: main(list(words)))
+    run_main(lambda words: main(list(words)))
     distributed.stop()

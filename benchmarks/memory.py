@@ -26,8 +26,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from cases import REAL_BATCH, REAL_HW, Planned, Wanted
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import STAGES, UserError
+from sapiens_accel.config.schema import STAGES
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.files import GIB
@@ -188,4 +188,4 @@ def _size(num: float | None) -> str:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao")

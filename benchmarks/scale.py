@@ -29,10 +29,10 @@ import pyarrow as pa
 import record
 import torch
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.errors import run_main
 from sapiens_accel.pose.skeleton import COCO17
 
 Row = dict[str, Any]
@@ -159,4 +159,4 @@ def disk(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)

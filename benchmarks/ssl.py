@@ -13,9 +13,9 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))
     import gain
 
-    from sapiens_accel.config import parse as config
+    from sapiens_accel.errors import run_main
 
-    config.guarded(gain.main)
+    run_main(gain.main)
 else:
     spec = importlib.util.spec_from_file_location(__name__, Path(sysconfig.get_path("stdlib")) / "ssl.py")
     assert spec and spec.loader

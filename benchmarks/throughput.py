@@ -27,9 +27,9 @@ from speeds import Row, speeds, text
 from subject import codec_of, network, people, run_of, stepping
 from torch import Tensor
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, UserError
+from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import FEW, Plan, Way, fit, need, stage_of
 from sapiens_accel.models.sapiens import Layout, SapiensPose
@@ -217,5 +217,5 @@ def tidy() -> None:
 
 
 if __name__ == "__main__":
-    config.guarded(main)
+    run_main(main)
     distributed.stop()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sapiens_accel.config.parse import Place
+from sapiens_accel.config.schema import Place
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import ema
 

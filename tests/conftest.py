@@ -5,7 +5,7 @@ import torch
 from messages import Recorder
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config
+from sapiens_accel.config.schema import Config
 from sapiens_accel.models.sapiens import SapiensPose
 
 # One thread: the tests share the machine, and tiny tensors gain nothing from more.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 # Options, quoted strings, and whatever word has a digit, an underscore or a dot in it: numbers, ids, names, files.

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import OptimConfig
+from sapiens_accel.config.schema import OptimConfig, StageConfig
 from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.models.sapiens import Layout, SapiensPose
@@ -66,7 +66,7 @@ def measure(
 
 
 def peak(
-    accelerator: Accelerator, name: str, stage: config.StageConfig, share: Share, layout: Layout, batches: list[Batch]
+    accelerator: Accelerator, name: str, stage: StageConfig, share: Share, layout: Layout, batches: list[Batch]
 ) -> float:
     """What the allocator had given out at most, from before the network is built to the end of two steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -99,7 +99,7 @@ def _objective(
     model: SapiensPose,
     teacher: MovingAverage | None,
     network: nn.Module,
-    stage: config.StageConfig,
+    stage: StageConfig,
 ) -> Objective:
     codec = Codec(input_hw=INPUT_HW, heatmap_hw=model.heatmap_hw, sigma=2)
     supervised = Supervised(codec=codec)

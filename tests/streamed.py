@@ -25,7 +25,7 @@ import torch
 from torch import distributed as dist
 
 import train
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Share, TrainingPeople

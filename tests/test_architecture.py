@@ -30,7 +30,6 @@ ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packa
 KNOWN: set[tuple[str, str]] = {
     ("data/detections.py", "inference"),
     ("hub/download.py", "publish"),
-    ("pose/infer_skeleton.py", "config"),
     ("sources/coco.py", "data"),
     ("sources/convert.py", "data"),
     ("sources/tars.py", "data"),

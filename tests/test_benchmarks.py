@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import pytest
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.sources import synthetic
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapiens_accel.config.parse import STAGES, UserError
+from sapiens_accel.config.schema import STAGES
 from sapiens_accel.data import dataset as data
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic

@@ -1,4 +1,4 @@
-from sapiens_accel.config.parse import guarded
+from sapiens_accel.errors import run_main
 from sapiens_accel.sources import convert
 
-guarded(convert.main)
+run_main(convert.main)

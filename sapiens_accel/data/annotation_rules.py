@@ -11,7 +11,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
 
 pc: Any = pyarrow.compute  # its functions are made at run time

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 from numpy.random import Generator
 
-from sapiens_accel.config.parse import AugmentConfig
+from sapiens_accel.config.schema import AugmentConfig
 from sapiens_accel.pose.geometry import Crop, with_aspect
 from sapiens_accel.pose.skeleton import Skeleton
 

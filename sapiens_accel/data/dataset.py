@@ -27,7 +27,7 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sapiens_accel.config.parse import DataConfig, MoreData, StageConfig, UserError
+from sapiens_accel.config.schema import DataConfig, MoreData, StageConfig
 from sapiens_accel.data import keypoint_mapping as category
 from sapiens_accel.data import people as coco
 from sapiens_accel.data import sampling as mixture
@@ -36,6 +36,7 @@ from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.people import People, Rows, boxes_of, keypoints_of
 from sapiens_accel.data.sampling import Mixture
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.geometry import Crop

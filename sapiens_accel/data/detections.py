@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import people as coco
+from sapiens_accel.errors import UserError
 from sapiens_accel.inference.detector import NOBODY, Found
 from sapiens_accel.sources import coco as coco_json
 

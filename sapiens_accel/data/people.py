@@ -23,9 +23,9 @@ from datasets.arrow_writer import ArrowWriter
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import annotation_rules as roster
 from sapiens_accel.data.annotation_rules import PLAIN, Reading
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards

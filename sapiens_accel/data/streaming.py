@@ -26,10 +26,10 @@ from numpy import ndarray as Array
 from numpy.random import default_rng
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import annotation_rules as roster
 from sapiens_accel.data.annotation_rules import PLAIN, Reading
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
 
 PHASES = 4

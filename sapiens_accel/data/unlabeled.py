@@ -14,9 +14,10 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 
-from sapiens_accel.config.parse import DataConfig, UserError
+from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
 

@@ -1,4 +1,4 @@
-from sapiens_accel.config.parse import guarded
 from sapiens_accel.doctor import report
+from sapiens_accel.errors import run_main
 
-guarded(report.main)
+run_main(report.main)

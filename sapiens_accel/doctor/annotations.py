@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.annotation_rules import FARTHEST, PLAIN, Reading
 from sapiens_accel.doctor.labels import Finding, Labels, Level
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards

@@ -20,8 +20,9 @@ import torch
 import yaml
 from huggingface_hub import get_token
 
-from sapiens_accel.config.parse import Config, UserError
+from sapiens_accel.config.schema import Config
 from sapiens_accel.doctor.labels import Finding
+from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import Config, DataConfig
+from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople

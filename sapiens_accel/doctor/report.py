@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, DataConfig, MoreData, UserError
+from sapiens_accel.config.schema import Config, DataConfig, MoreData
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import keypoint_mapping as category
 from sapiens_accel.data import people as coco
@@ -32,6 +32,7 @@ from sapiens_accel.doctor import annotations as lenient
 from sapiens_accel.doctor import environment, preview
 from sapiens_accel.doctor import labels as examine
 from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import COCO17, Skeleton

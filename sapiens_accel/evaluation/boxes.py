@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 
 GROUND_TRUTH = "gt"

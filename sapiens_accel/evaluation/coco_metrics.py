@@ -19,8 +19,9 @@ from numpy import ndarray as Array
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose import geometry

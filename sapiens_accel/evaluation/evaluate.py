@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray as Array
 from torch import nn
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
 from sapiens_accel.evaluation import tables

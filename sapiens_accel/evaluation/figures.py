@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.evaluation import predict, tables
 from sapiens_accel.evaluation.boxes import Boxes

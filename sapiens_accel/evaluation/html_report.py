@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import EvalConfig, UserError
+from sapiens_accel.config.schema import EvalConfig
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import coco_metrics as ap
 from sapiens_accel.evaluation import figures as cases
 from sapiens_accel.evaluation import markup, tables

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from sapiens_accel.config.parse import Config, EvalConfig, UserError
+from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import described
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.predict import Network
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights

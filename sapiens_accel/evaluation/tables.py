@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel.config.parse import EvalConfig
+from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.coco_metrics import METRICS, PARTS, Metrics
 from sapiens_accel.pose.oks import Joints

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import is_final, why
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import WEIGHTS_ENDINGS, Reference

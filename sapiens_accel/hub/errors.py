@@ -3,7 +3,7 @@
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 
 def why(error: BaseException, repo: str) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import detections as boxes_json
+from sapiens_accel.errors import UserError
 from sapiens_accel.inference import detector
 from sapiens_accel.inference import media as pictures
 from sapiens_accel.inference.detector import Detector, Found

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources.images import PICTURES
 

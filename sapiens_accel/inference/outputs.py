@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import EvalConfig
+from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.inference import media as pictures
 from sapiens_accel.inference.media import Film
 from sapiens_accel.pose import draw

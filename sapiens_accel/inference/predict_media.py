@@ -17,8 +17,9 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from sapiens_accel.config.parse import Config, EvalConfig, UserError
+from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.detections import BoxesFile
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
 from sapiens_accel.evaluation.networks import Candidate

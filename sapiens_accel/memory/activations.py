@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
-from sapiens_accel.config.parse import StageConfig
+from sapiens_accel.config.schema import StageConfig
 from sapiens_accel.data.dataset import Batch, Labelled, View
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from sapiens_accel.config.parse import Config, MemoryConfig, Place, StageConfig, StageName, UserError
+from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageConfig, StageName
 from sapiens_accel.data.dataset import Share
+from sapiens_accel.errors import UserError
 from sapiens_accel.memory.activations import Footprint, footprint
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.runtime import distributed

@@ -22,8 +22,9 @@ import torch
 from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, StageName, UserError
+from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import dataset as data
+from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Sapiens2ForPoseEstimation
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation
 

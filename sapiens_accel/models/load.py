@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sapiens_accel.config.parse import STAGES, StageName, UserError
+from sapiens_accel.config.schema import STAGES, StageName
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions

@@ -36,7 +36,7 @@ class SapiensPoseConfig(VitPoseBackboneConfig):
 class SapiensPoseHead(nn.Module):
     """4x4 deconvolutions without bias, then 1x1 convolutions, each with InstanceNorm and SiLU, numbered as published.
 
-    sapiens_accel.model.HeatmapHead says the same once more: this file must stand alone. A test holds both equal.
+    models.sapiens.HeatmapHead says the same once more: this file must stand alone. A test holds both equal.
     """
 
     def __init__(self, config: SapiensPoseConfig) -> None:

@@ -21,7 +21,7 @@ from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackb
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 
 # ImageNet's, as Sapiens was trained with (RGB, 0..255).

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
     COCO17,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from sapiens_accel.config.parse import STAGES
+from sapiens_accel.config.schema import STAGES
 
 OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's licence is one that was derived here
 LICENCE_FILES = ("LICENSE.md", "LICENSE", "LICENSE.txt")

@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 import sapiens_accel
-from sapiens_accel.config.parse import STAGES, EvalConfig, UserError
+from sapiens_accel.config.schema import STAGES, EvalConfig
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.pose import draw

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish.model_card import Facts

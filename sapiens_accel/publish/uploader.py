@@ -19,7 +19,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundEr
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import STAGES, Config, Interrupted, UserError
+from sapiens_accel.config.schema import STAGES, Config
+from sapiens_accel.errors import Interrupted, UserError
 from sapiens_accel.hub.download import FILE, fetch
 from sapiens_accel.hub.errors import is_final, status_of, why, without_token
 from sapiens_accel.publish import model_card as card

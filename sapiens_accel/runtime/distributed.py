@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import launch
 
 BF16_CAPABILITY = (8, 0)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 GIB = 2**30
 UNFINISHED, CORRUPT = ".tmp", ".corrupt"

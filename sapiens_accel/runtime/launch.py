@@ -15,7 +15,7 @@ import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data.annotation_rules import FARTHEST, PLAIN, Reading
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
 
 COLON = re.compile(r":\s*")

@@ -20,7 +20,7 @@ import pyarrow.compute
 from jaxtyping import Int
 from numpy import ndarray as Array
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 pc: Any = pyarrow.compute  # its functions are made at run time
 # Ours, and what they are called; the first that is there counts.

@@ -23,9 +23,11 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import DataConfig, UserError, check_model_id
+from sapiens_accel.config.parse import check_model_id
+from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data import annotation_rules as roster
 from sapiens_accel.data import people as coco
+from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo

@@ -18,7 +18,8 @@ import fsspec
 import pyarrow as pa
 from tqdm import tqdm
 
-from sapiens_accel.config.parse import DataConfig, UserError
+from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.errors import UserError
 from sapiens_accel.hub import remote
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns as layout

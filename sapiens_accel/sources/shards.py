@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns as layout
 from sapiens_accel.sources.columns import Layout

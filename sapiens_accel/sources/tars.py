@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import annotation_rules as roster
+from sapiens_accel.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 INDEX = pa.schema(

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models.load import FILE
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.runtime.files import (

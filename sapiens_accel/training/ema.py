@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import Place
+from sapiens_accel.config.schema import Place
 from sapiens_accel.runtime import distributed
 
 PIECE = 2**22  # elements that are worked on at a time: what is allocated on the way does not grow with the network

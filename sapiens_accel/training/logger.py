@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, StageName
+from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sapiens_accel.config.parse import OptimConfig
+from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data.dataset import Batch, Share
 from sapiens_accel.runtime import engine
 from sapiens_accel.training.activation_offload import offloaded

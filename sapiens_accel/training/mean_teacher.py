@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import StageConfig, TeacherConfig
+from sapiens_accel.config.schema import StageConfig, TeacherConfig
 from sapiens_accel.data.dataset import Batch, Labelled, Pair
 from sapiens_accel.models.sapiens import PIXEL_MEAN
 from sapiens_accel.pose import geometry

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import OptimConfig, UserError
+from sapiens_accel.config.schema import OptimConfig
+from sapiens_accel.errors import UserError
 
 WARMUP_FROM = 0.001
 

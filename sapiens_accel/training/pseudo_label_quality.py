@@ -17,7 +17,7 @@ from numpy.random import default_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from sapiens_accel.config.parse import DataConfig
+from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.dataset import Pair, begin_worker, pair_of, plainly, seen_in, to_device
 from sapiens_accel.data.people import People

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 
 IN_A_ROW = 3  # logs: one batch may be odd
 LONG = 500  # steps

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import STAGES, Config, UserError, load, save
+from sapiens_accel.config.parse import load, save
+from sapiens_accel.config.schema import STAGES, Config
+from sapiens_accel.errors import UserError
 
 ROOT = Path(config.__file__).parents[2]
 COCO_RECIPES = [

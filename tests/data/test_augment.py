@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapiens_accel.config.parse import AugmentConfig
+from sapiens_accel.config.schema import AugmentConfig
 from sapiens_accel.data import augment
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.pose.geometry import Crop, apply, apply_batch, invert, strong_from_weak

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People, Rows
+from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import synthetic
 

@@ -16,12 +16,14 @@ import pytest
 import torch
 import yaml
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, MoreData, StageConfig, UserError, load
+from sapiens_accel.config.parse import load
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, MoreData, StageConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import keypoint_mapping as category
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Share, TrainingPeople
 from sapiens_accel.data.sampling import Mixture
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, Share, TrainingPeople, View
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import images as photo

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.sources import synthetic
 

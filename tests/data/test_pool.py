@@ -12,13 +12,14 @@ import cv2
 import numpy as np
 import pytest
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Pair, Sets, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
 

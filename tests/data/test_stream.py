@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import streaming as stream
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Sets, Share, TrainingPeople
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
 

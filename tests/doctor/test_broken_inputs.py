@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sapiens_accel.config.parse import Config, DataConfig, UserError
+from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.doctor import report as doctor
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import synthetic

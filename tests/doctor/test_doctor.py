@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, DataConfig, UserError
+from sapiens_accel.config.schema import Config, DataConfig, MoreData
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.doctor import environment, preview
@@ -22,6 +22,7 @@ from sapiens_accel.doctor import labels as examine
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.doctor.environment import Launch
 from sapiens_accel.doctor.labels import Finding, Labels
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose import draw, geometry, skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
@@ -469,7 +470,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     tree["categories"][0] |= {"keypoints": [COCO17.names[k] for k in kept], "skeleton": []}
     (other / TRAIN).write_text(json.dumps(tree))
     shutil.copy(root / "val2017" / "000020000003.jpg", other / "train2017" / "000000000040.jpg")
-    more = config.MoreData(root=str(other), train_annotations=TRAIN, train_images="train2017")
+    more = MoreData(root=str(other), train_annotations=TRAIN, train_images="train2017")
     run = _run(root, more=(more,))
     report, labels, _ = doctor.looked_over(run)
     told = {finding.check: finding for finding in report.findings if finding.level != "note"}

@@ -13,9 +13,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
 from sapiens_accel.evaluation import evaluate, tables

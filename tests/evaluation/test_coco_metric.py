@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from coco_metric_peer import INPUT_HW, drawn
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.boxes import Boxes

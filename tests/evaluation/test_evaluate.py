@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.dataset import EvaluationPeople
 from sapiens_accel.data.people import People

@@ -23,9 +23,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
 from sapiens_accel.evaluation import evaluate, markup, predict

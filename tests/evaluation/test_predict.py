@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import DataConfig, EvalConfig, UserError
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import predict
 from sapiens_accel.evaluation.boxes import Boxes

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import optimizer
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import StageConfig, StageName
+from sapiens_accel.config.schema import StageConfig, StageName
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.training import mean_teacher
 

@@ -16,9 +16,9 @@ import transformers
 from detectors import tiny
 from PIL import Image
 
-from sapiens_accel.config.parse import UserError
 from sapiens_accel.data import detections as boxes_json
 from sapiens_accel.data import people as coco
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.inference import detect_people as boxes
 from sapiens_accel.inference import media as pictures

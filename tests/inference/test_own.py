@@ -18,8 +18,9 @@ from detectors import tiny
 from networks import untrained
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.data import people as coco
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.networks import Candidate
@@ -302,7 +303,7 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
     assert tree["annotations"] == expected["annotations"]
     several = [Candidate(name="w", weights=tmp_path / "run" / stage / "w", folder=run) for stage in ("phase1", "ssl")]
     with pytest.raises(UserError, match="of several weights would all be in"):
-        own._groups(several, config.EvalConfig())
+        own._groups(several, EvalConfig())
 
 
 # ---- Pictures

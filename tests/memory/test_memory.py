@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import Config, MemoryConfig, Place, UserError
+from sapiens_accel.config.schema import Config, MemoryConfig, Place
 from sapiens_accel.data.dataset import Share
+from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import Plan, Way
@@ -365,7 +366,7 @@ def test_running_out_of_memory_in_a_run_saves_the_last_step(tmp_path: Path) -> N
         "from pathlib import Path\n"
         "size = int(Path('/proc/self/status').read_text().split('VmSize:')[1].split()[0]) * 1024\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 1500 * 2**20,) * 2)\n"
-        "train.config.guarded(train.main)\n"
+        "train.run_main(train.main)\n"
     )
     words = [
         "--stage=phase2", "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=1",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import TeacherConfig
+from sapiens_accel.config.schema import TeacherConfig
 from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 from sapiens_accel.models.sapiens import SIZES, HeatmapHead, Layout, SapiensPose

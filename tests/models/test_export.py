@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import VitPoseBackbone
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import export
 from sapiens_accel.models import export_graph as graph
 from sapiens_accel.models import load as weights

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation
 
-from sapiens_accel.config.parse import STAGES, Config, OptimConfig, UserError
+from sapiens_accel.config.schema import STAGES, Config, OptimConfig
+from sapiens_accel.errors import UserError
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.training import optim
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import export
 from sapiens_accel.models import load as weights

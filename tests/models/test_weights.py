@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Sapiens2ForPoseEstimation
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import export
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.load import Report

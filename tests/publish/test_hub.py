@@ -20,7 +20,8 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import STAGES, UserError
+from sapiens_accel.config.schema import STAGES, Config, ModelConfig
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.models import export
 from sapiens_accel.models import load as weights
@@ -57,13 +58,13 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 @functools.cache
-def _demo() -> config.Config:
+def _demo() -> Config:
     return config.load(["--push_to_hub", "--hub_model_id", REPO])
 
 
 def _run_folder(folder: Path, model: str = "sapiens_tiny", stages: tuple[str, ...] = STAGES, **knobs: Any) -> Path:
     """What train.py leaves behind, with weights of a few numbers."""
-    run = dataclasses.replace(_demo(), model=config.ModelConfig(name=model), output_dir=str(folder), **knobs)
+    run = dataclasses.replace(_demo(), model=ModelConfig(name=model), output_dir=str(folder), **knobs)
     config.save(dataclasses.replace(run, push_to_hub=False, hub_model_id=None), folder / "config.yaml")
     generator, lines = np.random.default_rng(0), []
     for number, stage in enumerate(stages, start=1):
@@ -478,7 +479,7 @@ def test_the_token_is_nowhere(server: Server, run_folder: Path, capsys: pytest.C
 # ---- Before the training
 
 
-def _run(folder: Path, **knobs: Any) -> config.Config:
+def _run(folder: Path, **knobs: Any) -> Config:
     return dataclasses.replace(_demo(), output_dir=str(folder), **knobs)
 
 
@@ -769,7 +770,7 @@ def test_a_push_by_hand_that_fails_is_one_line_and_an_exit_code(
     server.tokens.clear()
     monkeypatch.setattr(sys, "argv", ["hub.py", "push", str(run_folder), "--hub_model_id", REPO])
     with pytest.raises(SystemExit) as caught:
-        config.guarded(hub.main)
+        run_main(hub.main)
     said = capsys.readouterr()
     assert caught.value.code == 2 and said.out == ""
     assert re.fullmatch(f"hub.py: error: the push to {REPO} failed: .*does not know the token.*\n", said.err)

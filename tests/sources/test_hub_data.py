@@ -20,12 +20,12 @@ import torch
 from hub_server import TOKEN, Server, serve
 from huggingface_hub import HfApi, HfFileSystem, constants
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import streaming as stream
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Share, TrainingPeople
+from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.hub import remote
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
@@ -143,7 +143,7 @@ def _told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], m
     """The line of a program that ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit) as caught:
-        config.guarded(lambda _: main())
+        run_main(lambda _: main())
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1 and TOKEN not in said
     return said

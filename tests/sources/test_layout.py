@@ -14,12 +14,13 @@ import pytest
 import torch
 from datasets import ClassLabel, Features, Image, List, Value
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, EvalConfig, StageConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Share, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, MoreData, StageConfig
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, MoreData, StageConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter

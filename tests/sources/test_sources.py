@@ -21,12 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, EvalConfig, StageConfig, TeacherConfig, UserError
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Sets, Share, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
 from sapiens_accel.evaluation import evaluate

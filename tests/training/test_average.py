@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import Place
+from sapiens_accel.config.schema import Place
 from sapiens_accel.training import ema as average
 from sapiens_accel.training.ema import MovingAverage, Ranks
 

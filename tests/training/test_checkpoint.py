@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
-from sapiens_accel.config.parse import UserError
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.training import checkpoint
 from sapiens_accel.training.mean_teacher import Supervised

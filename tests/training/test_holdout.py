@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel.config.parse import AugmentConfig, DataConfig, TeacherConfig
+from sapiens_accel.config.schema import AugmentConfig, DataConfig, TeacherConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.models import export

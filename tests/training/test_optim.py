@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sapiens_accel.config.parse import OptimConfig
+from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.training import optim
 
