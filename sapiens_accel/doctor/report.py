@@ -265,7 +265,7 @@ def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequ
         say(f"{finding.level}: {_line(finding, shown=1)}")
     if worst:
         more = f"{len(worst) - BRIEF_LINES} more; " if len(worst) > BRIEF_LINES else ""
-        say(f"{more}all of it, by name: python -m sapiens_accel.doctor with the options of this run")
+        say(f"{more}all of it, by name: `python -m sapiens_accel.doctor` with the options of this run")
     # That left and right look exchanged is no proof: whose people are so must be able to train.
     certain = [finding for finding in worst if finding.level == "error" and not finding.check.endswith("/mirror")]
     if certain:

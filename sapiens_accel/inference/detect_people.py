@@ -123,7 +123,7 @@ def main(words: Sequence[str]) -> None:
                 f"--{knob} {value:g}: expected {'0 to 1' if isinstance(value, float) else f'{least} or more'}"
             )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes: expected one, python -m sapiens_accel.boxes without a launcher")
+        raise UserError("several processes: expected one, `python -m sapiens_accel.boxes` without a launcher")
     seen = _pictures(asked)
     ids = boxes_json.ids_in(asked.annotations, seen.names) if asked.annotations else boxes_json.ids_of(seen.names)
     category = coco_json.person_category(asked.annotations) if asked.annotations else 1

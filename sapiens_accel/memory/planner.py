@@ -106,7 +106,7 @@ def _otherwise(stage: Stage, plan: Plan) -> str:
             return f"--memory.micro_batch {size}{blocks}{kept}"
     if not plan.way.offload_activations:
         return "--memory.offload_activations"
-    return "another launch: python -m sapiens_accel.memory lists them"
+    return "another launch: `python -m sapiens_accel.memory` lists them"
 
 
 def free_host_bytes() -> float:

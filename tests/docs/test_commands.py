@@ -86,6 +86,8 @@ def tail(command: str) -> str:
         return f"--model.name {family} {TRAIN}"
     if "sapiens_accel.doctor" in words:
         return f"--model.name {family} {SMALL}"
+    if "sapiens_accel.hub" in words and "--hub_model_id" not in words:
+        return "--hub_model_id ORG/NAME"
     if "sapiens_accel.boxes" in words:
         return "--num_workers 0"
     if "eval.py" in words:
@@ -159,10 +161,8 @@ def server() -> Iterator[hub_server.Server]:
 def environment(assets: Path, server: hub_server.Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a command runs with: its own cache, no accelerate config of the user, the Hub on loopback."""
     scratch = tmp_path_factory.mktemp("home")
-    server.add(
-        "facebook/sapiens-pretrain-1b",
-        {name: (assets / name).read_bytes() for name in ["sapiens_1b_epoch_173_clean.pth"]},
-    )
+    for name in {word for one in RUN for word in one.text.split() if word.startswith("facebook/sapiens-pretrain-")}:
+        server.add(name, {"sapiens_clean.pth": (assets / "sapiens_1b_epoch_173_clean.pth").read_bytes()})
     detector = detectors.tiny(scratch / "detector")
     server.add("PekingU/rtdetr_v2_r50vd", {path.name: path.read_bytes() for path in detector.iterdir()})
     own = {"SAPIENS_ACCEL_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -224,6 +224,33 @@ def test_a_printed_command_runs(printed: Printed, request: pytest.FixtureRequest
         _bash(f"{printed.text} {tail(printed.text)}", workspace, environment)
         OUTCOMES[printed.text] = None
     assert OUTCOMES[printed.text] is None, f"{printed.name}: {printed.text}"
+
+
+WAYS = ["plain", "8bit", "8bit+activations", "zero2", "zero2_offload", "zero2_offload+activations", "zero3"]
+WAYS += ["zero3_offload", "zero3_offload+activations"]
+
+
+@pytest.fixture(scope="session")
+def planned(assets: Path, environment: dict[str, str]) -> dict[int, dict[str, str]]:
+    """The command of every way to launch that the memory plan knows, by number of GPUs."""
+    plan = "python -m sapiens_accel.memory --recipe sapiens_0.3b_coco --stage phase2 --data.root DIR --json"
+    said = {gpus: json.loads(_bash(f"{plan} --gpus {gpus}", assets, environment)) for gpus in (1, 2)}
+    return {gpus: {way["strategy"]: way["command"] for way in tree["strategies"]} for gpus, tree in said.items()}
+
+
+def test_the_memory_plan_knows_no_other_way(planned: dict[int, dict[str, str]]) -> None:
+    assert {gpus: set(commands) for gpus, commands in planned.items()} == {1: set(WAYS), 2: {*WAYS, "zero1"}}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "way"), [*((1, way) for way in WAYS), *((2, way) for way in ("plain", "zero1", "zero3"))]
+)
+def test_what_the_memory_plan_prints(
+    planned: dict[int, dict[str, str]], workspace: Path, environment: dict[str, str], gpus: int, way: str
+) -> None:
+    if "8bit" in way:
+        pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
+    _bash(f"{planned[gpus][way]} {tail('train.py')}", workspace, environment)
 
 
 @pytest.mark.parametrize("printed", PIP, ids=lambda printed: printed.name)
