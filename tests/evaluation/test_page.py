@@ -29,7 +29,7 @@ from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import evaluate, markup, predict
+from sapiens_accel.evaluation import evaluate, predict
 from sapiens_accel.evaluation import figures as cases
 from sapiens_accel.evaluation import html_report as page
 from sapiens_accel.evaluation import networks as candidates
@@ -175,7 +175,8 @@ def test_curves_and_table_are_those_of_pycocotools(
 ) -> None:
     precision, stats = _by_hand(judged, people, tmp_path)
     assert 0.2 < stats[0] < 0.9, "a curve that shows something"
-    read = _fetches_nothing(page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17))
+    text = page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17)
+    read = _fetches_nothing(text)
     assert len(read.curves) == 10
     for curve, expected in zip(read.curves, precision, strict=True):
         # A curve ends where its precision has come down to 0, and is drawn as far as that.
@@ -190,7 +191,7 @@ def test_curves_and_table_are_those_of_pycocotools(
     assert "net 24 val ground truth yes 1 0.9 pycocotools" in read.text
     # On a narrow page each cell stands under its own heading, the first of a row over all of them.
     headings = [one.get("data-head") for one in read.all("td")][: 1 + len(ap.METRICS)]
-    assert headings == [None, *ap.METRICS] and "content:attr(data-head)" in markup.STYLE
+    assert headings == [None, *ap.METRICS] and "content:attr(data-head)" in text
 
 
 def test_the_other_backend_draws_the_same_curves(judged: Judgement, people: People) -> None:
@@ -208,7 +209,7 @@ def test_people_are_shown_worst_first_with_their_reason(judged: Judgement, peopl
     shown = [float(oks) for oks in re.findall(r"\d+\. OKS (\d\.\d\d)", read.text)]
     assert shown == [round(float(oks), 2) for oks in np.sort(found.diagnosis.oks)[:20]]
     for case in found.cases:
-        assert case.reason.text in read.text and f"annotation {case.ann_id} of picture" in read.text
+        assert case.reason.text in read.text and f"annotation {case.ann_id} of image" in read.text
         index = people.rows["ann_id"][:].index(case.ann_id)
         assert case.oks == pytest.approx(found.diagnosis.oks[index])
     low = int((found.diagnosis.oks < 0.5).sum())
