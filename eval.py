@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation import figures as cases
@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
     if run.eval.images:
         return own.look(accelerator, several, run)
     with accelerator.main_process_first():
-        files = data.located(run.data)
+        files = build.located(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
-        root, cache = data.places(files)
+        root, cache = build.places(files)
         skeleton, told = candidates.skeleton_of(several, root / annotations, files.category, cache)
-        people = data.open_split(run.data, skeleton, run.eval.split)
+        people = build.open_split(run.data, skeleton, run.eval.split)
     if told:
         accelerator.print(told)
     autocast = distributed.autocast_dtype(accelerator)

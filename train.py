@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, StageName
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Sets, TrainingPeople
 from sapiens_accel.doctor import report as doctor
@@ -45,11 +45,11 @@ def main(argv: Sequence[str]) -> None:
     uploads = hub.uploads(run, accelerator.is_main_process)
     with accelerator.main_process_first():
         given = hub.fetch(run.weights) if run.weights else None
-        skeleton, told = data.open_skeleton(run.data)
-        sets = data.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
+        skeleton, told = build.open_skeleton(run.data)
+        sets = build.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     doctor.briefly(accelerator.print, sets, run, told)
     folder, table = Path(run.output_dir), {}
-    lasts = {stage: data.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
+    lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = memory.plans(accelerator, run, argv, skeleton.num_keypoints)
     done = checkpoint.finished(folder, lasts, run.resume_from_checkpoint)
     begin_folder(accelerator, run, sets, done)
@@ -78,7 +78,7 @@ def train(
     Raises Interrupted if a stop was asked for; then all is saved.
     """
     plan, share, folder, skeleton = run.of(stage), planned.share, Path(run.output_dir), sets.skeleton
-    schedule = data.num_steps(plan, len(sets.train))
+    schedule = sampling.num_steps(plan, len(sets.train))
 
     # ---- Build
     set_seed(run.seed)
@@ -112,7 +112,7 @@ def train(
     # ---- Step
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, plan, seed=run.seed, stage=stage)
-    stream = data.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
+    stream = loader.batches(people, share, range(first, last), run.data.num_workers, accelerator.device)
     report = Report(accelerator, run, stage, planned.gpu_peak, sets, augmenter, start=start, first=first, last=last)
     report.crops(people, objective.codec)
 

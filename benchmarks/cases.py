@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from subject import Case, run_of
 
 from sapiens_accel.config.schema import StageName
-from sapiens_accel.data.dataset import Share
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways

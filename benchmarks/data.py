@@ -28,6 +28,7 @@ from elsewhere import Elsewhere
 from speeds import over, spread
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
@@ -49,9 +50,9 @@ def main(words: Sequence[str]) -> None:
     asked = options(words)
     one_core()
     cv2.setNumThreads(0)
-    data.keep_freed_memory()  # as every loading process does
+    loader.keep_freed_memory()  # as every loading process does
     settings = DataConfig(root=asked.root, input_hw=asked.input_hw, check_images="ends")
-    sets = data.open_people(settings, COCO17, unlabelled=False)
+    sets = build.open_people(settings, COCO17, unlabelled=False)
     path = record.place("data", "cpu", record.cpu_name(), asked.out)
     names = ("input_hw", "batch", "rounds")
     heading = record.heading("data", "cpu", record.cpu_name(), **{name: getattr(asked, name) for name in names})
@@ -115,7 +116,7 @@ def ours(
         for start in range(0, num, asked.batch):
             keys = [Key(step, position, pairs) for position in range(start, min(start + asked.batch, num))]
             found = [people[key] for key in keys]
-            data.default_collate(found) if pairs else data.collate(found)
+            data.default_collate(found) if pairs else loader.collate(found)
 
     return lambda step: seconds(lambda: batches(step))
 

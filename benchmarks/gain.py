@@ -26,6 +26,7 @@ import yaml
 from tqdm import tqdm
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -93,11 +94,10 @@ def done_before(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 def draw(options: Sequence[str]) -> None:
     """The people, once for all runs, and a look at the options before hours are spent on them."""
-    from sapiens_accel.data import dataset as data
     from sapiens_accel.pose.skeleton import COCO17
 
     run = config.load([f"--recipe={RECIPE}", *options])
-    data.open_people(run.data, COCO17, unlabelled=True)
+    build.open_people(run.data, COCO17, unlabelled=True)
 
 
 def begin(work: Path, labels: int, seed: int, options: Sequence[str]) -> None:

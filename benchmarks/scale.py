@@ -30,6 +30,7 @@ import record
 import torch
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig
+from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.errors import run_main
@@ -123,14 +124,14 @@ def measured(folder: Path) -> Row:
     """Open the people, and take batches of them."""
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
     knobs = DataConfig(root=str(folder / "data"), cache_dir=str(folder / "cache"), input_hw=(64, 48))
-    sets = data.open_people(knobs, COCO17, unlabelled=False)
+    sets = build.open_people(knobs, COCO17, unlabelled=False)
     opened = time.perf_counter()
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=knobs.input_hw)
     plan = StageConfig(global_batch=BATCH)
     people = data.TrainingPeople(sets, augmenter, knobs, plan, seed=0, stage="phase2")
-    share = data.Share(rank=0, num_ranks=1, micro_batch=BATCH, accumulation=1)
+    share = sampling.Share(rank=0, num_ranks=1, micro_batch=BATCH, accumulation=1)
     first, workers = 0.0, []
-    for number, _ in enumerate(data.batches(people, share, range(BATCHES), WORKERS, torch.device("cpu"))):
+    for number, _ in enumerate(loader.batches(people, share, range(BATCHES), WORKERS, torch.device("cpu"))):
         first = first or time.perf_counter() - opened
         if number == BATCHES - 1:
             workers = [memory(child.pid) for child in psutil.Process().children()]

@@ -12,7 +12,8 @@ from accelerate.utils import set_seed
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, StageConfig, StageName
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import OptimConfig, StageConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec

@@ -26,15 +26,16 @@ from torch import distributed as dist
 
 import train
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Share, TrainingPeople
+from sapiens_accel.data.dataset import TrainingPeople
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training import checkpoint
 
 BATCH, PEOPLE = 8, 48
 records, root, cache, folder, *words = sys.argv[1:]
-plain = data.batches
+plain = loader.batches
 
 
 def recorded(name: str) -> Callable[..., Iterator[Any]]:
@@ -77,7 +78,7 @@ def epoch(workers: int) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     config = DataConfig(root=root, cache_dir=cache, streaming=True, input_hw=(64, 48))
-    sets = data.open_people(config, COCO17, unlabelled=False)
+    sets = build.open_people(config, COCO17, unlabelled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
     people = TrainingPeople(sets, augmenter, config, StageConfig(global_batch=BATCH), seed=0, stage="phase2")
     share = Share(rank=rank, num_ranks=size, micro_batch=BATCH // size, accumulation=1)
@@ -91,7 +92,7 @@ for size in (1, 2):
         ended(world(size, lambda n=workers: epoch(n)))
 checkpoints = Path(folder) / "phase2" / "checkpoints"
 for name, more in (("first", []), ("second", ["--resume_from_checkpoint=latest"])):
-    data.batches = recorded(name)
+    loader.batches = recorded(name)
     children = world(2, lambda more=more: train.main([*words, f"--output_dir={folder}", *more]))
     if name == "second":
         ended(children)

@@ -28,11 +28,7 @@ ROWS = (
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}
 # What still imports upward, to be emptied: (file, package that it imports).
 KNOWN: set[tuple[str, str]] = {
-    ("data/detections.py", "inference"),
     ("hub/download.py", "publish"),
-    ("sources/coco.py", "data"),
-    ("sources/convert.py", "data"),
-    ("sources/tars.py", "data"),
 }
 
 

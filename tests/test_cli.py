@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from sapiens_accel.config.schema import STAGES
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import sampling
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.pose.skeleton import COCO17
@@ -197,7 +197,7 @@ def test_a_broken_picture_that_only_a_worker_meets_is_one_line(
 ) -> None:
     # One of the second step's pictures; the first step's are drawn into crops.jpg by the main process.
     people = _tree(root)["annotations"]
-    first, second = ([people[i]["image_id"] for i in data.order(0, "phase2", step, 32, 4)] for step in (0, 1))
+    first, second = ([people[i]["image_id"] for i in sampling.order(0, "phase2", step, 32, 4)] for step in (0, 1))
     image = next(image for image in second if image not in first)
     path = root / "train2017" / f"{image:012d}.jpg"
     path.write_bytes(b"no JPEG at all: the quick check of first and last bytes lets it pass")

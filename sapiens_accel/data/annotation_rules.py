@@ -13,61 +13,14 @@ from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
+from sapiens_accel.sources.coco import parsed, shown
+from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Reading, count, pc
 
-pc: Any = pyarrow.compute  # its functions are made at run time
-COLUMNS = ("image_id", "file_name", "width", "height", "people")
-# COCO-WholeBody's 133 keypoints in five lists, as its JSON has them.
-FARTHEST = 1e7  # px: more than any picture has, and its square is still a number in float32
-WHOLE_BODY = {"keypoints": 17, "foot_kpts": 6, "face_kpts": 68, "lefthand_kpts": 21, "righthand_kpts": 21}
-
-# One annotation as it stands in a row's list of people; `place` is its place in the whole JSON.
-PERSON = pa.struct(
-    [
-        *((name, pa.int64()) for name in ("id", "place", "category_id")),
-        ("iscrowd", pa.int8()),
-        ("area", pa.float64()),
-        *((name, pa.list_(pa.float64())) for name in ("bbox", *WHOLE_BODY)),
-    ]
-)
-
-
-def person(annotation: dict[str, Any], place: int | None) -> dict[str, Any]:
-    """A COCO annotation as PERSON; what it does not say is None.
-
-    Raises:
-        ValueError: an id that is no whole number.
-    """
-    told = {key: annotation.get(key) for key in ("id", "category_id")}
-    for key, value in told.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"expected a whole number as {key!r}, found {value!r}")
-    area, lists = annotation.get("area"), {name: annotation.get(name) for name in ("bbox", *WHOLE_BODY)}
-    numbers = {name: [float(number) for number in value] if value else None for name, value in lists.items()}
-    crowd, size = int(bool(annotation.get("iscrowd"))), None if area is None else float(area)
-    return {**told, "place": place, "iscrowd": crowd, "area": size, **numbers}
+NUMBERS = {int, float, bool}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Which annotations of a JSON count, and which of their keypoints are the run's; see `category.reading`.
-
-    Attributes:
-        categories: the names of those that count; empty: person where there is one, else all.
-        count: keypoints of an annotation.
-        source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
-            they are the run's own, in its order.
-    """
-
-    categories: tuple[str, ...] = ()
-    count: int | None = None
-    source: tuple[int, ...] | None = None
-
-
-PLAIN = Reading()
-
-
-@dataclass(frozen=True, kw_only=True)
-class People:
+class PeopleColumns:
     """n people, neither crowds nor with empty boxes, in the order of their pictures.
 
     Attributes:
@@ -116,7 +69,7 @@ def _lists(values: pa.Array, length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), values)
 
 
-def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN) -> Iterator[People]:
+def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN) -> Iterator[PeopleColumns]:
     """The people of a manifest; `prefix` is what their pictures' names begin with.
 
     Pictures of a split in which nobody is marked are one unlabelled person each, whose box is the picture.
@@ -135,12 +88,6 @@ def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN
         record, person = record + table.num_rows, person + count(table)
 
 
-def count(table: pa.Table) -> int:
-    if "people" not in table.column_names:
-        return 0
-    return int(pc.sum(pc.list_value_length(table.column("people"))).as_py() or 0)
-
-
 def people_of(
     table: pa.Table,
     path: Path,
@@ -149,7 +96,7 @@ def people_of(
     first_record: int,
     first_person: int,
     reading: Reading = PLAIN,
-) -> People:
+) -> PeopleColumns:
     """The people of some pictures, of which the first is record `first_record` of the manifest `path`.
 
     Raises:
@@ -178,7 +125,7 @@ def people_of(
     area = _field(flat, "area", boxes[:, 2] * boxes[:, 3])
     _expect((area >= 0) & (area <= FARTHEST**2) | ~kept, area, "'area' of a number from 0 up", ann_id, path)
     chosen = record[kept]
-    return People(
+    return PeopleColumns(
         file_name=_names(table, prefix, first_record).take(pa.array(chosen)),
         image_id=_image_ids(table, first_record)[chosen],
         ann_id=ann_id[kept],
@@ -194,13 +141,13 @@ def _by_name(points: Float[Array, "n m 3"], source: tuple[int, ...] | None) -> F
     return points if source is None else np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
 
 
-def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> People:
+def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> PeopleColumns:
     table = table.combine_chunks()
     if not {"width", "height"} <= set(table.column_names):
         raise UserError(f"{path}: pictures without people in them need columns 'width' and 'height' (px)")
     sizes = np.stack([_ints(_one(table, name)) for name in ("width", "height")], axis=1).astype(np.float64)
     numbers = first + np.arange(table.num_rows)
-    return People(
+    return PeopleColumns(
         file_name=_names(table, prefix, first),
         image_id=_image_ids(table, first),
         ann_id=numbers,
@@ -285,3 +232,100 @@ def _keypoints(
     parts = [_vectors(flat, name, 3 * count, kept, ann_id, path) for name, count in WHOLE_BODY.items()]
     points, has = np.concatenate([part for part, _ in parts], axis=1), np.all([has for _, has in parts], axis=0)
     return np.where(has[:, None], points, 0.0)
+
+
+def category_ids(tree: dict[str, Any], reading: Reading) -> list[Any]:
+    """A JSON of many kinds of things names those that count among them; empty: all count."""
+    wanted = reading.categories or ("person",)
+    return [kind.get("id") for kind in tree.get("categories") or () if kind.get("name") in wanted]
+
+
+def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
+    """The category_id of people in their COCO JSON: that of the name, else the only one; 1 where it does not tell."""
+    tree = parsed(annotations)
+    listed = [kind.get("id") for kind in tree.get("categories") or ()]
+    return next(iter(category_ids(tree, reading) or listed), 1)
+
+
+def row_of(
+    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading = PLAIN
+) -> dict[str, Any] | None:
+    """The row of one COCO annotation; None for a crowd or an empty box.
+
+    Raises:
+        one of BROKEN: something in it is not what it should be.
+    """
+    if person.get("iscrowd", 0) not in (0, 1, None):
+        raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(person['iscrowd'])}")
+    if person.get("iscrowd"):
+        return None
+    box = box_of(person)
+    if box[2] <= 0 or box[3] <= 0:
+        return None
+    if person.get("image_id") not in names:
+        raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
+    points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
+    if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
+        raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
+    if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
+        raise ValueError(f"expected pixels of a picture, found numbers above {FARTHEST:g}")
+    area = person.get("area", float(box[2] * box[3]))
+    if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
+        raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
+    return {
+        "file_name": f"{images}/{names[person['image_id']]}",
+        "image_id": id_of(person["image_id"]),
+        "ann_id": id_of(person["id"]),
+        "box_xywh": box.tolist(),
+        "area": float(area),
+        "keypoints": points.reshape(num_keypoints, 3),
+    }
+
+
+def id_of(value: Any) -> int:
+    """A whole number that Arrow can keep, which has 64 bits."""
+    if not isinstance(value, int | str) and not (isinstance(value, float) and value.is_integer()):
+        raise ValueError(f"expected an id that is a whole number, found {shown(value)}")
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"expected an id of at most 64 bits, found {shown(value)}")
+    return number
+
+
+def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
+    """An annotation's x, y, v, x, y, v, ... for the run's keypoints; None where it has none.
+
+    COCO-WholeBody's five lists are taken as one where 133 are asked for.
+
+    Raises:
+        ValueError: those that the run's are to be taken from are more or fewer than they should be.
+    """
+    count, numbers = reading.count or num_keypoints, person.get("keypoints")
+    if count == 133 and all(key in person for key in WHOLE_BODY):
+        numbers = [number for key in WHOLE_BODY for number in person[key]]
+    if not numbers or reading.source is None:
+        return numbers
+    if not isinstance(numbers, list) or len(numbers) != 3 * count:
+        raise ValueError(f"expected {3 * count} keypoint numbers, found {shown(numbers)}")
+    return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
+
+
+def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
+    """The `bbox` of an annotation or a detection.
+
+    Raises:
+        ValueError: there is none, or it is not four finite numbers.
+    """
+    if "bbox" not in thing:
+        raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the picture")
+    box = _numbers(thing["bbox"])
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")
+    return box
+
+
+def _numbers(values: Any) -> Float[Array, "n"]:
+    # numpy would read the numbers in a text, too.
+    if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
+        raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
+    return np.asarray(values, dtype=np.float64)

@@ -2,15 +2,28 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray as Array
 
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import people as coco
 from sapiens_accel.errors import UserError
-from sapiens_accel.inference.detector import NOBODY, Found
 from sapiens_accel.sources import coco as coco_json
+
+
+class Found(NamedTuple):
+    """The people of one picture, the surest first: boxes x y w h in image px, within the picture."""
+
+    boxes_xywh: Float[Array, "n 4"]
+    scores: Float[Array, "n"]
+
+
+NOBODY = Found(np.zeros((0, 4)), np.zeros(0))
 
 
 def ids_of(names: Sequence[str]) -> list[Any]:
@@ -98,7 +111,7 @@ class BoxesFile:
             raise UserError(
                 f"--eval.boxes {file}: no such file; expected whole, a JSON of boxes, detector, or one's name"
             )
-        is_list = coco.is_detections(file)
+        is_list = coco_json.is_detections(file)
         things = list(self._detections() if is_list else self._annotations())
         if not things:
             raise UserError(f"{file}: no box in it; expected a list of detections or a COCO annotation file")
@@ -134,7 +147,7 @@ class BoxesFile:
 
     def _annotations(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         names = {image["id"]: image["file_name"] for image in listed(self.file, "images", ("id", "file_name"))}
-        person = coco_json.person_category(self.file)
+        person = annotation_rules.person_category(self.file)
         for thing in listed(self.file, "annotations", ("image_id", "bbox")):
             if not thing.get("iscrowd") and thing.get("category_id", person) == person:
                 yield names.get(thing["image_id"], thing["image_id"]), thing
@@ -143,7 +156,7 @@ class BoxesFile:
         """A box and its score; None for one that is not to be looked at."""
         score = thing.get("score", 1.0)
         try:
-            box = coco_json.box_of(thing)
+            box = annotation_rules.box_of(thing)
             if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
                 raise ValueError(f"expected a number as 'score', found {score!r}")
         except ValueError as error:
@@ -159,3 +172,62 @@ def _places(names: Sequence[str]) -> dict[Any, str]:
             ends.setdefault(end, []).append(name)
     found: dict[Any, str] = {end: those[0] for end, those in ends.items() if len(those) == 1}
     return found | dict(zip(ids_of(names), names, strict=True)) | {name: name for name in names}
+
+
+def detected_people(
+    root: Path, detections: str, images: str, num_keypoints: int, min_side: float, min_score: float, cache: Path
+) -> coco.People:
+    """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
+
+    Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
+    The picture of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
+
+    Raises:
+        UserError: no list of detections, or a picture that is not in the folder.
+    """
+    file = root / detections
+    # Names that have come or gone change which picture is whose.
+    names = coco.image_names(root / images)
+    digest = coco.digest_of(file.read_bytes(), "detections", images, str(min_score), *names)
+    source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}
+    people = coco.People(
+        rows=coco.cached_table(_detected_rows, digest, num_keypoints, cache, **source, images=images),
+        root=root,
+        annotations=file,
+    )
+    sides = coco.boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
+    return replace(people, rows=people.rows.select(np.flatnonzero(sides >= min_side)))
+
+
+def _detected_rows(
+    num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
+) -> Iterator[dict[str, Any]]:
+    found = coco_json.parsed(Path(detections))
+    there, of_stem = set(names), {Path(name).stem: name for name in names}
+    place = {name: index for index, name in enumerate(names)}
+    for index, thing in enumerate(found):
+        try:
+            box, score, key = annotation_rules.box_of(thing), float(thing["score"]), thing["image_id"]
+            if not np.isfinite(score):
+                raise ValueError(f"expected a number as its 'score', found {score}")
+            image_id = annotation_rules.id_of(key) if isinstance(key, int) else None
+        except coco_json.BROKEN as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{detections}: detection {index}: {reason}") from None
+        if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
+            continue
+        padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
+        name = padded if padded in there else of_stem.get(str(key))
+        if name is None:
+            raise UserError(
+                f"{detections}: detection {index}: its picture, {padded or key} or {key}.*, is not in {folder}; "
+                f"give the folder by --data.unlabelled_images"
+            )
+        yield {
+            "file_name": f"{images}/{name}",
+            "image_id": place[name] if image_id is None else image_id,
+            "ann_id": index,
+            "box_xywh": box.tolist(),
+            "area": float(box[2] * box[3]),
+            "keypoints": np.zeros((num_keypoints, 3)),
+        }

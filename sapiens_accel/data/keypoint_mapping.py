@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel.data.annotation_rules import Reading
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.infer_skeleton import SHOWN, Category, nearest, pairs_of, short, unique_names
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import WHOLE_BODY
+from sapiens_accel.sources.schema import WHOLE_BODY, Reading
 
 SUMMARY_VERSION = 1
 

@@ -24,11 +24,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
 from sapiens_accel.data import annotation_rules as roster
-from sapiens_accel.data.annotation_rules import PLAIN, Reading
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
+from sapiens_accel.sources.schema import PLAIN, Reading
 
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
@@ -137,37 +137,6 @@ def people_with_boxes(
     return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
 
 
-def is_detections(file: Path) -> bool:
-    """Whether a JSON is a detector's results: a list, where an annotation file is an object."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(100).lstrip().startswith(b"[")
-
-
-def detected_people(
-    root: Path, detections: str, images: str, num_keypoints: int, min_side: float, min_score: float, cache: Path
-) -> People:
-    """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
-
-    Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
-    The picture of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
-
-    Raises:
-        UserError: no list of detections, or a picture that is not in the folder.
-    """
-    file = root / detections
-    # Names that have come or gone change which picture is whose.
-    names = _picture_names(root / images)
-    digest = _digest(file.read_bytes(), "detections", images, str(min_score), *names)
-    source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}
-    people = People(
-        rows=_table(_detected_rows, digest, num_keypoints, cache, **source, images=images), root=root, annotations=file
-    )
-    sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
-    return replace(people, rows=people.rows.select(np.flatnonzero(sides >= min_side)))
-
-
 def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> People:
     """Every picture of a folder as one unlabelled person, whose box is the picture.
 
@@ -175,14 +144,14 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
         UserError: the folder holds no picture.
     """
     folder = root / images
-    names = _picture_names(folder)
+    names = image_names(folder)
     if not names:
         raise UserError(f"{folder}: no pictures ({', '.join(photo.PICTURES)}) in it")
     # A link to nothing is named by `checked`, like any other picture that does not decode.
     stats = [(path if path.exists() else folder).stat() for path in (folder / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
-    digest = _digest("\n".join(content).encode(), str(folder))
-    rows = _table(_whole_picture_rows, digest, num_keypoints, cache, root=str(root), images=images, names=names)
+    digest = digest_of("\n".join(content).encode(), str(folder))
+    rows = cached_table(_whole_picture_rows, digest, num_keypoints, cache, root=str(root), images=images, names=names)
     return People(rows=rows, root=root, annotations=folder)
 
 
@@ -324,11 +293,11 @@ def _people(
         return People(rows=rows, root=root, annotations=file, reading=reading)
     how = [] if reading == PLAIN else [repr(reading)]
     try:
-        digest = _digest(file.read_bytes(), keypoints, images, *how)
+        digest = digest_of(file.read_bytes(), keypoints, images, *how)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     source = {"annotations": str(file), "images": images, "keypoints": keypoints, "reading": reading}
-    rows = _table(_coco_rows, digest, num_keypoints, cache, **source)
+    rows = cached_table(_coco_rows, digest, num_keypoints, cache, **source)
     return People(rows=rows, root=root, annotations=file, reading=reading)
 
 
@@ -344,11 +313,11 @@ def annotation_file(root: Path, annotations: str) -> Path:
     return file
 
 
-def _digest(content: bytes, *more: str) -> str:
+def digest_of(content: bytes, *more: str) -> str:
     return hashlib.sha256(b"\0".join([content, *(word.encode() for word in more)])).hexdigest()[:32]
 
 
-def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: Any) -> Dataset:
+def cached_table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: Any) -> Dataset:
     """The Arrow table of a generator, made once for each content: a moved or touched file makes no second one."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / "dataset_info.json").is_file():
@@ -362,7 +331,7 @@ def _table(rows: Any, digest: str, num_keypoints: int, cache: Path, **source: An
 def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str, reading: Reading) -> Dataset:
     """The same table of a manifest's people, written some thousand pictures at a time: memory does not grow with it."""
     how = [] if reading == PLAIN else [repr(reading)]
-    digest = _digest(shards.read(file).digest.encode(), keypoints, images, *how)
+    digest = digest_of(shards.read(file).digest.encode(), keypoints, images, *how)
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     if not (folder / ORDER).is_file():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -435,51 +404,17 @@ def _coco_rows(
     names = coco_json.picture_names(tree, path)
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-    kinds = coco_json.category_ids(tree, reading)
+    kinds = roster.category_ids(tree, reading)
     for person in tree["annotations"]:
         if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
             continue
         try:
-            row = coco_json.row_of(person, names, images, num_keypoints, reading)
+            row = roster.row_of(person, names, images, num_keypoints, reading)
         except coco_json.BROKEN as error:
             who = person.get("id") if isinstance(person, dict) else person
             raise UserError(f"{path}: annotation {coco_json.shown(who)}: {coco_json.reason(error)}") from None
         if row:
             yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
-
-
-def _detected_rows(
-    num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
-) -> Iterator[dict[str, Any]]:
-    found = coco_json.parsed(Path(detections))
-    there, of_stem = set(names), {Path(name).stem: name for name in names}
-    place = {name: index for index, name in enumerate(names)}
-    for index, thing in enumerate(found):
-        try:
-            box, score, key = coco_json.box_of(thing), float(thing["score"]), thing["image_id"]
-            if not np.isfinite(score):
-                raise ValueError(f"expected a number as its 'score', found {score}")
-            image_id = coco_json.id_of(key) if isinstance(key, int) else None
-        except coco_json.BROKEN as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{detections}: detection {index}: {reason}") from None
-        if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
-            continue
-        padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
-        name = padded if padded in there else of_stem.get(str(key))
-        if name is None:
-            raise UserError(
-                f"{detections}: detection {index}: its picture, {padded or key} or {key}.*, is not in {folder}; "
-                f"give the folder by --data.unlabelled_images"
-            )
-        yield {
-            "file_name": f"{images}/{name}",
-            "image_id": place[name] if image_id is None else image_id,
-            "ann_id": index,
-            "box_xywh": box.tolist(),
-            "area": float(box[2] * box[3]),
-            "keypoints": np.zeros((num_keypoints, 3)),
-        }
 
 
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -496,7 +431,7 @@ def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[
         }
 
 
-def _picture_names(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     """The pictures of a folder, by name.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Several data sets in one stream of people: which set, and who of it, as a function of (seed, stage, step).
+"""Which people a step's global batch holds, and which of them a rank: functions of (seed, stage, step) alone.
 
-An epoch is a fixed number of places. Each set has its share of them, to within one place, in an order of its own for
-every epoch; and each set is gone through permutation by permutation, so nobody in it is seen a second time more than
-anybody else. Nothing is remembered between steps: a run can start at any of them.
+Of several datasets (`Mixture`) an epoch is a fixed number of places. Each set has its share of them, to within one
+place, in an order of its own for every epoch; and each set is gone through permutation by permutation, so nobody in it
+is seen a second time more than anybody else. Nothing is remembered between steps: a run can start at any of them.
 """
 
 import zlib
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
+
+from sapiens_accel.config.schema import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Mixture:
 
     def order(self, seed: int, stream: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
         """Which people (indices into the whole table) the global batch of a step holds."""
-        return _order(self, seed, stream, step, global_batch)
+        return _mixed(self, seed, stream, step, global_batch)
 
     def steps_per_epoch(self, global_batch: int) -> int:
         """As `data.steps_per_epoch` of all sets together."""
@@ -52,7 +54,7 @@ class Mixture:
 
 
 @lru_cache(maxsize=8)
-def _order(mixture: Mixture, seed: int, stream: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
+def _mixed(mixture: Mixture, seed: int, stream: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
     # Kept for the step: every sample asks.
     steps, places = mixture.steps_per_epoch(global_batch), mixture.places(global_batch)
     epoch, begin = step // steps, step % steps * global_batch
@@ -99,3 +101,61 @@ def weights_of(sizes: Sequence[int], given: Sequence[float | None]) -> tuple[flo
     if any(weight is None or not 0 < weight < float("inf") for weight in given):
         raise ValueError("expected a number above 0 for each set, or none for all")
     return tuple(float(weight) for weight in given if weight is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's part of every global batch.
+
+    Micro-batch m of rank r holds positions (m * num_ranks + r) * micro_batch and following: ranks are disjoint, and
+    together they are the global batch.
+    """
+
+    rank: int
+    num_ranks: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.num_ranks * self.micro_batch * self.accumulation
+
+    def __str__(self) -> str:
+        parts = f"{self.num_ranks} process(es) x {self.micro_batch} x {self.accumulation} accumulated"
+        return f"{self.global_batch} people a step = {parts}"
+
+    def positions(self, micro_step: int) -> range:
+        start = (micro_step * self.num_ranks + self.rank) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+def steps_per_epoch(num_people: int, global_batch: int) -> int:
+    """Whole global batches in one pass; what is left over waits for another order (drop_last)."""
+    return max(1, num_people // global_batch)
+
+
+def num_steps(plan: StageConfig, num_people: int, at_most: int | None = None) -> int:
+    """Optimizer steps of a stage; `at_most` cuts it short."""
+    by_epochs = max(1, round(plan.epochs * steps_per_epoch(num_people, plan.global_batch)))
+    steps = by_epochs if plan.steps is None else plan.steps
+    return steps if at_most is None else min(steps, at_most)
+
+
+def order(seed: int, stream: str, step: int, num_people: int, global_batch: int) -> Int[Array, "global_batch"]:
+    """Which people the global batch of a step holds: each epoch goes through its own permutation.
+
+    Args:
+        stream: the name of the sequence (a stage, labelled or not), part of the seed.
+    """
+    per_epoch = steps_per_epoch(num_people, global_batch)
+    # Fewer people than a batch: pass over them again and again.
+    passes = -(-global_batch // num_people)
+    start = step % per_epoch * global_batch
+    return _permutations(seed, stream, step // per_epoch, num_people, passes)[start : start + global_batch]
+
+
+@lru_cache(maxsize=3)
+def _permutations(seed: int, stream: str, epoch: int, num_people: int, passes: int) -> Int[Array, "n"]:
+    # Kept for the epoch: permuting all of COCO takes 2 ms, and every sample asks.
+    rng = default_rng([seed, zlib.crc32(stream.encode()), epoch])
+    return np.concatenate([rng.permutation(num_people) for _ in range(passes)])

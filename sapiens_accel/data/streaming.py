@@ -27,19 +27,19 @@ from numpy.random import default_rng
 from tqdm import tqdm
 
 from sapiens_accel.data import annotation_rules as roster
-from sapiens_accel.data.annotation_rules import PLAIN, Reading
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import shards
+from sapiens_accel.sources import schema, shards
+from sapiens_accel.sources.schema import PLAIN, Reading
 
 PHASES = 4
 READERS = 16  # files of which people are counted at a time
 HELD_GROUPS = 256  # of people, without pictures: some 0.1 MB each
 
-Chosen = Callable[[roster.People], Bool[Array, "n"]]
+Chosen = Callable[[roster.PeopleColumns], Bool[Array, "n"]]
 
 
-def labelled(people: roster.People) -> Bool[Array, "n"]:
+def labelled(people: roster.PeopleColumns) -> Bool[Array, "n"]:
     return people.labelled
 
 
@@ -49,11 +49,11 @@ class Unlabelled:
 
     min_side: float
 
-    def __call__(self, people: roster.People) -> Bool[Array, "n"]:
+    def __call__(self, people: roster.PeopleColumns) -> Bool[Array, "n"]:
         return ~people.labelled & (people.box_xywh[:, 2:].min(axis=1, initial=np.inf) >= self.min_side)
 
 
-class Source(NamedTuple):
+class StreamSource(NamedTuple):
     """A manifest, what its pictures' names begin with, which of its people are meant, and how they are read."""
 
     path: Path
@@ -65,14 +65,14 @@ class Source(NamedTuple):
 class Group(NamedTuple):
     """Pictures that are read together."""
 
-    source: Source
+    source: StreamSource
     first: int
     num: int
     first_person: int
     is_marked: bool  # whether anybody is, in the manifest
 
 
-class Rows:
+class StreamRows:
     """Rows of people by number, as of a `datasets` table; a row group is read when one of its people is asked for."""
 
     def __init__(self, groups: Sequence[Group], counts: Sequence[int], num_keypoints: int) -> None:
@@ -191,7 +191,7 @@ def _order(
 # ---- Opening
 
 
-def people(root: Path, sources: Sequence[Source], num_keypoints: int, cache: Path) -> People:
+def people(root: Path, sources: Sequence[StreamSource], num_keypoints: int, cache: Path) -> People:
     """The chosen people of several manifests of one root; who is where is read once and kept in the cache.
 
     Raises:
@@ -207,7 +207,7 @@ def people(root: Path, sources: Sequence[Source], num_keypoints: int, cache: Pat
             counts.append(int(chosen))
     if not sum(counts):
         raise UserError(f"{sources[0].path}: none of its people is {_words(sources[0].chosen)}")
-    rows: Any = Rows(groups, counts, num_keypoints)
+    rows: Any = StreamRows(groups, counts, num_keypoints)
     return People(rows=rows, root=root, annotations=sources[0].path, reading=sources[0].reading)
 
 
@@ -215,7 +215,7 @@ def _words(chosen: Chosen) -> str:
     return "without keypoints and large enough" if isinstance(chosen, Unlabelled) else "labelled (v > 0)"
 
 
-def _counted(source: Source, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
+def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
     """For each group its chosen people and all people, read from the columns beside the pictures."""
     manifest = shards.read(source.path)
     chosen = repr(source.chosen) if isinstance(source.chosen, Unlabelled) else "labelled"
@@ -233,7 +233,7 @@ def _counted(source: Source, num_keypoints: int, cache: Path) -> Int[Array, "gro
     return np.load(file)
 
 
-def _count(source: Source, num_keypoints: int, *, is_marked: bool) -> Int[Array, "groups 2"]:
+def _count(source: StreamSource, num_keypoints: int, *, is_marked: bool) -> Int[Array, "groups 2"]:
     """Several files at a time, each read by one thread: from another machine the time is latency."""
 
     def of_file(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -251,14 +251,14 @@ def _count(source: Source, num_keypoints: int, *, is_marked: bool) -> Int[Array,
 def _number(group: Group, num_keypoints: int) -> tuple[int, int]:
     """How many of the group's people are chosen, and how many there are."""
     source = group.source
-    table = shards.group(source.path, group.first, group.num, columns=roster.COLUMNS)
-    everybody = roster.count(table)
+    table = shards.group(source.path, group.first, group.num, columns=schema.COLUMNS)
+    everybody = schema.count(table)
     if group.is_marked and not everybody:
         return 0, 0
     return int(source.chosen(_people_of(group, table, num_keypoints)).sum()), everybody
 
 
-def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.People:
+def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.PeopleColumns:
     source = group.source
     if not group.is_marked:
         return roster.whole(table, source.path, source.prefix, num_keypoints, group.first)

@@ -1,32 +1,24 @@
 """Which training people keep their labels, the pool of people without, and what must never be in it."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 
 from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.data import detections
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import images as photo
-from sapiens_accel.sources import shards
+from sapiens_accel.sources import coco as coco_json
 
 ASPECT_FACTOR = 2.0
-HEAD_BYTES = 1 << 14
-LOOKED_AT = 200
 IDS_AT_MOST = 1_000_000  # people whose ids are recorded
 COMPARED = 20_000
-ALIKE_GREY_LEVELS = 6.0
 
 
 def labelled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
@@ -156,9 +148,9 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
     if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
         raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
     boxes = given or f"annotations/person_boxes_{folder}.json"
-    if coco.is_detections(root / boxes):
+    if coco_json.is_detections(root / boxes):
         min_score = config.unlabelled_min_score
-        people = coco.detected_people(root, boxes, folder, num_keypoints, min_side, min_score, cache)
+        people = detections.detected_people(root, boxes, folder, num_keypoints, min_side, min_score, cache)
     elif given or (root / boxes).is_file():
         people = coco.people_with_boxes(root, boxes, folder, num_keypoints, min_side, cache)
     else:
@@ -183,79 +175,3 @@ def _another_aspect(people: People, labelled: People) -> str | None:
         f"warning: {people.annotations}: its unlabelled boxes have a median width / height of {theirs:.2f}, the "
         f"labelled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
     )
-
-
-def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, ...]:
-    """Refuse a validation picture among those that a run learns from: equal bytes, or id, name and look.
-
-    Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
-
-    Raises:
-        UserError: with the first such picture and the validation picture that it is.
-    """
-    told = []
-    for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
-        some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
-        if len(some) < len(people):
-            told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
-        found = leaks(_pictures_of(replace(people, rows=some)), _pictures_of(val))
-        if found:
-            ours, theirs = next(iter(found.items()))
-            raise UserError(
-                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(found)} such in "
-                f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
-            )
-    return tuple(told)
-
-
-def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
-    """Pictures that are learnt from to the validation picture that each one is; both with their ids."""
-    same = same_files(ours, theirs)
-    known = {(image_id, path.name): path for path, image_id in theirs.items()}
-    named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)
-    # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded anew shows it at once, so
-    # a few are looked at.
-    others = ((path, other) for path, other in named if path not in same)
-    return same | {path: other for path, other in islice(others, LOOKED_AT) if _look_alike(path, other)}
-
-
-def _look_alike(path: Path, other: Path) -> bool:
-    """Whether two pictures are one, encoded anew: 16 x 16 grey levels hardly differ in the mean.
-
-    Of 169 COCO photographs none differs from itself at JPEG quality 30 by 0.5, and no two differ by less than 17.
-    """
-    small = []
-    for file in (path, other):
-        image = photo.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        if image is None:
-            return False
-        small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
-    return bool(np.abs(small[0] - small[1]).mean() < ALIKE_GREY_LEVELS)
-
-
-def _pictures_of(people: People) -> dict[Path, int]:
-    names, ids = people.rows["file_name"][:], people.rows["image_id"][:]
-    return {people.root / name: image_id for name, image_id in dict(zip(names, ids, strict=True)).items()}
-
-
-def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path]:
-    """Those of `files` whose bytes are also in `others`, each with its equal.
-
-    Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
-    """
-    ours, theirs = list(files), list(others)
-    for look in (shards.size_of, _head):
-        seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
-        common = set(seen[0].values()) & set(seen[1].values())
-        ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
-    equal = {_content(path): path for path in reversed(theirs)}
-    return {path: equal[content] for path in ours if (content := _content(path)) in equal}
-
-
-def _head(path: Path) -> bytes:
-    with shards.opened(path) as file:
-        return file.read(HEAD_BYTES)
-
-
-def _content(path: Path) -> bytes:
-    return hashlib.blake2b(shards.content(path)).digest()

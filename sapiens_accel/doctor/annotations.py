@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import people as coco
-from sapiens_accel.data.annotation_rules import FARTHEST, PLAIN, Reading
 from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
+from sapiens_accel.sources.schema import FARTHEST, PLAIN, Reading
 
 EIGHTH = 8  # `photo.looks` tells sizes to this many px
 
@@ -127,7 +128,7 @@ def _people(
     rows = []
     others: dict[str, list[str]] = defaultdict(list)
     known = reading or PLAIN
-    kinds = coco_json.category_ids(tree, known)
+    kinds = annotation_rules.category_ids(tree, known)
     for index, person in enumerate(tree["annotations"]):
         who = (
             f"annotation {coco_json.shown(person.get('id'))}"
@@ -140,7 +141,7 @@ def _people(
                 continue
             without = reading is None and _is_other_number(person, num_keypoints)
             taken = person | {"keypoints": []} if without else person
-            row = coco_json.row_of(taken, names, folder, num_keypoints, known)
+            row = annotation_rules.row_of(taken, names, folder, num_keypoints, known)
         except coco_json.BROKEN as error:
             others["bad"].append(f"{who}: {coco_json.reason(error)}")
             continue

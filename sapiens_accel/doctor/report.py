@@ -21,7 +21,7 @@ import numpy as np
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, DataConfig, MoreData
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, leakage
 from sapiens_accel.data import keypoint_mapping as category
 from sapiens_accel.data import people as coco
 from sapiens_accel.data import streaming as stream
@@ -114,8 +114,8 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
     Raises:
         UserError: there is no data root.
     """
-    config = data.located(run.data)
-    root, cache = data.places(config)
+    config = build.located(run.data)
+    root, cache = build.places(config)
     report = Report(recipe=run.recipe, root=str(root))
     skeleton, report.findings = _skeleton(config)
     found = {}
@@ -143,7 +143,7 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
 def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:
     """What the joints are; COCO's 17 where the files do not tell, so that the rest can be looked at."""
     try:
-        skeleton, told = data.open_skeleton(config)
+        skeleton, told = build.open_skeleton(config)
     except UserError as error:
         return COCO17, [Finding(level="error", check="joints/names", text=str(error))]
     return skeleton, _under("joints", _of_lines("names", told))
@@ -160,17 +160,17 @@ def _of_lines(check: str, lines: Sequence[str]) -> list[Finding]:
 
 def _sets(config: DataConfig) -> dict[str, MoreData]:
     """The sets of people with labels, by what they are called here."""
-    first, *others = data.train_sets(config)
+    first, *others = build.train_sets(config)
     more = {f"train {number}": one for number, one in enumerate(others, start=2)}
-    return {"train": first, **more, "val": data.val_set(config)}
+    return {"train": first, **more, "val": build.val_set(config)}
 
 
 def _read(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Path, cache: Path) -> lenient.Read:
     """A set, its keypoints taken by name where they can be; None: it is not known what they are."""
     reading, wrong = None, []
     try:
-        files = data.files_of(one, root, cache)
-        told = data.category_of(one, config, root, cache)
+        files = build.files_of(one, root, cache)
+        told = build.category_of(one, config, root, cache)
         if skeleton:
             reading, _ = category.reading(told, skeleton.names)
     except UserError as error:
@@ -198,7 +198,7 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out:
     """What the run's own reader says, and what the network would see."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it skips has been told, and stdout may be JSON
-            sets = data.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
+            sets = build.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     report.grid = str(draw.save(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png"))
@@ -225,7 +225,7 @@ def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
         {path: i for n, i in r.pictures.items() if shards.inside(path := root / n) or is_file(path)}
         for r in (train, val)
     )
-    leaks = pool.leaks(ours, theirs)
+    leaks = leakage.leaks(ours, theirs)
     findings = []
     if leaks:
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
@@ -280,7 +280,7 @@ def _opened(sets: Sets) -> dict[str, People]:
 
 def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
     """Repeated ids among all, and what else is wrong with a sample of the people."""
-    if isinstance(people.rows, stream.Rows):
+    if isinstance(people.rows, stream.StreamRows):
         some, features = list(stream.sample(people, STREAMED_PEOPLE)), coco.features_of(skeleton.num_keypoints)
         rows, again = datasets.Dataset.from_list(some, features=features), []
     else:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
@@ -99,7 +100,7 @@ def of_detector(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({row[0] for row in rows})} pictures (the first is "
             f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
         )
-    person = coco_json.person_category(people.annotations, people.reading)
+    person = annotation_rules.person_category(people.annotations, people.reading)
     kept = [row for row in here if row[1] == person]
     if not kept:
         kinds = sorted({str(row[1]) for row in here})
@@ -134,7 +135,7 @@ def _rows(file: Path, found: list[Any]) -> Iterator[Row]:
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"{file}: detection {index}: expected a number as 'score', found {score!r}")
         try:
-            box = coco_json.box_of(thing)
+            box = annotation_rules.box_of(thing)
         except ValueError as error:
             raise UserError(f"{file}: detection {index}: {error}") from None
         yield thing["image_id"], thing.get("category_id", 1), box, float(score), index

@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
@@ -105,7 +106,7 @@ def scored(
 
 def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
     """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists."""
-    category, whole = coco_json.person_category(people.annotations, people.reading), parts_of(skeleton)
+    category, whole = annotation_rules.person_category(people.annotations, people.reading), parts_of(skeleton)
     written = []
     for result in found:
         points = result["keypoints"]
@@ -125,13 +126,13 @@ def truth(people: People, num_keypoints: int) -> dict[str, Any]:
     known = set(people.rows["ann_id"][:])
     zeros = [0.0] * (3 * num_keypoints)
     annotations = []
-    kinds = coco_json.category_ids(tree, people.reading) if people.reading.categories else ()
+    kinds = annotation_rules.category_ids(tree, people.reading) if people.reading.categories else ()
     for person in tree["annotations"]:
         if kinds and person.get("category_id", kinds[0]) not in kinds:
             continue
         box = person.get("bbox") or [0, 0, 0, 0]
         is_known = person.get("id") in known
-        keypoints = coco_json.keypoint_numbers(person, num_keypoints, people.reading) if is_known else None
+        keypoints = annotation_rules.keypoint_numbers(person, num_keypoints, people.reading) if is_known else None
         annotations.append(
             {
                 "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
@@ -150,14 +151,14 @@ def truth(people: People, num_keypoints: int) -> dict[str, Any]:
 def left_out(people: People, num_keypoints: int) -> list[int]:
     """Ids of the people with labelled keypoints, no crowds, who are not among the rows: nobody is measured of them."""
     tree, known = coco_json.parsed(people.annotations), set(people.rows["ann_id"][:])
-    kinds = coco_json.category_ids(tree, people.reading) if people.reading.categories else ()
+    kinds = annotation_rules.category_ids(tree, people.reading) if people.reading.categories else ()
     return [
         person.get("id", -1)
         for person in tree["annotations"]
         if person.get("id") not in known
         and not person.get("iscrowd")
         and (not kinds or person.get("category_id", kinds[0]) in kinds)
-        and any(v > 0 for v in (coco_json.keypoint_numbers(person, num_keypoints, people.reading) or [])[2::3])
+        and any(v > 0 for v in (annotation_rules.keypoint_numbers(person, num_keypoints, people.reading) or [])[2::3])
     ]
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
-from sapiens_accel.data.dataset import begin_worker, plainly
+from sapiens_accel.data.loader import begin_worker, plainly
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.models.sapiens import use_input_size

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import detections as boxes_json
+from sapiens_accel.data.detections import Found
 from sapiens_accel.errors import UserError
 from sapiens_accel.inference import detector
 from sapiens_accel.inference import media as pictures
-from sapiens_accel.inference.detector import Detector, Found
+from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import Pictures
-from sapiens_accel.sources import coco as coco_json
 
 LEAST = {"batch_size": 1, "num_workers": 0, "every": 1, "threshold": 0, "max_iou": 0}
 
@@ -126,7 +127,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError("several processes: expected one, `python -m sapiens_accel.boxes` without a launcher")
     seen = _pictures(asked)
     ids = boxes_json.ids_in(asked.annotations, seen.names) if asked.annotations else boxes_json.ids_of(seen.names)
-    category = coco_json.person_category(asked.annotations) if asked.annotations else 1
+    category = annotation_rules.person_category(asked.annotations) if asked.annotations else 1
     finder = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
     try:
         num, bad = detect(seen, ids, category, finder, asked.out, asked.batch_size, asked.num_workers)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 from torch.utils.data import DataLoader, Dataset
 
-from sapiens_accel.data.dataset import begin_worker
+from sapiens_accel.data.loader import begin_worker
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download as fetch
 from sapiens_accel.sources import images as photo

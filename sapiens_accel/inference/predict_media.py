@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from sapiens_accel.config.schema import Config, EvalConfig
-from sapiens_accel.data.detections import BoxesFile
+from sapiens_accel.data.detections import NOBODY, BoxesFile, Found
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
 from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import Network, predict
 from sapiens_accel.inference import media as pictures
-from sapiens_accel.inference.detector import DEFAULT, NOBODY, Detector, Found
+from sapiens_accel.inference.detector import DEFAULT, Detector
 from sapiens_accel.inference.outputs import Gallery, Person, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageConfig, StageName
-from sapiens_accel.data.dataset import Share
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.activations import Footprint, footprint
 from sapiens_accel.models.sapiens import Layout, SapiensPose

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, StageName
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
 from sapiens_accel.runtime import distributed
@@ -260,7 +260,7 @@ def main(words: Sequence[str]) -> None:
 def _num_keypoints(run: Config) -> int:
     """Of the data where it is there, else COCO's 17."""
     found = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
-    return data.open_skeleton(run.data)[0].num_keypoints if found else 17
+    return build.open_skeleton(run.data)[0].num_keypoints if found else 17
 
 
 def bytes_of(option: str, text: str) -> float:

@@ -25,17 +25,16 @@ from tqdm import tqdm
 
 from sapiens_accel.config.parse import check_model_id
 from sapiens_accel.config.schema import DataConfig
-from sapiens_accel.data import annotation_rules as roster
-from sapiens_accel.data import people as coco
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
+from sapiens_accel.sources.schema import PERSON, WHOLE_BODY, person
 
 GROUP_BYTES = 8 << 20  # of a row group: what streaming reads at a time
 FOLDERS = {"train": "train", "val": "validation", "unlabelled": "unlabelled"}
-WHOLE = {name for name in roster.WHOLE_BODY if name != "keypoints"}
+WHOLE = {name for name in WHOLE_BODY if name != "keypoints"}
 
 Group = tuple[int, list[dict[str, Any]]]  # the number of a shard, and rows of it
 
@@ -140,7 +139,7 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
 
 def _tree(split: Split) -> dict[str, Any]:
     """The split's JSON; of an unlabelled folder without one, its pictures."""
-    if split.annotations.is_file() and not coco.is_detections(split.annotations):
+    if split.annotations.is_file() and not coco_json.is_detections(split.annotations):
         return coco_json.read_json(split.annotations)
     if not split.optional:
         raise UserError(f"{split.annotations}: expected a COCO annotation file; see --{split.name}_annotations")
@@ -159,7 +158,7 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     people: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for place, annotation in enumerate(tree["annotations"]):
         try:
-            people[annotation["image_id"]].append(roster.person(annotation, place))
+            people[annotation["image_id"]].append(person(annotation, place))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{split.annotations}: annotations[{place}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]
@@ -189,14 +188,20 @@ def _features(tree: dict[str, Any]) -> Features:
     """What `load_dataset` sees; COCO-WholeBody's lists only where there are any."""
     has_parts = any(name in one for one in tree["annotations"] for name in WHOLE)
     kinds = {"int64": "int64", "int8": "int8", "double": "float64"}
-    person = {
+    annotation = {
         field.name: List(Value("float64")) if pa.types.is_list(field.type) else Value(kinds[str(field.type)])
-        for field in roster.PERSON
+        for field in PERSON
         if has_parts or field.name not in WHOLE
     }
     sizes = {name: Value("int64") for name in ("width", "height")}
     return Features(
-        {"image": Image(), "image_id": Value("int64"), "file_name": Value("string"), **sizes, "people": List(person)}
+        {
+            "image": Image(),
+            "image_id": Value("int64"),
+            "file_name": Value("string"),
+            **sizes,
+            "people": List(annotation),
+        }
     )
 
 

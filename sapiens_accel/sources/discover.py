@@ -23,7 +23,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import remote
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns as layout
-from sapiens_accel.sources import shards, tars
+from sapiens_accel.sources import shards
 from sapiens_accel.sources.columns import Layout
 from sapiens_accel.sources.shards import Kind, Manifest
 
@@ -150,9 +150,9 @@ def _manifest(
     kind: Kind = KINDS[PurePosixPath(names[0]).suffix]
     if kind == "tar":
         index, rows = made / f"{split}.index.arrow", []
-        with pa.OSFile(str(index), "wb") as sink, pa.ipc.new_stream(sink, tars.INDEX) as writer:
+        with pa.OSFile(str(index), "wb") as sink, pa.ipc.new_stream(sink, shards.INDEX) as writer:
             for number, name in enumerate(tqdm(names, desc="reading tar shards", disable=None, leave=False)):
-                table = tars.index_of(name, number)
+                table = shards.index_of(name, number)
                 writer.write_table(table)
                 rows.append([table.num_rows])
         return Manifest(kind, names, rows, _categories_beside(names[0], split), digest, str(index))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sapiens_accel.config.schema import OptimConfig
-from sapiens_accel.data.dataset import Batch, Share
+from sapiens_accel.data.dataset import Batch
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.runtime import engine
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.mean_teacher import Objective

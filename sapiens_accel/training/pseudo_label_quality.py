@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
-from sapiens_accel.data.dataset import Pair, begin_worker, pair_of, plainly, seen_in, to_device
+from sapiens_accel.data.dataset import Pair, pair_of, seen_in
+from sapiens_accel.data.loader import begin_worker, plainly, to_device
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry

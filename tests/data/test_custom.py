@@ -18,11 +18,12 @@ import yaml
 
 from sapiens_accel.config.parse import load
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, MoreData, StageConfig
+from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import keypoint_mapping as category
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Share, TrainingPeople
-from sapiens_accel.data.sampling import Mixture
+from sapiens_accel.data.dataset import TrainingPeople
+from sapiens_accel.data.sampling import Mixture, Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.infer_skeleton import Category
@@ -241,13 +242,13 @@ def _config(tmp_path: Path, body: Path, *more: MoreData, **changes: Any) -> Data
 
 
 def _batches(config: DataConfig, first: int, last: int, global_batch: int = 6) -> list[data.Batch]:
-    skeleton, _ = data.open_skeleton(config)
-    sets = data.open_people(config, skeleton, unlabelled=False)
+    skeleton, _ = build.open_skeleton(config)
+    sets = build.open_people(config, skeleton, unlabelled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=skeleton, input_hw=config.input_hw)
     plan = StageConfig(global_batch=global_batch)
     people = TrainingPeople(sets, augmenter, config, plan, seed=3, stage="phase2")
     share = Share(rank=0, num_ranks=1, micro_batch=global_batch, accumulation=1)
-    return list(data.batches(people, share, range(first, last), 0, CPU))
+    return list(loader.batches(people, share, range(first, last), 0, CPU))
 
 
 def test_a_mixture_of_17_and_133(tmp_path: Path) -> None:
@@ -255,9 +256,9 @@ def test_a_mixture_of_17_and_133(tmp_path: Path) -> None:
     whole = _whole_body(body, tmp_path / "whole", 5)
     more = MoreData(root=str(whole), train_annotations="annotations/whole.json", train_images="pictures", weight=1)
     config = _config(tmp_path, body, more, weight=3)
-    skeleton, told = data.open_skeleton(config)
+    skeleton, told = build.open_skeleton(config)
     assert skeleton is WHOLEBODY133 and told == ("keypoints: 133, wholebody133",)
-    sets = data.open_people(config, skeleton, unlabelled=True)
+    sets = build.open_people(config, skeleton, unlabelled=True)
     assert "mixture of 12 people (75.0% of an epoch) + 5 people (25.0% of an epoch)" in str(sets)
     assert str(sets).count("has 17 of the 133 keypoints, by name; the others have weight 0 there: left_big_toe") == 2
     assert sets.unlabelled and sets.unlabelled.rows.features["keypoints"].shape == (133, 3)
@@ -299,7 +300,7 @@ def test_one_set_alone_is_as_it_was(tmp_path: Path) -> None:
     batches = _batches(_config(tmp_path, body), 0, 3, 5)
     ids = json.loads((body / TRAIN).read_text())["annotations"]
     for step, batch in enumerate(batches):
-        chosen = data.order(3, "phase2", step, 12, 5)
+        chosen = sampling.order(3, "phase2", step, 12, 5)
         assert batch.labelled.ann_id.tolist() == [ids[k]["id"] for k in chosen]
 
 
@@ -396,7 +397,7 @@ def test_only_the_chosen_category_is_read(tmp_path: Path) -> None:
     tree["annotations"] += [{**one, "id": one["id"] + 500, "category_id": 1} for one in tree["annotations"]]
     file.write_text(json.dumps(tree))
     config = _config(tmp_path, root)
-    sets = data.open_people(config, data.open_skeleton(config)[0], unlabelled=False)
+    sets = build.open_people(config, build.open_skeleton(config)[0], unlabelled=False)
     assert len(sets.train) == 40 and max(sets.train.rows["ann_id"]) <= 40
     assert sets.train.rows.features["keypoints"].shape == (21, 3)
 
@@ -404,7 +405,7 @@ def test_only_the_chosen_category_is_read(tmp_path: Path) -> None:
 def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     root = _write(tmp_path / "hand", _hand, {"id": 7, "name": "hand", "keypoints": list(HAND)})
     config = _config(tmp_path, root)
-    skeleton, told = data.open_skeleton(config)
+    skeleton, told = build.open_skeleton(config)
     assert "warning: the OKS sigmas of 20 keypoints are guesses" not in told[1] and "palm: 0.05" in told[1]
     train, val = root / TRAIN, root / TRAIN.replace("train", "val")
     tree, tree_of_val = (json.loads(file.read_text()) for file in (train, val))
@@ -414,7 +415,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         change(copy)
         file.write_text(json.dumps(copy))
         try:
-            return _refusal(lambda: data.open_people(config, data.open_skeleton(config)[0], unlabelled=False))
+            return _refusal(lambda: build.open_people(config, build.open_skeleton(config)[0], unlabelled=False))
         finally:
             file.write_text(json.dumps(tree))
 
@@ -436,7 +437,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     words = ["--recipe", "demo", "--data.more", "[{train_annotation: a.json, train_images: b}]"]
     assert "'train_annotation' is not accepted" in _refusal(lambda: load(words))
     config = replace(config, skeleton="coco16", more=())
-    assert "--data.skeleton coco16: no such file; did you mean coco17?" in _refusal(lambda: data.open_skeleton(config))
+    assert "--data.skeleton coco16: no such file; did you mean coco17?" in _refusal(lambda: build.open_skeleton(config))
     assert skeleton.num_keypoints == 21
 
 

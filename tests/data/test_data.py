@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
+from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, Share, TrainingPeople, View
+from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, TrainingPeople, View
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17
@@ -57,7 +59,7 @@ class Run:
 def _open(root: Path, cache: Path, **changes: Any) -> Run:
     options: dict[str, Any] = {"unlabelled_min_side": 0.0, "input_hw": INPUT_HW} | changes
     config = DataConfig(root=str(root), cache_dir=str(cache), **options)
-    sets = data.open_people(config, COCO17, unlabelled=True)
+    sets = build.open_people(config, COCO17, unlabelled=True)
     return Run(sets, config, StageConfig(global_batch=6, teacher=TeacherConfig(ratio=2, cutout=3)))
 
 
@@ -76,7 +78,7 @@ def _share(rank: int = 0, num_ranks: int = 1, micro_batch: int = 3, accumulation
 
 
 def _batches(people: TrainingPeople, share: Share | None = None, first: int = 0, workers: int = 0) -> list[Batch]:
-    return list(data.batches(people, share or _share(), range(first, STEPS), workers, CPU))
+    return list(loader.batches(people, share or _share(), range(first, STEPS), workers, CPU))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -111,7 +113,7 @@ def test_shapes_and_types_of_a_batch(run: Run, reference: list[Batch]) -> None:
         assert (batch.labelled.weights.shape, batch.labelled.weights.dtype) == ((3, 17), torch.float32)
         assert (batch.pair.cutout.shape, batch.pair.cutout.dtype) == ((6, 3, 4), torch.float32)
         assert batch.pair.cutout.min() >= 0 and batch.pair.cutout.max() < 1
-    supervised = next(iter(data.batches(run.people(teacher=None), _share(), range(1), 0, CPU)))
+    supervised = next(iter(loader.batches(run.people(teacher=None), _share(), range(1), 0, CPU)))
     assert supervised.pair is None
 
 
@@ -158,8 +160,8 @@ def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
     code = """
 import resource, sys
 import numpy as np
-from sapiens_accel.data import dataset as data
-if sys.argv[1] == "kept": data.keep_freed_memory()
+from sapiens_accel.data import loader
+if sys.argv[1] == "kept": loader.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     pictures = [np.ones(589824, np.uint8) for _ in range(32)]
@@ -207,7 +209,7 @@ def test_ranks_together_hold_the_global_batch_in_content(
 
 @pytest.mark.parametrize(("num_people", "global_batch"), [(20, 5), (24, 6), (7, 7), (9, 1), (1, 1)])
 def test_every_person_once_an_epoch_where_the_batch_divides(num_people: int, global_batch: int) -> None:
-    per_epoch = data.steps_per_epoch(num_people, global_batch)
+    per_epoch = sampling.steps_per_epoch(num_people, global_batch)
     assert per_epoch == num_people // global_batch
     epochs = [_epoch(epoch, per_epoch, num_people, global_batch) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(num_people)) for epoch in epochs)
@@ -221,11 +223,11 @@ def _epoch(
     epoch: int, per_epoch: int, num_people: int, global_batch: int, seed: int = 0, stream: str = "phase2"
 ) -> list[int]:
     steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-    return [int(i) for step in steps for i in data.order(seed, stream, step, num_people, global_batch)]
+    return [int(i) for step in steps for i in sampling.order(seed, stream, step, num_people, global_batch)]
 
 
 def test_what_is_left_over_waits_for_another_order() -> None:
-    assert data.steps_per_epoch(23, 6) == 3
+    assert sampling.steps_per_epoch(23, 6) == 3
     epochs = [_epoch(epoch, 3, 23, 6) for epoch in range(60)]
     assert all(len(epoch) == len(set(epoch)) == 18 for epoch in epochs)
     assert set().union(*epochs) == set(range(23))
@@ -236,9 +238,9 @@ def test_what_is_left_over_waits_for_another_order() -> None:
 
 @pytest.mark.parametrize(("num_people", "global_batch"), [(5, 8), (5, 10), (1, 4), (3, 32)])
 def test_fewer_people_than_a_batch(num_people: int, global_batch: int) -> None:
-    assert data.steps_per_epoch(num_people, global_batch) == 1
+    assert sampling.steps_per_epoch(num_people, global_batch) == 1
     for step in range(5):
-        chosen = data.order(0, "ssl", step, num_people, global_batch)
+        chosen = sampling.order(0, "ssl", step, num_people, global_batch)
         assert len(chosen) == global_batch
         times = np.bincount(chosen, minlength=num_people)
         assert times.max() - times.min() <= 1, "nobody a second time more than anybody else"
@@ -247,27 +249,27 @@ def test_fewer_people_than_a_batch(num_people: int, global_batch: int) -> None:
 def test_batches_hold_the_people_that_the_order_says(run: Run) -> None:
     ids = list(run.sets.train.rows["ann_id"])
     people = run.people(global_batch=5, teacher=None)
-    batches = list(data.batches(people, _share(0, 1, 5, 1), range(8), 0, CPU))
+    batches = list(loader.batches(people, _share(0, 1, 5, 1), range(8), 0, CPU))
     for step, batch in enumerate(batches):
-        assert batch.labelled.ann_id.tolist() == [ids[i] for i in data.order(0, "ssl", step, 20, 5)]
+        assert batch.labelled.ann_id.tolist() == [ids[i] for i in sampling.order(0, "ssl", step, 20, 5)]
     for epoch in (batches[:4], batches[4:]):
         assert sorted(i for batch in epoch for i in batch.labelled.ann_id.tolist()) == sorted(ids)
 
 
 def test_fewer_people_than_a_batch_make_whole_batches(run: Run) -> None:
     people = run.people(global_batch=24)
-    batch = next(iter(data.batches(people, _share(0, 1, 24, 1), range(1), 0, CPU)))
+    batch = next(iter(loader.batches(people, _share(0, 1, 24, 1), range(1), 0, CPU)))
     assert sorted(set(batch.labelled.ann_id.tolist())) == sorted(run.sets.train.rows["ann_id"])
     assert batch.pair is not None and len(batch.labelled.ann_id) == 24 and len(batch.pair.cutout) == 48
 
 
 def test_the_length_of_a_stage() -> None:
-    assert data.num_steps(StageConfig(epochs=3, global_batch=6), 23) == 9
-    assert data.num_steps(StageConfig(epochs=0.5, global_batch=6), 24) == 2
-    assert data.num_steps(StageConfig(epochs=2, global_batch=32), 5) == 2
-    assert data.num_steps(StageConfig(epochs=3, steps=100, global_batch=6), 23) == 100
-    assert data.num_steps(StageConfig(steps=100), 23, 7) == 7
-    assert data.num_steps(StageConfig(steps=5), 23, 7) == 5
+    assert sampling.num_steps(StageConfig(epochs=3, global_batch=6), 23) == 9
+    assert sampling.num_steps(StageConfig(epochs=0.5, global_batch=6), 24) == 2
+    assert sampling.num_steps(StageConfig(epochs=2, global_batch=32), 5) == 2
+    assert sampling.num_steps(StageConfig(epochs=3, steps=100, global_batch=6), 23) == 100
+    assert sampling.num_steps(StageConfig(steps=100), 23, 7) == 7
+    assert sampling.num_steps(StageConfig(steps=5), 23, 7) == 5
 
 
 # ---- Points and pixels
@@ -314,7 +316,7 @@ def test_training_points_are_where_the_pixels_are(dots: Run) -> None:
     found = {False: 0, True: 0}
     for position in range(20):
         key = Key(0, position, False)
-        index = int(data.order(0, "ssl", 0, 20, 20)[position])
+        index = int(sampling.order(0, "ssl", 0, 20, 20)[position])
         row = dots.sets.train.rows[index]
         for k, (x, y, v) in list(enumerate(row["keypoints"]))[position % 3 :: 3]:
             if v == 0 or not _whole_in_picture(np.array([x, y])):
@@ -376,7 +378,7 @@ def test_evaluation_points_are_where_the_pixels_are_and_where_udp_puts_them(dots
 def test_both_views_of_a_pair_show_one_point_where_their_matrices_say(dots: Run) -> None:
     assert dots.sets.unlabelled is not None
     people = dots.people(augment=SAME_PIXELS, global_batch=8)
-    order = data.order(0, "ssl/unlabelled", 0, len(dots.sets.unlabelled), 16)
+    order = sampling.order(0, "ssl/unlabelled", 0, len(dots.sets.unlabelled), 16)
     seen, found = set(), 0
     for position in range(16):
         row = dots.sets.unlabelled.rows[int(order[position])]
@@ -484,7 +486,7 @@ def test_weights_of_a_sample_follow_its_keypoints(run: Run) -> None:
 
 def test_weights_are_mirrored_with_the_points(run: Run) -> None:
     people = run.people(teacher=None, global_batch=20)
-    order = data.order(0, "ssl", 0, 20, 20)
+    order = sampling.order(0, "ssl", 0, 20, 20)
     one_sided = 0
     for position, index in enumerate(order):
         sample = people[Key(0, position, False)]
@@ -532,8 +534,8 @@ def test_skipping_everybody_is_refused(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_good_people_pass(run: Run) -> None:
-    data.check_targets(run.sets.train, run.config)
-    data.check_targets(run.sets.val, run.config)
+    build.check_targets(run.sets.train, run.config)
+    build.check_targets(run.sets.val, run.config)
 
 
 @with_real_data
@@ -547,7 +549,7 @@ def test_real_people_open(tmp_path: Path) -> None:
     assert len(said) == 1 and str(REAL / "unlabeled2017") in said[0], "whole pictures are no person's shape"
     only_pictures = _open(REAL, tmp_path, unlabelled_train_people=False)
     assert only_pictures.sets.unlabelled is not None and len(only_pictures.sets.unlabelled) == 10
-    batch = next(iter(data.batches(run.people(), _share(), range(1), 0, CPU)))
+    batch = next(iter(loader.batches(run.people(), _share(), range(1), 0, CPU)))
     assert batch.pair is not None and batch.labelled.weights.sum() > 0
 
 
@@ -556,7 +558,7 @@ def test_counts_of_drawn_people(run: Run, drawn: Path, tmp_path: Path) -> None:
     assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabelled)) == (20, 5, 15)
     assert run.sets.split("val") is run.sets.val and run.sets.split("train") is run.sets.train
     config = replace(run.config, cache_dir=str(tmp_path))
-    assert data.open_people(config, COCO17, unlabelled=False).unlabelled is None
+    assert build.open_people(config, COCO17, unlabelled=False).unlabelled is None
 
 
 def test_skipped_people_are_counted(drawn: Path, tmp_path: Path) -> None:
@@ -578,7 +580,7 @@ def test_without_unlabelled_people_nothing_can_be_learnt_from_them(drawn: Path, 
         _open(root, tmp_path / "cache")
     assert str(root / "unlabeled2017") in str(caught.value) and "\n" not in str(caught.value)
     config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"))
-    assert len(data.open_people(config, COCO17, unlabelled=False).train) == 20
+    assert len(build.open_people(config, COCO17, unlabelled=False).train) == 20
 
 
 def test_people_are_drawn_where_no_root_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,10 +588,10 @@ def test_people_are_drawn_where_no_root_is_given(tmp_path: Path, monkeypatch: py
     counts = replace(DataConfig().synthetic, num_train=4, num_unlabelled=3, num_val=2)
     config = DataConfig(synthetic=counts, unlabelled_min_side=0.0)
     for _ in range(2):
-        sets = data.open_people(config, COCO17, unlabelled=True)
+        sets = build.open_people(config, COCO17, unlabelled=True)
         assert sets.unlabelled is not None
         assert (len(sets.train), len(sets.unlabelled), len(sets.val)) == (4, 3, 2)
     tables, drawn = sorted(path.name for path in tmp_path.iterdir())
     assert tables == "people" and "4-3-2-0" in drawn, "drawn once, and named after its counts and seed"
     with pytest.raises(UserError, match="no such folder"):
-        data.open_people(replace(config, root=str(tmp_path / "absent")), COCO17, unlabelled=False)
+        build.open_people(replace(config, root=str(tmp_path / "absent")), COCO17, unlabelled=False)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, leakage
 from sapiens_accel.data import people as coco
 from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter
@@ -49,7 +49,7 @@ def root(drawn: Path, tmp_path: Path) -> Path:
 
 def _open(root: Path, cache: Path, unlabelled: bool = True, **changes: Any) -> Sets:
     options: dict[str, Any] = {"unlabelled_min_side": 0.0, "input_hw": (64, 48)} | changes
-    return data.open_people(DataConfig(root=str(root), cache_dir=str(cache), **options), COCO17, unlabelled=unlabelled)
+    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache), **options), COCO17, unlabelled=unlabelled)
 
 
 def _pool(root: Path, cache: Path, **changes: Any) -> People:
@@ -264,7 +264,7 @@ def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> N
 def test_real_people_leak_nothing(cache: Path) -> None:
     sets = _open(REAL, cache)
     assert sets.unlabelled is not None
-    pool.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+    leakage.refuse_leaks(sets.val, sets.train, sets.unlabelled)
 
 
 def _val_picture(root: Path) -> Path:
@@ -332,19 +332,19 @@ def test_photographs_look_like_themselves_alone(tmp_path: Path) -> None:
     pictures = sorted((REAL / "val2017").iterdir())[:12]
     for a in pictures:
         _encode_anew(a, tmp_path / a.name)
-        assert [b for b in pictures if pool._look_alike(tmp_path / a.name, b)] == [a]
+        assert [b for b in pictures if leakage._look_alike(tmp_path / a.name, b)] == [a]
 
 
 def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Path] = []
-    monkeypatch.setattr(pool, "LOOKED_AT", 2)
-    monkeypatch.setattr(pool, "_look_alike", lambda path, other: bool(looked.append(path)))
+    monkeypatch.setattr(leakage, "LOOKED_AT", 2)
+    monkeypatch.setattr(leakage, "_look_alike", lambda path, other: bool(looked.append(path)))
     val = _open(root, cache, unlabelled=False).val
     copies = Path(shutil.copytree(root, root.with_name("copies")))
     for picture in (copies / "val2017").iterdir():
         picture.write_bytes(picture.read_bytes() + b"more")
     copied = dataclasses.replace(val, root=copies)
-    assert pool.leaks(pool._pictures_of(copied), pool._pictures_of(val)) == {}
+    assert leakage.leaks(leakage._pictures_of(copied), leakage._pictures_of(val)) == {}
     assert len(looked) == 2 < len(list((copies / "val2017").iterdir()))
 
 
@@ -361,14 +361,14 @@ def test_equal_files_are_found_among_many_of_equal_size(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         for i in range(40):
             start, end = rng.integers(0, 2, 2)
-            content = bytes([start]) * pool.HEAD_BYTES + bytes([end]) * int(rng.integers(0, 3))
+            content = bytes([start]) * leakage.HEAD_BYTES + bytes([end]) * int(rng.integers(0, 3))
             (tmp_path / folder / f"{i}").write_bytes(content if i else b"")
     ours, theirs = (sorted((tmp_path / folder).iterdir()) for folder in ("a", "b"))
-    found = pool.same_files(ours, theirs)
+    found = leakage.same_files(ours, theirs)
     expected = {a for a in ours if any(a.read_bytes() == b.read_bytes() for b in theirs)}
     assert set(found) == expected and 0 < len(expected) < 40
     assert all(a.read_bytes() == b.read_bytes() for a, b in found.items())
-    assert pool.same_files(ours, []) == pool.same_files([], theirs) == {}
+    assert leakage.same_files(ours, []) == leakage.same_files([], theirs) == {}
 
 
 # ---- Where the pool comes from

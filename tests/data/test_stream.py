@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import streaming as stream
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Sets, Share, TrainingPeople
+from sapiens_accel.data.dataset import Sets, TrainingPeople
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
@@ -47,7 +48,7 @@ def _config(root: Path, **changes: Any) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def sets(root: Path) -> Sets:
-    return data.open_people(_config(root), COCO17, unlabelled=True)
+    return build.open_people(_config(root), COCO17, unlabelled=True)
 
 
 def _people(sets: Sets, config: DataConfig, seed: int = 0, **plan: Any) -> TrainingPeople:
@@ -68,7 +69,7 @@ def _ids(
     share = Share(
         rank=rank, num_ranks=num_ranks, micro_batch=BATCH // num_ranks // accumulation, accumulation=accumulation
     )
-    return [b.labelled.ann_id.tolist() for b in data.batches(_people(sets, config), share, steps, workers, CPU)]
+    return [b.labelled.ann_id.tolist() for b in loader.batches(_people(sets, config), share, steps, workers, CPU)]
 
 
 def _flat(lists: Iterable[list[Any]]) -> list[Any]:
@@ -125,7 +126,7 @@ def test_nobody_twice_for_any_numbers(people: int, batch: int, parts: int) -> No
     """Whole batches of an epoch are of different people; those who are left over are fewer than a batch."""
     rng = np.random.default_rng(people)
     counts = np.bincount(rng.integers(0, 9, people), minlength=9)  # some groups may be of nobody
-    rows = stream.Rows([], counts, 17)
+    rows = stream.StreamRows([], counts, 17)
     per_epoch = max(1, people // batch)
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
@@ -141,7 +142,7 @@ def test_nobody_twice_for_any_numbers(people: int, batch: int, parts: int) -> No
 def test_a_process_reads_its_own_groups_alone() -> None:
     """8 processes of 4 workers: no row group is read by more than two, those at the ends of lanes; and in a row."""
     counts, batch, ranks, workers = np.full(3200, 10), 64, 8, 4
-    rows = stream.Rows([], counts, 17)
+    rows = stream.StreamRows([], counts, 17)
     read: dict[int, set[tuple[int, int]]] = {}
     turns: dict[tuple[int, int], list[int]] = {}
     for step in range(counts.sum() // batch):
@@ -161,7 +162,7 @@ def test_a_process_reads_its_own_groups_alone() -> None:
 
 
 def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Sets) -> None:
-    opened = data.open_people(_config(root, streaming=False), COCO17, unlabelled=True)
+    opened = build.open_people(_config(root, streaming=False), COCO17, unlabelled=True)
     for name in ("train", "unlabelled"):
         ours, theirs = getattr(sets, name), getattr(opened, name)
         known = {row["ann_id"]: row for row in theirs.rows}
@@ -177,7 +178,7 @@ def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Set
 
 def test_the_tar_of_the_same_pictures_streams_too(root: Path) -> None:
     config = _config(root.parent / "tar")
-    found = data.open_people(config, COCO17, unlabelled=True)
+    found = build.open_people(config, COCO17, unlabelled=True)
     ids = _flat(_ids(found, config, range(PEOPLE // BATCH), workers=1))
     assert len(set(ids)) == PEOPLE
     assert found.unlabelled is not None and len(found.unlabelled) == 20
@@ -186,7 +187,7 @@ def test_the_tar_of_the_same_pictures_streams_too(root: Path) -> None:
 def test_addresses_are_read_where_they_are(root: Path, sets: Sets) -> None:
     """Another machine's shards, here by fsspec's file://: parquet, read by row groups."""
     config = replace(_config(root), root=f"file://{root}")
-    found = data.open_people(config, COCO17, unlabelled=True)
+    found = build.open_people(config, COCO17, unlabelled=True)
     assert all(file.startswith("file://") for file in shards.read(found.train.annotations).files)
     steps = range(PEOPLE // BATCH)
     assert _ids(found, config, steps, workers=2) == _ids(sets, _config(root), steps)
@@ -195,13 +196,13 @@ def test_addresses_are_read_where_they_are(root: Path, sets: Sets) -> None:
 def test_pairs_are_streamed(root: Path, sets: Sets) -> None:
     people = _people(sets, _config(root), teacher=TeacherConfig(ratio=2, cutout=3))
     share = Share(rank=0, num_ranks=1, micro_batch=4, accumulation=2)
-    batches = list(data.batches(people, share, range(2), 1, CPU))
+    batches = list(loader.batches(people, share, range(2), 1, CPU))
     assert all(batch.pair is not None and len(batch.pair.weak.image) == 8 for batch in batches)
 
 
 def test_shards_that_changed_under_a_run_are_told(root: Path, sets: Sets) -> None:
     rows: Any = sets.train.rows
-    fewer = stream.Rows(rows.groups, rows.counts + 1, 17)
+    fewer = stream.StreamRows(rows.groups, rows.counts + 1, 17)
     with pytest.raises(UserError, match=r"train\.shards: .*have changed"):
         fewer[0]
 

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from sapiens_accel.config.schema import Config, DataConfig
+from sapiens_accel.data import build, detections
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.doctor import report as doctor
@@ -58,7 +59,7 @@ def run(root: Path, drawn: Path) -> Config:
 
 
 def _open(run: Config, **changes: Any) -> data.Sets:
-    return data.open_people(dataclasses.replace(run.data, **changes), COCO17, unlabelled=False)
+    return build.open_people(dataclasses.replace(run.data, **changes), COCO17, unlabelled=False)
 
 
 def _refused(run: Config, *named: str, **changes: Any) -> None:
@@ -427,7 +428,7 @@ def test_a_broken_detection_is_refused(root: Path, tmp_path: Path, change: dict[
     thing = {"image_id": 10_000_001, "category_id": 1, "bbox": [1, 1, 50, 50], "score": 0.9} | change
     (root / "found.json").write_text(json.dumps([thing]))
     with pytest.raises(UserError, match=named) as caught:
-        coco.detected_people(root, "found.json", "unlabeled2017", 17, 1, 0.5, tmp_path / "cache")
+        detections.detected_people(root, "found.json", "unlabeled2017", 17, 1, 0.5, tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 

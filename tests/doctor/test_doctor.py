@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, DataConfig, MoreData
+from sapiens_accel.config import schema
+from sapiens_accel.config.schema import Config, DataConfig
+from sapiens_accel.data import build
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.doctor import environment, preview
@@ -312,7 +314,7 @@ def test_ids_of_both_files_are_a_note(root: Path) -> None:
 
 
 def test_columns_are_those_of_the_chosen_rows(drawn: Path) -> None:
-    rows = data.open_people(_run(drawn).data, COCO17, unlabelled=False).train.rows
+    rows = build.open_people(_run(drawn).data, COCO17, unlabelled=False).train.rows
     chosen = rows.select([70, 3, 41]).select([2, 0])
     assert coco.column_of(chosen, "ann_id").tolist() == [rows[41]["ann_id"], rows[70]["ann_id"]]
     assert list(coco.column_of(chosen, "file_name")) == [rows[41]["file_name"], rows[70]["file_name"]]
@@ -420,7 +422,7 @@ def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
 
     _change(root, scale)
     with pytest.raises(UserError, match=r"boxes are less than 2 px.* expected both in pixels") as caught:
-        data.open_people(_run(root).data, COCO17, unlabelled=False)
+        build.open_people(_run(root).data, COCO17, unlabelled=False)
     assert "zero" not in str(caught.value)
 
 
@@ -470,7 +472,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     tree["categories"][0] |= {"keypoints": [COCO17.names[k] for k in kept], "skeleton": []}
     (other / TRAIN).write_text(json.dumps(tree))
     shutil.copy(root / "val2017" / "000020000003.jpg", other / "train2017" / "000000000040.jpg")
-    more = MoreData(root=str(other), train_annotations=TRAIN, train_images="train2017")
+    more = schema.MoreData(root=str(other), train_annotations=TRAIN, train_images="train2017")
     run = _run(root, more=(more,))
     report, labels, _ = doctor.looked_over(run)
     told = {finding.check: finding for finding in report.findings if finding.level != "note"}
@@ -480,7 +482,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     assert told.pop("train 2/area").culprits[0].startswith("annotation 5 (") and not told
     assert len(labels) == 240 and report.people["train 2"]["visible"]["left_wrist"] == 0
     assert report.people["train 2"]["visible"]["nose"] == report.people["train"]["visible"]["nose"] > 0
-    sets, said = data.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
     doctor.briefly(said.append, sets, run)
     assert [line for line in map(str, said[1:]) if "/ids" in line] == []
     assert any("train 2/area: 1 person of area 0: annotation 5 " in str(line) for line in said)
@@ -509,7 +511,7 @@ def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming:
 
 def test_before_a_training_from_a_stream_few_are_fetched(shards: Path, tmp_path: Path) -> None:
     run = _run(shards, streaming=True)
-    sets, said = data.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
     doctor.briefly(said.append, sets, run)
     assert any("train/area: 1 person of area 0: annotation 6 (" in str(line) for line in said)
 
@@ -576,7 +578,7 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
     """The colours of joints that lie free are in the picture at the places that the sample names."""
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
-    sets = data.open_people(run.data, COCO17, unlabelled=False)
+    sets = build.open_people(run.data, COCO17, unlabelled=False)
     people = preview.first_stage(run, sets, COCO17)
     picture = preview.grid(people, COCO17)
     tile_h, tile_w = 512 + 4, 384 + 4
@@ -748,7 +750,7 @@ def test_the_text_names_a_few_and_counts_the_rest(drawn: Path) -> None:
 
 def _brief(root: Path) -> list[str]:
     run = config.load(_words(root))
-    sets, said = data.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
     try:
         doctor.briefly(lambda text: said.append(str(text)), sets, run)
     except UserError as error:
@@ -774,7 +776,7 @@ def test_before_a_training_faults_are_said_and_spoilt_labels_are_refused(root: P
 
 def test_before_a_training_no_picture_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config.load(_words(root))
-    sets = data.open_people(run.data, COCO17, unlabelled=False)
+    sets = build.open_people(run.data, COCO17, unlabelled=False)
     shutil.rmtree(root / "train2017")
     doctor.briefly(print, sets, run)
 

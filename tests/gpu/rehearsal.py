@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sapiens_accel.config.schema import StageConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, Share, View
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17

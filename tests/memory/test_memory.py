@@ -13,7 +13,7 @@ import pytest
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, MemoryConfig, Place
-from sapiens_accel.data.dataset import Share
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.memory import planner as memory

@@ -20,12 +20,14 @@ import torch
 from hub_server import TOKEN, Server, serve
 from huggingface_hub import HfApi, HfFileSystem, constants
 
+from sapiens_accel import errors
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import streaming as stream
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Share, TrainingPeople
-from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.data.dataset import TrainingPeople
+from sapiens_accel.data.sampling import Share
+from sapiens_accel.errors import UserError
 from sapiens_accel.hub import remote
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
@@ -84,12 +86,12 @@ def _config(root: str | Path, cache: Path, **changes: Any) -> DataConfig:
 
 
 def _batches(found: DataConfig, steps: range, workers: int = 0) -> list[bytes]:
-    sets = data.open_people(found, COCO17, unlabelled=True)
+    sets = build.open_people(found, COCO17, unlabelled=True)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
     plan = StageConfig(global_batch=BATCH, teacher=TeacherConfig(ratio=1, cutout=2))
     people = TrainingPeople(sets, augmenter, found, plan, seed=3, stage="ssl")
     share = Share(rank=0, num_ranks=1, micro_batch=BATCH, accumulation=1)
-    return [_bytes(batch) for batch in data.batches(people, share, steps, workers, torch.device("cpu"))]
+    return [_bytes(batch) for batch in loader.batches(people, share, steps, workers, torch.device("cpu"))]
 
 
 def _bytes(tree: Any) -> bytes:
@@ -127,7 +129,7 @@ def test_what_is_pushed_is_what_is_read(drawn: Path, parquet: Path, tmp_path: Pa
 
 def test_a_run_reads_the_commit_that_it_began_with(filled: Server, tmp_path: Path) -> None:
     found = _config(f"hf://{NAME}", tmp_path, streaming=True)
-    sets = data.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabelled=False)
     filled.repos[REPO].commit({path: b"?" for path in filled.repos[REPO].files if path.startswith("data/")})
     HfFileSystem.clear_instance_cache()
     shards._parquet.cache_clear()
@@ -143,7 +145,7 @@ def _told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], m
     """The line of a program that ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit) as caught:
-        run_main(lambda _: main())
+        errors.run_main(lambda _: main())
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1 and TOKEN not in said
     return said
@@ -156,7 +158,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(
     def told(root: str) -> str:
         remote._commit.cache_clear()  # another process
         found = _config(root, tmp_path / "cache", streaming=streaming)
-        said = _told(monkeypatch, capsys, lambda: data.open_people(found, COCO17, unlabelled=False))
+        said = _told(monkeypatch, capsys, lambda: build.open_people(found, COCO17, unlabelled=False))
         assert f"--data.root {root}: " in said
         return said
 
@@ -180,13 +182,13 @@ def test_a_download_that_was_cut_off_is_never_taken_for_whole(
     lost = "data/train-00001-of-"
     filled.fail(f"/resolve/.*{lost}", method="GET", status=403)
     with pytest.raises(UserError, match=r"--data\.root hf://me/people@\w+: .*may not"):
-        data.open_people(found, COCO17, unlabelled=False)
+        build.open_people(found, COCO17, unlabelled=False)
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(UserError, match="it is not in the cache"):
-            data.open_people(found, COCO17, unlabelled=False)
+            build.open_people(found, COCO17, unlabelled=False)
     gets = filled.count("GET", "/resolve/")
-    assert len(data.open_people(found, COCO17, unlabelled=False).train) == PEOPLE
+    assert len(build.open_people(found, COCO17, unlabelled=False).train) == PEOPLE
     missing = filled.count("GET", "/resolve/") - gets
     assert 1 <= missing <= sum(path.endswith(".parquet") for path in filled.repos[REPO].files)
     # Clients that keep no list of files take what is there for all.
@@ -194,7 +196,7 @@ def test_a_download_that_was_cut_off_is_never_taken_for_whole(
     shutil.copytree(parquet, snapshot, ignore=shutil.ignore_patterns("train-00001-*"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"{lost}.* is not in the cache .* cut off"):
-        data.open_people(replace(found, root=f"hf://me/half@{'0' * 40}"), COCO17, unlabelled=False)
+        build.open_people(replace(found, root=f"hf://me/half@{'0' * 40}"), COCO17, unlabelled=False)
 
 
 def test_a_push_that_fails_leaves_the_shards_and_changes_nothing(
@@ -256,7 +258,7 @@ def _records(folder: Path, name: str) -> list[list[int]]:
 def _reference(parquet: Path, cache: Path, steps: range, **changes: Any) -> list[list[int]]:
     """The ids of each step by one process that reads the folder."""
     found = _config(parquet, cache, streaming=True, **changes)
-    sets = data.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabelled=False)
     rows: Any = sets.train.rows
     orders = [rows.order(0, "phase2", step, BATCH, found.stream_parts, found.stream_window) for step in steps]
     return [[rows[int(index)]["ann_id"] for index in order] for order in orders]
@@ -326,8 +328,10 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
     convert.main(["convert", "coco", str(drawn), str(tmp_path / "out"), "--group_rows", "2"])
     server.add(REPO, _files(tmp_path / "out"))
     found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)
-    root = data.places(found)[0]
-    people = stream.people(root, [stream.Source(root / "train.shards", "train.shards", stream.labelled)], 17, tmp_path)
+    root = build.places(found)[0]
+    people = stream.people(
+        root, [stream.StreamSource(root / "train.shards", "train.shards", stream.labelled)], 17, tmp_path
+    )
     assert len(people) == PEOPLE
     name = next(path for path in server.repos[REPO].files if "/train-" in path)
     size = len(server.repos[REPO].files[name])
@@ -349,7 +353,7 @@ def test_memory_does_not_grow_with_the_data_set(parquet: Path, tmp_path: Path, m
             for path in train:
                 shutil.copy(path, folder / "data" / path.name.replace("train-", f"train-copy{number}-"))
         found = replace(_config(f"file://{folder}", tmp_path / "cache", streaming=True), check_images="ends")
-        people = data.open_people(found, COCO17, unlabelled=False).train
+        people = build.open_people(found, COCO17, unlabelled=False).train
         rows: Any = people.rows
         assert len(rows) == times * PEOPLE
         shards._held.clear()

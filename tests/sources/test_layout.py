@@ -15,11 +15,12 @@ import torch
 from datasets import ClassLabel, Features, Image, List, Value
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Share, TrainingPeople
+from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.predict import Predictions
@@ -147,10 +148,10 @@ def _marks(people: People, count: int) -> list[dict[str, Any]]:
 
 def _batches(found: DataConfig) -> bytes:
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
-    sets = data.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabelled=False)
     people = TrainingPeople(sets, augmenter, found, StageConfig(global_batch=6), seed=3, stage="phase2")
     share = Share(rank=0, num_ranks=1, micro_batch=6, accumulation=1)
-    batches = data.batches(people, share, range(3), 0, torch.device("cpu"))
+    batches = loader.batches(people, share, range(3), 0, torch.device("cpu"))
     return b"".join(part.numpy().tobytes() for b in batches for part in (*b.labelled.view, *b.labelled[1:]))
 
 
@@ -158,11 +159,11 @@ def test_people_batches_and_ap_are_those_of_the_folder(theirs: tuple[str, Path],
     name, root = theirs
     ours = _config(root, tmp_path, columns=LAYOUTS[name][1])
     folder = _config(drawn, tmp_path)
-    a, b = (data.open_people(one, COCO17, unlabelled=False) for one in (ours, folder))
+    a, b = (build.open_people(one, COCO17, unlabelled=False) for one in (ours, folder))
     assert len(a.train) == len(b.train) == 17 and len(a.val) == len(b.val) == 5
     assert _marks(a.train, 17) == _marks(b.train, 17) and _marks(a.val, 5) == _marks(b.val, 5)
     assert _batches(ours) == _batches(folder)
-    streamed = data.open_people(
+    streamed = build.open_people(
         _config(root, tmp_path, columns=LAYOUTS[name][1], streaming=True), COCO17, unlabelled=False
     )
     assert _marks(streamed.train, 17) == _marks(b.train, 17)
@@ -181,7 +182,7 @@ def test_pictures_are_theirs(theirs: tuple[str, Path], drawn: Path, tmp_path: Pa
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     for streaming in (False, True):
         found = _config(root, tmp_path, columns=LAYOUTS[name][1], streaming=streaming)
-        people = data.open_people(found, COCO17, unlabelled=False).train
+        people = build.open_people(found, COCO17, unlabelled=False).train
         for index in range(len(people)):
             row = people.rows[index]
             expected = (drawn / "train2017" / names[row["image_id"]]).read_bytes()
@@ -197,7 +198,7 @@ def _refused(tmp_path: Path, table: pa.Table, *named: str, **changes: Any) -> No
     for split in FILES:
         pq.write_table(table, folder / f"{split}.parquet")
     with pytest.raises(UserError) as caught:
-        data.open_people(_config(folder, tmp_path / "cache", **changes), COCO17, unlabelled=False)
+        build.open_people(_config(folder, tmp_path / "cache", **changes), COCO17, unlabelled=False)
     said = str(caught.value)
     assert "\n" not in said and [word for word in named if word not in said] == [], said
 

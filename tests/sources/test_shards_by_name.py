@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, MoreData, StageConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Sets, Share, TrainingPeople
+from sapiens_accel.data.dataset import Sets, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import convert, synthetic
 
@@ -63,8 +64,8 @@ def _config(root: Path, cache: Path, **changes: Any) -> DataConfig:
 
 
 def _open(config: DataConfig) -> tuple[Skeleton, Sets]:
-    skeleton, _ = data.open_skeleton(config)
-    return skeleton, data.open_people(config, skeleton, unlabelled=False)
+    skeleton, _ = build.open_skeleton(config)
+    return skeleton, build.open_people(config, skeleton, unlabelled=False)
 
 
 def _points(people: People) -> dict[int, Any]:
@@ -103,7 +104,7 @@ def test_shards_of_133_are_mixed_with_a_folder_of_17(roots: dict[str, Path], tmp
         augmenter = Augmenter(config=AugmentConfig(), skeleton=skeleton, input_hw=(64, 48))
         people = TrainingPeople(sets, augmenter, config, StageConfig(global_batch=8), seed=3, stage="phase2")
         share = Share(rank=0, num_ranks=1, micro_batch=8, accumulation=1)
-        found.append([batch.labelled for batch in data.batches(people, share, range(3), 0, torch.device("cpu"))])
+        found.append([batch.labelled for batch in loader.batches(people, share, range(3), 0, torch.device("cpu"))])
     ours, theirs = ([torch.cat(parts) for parts in zip(*(b[1:] for b in one), strict=True)] for one in found)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for a, b in zip(*found, strict=True):

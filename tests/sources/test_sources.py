@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig, TeacherConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build, loader
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Sets, Share, TrainingPeople
+from sapiens_accel.data.dataset import Sets, TrainingPeople
 from sapiens_accel.data.people import People
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics as ap
@@ -86,7 +87,7 @@ def _config(root: Path, cache: Path, **changes: Any) -> DataConfig:
 
 
 def _open(root: Path, cache: Path, **changes: Any) -> Sets:
-    return data.open_people(_config(root, cache, **changes), COCO17, unlabelled=True)
+    return build.open_people(_config(root, cache, **changes), COCO17, unlabelled=True)
 
 
 def _marks(people: People) -> list[dict[str, Any]]:
@@ -128,7 +129,7 @@ def test_batches_are_the_same_bytes(drawn: Path, shard: dict[str, Path], tmp_pat
         config = _config(root, tmp_path)
         augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
         people = TrainingPeople(_open(root, tmp_path), augmenter, config, plan, seed=3, stage="ssl")
-        found.append(_bytes(list(data.batches(people, share, range(4), workers, torch.device("cpu")))))
+        found.append(_bytes(list(loader.batches(people, share, range(4), workers, torch.device("cpu")))))
     assert found[0] == found[1] == found[2] and len(found[0]) > 100_000
 
 
@@ -136,7 +137,7 @@ def test_batches_are_the_same_bytes(drawn: Path, shard: dict[str, Path], tmp_pat
 def test_ap_is_the_same_to_the_last_digit(drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str) -> None:
     metrics = []
     for root in (drawn, shard[form]):
-        people = data.open_split(_config(root, tmp_path), COCO17, "val")
+        people = build.open_split(_config(root, tmp_path), COCO17, "val")
         keypoints = coco.keypoints_of(people.rows)
         noise = np.random.default_rng(0).normal(scale=4.0, size=keypoints[..., :2].shape)
         predicted = Predictions(points_xy=keypoints[..., :2] + noise, scores=np.full(keypoints.shape[:2], 0.9))
@@ -147,7 +148,7 @@ def test_ap_is_the_same_to_the_last_digit(drawn: Path, shard: dict[str, Path], t
 @pytest.mark.parametrize("form", FORMS)
 def test_the_json_comes_back(drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str) -> None:
     """All that AP needs: ids, crowds, areas and their absence, boxes, sizes, in the order of the file."""
-    people = data.open_split(_config(shard[form], tmp_path), COCO17, "val")
+    people = build.open_split(_config(shard[form], tmp_path), COCO17, "val")
     ours, theirs = coco_json.parsed(people.annotations), json.loads((drawn / VAL).read_text())
     kept = ("id", "image_id", "category_id", "iscrowd", "area", "bbox", "keypoints")
     assert ours["annotations"] == [{"iscrowd": 0} | {k: p[k] for k in kept if k in p} for p in theirs["annotations"]]
@@ -162,7 +163,7 @@ def test_a_detector_s_boxes_are_looked_for_in_shards(drawn: Path, shard: dict[st
     found = [{"image_id": p["image_id"], "category_id": 1, "bbox": p["bbox"], "score": 0.5}
              for p in json.loads((drawn / VAL).read_text())["annotations"]]  # fmt: skip
     (tmp_path / "boxes.json").write_text(json.dumps(found))
-    people = data.open_split(_config(shard["parquet"], tmp_path), COCO17, "val")
+    people = build.open_split(_config(shard["parquet"], tmp_path), COCO17, "val")
     boxes = detections.open_boxes(str(tmp_path / "boxes.json"), people)
     assert len(boxes) == len(found) and all(shards.inside(boxes.root / name) for name in boxes.file_names)
     assert photo.read_image(boxes.root / boxes.file_names[0]).shape[2] == 3
@@ -181,7 +182,7 @@ def test_five_lists_of_whole_bodies_survive(drawn: Path, tmp_path: Path) -> None
         (root / name).write_text(json.dumps(tree))
     convert.main(_words(root, tmp_path / "out"))
     for count, skeleton in ((133, WHOLEBODY133), (17, COCO17)):
-        ours, theirs = (data.open_split(_config(r, tmp_path), skeleton, "val") for r in (tmp_path / "out", root))
+        ours, theirs = (build.open_split(_config(r, tmp_path), skeleton, "val") for r in (tmp_path / "out", root))
         assert _marks(ours) == _marks(theirs) and coco.keypoints_of(ours.rows).shape[1] == count
 
 
@@ -235,11 +236,11 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     (repository / "refs" / "main").write_text("0" * 40)
     script = (
         "import json, sys\n"
-        "from sapiens_accel.data import dataset as data\n"
+        "from sapiens_accel.data import build\n"
         "from sapiens_accel.sources import images as photo\n"
-        "from sapiens_accel.config.parse import DataConfig\n"
+        "from sapiens_accel.config.schema import DataConfig\n"
         "from sapiens_accel.pose.skeleton import COCO17\n"
-        "people = data.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
+        "people = build.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
         "picture = photo.read_image(people.root / people.rows[0]['file_name'])\n"
         "print(json.dumps([people.rows['ann_id'][:], len(picture)]))"
     )
@@ -251,7 +252,7 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
         del os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"]
     assert done.returncode == 0, done.stderr
     ids, height = json.loads(done.stdout.splitlines()[-1])
-    theirs = data.open_split(_config(drawn, tmp_path), COCO17, "val")
+    theirs = build.open_split(_config(drawn, tmp_path), COCO17, "val")
     assert ids == theirs.rows["ann_id"][:] and height > 100
     assert "UserError: --data.root hf://someone/else" in absent.stderr
 
@@ -297,7 +298,7 @@ def test_the_command_writes_all_or_nothing(drawn: Path, tmp_path: Path) -> None:
 
 def _refused(root: Path, cache: Path, *named: str, **changes: Any) -> None:
     with pytest.raises(UserError) as caught:
-        data.open_people(_config(root, cache, **changes), COCO17, unlabelled=False)
+        build.open_people(_config(root, cache, **changes), COCO17, unlabelled=False)
     said = str(caught.value)
     assert "\n" not in said and all(word in said for word in named), said
 
@@ -364,7 +365,7 @@ def test_numbers_in_shards_keep_the_rules_of_a_json(tmp_path: Path, change: dict
     crowd = {**person, "id": 8, **change, "iscrowd": 1}
     config = DataConfig(root=str(_table(tmp_path / "crowd", image=picture, people=[[person, crowd]])))
     config = replace(config, cache_dir=str(tmp_path / "cache"))
-    assert data.open_people(config, COCO17, unlabelled=False).train.rows["ann_id"][:] == [7]
+    assert build.open_people(config, COCO17, unlabelled=False).train.rows["ann_id"][:] == [7]
 
 
 def test_a_tar_without_pictures_or_sense_is_refused(tmp_path: Path) -> None:

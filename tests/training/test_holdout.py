@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, TeacherConfig
-from sapiens_accel.data import dataset as data
+from sapiens_accel.data import build
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.models import export
 from sapiens_accel.models import load as weights
@@ -51,7 +51,7 @@ def holdout(tmp_path_factory: pytest.TempPathFactory) -> Holdout:
             person["keypoints"][3 * k + 2] = 0  # nobody has labelled it, but the teacher speaks of it all the same
     file.write_text(json.dumps(tree))
     knobs = DataConfig(root=str(root), input_hw=INPUT_HW, num_workers=0, cache_dir=str(root.parent / "cache"))
-    sets = data.open_people(knobs, COCO17, unlabelled=False)
+    sets = build.open_people(knobs, COCO17, unlabelled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=INPUT_HW)
     return Holdout(sets.val, augmenter, knobs, num_cutouts=2, seed=0)
 
