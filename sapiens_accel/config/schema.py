@@ -4,10 +4,10 @@ Processes, precision and ZeRO are owned by `accelerate_configs/` and `ds_configs
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
-STAGES: tuple[StageName, ...] = ("phase1", "phase2", "ssl")
+STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
 Place = Literal["device", "sharded", "host"]
 
 
@@ -318,7 +318,7 @@ class Config:
 
     recipe: str = "demo"
     """Name of a recipe in sapiens_accel/recipes, or a YAML file."""
-    stage: Literal["phase1", "phase2", "ssl", "all"] = "all"
+    stage: Literal[StageName, "all"] = "all"
     """What to train; each stage starts from the weights of the one before it."""
     output_dir: str = "runs/{recipe}"
     """Run folder."""
@@ -376,4 +376,4 @@ class Config:
         return STAGES if self.stage == "all" else (self.stage,)
 
     def of(self, stage: StageName) -> StageConfig:
-        return {"phase1": self.phase1, "phase2": self.phase2, "ssl": self.ssl}[stage]
+        return getattr(self, stage)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import cv2
@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray as Array
 
-COLOURS = {"phase1": (120, 120, 120), "phase2": (90, 140, 200), "ssl": (200, 90, 80)}
+from sapiens_accel.config.schema import STAGES
+
+COLOURS = dict(zip(STAGES, cycle([(120, 120, 120), (90, 140, 200), (200, 90, 80), (90, 170, 110)]), strict=False))
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 900, 220, 80, 24, 36, 44
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GREY, INK = (225, 225, 225), (40, 40, 40)

@@ -87,7 +87,9 @@ def check() -> None:
     if not uses_deepspeed():
         return
     if "LOCAL_RANK" not in os.environ:
-        raise UserError("DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml")
+        raise UserError(
+            "DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml train.py"
+        )
     if is_set("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{where}: ACCELERATE_USE_CPU would drop ZeRO (expected unset). Without a GPU it runs on the CPU"
@@ -103,7 +105,7 @@ def _check_environment(where: Path | str) -> None:
         if is_set(variable):
             raise UserError(
                 f"{where}: {name} is not supported (expected distributed_type NO, MULTI_GPU or DEEPSPEED). "
-                "To share the state between GPUs: accelerate launch --config_file accelerate_configs/zero3.yaml"
+                "To share the state: accelerate launch --config_file accelerate_configs/zero3.yaml train.py"
             )
     if (asked := precision_asked()) not in PRECISIONS:
         raise UserError(

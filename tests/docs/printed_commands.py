@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = (
-    r"(?:accelerate launch|torchrun|tensorboard --|mkdocs |pytest(?= |$)|bash \.ci/run|pip install|"
+    r"(?:accelerate launch|torchrun (?=-)|tensorboard --|mkdocs |pytest(?= |$)|bash \.ci/run|pip install|"
     r"sapiens-accel (?=[a-z])|python (?:-m sapiens_accel|train\.py|eval\.py|benchmarks/|docs/))"
 )
 # Where a command in the middle of a sentence ends.

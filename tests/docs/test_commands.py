@@ -52,7 +52,7 @@ NOT_RUN = {
     "pip install {}": "the name of a backend: test_what_pip_installs knows both",
 }
 NOT_RUN_PREFIX = "python benchmarks/"  # they measure for minutes: tests/test_benchmarks.py runs each of them small
-NAMES = ("accelerate launch", "torchrun")  # of a program, in a sentence
+NAMES = ("accelerate launch",)  # of a program, in a sentence
 
 COUNTS = {"num_train": 12, "num_unlabelled": 8, "num_val": 6}
 SMALL = "--data.input_hw [64,48] --data.sigma 1 --data.num_workers 0"
