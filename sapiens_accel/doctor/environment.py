@@ -26,6 +26,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.sources import coco as coco_json
@@ -154,6 +155,8 @@ def _devices() -> Iterator[Finding]:
         device = torch.cuda.get_device_properties(index)
         memory_told = f"{device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
         yield _found("note", "gpu", f"{index}: {device.name}, {memory_told}; {told}, CUDA {torch.version.cuda}")
+        if problem := problem_of_device(index):
+            yield _found("error", "gpu", problem)
 
 
 def _precision(launch: Launch) -> Iterator[Finding]:

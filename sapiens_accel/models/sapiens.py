@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.models.attention import BY_DEVICE
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 
 # ImageNet's, as Sapiens was trained with (RGB, 0..255).
@@ -173,8 +174,9 @@ class SapiensPose(nn.Module):
 
     def lay_out(self, layout: Layout) -> None:
         """Keep and compute again what the layout says, from the next forward on."""
-        # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none.
-        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none. Nothing in a block
+        # is random: the generators' states need not be kept for the second forward.
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for index, block in enumerate(self.blocks):
             block.gradient_checkpointing = index < layout.checkpointed_blocks
             if layout.compiled:
@@ -264,6 +266,7 @@ def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) ->
         num_attention_heads=size.heads,
         layer_norm_eps=1e-6,
     )
+    config._attn_implementation = BY_DEVICE
     backbone = VitPoseBackbone(config)
     positions = backbone.embeddings.position_embeddings
     grid_hw = (input_hw[0] // size.patch, input_hw[1] // size.patch)
@@ -292,6 +295,7 @@ def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n 
 
 def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
     config = sapiens2_config(size, num_keypoints, input_hw)
+    config._attn_implementation = BY_DEVICE
     pose = Sapiens2ForPoseEstimation(config)
     head = Sapiens2PoseHead(config)
     head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)

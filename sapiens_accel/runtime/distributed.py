@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import launch
+from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
 
@@ -53,6 +54,8 @@ def start() -> Accelerator:
     """
     launch.check()
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
+    if cuda:
+        check_device(int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
     # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
     # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
     backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
@@ -184,9 +187,12 @@ def free_bytes(accelerator: Accelerator) -> int | None:
 
 
 def least(accelerator: Accelerator, value: float) -> float:
-    """The smallest of all ranks' values, so that they decide alike."""
-    own = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
-    return float(gather(accelerator, own).min())
+    """The smallest of all ranks' values, so that they decide alike. Over the hosts, as `any_rank`."""
+    if accelerator.num_processes == 1:
+        return value
+    own = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MIN, group=_host_group())
+    return float(own)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

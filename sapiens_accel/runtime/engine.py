@@ -6,6 +6,7 @@ once only: a second stage would silently keep the first one's).
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def prepare(
     """The model (a backbone and a `head`) and its optimizer as this launch runs them."""
     accelerator.gradient_accumulation_steps = accumulation
     if is_deepspeed(accelerator):
+        read_visible_devices()
         config = deepspeed_config(accelerator)
         config.pop("train_batch_size", None)
         config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -56,6 +58,18 @@ def prepare(
     if [name for name, _ in _module(prepared_model).named_parameters()] != names:
         raise RuntimeError("the launch renames the model's parameters: its exported weights could not be loaded")
     return prepared_model, prepared_optimizer
+
+
+def read_visible_devices() -> None:
+    """Let DeepSpeed ask torch, not NVML, for free memory where cards are visible by UUID (SLURM, MIG).
+
+    It takes what CUDA_VISIBLE_DEVICES lists for numbers.
+    """
+    from deepspeed.accelerator import cuda_accelerator
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    if not all(name.strip().isdigit() for name in visible):
+        cuda_accelerator.pynvml = None
 
 
 def _gather_head_at_once(head: nn.Module) -> None:
@@ -93,10 +107,13 @@ def take_step(
         # Without ZeRO there is no such check; no launch that is shipped here runs so.
         return engine.get_global_grad_norm(), not getattr(engine.optimizer, "overflow", False)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
-    if accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-        return norm, False
-    optimizer.step()
-    return norm, not optimizer.step_was_skipped
+    taken = norm is None or math.isfinite(norm)
+    if taken:
+        optimizer.step()
+    elif accelerator.scaler is not None:
+        # Not by `optimizer.step_was_skipped`: torch's scaler always calls a fused optimizer, so that is never set.
+        accelerator.scaler.update()  # lowers the scale where a gradient overflowed
+    return norm, taken
 
 
 def is_engine(model: Any) -> bool:

@@ -30,6 +30,7 @@ from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime import device as gpu
 from sapiens_accel.runtime import distributed, files
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.training import checkpoint
@@ -104,8 +105,7 @@ class Report:
         self.since, self.since_step = time.perf_counter(), first
         self.writes = accelerator.is_main_process and not run.dry_run
         self.file, self.board = None, None
-        if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        gpu.reset_peak(accelerator.device)
         shown = None if accelerator.is_main_process else True  # None: where there is a terminal
         self.progress = tqdm(initial=first, total=last, desc=stage, unit="step", disable=shown, dynamic_ncols=True)
         if self.writes:
@@ -168,11 +168,11 @@ class Report:
         means["people_per_second"] = people / max(now - self.since, 1e-9)
         self.restart_clock(step)
         means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-        if device.type == "cuda":
-            means["gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        if peak := gpu.peak_bytes(device):
+            means["gpu_peak_gib"] = peak / GIB
             means["gpu_peak_predicted_gib"] = self.predicted_peak / GIB
         self.write(step, means)
-        if device.type == "cuda" and step - self.first <= self.run.log_every:
+        if peak and step - self.first <= self.run.log_every:
             measured, predicted = means["gpu_peak_gib"], means["gpu_peak_predicted_gib"]
             self.accelerator.print(
                 f"{self.stage}: GPU memory {measured:.2f} GiB measured, {predicted:.2f} GiB predicted"

@@ -422,3 +422,20 @@ def test_description_rebuilds_the_network(tiny: SapiensPose) -> None:
     rebuilt = SapiensPose(described["name"], described["num_keypoints"], tuple(described["input_hw"]))
     rebuilt.load_state_dict(tiny.state_dict(), strict=True)
     assert rebuilt.heatmap_hw == tiny.heatmap_hw
+
+
+@pytest.mark.parametrize("tiny", ["sapiens_tiny", "sapiens2_tiny"], indirect=True)
+def test_no_random_state_is_kept_for_checkpointed_blocks(
+    tiny: SapiensPose, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be read at every block, and set again in the backward; nothing in a block is random."""
+    rates = {name: rate for name, rate in tiny.backbone.config.to_dict().items() if "drop" in name}
+    assert len(rates) == 2 and not any(rates.values())
+    tiny.lay_out(Layout(checkpointed_blocks=4))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the state of a generator was read or set")
+
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch, name, refuse)
+    tiny.train()(picture).square().sum().backward()

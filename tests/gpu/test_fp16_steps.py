@@ -1,0 +1,89 @@
+"""Plain fp16 launches leave out the steps whose gradients overflowed, with AdamW fused and torch's own GradScaler."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+import train
+from sapiens_accel.config.schema import OptimConfig
+from sapiens_accel.errors import UserError
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.engine import take_step
+from sapiens_accel.training import optim
+from sapiens_accel.training.mean_teacher import Supervised
+
+SCALE = 2.0**10
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """As on a T4 without DeepSpeed: fp16 and a GradScaler, which Accelerate itself only gives to GPUs."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    yield accelerator
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def copy_of(model: nn.Module, optimizer: Any) -> list[Any]:
+    """Weights, moments and step counts."""
+    states = [optimizer.state[p] for p in model.parameters()]
+    moments = [state[name].clone() for state in states for name in sorted(state)]
+    return [*(p.detach().clone() for p in model.parameters()), *moments]
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+def test_a_step_that_overflows_is_left_out_and_lowers_the_scale(accelerator: Accelerator, clip_norm: float) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Linear(4, 3)
+    config = OptimConfig(lr=1e-2)
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.1}]
+    optimizer: Any = optim.adamw(groups, config, torch.device("cpu"))
+    assert optimizer.defaults["fused"], "on the CPU too: there this shows without a GPU"
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    taken, scales = [], []
+    for factor in (1.0, float("inf"), 1.0, float("nan"), 1e30, 1.0):  # 1e30: each gradient is a number, the norm is not
+        before = copy_of(model, optimizer)
+        accelerator.backward(model(torch.full((2, 4), factor)).square().mean())
+        norm, was_taken = take_step(accelerator, model, optimizer, clip_norm)
+        optimizer.zero_grad()
+        same = [torch.equal(a, b) for a, b in zip(before, copy_of(model, optimizer), strict=False)]
+        assert all(same) != was_taken
+        assert torch.as_tensor(norm).isfinite() == was_taken
+        taken.append(was_taken)
+        scales.append(accelerator.scaler.get_scale())  # pyright: ignore[reportOptionalMemberAccess]
+    assert taken == [True, False, True, False, False, True]
+    assert scales[1] == SCALE / 2 and scales[3] == SCALE / 4
+
+
+def test_a_run_in_which_fp16_never_recovers_is_stopped(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.py itself, fused AdamW, gradients that overflow from the third step on."""
+    calls: list[int] = []
+    supervised = Supervised.loss
+
+    def loss(self: Supervised, *rest: Any) -> Any:
+        value, logs = supervised(self, *rest)
+        calls.append(1)
+        return value * (float("inf") if len(calls) > 2 else 1.0), logs
+
+    monkeypatch.setattr(Supervised, "loss", loss)
+    monkeypatch.setattr(distributed, "start", lambda: accelerator)
+    monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path))
+    words = ["--stage=phase2", "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=1", "--max_steps=40"]
+    words += ["--data.synthetic.num_val=2", "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1"]
+    words += ["--phase2.global_batch=2", "--report_to=none", "--eval.num_pictures=0", "--eval.num_worst=0"]
+    with pytest.raises(UserError, match=r"gradients that are no numbers, 20 steps in a row up to 22; lower"):
+        train.main([*words, f"--output_dir={tmp_path / 'run'}"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.count("skipped_in_a_row") == 20
