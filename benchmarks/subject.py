@@ -21,7 +21,7 @@ from sapiens_accel.pose.skeleton import COCO17 as SKELETON
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import ema, optim
 from sapiens_accel.training.loop import Step, steps
-from sapiens_accel.training.mean_teacher import build
+from sapiens_accel.training.mean_teacher import build_objective
 
 SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
 
@@ -130,7 +130,7 @@ def stepping(accelerator: Accelerator, case: Case, model: SapiensPose, batches: 
         accumulation=case.share.accumulation,
         clip_norm=plan.optim.clip_norm,
     )
-    objective = build(
+    objective = build_objective(
         plan,
         codec_of(case.run),
         SKELETON,

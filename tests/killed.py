@@ -26,7 +26,7 @@ checkpoints = next(
 
 
 def newest() -> int:
-    return max((int(path.name.removeprefix("step_")) for path in checkpoint.found(checkpoints)), default=0)
+    return max((int(path.name.removeprefix("step_")) for path in checkpoint.list_checkpoints(checkpoints)), default=0)
 
 
 for _ in range(int(kills)):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from sapiens_accel.training import loop
-from sapiens_accel.training.mean_teacher import Supervised
+from sapiens_accel.training.objectives import Supervised
 
 SUPERVISED_LOSS, LR_AT = Supervised.loss, loop.lr_at
 

@@ -31,7 +31,8 @@ from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.loop import steps
-from sapiens_accel.training.mean_teacher import MeanTeacher, Objective, Supervised
+from sapiens_accel.training.mean_teacher import MeanTeacher
+from sapiens_accel.training.objectives import Objective, Supervised
 
 INPUT_HW = (256, 192)
 

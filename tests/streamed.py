@@ -98,7 +98,7 @@ for name, more in (("first", []), ("second", ["--resume_from_checkpoint=latest"]
         ended(children)
         continue
     deadline = time.monotonic() + 120
-    while not any(found.name == "step_3" for found in checkpoint.found(checkpoints)):
+    while not any(found.name == "step_3" for found in checkpoint.list_checkpoints(checkpoints)):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     for child in children:

@@ -23,7 +23,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
-from sapiens_accel.training import checkpoint
+from sapiens_accel.training import run_folder
 
 pytestmark = pytest.mark.launch
 
@@ -350,8 +350,8 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
         assert (written[stage]["split"], written[stage]["flip"]) == ("train", False)
         # What was trained stays finished: a resumed run must not train it again because it was evaluated.
         last = 80 if stage == "phase2" else 2
-        assert stage in checkpoint.finished(folder, {stage: last}, "latest")
-        assert not checkpoint.finished(folder, {stage: last + 1}, "latest")
+        assert stage in run_folder.finished(folder, {stage: last}, "latest")
+        assert not run_folder.finished(folder, {stage: last + 1}, "latest")
 
 
 # ---- A run that was cut goes on

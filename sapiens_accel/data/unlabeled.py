@@ -1,8 +1,6 @@
 """Which training people keep their labels, the pool of people without, and what must never be in it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -17,7 +15,6 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 
 ASPECT_FACTOR = 2.0
-IDS_AT_MOST = 1_000_000  # people whose ids are recorded
 COMPARED = 20_000
 
 
@@ -53,55 +50,6 @@ def _num_labels(labels: int | str | None, people: People) -> int:
             f"{len(people)} people with keypoints in {people.annotations}"
         )
     return num
-
-
-def write_labelled_ids(path: Path, people: People, config: DataConfig) -> None:
-    """Write which people are labelled, and by which rule, as JSON; ids in ascending order.
-
-    A record of other people is kept as NAME.1.json, NAME.2.json, ... and told: what was trained by it knows labels
-    that are withheld now.
-
-    Args:
-        people: those that a run learns from, after pictures that do not decode were left out.
-
-    Raises:
-        UserError: the record that is there is not JSON.
-    """
-    rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
-    ids = {}
-    if config.labels is not None or (not config.streaming and len(people) <= IDS_AT_MOST):
-        ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
-    told = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
-    if path.is_file():
-        _keep_record(path, told)
-    path.write_text(json.dumps(told) + "\n")
-
-
-def _keep_record(path: Path, told: dict[str, Any]) -> None:
-    """Keep an earlier run's record where it names other people, and print what that means for this run."""
-    try:
-        old = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}; it said who had labels in an earlier run; move it away") from None
-    if all(old.get(key) == told.get(key) for key in ("annotations", "ann_ids")):
-        return
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(kept)
-    # Ids of another JSON are other people's; without `labels` nobody is withheld, only left out with a picture.
-    comparable = told["labels"] is not None and old.get("annotations") == told["annotations"]
-    lost = set(old.get("ann_ids", ())) - set(told.get("ann_ids", ())) if comparable else ()
-    line = (
-        f"warning: {path}: {old.get('num_people')} people had labels in an earlier run in this folder, "
-        f"{told['num_people']} have now; the earlier record is kept as {kept.name}"
-    )
-    if lost:
-        line += (
-            f"; {len(lost)} people had labels then and not now: weights of an earlier stage in this folder have learnt "
-            f"from labels that this run withholds; for a fair comparison give another --output_dir (or --weights)"
-        )
-    print(line, flush=True)
 
 
 def gather(

@@ -25,7 +25,8 @@ from sapiens_accel.data.dataset import Batch, Labelled, View
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, Objective, PseudoLabels, Supervised, Taught
+from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, Taught
+from sapiens_accel.training.objectives import Objective, Supervised
 
 SMALLEST_BLOCK = 512  # bytes: the allocator rounds up to it
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.models.load import FILE
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.runtime.files import (
     CORRUPT,
@@ -34,7 +33,7 @@ from sapiens_accel.runtime.files import (
     set_aside,
     write_json,
 )
-from sapiens_accel.training.mean_teacher import Objective
+from sapiens_accel.training.objectives import Objective
 
 POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
 STATE = "state"
@@ -54,50 +53,57 @@ class Position:
     files: dict[str, tuple[int, int]]
 
 
-def save(
-    stage_folder: Path,
-    accelerator: Accelerator,
-    objective: Objective,
-    stage: str,
-    keep: int,
-    collect: Callable[[], Weights],
-    write: Callable[[Path, Weights], None],
-    step: int,
-) -> Path | None:
-    """Write stage_folder/checkpoints/step_N, and prune the oldest beyond `keep` and the best. All ranks must call it.
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """What a checkpoint of a stage is made of.
 
-    Args:
-        collect: the whole weights by folder, on rank 0; all ranks call it.
-        write: puts them into a folder; rank 0 calls it.
+    Attributes:
+        folder: of the stage, in the run directory.
+        keep: checkpoints that are kept, beside the best one.
+        collect: returns the whole weights by folder, on rank 0; all ranks call it.
+        write: writes them into a folder; rank 0 calls it.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    keep: int
+    objective: Objective
+    collect: Callable[[], Weights]
+    write: Callable[[Path, Weights], None]
+
+
+def save(saver: Saver, step: int) -> Path | None:
+    """Write STAGE/checkpoints/step_N, and delete the oldest ones beyond `keep` and the best. All ranks must call it.
 
     Returns:
-        The checkpoint; None where it could not be written: then those before it are whole, and the reason was printed.
+        The checkpoint; None if it could not be written: then the ones before it are whole, and the reason was printed.
     """
-    folder = stage_folder / "checkpoints"
+    accelerator, objective, stage = saver.accelerator, saver.objective, saver.folder.name
+    folder = saver.folder / "checkpoints"
     target, temporary = folder / f"step_{step}", folder / f"step_{step}{UNFINISHED}"
     main = accelerator.is_main_process
-    problem = _made_room(folder, temporary) if main else None
+    problem = _make_room(folder, temporary) if main else None
     problem = broadcast_object_list([problem])[0]
     if problem is None:
-        collected = collect()
-        failed = [error_of(lambda: write(temporary, collected)) if main else None]
+        collected = saver.collect()
+        failed = [error_of(lambda: saver.write(temporary, collected)) if main else None]
         del collected
         failed.append(engine.save_state(accelerator, temporary / STATE, NOT_WRITTEN))
         state = objective.state_dict()  # gathered from all ranks, where each keeps a part of the teacher
         failed.append(error_of(lambda: save_file(state, temporary / OBJECTIVE)) if main else None)
         accelerator.wait_for_everyone()
         failed.append(error_of(lambda: _describe(accelerator, temporary, stage, step)))
-        problem = next((found for found in gather_object([_first(failed)]) if found), None)
+        problem = _first(gather_object([_first(failed)]))
     if main and problem is None:
         problem = error_of(lambda: _put_in_place(temporary, target))
-        if problem is None and (left := error_of(lambda: _prune(folder, keep))):
+        if problem is None and (left := error_of(lambda: _prune(folder, saver.keep))):
             print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
     problem = broadcast_object_list([problem])[0]
     if problem is None:
         return target
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        earlier = found(folder)
+        earlier = list_checkpoints(folder)
         whole = f"; {earlier[-1]} is whole" if earlier else ""
         print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training goes on", flush=True)
     accelerator.wait_for_everyone()
@@ -108,14 +114,15 @@ def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
-def _made_room(folder: Path, temporary: Path) -> str | None:
-    """Clear away what was never finished and make the new folder; or say why there can be none."""
+def _make_room(folder: Path, temporary: Path) -> str | None:
+    """Delete unfinished checkpoints and make the new folder; returns what prevented it, if anything."""
 
     def make() -> None:
         for left in folder.glob(f"*{UNFINISHED}"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
         temporary.mkdir(parents=True)
-        earlier = read_json(found(folder)[-1] / POSITION) if found(folder) else None
+        checkpoints = list_checkpoints(folder)
+        earlier = read_json(checkpoints[-1] / POSITION) if checkpoints else None
         needed = SPARE * sum(size for size, _ in earlier["files"].values()) if earlier else 0
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -158,7 +165,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    whole = found(folder)
+    whole = list_checkpoints(folder)
     kept = {*whole[-keep:], best(folder)}
     for old in whole:
         if old not in kept:
@@ -178,7 +185,7 @@ def _point(name: str, target: Path) -> None:
     temporary.replace(link)
 
 
-def judged(stage_folder: Path, step: int, ap: float) -> bool:
+def record_score(stage_folder: Path, step: int, ap: float) -> bool:
     """Note the AP of a step if it was saved; whether it is the best of the saved ones. Rank 0 calls it."""
     checkpoint = stage_folder / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
@@ -192,7 +199,7 @@ def judged(stage_folder: Path, step: int, ap: float) -> bool:
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
-    scores = [(score["AP"], path) for path in found(folder) if (score := read_json(path / SCORE))]
+    scores = [(score["AP"], path) for path in list_checkpoints(folder) if (score := read_json(path / SCORE))]
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
 
@@ -267,7 +274,7 @@ def to_resume(accelerator: Accelerator, run_folder: Path, asked: str | None, sta
 
 
 def _last_whole(folder: Path) -> Path | None:
-    for checkpoint in reversed(found(folder)):
+    for checkpoint in reversed(list_checkpoints(folder)):
         broken = _broken(checkpoint)
         if broken is None:
             return checkpoint
@@ -330,91 +337,12 @@ def position(folder: Path) -> Position:
         raise UserError(f"{file}: not a checkpoint's description: {error}") from None
 
 
-def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
-    """The metrics of the stages that a resumed run need not train again.
-
-    Args:
-        lasts: the run's stages, in order, and the step that each ends with.
-        asked: `--resume_from_checkpoint`. latest leaves alone all stages that reached their end; a folder, those before
-            its stage: that one and what follows it are trained from there.
-
-    Raises:
-        UserError: a folder that is no checkpoint, or one of a stage that is not trained.
-    """
-    stages = list(lasts)
-    if asked is None:
-        return {}
-    if asked != "latest":
-        stage = position(Path(asked)).stage
-        if stage not in stages:
-            raise UserError(
-                f"--resume_from_checkpoint {asked}: of stage {stage}, but --stage trains {', '.join(stages)}"
-            )
-        stages = stages[: stages.index(stage)]
-    done = {}
-    for stage in stages:
-        metrics = _metrics(run_folder / stage, lasts[stage])
-        if not metrics:
-            break  # what follows began with other weights than this stage is going to hand over
-        done[stage] = metrics
-    return done
-
-
-def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
-    metrics = read_json(stage_folder / "eval.json")
-    if not (metrics and (stage_folder / "weights" / FILE).is_file()):
-        return None
-    return metrics if metrics.get("step", -1) >= last else None
-
-
-def make_way(
-    run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None, done: Iterable[str] = ()
-) -> None:
-    """Set aside what an earlier run left where this one is going to write: stages that start anew as STAGE.1, ...
-
-    One stage may go on: the first that is not done, or that of a checkpoint asked for; of it, what came after.
-
-    Args:
-        stages: the run's, in order.
-        start: the weights that the first of them begins with.
-        asked: `--resume_from_checkpoint`.
-        done: the stages that are not trained again.
-
-    Raises:
-        UserError: the weights to start from are among it.
-    """
-    anew = [stage for stage in stages if stage not in done]
-    if asked == "latest":
-        anew = anew[1:]
-    elif asked:
-        there = position(Path(asked))
-        anew.remove(there.stage)
-        _forget_after(run_folder / there.stage, there.step)
-    for old in (run_folder / stage for stage in anew):
-        if not old.exists():
-            continue
-        if start and old.resolve() in Path(start).expanduser().resolve().parents:
-            raise UserError(f"--weights {start}: in {old}, which this run writes anew; give another --output_dir")
-        set_aside(old)
-
-
-def _forget_after(stage_folder: Path, step: int) -> None:
-    """Set aside what a stage left after a step: it is another history."""
-    folder = stage_folder / "checkpoints"
-    later = [path for path in found(folder) if _step(path) > step]
-    for path in [*later, stage_folder / "eval.json", stage_folder / "kept.json"]:
-        if path.exists():
-            set_aside(path)
-    for link in (folder / "latest", folder / "best"):
-        if link.is_symlink() and not link.exists():
-            link.unlink()
-
-
-def found(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(steps, key=_step)
+    return sorted(steps, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))

@@ -13,7 +13,7 @@ from sapiens_accel.data.dataset import Batch
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.runtime import engine
 from sapiens_accel.training.activation_offload import offloaded
-from sapiens_accel.training.mean_teacher import Objective
+from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.optim import lr_at, set_lr
 
 Logs = Mapping[str, Tensor | float]

@@ -15,13 +15,13 @@ import pytest
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import build, leakage
 from sapiens_accel.data import people as coco
-from sapiens_accel.data import unlabeled as pool
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Pair, Sets, TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
+from sapiens_accel.training import run_folder
 
 TRAIN = "annotations/person_keypoints_train2017.json"
 BOXES = "annotations/person_boxes_unlabeled2017.json"
@@ -190,7 +190,7 @@ def test_batches_see_the_labelled_people_alone_and_pairs_the_withheld(drawn: Pat
 def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, tmp_path: Path) -> None:
     config = DataConfig(labels="25%", labels_by="random", labels_seed=3)
     train = _open(drawn, cache, labels="25%", labels_by="random", labels_seed=3, unlabelled=False).train
-    pool.write_labelled_ids(tmp_path / "labelled_ann_ids.json", train, config)
+    run_folder.write_labeled_ids(tmp_path / "labelled_ann_ids.json", train, config)
     told = _tree(tmp_path / "labelled_ann_ids.json")
     images = {a["id"]: a["image_id"] for a in _tree(drawn / TRAIN)["annotations"]}
     assert told == {
@@ -207,7 +207,7 @@ def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, 
 def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
     """Write a run's record as train.py does; the ids of its labelled people."""
     train = _open(root, cache, **labels, unlabelled=False).train
-    pool.write_labelled_ids(folder / "labelled_ann_ids.json", train, DataConfig(**labels))
+    run_folder.write_labeled_ids(folder / "labelled_ann_ids.json", train, DataConfig(**labels))
     return sorted(_ids(train))
 
 
@@ -247,14 +247,14 @@ def test_people_left_out_with_a_broken_picture_are_not_withheld(
     _record(tmp_path, drawn, cache)
     train = _open(drawn, cache, unlabelled=False).train
     left = dataclasses.replace(train, rows=train.rows.select(range(19)), num_skipped=1)
-    pool.write_labelled_ids(tmp_path / "labelled_ann_ids.json", left, DataConfig())
+    run_folder.write_labeled_ids(tmp_path / "labelled_ann_ids.json", left, DataConfig())
     said = capsys.readouterr().out
     assert "20 people had labels" in said and "19 have now" in said and "withholds" not in said
 
 
 def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "labelled_ann_ids.json").write_text("{")
-    _error(lambda: _record(tmp_path, drawn, cache), tmp_path / "labelled_ann_ids.json", "not JSON", "move it away")
+    _error(lambda: _record(tmp_path, drawn, cache), tmp_path / "labelled_ann_ids.json", "not JSON", "Move it away")
 
 
 # ---- No validation picture

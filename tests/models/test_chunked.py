@@ -15,7 +15,8 @@ from sapiens_accel.models.sapiens import SIZES, HeatmapHead, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, Supervised, Taught, heatmap_kl
+from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, Taught
+from sapiens_accel.training.objectives import Supervised, heatmap_kl
 
 NUM = 7  # people
 EVERYONE = slice(0, NUM)

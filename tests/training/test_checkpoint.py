@@ -21,8 +21,8 @@ from torch import nn
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.heatmap import Codec
-from sapiens_accel.training import checkpoint
-from sapiens_accel.training.mean_teacher import Supervised
+from sapiens_accel.training import checkpoint, run_folder
+from sapiens_accel.training.objectives import Supervised
 
 ROOT = Path(__file__).parents[2]
 STAGE = "phase2"
@@ -54,10 +54,15 @@ class Run:
             (where / "weights").mkdir()
             torch.save(dict(results["weights"]), where / "weights" / "weights.pt")
 
-        arguments = (self.accelerator, self.objective, STAGE, keep)
-        return checkpoint.save(
-            self.folder / STAGE, *arguments, lambda: {"weights": self.network.state_dict()}, write, step
+        saver = checkpoint.Saver(
+            accelerator=self.accelerator,
+            folder=self.folder / STAGE,
+            keep=keep,
+            objective=self.objective,
+            collect=lambda: {"weights": self.network.state_dict()},
+            write=write,
         )
+        return checkpoint.save(saver, step)
 
     def resume(self, asked: str = "latest") -> checkpoint.Resume | None:
         return checkpoint.to_resume(self.accelerator, self.folder, asked, STAGE)
@@ -98,7 +103,7 @@ def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
     for step, ap in ((1, 0.2), (2, 0.5), (3, None), (4, 0.3), (5, 0.5)):
         run.save(step)
         if ap is not None:
-            assert checkpoint.judged(folder, step, ap) == (step in (1, 2, 5))
+            assert checkpoint.record_score(folder, step, ap) == (step in (1, 2, 5))
         assert (folder / "checkpoints" / "latest").resolve().name == f"step_{step}"
         if step == 4:
             assert names(run) == ["best", "latest", "step_2", "step_3", "step_4"]
@@ -107,7 +112,7 @@ def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
     run.save(7)
     assert names(run) == ["best", "latest", "step_5", "step_6", "step_7"]
     assert (folder / "checkpoints" / "best").resolve().name == "step_5"
-    assert not checkpoint.judged(folder, 99, 1.0), "a step that was not saved is no checkpoint"
+    assert not checkpoint.record_score(folder, 99, 1.0), "a step that was not saved is no checkpoint"
 
 
 def _truncate(path: Path) -> None:
@@ -194,7 +199,7 @@ def test_a_kill_between_link_and_name_does_no_harm(run: Run) -> None:
 def test_a_torn_note_is_no_note(run: Run) -> None:
     for step in (1, 2):
         run.save(step)
-        checkpoint.judged(run.folder / STAGE, step, 0.1)
+        checkpoint.record_score(run.folder / STAGE, step, 0.1)
     (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text("")
     assert run.save(3)
     found = checkpoint.best(run.folder / STAGE / "checkpoints")
@@ -202,7 +207,7 @@ def test_a_torn_note_is_no_note(run: Run) -> None:
     (run.folder / STAGE / "eval.json").write_text('{"step": 1')
     (run.folder / STAGE / "weights").mkdir()
     (run.folder / STAGE / "weights" / "model.safetensors").touch()
-    assert checkpoint.finished(run.folder, {STAGE: 1}, "latest") == {}
+    assert run_folder.finished(run.folder, {STAGE: 1}, "latest") == {}
 
 
 def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None:
@@ -212,12 +217,12 @@ def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None
         (run.folder / stage / "weights").mkdir(parents=True)
         (run.folder / stage / "weights" / "model.safetensors").touch()
         (run.folder / stage / "eval.json").write_text(json.dumps({"step": step, "AP": 0.5}))
-    done = checkpoint.finished(run.folder, lasts, "latest")
+    done = run_folder.finished(run.folder, lasts, "latest")
     assert done == {}
-    checkpoint.make_way(run.folder, list(lasts), None, "latest", done)
+    run_folder.make_way(run.folder, list(lasts), None, "latest", done)
     assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", "phase2.1", "ssl.1"]
     (run.folder / "phase1" / "eval.json").write_text(json.dumps({"step": 4, "AP": 0.5}))
-    assert list(checkpoint.finished(run.folder, lasts, "latest")) == ["phase1"]
+    assert list(run_folder.finished(run.folder, lasts, "latest")) == ["phase1"]
 
 
 def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) -> None:
@@ -229,9 +234,9 @@ def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) ->
     (run.folder / "phase1").mkdir()
     done = ["phase1"]
     asked = str(stage / "checkpoints" / "step_2")
-    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest", ["phase1", STAGE])
+    run_folder.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest", ["phase1", STAGE])
     assert (run.folder / "ssl").is_dir() and names(run) == ["latest", "step_2", "step_4", "step_6"]
-    checkpoint.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked, done)
+    run_folder.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked, done)
     assert names(run) == ["step_2", "step_4.1", "step_6.1"]
     assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", STAGE, "ssl.1"]
     assert not (stage / "eval.json").exists(), "it must not look finished"
@@ -316,7 +321,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Pat
     assert process.returncode == 0, said
     assert f"{name}: stopping after this step" in said and "Traceback" not in said
     assert "--resume_from_checkpoint latest" in said
-    (whole,) = checkpoint.found(tmp_path / "run" / "phase2" / "checkpoints")
+    (whole,) = checkpoint.list_checkpoints(tmp_path / "run" / "phase2" / "checkpoints")
     step = checkpoint.position(whole).step
     assert len(_losses(tmp_path / "run")) == step, "the last whole step is what was saved"
     assert checkpoint._broken(whole) is None

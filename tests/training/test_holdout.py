@@ -26,9 +26,10 @@ from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
-from sapiens_accel.training import checkpoint
+from sapiens_accel.training import run_folder
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, Supervised, cut_out
+from sapiens_accel.training.mean_teacher import MeanTeacher, cut_out
+from sapiens_accel.training.objectives import Supervised
 from sapiens_accel.training.pseudo_label_quality import Holdout, panel, probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,7 +290,7 @@ def test_a_stage_is_seen_while_it_runs(cache: Path, peaked: Path) -> None:
     assert {"student_AP", "pseudo_precision", "step"} <= json.loads((folder / "ssl" / "eval.json").read_text()).keys()
     board = next((folder / "tensorboard" / "ssl").iterdir()).read_bytes()
     assert b"panel" in board and b"pseudo_precision" in board and b"student_AP" in board
-    assert checkpoint.finished(folder, {"ssl": 5}, "latest")
+    assert run_folder.finished(folder, {"ssl": 5}, "latest")
 
 
 @pytest.mark.launch
@@ -311,7 +312,7 @@ def test_a_stage_that_collapses_stops_and_leaves_its_last_good_weights(cache: Pa
         model = SapiensPose("sapiens_tiny", 17, (64, 48))
         weights.load(model, str(folder / "ssl" / name))
         assert model.head.final_layer.weight.std() > 0.03
-    assert not checkpoint.finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
+    assert not run_folder.finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
 
 
 @pytest.mark.launch

@@ -19,7 +19,8 @@ from sapiens_accel.pose.geometry import Crop, apply
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, Supervised, cut_out, ema_decay, heatmap_kl, literal_kl
+from sapiens_accel.training.mean_teacher import MeanTeacher, cut_out, ema_decay
+from sapiens_accel.training.objectives import Supervised, heatmap_kl, literal_kl
 
 SIZES = [((64, 48), 2), ((128, 96), 3), ((256, 192), 6)]
 CODEC = Codec(input_hw=(256, 192), heatmap_hw=(64, 48), sigma=2.0)

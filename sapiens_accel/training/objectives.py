@@ -1,0 +1,140 @@
+"""What a step minimizes: the protocol of an objective, the supervised loss, and the terms they are made of.
+
+Shape letters: b labeled people, u unlabeled people, k keypoints, h w the heatmap. Everything is computed in fp32,
+whatever the precision of the network. Single-device code.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sapiens_accel.data.dataset import Batch, Labelled
+from sapiens_accel.pose.heatmap import Codec
+
+LOG_FLOOR = 0.02  # eps of `log_linear`
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[Any]:
+        """Whatever the losses of one step's micro-batches need to know of each other; one item for each."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: Any) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of one micro-batch; the step's loss is the mean over micro-batches and ranks."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        ...
+
+    def health(self) -> dict[str, Tensor]:
+        """What is worth looking at now and then; it is asked where logs are written."""
+        ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def result(self, model: nn.Module) -> nn.Module:
+        """What is evaluated and handed on."""
+        ...
+
+    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What is written, by folder: `weights` are the result's. All ranks must call it; rank 0 writes."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the model and the optimizer. All ranks must call it; rank 0 writes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Supervised:
+    """The published loss: mean over people, keypoints and pixels of weight * (heatmap - target)^2."""
+
+    codec: Codec
+    loss_weight: float = 1.0
+
+    def prepare(self, batches: Sequence[Batch], step: int) -> list[None]:
+        return [None] * len(batches)
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "1"]:
+            return self.heatmap_loss(heatmaps, batch.labelled, people).reshape(1)
+
+        loss, _ = model(batch.labelled.view.image, terms)
+        return loss, {}
+
+    def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labelled: Labelled, people: slice) -> Float[Tensor, ""]:
+        """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
+        target, weights = self.codec.encode(labelled.points_xy[people], labelled.weights[people])
+        error = (heatmaps.float() - target).square().mean(dim=(2, 3))
+        return self.loss_weight * (weights * error).sum() / labelled.weights.numel()
+
+    def after_step(self) -> None:
+        pass
+
+    def health(self) -> dict[str, Tensor]:
+        return {}
+
+    def result(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {"weights": student}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def log_linear(h: Float[Tensor, "*shape"], floor: float = LOG_FLOOR) -> Float[Tensor, "*shape"]:
+    """log h above `floor`, and below it the line that continues it smoothly: no dead zone, slope at most 1 / floor."""
+    return torch.where(h >= floor, h.clamp_min(floor).log(), math.log(floor) - 1 + h / floor)
+
+
+def heatmap_kl(
+    student: Float[Tensor, "u k h w"],
+    target: Float[Tensor, "u k h w"],
+    sigma: float,
+    temperature: float,
+    sharper: Float[Tensor, "u k 1"] | float = 1.0,
+) -> Float[Tensor, "u k"]:
+    """KL(P(target) || P(student)) with P(h) = softmax(log_linear(h) / T) = h^(1/T) / sum h^(1/T), in units of MSE.
+
+    A shift of d heatmap px costs d^2 / (2 sigma^2 T) in KL and pi d^2 / (2 h w) in mean squared error, so the factor
+    pi sigma^2 T / (h w) makes it weigh as much as the labelled loss. The same T on both sides: sharpening the teacher
+    alone shrinks and lifts the student's peaks without end.
+
+    Args:
+        sharper: the target's T is this times T. For a target that the teacher's doubt has widened: such a map is a
+            Gaussian of peak c and variance sigma^2 / c, and c is what undoes it.
+    """
+    log_q = F.log_softmax(log_linear(student.float().flatten(2)) / temperature, dim=-1)
+    log_p = F.log_softmax(log_linear(target.float().flatten(2)) / (temperature * sharper), dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return kl * (math.pi * sigma**2 * temperature / (student.shape[-1] * student.shape[-2]))
+
+
+def literal_kl(
+    student: Float[Tensor, "u k h w"], target: Float[Tensor, "u k h w"], temperature: float
+) -> Float[Tensor, "u k"]:
+    """KL(softmax(target / T) || softmax(student)): only the teacher sharpened, raw heatmaps as logits. For comparison.
+
+    To second order it is half the variance of (target / T - student): with T = 0.5, a mean squared error to twice the
+    teacher's height. Peaks grow without end.
+    """
+    log_q = F.log_softmax(student.float().flatten(2), dim=-1)
+    log_p = F.log_softmax(target.float().flatten(2) / temperature, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

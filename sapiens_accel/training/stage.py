@@ -1,0 +1,162 @@
+"""A stage of training, built and ready to step: network, optimizer, objective, batches, logger."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from sapiens_accel.data import loader, sampling
+from sapiens_accel.data.augment import Augmenter
+from sapiens_accel.data.dataset import TrainingPeople
+from sapiens_accel.models import export
+from sapiens_accel.models import load as weights
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.runtime import distributed, engine, files
+from sapiens_accel.training import checkpoint, ema, optim
+from sapiens_accel.training.checkpoint import Saver
+from sapiens_accel.training.logger import StageContext, StageLogger
+from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.mean_teacher import build_objective
+from sapiens_accel.training.objectives import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStage:
+    """One stage of a run, built; `train.py` says in which order its parts are used.
+
+    Attributes:
+        model: the Sapiens network; `network` is the same as the launch wraps it (DeepSpeed, DistributedDataParallel).
+        frozen: fp32 values of parameters that do not learn, on rank 0, where the engine rounds them.
+        num_steps: length of the whole schedule; the stage may end before it (`--max_steps`).
+    """
+
+    context: StageContext
+    model: SapiensPose
+    network: nn.Module
+    optimizer: Any
+    objective: Objective
+    frozen: dict[str, Tensor]
+    people: TrainingPeople
+    logger: StageLogger
+    num_steps: int
+
+    def steps(self) -> Iterator[Step]:
+        """Train from the first step that is not done to the last one; yields after each optimizer step."""
+        context = self.context
+        accelerator, share, run = context.accelerator, context.plan.share, context.run
+        numbers = range(context.first, context.last)
+        batches = loader.batches(self.people, share, numbers, run.data.num_workers, accelerator.device)
+        rest = (share, context.config.optim, context.first, self.num_steps, run.memory.offload_activations)
+        return steps(accelerator, self.network, self.optimizer, self.objective, batches, *rest)
+
+    def save(self, step: int) -> Path | None:
+        """Write a checkpoint; returns where, None if the disk is full. All ranks must call it."""
+        saver = Saver(
+            accelerator=self.context.accelerator,
+            folder=self.context.folder,
+            keep=self.context.run.keep_checkpoints,
+            objective=self.objective,
+            collect=self._collect,
+            write=self._write,
+        )
+        saved = checkpoint.save(saver, step)
+        self.logger.restart_clock(step)
+        return saved
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the weights of this step, and hand them over if they are the best so far. All ranks must call it."""
+        self.logger.evaluate(step, self.network, self.objective)
+        if self._keeps_best(step):
+            self._hand_over(needed=step == self.context.last)
+
+    def _keeps_best(self, step: int) -> bool:
+        """Whether the weights that were evaluated last replace those that the stage hands over.
+
+        Without a teacher that is decided at the last step. With one, weights are handed over while the stage is
+        healthy, so that a stage that is stopped leaves good ones; the last ones do not replace better ones.
+        """
+        if step == self.context.last:
+            return self.logger.alarms.healthy or self.logger.kept is None
+        return self.logger.alarms.healthy and self.context.config.teacher is not None
+
+    def _hand_over(self, *, needed: bool) -> None:
+        """Write the weights that were evaluated last to STAGE/weights. All ranks must call it."""
+        folder, dtype = self.context.folder, getattr(torch, self.context.run.weights_dtype)
+        action = partial(self._write, folder, self._collect(), dtype=dtype)
+        if files.write_on_main(self.context.accelerator, action, folder / "weights", needed=needed):
+            self.logger.mark_kept(folder / "weights")
+
+    def _collect(self) -> checkpoint.Weights:
+        """The weights that the stage would hand over, by folder, on rank 0. All ranks must call it."""
+        state = engine.full_state(self.context.accelerator, self.network)
+        return self.objective.results({**state, **self.frozen})
+
+    def _write(self, folder: Path, collected: checkpoint.Weights, dtype: torch.dtype = torch.float32) -> None:
+        sets, sigma = self.context.sets, self.context.run.data.sigma
+        export.write(folder, collected, dtype=dtype, model=self.model, skeleton=sets.skeleton, sigma=sigma)
+
+    def drop_gradients(self) -> None:
+        """Free the gradients of a step that did not finish."""
+        engine.drop_gradients(self.network)
+
+    def release(self) -> None:
+        """Free the memory of the stage before the next one is built."""
+        engine.release(self.context.accelerator, self.network, self.optimizer)
+
+
+def build_stage(context: StageContext, given: str | None) -> TrainingStage:
+    """Build a stage from its checkpoint, the given weights, those of the stage before it, or random ones.
+
+    All ranks must call it; rank 0 prints where the weights come from.
+
+    Args:
+        given: weights that the run was given (`--weights`), for its first stage.
+
+    Raises:
+        UserError: weights or a checkpoint that cannot be read; a frozen pattern that matches nothing.
+    """
+    accelerator, run, config, plan = context.accelerator, context.run, context.config, context.plan
+    skeleton = context.sets.skeleton
+    set_seed(run.seed)
+    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
+    resume = checkpoint.to_resume(accelerator, Path(run.output_dir), run.resume_from_checkpoint, context.name)
+    start = (resume and resume.weights) or given or weights.starting_point(Path(run.output_dir), context.name)
+    loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
+    accelerator.print(f"\n{context.name}: {resume or loaded}")
+    model.freeze(config.frozen)
+    model.lay_out(plan.layout)
+    teacher = ema.moving_average(accelerator, deepcopy(model), plan.way.teacher) if config.teacher else None
+    frozen = engine.frozen_masters(accelerator, model)
+    groups = optim.param_groups(model.layer_groups(), config.optim)
+    optimizer = optim.adamw(groups, config.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
+    network, optimizer = engine.prepare(
+        accelerator,
+        model,
+        optimizer,
+        micro_batch=plan.share.micro_batch,
+        accumulation=plan.share.accumulation,
+        clip_norm=config.optim.clip_norm,
+    )
+    codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
+    num_steps = sampling.num_steps(config, len(context.sets.train))
+    parameters = partial(engine.full_values, accelerator, network)
+    gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
+    objective = build_objective(config, codec, skeleton, teacher, parameters, num_steps, gather, autocast)
+    first = resume.load(accelerator, objective) if resume else 0
+    context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
+    accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
+    augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
+    people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)
+    logger = StageLogger(context, augmenter)
+    logger.draw_crops(people, codec)
+    return TrainingStage(
+        context=context, model=model, network=network, optimizer=optimizer, objective=objective, frozen=frozen,
+        people=people, logger=logger, num_steps=num_steps,
+    )  # fmt: skip
