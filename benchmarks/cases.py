@@ -1,17 +1,16 @@
 """Which cases are measured, and what is predicted of them before."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-
-from subject import Case, run_of
+from dataclasses import dataclass
 
 from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, fit, need, stage_of
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime.files import GIB
+from sapiens_accel.selftest.peak_memory import case_of_plan, way_of
+from sapiens_accel.selftest.training_step import TrainingCase, run_of
 
 REAL_HW, REAL_BATCH = (512, 384), 32
 
@@ -34,7 +33,7 @@ REAL: tuple[tuple[str, StageName, str], ...] = (
 class Planned:
     """A case and its plan; `on_gpu` says for which device it was made."""
 
-    case: Case
+    case: TrainingCase
     stage: Stage
     plan: Plan
     on_gpu: bool
@@ -106,18 +105,6 @@ def on_a_missing_gpu(limit: int) -> Iterator[Planned]:
         yield Planned(case=case_of_plan(model, name, REAL_HW, plan), stage=stage, plan=plan, on_gpu=True)
 
 
-def way_of(name: str, half: bool = True) -> Way:
-    """A way on one device, by its name, in bf16 or in fp32.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = {way.name: way for way in ways(1)}
-    if name not in found:
-        raise UserError(f"--ways {name}: no such way; there are: {', '.join(found)}")
-    return replace(found[name], strategy=replace(found[name].strategy, half=half, bf16=half))
-
-
 def _layouts(stage: Stage, name: StageName) -> list[tuple[Layout, int]]:
     """Layouts with how often they accumulate: all blocks checkpointed, half, none; small chunks of the head, or one."""
     everything = Layout(checkpointed_blocks=stage.depth, head_chunk=2)
@@ -126,22 +113,3 @@ def _layouts(stage: Stage, name: StageName) -> list[tuple[Layout, int]]:
         some.append((Layout(checkpointed_blocks=stage.depth // 2, head_chunk=None), 1))
         some.append((Layout(checkpointed_blocks=0, head_chunk=2), 1))
     return some
-
-
-def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> Case:
-    """What the plan says, with everything that a process of its own needs to run it."""
-    way, layout, share = plan.way, plan.layout, plan.share
-    return Case(
-        model=model,
-        stage=stage,
-        way=way.name,
-        launch=way.launch,
-        precision="bf16" if way.strategy.half else "no",
-        input_hw=hw,
-        micro_batch=share.micro_batch,
-        accumulation=share.accumulation,
-        checkpointed_blocks=layout.checkpointed_blocks,
-        head_chunk=layout.head_chunk,
-        offload_activations=way.offload_activations,
-        adam_8bit=way.adam_8bit,
-    )

@@ -22,10 +22,10 @@ import record
 import torch
 from codec_peer import seconds
 from elsewhere import Elsewhere
-from speeds import over, spread
 
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.heatmap import BLUR_KERNEL, Codec
+from sapiens_accel.selftest.throughput import over, spread
 
 Row = dict[str, Any]
 STEPS = ("encode", "decode")

@@ -19,14 +19,14 @@ import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how th
 import record
 import torch
 from accelerate import Accelerator
-from measure import peak_of
-from subject import Case, network, num_unlabelled, people, stepping
 
 from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import run_main
 from sapiens_accel.models.sapiens import SIZES
 from sapiens_accel.runtime import distributed
+from sapiens_accel.selftest import checks
+from sapiens_accel.selftest.training_step import TrainingCase, build_network, peak_of, random_batch, take_steps
 
 BARS = {"time_ratio": 2.3, "memory_ratio": 1.10}
 WARM_UP, MEASURED = 1, 2  # steps before each repetition's clock starts, and under it
@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> None:
     asked = parse(words)
     accelerator = distributed.start()
     kind = accelerator.device.type
-    name = torch.cuda.get_device_name() if kind == "cuda" else record.cpu_name()
+    name = torch.cuda.get_device_name() if kind == "cuda" else checks.cpu_name()
     path = record.place("cost", kind, name, asked.out)
     heading = record.heading("cost", kind, name, bars=BARS)
     rows = []
@@ -70,8 +70,8 @@ def row(accelerator: Accelerator, model: str, asked: argparse.Namespace) -> dict
     shape = {"model": model, "way": "plain", "launch": "single_gpu", "precision": asked.precision}
     layout = {"accumulation": 1, "checkpointed_blocks": size.depth, "head_chunk": 2}
 
-    def case(stage: StageName, batch: int) -> Case:
-        return Case(stage=stage, micro_batch=batch, input_hw=tuple(asked.input_hw), **shape, **layout)
+    def case(stage: StageName, batch: int) -> TrainingCase:
+        return TrainingCase(stage=stage, micro_batch=batch, input_hw=tuple(asked.input_hw), **shape, **layout)
 
     supervised, ssl, twice = case("phase2", asked.batch), case("ssl", asked.batch), case("phase2", 2 * asked.batch)
     times: dict[str, list[float]] = {"phase2": [], "ssl": []}
@@ -79,7 +79,7 @@ def row(accelerator: Accelerator, model: str, asked: argparse.Namespace) -> dict
         for one in (supervised, ssl):
             times[one.stage].append(seconds(accelerator, one))
     ratios = [b / a for a, b in zip(times["phase2"], times["ssl"], strict=True)]
-    teacher = 4 * sum(p.numel() for p in network(ssl.run, "ssl").parameters())
+    teacher = 4 * sum(p.numel() for p in build_network(ssl.run, "ssl").parameters())
     peaks = {name: peak(accelerator, one) for name, one in (("phase2_twice_the_people", twice), ("ssl", ssl))}
     return {
         **ssl.as_json(),
@@ -92,9 +92,9 @@ def row(accelerator: Accelerator, model: str, asked: argparse.Namespace) -> dict
     }
 
 
-def seconds(accelerator: Accelerator, case: Case) -> float:
+def seconds(accelerator: Accelerator, case: TrainingCase) -> float:
     """Of one step, the first ones left out."""
-    stream = stepping(accelerator, case, network(case.run, case.stage), batches(accelerator, case))
+    stream = take_steps(accelerator, case, build_network(case.run, case.stage), batches(accelerator, case))
     for _ in range(WARM_UP):
         next(stream)
     wait(accelerator)
@@ -108,12 +108,12 @@ def seconds(accelerator: Accelerator, case: Case) -> float:
     return found
 
 
-def peak(accelerator: Accelerator, case: Case) -> int:
+def peak(accelerator: Accelerator, case: TrainingCase) -> int:
     """The most bytes that two steps had allocated at a time, the network and its optimizer with them."""
     one = next(batches(accelerator, case))
 
     def work() -> None:
-        for _ in stepping(accelerator, case, network(case.run, case.stage), repeat_twice(one)):
+        for _ in take_steps(accelerator, case, build_network(case.run, case.stage), repeat_twice(one)):
             pass
 
     if accelerator.device.type == "cpu":
@@ -126,9 +126,8 @@ def peak(accelerator: Accelerator, case: Case) -> int:
     return found
 
 
-def batches(accelerator: Accelerator, case: Case) -> Iterator[Batch]:
-    unlabelled = num_unlabelled(case.run.of(case.stage), case.micro_batch)
-    return repeat(people(case.micro_batch, unlabelled, case.input_hw, accelerator.device))
+def batches(accelerator: Accelerator, case: TrainingCase) -> Iterator[Batch]:
+    return repeat(random_batch(case.micro_batch, case.num_unlabeled, case.input_hw, accelerator.device))
 
 
 def repeat_twice(batch: Batch) -> Iterator[Batch]:

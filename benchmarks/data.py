@@ -25,7 +25,6 @@ import record
 from codec import one_core
 from codec_peer import seconds
 from elsewhere import Elsewhere
-from speeds import over, spread
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import build, loader
@@ -35,6 +34,7 @@ from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.selftest.throughput import over, spread
 
 Row = dict[str, Any]
 Pass = Callable[

@@ -7,10 +7,6 @@ each case runs in a process of its own, in which torch cannot allocate more than
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import chain
@@ -19,20 +15,24 @@ from typing import Any
 
 import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
 import cases
-import measure
 import record
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from cases import REAL_BATCH, REAL_HW, Planned, Wanted
 
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.files import GIB
+from sapiens_accel.selftest import checks
+from sapiens_accel.selftest.peak_memory import launch_case, way_of
+from sapiens_accel.selftest.training_step import (
+    OUT_OF_MEMORY,
+    Measurement,
+    bytes_made_before,
+    measure_on_cpu,
+    start_accelerator,
+)
 
-ROOT = Path(__file__).parents[1]
 MIB = 2**20
 ON_GPU_BY_DEFAULT = ("plain", "zero2", "zero2_offload", "zero2_offload+activations")
 
@@ -40,7 +40,8 @@ ON_GPU_BY_DEFAULT = ("plain", "zero2", "zero2_offload", "zero2_offload+activatio
 def main(words: Sequence[str]) -> None:
     cuda = torch.cuda.is_available()
     asked = options(words, cuda)
-    kind, device = ("cuda", gpu()["name"]) if cuda else ("cpu", record.cpu_name())
+    kind = "cuda" if cuda else "cpu"
+    device = gpu() if cuda else checks.cpu_name()
     path = record.place("memory", kind, device, asked.out)
     heading = record.heading("memory", kind, device, unit="bytes", limit=asked.limit, batch=asked.batch)
     wanted = Wanted(**{name: getattr(asked, name) for name in ("models", "stages", "ways", "input_hw", "batch")})
@@ -78,7 +79,7 @@ def options(words: Sequence[str], cuda: bool) -> argparse.Namespace:
     asked = parser.parse_args(words)
     asked.limit, asked.input_hw = int(memory.bytes_of("limit", asked.limit)), tuple(asked.input_hw)
     for name in asked.ways:
-        cases.way_of(name)
+        way_of(name)
     if asked.batch < 2 or asked.batch % 2:
         raise UserError(f"--batch {asked.batch}: expected an even number: a case accumulates two halves of it")
     return asked
@@ -87,65 +88,39 @@ def options(words: Sequence[str], cuda: bool) -> argparse.Namespace:
 # ---- One case
 
 
-def measured(planned: Planned, limit: int) -> measure.Found:
+def measured(planned: Planned, limit: int) -> Measurement:
     """Run the case: where, its way and the device say. What cannot run here has `measured` None, and says why."""
     plan, strategy = planned.plan, planned.plan.way.strategy
     if planned.on_gpu:
-        return launched(planned, limit) if plan.fits else {"measured": None, "outcome": "predicted not to fit: not run"}
+        return (
+            launch_case(planned.case, limit)
+            if plan.fits
+            else {"measured": None, "outcome": "predicted not to fit: not run"}
+        )
     if strategy.offload or plan.way.offload_activations or plan.way.adam_8bit:
         return {"measured": None, "outcome": "needs a GPU"}  # a CPU's allocator would count both sides as one
     if strategy.zero:
-        return launched(planned, limit)
-    return measure.on_cpu(accelerator_of(planned.case.precision), planned.case)
+        return launch_case(planned.case, limit)
+    return measure_on_cpu(start_accelerator(planned.case.precision), planned.case)
 
 
-def accelerator_of(precision: str) -> Accelerator:
-    """An Accelerator of this process at a precision; the one before it is forgotten."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    return distributed.start()
-
-
-def launched(planned: Planned, limit: int) -> measure.Found:
-    """Run the case by `accelerate launch`, as a user would train with it."""
-    case = planned.case
+def gpu() -> str:
+    """Name of the device; asked in another process, since a context of this one would take memory from the cases."""
     with tempfile.TemporaryDirectory() as folder:
-        task, result = Path(folder) / "task.json", Path(folder) / "result.json"
-        task.write_text(json.dumps({"case": case.as_json(), "limit": limit}))
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            "--main_process_port",
-            "0",
-        ]
-        launch += ["--config_file", f"accelerate_configs/{case.launch}.yaml", "--mixed_precision", case.precision]
-        command = [*launch, "benchmarks/measure.py", str(task), str(result)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if result.is_file():
-            return json.loads(result.read_text())
-    said = [text.strip() for text in done.stderr.splitlines() if "Error" in text]
-    return {"measured": None, "outcome": f"failed: {said[-1] if said else f'exit code {done.returncode}'}"[:300]}
-
-
-def gpu() -> dict[str, Any]:
-    """What the device is; asked in another process, since a context of this one would take memory from the cases."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "measure.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        machine = checks.look_at_machine(Path(folder))
+    if machine.gpu is None:
+        raise UserError(f"no GPU can be used: {machine.problem}")
+    return machine.gpu
 
 
 # ---- Its line
 
 
-def row(planned: Planned, found: measure.Found) -> dict[str, Any]:
+def row(planned: Planned, found: Measurement) -> dict[str, Any]:
     """A case for the JSON. Sizes are bytes; `predicted` is the sum of `parts`, and what `measured` is to be."""
     case, plan, parts = planned.case, planned.plan, dict(planned.plan.gpu)
     if not planned.on_gpu:
-        parts["data"] -= measure.made_outside(case)
+        parts["data"] -= bytes_made_before(case)
     predicted, peak = sum(parts.values()), found["measured"]
     best = predicted if peak is None else peak
     return {
@@ -155,7 +130,7 @@ def row(planned: Planned, found: measure.Found) -> dict[str, Any]:
         **found,
         "predicted_over_measured": None if peak is None else round(predicted / peak, 4),
         "bar": planned.bar and round(planned.bar),
-        "within_bar": planned.bar and best <= planned.bar and found["outcome"] != measure.OUT_OF_MEMORY,
+        "within_bar": planned.bar and best <= planned.bar and found["outcome"] != OUT_OF_MEMORY,
         "floor": planned.floor and round(planned.floor),
         "peak_over_floor": planned.floor and round(best / planned.floor, 3),
         "fits": plan.fits if planned.on_gpu else None,

@@ -7,16 +7,17 @@ import platform
 import re
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.selftest.checks import PACKAGES, cpu_name, versions
+
+__all__ = ["cpu_name", "heading", "place", "versions", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao")
 IDLE = 10.0  # percent of all cores: what an idle machine may use
 
 
@@ -63,22 +64,3 @@ def write(path: Path, heading: dict[str, Any], **tables: list[dict[str, Any]]) -
         body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         lines.append(f'"{name}": [\n{body}\n ]')
     path.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """Of what is installed here."""
-    return {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

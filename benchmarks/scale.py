@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> None:
     path = record.place("scale", "cpu", record.cpu_name(), asked.out)
     heading = record.heading("scale", "cpu", record.cpu_name(), people=asked.people, bars=BARS, unit="s, MiB a process")
     heading["command"] = f"python benchmarks/scale.py --people {asked.people}"
-    heading |= {"batches": BATCHES, "batch": BATCH, "workers": WORKERS, "datasets": record._version("datasets")}
+    heading |= {"batches": BATCHES, "batch": BATCH, "workers": WORKERS, **record.versions("datasets")}
     folder = Path(tempfile.mkdtemp(dir=asked.folder))
     rows = []
     try:

@@ -14,10 +14,13 @@ import pytest
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime.files import GIB
+from sapiens_accel.selftest.peak_memory import way_of
+from sapiens_accel.selftest.training_step import case_of
 from sapiens_accel.sources import synthetic
 
 ROOT = Path(__file__).parents[1]
-WITHOUT_A_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # what these tests measure is the CPU's, wherever they run
+# What these tests measure is the CPU's, wherever they run; the code is this checkout's, whichever is installed.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 pytestmark = pytest.mark.launch
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.launch
 def benchmark(name: str, out: Path, *words: str, code: int = 0, option: str = "--out", **env: str) -> dict[str, Any]:
     """Run it and read what it wrote."""
     command = [sys.executable, f"benchmarks/{name}.py", option, str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **WITHOUT_A_GPU, **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT, **env}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(out.read_text())
@@ -125,7 +128,7 @@ STAND_IN = """
 import sys
 sys.path.insert(0, "{root}")
 import numpy as np, torch
-from sapiens_accel.heatmap import Codec
+from sapiens_accel.pose.heatmap import Codec
 class UDPHeatmap:
     def __init__(self, input_size, heatmap_size, sigma):
         self.size = np.array(input_size)
@@ -155,7 +158,9 @@ def test_a_python_without_the_codecs_is_told_in_one_line(tmp_path: Path) -> None
             "--out",
             str(tmp_path / "codec.json"),
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+        )
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and last.startswith(f"codec.py: error: --peer_python {python}: ") and reason in last
         assert "Traceback" not in done.stderr
@@ -237,7 +242,7 @@ def test_a_python_without_mmpose_is_told_in_one_line(tmp_path: Path, few_people:
     (tmp_path / "mmpose.py").write_text("raise ImportError('half of mmpose is missing')")
     python = shell(tmp_path, tmp_path)
     command = [sys.executable, "benchmarks/data.py", "--peer_python", python, "--root", str(few_people), *SMALL]
-    env = os.environ | {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
+    env = os.environ | ENVIRONMENT | {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
     command += ["--out", str(tmp_path / "data.json")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
@@ -292,7 +297,6 @@ def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch
     # By hand: weights in bf16, and of 24 blocks the inputs, 32 people of 32 x 24 tokens of 1024 channels in bf16.
     least = 2 * planned.stage.num_parameters + 24 * 32 * 768 * 1024 * 2
     assert least < planned.floor < least + 3 * GIB
-    subject = importlib.import_module("subject")
-    assert subject.case_of(json.loads(json.dumps(case.as_json()))) == case
+    assert case_of(json.loads(json.dumps(case.as_json()))) == case
     with pytest.raises(UserError, match="--ways zero9: no such way; there are: plain, "):
-        cases.way_of("zero9")
+        way_of("zero9")

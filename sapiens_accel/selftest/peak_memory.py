@@ -1,0 +1,170 @@
+"""The planned peak of a training step beside the measured one, each case in a process of its own.
+
+python -m sapiens_accel.selftest.peak_memory RESULT.json MODEL STAGE WAY [--limit 15GiB] [--hw 512 384] [--batch 32]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
+import torch
+import yaml
+
+from sapiens_accel.config.schema import StageName
+from sapiens_accel.data.sampling import Share
+from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.memory import planner
+from sapiens_accel.memory.estimate import Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.models.sapiens import Layout
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.files import GIB
+from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment
+from sapiens_accel.selftest.training_step import (
+    Measurement,
+    TrainingCase,
+    bytes_made_before,
+    measure_on_cpu,
+    run_of,
+    start_accelerator,
+)
+
+TOLERANCE = 0.10  # of the measured peak: the plan's allowance covers more
+
+
+def way_of(name: str, half: bool = True) -> Way:
+    """A way on one device, by its name, in bf16 or in fp32.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = {way.name: way for way in ways(1)}
+    if name not in known:
+        raise UserError(f"--ways {name}: no such way; there are: {', '.join(known)}")
+    return replace(known[name], strategy=replace(known[name].strategy, half=half, bf16=half))
+
+
+def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> TrainingCase:
+    """What the plan says, with everything that a process of its own needs to run it."""
+    way, layout, share = plan.way, plan.layout, plan.share
+    return TrainingCase(
+        model=model,
+        stage=stage,
+        way=way.name,
+        launch=way.launch,
+        precision="bf16" if way.strategy.half else "no",
+        input_hw=hw,
+        micro_batch=share.micro_batch,
+        accumulation=share.accumulation,
+        checkpointed_blocks=layout.checkpointed_blocks,
+        head_chunk=layout.head_chunk,
+        offload_activations=way.offload_activations,
+        adam_8bit=way.adam_8bit,
+        teacher=way.teacher,
+    )
+
+
+def launch_case(case: TrainingCase, limit: int) -> Measurement:
+    """Run the case by `accelerate launch`, as a user would train with it, with `limit` bytes for torch on a GPU."""
+    file = f"accelerate_configs/{case.launch}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+    launch += ["--num_processes", "1", "--main_process_port", "0"]
+    if str(yaml.safe_load((REPOSITORY / file).read_text())["mixed_precision"]) != case.precision:
+        launch += ["--mixed_precision", case.precision]
+    with tempfile.TemporaryDirectory() as folder:
+        task, result = Path(folder) / "task.json", Path(folder) / "result.json"
+        task.write_text(json.dumps({"case": case.as_json(), "limit": limit}))
+        command = [*launch, "-m", "sapiens_accel.selftest.training_step", str(task), str(result)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+        print(done.stdout[-20_000:], done.stderr[-20_000:], sep="\n", file=sys.stderr)
+        if result.is_file():
+            return json.loads(result.read_text())
+    errors = [line.strip() for line in done.stderr.splitlines() if "Error" in line]
+    return {"measured": None, "outcome": f"failed: {errors[-1] if errors else f'exit code {done.returncode}'}"[:300]}
+
+
+def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
+    """A row with the predicted and the measured peak of a planned case, and people a second.
+
+    Raises:
+        Skipped: the plan says that it does not fit here.
+    """
+    if not plan.fits:
+        needs = (
+            f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB of the GPU, {plan.host_peak / GIB:.0f} GiB of the host"
+        )
+        raise Skipped(f"predicted not to fit ({needs})")
+    found = launch_case(case, limit)
+    row = compare(f"{case.model} {case.stage} {case.way}", plan.gpu_peak, found)
+    if found["measured"] is not None:
+        rate = case.share.global_batch / found["seconds_per_step"]
+        context = found["device_used"] - found["reserved"]
+        row["text"] += f", CUDA's context {context / GIB:.2f} GiB, {rate:.1f} people/s"
+        row |= {"people_per_second": round(rate, 3), "context_bytes": context}
+        if case.stage == "phase2":  # for the hours of an epoch, where the plain launch does not fit
+            row |= {"phase2_rate": row["people_per_second"], "model": case.model, "input_hw": list(case.input_hw)}
+    return row | {"case": case.as_json()}
+
+
+def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
+    """As `compare_on_gpu` for a tiny network on the CPU: what torch's profiler saw allocated."""
+    layout = Layout(checkpointed_blocks=case.checkpointed_blocks, head_chunk=case.head_chunk)
+    plan = need(stage, way_of(case.way, False), case.share, layout, None, None, cuda=False)
+    found = measure_on_cpu(start_accelerator("no"), case)
+    return compare(f"{case.model} {case.stage}, fp32 on the CPU", plan.gpu_peak - bytes_made_before(case), found)
+
+
+def compare(name: str, predicted: float, found: Measurement) -> Row:
+    """A row with the error of a prediction in per cent of what was measured."""
+    if found["measured"] is None:
+        return {"name": name, "status": "failed", "text": found["outcome"], "predicted_bytes": round(predicted)}
+    error = predicted / found["measured"] - 1
+    return {
+        "name": name,
+        "status": "passed" if abs(error) <= TOLERANCE else "warning",
+        "text": f"predicted {_size(predicted)}, measured {_size(found['measured'])}: {100 * error:+.1f} %",
+        "predicted_bytes": round(predicted),
+        "error_percent": round(100 * error, 2),
+        **found,
+    }
+
+
+def _size(num: float) -> str:
+    return f"{num / GIB:.2f} GiB" if num >= GIB else f"{num / 2**20:.1f} MiB"
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="selftest.peak_memory", allow_abbrev=False)
+    parser.add_argument("result")
+    parser.add_argument("model")
+    parser.add_argument("stage")
+    parser.add_argument("way")
+    parser.add_argument("--limit", default="15GiB", help="what torch may allocate on a GPU")
+    parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
+    parser.add_argument("--batch", type=int, default=32)
+    asked: Any = parser.parse_args(words)
+    result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.bytes_of("limit", asked.limit))
+    # torch.cuda is not asked for more: a context of this process would take memory from the case's.
+    cuda = torch.cuda.is_available()
+    with result.guard(f"{asked.model} {asked.stage} {asked.way}"):
+        stage = stage_of(run_of(asked.model, asked.stage, hw, asked.batch), asked.stage, half=cuda)
+        if cuda:
+            plan = fit(stage, asked.stage, way_of(asked.way), limit, planner.free_host_bytes())
+            result.add(compare_on_gpu(case_of_plan(asked.model, asked.stage, hw, plan), plan, limit))
+        else:
+            way, share = way_of(asked.way, False), Share(rank=0, num_ranks=1, micro_batch=asked.batch, accumulation=1)
+            plan = Plan(way=way, share=share, layout=Layout(checkpointed_blocks=stage.depth, head_chunk=2))
+            result.add(compare_on_cpu(stage, case_of_plan(asked.model, asked.stage, hw, plan)))
+
+
+if __name__ == "__main__":
+    run_main(main)
+    distributed.stop()
+    sys.exit(os.EX_OK)

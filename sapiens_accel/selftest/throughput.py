@@ -1,0 +1,433 @@
+"""People a second of our training step against a plain loop over transformers' network, and its share of the peak.
+
+    python -m sapiens_accel.selftest.throughput RESULT.json MODEL [--hw 512 384] [--batch 32] [--compile]
+    python -m sapiens_accel.selftest.throughput RESULT.json --epochs OUT      hours of an epoch, from the rates in OUT
+
+The peer is what a user would write instead: bf16 autocast over fp32 weights, AdamW, checkpointed blocks; nothing of
+this project is in it but Sapiens v1's head, which transformers does not have. Both take turns in one process.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, Sapiens2ForPoseEstimation
+
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.schema import Config
+from sapiens_accel.data.dataset import Batch
+from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.memory.estimate import FEW, Plan, Way, fit, need, stage_of
+from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17 as SKELETON
+from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.files import GIB
+from sapiens_accel.selftest.checks import Result, Row, Skipped
+from sapiens_accel.selftest.peak_memory import case_of_plan
+from sapiens_accel.selftest.training_step import build_network, codec_of, random_batch, run_of, take_steps
+
+# Dense 16-bit products with fp32 sums of NVIDIA's data sheets, by a part of the device's name; the first that is in it
+# counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "RTX 4090": 165.0,
+    "RTX 4080": 97.5,
+    "RTX 3090": 71.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L4": 121.0,
+    "V100-SXM2": 125.0,
+    "Tesla T4": 65.0,
+}
+TOLD = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
+COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
+Runner = tuple[Callable[[], None], Iterator[Any]]  # what sets the layout of a runner, and its steps
+
+
+# ---- The peer
+
+
+class PlainViT(nn.Module):
+    """transformers' ViTPose backbone, run by its own forward, and the head on all people at once."""
+
+    def __init__(self, model: SapiensPose) -> None:
+        super().__init__()
+        self.backbone, self.head = deepcopy(model.backbone), deepcopy(model.head)
+        self.grid_hw = [pixels // model.size.patch for pixels in model.input_hw]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels [b, 3, H, W] to heatmaps [b, k, h, w]."""
+        tokens = self.backbone(pixels).feature_maps[-1]
+        return self.head.maps(tokens.transpose(1, 2).unflatten(2, self.grid_hw))
+
+
+class PlainSapiens2(nn.Module):
+    """transformers' own."""
+
+    def __init__(self, model: SapiensPose) -> None:
+        super().__init__()
+        self.network = Sapiens2ForPoseEstimation(sapiens2_config(model.size, model.num_keypoints, model.input_hw))
+        self.network.model.load_state_dict(model.backbone.state_dict())
+        self.network.decode_head.load_state_dict(model.head.state_dict())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels [b, 3, H, W] to heatmaps [b, k, h, w]."""
+        return self.network(pixels).heatmaps
+
+
+def peer_of(model: SapiensPose, device: torch.device) -> nn.Module:
+    """The peer, with the weights that the model has now."""
+    peer = (PlainViT if model.size.family == "sapiens" else PlainSapiens2)(model)
+    for part in peer.children():
+        if isinstance(part, PreTrainedModel):
+            part.activation_checkpointing_enable()  # what gradient_checkpointing_enable() is called now
+    return peer.to(device).train()
+
+
+def plain_steps(
+    peer: nn.Module, batch: Batch, codec: Codec, loss_weight: float, lr: float, autocast: torch.dtype | None
+) -> Iterator[Tensor]:
+    """A plain loop over the same batch; yields the loss of each step, on the device."""
+    labeled, device = batch.labelled, batch.labelled.view.image.device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    while True:
+        target, weights = codec.encode(labeled.points_xy, labeled.weights)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            heatmaps = peer((labeled.view.image.float() - mean) / std)
+        loss = loss_weight * (weights[..., None, None] * (heatmaps.float() - target) ** 2).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        yield loss.detach()
+
+
+@lru_cache
+def part_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[int, int]:
+    """Of one person's forward, backbone and head; counted on the meta device: products, convolutions, attention."""
+    with torch.device("meta"):
+        model = SapiensPose(name, num_keypoints, input_hw)
+        image = torch.zeros(1, 3, *input_hw, dtype=torch.uint8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    counts = counter.get_flop_counts()
+    head = sum(next((counts[key] for key in counts if key.endswith(".head")), {}).values())
+    return counter.get_total_flops() - head, head
+
+
+def forward_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> int:
+    """Of one person's forward, as `part_flops`."""
+    return sum(part_flops(name, num_keypoints, input_hw))
+
+
+def peak_tflops(device: str) -> float | None:
+    """What the device could do at most; None where the table does not have it."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
+
+
+# ---- One model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What is timed, and how often.
+
+    Attributes:
+        input_hw: of the crop, px.
+        batch: people of one step, one micro-batch.
+        limit: bytes that torch may allocate on a GPU.
+        repetitions: turns of each runner; steps of a turn; warm_up steps of each before any is timed.
+        compiled: with compiled blocks too.
+        layouts: which of `layouts_to_time`; None is all.
+    """
+
+    input_hw: tuple[int, int]
+    batch: int
+    limit: float = float("inf")
+    repetitions: int = 3
+    steps: int = 3
+    warm_up: int = 2
+    compiled: bool = False
+    layouts: Sequence[str] | None = None
+
+
+def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | None) -> Iterator[Row]:
+    """Build both with the same weights, let them take turns, and compare: a row, and with compiled blocks a fuller one.
+
+    Raises:
+        UserError: ours does not fit beside the peer.
+    """
+    device = accelerator.device
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, timing.limit / total))
+    run = run_of(name, "phase2", timing.input_hw, timing.batch, f"--memory.micro_batch={timing.batch}")
+    model, batch = build_network(run, "phase2"), random_batch(timing.batch, 0, timing.input_hw, device)
+    theirs, loss_of_peer = start_peer(accelerator, run, model, batch)
+    plan = plan_ours(accelerator, run)
+    case = replace(case_of_plan(name, "phase2", timing.input_hw, plan), precision=accelerator.mixed_precision)
+    ours = take_steps(accelerator, case, model, repeat(batch))
+    loss = float(next(ours).logs["loss"])
+
+    layouts = {key: layout for key, layout in layouts_to_time(run, plan).items() if key in (timing.layouts or [key])}
+    runners: dict[str, Runner] = {key: (partial(model.lay_out, layout), ours) for key, layout in layouts.items()}
+    others: dict[str, Runner] = {} if theirs is None else {"peer": (lambda: None, theirs)}
+    flops = 3 * forward_flops(name, SKELETON.num_keypoints, timing.input_hw)
+    losses = {"ours": loss, "peer": loss_of_peer}
+    told = {key: value for key, value in case.as_json().items() if key in TOLD}
+    taken = seconds_of({**runners, **others}, timing, device)
+    yield {**told, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+    if timing.compiled:
+        compiled = partial(model.lay_out, replace(plan.layout, compiled=True))
+        again = seconds_of({"ours_compiled": (compiled, ours), **others}, timing, device)
+        taken |= {"ours_compiled": again["ours_compiled"], "peer_again": again.get("peer", [])}
+        yield {**told, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+
+
+def start_peer(
+    accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch
+) -> tuple[Iterator[Tensor] | None, float | None]:
+    """The peer after its first step and that step's loss; None where the device cannot hold it."""
+    try:
+        return _started(accelerator, run, model, batch)
+    except torch.OutOfMemoryError:
+        pass  # until here its frames hold what it has allocated
+    free_memory()
+    return None, None
+
+
+def _started(accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch) -> tuple[Iterator[Tensor], float]:
+    plan, autocast = run.of("phase2"), distributed.autocast_dtype(accelerator)
+    network = peer_of(model, accelerator.device)
+    stream = plain_steps(network, batch, codec_of(run), plan.loss_weight, plan.optim.lr, autocast)
+    return stream, float(next(stream))
+
+
+def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
+    """Ours, in what the peer leaves free; on a CPU nothing is computed twice.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
+    name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
+    stage = stage_of(run, "phase2", strategy.half)
+    plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), room, None)
+    if not plan.fits:
+        needs = f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB beside the peer's state"
+        raise UserError(
+            f"{run.model.name}: {plan.share.micro_batch} people need {needs}; take a smaller --batch or model"
+        )
+    return plan
+
+
+def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
+    """Ours as planned; with all blocks checkpointed, as the peer has it; with the head the other way."""
+    stage = stage_of(run, "phase2", plan.way.strategy.half)
+    num, chunk = plan.share.micro_batch, plan.layout.head_chunk
+    chunked = chunk is not None and chunk < num
+    other = {"ours_one_chunk": None} if chunked else {"ours_chunked": FEW if num > FEW else 1}
+    wanted = {
+        "ours": plan.layout,
+        "ours_checkpointed": replace(plan.layout, checkpointed_blocks=stage.depth),
+        **{key: replace(plan.layout, head_chunk=chunk) for key, chunk in other.items()},
+    }
+    if plan.room is None:
+        return wanted
+    needs = partial(need, stage, plan.way, plan.share, room=plan.room, host_room=None)
+    return {key: layout for key, layout in wanted.items() if key == "ours" or needs(layout).fits}
+
+
+# ---- Timing
+
+
+def seconds_of(runners: Mapping[str, Runner], timing: Timing, device: torch.device) -> dict[str, list[float]]:
+    """Of one step of each runner, repetition by repetition; they take turns, so that a slow minute meets them all."""
+    for arrange, stream in runners.values():
+        arrange()
+        for _ in range(timing.warm_up):
+            next(stream)
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(timing.repetitions):
+        for name, (arrange, stream) in runners.items():
+            arrange()
+            next(stream)
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(timing.steps):
+                next(stream)
+            wait_for(device)
+            taken[name].append((time.perf_counter() - start) / timing.steps)
+    return taken
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summarize(taken: Mapping[str, list[float]], batch: int, flops: int, peak: float | None) -> Row:
+    """People a second, their ratios to the peer's (repetition by repetition) and the utilization."""
+    rates = {name: spread([batch / t for t in times]) for name, times in taken.items() if times}
+    pairs = {name: "peer_again" if name == "ours_compiled" else "peer" for name in taken if name.startswith("ours")}
+    ratios = {ours: over(taken[theirs], taken[ours]) for ours, theirs in pairs.items() if taken.get(theirs)}
+    chunked = taken.get("ours_chunked", taken["ours"])
+    whole = taken["ours"] if "ours_chunked" in taken else taken.get("ours_one_chunk")
+    return {
+        "people_per_second": rates,
+        "ratio": ratios or None,
+        "chunks_cost": over(chunked, whole) if whole else None,
+        "tflops_per_person": round(flops / 1e12, 6),
+        "mfu": {name: round(rate["median"] * flops / peak / 1e12, 4) for name, rate in rates.items()} if peak else None,
+        "outcome": "measured" if "peer" in taken else "ours measured; the peer ran out of memory",
+    }
+
+
+def over(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The spread of quotients, pair by pair."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    found = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+# ---- How long an epoch would take
+
+
+def epoch_rows(rates: Mapping[str, float], hw: tuple[int, int], recipes: Mapping[str, Config]) -> Iterator[Row]:
+    """Predicted hours that each recipe takes for each labeled person of COCO once, by stage.
+
+    From the measured phase2 rate of the nearest size at equal FLOP/s. A forward of backbone and head counts F and H: an
+    epoch of phase1 takes F + 3 H a person, phase2 3 (F + H), ssl with its unlabeled people 3 (F + H) for each of both
+    and the teacher's F + H. What is recomputed is taken to be in proportion.
+
+    Args:
+        rates: people a second in phase2 by model, measured with crops of `hw` px.
+    """
+    k = SKELETON.num_keypoints
+    flops = {model: forward_flops(model, k, hw) for model in rates}
+    for recipe, run in recipes.items():
+        backbone, head = part_flops(run.model.name, k, run.data.input_hw)
+        whole = backbone + head
+        # Nearest in FLOPs: a larger network comes closer to what the device can do.
+        nearest = min(rates, key=lambda model: abs(flops[model] / whole - 1) + abs(whole / flops[model] - 1))
+        per_second = rates[nearest] * 3 * flops[nearest]
+        work = {
+            "phase1": backbone + 3 * head,
+            "phase2": 3 * whole,
+            "ssl": (3 + 4 * run.ssl.ratio) * whole,
+        }
+        hours = {stage: round(COCO_PEOPLE * flop / per_second / 3600, 2) for stage, flop in work.items()}
+        text = ", ".join(f"{stage} {value:g} h" for stage, value in hours.items())
+        yield {
+            "name": f"epoch of {recipe}",
+            "status": "passed",
+            "text": f"predicted from {nearest}: {text}",
+            "predicted": True,
+            "hours": hours,
+            "from": nearest,
+        }
+
+
+def measured_rates(out: Path) -> tuple[dict[str, float], tuple[int, int]]:
+    """Phase2's people a second by model that the checks in this folder have measured, and their crop.
+
+    Raises:
+        Skipped: there are none.
+    """
+    rows = [row for path in sorted(out.glob("*/result.json")) for row in json.loads(path.read_text())]
+    measured = [row for row in rows if row.get("phase2_rate")]
+    if not measured:
+        raise Skipped("no rate was measured")
+    return {row["model"]: row["phase2_rate"] for row in measured}, tuple(measured[-1]["input_hw"])
+
+
+# ---- Rows of the selftest
+
+
+def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
+    """What `compare` found, a row for ours as planned, one for compiled blocks."""
+    for key, name in (("ours", row["model"]), ("ours_compiled", f"{row['model']}, compiled blocks")):
+        if key not in row["people_per_second"]:
+            continue
+        rate, ratio, mfu = row["people_per_second"][key]["median"], (row["ratio"] or {}).get(key), row["mfu"]
+        versus = f"{ratio['median']:.2f} x the plain transformers loop" if ratio else "the plain loop ran out of memory"
+        used = f"MFU {mfu[key]:.1%}" if mfu else f"{rate * row['tflops_per_person']:.2f} TFLOP/s (no peak known)"
+        planned = f"{row['micro_batch']} people, {row['checkpointed_blocks']} blocks checkpointed, {row['precision']}"
+        found = {"phase2_rate": rate, "input_hw": list(hw), "comparison": row} if key == "ours" else {}
+        text = f"{rate:.2f} people/s, {versus}, {used} ({planned})"
+        yield {"name": name, "model": row["model"], "status": "passed", "text": text, **found}
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="selftest.throughput", allow_abbrev=False)
+    parser.add_argument("result")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--epochs", metavar="OUT")
+    parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--compile", action="store_true")
+    asked: Any = parser.parse_args(words)
+    result, hw = Result(Path(asked.result)), tuple(asked.hw)
+    if asked.epochs:
+        with result.guard("epochs"):
+            rates, measured_hw = measured_rates(Path(asked.epochs))
+            folder = Path(config.__file__).parents[1] / "recipes"
+            names = [path.stem for path in sorted(folder.glob("*_coco*.yaml"))]
+            recipes = {name: config.load(["--recipe", name]) for name in names}
+            for row in epoch_rows(rates, measured_hw, recipes):
+                result.add(row)
+        return
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16" if cuda else "no")
+    peak = peak_tflops(torch.cuda.get_device_name()) if cuda else None
+    names = ["ours"] if cuda else ["ours", "ours_checkpointed"]
+    timing = Timing(input_hw=hw, batch=asked.batch, compiled=asked.compile, layouts=names)
+    for_row, done = f"{asked.model}, {asked.batch} people", 0
+    with result.guard(for_row):
+        try:
+            for row in compare(distributed.start(), asked.model, timing, peak):
+                rows = list(rows_of(row, hw))
+                for found in rows[done:]:
+                    result.add(found)
+                done = len(rows)
+        except UserError as error:  # it does not fit
+            raise Skipped(str(error)) from error
+
+
+if __name__ == "__main__":
+    run_main(main)
+    distributed.stop()

@@ -1,0 +1,273 @@
+"""Training steps as train.py takes them, on random people: built from a case, with their peak memory and their time.
+
+accelerate launch --config_file accelerate_configs/zero2.yaml -m sapiens_accel.selftest.training_step TASK RESULT
+"""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from torch.profiler import ProfilerActivity, profile
+
+from sapiens_accel.config import parse as config
+from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
+from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.sampling import Share
+from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
+from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17 as SKELETON
+from sapiens_accel.runtime import distributed, engine
+from sapiens_accel.training import ema, optim
+from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.mean_teacher import build_objective
+
+SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
+OUT_OF_MEMORY = "out of memory"
+STEPS = {"cuda": 3, "cpu": 2}  # the first one makes the optimizer's state
+
+Measurement = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCase:
+    """A stage, and one way to run it on one device.
+
+    Attributes:
+        model: a key of `SIZES`.
+        way: its name in `memory.estimate.ways`.
+        launch: its file in accelerate_configs/.
+        precision: "no", "bf16" or "fp16", as the launch files say it.
+        input_hw: of the crop, px.
+        micro_batch: labeled people of one forward and backward.
+        checkpointed_blocks, head_chunk: see `Layout`.
+        teacher: where stage ssl keeps the teacher's fp32 average.
+    """
+
+    model: str
+    stage: StageName
+    way: str
+    launch: str
+    precision: str
+    input_hw: tuple[int, int]
+    micro_batch: int
+    accumulation: int
+    checkpointed_blocks: int
+    head_chunk: int | None
+    offload_activations: bool = False
+    adam_8bit: bool = False
+    teacher: Place = "device"
+
+    @property
+    def share(self) -> Share:
+        return Share(rank=0, num_ranks=1, micro_batch=self.micro_batch, accumulation=self.accumulation)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(checkpointed_blocks=self.checkpointed_blocks, head_chunk=self.head_chunk)
+
+    @property
+    def run(self) -> Config:
+        return run_of(self.model, self.stage, self.input_hw, self.share.global_batch)
+
+    @property
+    def num_unlabeled(self) -> int:
+        """Unlabeled people of a micro-batch."""
+        return num_unlabeled(self.run.of(self.stage), self.micro_batch)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def case_of(tree: dict[str, Any]) -> TrainingCase:
+    """What `TrainingCase.as_json` made, after JSON has turned its tuple into a list."""
+    return TrainingCase(**{**tree, "input_hw": tuple(tree["input_hw"])})
+
+
+def run_of(model: str, stage: StageName, input_hw: tuple[int, int], batch: int, *options: str) -> Config:
+    """The model's own recipe (the demo's for a tiny one) at this input size and global batch.
+
+    Raises:
+        UserError: no such model, an option that does not exist.
+    """
+    if model not in SIZES:
+        raise UserError(f"no such model {model!r}; there are: {', '.join(SIZES)}")
+    recipe = "demo" if model.endswith("tiny") else f"{model}_coco"
+    size = [f"--data.input_hw=[{input_hw[0]},{input_hw[1]}]", f"--{stage}.global_batch={batch}"]
+    return config.load([f"--recipe={recipe}", f"--model.name={model}", *size, *options])
+
+
+def random_batch(num: int, unlabeled: int, input_hw: tuple[int, int], device: torch.device) -> Batch:
+    """A micro-batch of noise: `num` labeled people and `unlabeled` pairs of views."""
+
+    def view(num: int) -> View:
+        image = torch.randint(0, 256, (num, 3, *input_hw), dtype=torch.uint8, device=device)
+        matrix = torch.eye(3, device=device)[:2].expand(num, 2, 3).contiguous()
+        return View(image, matrix, torch.zeros(num, dtype=torch.bool, device=device))
+
+    k, (height, width) = SKELETON.num_keypoints, input_hw
+    points_xy = torch.rand(num, k, 2, device=device) * torch.tensor([width - 1.0, height - 1.0], device=device)
+    labeled = Labelled(view(num), points_xy, torch.ones(num, k, device=device), torch.arange(num, device=device))
+    pair = Pair(view(unlabeled), view(unlabeled), torch.rand(unlabeled, 5, 4, device=device)) if unlabeled else None
+    return Batch(labeled, pair)
+
+
+def num_unlabeled(plan: StageConfig, num: int) -> int:
+    """Unlabeled people that come with so many labeled ones."""
+    return num * plan.ratio
+
+
+def build_network(run: Config, stage: StageName, device: str = "cpu") -> SapiensPose:
+    """The stage's network with its first weights, made on the CPU, as train.py makes it, or faster on the device."""
+    set_seed(run.seed)
+    with torch.device(device):
+        model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
+    model.freeze(run.of(stage).frozen)
+    return model
+
+
+def take_steps(
+    accelerator: Accelerator, case: TrainingCase, model: SapiensPose, batches: Iterator[Batch]
+) -> Iterator[Step]:
+    """Build the stage; what is returned takes one optimizer step each time it is asked, until the batches end."""
+    plan = case.run.of(case.stage)
+    model.lay_out(case.layout)
+    teacher = ema.moving_average(accelerator, deepcopy(model), case.teacher) if plan.teacher else None
+    groups = optim.param_groups(model.layer_groups(), plan.optim)
+    optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
+    network, optimizer = engine.prepare(
+        accelerator,
+        model,
+        optimizer,
+        micro_batch=case.micro_batch,
+        accumulation=case.accumulation,
+        clip_norm=plan.optim.clip_norm,
+    )
+    objective = build_objective(
+        plan,
+        codec_of(case.run),
+        SKELETON,
+        teacher,
+        partial(engine.full_values, accelerator, network),
+        num_steps=SCHEDULE,
+        gather=lambda tensor: tensor,
+        autocast=distributed.autocast_dtype(accelerator),
+    )
+    rest = (case.share, plan.optim, 0, SCHEDULE, case.offload_activations)
+    return steps(accelerator, network, optimizer, objective, batches, *rest)
+
+
+def codec_of(run: Config) -> Codec:
+    heatmap_hw = SIZES[run.model.name].heatmap_hw(run.data.input_hw)
+    return Codec(input_hw=run.data.input_hw, heatmap_hw=heatmap_hw, sigma=run.data.sigma)
+
+
+def start_accelerator(precision: str) -> Accelerator:
+    """An Accelerator of this process at a precision ("no", "bf16", "fp16"); the one before it is forgotten."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    return distributed.start()
+
+
+# ---- The peak of one case, as the allocator saw it
+
+
+def measure_on_gpu(accelerator: Accelerator, case: TrainingCase, limit: float) -> Measurement:
+    """Build the case and take its steps with `limit` bytes for torch's allocator.
+
+    Returns:
+        Bytes: `measured` is the most that the steps allocated, `building` the most before them, `reserved` what the
+        allocator took for it, `device_used` all that was in use of the device at the end, CUDA's context with it.
+
+    Raises:
+        torch.OutOfMemoryError
+    """
+    gpu = accelerator.device
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(gpu)[1]))
+    num = STEPS["cuda"] * case.accumulation
+    batches = (random_batch(case.micro_batch, case.num_unlabeled, case.input_hw, gpu) for _ in range(num))
+    stream = take_steps(accelerator, case, build_network(case.run, case.stage), batches)
+    building = torch.cuda.max_memory_allocated(gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    times = []
+    for _ in stream:
+        torch.cuda.synchronize(gpu)
+        times.append(time.perf_counter())
+    free, total = torch.cuda.mem_get_info(gpu)
+    return {
+        "measured": torch.cuda.max_memory_allocated(gpu),
+        "outcome": "measured",
+        "building": building,
+        "reserved": torch.cuda.max_memory_reserved(gpu),
+        "device_used": total - free,
+        "seconds_per_step": round((times[-1] - times[0]) / (len(times) - 1), 4),
+    }
+
+
+def measure_on_cpu(accelerator: Accelerator, case: TrainingCase) -> Measurement:
+    """Build the case and take its steps; the batches are made before, and are not part of what is measured."""
+    num = STEPS["cpu"] * case.accumulation
+    people = (case.micro_batch, case.num_unlabeled, case.input_hw, accelerator.device)
+    batches = [random_batch(*people) for _ in range(num)]
+
+    def work() -> None:
+        for _ in take_steps(accelerator, case, build_network(case.run, case.stage), iter(batches)):
+            pass
+
+    return {"measured": peak_of(work), "outcome": "measured"}
+
+
+def bytes_made_before(case: TrainingCase) -> int:
+    """Bytes of the images that `measure_on_cpu` makes first: one step's, of what the plan calls data."""
+    views = (
+        case.micro_batch + 2 * case.num_unlabeled
+    )  # what the teacher's labels add, the cut-out images, is made inside
+    return case.accumulation * views * 3 * case.input_hw[0] * case.input_hw[1]
+
+
+def peak_of(work: Callable[[], None]) -> int:
+    """The most bytes that torch's CPU allocator had given out at a time, beyond those of before."""
+    gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # two lines of the profiler's own for each case
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events: list[Any] = seen.profiler.kineto_results.events()  # its stub lacks `nbytes`
+    now = peak = 0
+    for _, num in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += num
+        peak = max(peak, now)
+    return peak
+
+
+def main(words: list[str]) -> None:
+    """Run the case of TASK.json and write its measurement into RESULT.json."""
+    task = json.loads(Path(words[0]).read_text())
+    case, limit = case_of(task["case"]), task["limit"]
+    try:
+        accelerator = distributed.start()
+        cuda = accelerator.device.type == "cuda"
+        result = measure_on_gpu(accelerator, case, limit) if cuda else measure_on_cpu(accelerator, case)
+    except torch.OutOfMemoryError:
+        result = {"measured": None, "outcome": OUT_OF_MEMORY}
+    except UserError as error:
+        result = {"measured": None, "outcome": f"cannot run here: {error}"}
+    Path(words[1]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_main(lambda words: main(list(words)))
+    distributed.stop()
