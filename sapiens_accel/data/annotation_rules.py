@@ -1,4 +1,7 @@
-"""The people in shards as columns, some thousand pictures at a time: the rules are those of COCO's JSON in `coco`."""
+"""Which annotations a run learns from, and what is wrong with the others: of COCO's JSON, and of shards as columns.
+
+The rules either raise at the first fault, or collect every fault for the doctor.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +16,8 @@ from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import parsed, shown
-from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Reading, count, pc
+from sapiens_accel.sources.coco import BROKEN, parsed, reason, shown, whole_number
+from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, count, pc
 
 NUMBERS = {int, float, bool}
 
@@ -214,7 +217,7 @@ def _vectors(
 
 
 def _expect(fine: Bool[Array, "n"], values: Array, expected: str, ann_id: Int[Array, "n"], path: Path) -> None:
-    """The rules of `coco_json.row_of`, for columns."""
+    """The rules of `row_of`, for columns."""
     if not fine.all():
         at = int(np.argmin(fine))
         raise UserError(f"{path}: annotation {ann_id[at]}: expected {expected}, found {str(values[at].tolist())[:60]}")
@@ -245,6 +248,70 @@ def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
     tree = parsed(annotations)
     listed = [kind.get("id") for kind in tree.get("categories") or ()]
     return next(iter(category_ids(tree, reading) or listed), 1)
+
+
+def rows_of(
+    tree: dict[str, Any],
+    path: Path,
+    images: str,
+    num_keypoints: int,
+    reading: Reading | None = PLAIN,
+    collect: list[Fault] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of the annotations that a run learns from, of a tree of `coco.read_json`.
+
+    Args:
+        images: the folder of its images, relative to the root.
+        reading: None: it is not known how its keypoints become the run's; another number of them is then no fault of
+            each annotation.
+        collect: gets every fault, and every annotation that is left out; None: the first fault is raised.
+
+    Raises:
+        UserError: the first annotation that is not what it should be.
+    """
+    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    known = reading or PLAIN
+    kinds = category_ids(tree, known)
+    for index, annotation in enumerate(tree["annotations"]):
+        try:
+            if kinds and annotation.get("category_id", kinds[0]) not in kinds:
+                row, check = None, "kind"
+            else:
+                without = reading is None and _is_other_number(annotation, num_keypoints)
+                taken = annotation | {"keypoints": []} if without else annotation
+                row = row_of(taken, names, images, num_keypoints, known)
+                check = "crowd" if annotation.get("iscrowd") else "boxes"
+        except BROKEN as error:
+            text = f"{_who(annotation, index)}: {reason(error)}"
+            if collect is None:
+                raise UserError(f"{path}: {text}") from None
+            collect.append(Fault("annotations", text))
+            continue
+        if row is None and collect is not None:
+            collect.append(Fault(check, _who(annotation, index)))
+        elif row is not None:
+            if collect is not None:
+                collect += _wrong_count(annotation, index)
+            yield row
+
+
+def _who(annotation: Any, index: int) -> str:
+    is_object = isinstance(annotation, dict)
+    return f"annotation {shown(annotation.get('id'))}" if is_object else f"entry {index}, {shown(annotation)}"
+
+
+def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
+    numbers = annotation.get("keypoints")
+    return isinstance(numbers, list) and len(numbers) % 3 == 0 and len(numbers) != 3 * num_keypoints
+
+
+def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
+    """Of the five lists of a whole body the count is of the first."""
+    told = annotation.get("num_keypoints")
+    labelled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+    if told is not None and told != labelled:
+        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labelled {labelled}"
+        yield Fault("num_keypoints", text)
 
 
 def row_of(
@@ -284,9 +351,9 @@ def row_of(
 
 def id_of(value: Any) -> int:
     """A whole number that Arrow can keep, which has 64 bits."""
-    if not isinstance(value, int | str) and not (isinstance(value, float) and value.is_integer()):
+    number = whole_number(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise ValueError(f"expected an id that is a whole number, found {shown(value)}")
-    number = int(value)
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"expected an id of at most 64 bits, found {shown(value)}")
     return number

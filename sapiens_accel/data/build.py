@@ -25,6 +25,7 @@ from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources import discover as sources
 from sapiens_accel.sources import shards, synthetic
+from sapiens_accel.sources.coco import release_large_trees
 
 CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
 UNCOMPARED = "streaming: the pictures of training were not compared with those of validation"
@@ -84,6 +85,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     if sets.unlabelled:
         told = leakage.refuse_leaks(sets.val, sets.train, sets.unlabelled)
         sets = sets._replace(warnings=(*sets.warnings, *told))
+    release_large_trees()
     return sets
 
 

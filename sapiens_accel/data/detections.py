@@ -1,6 +1,7 @@
 """Detections as a JSON: how pictures are named in it, how it is written, and how any such file is read again."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,61 @@ def _rounded(people: Found | None) -> list[tuple[list[float], float]]:
     return list(zip(people.boxes_xywh.round(2).tolist(), people.scores.round(5).tolist(), strict=True))
 
 
+class Detection(NamedTuple):
+    """One box of a detector's results.
+
+    Attributes:
+        index: its place in the file.
+        image_id: None where it has none; then there is a file_name.
+        box_xywh: image px.
+        score: 1 where the file has none.
+    """
+
+    index: int
+    image_id: Any
+    file_name: Any
+    category_id: Any
+    box_xywh: Float[Array, "4"]
+    score: float
+
+
+def read_detections(file: Path, needed: Sequence[str] = ("image_id", "bbox", "score")) -> list[Detection]:
+    """A detector's results in COCO's form: a list of image_id, category_id (1 where there is none), bbox and score.
+
+    Args:
+        needed: what each of them must have.
+
+    Raises:
+        UserError: no list, or one of them that lacks something or is no box.
+    """
+    things = coco_json.parsed(file)
+    if not isinstance(things, list):
+        raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
+    return [_detection(file, index, thing, needed) for index, thing in enumerate(things)]
+
+
+def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Detection:
+    try:
+        if not isinstance(thing, dict):
+            raise ValueError(f"expected image_id, category_id, bbox, score; found {coco_json.shown(thing)}")
+        for key in needed:
+            if key not in thing:
+                raise ValueError(f"it has no {key!r}; expected image_id, bbox and score")
+        if not {"image_id", "file_name"} & set(thing):
+            raise ValueError(f"expected image_id, bbox and score, found {coco_json.shown(thing)}")
+        if isinstance(thing.get("image_id"), int):
+            annotation_rules.id_of(thing["image_id"])
+        score = thing.get("score", 1.0)
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not is_number or not abs(score) <= sys.float_info.max:
+            raise ValueError(f"expected a number as 'score', found {coco_json.shown(score)}")
+        box = annotation_rules.box_of(thing)
+    except coco_json.BROKEN as error:
+        raise UserError(f"{file}: detection {index}: {coco_json.reason(error)}") from None
+    names = thing.get("image_id"), thing.get("file_name"), thing.get("category_id", 1)
+    return Detection(index, *names, box, float(score))
+
+
 class BoxesFile:
     """The boxes of a file, for the pictures of these names: a list of detections, or a COCO annotation file.
 
@@ -111,25 +167,23 @@ class BoxesFile:
             raise UserError(
                 f"--eval.boxes {file}: no such file; expected whole, a JSON of boxes, detector, or one's name"
             )
-        is_list = coco_json.is_detections(file)
-        things = list(self._detections() if is_list else self._annotations())
-        if not things:
+        found = list(self._detections() if coco_json.is_detections(file) else self._annotations())
+        if not found:
             raise UserError(f"{file}: no box in it; expected a list of detections or a COCO annotation file")
         self._of: dict[str, list[tuple[Any, float]]] = {}
         places, others = _places(names), 0
-        for index, (key, thing) in enumerate(things):
+        for key, one in found:
             name = places.get(key, places.get(Path(key).name if isinstance(key, str) else f"{key:012d}"))
-            kept = self._box(index, thing)
             if name is None:
                 others += 1
-            elif kept is not None:
-                self._of.setdefault(name, []).append(kept)
-        if others == len(things):
+            elif one.score >= min_score and (one.box_xywh[2:] > 0).all():
+                self._of.setdefault(name, []).append((one.box_xywh, one.score))
+        if others == len(found):
             raise UserError(
-                f"{file}: of other pictures: the first of its {len(things)} boxes is of {things[0][0]}, the first of "
+                f"{file}: of other pictures: the first of its {len(found)} boxes is of {found[0][0]}, the first of "
                 f"these {len(names)} pictures is {names[0] if names else '(none)'}"
             )
-        self.told = f"{file}: {others} of its {len(things)} boxes are of other pictures" if others else ""
+        self.told = f"{file}: {others} of its {len(found)} boxes are of other pictures" if others else ""
 
     def of(self, name: str) -> Found:
         """The people of a picture."""
@@ -138,30 +192,18 @@ class BoxesFile:
         boxes, scores = zip(*self._of[name], strict=True)
         return Found(np.stack(boxes), np.array(scores))
 
-    def _detections(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for index, thing in enumerate(coco_json.parsed(self.file)):
-            if not isinstance(thing, dict) or not {"file_name", "image_id"} & set(thing):
-                raise UserError(f"{self.file}: box {index}: expected image_id, bbox and score, found {str(thing)[:80]}")
-            if thing.get("category_id", 1) == 1:
-                yield thing.get("file_name", thing.get("image_id")), thing
+    def _detections(self) -> Iterator[tuple[Any, Detection]]:
+        for one in read_detections(self.file, ("bbox",)):
+            if one.category_id == 1:
+                yield one.image_id if one.file_name is None else one.file_name, one
 
-    def _annotations(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _annotations(self) -> Iterator[tuple[Any, Detection]]:
         names = {image["id"]: image["file_name"] for image in listed(self.file, "images", ("id", "file_name"))}
         person = annotation_rules.person_category(self.file)
-        for thing in listed(self.file, "annotations", ("image_id", "bbox")):
+        for index, thing in enumerate(listed(self.file, "annotations", ("image_id", "bbox"))):
             if not thing.get("iscrowd") and thing.get("category_id", person) == person:
-                yield names.get(thing["image_id"], thing["image_id"]), thing
-
-    def _box(self, index: int, thing: dict[str, Any]) -> tuple[Any, float] | None:
-        """A box and its score; None for one that is not to be looked at."""
-        score = thing.get("score", 1.0)
-        try:
-            box = annotation_rules.box_of(thing)
-            if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
-                raise ValueError(f"expected a number as 'score', found {score!r}")
-        except ValueError as error:
-            raise UserError(f"{self.file}: box {index}: {error}") from None
-        return (box, float(score)) if score >= self.min_score and (box[2:] > 0).all() else None
+                one = _detection(self.file, index, thing, ())
+                yield names.get(one.image_id, one.image_id), one
 
 
 def _places(names: Sequence[str]) -> dict[Any, str]:
@@ -202,22 +244,14 @@ def detected_people(
 def _detected_rows(
     num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
 ) -> Iterator[dict[str, Any]]:
-    found = coco_json.parsed(Path(detections))
     there, of_stem = set(names), {Path(name).stem: name for name in names}
+    of_number = {coco_json.whole_number(stem): name for stem, name in of_stem.items()}
     place = {name: index for index, name in enumerate(names)}
-    for index, thing in enumerate(found):
-        try:
-            box, score, key = annotation_rules.box_of(thing), float(thing["score"]), thing["image_id"]
-            if not np.isfinite(score):
-                raise ValueError(f"expected a number as its 'score', found {score}")
-            image_id = annotation_rules.id_of(key) if isinstance(key, int) else None
-        except coco_json.BROKEN as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{detections}: detection {index}: {reason}") from None
-        if score < min_score or thing.get("category_id", 1) != 1 or box[2] <= 0 or box[3] <= 0:
+    for index, key, _, category_id, box, score in read_detections(Path(detections)):
+        if score < min_score or category_id != 1 or box[2] <= 0 or box[3] <= 0:
             continue
         padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
-        name = padded if padded in there else of_stem.get(str(key))
+        name = padded if padded in there else of_stem.get(str(key), of_number.get(coco_json.whole_number(key)))
         if name is None:
             raise UserError(
                 f"{detections}: detection {index}: its picture, {padded or key} or {key}.*, is not in {folder}; "
@@ -225,7 +259,7 @@ def _detected_rows(
             )
         yield {
             "file_name": f"{images}/{name}",
-            "image_id": place[name] if image_id is None else image_id,
+            "image_id": key if isinstance(key, int) else place[name],
             "ann_id": index,
             "box_xywh": box.tolist(),
             "area": float(box[2] * box[3]),

@@ -401,20 +401,10 @@ def _coco_rows(
 ) -> Iterator[dict[str, Any]]:
     path = Path(annotations)
     tree = coco_json.read_json(path)
-    names = coco_json.picture_names(tree, path)
     if keypoints != "optional" and not any("keypoints" in person for person in tree["annotations"]):
         raise UserError(f"{path}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-    kinds = roster.category_ids(tree, reading)
-    for person in tree["annotations"]:
-        if kinds and isinstance(person, dict) and person.get("category_id", kinds[0]) not in kinds:
-            continue
-        try:
-            row = roster.row_of(person, names, images, num_keypoints, reading)
-        except coco_json.BROKEN as error:
-            who = person.get("id") if isinstance(person, dict) else person
-            raise UserError(f"{path}: annotation {coco_json.shown(who)}: {coco_json.reason(error)}") from None
-        if row:
-            yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
+    for row in roster.rows_of(tree, path, images, num_keypoints, reading):
+        yield row | {"keypoints": np.zeros((num_keypoints, 3))} if keypoints == "withheld" else row
 
 
 def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,8 @@
 """An annotation file and its pictures, read on past the first fault: what the run's own reader would refuse, all of it.
 
-Each person is read by the reader itself (`coco_json.row_of`), so nothing passes here that a run would not take.
+The rules are the run's own (`annotation_rules`), so nothing passes here that a run would not take.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.schema import FARTHEST, PLAIN, Reading
+from sapiens_accel.sources.schema import FARTHEST, PLAIN, Fault, Reading
 
 EIGHTH = 8  # `photo.looks` tells sizes to this many px
 
@@ -43,7 +42,7 @@ class Read:
 
 
 def read(root: Path, annotations: str, images: str, num_keypoints: int, reading: Reading | None = PLAIN) -> Read:
-    """Read what can be read.
+    """Read what can be read, by the rules of a run.
 
     Args:
         annotations, images: the JSON (or manifest of shards) and the folder of its pictures, relative to `root`.
@@ -51,28 +50,51 @@ def read(root: Path, annotations: str, images: str, num_keypoints: int, reading:
             no fault of each annotation.
     """
     path = root / annotations
-    nothing = _labels([], {}, num_keypoints)
+    faults: list[Fault] = []
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; see --data.root and --data.*_annotations")
-        tree = coco_json.parsed(path)
+        listed = coco_json.parsed(path)
+        tree = coco_json.read_json(path, faults)
     except (UserError, OSError) as error:
-        return Read(labels=nothing, findings=[_error("json", str(error), str(path))])
-    for key in ("images", "annotations"):
-        if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
-            text = f"{path}: no list {key!r} in it; expected a COCO annotation file"
-            return Read(labels=nothing, findings=[_error("json", text, str(path))])
-    names, sizes, findings = _images(tree["images"], images)
-    tree["categories"], of_kinds = _categories(tree.get("categories"))
-    rows, of_people = _people(tree, names, images, num_keypoints, reading)
+        return Read(labels=_labels([], {}, num_keypoints), findings=[_error("json", str(error), str(path))])
+    rows = list(annotation_rules.rows_of(tree, path, images, num_keypoints, reading, faults))
+    sizes = _told_sizes(tree["images"], images)
     pictures = {row["file_name"]: row["image_id"] for row in rows}
     return Read(
         labels=_labels(rows, sizes, num_keypoints),
         pictures=pictures,
         sizes_wh=sizes,
         most_looked_at=coco.most_looked_at(path),
-        findings=[*findings, *of_kinds, *of_people, *_unknown_sizes(pictures, sizes)],
+        findings=[*_findings(faults, listed), *_unknown_sizes(pictures, sizes)],
     )
+
+
+def _told_sizes(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, tuple[float, float]]:
+    """Width and height by name below the root, of those of the JSON's images that tell them."""
+    sizes: dict[str, tuple[float, float]] = {}
+    for image in listed:
+        size = tuple(s for key in ("width", "height") if isinstance(s := image.get(key), int | float))
+        if len(size) == 2 and min(size) > 0 and max(size) < FARTHEST:
+            sizes[f"{folder}/{image['file_name']}"] = size
+    return sizes
+
+
+def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding]:
+    """The faults by their kind, each with all whom it is about."""
+    texts: dict[str, tuple[Level, str]] = {
+        "images": ("error", f"of {len(tree['images'])} pictures in the JSON cannot be taken"),
+        "ids": ("error", "picture ids that are of two pictures"),
+        "annotations": ("error", f"of {len(tree['annotations'])} annotations cannot be read"),
+        "boxes": ("warning", "annotations are left out: their boxes have no width or no height"),
+        "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labelled joints"),
+        "crowd": ("note", "annotations are crowds: left out"),
+        "kind": ("note", "annotations are of other categories: left out"),
+    }
+    yield from (_error("categories", fault.text) for fault in faults if fault.check == "categories")
+    for check, (level, text) in texts.items():
+        if culprits := tuple(fault.text for fault in faults if fault.check == check):
+            yield Finding(level=level, check=check, text=f"{len(culprits)} {text}", culprits=culprits)
 
 
 def of_people(people: coco.People) -> Read:
@@ -82,101 +104,12 @@ def of_people(people: coco.People) -> Read:
     return Read(labels=labels, pictures=pictures, most_looked_at=coco.most_looked_at(people.annotations))
 
 
-def _images(listed: Sequence[Any], folder: str) -> tuple[dict[Any, str], dict[str, tuple[float, float]], list[Finding]]:
-    """Names by id, sizes by name below the root, and faults of the JSON's `images`."""
-    names: dict[Any, str] = {}
-    sizes: dict[str, tuple[float, float]] = {}
-    bad, twice = [], []
-    for index, image in enumerate(listed):
-        if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-            bad.append(f"images, entry {index}: expected id and file_name, found {coco_json.shown(image)}")
-        elif reason := coco_json.fault_of(image):
-            bad.append(f"images, entry {index}: {reason}")
-        elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            twice.append(f"id {coco_json.shown(image['id'])} ({names[image['id']]}, {image['file_name']})")
-        else:
-            size = tuple(s for key in ("width", "height") if isinstance(s := image.get(key), int | float))
-            if len(size) == 2 and min(size) > 0 and max(size) < FARTHEST:
-                sizes[f"{folder}/{image['file_name']}"] = size
-    findings = []
-    if bad:
-        findings.append(_error("images", f"{len(bad)} of {len(listed)} pictures in the JSON cannot be taken", *bad))
-    if twice:
-        findings.append(_error("ids", f"{len(twice)} picture ids that are of two pictures", *twice))
-    return names, sizes, findings
-
-
 def _unknown_sizes(pictures: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
     unknown = tuple(name for name in pictures if name not in sizes)
     if unknown:
         text = f"{len(unknown)} of {len(pictures)} pictures have no width and height in the JSON: whether boxes and "
         text += "joints lie outside of them was not looked at"
         yield Finding(level="note", check="size", text=text, culprits=unknown)
-
-
-def _categories(kinds: Any) -> tuple[list[dict[str, Any]], list[Finding]]:
-    if isinstance(kinds or [], list) and all(isinstance(kind, dict) for kind in kinds or ()):
-        return kinds or [], []
-    text = f"categories: expected a list of objects with 'id' and 'name', found {coco_json.shown(kinds)}"
-    return [], [_error("categories", text)]
-
-
-def _people(
-    tree: dict[str, Any], names: dict[Any, str], folder: str, num_keypoints: int, reading: Reading | None
-) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """The rows that a run would take, and findings about the others."""
-    rows = []
-    others: dict[str, list[str]] = defaultdict(list)
-    known = reading or PLAIN
-    kinds = annotation_rules.category_ids(tree, known)
-    for index, person in enumerate(tree["annotations"]):
-        who = (
-            f"annotation {coco_json.shown(person.get('id'))}"
-            if isinstance(person, dict)
-            else f"entry {index}, {coco_json.shown(person)}"
-        )
-        try:
-            if kinds and person.get("category_id", kinds[0]) not in kinds:
-                others["kind"].append(who)
-                continue
-            without = reading is None and _is_other_number(person, num_keypoints)
-            taken = person | {"keypoints": []} if without else person
-            row = annotation_rules.row_of(taken, names, folder, num_keypoints, known)
-        except coco_json.BROKEN as error:
-            others["bad"].append(f"{who}: {coco_json.reason(error)}")
-            continue
-        if row:
-            rows.append(row)
-            told = person.get("num_keypoints")
-            # Of five lists of a whole body the count is of the first.
-            if told is not None and told != (labelled := sum(v > 0 for v in (person.get("keypoints") or ())[2::3])):
-                others["count"].append(f"{who}: num_keypoints {coco_json.shown(told)}, labelled {labelled}")
-        else:
-            others["crowd" if person.get("iscrowd") else "empty"].append(who)
-    return rows, list(_about(others, len(tree["annotations"])))
-
-
-def _is_other_number(person: dict[str, Any], num_keypoints: int) -> bool:
-    numbers = person.get("keypoints")
-    return isinstance(numbers, list) and len(numbers) % 3 == 0 and len(numbers) != 3 * num_keypoints
-
-
-def _about(others: Mapping[str, Sequence[str]], num: int) -> Iterator[Finding]:
-    told: tuple[tuple[str, Level, str, str], ...] = (
-        ("bad", "error", "annotations", f"of {num} annotations cannot be read"),
-        ("empty", "warning", "boxes", "annotations are left out: their boxes have no width or no height"),
-        (
-            "count",
-            "warning",
-            "num_keypoints",
-            "annotations whose num_keypoints is not the number of their labelled joints",
-        ),
-        ("crowd", "note", "crowd", "annotations are crowds: left out"),
-        ("kind", "note", "kind", "annotations are of other categories: left out"),
-    )
-    for key, level, check, text in told:
-        if culprits := others.get(key):
-            yield Finding(level=level, check=check, text=f"{len(culprits)} {text}", culprits=tuple(culprits))
 
 
 def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, float]], k: int) -> Labels:

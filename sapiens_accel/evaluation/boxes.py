@@ -1,7 +1,5 @@
 """Where evaluation looks for people: the labelled people's own boxes, or a detector's, checked against the pictures."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,11 @@ from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.data import annotation_rules
+from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources.coco import whole_number
 
 GROUND_TRUTH = "gt"
 
@@ -87,13 +87,13 @@ def of_detector(file: Path, people: People) -> Boxes:
         UserError: no list of detections, none at all or none of these pictures or of people; one without image_id, box
             or score; a box without area or beside its picture; a picture that is not there.
     """
-    found = coco_json.parsed(file)
-    if not isinstance(found, list):
-        raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
+    found = read_detections(file)
     if not found:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     pictures = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
-    rows = list(_rows(file, found))
+    rows: list[Row] = [
+        (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.index) for one in found
+    ]
     here = [row for row in rows if row[0] in pictures]
     if not here:
         raise UserError(
@@ -122,23 +122,6 @@ def of_detector(file: Path, people: People) -> Boxes:
 
 
 Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file
-
-
-def _rows(file: Path, found: list[Any]) -> Iterator[Row]:
-    for index, thing in enumerate(found):
-        if not isinstance(thing, dict):
-            raise UserError(f"{file}: detection {index}: expected image_id, category_id, bbox, score; found {thing!r}")
-        for key in ("image_id", "bbox", "score"):
-            if key not in thing:
-                raise UserError(f"{file}: detection {index}: it has no {key!r}; expected image_id, bbox and score")
-        score = thing["score"]
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise UserError(f"{file}: detection {index}: expected a number as 'score', found {score!r}")
-        try:
-            box = annotation_rules.box_of(thing)
-        except ValueError as error:
-            raise UserError(f"{file}: detection {index}: {error}") from None
-        yield thing["image_id"], thing.get("category_id", 1), box, float(score), index
 
 
 def _check(file: Path, rows: list[Row], pictures: dict[Any, dict[str, Any]], folder: Path) -> None:

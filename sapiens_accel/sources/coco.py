@@ -6,57 +6,129 @@ Of a manifest of shards it is the JSON that its rows would be.
 import json
 import re
 import unicodedata
+from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
+from sapiens_accel.sources.schema import Fault
 
+MAX_TREES = 2  # parsed files that are held: of training and of validation
+MAX_ANNOTATIONS_HELD = 100_000  # COCO's validation has 11,000; the 262,000 of its training take 2 GB as objects
+WHOLE_NUMBER = re.compile(r"\s*-?\d{1,40}\s*", re.ASCII)
 COLON = re.compile(r":\s*")
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
+
+_trees: OrderedDict[tuple[Path, int, int, int], Any] = OrderedDict()
 
 
 def parsed(path: Path) -> Any:
     """A JSON file's content; of a manifest of shards, the COCO JSON that its rows would be.
 
+    A file is parsed once while it does not change, so callers must not change what they get. Ids of images and
+    annotations are whole numbers however they are written ("000000000785", 5.0), so that whoever compares them (Arrow's
+    tables, pycocotools, detections) has the same.
+
     Raises:
         UserError: it is not JSON.
     """
-    if shards.is_manifest(path):
-        return shards.tree(path)
+    stat = path.stat()
+    key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _trees:
+        tree = shards.tree(path) if shards.is_manifest(path) else _load(path)
+        if isinstance(tree, dict):
+            _normalize_ids(tree)
+        _trees[key] = tree
+        while len(_trees) > MAX_TREES:
+            _trees.popitem(last=False)
+    _trees.move_to_end(key)
+    return _trees[key]
+
+
+def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def release_large_trees() -> None:
+    """Forget parsed files of many annotations: processes that load images would each get a copy of them."""
+    for key, tree in list(_trees.items()):
+        annotations = tree.get("annotations") if isinstance(tree, dict) else tree
+        if isinstance(annotations, list) and len(annotations) > MAX_ANNOTATIONS_HELD:
+            del _trees[key]
+
+
+def whole_number(value: Any) -> Any:
+    """An id as an int where it is one, however it is written; anything else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value) else value
+
+
+def _normalize_ids(tree: dict[str, Any]) -> None:
+    for key, names in (("images", ("id",)), ("annotations", ("id", "image_id"))):
+        items = tree.get(key)
+        for item in items if isinstance(items, list) else ():
+            for name in names if isinstance(item, dict) else ():
+                if type(value := item.get(name)) in (float, str):
+                    item[name] = whole_number(value)
+
+
+def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     """A COCO annotation file: a tree with lists of images and annotations.
+
+    Args:
+        collect: gets every fault of images and categories, which are then left out; None: the first fault is raised.
 
     Raises:
         UserError: it is none.
     """
     tree = parsed(path)
-    for key, needed in (("images", ("id", "file_name")), ("annotations", ())):
-        items = tree.get(key) if isinstance(tree, dict) else None
-        if not isinstance(items, list):
+    for key in ("images", "annotations"):
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
             raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
-        odd = [item for item in items if not isinstance(item, dict) or any(name not in item for name in needed)]
-        if odd:
-            raise UserError(f"{path}: {key}: expected {' and '.join(needed) or 'keys'}, found {shown(odd[0])}")
+    faults: list[Fault] = []
+    images = _valid_images(tree["images"], faults)
     kinds = tree.get("categories") or []
     if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
-        raise UserError(f"{path}: categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}")
-    for image in tree["images"]:
-        if reason := fault_of(image):
-            raise UserError(f"{path}: images: {reason}")
+        text = f"categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}"
+        faults.append(Fault("categories", text))
+        kinds = []
+    if collect is not None:
+        collect += faults
+        return tree | {"images": images, "categories": kinds}
+    odd = [item for item in tree["annotations"] if not isinstance(item, dict)]
+    if faults or odd:
+        raise UserError(f"{path}: {faults[0].text if faults else f'annotations: expected keys, found {shown(odd[0])}'}")
     return tree
+
+
+def _valid_images(images: list[Any], faults: list[Fault]) -> list[dict[str, Any]]:
+    """Those of a JSON's `images` that can be taken; the others are added to the faults."""
+    names: dict[Any, str] = {}
+    valid = []
+    for index, image in enumerate(images):
+        if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
+            reason = f"expected id and file_name, found {shown(image)}"
+        else:
+            reason = fault_of(image)
+        if reason:
+            faults.append(Fault("images", f"images, entry {index}: {reason}"))
+        elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
+            both = f"{names[image['id']]} and {image['file_name']}"
+            faults.append(Fault("ids", f"images: id {shown(image['id'])} is of two pictures, {both}"))
+        else:
+            valid.append(image)
+    return valid
 
 
 def fault_of(image: dict[str, Any]) -> str | None:
     """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of pictures, and in one line."""
     key, name = image["id"], image["file_name"]
-    if isinstance(key, bool) or not isinstance(key, int | float | str):
+    if isinstance(key, bool) or not isinstance(key, int):
         return f"expected an id that is a whole number, found {shown(key)}"
     if not isinstance(name, str) or not PurePosixPath(name).name:
         return f"id {shown(key)}: expected the name of a file, found {shown(name)}"
@@ -68,29 +140,18 @@ def fault_of(image: dict[str, Any]) -> str | None:
     return None
 
 
-def picture_names(tree: dict[str, Any], path: Path) -> dict[Any, str]:
-    """Each picture's name by its id, of what `read_json` has accepted.
-
-    Raises:
-        UserError: an id of two pictures.
-    """
-    names: dict[Any, str] = {}
-    for image in tree["images"]:
-        if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
-            both = f"{names[image['id']]} and {image['file_name']}"
-            raise UserError(f"{path}: images: id {shown(image['id'])} is of two pictures, {both}")
-    return names
-
-
 def pictures_of(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
     if shards.is_manifest(path):
         return shards.pictures(path)
+    if any(key[0] == path for key in _trees):
+        return parsed(path)["images"]
     text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":
         key, at = decode(text, text.index('"', at))
         value, at = decode(text, next(COLON.finditer(text, at)).end())
+    _normalize_ids({key: value})
     return value
 
 

@@ -5,7 +5,7 @@ height) and keypoints (x, y, v, ...) in px of the image.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute
@@ -24,6 +24,13 @@ PERSON = pa.struct(
         *((name, pa.list_(pa.float64())) for name in ("bbox", *WHOLE_BODY)),
     ]
 )
+
+
+class Fault(NamedTuple):
+    """What is wrong with one image or annotation of a file, or why it is left out; `check` is the kind of fault."""
+
+    check: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
