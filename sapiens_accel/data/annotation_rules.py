@@ -16,7 +16,7 @@ from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import BROKEN, parsed, reason, shown, whole_number
+from sapiens_accel.sources.coco import BROKEN, image_names, parsed, reason, shown, whole_number
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, count, pc
 
 NUMBERS = {int, float, bool}
@@ -269,7 +269,7 @@ def rows_of(
     Raises:
         UserError: the first annotation that is not what it should be.
     """
-    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    names = image_names(tree, path)
     known = reading or PLAIN
     kinds = category_ids(tree, known)
     for index, annotation in enumerate(tree["annotations"]):

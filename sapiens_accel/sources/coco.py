@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -90,8 +91,8 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     for key in ("images", "annotations"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
             raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
-    faults: list[Fault] = []
-    images = _valid_images(tree["images"], faults)
+    images: list[dict[str, Any]] = []
+    faults = list(_image_faults(tree["images"], images))
     kinds = tree.get("categories") or []
     if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
         text = f"categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}"
@@ -101,28 +102,40 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
         collect += faults
         return tree | {"images": images, "categories": kinds}
     odd = [item for item in tree["annotations"] if not isinstance(item, dict)]
-    if faults or odd:
-        raise UserError(f"{path}: {faults[0].text if faults else f'annotations: expected keys, found {shown(odd[0])}'}")
+    texts = [fault.text for fault in faults if fault.check != "ids"]
+    texts += [f"annotations: expected keys, found {shown(item)}" for item in odd[:1]]
+    if texts:
+        raise UserError(f"{path}: {texts[0]}")
     return tree
 
 
-def _valid_images(images: list[Any], faults: list[Fault]) -> list[dict[str, Any]]:
-    """Those of a JSON's `images` that can be taken; the others are added to the faults."""
+def image_names(tree: dict[str, Any], path: Path) -> dict[int, str]:
+    """Each image's file_name by its id.
+
+    Raises:
+        UserError: an id of two images. Who reads no annotations, `read_json` alone, does not mind.
+    """
+    twice = [fault for fault in _image_faults(tree["images"]) if fault.check == "ids"]
+    if twice:
+        raise UserError(f"{path}: {twice[0].text}")
+    return {image["id"]: image["file_name"] for image in tree["images"]}
+
+
+def _image_faults(images: list[Any], valid: list[dict[str, Any]] | None = None) -> Iterator[Fault]:
+    """What is wrong with a JSON's `images`; those that can be taken are added to `valid`."""
     names: dict[Any, str] = {}
-    valid = []
     for index, image in enumerate(images):
         if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
             reason = f"expected id and file_name, found {shown(image)}"
         else:
             reason = fault_of(image)
         if reason:
-            faults.append(Fault("images", f"images, entry {index}: {reason}"))
+            yield Fault("images", f"images, entry {index}: {reason}")
         elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
             both = f"{names[image['id']]} and {image['file_name']}"
-            faults.append(Fault("ids", f"images: id {shown(image['id'])} is of two pictures, {both}"))
-        else:
+            yield Fault("ids", f"images: id {shown(image['id'])} is of two pictures, {both}")
+        elif valid is not None:
             valid.append(image)
-    return valid
 
 
 def fault_of(image: dict[str, Any]) -> str | None:

@@ -1,0 +1,106 @@
+"""Ids written as text or with a decimal point: taken as the numbers that they are, in training and in evaluation."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.data import build
+from sapiens_accel.data.dataset import Sets
+from sapiens_accel.data.detections import read_detections
+from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation import boxes, coco_metrics
+from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources import synthetic
+
+FILES = ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ids")
+    return synthetic.write(folder / "drawn", num_train=6, num_unlabelled=2, num_val=4, image_hw=(160, 240))
+
+
+def _with_ids(drawn: Path, folder: Path, write: Callable[[int], Any]) -> Path:
+    """The same data, its ids written otherwise."""
+    (folder / "annotations").mkdir(parents=True)
+    for images in ("train2017", "val2017"):
+        (folder / images).symlink_to(drawn / images)
+    for name in FILES:
+        tree = json.loads((drawn / "annotations" / name).read_text())
+        for item in tree["images"]:
+            item["id"] = write(item["id"])
+        for item in tree["annotations"]:
+            item |= {"id": write(item["id"]), "image_id": write(item["image_id"])}
+        (folder / "annotations" / name).write_text(json.dumps(tree))
+    return folder
+
+
+def _open(root: Path, cache: Path) -> Sets:
+    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache)), COCO17, unlabelled=False)
+
+
+def _metrics(sets: Sets) -> dict[str, float]:
+    """Of people found where they are labelled, but for one: AP is neither 0 nor 1."""
+    tree = coco_metrics.truth(sets.val, 17)
+    labelled = [person for person in tree["annotations"] if any(person["keypoints"])]
+    found = [
+        {"image_id": one["image_id"], "category_id": 1, "keypoints": one["keypoints"], "score": 1.0} for one in labelled
+    ]
+    return coco_metrics.metrics_of(found[1:], sets.val, COCO17, "pycocotools")
+
+
+@pytest.mark.parametrize("write", [lambda i: f"{i:012d}", str, float], ids=["twelve digits", "text", "float"])
+def test_ids_are_the_numbers_that_they_are(drawn: Path, tmp_path: Path, write: Callable[[int], Any]) -> None:
+    ours = _open(_with_ids(drawn, tmp_path / "root", write), tmp_path / "cache")
+    theirs = _open(drawn, tmp_path / "cache")
+    for one, other in ((ours.train, theirs.train), (ours.val, theirs.val)):
+        assert one.rows.to_list() == other.rows.to_list()
+    assert _metrics(ours) == _metrics(theirs) and 0 < _metrics(theirs)["AP"] < 1
+    assert coco_metrics.left_out(ours.val, 17) == []
+    assert np.array_equal(boxes.of_people(ours.val).image_ids, boxes.of_people(theirs.val).image_ids)
+    # A detector that writes them in the same way finds its images again.
+    them = [
+        {"image_id": write(image_id), "category_id": 1, "bbox": box, "score": 0.5}
+        for image_id, box in zip(theirs.val.rows["image_id"][:], theirs.val.rows["box_xywh"][:], strict=True)
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps(them))
+    detected = boxes.open_boxes(str(tmp_path / "boxes.json"), ours.val)
+    assert detected.image_ids.tolist() == theirs.val.rows["image_id"][:] and not detected.told
+
+
+@pytest.mark.parametrize("odd", ["someone", 2.5, True, [1]])
+def test_other_ids_are_refused_when_the_file_is_read(drawn: Path, tmp_path: Path, odd: Any) -> None:
+    root = _with_ids(drawn, tmp_path / "root", lambda i: odd if i == 2 else i)
+    with pytest.raises(UserError, match=r"train2017\.json: images, entry 1: expected an id that is a whole number"):
+        _open(root, tmp_path / "cache")
+
+
+def test_a_file_is_parsed_once_until_it_changes(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "some.json"
+    file.write_text((drawn / "annotations" / FILES[1]).read_text())
+    loads: list[int] = []
+    real = json.loads
+    monkeypatch.setattr(coco_json.json, "loads", lambda text: loads.append(1) or real(text))
+    first = coco_json.read_json(file)
+    assert coco_json.read_json(file) is first and coco_json.pictures_of(file) is first["images"] and len(loads) == 1
+    file.write_text(json.dumps(first | {"annotations": []}))
+    assert coco_json.read_json(file)["annotations"] == [] and len(loads) == 2
+    monkeypatch.setattr(coco_json, "MAX_ANNOTATIONS_HELD", -1)
+    coco_json.release_large_trees()
+    coco_json.read_json(file)
+    assert len(loads) == 3
+
+
+def test_what_the_readers_of_detections_read_is_one(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text(json.dumps([{"file_name": "a.jpg", "bbox": [1, 2, 3, 4]}]))
+    (one,) = read_detections(tmp_path / "found.json", ("bbox",))
+    assert (one.index, one.image_id, one.file_name, one.category_id, one.score) == (0, None, "a.jpg", 1, 1.0)
+    with pytest.raises(UserError, match=r"found\.json: detection 0: it has no 'image_id'; expected image_id, bbox"):
+        read_detections(tmp_path / "found.json")
