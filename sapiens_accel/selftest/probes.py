@@ -52,6 +52,7 @@ KERNELS = {
     "_softmax": "MATH",
 }
 EXPECTED_WAITS = 2  # a step: whether the norm is finite, and in fp16 the loss scaler's own question
+OFFLOAD_HW = (512, 384)
 OVERLAP = 0.5  # of the copies' time, under arithmetic: below it offloading costs what it copies
 
 
@@ -232,15 +233,17 @@ def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) 
         accelerator = start_accelerator(precision)
         case = replace(
             tiny_case("phase2", precision, model),
-            input_hw=(512, 384),
+            input_hw=OFFLOAD_HW,
             micro_batch=batch,
             accumulation=1,
             checkpointed_blocks=SIZES[model].depth,
             head_chunk=4,
             offload_activations=offloads,
         )
-        people = random_batch(batch, 0, case.input_hw, accelerator.device)
         network = build_network(case.run, "phase2", str(accelerator.device))
+        people = random_batch(
+            batch, 0, case.input_hw, accelerator.device
+        )  # after the seed of the network: the same ones
         stream = take_steps(accelerator, case, network, itertools.repeat(people))
         found[offloads] = {"loss": float(next(stream).logs["loss"])} | timed_steps(stream, accelerator.device)
         events = traced_events(lambda stream=stream: next(stream)) if offloads else ()
