@@ -84,7 +84,7 @@ def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN
     marked = any(count(table) for table in shards.records(manifest, ("people",)))
     for table in shards.records(manifest, COLUMNS):
         yield (
-            people_of(table, path, prefix, num_keypoints, record, person, reading)
+            people_of(table, path, prefix, num_keypoints, (record, person), reading)
             if marked
             else whole(table, path, prefix, num_keypoints, record)
         )
@@ -96,15 +96,18 @@ def people_of(
     path: Path,
     prefix: str,
     num_keypoints: int,
-    first_record: int,
-    first_person: int,
+    first: tuple[int, int],
     reading: Reading = PLAIN,
 ) -> PeopleColumns:
-    """The people of some pictures, of which the first is record `first_record` of the manifest `path`.
+    """The people of some pictures.
+
+    Args:
+        first: which record of the manifest `path` the first picture is, and which of its people their first.
 
     Raises:
         UserError: as `chunks`.
     """
+    first_record, first_person = first
     table = table.combine_chunks()
     column = _one(table, "people")
     lengths = _ints(pc.list_value_length(column))

@@ -156,7 +156,8 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         assert self.unlabelled is not None and self.unlabelled_rows is not None
         row = self.unlabelled_rows[index]
         path = self.unlabelled.root / row["file_name"]
-        return pair_of(path, self._base(row), self.augmenter, self.config, self.changes, self.cutout, rng)[0]
+        settings = PairSettings(self.augmenter, self.config, self.changes, self.cutout)
+        return pair_of(path, self._base(row), settings, rng)[0]
 
     def _base(self, row: dict) -> Crop:
         return geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
@@ -182,20 +183,18 @@ class EvaluationPeople(Dataset[Labelled]):
         return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
 
 
-def pair_of(
-    path: Path,
-    base: Crop,
-    augmenter: Augmenter,
-    config: DataConfig,
-    changes: Callable,
-    num_cutouts: int,
-    rng: Generator,
-) -> tuple[Pair, Crop]:
-    """Both views of the person whose upright crop is `base`, from one decoded picture, and the strong view's crop.
+class PairSettings(NamedTuple):
+    """How pairs of views are made; `changes` is `change_pixels` with the strong view's changes."""
 
-    Args:
-        changes: `change_pixels` with the strong view's changes.
-    """
+    augmenter: Augmenter
+    config: DataConfig
+    changes: Callable
+    num_cutouts: int
+
+
+def pair_of(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> tuple[Pair, Crop]:
+    """Both views of the person whose upright crop is `base`, from one decoded picture, and the strong view's crop."""
+    augmenter, config, changes, num_cutouts = settings
     weak = augmenter.weak_crop(base, rng)
     strong = augmenter.strong_crop(weak, rng)
     picture = read_for([weak, strong], path, config)

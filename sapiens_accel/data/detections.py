@@ -217,16 +217,20 @@ def _places(names: Sequence[str]) -> dict[Any, str]:
 
 
 def detected_people(
-    root: Path, detections: str, images: str, num_keypoints: int, min_side: float, min_score: float, cache: Path
+    root: Path, files: tuple[str, str], num_keypoints: int, min_side: float, min_score: float, cache: Path
 ) -> coco.People:
     """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
 
     Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
     The picture of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
 
+    Args:
+        files: the JSON and the folder of its images, relative to `root`.
+
     Raises:
         UserError: no list of detections, or a picture that is not in the folder.
     """
+    detections, images = files
     file = root / detections
     # Names that have come or gone change which picture is whose.
     names = coco.image_names(root / images)

@@ -76,7 +76,7 @@ def labelled_people(
     Raises:
         UserError: the file is missing, is no COCO keypoint JSON, or names no such person.
     """
-    people = _people(root, annotations, images, num_keypoints, cache, reading=reading)
+    people = _people(root, (annotations, images), num_keypoints, cache, reading=reading)
     kept = np.flatnonzero(_labelled(people.rows))
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
@@ -95,44 +95,48 @@ def by_picture(people: People, images: str) -> Int[Array, "n"]:
     return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
 
 
-def withheld_people(
-    root: Path,
-    annotations: str,
-    images: str,
-    num_keypoints: int,
-    places: Int[Array, "n"],
-    min_side: float,
-    cache: Path,
-    reading: Reading = PLAIN,
-) -> People:
+def withheld_people(train: People, images: str, places: Int[Array, "n"], min_side: float, cache: Path) -> People:
     """The people at these places of `labelled_people`, with boxes of at least `min_side` px and all keypoints zero.
+
+    Args:
+        train: the labelled people.
 
     Raises:
         UserError: as `labelled_people`.
     """
-    labelled = _people(root, annotations, images, num_keypoints, cache, reading=reading)
+    labelled = _again(train, images, cache, "needed")
     # A table of its own, row by row the labelled one: what is not in it cannot be learnt from by mistake.
-    people = _people(root, annotations, images, num_keypoints, cache, keypoints="withheld", reading=reading)
+    people = _again(train, images, cache, "withheld")
     chosen = np.flatnonzero(_labelled(labelled.rows))[places]
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(chosen[sides >= min_side]))
 
 
 def people_with_boxes(
-    root: Path,
-    annotations: str,
-    images: str,
-    num_keypoints: int,
-    min_side: float,
-    cache: Path,
-    reading: Reading = PLAIN,
+    root: Path, annotations: str, images: str, num_keypoints: int, min_side: float, cache: Path
 ) -> People:
     """The people of a COCO JSON that have a box of at least `min_side` px and no labelled keypoint.
 
     Raises:
         UserError: the file is missing or is no COCO JSON.
     """
-    people = _people(root, annotations, images, num_keypoints, cache, keypoints="optional", reading=reading)
+    return _with_boxes(_people(root, (annotations, images), num_keypoints, cache, keypoints="optional"), min_side)
+
+
+def unlabelled_beside(train: People, images: str, min_side: float, cache: Path) -> People:
+    """`people_with_boxes` of the file that the labelled people of training are from, read in the same way."""
+    return _with_boxes(_again(train, images, cache, "optional"), min_side)
+
+
+def _again(train: People, images: str, cache: Path, keypoints: Literal["needed", "optional", "withheld"]) -> People:
+    """The file that these people are from, read in the same way."""
+    # A relative root must not be put before the annotations' path a second time.
+    files, num_keypoints = (str(train.annotations.absolute()), images), train.rows.features["keypoints"].shape[0]
+    people = _people(train.root, files, num_keypoints, cache, keypoints, train.reading)
+    return replace(people, annotations=train.annotations)
+
+
+def _with_boxes(people: People, min_side: float) -> People:
     sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
 
@@ -280,13 +284,13 @@ def _labelled(rows: Dataset) -> Bool[Array, "n"]:
 
 def _people(
     root: Path,
-    annotations: str,
-    images: str,
+    files: tuple[str, str],
     num_keypoints: int,
     cache: Path,
     keypoints: Literal["needed", "optional", "withheld"] = "needed",
     reading: Reading = PLAIN,
 ) -> People:
+    annotations, images = files
     file = annotation_file(root, annotations)
     if shards.is_manifest(file):
         rows = _shard_table(file, images, num_keypoints, cache, keypoints, reading)

@@ -116,7 +116,7 @@ class StreamRows:
             stream: the name of the sequence (a stage, labelled or not), part of the seed.
             parts, window: see the module, and `DataConfig`.
         """
-        return _order(_Counts(self.counts), seed, stream, step, global_batch, parts, window)
+        return _order(_Counts(self.counts), seed, stream, step, global_batch, (parts, window))
 
 
 def places(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Array, "global_batch"]:
@@ -173,9 +173,9 @@ def _sequence(counts: _Counts, window: int, *key: int) -> _Sequence:
 
 @lru_cache(maxsize=8)
 def _order(
-    counts: _Counts, seed: int, stream: str, step: int, global_batch: int, parts: int, window: int
+    counts: _Counts, seed: int, stream: str, step: int, global_batch: int, lanes: tuple[int, int]
 ) -> Int[Array, "global_batch"]:
-    num_people = int(counts.values.sum())
+    (parts, window), num_people = lanes, int(counts.values.sum())
     num_steps = max(1, num_people // global_batch)
     epoch, step = divmod(step, num_steps)
     place = places(step, num_steps, global_batch, min(parts, global_batch))
@@ -262,7 +262,7 @@ def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.PeopleCol
     source = group.source
     if not group.is_marked:
         return roster.whole(table, source.path, source.prefix, num_keypoints, group.first)
-    known = (source.path, source.prefix, num_keypoints, group.first, group.first_person, source.reading)
+    known = (source.path, source.prefix, num_keypoints, (group.first, group.first_person), source.reading)
     return roster.people_of(table, *known)
 
 

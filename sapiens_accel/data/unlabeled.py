@@ -66,15 +66,14 @@ def gather(
     Raises:
         UserError: there is nobody, or what was asked for is missing or broken.
     """
-    of_train = (config.train_annotations, config.train_images)
     sources = [pictures(root, config, num_keypoints, cache)]
     withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
-        sources.append(coco.withheld_people(root, *of_train, num_keypoints, withheld, min_side, cache, train.reading))
+        sources.append(coco.withheld_people(train, config.train_images, withheld, min_side, cache))
     if config.unlabelled_train_people:
         min_side = config.unlabelled_min_side
-        sources.append(coco.people_with_boxes(root, *of_train, num_keypoints, min_side, cache, train.reading))
+        sources.append(coco.unlabelled_beside(train, config.train_images, min_side, cache))
     found = [people for people in sources if people]
     if not found:
         raise UserError(
@@ -98,7 +97,7 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
     boxes = given or f"annotations/person_boxes_{folder}.json"
     if coco_json.is_detections(root / boxes):
         min_score = config.unlabelled_min_score
-        people = detections.detected_people(root, boxes, folder, num_keypoints, min_side, min_score, cache)
+        people = detections.detected_people(root, (boxes, folder), num_keypoints, min_side, min_score, cache)
     elif given or (root / boxes).is_file():
         people = coco.people_with_boxes(root, boxes, folder, num_keypoints, min_side, cache)
     else:

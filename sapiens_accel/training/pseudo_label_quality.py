@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
-from sapiens_accel.data.dataset import Pair, pair_of, seen_in
+from sapiens_accel.data.dataset import Pair, PairSettings, pair_of, seen_in
 from sapiens_accel.data.loader import begin_worker, plainly, to_device
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.evaluate import oks
@@ -63,7 +63,8 @@ class Holdout(Dataset[Known]):
         rng = default_rng([self.seed, zlib.crc32(b"holdout"), index])
         base = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
         path = self.people.root / row["file_name"]
-        pair, strong = pair_of(path, base, self.augmenter, self.config, self.changes, self.num_cutouts, rng)
+        settings = PairSettings(self.augmenter, self.config, self.changes, self.num_cutouts)
+        pair, strong = pair_of(path, base, settings, rng)
         truth = seen_in(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
         area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
         points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))

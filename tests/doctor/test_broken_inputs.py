@@ -428,7 +428,7 @@ def test_a_broken_detection_is_refused(root: Path, tmp_path: Path, change: dict[
     thing = {"image_id": 10_000_001, "category_id": 1, "bbox": [1, 1, 50, 50], "score": 0.9} | change
     (root / "found.json").write_text(json.dumps([thing]))
     with pytest.raises(UserError, match=named) as caught:
-        detections.detected_people(root, "found.json", "unlabeled2017", 17, 1, 0.5, tmp_path / "cache")
+        detections.detected_people(root, ("found.json", "unlabeled2017"), 17, 1, 0.5, tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
