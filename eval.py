@@ -6,10 +6,15 @@ python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxe
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes FILE|detector|NAME] [any of the above]
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sapiens_accel.config import parse as config
+
+if __name__ == "__main__":
+    config.answer_help(sys.argv[1:], "eval.py", __doc__)  # before imports that take seconds
+
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.evaluation import evaluate

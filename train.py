@@ -4,10 +4,15 @@ accelerate launch train.py                                                      
 accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe sapiens_1b_coco --data.root DIR
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sapiens_accel.config import parse as config
+
+if __name__ == "__main__":
+    config.answer_help(sys.argv[1:], "train.py")  # before imports that take seconds
+
 from sapiens_accel.data import build, sampling
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import Interrupted, run_main

@@ -9,7 +9,9 @@ import glob
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
 from sapiens_accel.config.schema import (  # noqa: F401  (some are imported from here until their files are merged)
     STAGES,
     AugmentConfig,
@@ -34,7 +37,7 @@ from sapiens_accel.config.schema import (  # noqa: F401  (some are imported from
     SyntheticConfig,
     TeacherConfig,
 )
-from sapiens_accel.errors import Interrupted, UserError  # noqa: F401
+from sapiens_accel.errors import Interrupted, UserError, run_main  # noqa: F401
 from sapiens_accel.errors import run_main as guarded  # noqa: F401
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -49,29 +52,89 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) -> Config:
     """Defaults, then the recipe (`--recipe`, or the file `base`), then the other arguments.
 
+    `--help` and `--print_config` print and exit.
+
     Raises:
-        UserError: no such recipe, a key that does not exist (with the nearest one that does), a value of another type.
+        UserError: no such recipe, a key that does not exist (with the nearest one that does), a value of another type
+            or outside of its range.
     """
     show = "--print_config" in argv
     words = _spell_out_switches([word for word in argv if word != "--print_config"])
     recipe = _value_of(words, "recipe") or Config.recipe
     path = base or recipe_path(recipe)
-    _check_keys(words, path)
-    parser = ArgumentParser(
-        prog=prog, default_config_files=[glob.escape(str(path))], exit_on_error=False, description=Config.__doc__
-    )
-    parser.add_class_arguments(Config)
+    tree = _read_recipe(path)
+    _check_keys(words, path, tree)
+    parser = _parser()
+    parser.prog, parser.default_config_files = prog, [glob.escape(str(path))]
+    if "--help" in words or "-h" in words:
+        _print_help(parser)
+        sys.exit(0)
     try:
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_type_fault(" ".join(str(error).split()), words, path, tree)) from None
     config = dataclasses.replace(config, output_dir=config.output_dir.replace("{recipe}", _recipe_name(config.recipe)))
+    for key, limits, value in range_faults(config, Config):
+        where = _where(key, words, path, tree)
+        raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
     _check_values(config)
     _warn(config)
     if show:
         print(_as_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def answer_help(argv: Sequence[str], prog: str, usage: str = "") -> None:
+    """Print the help and exit, if it is asked for: a program calls it before imports that take seconds."""
+    if any(word in ("-h", "--help") or word.endswith(".help") for word in argv):
+        if usage:
+            print(usage)
+        options_only = argv[next((i for i, word in enumerate(argv) if word.startswith("-")), 0) :]
+
+        def answer(_: Sequence[str]) -> None:
+            load(options_only, prog)
+
+        run_main(answer)
+
+
+@cache
+def _parser() -> ArgumentParser:
+    """One for all calls: nearly all the time of a call goes into building it, mostly into reading docstrings."""
+    parser = ArgumentParser(exit_on_error=False, description=Config.__doc__)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _print_help(parser: ArgumentParser) -> None:
+    """Every option with its range and its default under the recipe; those of ssl's teacher, an optional group, too."""
+    teacher = ArgumentParser(usage=SUPPRESS, add_help=False)
+    teacher.add_class_arguments(TeacherConfig, "ssl.teacher")
+    if recipe_teacher := parser.get_defaults().ssl.teacher:
+        teacher.set_defaults({f"ssl.teacher.{name}": value for name, value in recipe_teacher.init_args.items()})
+    text = parser.format_help() + "\n" + teacher.format_help()
+    print(text.rstrip() + "\n\nOther stages take a teacher too: --phase2.teacher.ratio 1, and so on.")
+
+
+def _type_fault(said: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
+    """What the parser says of a value of another type, in our words if it names an option."""
+    keys = re.findall(r'Parser key "([\w.]+)"', said)
+    key = next((key for key in (".".join(keys[:2]), *keys[:1]) if key in options()), None)
+    found = re.search(
+        r"(?:Got value|Given value): (?:NestedArg\(key='\w+', val='(.*?)'\)|(.*?))(?: - Expected.*)?$", said
+    )
+    if key is None or found is None:
+        return said
+    value = found.group(1) or found.group(2)
+    return f"{_where(key, words, path, tree)}: another type (expected {describe(options()[key])}, found {value})"
+
+
+def _where(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
+    """The option, or the file and its key where only the file gives a value."""
+    said = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if any(f"{key}.".startswith(f"{one}.") for one in said):
+        return f"--{key}"
+    return f"{path}: {key}" if key in _flatten(tree) else f"--{key}"
 
 
 def _warn(config: Config) -> None:
@@ -99,26 +162,18 @@ def recipe_path(recipe: str) -> Path:
 
 
 def _check_values(config: Config) -> None:
-    """Refuse numbers that no run can have."""
-    positive = {"log_every": config.log_every, "save_every": config.save_every, "eval_every": config.eval_every}
-    positive |= {"keep_checkpoints": config.keep_checkpoints, "max_steps": config.max_steps}
-    positive |= {"data.stream_parts": config.data.stream_parts, "data.stream_window": config.data.stream_window}
-    positive |= {"data.sigma": config.data.sigma, "memory.micro_batch": config.memory.micro_batch}
-    positive |= {"memory.head_chunk": config.memory.head_chunk}
-    for stage in STAGES:
-        plan = config.of(stage)
-        positive |= {f"{stage}.{knob}": getattr(plan, knob) for knob in ("steps", "epochs", "global_batch")}
-        if plan.teacher:
-            _check_teacher(stage, plan.teacher)
-    for knob, value in positive.items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{knob} {value}: expected a number above 0")
+    """Refuse options that contradict each other."""
     if config.data.weight is not None and not config.data.more:
         raise UserError(f"--data.weight {config.data.weight:g}: of one data set alone; name the others by --data.more")
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
     check_model_id(config.hub_model_id)
-    _check_eval(config.eval)
+    scales, html = config.eval.scales, config.eval.html
+    if not scales or len(set(scales)) < len(scales):
+        shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
+        raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
+    if html is not None and (not html or Path(html).is_dir()):
+        raise UserError(f"--eval.html {html or '(empty)'}: expected a file to write, as eval.html")
 
 
 def check_model_id(name: str | None) -> None:
@@ -126,29 +181,6 @@ def check_model_id(name: str | None) -> None:
     part = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
     if name is not None and (not re.fullmatch(f"{part}/{part}", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name)):
         raise UserError(f"--hub_model_id {name}: expected ORG/NAME: letters, digits, and single '-', '_' or '.' within")
-
-
-def _check_eval(evaluation: EvalConfig) -> None:
-    scales = evaluation.scales
-    if not scales or not all(0.1 <= scale <= 4 for scale in scales) or len(set(scales)) < len(scales):
-        shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
-        raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
-    for knob in ("score_threshold", "nms_threshold", "min_box_score"):
-        if not 0 <= (value := getattr(evaluation, knob)) <= 1:
-            raise UserError(f"--eval.{knob} {value:g}: expected 0 to 1")
-    for knob, least in {"batch_size": 1, "num_pictures": 0, "num_worst": 0}.items():
-        if getattr(evaluation, knob) < least:
-            raise UserError(f"--eval.{knob} {getattr(evaluation, knob)}: expected at least {least}")
-    if evaluation.html is not None and (not evaluation.html or Path(evaluation.html).is_dir()):
-        raise UserError(f"--eval.html {evaluation.html or '(empty)'}: expected a file to write, as eval.html")
-
-
-def _check_teacher(stage: str, teacher: TeacherConfig) -> None:
-    ranges = {"ema_decay": (0, 1), "threshold": (-1, 1), "temperature": (1e-3, 10), "ramp": (0, 1), "weight": (0, 1e6)}
-    for knob, (low, high) in {**ranges, "ratio": (0, 64), "cutout": (0, 64)}.items():
-        value = getattr(teacher, knob)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{stage}.teacher.{knob} {value}: expected {low:g} to {high:g}")
 
 
 def _recipe_name(recipe: str) -> str:
@@ -172,36 +204,50 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _keys(kind: type, prefix: str = "") -> Iterator[str]:
-    for spec in dataclasses.fields(kind):
-        yield prefix + spec.name
-        inner = TeacherConfig if spec.name == "teacher" else spec.type
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from _keys(inner, f"{prefix}{spec.name}.")
+def _flatten(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a tree, down to the values of options and to keys that do not exist."""
+    for item in tree if isinstance(tree, list) else [tree]:
+        for name, value in item.items() if isinstance(item, Mapping) else ():
+            yield (key := f"{prefix}{name}")
+            if key in options() and is_group(key):
+                yield from _flatten(value, f"{key}.")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-
-
-def _check_keys(words: Sequence[str], path: Path) -> None:
-    known = list(_keys(Config))
+def _read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, Mapping):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> None:
+    known = list(options())
     for key in _flatten(tree):
         if key not in known:
             raise UserError(f"{path}: no such key {key!r}{_nearest(key, known)}")
-    for word in words:
-        key = word[2:].split("=")[0]
-        if word.startswith("--") and key not in (*known, "help"):
+    for word, following in pairwise([*words, ""]):
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        if key.removesuffix(".help") not in (*known, "help"):
             raise UserError(f"no such option --{key}{_nearest(key, known, '--')}")
+        if key in known and is_group(key):
+            _check_inner_keys(key, value if equals else following)
+
+
+def _check_inner_keys(key: str, text: str) -> None:
+    """Of a group that the command line gives as a whole: `--phase2.optim "{lr: 1e-4}"`."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+    known = list(options())
+    for inner in _flatten(tree, f"{key}."):
+        if inner not in known:
+            raise UserError(f"--{key}: no such key {inner!r}{_nearest(inner, known)}")
 
 
 def _nearest(word: str, names: Sequence[str], dashes: str = "") -> str:
@@ -220,11 +266,8 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line."""
-    options = (f"memory.{name}" for name in ("offload_activations", "adam_8bit", "compile_blocks", "force"))
-    evaluation = (f"eval.{name}" for name in ("flip", "compare", "ensemble"))
-    names = ("dry_run", "push_to_hub", "hub_private", "data.streaming", *options, *evaluation)
-    values = {f"--{name}": "true" for name in names} | {"--eval.html": "auto"}
+    """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line; so of every true or false."""
+    values = {f"--{name}": "true" for name in switches()} | {"--eval.html": "auto"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [
         f"{word}={values[word]}" if word in values and last else word for word, last in zip(argv, bare, strict=True)

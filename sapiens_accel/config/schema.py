@@ -1,25 +1,64 @@
 """The typed tree of every option that changes the maths. The defaults are the specification (512x384, sigma 3, ...).
 
 Processes, precision and ZeRO are owned by `accelerate_configs/` and `ds_configs/` and never appear here.
+
+A number's type says outside of which range it means nothing. `Annotated` in place of jsonargparse's restricted types:
+the values stay plain numbers, which YAML writes and a type checker understands.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
 Place = Literal["device", "sharded", "host"]
 
 
+@dataclass(frozen=True, repr=False)
+class Range:
+    """Finite numbers from `low` to `high`, without the ends that are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        least = f"a number {'>' if self.open_low else '>='} {self.low:.12g}"
+        most = f" and {'<' if self.open_high else '<='} {self.high:.12g}"
+        return least if math.isinf(self.high) else least + most
+
+    def __repr__(self) -> str:  # as --help shows it
+        return str(self).removeprefix("a number ")
+
+
+Count = Annotated[int, Range(0)]
+PositiveCount = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy's legacy generator takes
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+Fraction = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, open_high=True)]  # a scale of 1 +- this stays above 0
+Degrees = Annotated[float, Range(0, 180)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    num_train: int = 600
+    """The built-in drawn people."""
+
+    num_train: PositiveCount = 600
     """Labelled people to draw for training."""
-    num_unlabelled: int = 600
+    num_unlabelled: Count = 600
     """People to draw without labels."""
-    num_val: int = 160
+    num_val: Count = 160
     """Labelled people to draw for validation."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the drawing."""
 
 
@@ -37,12 +76,14 @@ class MoreData:
     """As data.columns."""
     category: str | None = None
     """As data.category."""
-    weight: float | None = None
+    weight: Positive | None = None
     """As data.weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """What is trained and evaluated on, and how images become input of the network."""
+
     root: str | None = None
     """Folder in COCO's form; folder of parquet, Arrow or WebDataset tar shards; or a data set of the Hub,
     hf://ORG/NAME[@REVISION]. Without one, the built-in synthetic people are drawn."""
@@ -53,10 +94,10 @@ class DataConfig:
     streaming: bool = False
     """Training pictures are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
     they are needed: no copy of them is made, and people are shuffled within windows. Needs shards."""
-    stream_parts: int = 8
+    stream_parts: PositiveCount = 8
     """streaming: parts of the global batch, each with pictures of its own. Every process then reads only its own
     pictures if this is a multiple of processes x accumulation. The order of an epoch depends on it."""
-    stream_window: int = 2
+    stream_window: PositiveCount = 2
     """streaming: row groups whose people are shuffled among each other."""
     train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON of the training people, relative to the root."""
@@ -76,37 +117,37 @@ class DataConfig:
     more: tuple[MoreData, ...] = ()
     """Further labelled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
     of them does not label has weight 0 there; people to validate on are those of the first."""
-    weight: float | None = None
+    weight: Positive | None = None
     """With data.more: how large a part of every epoch is of the first set, against the weights of the others. Give all
     of them or none. Default: as many people as each set has."""
-    labels: int | str | None = None
+    labels: PositiveCount | str | None = None
     """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
     others are withheld, and in stage ssl they are unlabelled people. Default: all."""
     labels_by: Literal["first", "random"] = "first"
     """Which people: the first, picture by picture in the order of the JSON's images (published: Xie et al.,
     https://arxiv.org/abs/2011.12498), or at random."""
-    labels_seed: int = 0
+    labels_seed: Seed = 0
     """Seed of labels_by random."""
     unlabelled_images: str = "unlabeled2017"
     """Folder of pictures without labels, relative to the root, for stage ssl."""
     unlabelled_annotations: str | None = None
     """COCO JSON with the boxes of the people in them, or a detector's results (a list of image_id, bbox, score).
     Default: annotations/person_boxes_<folder>.json where there is one, else each whole picture counts as one person."""
-    unlabelled_min_score: float = 0.5
+    unlabelled_min_score: Fraction = 0.5
     """Detections with a score below this are left out."""
     unlabelled_train_people: bool = True
     """Whether the training people that have a box but no keypoints join the unlabelled ones (112,000 in COCO)."""
-    unlabelled_min_side: float = 64.0
+    unlabelled_min_side: NonNegative = 64.0
     """Unlabelled boxes whose shorter side is below this (image px) are left out: nothing can be learnt from them."""
-    input_hw: tuple[int, int] = (512, 384)
+    input_hw: tuple[PositiveCount, PositiveCount] = (512, 384)
     """Height and width of the crop that the network sees, in pixels."""
-    sigma: float = 3.0
+    sigma: Positive = 3.0
     """Width of the target Gaussian in heatmap pixels. An integer keeps the published patch exactly."""
-    box_padding: float = 1.25
+    box_padding: Positive = 1.25
     """A person's box is enlarged by this factor before it is cropped."""
-    occluded_weight: float = 0.5
+    occluded_weight: NonNegative = 0.5
     """Target weight of a labelled but occluded keypoint (v=1). Published: 1.0. Unlabelled is 0 and visible is 1."""
-    num_workers: int = 4
+    num_workers: Count = 4
     """Decoding processes for each rank; the batches are the same bytes for any number."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about a picture that does not decode: stop and name it, or name it and leave its people out."""
@@ -125,42 +166,44 @@ class DataConfig:
 class AugmentConfig:
     """Sapiens' training augmentation: facebookresearch/sapiens pose/mmpose/datasets/transforms (recipe of COCO)."""
 
-    flip_p: float = 0.5
+    flip_p: Fraction = 0.5
     """Probability of mirroring."""
-    half_body_p: float = 0.3
+    half_body_p: Fraction = 0.3
     """Probability of cropping to the upper or lower body, for people with at least 9 labelled keypoints."""
-    scale: float = 0.5
+    scale: BelowOne = 0.5
     """The box is scaled by 1 + scale * t, t from a standard normal truncated to [-1, 1]."""
-    rotation: float = 80.0
+    rotation: Degrees = 80.0
     """The box is rotated by rotation * t degrees ..."""
-    rotation_p: float = 0.6
+    rotation_p: Fraction = 0.6
     """... with this probability."""
-    shift: float = 0.16
+    shift: Fraction = 0.16
     """The box is shifted by shift * t of its size, in x and y ..."""
-    shift_p: float = 0.3
+    shift_p: Fraction = 0.3
     """... with this probability."""
-    photometric_p: float = 0.5
+    photometric_p: Fraction = 0.5
     """Probability of each photometric change: brightness and contrast, hue and saturation, channel order."""
-    blur_p: float = 0.1
+    blur_p: Fraction = 0.1
     """Probability of each of box blur and median blur, 3 to 7 px."""
-    coarse_dropout_p: float = 0.5
+    coarse_dropout_p: Fraction = 0.5
     """Probability of one black rectangle of 20-40 % of the height and of the width. Published: 1.0."""
-    weak_rotation: float = 10.0
+    weak_rotation: Degrees = 10.0
     """ssl, the teacher's view: rotation is weak_rotation * t degrees, t standard normal truncated to [-2, 2]."""
-    weak_scale: float = 0.15
+    weak_scale: BelowOne = 0.15
     """ssl, the teacher's view: scale is uniform in 1 +- weak_scale."""
-    strong_rotation: float = 30.0
+    strong_rotation: Degrees = 30.0
     """ssl, the student's view: further rotation of strong_rotation * t degrees."""
-    strong_scale: float = 0.35
+    strong_scale: BelowOne = 0.35
     """ssl, the student's view: further scale, uniform in 1 +- strong_scale."""
-    strong_shift: float = 0.06
+    strong_shift: Fraction = 0.06
     """ssl, the student's view: further shift, uniform in +- strong_shift of the box."""
-    strong_half_body_p: float = 0.3
+    strong_half_body_p: Fraction = 0.3
     """ssl, the student's view: probability of cropping to the upper or lower half of the person's box."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The network."""
+
     name: str = "sapiens_1b"
     """A key of `sapiens_accel.models.sapiens.SIZES`."""
 
@@ -169,12 +212,12 @@ class ModelConfig:
 class MemoryConfig:
     """What trades memory for time; the losses stay the same, up to rounding. The plan chooses what is not given."""
 
-    micro_batch: int | None = None
+    micro_batch: PositiveCount | None = None
     """People of one forward and backward on one device. Default: the largest that the device is predicted to hold."""
-    checkpointed_blocks: int | None = None
+    checkpointed_blocks: Count | None = None
     """Transformer blocks, from the first on, that keep only their input and compute the rest again in the backward.
     Default: as few as fit."""
-    head_chunk: int | None = None
+    head_chunk: PositiveCount | None = None
     """People whose heatmaps and loss are computed at a time. Default: as many as do not raise the peak."""
     offload_activations: bool = False
     """Block inputs wait for the backward in pinned host memory; the copies overlap with the arithmetic."""
@@ -192,21 +235,23 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    lr: float = 5e-4
+    """AdamW and the learning rate of a stage."""
+
+    lr: NonNegative = 5e-4
     """Peak learning rate of the head; a block's is lr * layer_decay ^ (its distance from the head)."""
-    layer_decay: float = 0.85
+    layer_decay: Annotated[float, Range(0, 1, open_low=True)] = 0.85
     """Layer-wise learning rate decay; 1 gives every layer the same rate."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW weight decay; never on biases, norms and the position embedding. Published: 0.1."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW betas."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
-    warmup_steps: int = 500
+    warmup_steps: Count = 500
     """Steps of linear warm-up from 0.001 of the rate; at most a tenth of the stage."""
     schedule: Literal["constant", "multistep", "cosine", "linear"] = "multistep"
     """What follows the warm-up."""
-    milestones: tuple[float, ...] = (170 / 210, 200 / 210)
+    milestones: tuple[Fraction, ...] = (170 / 210, 200 / 210)
     """multistep: fractions of the stage at which the rate falls to a tenth."""
 
 
@@ -214,17 +259,17 @@ class OptimConfig:
 class TeacherConfig:
     """The mean teacher of stage ssl (Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780)."""
 
-    ema_decay: float | None = None
+    ema_decay: Fraction | None = None
     """Decay of the teacher's moving average for one step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
-    threshold: float = 0.7
+    threshold: Annotated[float, Range(-1, 1)] = 0.7
     """A keypoint is learnt from where the teacher's normalised confidence is above this; -1 keeps everything."""
-    temperature: float = 0.5
+    temperature: Annotated[float, Range(1e-3, 10)] = 0.5
     """Sharpening T of both heatmaps: h^(1/T) / sum h^(1/T)."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(0, 1e6)] = 1.0
     """Weight of the unlabelled loss against the labelled one, after the ramp."""
-    ramp: float = 0.05
+    ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
-    ratio: int = 1
+    ratio: Annotated[int, Range(0, 64)] = 1
     """Unlabelled people for each labelled one in a batch. 0: none; the labelled people alone, and their average."""
     loss: Literal["kl", "mse", "literal"] = "kl"
     """How the student is compared with the teacher: kl (of log-heatmap softmaxes), mse, or literal: softmaxes of raw
@@ -235,7 +280,7 @@ class TeacherConfig:
     confidence: Literal["keypoint", "raw"] = "keypoint"
     """What the threshold holds against: the teacher's peak as a share of what a good keypoint of that kind has (the
     labels' own noise keeps a hip lower than an eye), or the raw peak. literal takes the raw one in any case."""
-    cutout: int = 5
+    cutout: Annotated[int, Range(0, 64)] = 5
     """Squares of the mean colour put on the student's view, each on one of the teacher's keypoints."""
 
     on_alarm: Literal["stop", "warn"] = "stop"
@@ -253,15 +298,17 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    epochs: float = 100
+    """A stage: how long, on how much at a time, and what learns."""
+
+    epochs: Positive = 100
     """Passes over the labelled people ..."""
-    steps: int | None = None
+    steps: PositiveCount | None = None
     """... or optimizer steps; where given, these count."""
-    global_batch: int = 32
+    global_batch: PositiveCount = 32
     """Labelled people of one optimizer step, over all processes and accumulated micro-batches."""
     frozen: tuple[str, ...] = ()
     """Layer groups that do not learn: shell patterns over embeddings, block_0 ... block_N, norm, head."""
-    loss_weight: float = 1.0
+    loss_weight: Positive = 1.0
     """Factor on the heatmap loss. Published Sapiens2: 10."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Its optimizer."""
@@ -276,6 +323,8 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """How weights are evaluated."""
+
     split: Literal["val", "train"] = "val"
     """People to evaluate on."""
     boxes: str = "gt"
@@ -284,29 +333,29 @@ class EvalConfig:
     images: str | None = None
     """eval.py: look at these pictures instead, a picture, a folder (with all below it) or a video; nothing is measured.
     boxes is then gt, the whole picture as one person, a JSON of boxes, detector, or a detector's folder or Hub name."""
-    min_box_score: float = 0.5
+    min_box_score: Fraction = 0.5
     """eval.py --images: boxes with a score below this are left out."""
     flip: bool = True
     """Average the heatmaps of the crop and of its mirror image."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Annotated[float, Range(0.1, 4)], ...] = (1.0,)
     """Average the heatmaps of the crop at these sizes, as factors of its pixels."""
     ensemble: bool = False
     """eval.py: also average the heatmaps of all weights that were given."""
     compare: bool = False
     """eval.py: also measure without flip and without scales, to see what each adds and costs."""
-    batch_size: int = 32
+    batch_size: PositiveCount = 32
     """Crops of one forward; of larger ones fewer."""
-    nms_threshold: float = 0.9
+    nms_threshold: Fraction = 0.9
     """People of one picture whose OKS is above this are the same person."""
-    score_threshold: float = 0.2
+    score_threshold: Fraction = 0.2
     """Keypoints below this do not count in a person's score."""
     backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
     """What computes AP and AR; faster_coco_eval gives the same numbers sooner (pip install faster-coco-eval)."""
     save_predictions: str | None = None
     """Write the predictions as COCO's server takes them to this JSON; while training, the last evaluation's."""
-    num_pictures: int = 8
+    num_pictures: Count = 8
     """People drawn with their prediction."""
-    num_worst: int = 8
+    num_worst: Count = 8
     """People of the lowest OKS drawn with what went wrong; also while training, at each evaluation."""
     html: str | None = None
     """eval.py: also write a page with everything in it to this file; auto: eval.html beside eval.json."""
@@ -322,22 +371,22 @@ class Config:
     """What to train; each stage starts from the weights of the one before it."""
     output_dir: str = "runs/{recipe}"
     """Run folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights, the batches and the augmentation."""
     weights: str | None = None
     """Weights to start from: a file, a folder, or a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO]. Default: the
     stage before, else random."""
-    max_steps: int | None = None
+    max_steps: PositiveCount | None = None
     """Stop each stage after this many steps of its schedule."""
-    log_every: int = 20
+    log_every: PositiveCount = 20
     """Steps between log lines."""
-    save_every: int | None = None
+    save_every: PositiveCount | None = None
     """Steps between resumable checkpoints. Default: none but the stage's final weights."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveCount = 2
     """Checkpoints kept for each stage: the last ones, and beside them the best of those that were evaluated."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """How a stage's weights are written when it hands them over; what it resumes from stays fp32."""
-    eval_every: int | None = None
+    eval_every: PositiveCount | None = None
     """Steps between evaluations. Default: at the end of each stage."""
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder. Of another number of processes everything is carried over (not in ZeRO-3), of

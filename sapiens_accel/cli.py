@@ -1,0 +1,54 @@
+"""sapiens-accel COMMAND: the commands beside train.py and eval.py. Only the chosen one's modules are imported."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sapiens_accel.errors import UserError, run_main
+
+
+class Command(NamedTuple):
+    module: str  # its `main(argv)` parses the words that follow
+    words: tuple[str, ...]  # words that come before those
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before a training"),
+    "memory": Command("sapiens_accel.memory.planner", (), "whether a recipe fits a GPU, and by which launch"),
+    "detect": Command("sapiens_accel.inference.detect_people", (), "find people in images or a video, as boxes"),
+    "convert": Command("sapiens_accel.sources.convert", ("convert",), "write a COCO folder as parquet or tar shards"),
+    "export": Command("sapiens_accel.models.export", (), "write weights for transformers, ONNX or torch.export"),
+    "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
+    "selftest": Command("sapiens_accel.selftest.__main__", (), "measure on this machine what a training relies on"),
+}
+
+
+def main() -> None:
+    run_main(run)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command that the first word names.
+
+    Raises:
+        UserError: there is no such command, or none was named.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: sapiens-accel COMMAND ...  (COMMAND --help: its options)\n")
+        print("\n".join(f"  {name:9} {command.help}" for name, command in COMMANDS.items()))
+        return
+    name, *words = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{name}: no such command (expected one of {', '.join(COMMANDS)}).{hint}")
+    command = COMMANDS[name]
+    sys.argv[0] = f"sapiens-accel {name}"
+    importlib.import_module(command.module).main([*command.words, *words])
+
+
+if __name__ == "__main__":
+    main()
