@@ -232,7 +232,7 @@ def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> No
         if not word.startswith("--"):
             continue
         key, equals, value = word[2:].partition("=")
-        if key.removesuffix(".help") not in (*known, "help"):
+        if key not in (*known, "help", *(f"{stage}.teacher.help" for stage in STAGES)):
             raise UserError(f"no such option --{key}{_nearest(key, known, '--')}")
         if key in known and is_group(key):
             _check_inner_keys(key, value if equals else following)
