@@ -154,9 +154,7 @@ def test_wrong_options_are_refused(main: Main, weights: Path) -> None:
     assert "several networks" in _refused(main, weights, "--ensemble")
     assert "nothing to compare" in _refused(main, weights, "--compare", "--flip", "false")
     assert "--eval.scales 1 1" in _refused(main, weights, "--scales", "1", "1")
-    assert "--eval.scales: out of its range (expected a number >= 0.1 and <= 4, found 0)" in _refused(
-        main, weights, "--scales", "0"
-    )
+    assert "--eval.scales: out of its range" in _refused(main, weights, "--scales", "0")
     assert "--eval.scales" in _refused(main, weights, "--scales")
     assert "both 64x48" in _refused(main, weights, "--scales", "1.0", "1.05")
     assert "--eval.boxes nothing.json" in _refused(main, weights, "--boxes", "nothing.json")
