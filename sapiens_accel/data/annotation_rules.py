@@ -24,7 +24,7 @@ NUMBERS = {int, float, bool}
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleColumns:
-    """n people, neither crowds nor with empty boxes, in the order of their pictures.
+    """n people, neither crowds nor with empty boxes, in the order of their images.
 
     Attributes:
         place: which annotation of the whole JSON it was.
@@ -73,9 +73,9 @@ def _lists(values: pa.Array, length: int) -> pa.Array:
 
 
 def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN) -> Iterator[PeopleColumns]:
-    """The people of a manifest; `prefix` is what their pictures' names begin with.
+    """The people of a manifest; `prefix` is what their images' names begin with.
 
-    Pictures of a split in which nobody is marked are one unlabelled person each, whose box is the picture.
+    Images of a split in which nobody is marked are one unlabeled person each, whose box is the image.
 
     Raises:
         UserError: the annotation that has no box, or another number of keypoints.
@@ -99,10 +99,10 @@ def people_of(
     first: tuple[int, int],
     reading: Reading = PLAIN,
 ) -> PeopleColumns:
-    """The people of some pictures.
+    """The people of some images.
 
     Args:
-        first: which record of the manifest `path` the first picture is, and which of its people their first.
+        first: which record of the manifest `path` the first image is, and which of its people their first.
 
     Raises:
         UserError: as `chunks`.

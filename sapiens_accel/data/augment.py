@@ -42,7 +42,7 @@ Pixels = UInt8[Array, "h w 3"]
 
 
 class Change(NamedTuple):
-    """A change of pixels and its probability; it may use the picture's own memory."""
+    """A change of pixels and its probability; it may use the image's own memory."""
 
     p: float
     apply: Callable[[Pixels, Generator], Pixels]
@@ -132,7 +132,7 @@ def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> P
 def _colours(image: Pixels, rng: Generator, p: float) -> Pixels:
     """Brightness and contrast, saturation and hue, the order of channels: each drawn, all in one pass over the pixels.
 
-    Hue turns colours about the axis of greys, which leaves greys alone, as Paeth and Haeberli do it.
+    Hue turns colors about the axis of grays, which leaves grays alone, as Paeth and Haeberli do it.
     """
     scale, offset = np.eye(3), np.zeros(3)
     if rng.random() < p:
@@ -149,7 +149,7 @@ def _colours(image: Pixels, rng: Generator, p: float) -> Pixels:
 
 
 def _saturation(factor: float) -> Float[Array, "3 3"]:
-    """Takes a colour away from its grey, or to it."""
+    """Takes a color away from its gray, or to it."""
     return factor * np.eye(3) + (1 - factor) * GREY
 
 
@@ -179,7 +179,7 @@ def _hole(image: Pixels, rng: Generator) -> Pixels:
 
 
 def _half(crop: Crop, scale: float, *, upper: bool) -> Crop:
-    """The crop scaled about the middle of its upper or lower edge, as one sees it in the input picture."""
+    """The crop scaled about the middle of its upper or lower edge, as one sees it in the input image."""
     (x, y), (w, h) = crop.center_xy, crop.size_wh
     # The input's vertical axis in the image; mirroring leaves it alone.
     angle = np.deg2rad(crop.degrees)

@@ -47,7 +47,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     """Find (or draw), read and check the people of a run.
 
     Args:
-        unlabelled: whether the run has a stage that learns from unlabelled people.
+        unlabelled: whether the run has a stage that learns from unlabeled people.
 
     Raises:
         UserError: what is missing or broken, by name.
@@ -90,7 +90,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
 
 
 def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
-    """The same, of pictures that are read when they are needed; those of validation are few, and opened as always."""
+    """The same, of images that are read when they are needed; those of validation are few, and opened as always."""
     for knob in ("labels", "on_bad_image", "more"):
         if getattr(config, knob) != getattr(DataConfig, knob):
             raise UserError(
@@ -146,7 +146,7 @@ def val_set(config: DataConfig) -> MoreData:
 
 
 def files_of(one: MoreData, root: Path, cache: Path) -> tuple[str, str]:
-    """The annotations and the folder of pictures of a set, relative to the root, or absolute where it has its own.
+    """The annotations and the folder of images of a set, relative to the root, or absolute where it has its own.
 
     Raises:
         UserError: its own root is no folder; as `sources.folder`.
@@ -174,7 +174,7 @@ def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> C
 def _labelled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
-    """The labelled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
+    """The labeled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
     reading, told = category.reading(category_of(one, config, root, cache), skeleton.names)
     return coco.labelled_people(root, *files_of(one, root, cache), skeleton.num_keypoints, cache, reading), told
 
@@ -221,7 +221,7 @@ def _drawn(config: DataConfig, cache: Path) -> Path:
 
 
 def check_targets(people: People, config: DataConfig) -> None:
-    """Refuse people whose labelled keypoints mostly lie outside their crops: nearly every target would be zero.
+    """Refuse people whose labeled keypoints mostly lie outside their crops: nearly every target would be zero.
 
     Raises:
         UserError: with an annotation for which it is so.
@@ -230,7 +230,7 @@ def check_targets(people: People, config: DataConfig) -> None:
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     labelled = keypoints[..., 2] > 0
     inside = geometry.in_crop(boxes, keypoints, config.box_padding, config.input_hw)
-    tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the picture, not in pixels
+    tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the image, not in pixels
     if inside.sum() < labelled.sum() / 2 or tiny:
         told = f"{'nearly ' if inside.any() else ''}all targets are zero"
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))

@@ -3,7 +3,7 @@
     order (seed, stage, step) -> keys of one global batch -> this rank's micro-batches -> workers: decode, crop, augment
 
 Each person's augmentation has a generator of its own, seeded by its place in the run, so the number of workers, ranks
-and accumulated micro-batches changes no byte, and a run can start at any step. Workers ship uint8 pictures and points.
+and accumulated micro-batches changes no byte, and a run can start at any step. Workers ship uint8 images and points.
 """
 
 import zlib
@@ -52,7 +52,7 @@ class Labelled(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two views of one unlabelled person: the teacher's and the student's.
+    """Two views of one unlabeled person: the teacher's and the student's.
 
     `cutout` holds uniform draws for `objective.cut_out`: which keypoint, offset in x and y, size. They are drawn here
     so that they depend on the person's place in the run, as everything random does.
@@ -193,7 +193,7 @@ class PairSettings(NamedTuple):
 
 
 def pair_of(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> tuple[Pair, Crop]:
-    """Both views of the person whose upright crop is `base`, from one decoded picture, and the strong view's crop."""
+    """Both views of the person whose upright crop is `base`, from one decoded image, and the strong view's crop."""
     augmenter, config, changes, num_cutouts = settings
     weak = augmenter.weak_crop(base, rng)
     strong = augmenter.strong_crop(weak, rng)
@@ -205,7 +205,7 @@ def pair_of(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> t
 
 
 def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> Picture:
-    """The picture that the crops are cut from, as small as shows all that is seen in each of them.
+    """The image that the crops are cut from, as small as shows all that is seen in each of them.
 
     Raises:
         UserError: it does not decode.
@@ -250,5 +250,5 @@ def seen_in(
 
 
 def target_weights(visibility: Float[Array, "k"], occluded: float) -> Float[Array, "k"]:
-    """COCO's v (0 unlabelled, 1 occluded, 2 visible) to float32 target weights 0, `occluded`, 1."""
+    """COCO's v (0 unlabeled, 1 occluded, 2 visible) to float32 target weights 0, `occluded`, 1."""
     return np.where(visibility >= 2, 1.0, np.where(visibility >= 1, occluded, 0.0)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Detections as a JSON: how pictures are named in it, how it is written, and how any such file is read again."""
+"""Detections as a JSON: how images are named in it, how it is written, and how any such file is read again."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ from sapiens_accel.sources import coco as coco_json
 
 
 class Found(NamedTuple):
-    """The people of one picture, the surest first: boxes x y w h in image px, within the picture."""
+    """The people of one image, the surest first: boxes x y w h in image px, within the image."""
 
     boxes_xywh: Float[Array, "n 4"]
     scores: Float[Array, "n"]
@@ -28,7 +28,7 @@ NOBODY = Found(np.zeros((0, 4)), np.zeros(0))
 
 
 def ids_of(names: Sequence[str]) -> list[Any]:
-    """An image_id for each name, all different, by which stage ssl finds the picture again.
+    """An image_id for each name, all different, by which stage ssl finds the image again.
 
     COCO's own number (000000000785.jpg is 785), else the name without its suffix, else the whole name.
     """
@@ -48,10 +48,10 @@ def _number(name: str) -> int | str:
 
 
 def ids_in(annotations: Path, names: Sequence[str]) -> list[Any]:
-    """The pictures' ids in a COCO JSON.
+    """The images' ids in a COCO JSON.
 
     Raises:
-        UserError: no JSON with `images`, or a picture that is not among them.
+        UserError: no JSON with `images`, or an image that is not among them.
     """
     if not annotations.is_file():
         raise UserError(f"--annotations {annotations}: no such file")
@@ -79,7 +79,7 @@ def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def rows(names: Sequence[str], ids: Sequence[Any], category: Any, found: Sequence[Found | None]) -> list[Any]:
-    """Detections in COCO's form, to 0.01 px; with the picture's name, which other readers pass over."""
+    """Detections in COCO's form, to 0.01 px; with the image's name, which other readers pass over."""
     return [
         {"image_id": key, "category_id": category, "bbox": box, "score": score, "file_name": name}
         for name, key, people in zip(names, ids, found, strict=True)
@@ -149,16 +149,16 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
 
 
 class BoxesFile:
-    """The boxes of a file, for the pictures of these names: a list of detections, or a COCO annotation file.
+    """The boxes of a file, for the images of these names: a list of detections, or a COCO annotation file.
 
-    A detection's picture is its `file_name`, or the one that its `image_id` names (see `ids_of`). Boxes without a score
+    A detection's image is its `file_name`, or the one that its `image_id` names (see `ids_of`). Boxes without a score
     count as sure; those below `min_score`, crowds and other categories than people are left out.
 
     Attributes:
-        told: what of it is of other pictures, in a line; empty if nothing is.
+        told: what of it is of other images, in a line; empty if nothing is.
 
     Raises:
-        UserError: no such file, no boxes in it, a box that is none, or none of these pictures.
+        UserError: no such file, no boxes in it, a box that is none, or none of these images.
     """
 
     def __init__(self, file: Path, names: Sequence[str], min_score: float) -> None:
@@ -186,7 +186,7 @@ class BoxesFile:
         self.told = f"{file}: {others} of its {len(found)} boxes are of other pictures" if others else ""
 
     def of(self, name: str) -> Found:
-        """The people of a picture."""
+        """The people of an image."""
         if name not in self._of:
             return NOBODY
         boxes, scores = zip(*self._of[name], strict=True)
@@ -207,7 +207,7 @@ class BoxesFile:
 
 
 def _places(names: Sequence[str]) -> dict[Any, str]:
-    """Every key that a picture may go by: its name, its id, the end of its name where no other ends so."""
+    """Every key that an image may go by: its name, its id, the end of its name where no other ends so."""
     ends: dict[Any, list[str]] = {}
     for name in names:
         for end in {Path(name).name, Path(name).stem}:
@@ -222,17 +222,17 @@ def detected_people(
     """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
 
     Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
-    The picture of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
+    The image of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
 
     Args:
         files: the JSON and the folder of its images, relative to `root`.
 
     Raises:
-        UserError: no list of detections, or a picture that is not in the folder.
+        UserError: no list of detections, or an image that is not in the folder.
     """
     detections, images = files
     file = root / detections
-    # Names that have come or gone change which picture is whose.
+    # Names that have come or gone change which image is whose.
     names = coco.image_names(root / images)
     digest = coco.digest_of(file.read_bytes(), "detections", images, str(min_score), *names)
     source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}

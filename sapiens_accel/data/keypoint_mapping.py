@@ -87,7 +87,7 @@ def _firsts(people: Iterable[Any]) -> dict[str, tuple[int, bool]]:
 
 
 def _people_in(manifest: Path) -> list[Any]:
-    """The people of the first pictures of shards in which anybody has keypoints: a file of its own is of one kind."""
+    """The people of the first images of shards in which anybody has keypoints: a file of its own is of one kind."""
     for table in shards.records(shards.read(manifest), ("people",)):
         if "people" in table.column_names:
             people = [person for several in table.column("people").to_pylist() for person in several or ()]
@@ -114,7 +114,7 @@ def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list
 
 
 def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only pictures need it."""
+    """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only images need it."""
     fine: list[list[int]] = []
     odd: list[Any] = []
     for pair in pairs if isinstance(pairs, list) else ():

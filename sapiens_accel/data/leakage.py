@@ -22,12 +22,12 @@ ALIKE_GREY_LEVELS = 6.0
 
 
 def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, ...]:
-    """Refuse a validation picture among those that a run learns from: equal bytes, or id, name and look.
+    """Refuse a validation image among those that a run learns from: equal bytes, or id, name and look.
 
     Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
 
     Raises:
-        UserError: with the first such picture and the validation picture that it is.
+        UserError: with the first such image and the validation image that it is.
     """
     told = []
     for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
@@ -45,7 +45,7 @@ def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, .
 
 
 def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
-    """Pictures that are learnt from to the validation picture that each one is; both with their ids."""
+    """Images that are learnt from to the validation image that each one is; both with their ids."""
     same = same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)
@@ -56,7 +56,7 @@ def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Pa
 
 
 def _look_alike(path: Path, other: Path) -> bool:
-    """Whether two pictures are one, encoded anew: 16 x 16 grey levels hardly differ in the mean.
+    """Whether two images are one, encoded anew: 16 x 16 gray levels hardly differ in the mean.
 
     Of 169 COCO photographs none differs from itself at JPEG quality 30 by 0.5, and no two differ by less than 17.
     """

@@ -75,7 +75,7 @@ class _Keys:
 
 
 def collate(samples: Sequence[Labelled | Pair]) -> Batch:
-    """Stack labelled people and pairs, each among themselves."""
+    """Stack labeled people and pairs, each among themselves."""
     labelled = [sample for sample in samples if isinstance(sample, Labelled)]
     pairs = [sample for sample in samples if isinstance(sample, Pair)]
     return Batch(default_collate(labelled), default_collate(pairs) if pairs else None)
@@ -98,7 +98,7 @@ def begin_worker(_: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next picture: new pages from the system cost 5 % of a batch's time."""
+    """Have glibc keep what is freed for the next image: new pages from the system cost 5 % of a batch's time."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc and hasattr(libc, "mallopt"):  # not every Linux has glibc
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):

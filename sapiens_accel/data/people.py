@@ -1,7 +1,7 @@
-"""COCO keypoint JSON and picture folders to Hugging Face `datasets` rows, one per person.
+"""COCO keypoint JSON and image folders to Hugging Face `datasets` rows, one per person.
 
-Labelled and unlabelled people share one schema; a person without a single v > 0 is unlabelled. The table is Arrow,
-memory-mapped, cached by the content of the JSON; pictures are referenced by name and never copied.
+Labeled and unlabeled people share one schema; a person without a single v > 0 is unlabeled. The table is Arrow,
+memory-mapped, cached by the content of the JSON; images are referenced by name and never copied.
 """
 
 import hashlib
@@ -35,22 +35,22 @@ if not sys.stderr.isatty():
 
 SCHEMA_VERSION = 2
 DECODE_AT_MOST = 5000
-LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at pictures of DECODE_AT_MOST, evenly spread
-# The files of the table of people in shards: rows, which are labelled, and their order where it is another.
+LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at images of DECODE_AT_MOST, evenly spread
+# The files of the table of people in shards: rows, which are labeled, and their order where it is another.
 PEOPLE, LABELLED, ORDER = "people.arrow", "labelled.npy", "order.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class People:
-    """Rows of people and the folder that their pictures are in.
+    """Rows of people and the folder that their images are in.
 
     A row: file_name (relative to root), image_id, ann_id, box_xywh [4] and keypoints [K, 3] (x, y, v) in image px, area
     in px^2.
 
     Attributes:
-        annotations: the JSON that the rows came from, or the folder of whole pictures.
-        num_skipped: people left out because their picture does not decode.
-        sources: what `together` joined: a broken picture is told with its own JSON.
+        annotations: the JSON that the rows came from, or the folder of whole images.
+        num_skipped: people left out because their image does not decode.
+        sources: what `together` joined: a broken image is told with its own JSON.
         reading: how the JSON was read; evaluation reads it in the same way.
     """
 
@@ -68,10 +68,10 @@ class People:
 def labelled_people(
     root: Path, annotations: str, images: str, num_keypoints: int, cache: Path, reading: Reading = PLAIN
 ) -> People:
-    """The people of a COCO keypoint JSON with at least one labelled keypoint; crowds and empty boxes are left out.
+    """The people of a COCO keypoint JSON with at least one labeled keypoint; crowds and empty boxes are left out.
 
     Args:
-        annotations, images: the JSON and the folder of its pictures, relative to `root`.
+        annotations, images: the JSON and the folder of its images, relative to `root`.
 
     Raises:
         UserError: the file is missing, is no COCO keypoint JSON, or names no such person.
@@ -89,7 +89,7 @@ def chosen_of(people: People, chosen: Int[Array, "n"]) -> People:
 
 
 def by_picture(people: People, images: str) -> Int[Array, "n"]:
-    """The people's indices in the order of the JSON's `images`, and in that of its annotations within a picture."""
+    """The people's indices in the order of the JSON's `images`, and in that of its annotations within an image."""
     listed = [f"{images}/{image['file_name']}" for image in coco_json.pictures_of(people.annotations)]
     places = {name: place for place, name in reversed(list(enumerate(listed)))}
     return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
@@ -99,13 +99,13 @@ def withheld_people(train: People, images: str, places: Int[Array, "n"], min_sid
     """The people at these places of `labelled_people`, with boxes of at least `min_side` px and all keypoints zero.
 
     Args:
-        train: the labelled people.
+        train: the labeled people.
 
     Raises:
         UserError: as `labelled_people`.
     """
     labelled = _again(train, images, cache, "needed")
-    # A table of its own, row by row the labelled one: what is not in it cannot be learnt from by mistake.
+    # A table of its own, row by row the labeled one: what is not in it cannot be learnt from by mistake.
     people = _again(train, images, cache, "withheld")
     chosen = np.flatnonzero(_labelled(labelled.rows))[places]
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
@@ -115,7 +115,7 @@ def withheld_people(train: People, images: str, places: Int[Array, "n"], min_sid
 def people_with_boxes(
     root: Path, annotations: str, images: str, num_keypoints: int, min_side: float, cache: Path
 ) -> People:
-    """The people of a COCO JSON that have a box of at least `min_side` px and no labelled keypoint.
+    """The people of a COCO JSON that have a box of at least `min_side` px and no labeled keypoint.
 
     Raises:
         UserError: the file is missing or is no COCO JSON.
@@ -124,7 +124,7 @@ def people_with_boxes(
 
 
 def unlabelled_beside(train: People, images: str, min_side: float, cache: Path) -> People:
-    """`people_with_boxes` of the file that the labelled people of training are from, read in the same way."""
+    """`people_with_boxes` of the file that the labeled people of training are from, read in the same way."""
     return _with_boxes(_again(train, images, cache, "optional"), min_side)
 
 
@@ -142,16 +142,16 @@ def _with_boxes(people: People, min_side: float) -> People:
 
 
 def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> People:
-    """Every picture of a folder as one unlabelled person, whose box is the picture.
+    """Every image of a folder as one unlabeled person, whose box is the image.
 
     Raises:
-        UserError: the folder holds no picture.
+        UserError: the folder holds no image.
     """
     folder = root / images
     names = image_names(folder)
     if not names:
         raise UserError(f"{folder}: no pictures ({', '.join(photo.PICTURES)}) in it")
-    # A link to nothing is named by `checked`, like any other picture that does not decode.
+    # A link to nothing is named by `checked`, like any other image that does not decode.
     stats = [(path if path.exists() else folder).stat() for path in (folder / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
     digest = digest_of("\n".join(content).encode(), str(folder))
@@ -166,15 +166,15 @@ def together(several: Sequence[People]) -> People:
 
 
 def decodes(check: Literal["auto", "ends", "decode"], num_pictures: int) -> bool:
-    """Whether so many pictures are decoded to check them."""
+    """Whether so many images are decoded to check them."""
     return check == "decode" or (check == "auto" and num_pictures <= DECODE_AT_MOST)
 
 
 def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Literal["auto", "ends", "decode"]) -> People:
-    """The same people once every picture is known to be there and to decode.
+    """The same people once every image is known to be there and to decode.
 
     Raises:
-        UserError: a picture that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
+        UserError: an image that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
     """
     some = check == "auto" and len(people) > most_looked_at(people.annotations)
     rows = some_of(people.rows, DECODE_AT_MOST) if some else people.rows
@@ -201,7 +201,7 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
 
 
 def most_looked_at(annotations: Path) -> int:
-    """Of more people auto looks at some. Shards are whole if their ends are there: few of their pictures will do."""
+    """Of more people auto looks at some. Shards are whole if their ends are there: few of their images will do."""
     return DECODE_AT_MOST if shards.is_manifest(annotations) else LOOK_AT_ALL
 
 
@@ -333,7 +333,7 @@ def cached_table(rows: Any, digest: str, num_keypoints: int, cache: Path, **sour
 
 
 def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypoints: str, reading: Reading) -> Dataset:
-    """The same table of a manifest's people, written some thousand pictures at a time: memory does not grow with it."""
+    """The same table of a manifest's people, written some thousand images at a time: memory does not grow with it."""
     how = [] if reading == PLAIN else [repr(reading)]
     digest = digest_of(shards.read(file).digest.encode(), keypoints, images, *how)
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
@@ -426,7 +426,7 @@ def _whole_picture_rows(num_keypoints: int, root: str, images: str, names: list[
 
 
 def image_names(folder: Path) -> list[str]:
-    """The pictures of a folder, by name.
+    """The images of a folder, by name.
 
     Raises:
         UserError: a name that is not UTF-8.
@@ -439,7 +439,7 @@ def image_names(folder: Path) -> list[str]:
 
 
 def _whose(sources: Sequence[People], picture: Path) -> str:
-    """The first annotation of a picture."""
+    """The first annotation of an image."""
     several = ((people, row) for people in sources for row in enumerate(people.rows["file_name"][:]))
     people, place = next((people, i) for people, (i, name) in several if people.root / name == picture)
     return f"{people.annotations}: annotation {people.rows[place]['ann_id']}"

@@ -145,7 +145,7 @@ def order(seed: int, stream: str, step: int, num_people: int, global_batch: int)
     """Which people the global batch of a step holds: each epoch goes through its own permutation.
 
     Args:
-        stream: the name of the sequence (a stage, labelled or not), part of the seed.
+        stream: the name of the sequence (a stage, labeled or not), part of the seed.
     """
     per_epoch = steps_per_epoch(num_people, global_batch)
     # Fewer people than a batch: pass over them again and again.

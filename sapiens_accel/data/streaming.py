@@ -1,9 +1,9 @@
-"""People of shards in an order that reads whole row groups: training without a copy of the pictures.
+"""People of shards in an order that reads whole row groups: training without a copy of the images.
 
 An epoch goes through its row groups in an order of its own; people are shuffled within windows of a few row groups.
 That sequence is cut into lanes, PHASES x parts of them, each read from beginning to end: a place in a global batch
 belongs to a part, and a step to a phase. A process reads the lanes of its parts, a worker those of its phases, so no
-picture travels twice where processes divide the parts and workers the phases; where they do not, pictures are read more
+image travels twice where processes divide the parts and workers the phases; where they do not, images are read more
 than once and the batches stay the same. Who is where is a function of (seed, stage, step, position): a run goes on at
 any step, with any number of processes and workers, and no state of the stream is saved.
 """
@@ -34,7 +34,7 @@ from sapiens_accel.sources.schema import PLAIN, Reading
 
 PHASES = 4
 READERS = 16  # files of which people are counted at a time
-HELD_GROUPS = 256  # of people, without pictures: some 0.1 MB each
+HELD_GROUPS = 256  # of people, without images: some 0.1 MB each
 
 Chosen = Callable[[roster.PeopleColumns], Bool[Array, "n"]]
 
@@ -54,7 +54,7 @@ class Unlabelled:
 
 
 class StreamSource(NamedTuple):
-    """A manifest, what its pictures' names begin with, which of its people are meant, and how they are read."""
+    """A manifest, what its images' names begin with, which of its people are meant, and how they are read."""
 
     path: Path
     prefix: str
@@ -63,7 +63,7 @@ class StreamSource(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Pictures that are read together."""
+    """Images that are read together."""
 
     source: StreamSource
     first: int
@@ -113,7 +113,7 @@ class StreamRows:
         """Which people the global batch of a step holds.
 
         Args:
-            stream: the name of the sequence (a stage, labelled or not), part of the seed.
+            stream: the name of the sequence (a stage, labeled or not), part of the seed.
             parts, window: see the module, and `DataConfig`.
         """
         return _order(_Counts(self.counts), seed, stream, step, global_batch, (parts, window))
@@ -216,7 +216,7 @@ def _words(chosen: Chosen) -> str:
 
 
 def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
-    """For each group its chosen people and all people, read from the columns beside the pictures."""
+    """For each group its chosen people and all people, read from the columns beside the images."""
     manifest = shards.read(source.path)
     chosen = repr(source.chosen) if isinstance(source.chosen, Unlabelled) else "labelled"
     how = "" if source.reading == PLAIN else f"-{source.reading!r}"
@@ -224,7 +224,7 @@ def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array
     file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{manifest.digest}.npy"
     if not file.is_file():
         counted = _count(source, num_keypoints, is_marked=True)
-        if not counted[:, 1].any():  # nobody is told: each picture is somebody
+        if not counted[:, 1].any():  # nobody is told: each image is somebody
             counted = _count(source, num_keypoints, is_marked=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.stem}.{os.getpid()}.npy")

@@ -22,7 +22,7 @@ def labelled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
     """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
 
     "First" is the published rule of Xie et al. 2021 (https://arxiv.org/abs/2011.12498): the people with keypoints of
-    each picture, pictures in the order of the JSON's `images`, cut after N people. COCO's annotations are in another
+    each image, images in the order of the JSON's `images`, cut after N people. COCO's annotations are in another
     order. Source: xierc/Semi_Human_Pose, lib/dataset/coco.py.
 
     Raises:
@@ -55,9 +55,9 @@ def _num_labels(labels: int | str | None, people: People) -> int:
 def gather(
     root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labelled: Int[Array, "n"]
 ) -> tuple[People, tuple[str, ...]]:
-    """The unlabelled people of a run, and what should be said about them.
+    """The unlabeled people of a run, and what should be said about them.
 
-    Pictures without labels, by box where there are boxes; the training people whose labels are withheld; those that
+    Images without labels, by box where there are boxes; the training people whose labels are withheld; those that
     have no keypoints.
 
     Args:
@@ -86,7 +86,7 @@ def gather(
 
 
 def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
-    """The people of the folder of pictures without labels; None where there is no such folder.
+    """The people of the folder of images without labels; None where there is no such folder.
 
     Raises:
         UserError: what was asked for is missing or broken.
@@ -111,7 +111,7 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
 
 
 def _another_aspect(people: People, labelled: People) -> str | None:
-    """A line about boxes of another shape than the labelled people's; whole pictures are allowed, so no error."""
+    """A line about boxes of another shape than the labeled people's; whole images are allowed, so no error."""
     theirs, ours = (
         float(np.median(boxes[:, 2] / boxes[:, 3]))
         for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labelled))

@@ -1,4 +1,4 @@
-"""An annotation file and its pictures, read on past the first fault: what the run's own reader would refuse, all of it.
+"""An annotation file and its images, read on past the first fault: what the run's own reader would refuse, all of it.
 
 The rules are the run's own (`annotation_rules`), so nothing passes here that a run would not take.
 """
@@ -27,8 +27,8 @@ class Read:
     """What could be read of an annotation file.
 
     Attributes:
-        labels: the people that a run would take, those without labelled keypoints included.
-        pictures: the names of their pictures, below the root, with their ids.
+        labels: the people that a run would take, those without labeled keypoints included.
+        pictures: the names of their images, below the root, with their ids.
         sizes_wh: of those of them whose size the JSON tells.
         most_looked_at: as `coco.most_looked_at`.
         findings: what could not be read, and what is left out.
@@ -45,7 +45,7 @@ def read(root: Path, annotations: str, images: str, num_keypoints: int, reading:
     """Read what can be read, by the rules of a run.
 
     Args:
-        annotations, images: the JSON (or manifest of shards) and the folder of its pictures, relative to `root`.
+        annotations, images: the JSON (or manifest of shards) and the folder of its images, relative to `root`.
         reading: how its annotations become the run's keypoints; None: that is not known, and another number of them is
             no fault of each annotation.
     """
@@ -98,7 +98,7 @@ def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding
 
 
 def of_people(people: coco.People) -> Read:
-    """The pictures of people without labels."""
+    """The images of people without labels."""
     pictures = dict(zip(people.rows["file_name"][:], people.rows["image_id"][:], strict=True))
     labels = _labels([], {}, people.rows.features["keypoints"].shape[0])
     return Read(labels=labels, pictures=pictures, most_looked_at=coco.most_looked_at(people.annotations))
@@ -128,7 +128,7 @@ def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, flo
 def pictures(
     root: Path, found: Read, check: Literal["auto", "ends", "decode"], on_bad_image: Literal["stop", "skip"]
 ) -> list[Finding]:
-    """Pictures that are not there, that do not decode, or that have another size than the JSON says."""
+    """Images that are not there, that do not decode, or that have another size than the JSON says."""
     outside = [name for name in found.pictures if not shards.inside(root / name)]
     there = {folder: photo.listing(folder) for folder in {(root / name).parent for name in outside}}
     missing = [name for name in outside if (root / name).name not in there[(root / name).parent]]

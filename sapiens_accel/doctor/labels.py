@@ -1,4 +1,4 @@
-"""What is wrong with labelled people, found on whole columns: each check names all that it finds.
+"""What is wrong with labeled people, found on whole columns: each check names all that it finds.
 
 Shape letters: n people, k keypoints. All coordinates are image px.
 """
@@ -18,13 +18,13 @@ from sapiens_accel.pose.skeleton import Skeleton
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 PERCENTILES = (5, 50, 95)
-SLACK = 1.0  # px by which a label may lie outside of its picture: rounding
+SLACK = 1.0  # px by which a label may lie outside of its image: rounding
 LEAST_VOTES = 30  # people in whom a pair was compared: of fewer, chance decides
 UNLIKELY = 3.5  # standard deviations
 AGREED = 0.5  # mean length of the others' directions: all alike 1, at random 0
 UPRIGHT = 0.7  # the sine of 45 degrees
 SWAPPED, DOUBTFUL = 0.75, 0.6  # shares of people in whom a pair disagrees with the others; arms that cross do so in few
-MOST_LOST = 0.05  # of the labelled keypoints, by the crop
+MOST_LOST = 0.05  # of the labeled keypoints, by the crop
 SIGMA_SHARES = (1 / 48, 1 / 20)  # of the heatmap's width: published are 1/32 (Sapiens) and 1/24 (ViTPose, UDP)
 LEAST_SIGMA = 0.8  # heatmap px: a narrower Gaussian lies between the pixels
 
@@ -36,7 +36,7 @@ class Finding:
     Attributes:
         level: an error spoils the training or its numbers; a warning may; a note says how things are.
         check: its name; before a slash, what was looked at.
-        culprits: every annotation, picture, joint or file that it is about.
+        culprits: every annotation, image, keypoint or file that it is about.
     """
 
     level: Level
@@ -50,8 +50,8 @@ class Labels:
     """The people of one annotation file, column by column.
 
     Attributes:
-        keypoints: x, y and COCO's v (0 unlabelled, 1 occluded, 2 visible).
-        size_wh: of each person's picture; not a number where it is not known.
+        keypoints: x, y and COCO's v (0 unlabeled, 1 occluded, 2 visible).
+        size_wh: of each person's image; not a number where it is not known.
     """
 
     ann_ids: Int[Array, "n"]
@@ -83,7 +83,7 @@ def joined(several: Sequence[Labels]) -> Labels:
 
 
 def portrait(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
-    """How many people, the share of them in whom each joint is visible and occluded, and percentiles of sizes (px)."""
+    """How many people, the share in whom each keypoint is visible and occluded, and percentiles of sizes (px)."""
     v, num = labels.keypoints[..., 2], max(len(labels), 1)
     sides = {"box_width": labels.boxes_xywh[:, 2], "box_height": labels.boxes_xywh[:, 3], "area": labels.areas}
     shares = {"visible": v >= 2, "occluded": (v > 0) & (v < 2)}
@@ -187,7 +187,7 @@ def _never_labelled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
 
 
 def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
-    """Left and right joints that lie the other way round than the other pairs of the same person, in most people.
+    """Left and right keypoints that lie the other way round than the other pairs of the same person, in most people.
 
     From right to left a pair points into the same half-plane as the sum of the others, whichever way a person faces.
     Who is seen from the side has no say: there the legs of a stride lie one way round and the arms the other.
@@ -220,7 +220,7 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
 def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     """All of left and right exchanged: who shows a face has their left shoulder to the right, seen with the head up.
 
-    No error: who calls left what lies left in the picture, in all files, learns that as well.
+    No error: who calls left what lies left in the image, in all files, learns that as well.
     """
     names = ("nose", "left_eye", "right_eye", "left_shoulder", "right_shoulder")
     if not set(names) <= set(skeleton.names) or not len(labels):
@@ -234,7 +234,7 @@ def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
             points[:, face[0]] - (points[:, left] + points[:, right]) / 2,
         )
     )
-    # The sine between the shoulders and the way up, whichever that is in the picture; times both lengths.
+    # The sine between the shoulders and the way up, whichever that is in the image; times both lengths.
     turn, lengths = ax * uy - ay * ux, np.hypot(ax, ay) * np.hypot(ux, uy)
     facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labelled[:, [left, right]].all(axis=1)
     shown = facing & (np.abs(turn) > UPRIGHT * lengths)
@@ -261,7 +261,7 @@ def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
 
 
 def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
-    """The share of labelled joints that lie outside of their person's upright crop: nothing is learnt of them."""
+    """The share of labeled keypoints that lie outside of their person's upright crop: nothing is learnt of them."""
     lost = labels.labelled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
     share = lost.sum() / max(labels.labelled.sum(), 1)
     text = f"{lost.sum()} of {labels.labelled.sum()} labelled joints ({share:.2%}) lie outside of the person's crop"

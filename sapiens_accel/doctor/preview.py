@@ -1,4 +1,4 @@
-"""What the network would see of labelled people: crops as a picture, joints that they leave out, the codec's error."""
+"""What the network would see of labeled people: crops as an image, keypoints that they leave out, the codec's error."""
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def first_stage(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
 
 
 def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
-    """The first 16 crops of a stage, 4 in a row, each 512 px high, with the joints that are learnt from them."""
+    """The first 16 crops of a stage, 4 in a row, each 512 px high, with the keypoints that are learnt from them."""
     pictures = []
     for number in range(NUM_CROPS):
         step, position = divmod(number, people.global_batch)
@@ -64,7 +64,7 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
 
 
 def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfig, seed: int) -> Finding:
-    """The share of labelled joints that training crops leave out, of a sample of people."""
+    """The share of labeled keypoints that training crops leave out, of a sample of people."""
     rng = np.random.default_rng(seed)
     lost = total = 0
     for place in _spread(len(labels), NUM_CROPPED):
@@ -81,7 +81,7 @@ def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfi
 
 
 def enlargement(labels: Labels, config: DataConfig) -> Finding:
-    """How much larger the network sees people than the pictures show them."""
+    """How much larger the network sees people than the images show them."""
     height, width = config.input_hw
     sides = labels.boxes_xywh[:, 2:] * config.box_padding
     low, middle, high = np.percentile(np.minimum(width / sides[:, 0], height / sides[:, 1]), PERCENTILES)
@@ -92,7 +92,7 @@ def enlargement(labels: Labels, config: DataConfig) -> Finding:
 
 
 def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
-    """What encoding joints as heatmaps and decoding them again loses, in a sample of upright crops."""
+    """What encoding keypoints as heatmaps and decoding them again loses, in a sample of upright crops."""
     some = labels.at(_spread(len(labels), NUM_ENCODED))
     inside = geometry.in_crop(some.boxes_xywh, some.keypoints, padding, codec.input_hw)
     crops = [geometry.box_crop(box, padding, codec.input_hw) for box in some.boxes_xywh]

@@ -1,4 +1,4 @@
-"""Look a run over before it starts: its labels and pictures, what the network would see, and the machine.
+"""Look a run over before it starts: its labels and images, what the network would see, and the machine.
 
     python -m sapiens_accel.doctor --recipe sapiens_1b_coco --data.root DIR [--launch accelerate_configs/zero2.yaml]
         [--json FILE|-] [--out FOLDER] [any option of train.py]
@@ -51,8 +51,8 @@ class Report:
     """What the doctor found.
 
     Attributes:
-        people: of each set: how many, their joints, sizes (of which PERCENTILES are given).
-        grid: the picture of augmented crops.
+        people: of each set: how many, their keypoints, sizes (of which PERCENTILES are given).
+        grid: the image of augmented crops.
     """
 
     recipe: str
@@ -109,7 +109,7 @@ def examined(run: Config, launch: environment.Launch, out: Path) -> Report:
 
 
 def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
-    """What is wrong with labels and pictures; the training people with joints; and what the joints are.
+    """What is wrong with labels and images; the training people with keypoints; and what the keypoints are.
 
     Raises:
         UserError: there is no data root.
@@ -141,7 +141,7 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
 
 
 def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:
-    """What the joints are; COCO's 17 where the files do not tell, so that the rest can be looked at."""
+    """What the keypoints are; COCO's 17 where the files do not tell, so that the rest can be looked at."""
     try:
         skeleton, told = build.open_skeleton(config)
     except UserError as error:
@@ -182,7 +182,7 @@ def _read(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Pa
 
 
 def _unlabelled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: lenient.Read) -> list[Finding]:
-    """What is wrong with the pictures without labels that stage ssl learns from."""
+    """What is wrong with the images without labels that stage ssl learns from."""
     try:
         people = pool.pictures(root, config, skeleton.num_keypoints, cache)
     except UserError as error:
@@ -215,12 +215,12 @@ def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _with_joints(labels: Labels) -> Labels:
-    """Those with at least one labelled keypoint."""
+    """Those with at least one labeled keypoint."""
     return labels.at(np.flatnonzero(labels.labelled.any(axis=1)))
 
 
 def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
-    """Validation pictures that are learnt from; and ids that are in both files, which harms nobody here."""
+    """Validation images that are learnt from; and ids that are in both files, which harms nobody here."""
     ours, theirs = (
         {path: i for n, i in r.pictures.items() if shards.inside(path := root / n) or is_file(path)}
         for r in (train, val)
@@ -246,7 +246,7 @@ def _below(root: Path, path: Path) -> Path:
 
 
 def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequence[str] = ()) -> None:
-    """Say who a run learns from and what is wrong with their labels, in a few lines; no picture is opened.
+    """Say who a run learns from and what is wrong with their labels, in a few lines; no image is opened.
 
     Args:
         told: what there is to say about their keypoints.
@@ -328,7 +328,7 @@ def _line(finding: Finding, shown: int) -> str:
 
 
 def _people_lines(people: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sizes, and a table of joints: in how many of the people they are visible and occluded."""
+    """Sizes, and a table of keypoints: in how many of the people they are visible and occluded."""
     lines = []
     for name, of in people.items():
         each = f"{of['joints_labelled']:.1f} joints each"

@@ -139,7 +139,7 @@ def _image_faults(images: list[Any], valid: list[dict[str, Any]] | None = None) 
 
 
 def fault_of(image: dict[str, Any]) -> str | None:
-    """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of pictures, and in one line."""
+    """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of images, and in one line."""
     key, name = image["id"], image["file_name"]
     if isinstance(key, bool) or not isinstance(key, int):
         return f"expected an id that is a whole number, found {shown(key)}"

@@ -1,12 +1,12 @@
-"""What other data sets call their columns, and their tables as ours: a row for each picture, with its people.
+"""What other datasets call their columns, and their tables as ours: a row for each image, with its people.
 
 Ours: image, image_id, file_name, width, height, and people, a list of id, category_id, iscrowd, area, bbox and
 keypoints. Read as well, by the names in COLUMNS and PERSON or those that `data.columns` gives:
 
 lists   `objects` (as on the Hub) with a list for each field, or those lists as columns of their own
-rows    a row for each person, with columns bbox, keypoints, ...; the picture's bytes are in each of its rows
+rows    a row for each person, with columns bbox, keypoints, ...; the image's bytes are in each of its rows
 
-Boxes are x, y, width, height and keypoints x, y, v (in one list, or a list each) in pixels of the picture, as COCO's.
+Boxes are x, y, width, height and keypoints x, y, v (in one list, or a list each) in pixels of the image, as COCO's.
 """
 
 import json
@@ -52,7 +52,7 @@ class Layout:
 
     Attributes:
         form: how people are told: as `people` of ours, in lists, in rows of their own, or not at all.
-        columns: ours to theirs, of a picture.
+        columns: ours to theirs, of an image.
         fields: ours to theirs, of a person.
         is_ours: whether there is nothing to change.
     """
@@ -174,10 +174,10 @@ def _class_names(tree: Any, key: str) -> list[str] | None:
 
 
 def ours(table: pa.Table, layout: Layout) -> pa.Table:
-    """The table's columns but for the picture, as far as it has them, by our names; `people` as a list of structs.
+    """The table's columns but for the image, as far as it has them, by our names; `people` as a list of structs.
 
     Raises:
-        UserError: fields of a person that are not numbers, or lists of one picture that differ in length.
+        UserError: fields of a person that are not numbers, or lists of one image that differ in length.
     """
     if layout.is_ours:
         return table

@@ -1,7 +1,7 @@
 """A folder in COCO's form as shards that plain `datasets.load_dataset` reads: python -m sapiens_accel.data convert.
 
-One row is one picture, with its bytes as they are and a list of its people: a row for each person would hold the bytes
-of COCO's pictures two and a half times. Who is where is a column of its own, read without the pictures.
+One row is one image, with its bytes as they are and a list of its people: a row for each person would hold the bytes
+of COCO's images two and a half times. Who is where is a column of its own, read without the images.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
 
 
 def _tree(split: Split) -> dict[str, Any]:
-    """The split's JSON; of an unlabelled folder without one, its pictures."""
+    """The split's JSON; of an unlabeled folder without one, its images."""
     if split.annotations.is_file() and not coco_json.is_detections(split.annotations):
         return coco_json.read_json(split.annotations)
     if not split.optional:
@@ -154,7 +154,7 @@ def _tree(split: Split) -> dict[str, Any]:
 
 
 def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row for each picture, in the order of `images`."""
+    """One row for each image, in the order of `images`."""
     people: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for place, annotation in enumerate(tree["annotations"]):
         try:
@@ -268,7 +268,7 @@ def _number(folder: Path, split: str, ending: str, count: int) -> None:
 
 
 def _card(splits: Sequence[str], ending: str, *, named: bool) -> str:
-    """The data set's README: which files are which split, and what a row is."""
+    """The dataset's README: which files are which split, and what a row is."""
     files = "".join(f"  - split: {FOLDERS[s]}\n    path: data/{FOLDERS[s]}-*.{ending}\n" for s in splits)
     more = "- config_name: categories\n  data_files: categories.parquet\n" * named
     return (

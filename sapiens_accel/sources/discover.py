@@ -1,7 +1,7 @@
 """What --data.root may be: a folder in COCO's form, or one, here or on the Hub, of parquet, Arrow or tar shards.
 
-Shards are told apart by their names: train, val or validation, unlabelled. Of each split a manifest (`shards`) is made
-in the cache; from then on it stands for the COCO JSON and for the folder of pictures, for everything that reads them.
+Shards are told apart by their names: train, val or validation, unlabeled. Of each split a manifest (`shards`) is made
+in the cache; from then on it stands for the COCO JSON and for the folder of images, for everything that reads them.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def folder(root: str, cache: Path, *, streaming: bool, columns: Mapping[str, str
     """The folder that `DataConfig.root` stands for: the root itself where it is in COCO's form, else one of manifests.
 
     Args:
-        streaming: parquet of train and unlabelled is read where it is, a row group at a time, never copied.
+        streaming: parquet of train and unlabeled is read where it is, a row group at a time, never copied.
         columns: `DataConfig.columns`.
 
     Raises:
@@ -112,7 +112,7 @@ def _words(name: str) -> set[str]:
 
 
 def _local(root: Path, *, deep: bool) -> Iterator[File]:
-    # Two levels, as the Hub's data/train-*.parquet: folders of hundreds of thousands of pictures are not walked.
+    # Two levels, as the Hub's data/train-*.parquet: folders of hundreds of thousands of images are not walked.
     if (root / "annotations").is_dir():
         return
     depths = ("**/",) if deep else ("", "*/")
@@ -170,7 +170,7 @@ def _manifest(
 
 
 class About(NamedTuple):
-    """A shard's schema, and the pictures of each of its parts."""
+    """A shard's schema, and the images of each of its parts."""
 
     schema: pa.Schema
     rows: list[int]

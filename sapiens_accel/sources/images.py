@@ -1,4 +1,4 @@
-"""Pictures of files and of shards as pixels: whole, smaller where that decodes sooner, or told to be broken."""
+"""Images of files and of shards as pixels: whole, smaller where that decodes sooner, or told to be broken."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 JPEG_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: those that are decoded at other sizes
 JPEG_APP1 = 0xE1
-# OpenCV from 4.11 on decodes to RGB; a reduction is named with the flag of grey, which the one of colour overrules.
+# OpenCV from 4.11 on decodes to RGB; a reduction is named with the flag of gray, which the one of color overrules.
 RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCED = {
     1: 0,
@@ -31,14 +31,14 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class Picture(NamedTuple):
-    """A decoded picture. One of its pixels stands for reduction x reduction of the file's, and lies amid them."""
+    """A decoded image. One of its pixels stands for reduction x reduction of the file's, and lies amid them."""
 
     pixels: UInt8[Array, "h w 3"]
     reduction: int
 
 
 def read_image(path: Path) -> UInt8[Array, "h w 3"]:
-    """An RGB picture, turned as its EXIF data says.
+    """An RGB image, turned as its EXIF data says.
 
     Raises:
         UserError: the file does not decode.
@@ -79,9 +79,9 @@ def _imdecode(content: shards.Bytes, how: int) -> Array | None:
 
 
 def _reducible(content: shards.Bytes, reduction: int) -> bool:
-    """Whether the decoder itself reduces the picture, and its pixels then lie amid those that they stand for.
+    """Whether the decoder itself reduces the image, and its pixels then lie amid those that they stand for.
 
-    That holds for JPEG, counted from the corner where the file begins. EXIF may have the picture turned round
+    That holds for JPEG, counted from the corner where the file begins. EXIF may have the image turned round
     afterwards: if the sides are no multiples of the reduction, that corner's opposite would be taken for it.
     """
     at, may_turn = 2, False
@@ -96,21 +96,21 @@ def _reducible(content: shards.Bytes, reduction: int) -> bool:
 
 
 def whole_image(path: Path) -> Array | None:
-    """The picture as `read_image` has it; None if it is cut short or does not decode."""
+    """The image as `read_image` has it; None if it is cut short or does not decode."""
     return _decoded(_content(path), REDUCED[1]) if _whole(path) else None
 
 
 def decoded(path: Path, how: int) -> Array | None:
-    """What OpenCV makes of a picture, BGR; None if it does not decode, is larger than OpenCV may read, or is no file.
+    """What OpenCV makes of an image, BGR; None if it does not decode, is larger than OpenCV may read, or is no file.
 
     Args:
-        how: cv2.IMREAD_COLOR (grey, 16 bits, alpha and CMYK become 8-bit colours) or one of its reduced sizes.
+        how: cv2.IMREAD_COLOR (gray, 16 bits, alpha and CMYK become 8-bit colors) or one of its reduced sizes.
     """
     return _imdecode(_content(path), how)
 
 
 def _content(path: Path) -> shards.Bytes:
-    """A picture's bytes; none of what cannot be read."""
+    """An image's bytes; none of what cannot be read."""
     try:
         return shards.content(path) if shards.inside(path) or is_file(path) else b""
     except OSError:
@@ -135,7 +135,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int, int] | None]:
-    """Each picture's height and width in eighths, rounded either way; 0, 0 if not decoded; None if it is corrupt."""
+    """Each image's height and width in eighths, rounded either way; 0, 0 if not decoded; None if it is corrupt."""
 
     def look(name: str) -> tuple[int, int] | None:
         path = root / name
@@ -150,7 +150,7 @@ def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int
 
 
 def _whole(path: Path) -> bool:
-    """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with grey, silently."""
+    """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with gray, silently."""
     try:
         if not shards.inside(path) and not is_file(path):
             return False

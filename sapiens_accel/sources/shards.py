@@ -1,7 +1,7 @@
-"""Pictures in shards: a manifest names the files of a split, and pictures and people are read out of them in place.
+"""Images in shards: a manifest names the files of a split, and images and people are read out of them in place.
 
-A manifest is a small JSON, SPLIT.shards. A picture of it is named as if the manifest were a folder,
-SPLIT.shards/RECORD/FILE_NAME, so that whatever takes a picture's path takes these, too. The files are Arrow
+A manifest is a small JSON, SPLIT.shards. An image of it is named as if the manifest were a folder,
+SPLIT.shards/RECORD/FILE_NAME, so that whatever takes an image's path takes these, too. The files are Arrow
 (memory-mapped), tar (read by offset), or parquet (a row group at a time, also from another machine).
 """
 
@@ -34,8 +34,8 @@ from sapiens_accel.sources.columns import Layout
 SUFFIX = ".shards"
 CATEGORIES = "categories.json"  # the same beside tar shards
 METADATA = b"sapiens_accel"  # key of the categories in a shard's schema, as JSON
-GROUP = 100  # pictures read together where files do not say which
-HELD_BYTES = 512 << 20  # row groups of pictures that one process keeps
+GROUP = 100  # images read together where files do not say which
+HELD_BYTES = 512 << 20  # row groups of images that one process keeps
 INSIDE = re.compile(rf"(.*{re.escape(SUFFIX)})/(\d+)/.*", re.DOTALL)
 LISTS = ("bbox", "keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
 Kind = Literal["arrow", "tar", "parquet"]
@@ -56,7 +56,7 @@ class Manifest:
 
     Attributes:
         files: paths, or for parquet also addresses that fsspec opens.
-        rows: for each file the pictures of each of its parts: row groups of parquet; else one part is the file.
+        rows: for each file the images of each of its parts: row groups of parquet; else one part is the file.
         categories: COCO's, with the names and edges of keypoints.
         index: for tar, the Arrow file of its records.
         digest: of names, sizes and times of the files that were given.
@@ -125,15 +125,15 @@ def is_manifest(path: Path) -> bool:
 
 
 def inside(path: Path) -> bool:
-    """Whether a path is of a picture in shards."""
+    """Whether a path is of an image in shards."""
     return INSIDE.fullmatch(str(path)) is not None
 
 
-# ---- Pictures
+# ---- Images
 
 
 def content(path: Path) -> Bytes:
-    """A picture file's bytes, wherever it is; those in Arrow files are not copied."""
+    """An image file's bytes, wherever it is; those in Arrow files are not copied."""
     found = INSIDE.fullmatch(str(path))
     if found is None:
         return path.read_bytes()
@@ -151,7 +151,7 @@ def content(path: Path) -> Bytes:
 
 
 def opened(path: Path) -> BinaryIO:
-    """A picture file for reading, wherever it is."""
+    """An image file for reading, wherever it is."""
     return io.BytesIO(content(path)) if inside(path) else path.open("rb")
 
 
@@ -222,12 +222,12 @@ def _parquet(file: str, *_: int) -> pq.ParquetFile:
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.core.url_to_fs(file)
-    # Of what is asked for, all at once and nothing else: to read ahead is to fetch pictures where people are counted.
+    # Of what is asked for, all at once and nothing else: to read ahead is to fetch images where people are counted.
     return pq.ParquetFile(system.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
 def groups(manifest: Manifest) -> list[tuple[int, int]]:
-    """First record and number of records of what is read together: row groups of parquet, else GROUP pictures."""
+    """First record and number of records of what is read together: row groups of parquet, else GROUP images."""
     spans = zip(manifest.starts, (count for counts in manifest.rows for count in counts), strict=False)
     if manifest.kind == "parquet":
         return list(spans)
@@ -253,11 +253,11 @@ def _names_in(file: str) -> list[str]:
     return parquet(file).schema_arrow.names
 
 
-# ---- What is known of the pictures, without their bytes
+# ---- What is known of the images, without their bytes
 
 
 def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """These columns of all pictures, as far as the files have them, some thousand pictures at a time."""
+    """These columns of all images, as far as the files have them, some thousand images at a time."""
     if manifest.kind == "parquet":
         for file in manifest.files:
             for batch in parquet(file).iter_batches(columns=manifest.needed(columns, _names_in(file))):
@@ -273,7 +273,7 @@ def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def pictures(path: Path) -> list[dict[str, Any]]:
-    """The manifest's pictures as COCO's `images`; file_name is the name within the manifest."""
+    """The manifest's images as COCO's `images`; file_name is the name within the manifest."""
     found, record = [], 0
     for table in records(read(path), ("image_id", "file_name", "width", "height")):
         for row in table.to_pylist() if table.num_columns else [{}] * table.num_rows:
@@ -318,10 +318,10 @@ def _annotation(person: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def index_of(name: str, number: int) -> pa.Table:
-    """Where each picture of a tar is, and what its JSON says; reading it goes over the whole file, once.
+    """Where each image of a tar is, and what its JSON says; reading it goes over the whole file, once.
 
     Raises:
-        UserError: no tar, or compressed; a JSON without a picture, or of other content.
+        UserError: no tar, or compressed; a JSON without an image, or of other content.
     """
     found: dict[str, dict[str, Any]] = {}
     try:

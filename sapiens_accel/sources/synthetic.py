@@ -1,4 +1,4 @@
-"""A built-in demo data set: articulated cartoon people in COCO's folder form, drawn by seed, with no download."""
+"""A built-in demo dataset: articulated cartoon people in COCO's folder form, drawn by seed, with no download."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ from tqdm import tqdm
 from sapiens_accel.pose.skeleton import COCO17
 
 # The body frame: x to the person's left, y down, z forward; unit: the standing height. The view frame: x right in the
-# picture, y down, z towards the camera. Someone who faces the camera has both frames equal, so left is at larger x.
-VERSION = 4  # of the drawing: other pictures for the same seed need another number
-NUM_MIN_KEYPOINTS = 8  # a labelled person has at least so many keypoints inside the picture
+# image, y down, z towards the camera. Someone who faces the camera has both frames equal, so left is at larger x.
+VERSION = 4  # of the drawing: other images for the same seed need another number
+NUM_MIN_KEYPOINTS = 8  # a labeled person has at least so many keypoints inside the image
 _SPLITS = {"train2017": "person_keypoints", "unlabeled2017": "person_boxes", "val2017": "person_keypoints"}
 _OBJECT = 255  # owner of a pixel that a foreground object covers
 _SHOULDERS, _ELBOWS, _WRISTS, _HIPS, _KNEES, _ANKLES = (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)
@@ -68,7 +68,7 @@ class Pose:
         legs: the same for thighs and shins.
         lean: forward lean and sideways bend of the trunk.
         head: turn and nod of the head against the trunk.
-        view: turn about the vertical (0 faces the camera, pi shows the back), camera elevation, roll in the picture.
+        view: turn about the vertical (0 faces the camera, pi shows the back), camera elevation, roll in the image.
     """
 
     arms: np.ndarray
@@ -80,7 +80,7 @@ class Pose:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Build and clothes: colours are BGR in 0..255, lengths in standing heights, covers in limb segments (0..2)."""
+    """Build and clothes: colors are BGR in 0..255, lengths in standing heights, covers in limb segments (0..2)."""
 
     skin: np.ndarray
     hair: np.ndarray
@@ -113,7 +113,7 @@ def _part(points: Sequence[np.ndarray], radii: Sequence[float], depth: float, co
 
 
 def _rotation(turn: float, nod: float, roll: float) -> np.ndarray:
-    """Turn about y, then nod about x (positive brings what is in front down), then roll in the picture."""
+    """Turn about y, then nod about x (positive brings what is in front down), then roll in the image."""
     (ct, cn, cr), (st, sn, sr) = np.cos([turn, nod, roll]), np.sin([turn, nod, roll])
     about_y = np.array([[ct, 0, st], [0, 1, 0], [-st, 0, ct]])
     about_x = np.array([[1, 0, 0], [0, cn, sn], [0, -sn, cn]])
@@ -121,7 +121,7 @@ def _rotation(turn: float, nod: float, roll: float) -> np.ndarray:
 
 
 def _chain(start: np.ndarray, angles: np.ndarray, lengths: Sequence[float], side: int, frame: np.ndarray) -> np.ndarray:
-    """The three joints of a limb from two (abduction, flexion) pairs; `side` is 1 for left, -1 for right."""
+    """The three keypoints of a limb from two (abduction, flexion) pairs; `side` is 1 for left, -1 for right."""
     a, f = angles.T
     steps = np.stack([side * np.sin(a), np.cos(a) * np.cos(f), np.cos(a) * np.sin(f)], axis=-1)
     return np.vstack([start, start + np.cumsum(steps * np.asarray(lengths)[:, None], axis=0) @ frame.T])
@@ -284,7 +284,7 @@ def random_look(rng: np.random.Generator) -> Look:
 def _shade(image: np.ndarray, shapes: Sequence[np.ndarray], colors: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Draw rounded parts, each the hull of circles (M, 3: x, y, radius in px), the first one at the back.
 
-    Each has a dark rim, its colour, and a lighter core on the side of the light.
+    Each has a dark rim, its color, and a lighter core on the side of the light.
 
     Returns:
         the parts' outlines, as polygons with `_SHIFT` fractional bits.
@@ -336,7 +336,7 @@ def label(keypoints_xy: np.ndarray, top: np.ndarray, parts: Sequence[Part], unhi
 
 
 def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
-    """Cloudy colours, a floor, stripes or checks, and clutter that is shaped and coloured like limbs."""
+    """Cloudy colors, a floor, stripes or checks, and clutter that is shaped and coloured like limbs."""
     h, w = hw
     cells = rng.integers(2, 14, 2)
     clouds = rng.uniform(-25, 25, (*cells, 3)) + rng.uniform(50, 205, 3)
@@ -357,7 +357,7 @@ def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
 def _bar(
     rng: np.random.Generator, hw: tuple[int, int], low: float, high: float, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """A random tapered bar, `low`..`high` picture sides long, as two circles in px; `start` may give the first."""
+    """A random tapered bar, `low`..`high` image sides long, as two circles in px; `start` may give the first."""
     side, angle = min(hw), rng.uniform(0, 2 * np.pi)
     length, thick = side * rng.uniform(low, high), side * rng.uniform(0.01, 0.045)
     first = np.array([*rng.uniform(0, 1, 2) * hw[::-1], thick]) if start is None else start
@@ -401,12 +401,12 @@ def _covers(boxes: Sequence[np.ndarray], box: np.ndarray) -> bool:
 
 
 def scene(rng: np.random.Generator, hw: tuple[int, int], num_max: int) -> tuple[np.ndarray, list[dict]]:
-    """One picture (H, W, 3 uint8 BGR) of 1..`num_max` people, at most 3, and their COCO annotations without ids."""
+    """One image (H, W, 3 uint8 BGR) of 1..`num_max` people, at most 3, and their COCO annotations without ids."""
     num = min(num_max, int(rng.choice([1, 2, 3], p=[0.6, 0.28, 0.12])))
     reach = {1: (0.42, 0.92), 2: (0.33, 0.8), 3: (0.31, 0.62)}[num]
     placed: list[tuple[float, np.ndarray, np.ndarray, list[Part]]] = []
     boxes: list[np.ndarray] = []
-    for _ in range(4 * num):  # where no place is free, the picture holds fewer people
+    for _ in range(4 * num):  # where no place is free, the image holds fewer people
         if len(placed) == num:
             break
         keypoints, parts = figure(random_pose(rng), random_look(rng))
@@ -452,7 +452,7 @@ def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def _write_split(root: Path, split: str, num: int, hw: tuple[int, int], seed: int) -> None:
-    """Draw pictures until they hold `num` people, then write the split's JSON."""
+    """Draw images until they hold `num` people, then write the split's JSON."""
     index = list(_SPLITS).index(split)
     (root / split).mkdir(parents=True)
     images, annotations = [], []
@@ -497,14 +497,14 @@ def write(
     image_hw: tuple[int, int] = (240, 240),
     seed: int = 0,
 ) -> Path:
-    """Draw the data set under `root` in COCO's own folder form and return `root`.
+    """Draw the dataset under `root` in COCO's own folder form and return `root`.
 
-    The counts are people, 1 to 3 in a picture. Coordinates are image px, x right, y down, pixel centres at integers.
+    The counts are people, 1 to 3 in an image. Coordinates are image px, x right, y down, pixel centers at integers.
     A `root` that is already complete is returned untouched, whatever counts and seed it was drawn with. The folder
     appears whole or not at all; of two processes that draw it at once, the later one uses the earlier one's.
 
     Raises:
-        FileExistsError: `root` holds something else than a complete data set.
+        FileExistsError: `root` holds something else than a complete dataset.
     """
     root = Path(root)
     # Looked at before completeness: another process may put a complete folder there at any moment.
