@@ -109,11 +109,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         (folder / "hands" / split).symlink_to(coco / f"{split}2017")
         shutil.copy(coco / "annotations" / f"person_keypoints_{split}2017.json", folder / "hands" / f"{split}.json")
-    for name in ("FOLDER", "PICTURES"):
+    for name in ("FOLDER", "PICTURES", "PICTURE", "IMAGES", "IMAGE"):
         (folder / name).symlink_to(coco / "val2017")
     images = sorted((coco / "val2017").iterdir())
-    for name in ("IMAGE.jpg", "IMAGE", "PICTURE"):
-        shutil.copy(images[0], folder / name)
+    shutil.copy(images[0], folder / "IMAGE.jpg")
     shutil.copy(validation, folder / "boxes.json")
     people = json.loads(validation.read_text())["annotations"]
     boxes = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in people]
