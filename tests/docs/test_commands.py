@@ -37,9 +37,8 @@ NOT_RUN = {
     "mkdocs serve": "does not end; .ci/run builds the same site",
     "accelerate launch --config_file accelerate_configs/multi_node.yaml --machine_rank 0 --main_process_ip HOST "
     "--main_process_port 29500 train.py --recipe sapiens_1b_coco --data.root DIR": "16 processes on two machines",
-    "accelerate launch --config_file accelerate_configs/zero2.yaml benchmarks/measure.py TASK.json RESULT.json": (
-        "is started by the benchmarks, with a task that they write: tests/test_benchmarks.py"
-    ),
+    "accelerate launch --config_file accelerate_configs/zero2.yaml -m sapiens_accel.selftest.training_step TASK "
+    "RESULT": ("is started by selftest and the benchmarks, with a task that they write: tests/test_benchmarks.py"),
     "accelerate launch --config_file accelerate_configs/zero2.yaml benchmarks/throughput.py --models sapiens_0.3b": (
         "measures for minutes: tests/test_benchmarks.py runs it small"
     ),
@@ -47,11 +46,13 @@ NOT_RUN = {
     "accelerate launch --config_file accelerate_configs/{}.yaml --num_processes {} train.py": (
         "test_what_the_memory_plan_prints"
     ),
+    "accelerate launch {}": "what selftest runs: tests/selftest",
     "accelerate launch --config_file {}": "a launch that the user gave to the doctor",
     "python -m sapiens_accel.hub {}": "tests/publish/test_hub.py runs it",
     "pip install {}": "the name of a backend: test_what_pip_installs knows both",
 }
-NOT_RUN_PREFIX = "python benchmarks/"  # they measure for minutes: tests/test_benchmarks.py runs each of them small
+# They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
+NOT_RUN_PREFIX = ("python benchmarks/", "python -m sapiens_accel.selftest.")
 NAMES = ("accelerate launch",)  # of a program, in a sentence
 
 COUNTS = {"num_train": 12, "num_unlabelled": 8, "num_val": 6}
@@ -80,6 +81,8 @@ def tail(command: str) -> str:
     """What makes a command small. It never changes what is printed: it comes after it."""
     family = "sapiens2_tiny" if "sapiens2" in command else "sapiens_tiny"
     words = command.split()
+    if "sapiens_accel.selftest" in words:
+        return "--only fp16"
     if command.startswith("python -m") and len(words) <= 3 + (words[2] == "sapiens_accel.data"):
         return "--help"
     if "train.py" in words and "--help" not in words:
