@@ -83,15 +83,17 @@ def tail(command: str) -> str:
     words = command.split()
     if "sapiens_accel.selftest" in words:
         return "--only fp16"
-    if command.startswith("python -m") and len(words) <= 3 + (words[2] == "sapiens_accel.data"):
+    if words[0] == "sapiens-accel" and len(words) == 2:
+        return "--help"
+    if command.startswith("python -m") and len(words) <= 3 + (words[2] in ("sapiens_accel.data", "sapiens_accel.hub")):
         return "--help"
     if "train.py" in words and "--help" not in words:
         return f"--model.name {family} {TRAIN}"
-    if "sapiens_accel.doctor" in words:
+    if {"sapiens_accel.doctor", "doctor"} & set(words):
         return f"--model.name {family} {SMALL}"
     if "sapiens_accel.hub" in words and "--hub_model_id" not in words:
         return "--hub_model_id ORG/NAME"
-    if "sapiens_accel.boxes" in words:
+    if {"sapiens_accel.boxes", "detect"} & set(words):
         return "--num_workers 0"
     if "eval.py" in words:
         return "--data.num_workers 0" if {"RUN_DIR", "DIR"} & set(words) else f"--data.num_workers 0 {DRAWN}"
@@ -168,8 +170,20 @@ def environment(assets: Path, server: hub_server.Server, tmp_path_factory: pytes
     detector = detectors.tiny(scratch / "detector")
     server.add("PekingU/rtdetr_v2_r50vd", {path.name: path.read_bytes() for path in detector.iterdir()})
     own = {"SAPIENS_ACCEL_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    beside = os.pathsep.join([str(Path(sys.executable).parent), str(_scripts(scratch / "bin")), os.environ["PATH"]])
     return {**os.environ, **server.environment(scratch / "hf"), **own, "PATH": beside}
+
+
+def _scripts(folder: Path) -> Path:
+    """The console scripts of pyproject.toml as pip writes them, for where the package is not installed."""
+    folder.mkdir()
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, entry in scripts.items():
+        module, function = entry.split(":")
+        lines = f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+        (folder / name).write_text(lines)
+        (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.fixture
