@@ -27,9 +27,7 @@ ROWS = (
 )
 ROW_OF = {package: row for row, packages in enumerate(ROWS) for package in packages}
 # What still imports upward, to be emptied: (file, package that it imports).
-KNOWN: set[tuple[str, str]] = {
-    ("hub/download.py", "publish"),
-}
+KNOWN: set[tuple[str, str]] = set()
 
 
 def _sources() -> dict[str, Path]:

@@ -9,16 +9,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from sapiens_accel.config.schema import STAGES
+from sapiens_accel.hub.download import LICENSE_FILES, parse_reference
 
 OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's licence is one that was derived here
-LICENCE_FILES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
-WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 BY_A_RUN = ", by way of an earlier run"
 _PUBLISHERS = ("facebook", "noahcao")
 # Names of published files, and the repository that each is from.
@@ -60,14 +59,6 @@ APACHE = Licence(
 )
 
 
-class Reference(NamedTuple):
-    """Something on the Hub: ORG/NAME[@REVISION][:PATH/IN/REPO]."""
-
-    repo: str
-    revision: str | None
-    path: str | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """What weights were made from.
@@ -85,14 +76,6 @@ class Origin:
     place: Path | None
     told: str
     terms: tuple[str, ...] = ()
-
-
-def reference(text: str) -> Reference | None:
-    """What a text names on the Hub; None for one that can only be a local path."""
-    found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^:@\s]+))?(?::([^:]*[^:/]))?", text, re.ASCII)
-    if not found or (found[3] is None and found[1].endswith(WEIGHTS_ENDINGS)):
-        return None
-    return Reference(*found.groups())
 
 
 def of(run: Mapping[str, Any], stage: str, seen: tuple[Path, ...] = ()) -> Origin:
@@ -121,13 +104,13 @@ def licence_text(origin: Origin) -> Path | None:
     if origin.licence is not SAPIENS2:
         return None
     place = origin.place.parent if origin.place and origin.place.is_file() else origin.place
-    beside = [place / name for name in LICENCE_FILES] if place else []
-    cached = [try_to_load_from_cache(repo, name) for repo in origin.terms for name in LICENCE_FILES]
+    beside = [place / name for name in LICENSE_FILES] if place else []
+    cached = [try_to_load_from_cache(repo, name) for repo in origin.terms for name in LICENSE_FILES]
     for path in [*beside, *(Path(path) for path in cached if isinstance(path, str))]:
         if _is_sapiens2s(path):
             return path
     for repo in origin.terms:
-        for name in LICENCE_FILES:
+        for name in LICENSE_FILES:
             try:
                 path = Path(HfApi().hf_hub_download(repo, name))
             except Exception:  # no such file, no network, no access: the caller tells that there is no text
@@ -147,7 +130,7 @@ def _of_weights(text: str, name: str, seen: tuple[Path, ...]) -> Origin:
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+", path.as_posix())
     if cached:
         return _of_repo(f"{cached[1]}/{cached[2]}", name, path)
-    if not path.exists() and (wanted := reference(text)):
+    if not path.exists() and (wanted := parse_reference(text)):
         return _of_repo(wanted.repo, name, None)
     for pattern, repo in _PUBLISHED:
         if found := re.fullmatch(pattern, path.name):

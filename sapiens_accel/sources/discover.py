@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
-from sapiens_accel.hub import remote
+from sapiens_accel.hub import download
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns as layout
 from sapiens_accel.sources import shards
@@ -88,11 +88,11 @@ def named(config: DataConfig, root: Path) -> DataConfig:
 
 def _found(root: str, *, streaming: bool) -> dict[str, list[File]]:
     """The shards of each split, by name."""
-    listed, hub = root, remote.place(root)
+    listed, hub = root, download.parse_address(root)
     if hub and streaming:
-        listed = remote.pinned(root, hub)
+        listed = download.pin_to_commit(root, hub)
     elif hub:
-        listed = str(remote.downloaded(root, hub, tuple(KINDS)))
+        listed = str(download.download_dataset(root, hub, tuple(KINDS)))
     files = list(_remote(root, listed) if "://" in listed else _local(Path(listed), deep=hub is not None))
     base = listed.rstrip("/") + "/"
     kinds = {PurePosixPath(file.name).suffix for file in files}
@@ -164,7 +164,7 @@ def _manifest(
     known = _categories(schema) or layout.categories(schema, here)
     theirs = None if here.is_ours else dataclasses.asdict(here)
     if kind == "parquet" and not in_place:
-        names, kind = _as_arrow(split, [remote.local(name) for name in names], cache), "arrow"
+        names, kind = _as_arrow(split, [download.download_file(name) for name in names], cache), "arrow"
         return Manifest(kind, names, [[_length(name)] for name in names], known, digest, columns=theirs)
     return Manifest(kind, names, [about.rows for about in abouts], known, digest, columns=theirs)
 

@@ -27,7 +27,6 @@ from sapiens_accel.models import export
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.publish import curve
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish import uploader as hub
@@ -634,14 +633,14 @@ def test_settings_that_a_later_run_wrote_over_are_not_told(run_folder: Path) -> 
 
 def test_the_curve_shows_every_stage(run_folder: Path) -> None:
     lines = card.lines_of(run_folder)
-    picture = curve.draw(lines, STAGES)
+    picture = card.draw_curve(lines, STAGES)
     assert picture is not None
     for stage in STAGES:
-        assert (picture == curve.COLOURS[stage]).all(axis=-1).sum() > 50
-        alone = curve.draw([line for line in lines if line["stage"] == stage], STAGES)
+        assert (picture == card.STAGE_COLORS[stage]).all(axis=-1).sum() > 50
+        alone = card.draw_curve([line for line in lines if line["stage"] == stage], STAGES)
         assert alone is not None and not np.array_equal(alone, picture)
-    assert curve.draw([{"stage": "ssl", "step": 1, "loss": None}], STAGES) is None
-    assert curve.draw([{"stage": "ssl", "step": 1, "loss": 0.5}], STAGES) is not None
+    assert card.draw_curve([{"stage": "ssl", "step": 1, "loss": None}], STAGES) is None
+    assert card.draw_curve([{"stage": "ssl", "step": 1, "loss": 0.5}], STAGES) is not None
 
 
 # ---- Licences

@@ -28,7 +28,7 @@ from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.hub import remote
+from sapiens_accel.hub import download
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
 
@@ -156,13 +156,13 @@ def test_a_data_set_that_cannot_be_had_is_one_line(
     filled: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], streaming: bool
 ) -> None:
     def told(root: str) -> str:
-        remote._commit.cache_clear()  # another process
+        download._commit.cache_clear()  # another process
         found = _config(root, tmp_path / "cache", streaming=streaming)
         said = _told(monkeypatch, capsys, lambda: build.open_people(found, COCO17, unlabelled=False))
         assert f"--data.root {root}: " in said
         return said
 
-    assert "no data set me/nobody on the Hub that you may see" in told("hf://me/nobody")
+    assert "no dataset me/nobody on the Hub that you may see" in told("hf://me/nobody")
     assert f"{NAME} has no revision 'v9'" in told(f"hf://{NAME}@v9")
     filled.add("datasets/me/private", {"a": b""}, private=True)
     assert "no parquet, Arrow or tar shards in it" in told("hf://me/private")
