@@ -346,10 +346,10 @@ def draw_curve(lines: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> UIn
     values = [value for points in losses.values() for _, value in points]
     low, high = min(values), max(max(values), min(values) + 0.1)
     ticks = [low + (high - low) * i / 4 for i in range(5)]
-    _panel(canvas, TOP, "loss", [(tick, f"{10**tick:.2g}") for tick in ticks], first, losses, dots=False)
+    _panel(canvas, TOP, "loss", [(tick, f"{10**tick:.2g}") for tick in ticks], first, losses)
     most = 10.0 * math.ceil(max([value for points in scores.values() for _, value in points], default=0.0) / 10 + 1e-9)
     ticks = [(most * i / 5, f"{most * i / 5:g}") for i in range(6)]
-    _panel(canvas, TOP + HEIGHT + GAP + TOP, "AP x 100", ticks, first, scores, dots=True)
+    _panel(canvas, TOP + HEIGHT + GAP + TOP, "AP x 100", ticks, first, scores)
     for index, stage in enumerate(stage for stage in reversed(stages) if losses[stage]):
         _write_text(canvas, stage, (WIDTH - RIGHT - 90 * (index + 1), 22), STAGE_COLORS[stage])
     return canvas
@@ -362,8 +362,6 @@ def _panel(
     ticks: Sequence[tuple[float, str]],
     last: float,
     curves: Mapping[str, Points],
-    *,
-    dots: bool,
 ) -> None:
     low, high = ticks[0][0], ticks[-1][0]
 
@@ -381,7 +379,7 @@ def _panel(
         where = [place(*point) for point in points]
         for a, b in pairwise(where):
             cv2.line(canvas, a, b, STAGE_COLORS[stage], 2, cv2.LINE_AA)
-        if dots or len(where) == 1:
+        if title != "loss" or len(where) == 1:  # evaluations are few
             for point in where:
                 cv2.circle(canvas, point, 4, STAGE_COLORS[stage], -1, cv2.LINE_AA)
 
