@@ -10,6 +10,10 @@ if "torch" not in sys.modules:
     # 2 cores, of which another process used one, a step of the demo took 2.7 s; with threads that sleep, 0.4 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    # Read once, when torch starts CUDA: blocks that can grow leave less memory in gaps that nothing fits in.
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 # Read once, when OpenCV is loaded. 134 megapixels are 0.4 GB once decoded, in each loading process; OpenCV's own limit
 # is 8 times as many, which a file of a few MB can ask for.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))

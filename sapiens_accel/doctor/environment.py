@@ -3,13 +3,10 @@
 Nothing is started, compiled or asked of a network, and DeepSpeed is looked at without being imported.
 """
 
-import ast
-import importlib.util
 import os
 import re
 import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +23,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime import extensions
 from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
@@ -178,11 +176,7 @@ def needed_operations(launch: Launch, cuda: bool) -> list[str]:
     """DeepSpeed's own C++ that this launch uses: with optimizer offload its Adam, with NVMe its file access."""
     if not launch.deepspeed:
         return []
-    offloaded = [launch.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
-    places = [part.get("device") or "none" for part in offloaded]
-    needed = ["cpu_adam"] if places[0] != "none" else []
-    needed += ["async_io"] if "nvme" in places else []
-    return needed + (["deepspeed_shm_comm"] if launch.num_processes > 1 and not cuda else [])
+    return extensions.needed_operations(launch.zero, launch.num_processes, cuda=cuda)
 
 
 def _operations(launch: Launch) -> Iterator[Finding]:
@@ -192,54 +186,31 @@ def _operations(launch: Launch) -> Iterator[Finding]:
         yield _found("error", "deepspeed", f"{launch.name} needs DeepSpeed: pip install deepspeed")
         return
     needed = needed_operations(launch, torch.cuda.is_available())
-    missing = [name for name in needed if not _is_built(name)]
+    for lock, age in extensions.find_stale_locks(needed).items():
+        text = f"{lock}: {age:.0f} s old, and no process here holds it; a launch would wait for it. Delete it"
+        yield _found("warning", "deepspeed lock", text, str(lock))
+    missing = [name for name in needed if not extensions.is_built(name)]
     if not missing:
         built = f"{', '.join(needed)}: built already" if needed else "nothing"
         yield _found("note", "deepspeed", f"to compile for {launch.name}: {built}")
         return
-    lacks = list(_lacking_tools())
-    text = f"{launch.name}: compiles {', '.join(missing)} on first use (1 to 2 minutes)"
+    lacks = list(extensions.missing_tools())
+    text = f"{launch.name}: compiles {', '.join(missing)} on first use ({extensions.BUILD_TIME})"
     if lacks:
         yield _found("error", "deepspeed", f"{text}, and {', '.join(lacks)} missing", *missing)
     else:
         yield _found(
-            "note", "deepspeed", f"{text} with {_compiler()}; CUDA_HOME {_cuda_home() or 'is not set'}", *missing
+            "note",
+            "deepspeed",
+            f"{text} with {extensions.compiler()}; CUDA_HOME {_cuda_home() or 'is not set'}",
+            *missing,
         )
-
-
-def _lacking_tools() -> Iterator[str]:
-    """What torch's builder of extensions needs and is not here."""
-    if not _compiler():
-        yield "a C++ compiler (apt-get install g++, or CXX) is"
-    if not shutil.which("ninja"):
-        yield "ninja on the PATH (pip install ninja) is"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        yield f"Python.h (apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev) is"
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
 def _cuda_home() -> str | None:
     told = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
     return told or (str(Path(nvcc).resolve().parent.parent) if nvcc else None)
-
-
-def _is_built(operation: str) -> bool:
-    """Whether it came with the installation, or torch has compiled it before."""
-    spec = importlib.util.find_spec("deepspeed")
-    told = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
-    if told and told.is_file():
-        found = re.search(r"^installed_ops=(\{.*\})$", told.read_text(), re.MULTILINE)
-        if found and ast.literal_eval(found[1]).get(operation):
-            return True
-    cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
-    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{cuda}"
-    default = Path.home() / ".cache" / "torch_extensions" / python
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
-    return (folder / operation / f"{operation}.so").is_file()
 
 
 # ---- Room

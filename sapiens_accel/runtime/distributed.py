@@ -17,6 +17,7 @@ from sapiens_accel.runtime import launch
 from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
+PARTS = ("optimizer", "param")  # of a training state that DeepSpeed can offload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +158,10 @@ def strategy(accelerator: Accelerator) -> Strategy:
 def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, precision: str) -> Strategy:
     """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
     offload, offload_weights = (
-        zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
+        zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in PARTS
     )
     zero = int(zero_config.get("stage", 0))
-    buffers = 2 if zero in (1, 2) and zero_config.get("overlap_comm") else 1
+    buffers = 2 if zero in (1, 2) and overlaps(zero_config, num_ranks) else 1
     prefetched = zero_config.get("stage3_prefetch_bucket_size", 50_000_000)
     return Strategy(
         zero=zero,
@@ -173,6 +174,15 @@ def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: in
         bucket=buffers * zero_config.get("reduce_bucket_size", 500_000_000) if zero else 0,
         live=zero_config.get("stage3_max_live_parameters", 1_000_000_000) + prefetched if zero == 3 else 0,
     )
+
+
+def overlaps(zero_config: Mapping[str, Any], num_ranks: int) -> bool:
+    """Whether what DeepSpeed sends goes beside the arithmetic, if its config wants that.
+
+    To other ranks, or to the host. One rank without offload would only pay for it: a second bucket, and a wait.
+    """
+    offloads = any((zero_config.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in PARTS)
+    return bool(zero_config.get("overlap_comm", zero_config.get("stage") == 3)) and (num_ranks > 1 or offloads)
 
 
 def free_bytes(accelerator: Accelerator) -> int | None:

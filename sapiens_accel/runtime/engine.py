@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime.distributed import deepspeed_config, is_deepspeed, least, zero_stage
+from sapiens_accel.runtime.distributed import deepspeed_config, is_deepspeed, least, overlaps, zero_stage
 
 
 def prepare(
@@ -42,6 +42,9 @@ def prepare(
         config["train_micro_batch_size_per_gpu"] = micro_batch
         config["gradient_accumulation_steps"] = accumulation
         config["gradient_clipping"] = clip_norm  # missing would mean 1.0
+        zero = config["zero_optimization"]
+        zero["overlap_comm"] = overlaps(zero, accelerator.num_processes)
+        config.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device in every forward
         config.pop("data_types", None)
         if accumulation > 1 and accelerator.mixed_precision == "bf16":
             # Sums of bf16 gradients lose their small terms.

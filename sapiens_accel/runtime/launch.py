@@ -16,6 +16,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.runtime import extensions
 
 CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -30,6 +31,7 @@ OURS = {
     "optimizer": "--STAGE.optim",
     "scheduler": "--STAGE.optim",
 }
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 NOT_SUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -55,21 +57,58 @@ def precision_asked() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
-def config_file() -> Path | None:
-    """The accelerate config that the launcher of this process has read, if any."""
+def use_all_cores() -> int:
+    """Let this process work on its share of the physical cores, unless the user has set OMP_NUM_THREADS.
+
+    Launchers set it to 1. torch's threads follow at once, and DeepSpeed's Adam with them (its extension has OpenMP
+    from torch); the variable is for libraries that are loaded later.
+    """
+    if not _threads_are_the_users():
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        cores = min(cores, len(os.sched_getaffinity(0)))
+        num = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        os.environ["OMP_NUM_THREADS"] = str(num)
+        torch.set_num_threads(num)
+    return torch.get_num_threads()
+
+
+def _threads_are_the_users() -> bool:
+    """Whether OMP_NUM_THREADS was there before the launcher: its own environment tells."""
+    launcher = _launcher()
+    if launcher is None:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        return "OMP_NUM_THREADS" in launcher.environ() or any("num_cpu_threads" in word for word in launcher.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _launcher() -> psutil.Process | None:
+    """The process that launched this one, if it is accelerate or torchrun."""
     for process in psutil.Process().parents()[:3]:
         try:
-            words = process.cmdline()
+            program = process.cmdline()[:3]
         except psutil.Error:
             return None
-        if not any("accelerate" in word for word in words):
-            continue
+        if any(Path(word).name in LAUNCHERS or word.endswith("commands/launch.py") for word in program):
+            return process
+    return None
+
+
+def config_file() -> Path | None:
+    """The accelerate config that the launcher of this process has read, if any."""
+    launcher = _launcher()
+    try:
+        words = launcher.cmdline() if launcher else []
+        if launcher is None or not any("accelerate" in word for word in words[:3]):
+            return None
         for index, word in enumerate(words):
             name, _, value = word.partition("=")
             if name == "--config_file":
-                return Path(process.cwd(), value or words[index + 1])
-        return Path(default_config_file) if Path(default_config_file).is_file() else None
-    return None
+                return Path(launcher.cwd(), value or words[index + 1])
+    except psutil.Error:
+        return None
+    return Path(default_config_file) if Path(default_config_file).is_file() else None
 
 
 def check() -> None:
@@ -98,6 +137,27 @@ def check() -> None:
         file = _find_json(name, where)
         _check_json(file, where)
         os.environ[JSON_VARIABLE], os.environ[FIELDS_VARIABLE] = str(file), ""
+    _prepare_host()
+
+
+def zero_config() -> Mapping[str, Any]:
+    """`zero_optimization` of the launch's DeepSpeed config; without a JSON, what accelerate's own keys make of it."""
+    if name := os.environ.get(JSON_VARIABLE):
+        return json.loads(Path(name).read_text())["zero_optimization"]
+    parts = ("offload_optimizer", "offload_param")
+    places = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none") for part in parts}
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    return {"stage": stage, **{part: {"device": place} for part, place in places.items()}}
+
+
+def _prepare_host() -> None:
+    """What DeepSpeed compiles, and the cores that its optimizer step gets on the host."""
+    zero = zero_config()
+    needed = extensions.needed_operations(zero, int(os.environ.get("WORLD_SIZE", "1")), cuda=uses_cuda())
+    if os.environ["LOCAL_RANK"] == "0":
+        extensions.prepare_builds(needed)
+    if "cpu_adam" in needed:
+        use_all_cores()
 
 
 def _check_environment(where: Path | str) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import Place
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, launch
 
 PIECE = 2**22  # elements that are worked on at a time: what is allocated on the way does not grow with the network
 ALIGN = 64  # elements: in the flat copy every tensor begins where the fast kernels want it
@@ -200,6 +200,8 @@ def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
 
 def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
     """The average of what `network` begins with, shared among the ranks where it is not kept whole on the device."""
+    if place == "host":
+        launch.use_all_cores()
     several = accelerator.num_processes > 1
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, distributed.share_parts) if several else Ranks()
     dtype = distributed.autocast_dtype(accelerator) or torch.float32

@@ -1,0 +1,116 @@
+"""DeepSpeed's C++ extensions, which torch compiles on first use: what a launch needs, what lacks, and stale locks.
+
+torch lets one process build and the others wait on a file `lock`, without a limit: a build that was killed would block
+every later launch, in silence.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sapiens_accel.errors import UserError
+
+# A lock of another machine that shares the folder shows no holder here; the longest build that was measured took 134 s.
+STALE_SECONDS = 600
+BUILD_TIME = "1 to 2 minutes"
+
+
+def needed_operations(zero: Mapping[str, Any], num_processes: int, *, cuda: bool) -> list[str]:
+    """The extensions that a launch uses: with optimizer offload Adam, with NVMe its file access, on CPUs the ranks'."""
+    places = [(zero.get(f"offload_{part}") or {}).get("device") or "none" for part in ("optimizer", "param")]
+    needed = ["cpu_adam"] if places[0] != "none" else []
+    needed += ["async_io"] if "nvme" in places else []
+    return needed + (["deepspeed_shm_comm"] if num_processes > 1 and not cuda else [])
+
+
+def folder() -> Path:
+    """Where torch builds extensions; one subfolder each."""
+    if told := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(told)
+    cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{cuda}"
+    return Path.home() / ".cache" / "torch_extensions" / python
+
+
+def is_built(operation: str) -> bool:
+    """Whether it came with the installation, or torch has compiled it before."""
+    spec = importlib.util.find_spec("deepspeed")
+    listing = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
+    if listing and listing.is_file():
+        installed = re.search(r"^installed_ops=(\{.*\})$", listing.read_text(), re.MULTILINE)
+        if installed and ast.literal_eval(installed[1]).get(operation):
+            return True
+    return (folder() / operation / f"{operation}.so").is_file()
+
+
+def missing_tools() -> Iterator[str]:
+    """What torch's builder of extensions needs and is not here."""
+    if not compiler():
+        yield "a C++ compiler (apt-get install g++, or CXX) is"
+    if not shutil.which("ninja"):
+        yield "ninja on the PATH (pip install ninja) is"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        yield f"Python.h (apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev) is"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch would call."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
+    """Locks that no process of this machine holds, and their age in seconds.
+
+    Args:
+        operations: of these extensions alone.
+    """
+    names = operations or [path.name for path in folder().glob("*") if path.is_dir()]
+    locks = [lock for name in names if (lock := folder() / name / "lock").is_file()]
+    held = _open_files() if locks else set()
+    return {lock: time.time() - lock.stat().st_mtime for lock in locks if str(lock.resolve()) not in held}
+
+
+def _open_files() -> set[str]:
+    """Files that processes of this machine have open, of those that may be asked."""
+    found = set()
+    for process in psutil.process_iter():
+        descriptors = Path(f"/proc/{process.pid}/fd")
+        try:
+            found |= {str(link.readlink()) for link in descriptors.iterdir()}
+        except OSError:
+            continue
+    return found
+
+
+def prepare_builds(operations: list[str]) -> None:
+    """Before DeepSpeed loads: remove stale locks, say that a build runs, or why there can be none. For one rank.
+
+    Raises:
+        UserError: something must be compiled, and what compiles it is missing.
+    """
+    for lock, age in find_stale_locks(operations).items():
+        if age > STALE_SECONDS:
+            lock.unlink(missing_ok=True)
+            print(f"{lock}: left by a build that was killed {age / 60:.0f} minutes ago; removed", flush=True)
+        else:
+            text = f"{lock}: {age:.0f} s old, and no process here holds it. If this launch waits for it, delete it"
+            print(text, flush=True)
+    missing = [name for name in operations if not is_built(name)]
+    if missing and (lacks := list(missing_tools())):
+        raise UserError(
+            f"DeepSpeed must compile {', '.join(missing)} for this launch, and {' and '.join(lacks)} missing. "
+            "Install it, or take a launch without offload, as accelerate_configs/zero2.yaml"
+        )
+    if missing:
+        print(f"DeepSpeed compiles {', '.join(missing)} into {folder()}, once; it takes {BUILD_TIME}", flush=True)
