@@ -1,7 +1,9 @@
 """python -m sapiens_accel.boxes: the command of that name."""
 
+from functools import partial
+
+from sapiens_accel.cli import start
 from sapiens_accel.errors import run_main
-from sapiens_accel.inference import detect_people
 
 if __name__ == "__main__":
-    run_main(detect_people.main)
+    run_main(partial(start, "detect"))

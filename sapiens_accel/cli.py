@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sapiens_accel.config.commands import PARSERS
 from sapiens_accel.errors import UserError, run_main
 
 
@@ -45,9 +46,15 @@ def run(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"{name}: no such command (expected one of {', '.join(COMMANDS)}).{hint}")
-    command = COMMANDS[name]
     sys.argv[0] = f"sapiens-accel {name}"
-    importlib.import_module(command.module).main([*command.words, *words])
+    start(name, [*COMMANDS[name].words, *words])
+
+
+def start(name: str, words: Sequence[str]) -> None:
+    """Run a command's main; its help is printed without its imports, which take seconds."""
+    if name in PARSERS and any(word in ("-h", "--help") for word in words):
+        PARSERS[name]().parse_args(words)
+    importlib.import_module(COMMANDS[name].module).main(words)
 
 
 if __name__ == "__main__":

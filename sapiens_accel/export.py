@@ -1,7 +1,9 @@
 """python -m sapiens_accel.export: the command of that name."""
 
+from functools import partial
+
+from sapiens_accel.cli import start
 from sapiens_accel.errors import run_main
-from sapiens_accel.models import export
 
 if __name__ == "__main__":
-    run_main(export.main)
+    run_main(partial(start, "export"))

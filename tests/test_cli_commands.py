@@ -3,11 +3,21 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sapiens_accel import cli
+from sapiens_accel.config.commands import (
+    DETECTOR,
+    DETECTOR_MAX_IOU,
+    DETECTOR_THRESHOLD,
+    EXPORT_DTYPES,
+    EXPORT_FORMATS,
+)  # fmt: skip
 from sapiens_accel.errors import UserError
+from sapiens_accel.inference import detector
+from sapiens_accel.models import export, export_graph
 
 
 def test_help_lists_each_command_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +37,39 @@ def test_an_unknown_command_is_one_line() -> None:
 def test_each_command_is_a_main_that_takes_words() -> None:
     for name, command in cli.COMMANDS.items():
         assert callable(importlib.import_module(command.module).main), name
+
+
+def test_what_the_help_says_of_defaults_and_choices_is_so() -> None:
+    """commands.py does not import what it describes."""
+    assert (DETECTOR, DETECTOR_THRESHOLD) == (detector.DEFAULT, detector.THRESHOLD)
+    assert detector.MAX_IOU == DETECTOR_MAX_IOU
+    assert set(EXPORT_FORMATS) == set(export_graph.SUFFIX) and set(EXPORT_DTYPES) == set(export.DTYPES)
+
+
+@pytest.mark.parametrize("module", ["doctor", "memory", "boxes", "export", "hub"])
+def test_help_imports_no_torch(module: str) -> None:
+    script = (
+        "import atexit, runpy, sys\n"
+        "sys.argv = ['x', '--help']\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\n"
+        f"runpy.run_module('sapiens_accel.{module}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m sapiens_accel.")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_of_the_programs_imports_no_torch(program: str) -> None:
+    script = (
+        "import atexit, runpy, sys\n"
+        f"sys.argv = [{program!r}, '--help']\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\n"
+        f"runpy.run_path({program!r}, run_name='__main__')"
+    )
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    assert "--ssl.teacher.threshold" in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_list_of_commands_imports_none_of_them() -> None:

@@ -21,24 +21,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import (  # noqa: F401  (some are imported from here until their files are merged)
-    STAGES,
-    AugmentConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    MemoryConfig,
-    ModelConfig,
-    MoreData,
-    OptimConfig,
-    Place,
-    StageConfig,
-    StageName,
-    SyntheticConfig,
-    TeacherConfig,
-)
-from sapiens_accel.errors import Interrupted, UserError, run_main  # noqa: F401
-from sapiens_accel.errors import run_main as guarded  # noqa: F401
+from sapiens_accel.config.schema import STAGES, Config, TeacherConfig
+from sapiens_accel.errors import UserError, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
 LITERAL_WARNING = (

@@ -1,4 +1,6 @@
-from sapiens_accel.errors import run_main
-from sapiens_accel.sources import convert
+from functools import partial
 
-run_main(convert.main)
+from sapiens_accel.cli import start
+from sapiens_accel.errors import run_main
+
+run_main(partial(start, "convert"))

@@ -1,4 +1,6 @@
-from sapiens_accel.doctor import report
+from functools import partial
+
+from sapiens_accel.cli import start
 from sapiens_accel.errors import run_main
 
-run_main(report.main)
+run_main(partial(start, "doctor"))

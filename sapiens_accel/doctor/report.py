@@ -6,7 +6,6 @@
 Every fault is named at once. Exit code 0 with warnings alone, 1 with errors.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -20,6 +19,7 @@ import datasets
 import numpy as np
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.config.commands import doctor_parser
 from sapiens_accel.config.schema import Config, DataConfig, MoreData
 from sapiens_accel.data import build, leakage
 from sapiens_accel.data import keypoint_mapping as category
@@ -70,15 +70,7 @@ class Report:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.doctor",
-        description="Look a run over before it starts. Options of train.py may follow: --recipe, --data.root, ...",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--launch", help="the accelerate config that the run will be launched with")
-    parser.add_argument("--json", metavar="FILE", help="write all that was found as JSON; - prints it instead of text")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where crops.png goes (OUTPUT_DIR/doctor)")
-    asked, rest = parser.parse_known_args(words)
+    asked, rest = doctor_parser().parse_known_args(words)
     run = config.load(rest, prog="python -m sapiens_accel.doctor")
     try:
         report = examined(run, environment.launch_of(asked.launch), asked.out or Path(run.output_dir) / "doctor")

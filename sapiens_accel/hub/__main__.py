@@ -1,4 +1,6 @@
-from sapiens_accel.errors import run_main
-from sapiens_accel.publish import uploader
+from functools import partial
 
-run_main(uploader.main)
+from sapiens_accel.cli import start
+from sapiens_accel.errors import run_main
+
+run_main(partial(start, "push"))

@@ -6,12 +6,11 @@ Stage ssl reads the JSON as --data.unlabelled_annotations, eval.py as --boxes. K
 batches are kept in OUT.partial.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sapiens_accel.config.commands import detect_parser
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import detections as boxes_json
 from sapiens_accel.data.detections import Found
 from sapiens_accel.errors import UserError
-from sapiens_accel.inference import detector
 from sapiens_accel.inference import media as pictures
 from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import Pictures
@@ -116,7 +115,7 @@ def detect(
 
 
 def main(words: Sequence[str]) -> None:
-    asked = _parser().parse_args(words)
+    asked = detect_parser().parse_args(words)
     for knob, least in LEAST.items():
         value = getattr(asked, knob)
         if value is not None and (value < least or (isinstance(value, float) and value > 1)):
@@ -158,25 +157,3 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not here; expected cpu or, with a GPU, cuda") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.boxes",
-        description="Find the people in pictures, and write their boxes for stage ssl and eval.py.",
-        allow_abbrev=False,
-    )
-    add: Callable[..., Any] = parser.add_argument
-    add("pictures", type=Path, help="a picture, a folder (with all below it) or a video")
-    add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
-    add("--detector", default=detector.DEFAULT, help=f"a folder, or a repository on the Hub ({detector.DEFAULT})")
-    least, overlap = detector.THRESHOLD, detector.MAX_IOU
-    add("--threshold", type=float, default=least, help=f"the least score ({least}; ssl takes those from 0.5 on)")
-    add("--max_iou", type=float, default=overlap, help=f"of two boxes that overlap by more, one stays ({overlap})")
-    add("--batch_size", type=int, default=8, help="pictures of one forward (8)")
-    add("--num_workers", type=int, default=4, help="reading processes (4)")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labelled pictures")
-    add("--every", type=int, help="of a video: every n-th frame (1)")
-    add("--frames", type=Path, help="of a video: the folder its frames are written to (beside OUT, named as the video)")
-    return parser

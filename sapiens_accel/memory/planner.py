@@ -5,7 +5,6 @@
 Nothing is allocated and no GPU is needed. All of it is predicted (`plan`).
 """
 
-import argparse
 import dataclasses
 import gc
 import importlib.util
@@ -22,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.config.commands import memory_parser
 from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
@@ -232,16 +232,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.memory",
-        description="Predict what a run needs, way by way. Options of train.py may follow: --recipe, --stage, ...",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
-    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each: 16GiB, 24GB, 15360MiB, ... (16GiB)")
-    parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    asked, rest = parser.parse_known_args(words)
+    asked, rest = memory_parser().parse_known_args(words)
     if asked.gpus < 1:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
     room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)

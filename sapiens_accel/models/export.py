@@ -3,7 +3,6 @@
 python -m sapiens_accel.export RUN_DIR/STAGE/weights --to onnx model.onnx
 """
 
-import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sapiens_accel.config.commands import export_parser
 from sapiens_accel.models import export_graph as graph
 from sapiens_accel.models import modeling_sapiens_pose
 from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
@@ -177,21 +177,7 @@ def snippet(repo_id: str, family: str) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.export",
-        description="Write a weights folder as a graph, pixel_values (float32, normalised) to heatmaps, and check it.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
-    parser.add_argument("--to", required=True, choices=graph.SUFFIX, help="the format")
-    parser.add_argument("out", type=Path, help="the file to write: OUT.onnx or OUT.pt2")
-    parser.add_argument(
-        "--dynamic_batch", nargs="?", const="true", default="true", choices=("true", "false"),
-        help="any number of people at a time (true), or one",
-    )  # fmt: skip
-    parser.add_argument("--opset", type=int, help="ONNX's operator set (18; bf16: 22)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights and the arithmetic (fp32)")
-    asked = parser.parse_args(words)
+    asked = export_parser().parse_args(words)
     network = graph.Network(asked.weights, DTYPES[asked.dtype])
     dynamic = asked.dynamic_batch == "true"
     graph.write(network, asked.out, asked.to, dynamic_batch=dynamic, opset=asked.opset)

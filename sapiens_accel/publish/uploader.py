@@ -3,7 +3,6 @@
 python -m sapiens_accel.hub push RUN_DIR [--stage ssl] [--hub_model_id ORG/NAME] [--hub_private]
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
@@ -23,6 +22,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm import tqdm
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.config.commands import push_parser
 from sapiens_accel.config.schema import STAGES, Config
 from sapiens_accel.errors import Interrupted, UserError
 from sapiens_accel.hub.download import FILE, WEIGHTS_ENDINGS, fetch
@@ -380,22 +380,8 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(words: Sequence[str]) -> None:
-    parser = _Parser(prog="python -m sapiens_accel.hub", description="Push a stage's weights to the Hugging Face Hub.")
-    push = parser.add_subparsers(dest="command", required=True, metavar="push").add_parser("push", allow_abbrev=False)
-    push.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="run folder of train.py")
-    push.add_argument("--stage", choices=STAGES, help="whose weights; the last stage that has any by default")
-    push.add_argument("--hub_model_id", metavar="ORG/NAME", help="the repository; the run's own by default")
-    push.add_argument(
-        "--into", default="", metavar="FOLDER", help="of the repository, without a card; its top by default"
-    )
-    push.add_argument("--hub_private", action="store_true", help="make it private")
-    asked = parser.parse_args(words)
+    asked = push_parser().parse_args(words)
     trained = [stage for stage in STAGES if (asked.run_folder / stage / "weights" / FILE).is_file()]
     facts = card.collect(asked.run_folder, asked.stage or (trained or STAGES)[-1])
     repo_id = asked.hub_model_id or facts.run.get("hub_model_id")

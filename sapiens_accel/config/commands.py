@@ -1,0 +1,109 @@
+"""What each command of `sapiens-accel` takes, apart from what it does: `--help` answers without importing torch."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sapiens_accel.config.schema import STAGES
+from sapiens_accel.errors import UserError
+
+EXPORT_FORMATS = ("onnx", "torch_export")
+EXPORT_DTYPES = ("fp32", "bf16")
+DETECTOR, DETECTOR_THRESHOLD, DETECTOR_MAX_IOU = "PekingU/rtdetr_v2_r50vd", 0.05, 0.7
+
+
+def doctor_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.doctor",
+        description="Look a run over before it starts. Options of train.py may follow: --recipe, --data.root, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--launch", help="the accelerate config that the run will be launched with")
+    parser.add_argument("--json", metavar="FILE", help="write all that was found as JSON; - prints it instead of text")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where crops.png goes (OUTPUT_DIR/doctor)")
+    return parser
+
+
+def memory_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.memory",
+        description="Predict what a run needs, way by way. Options of train.py may follow: --recipe, --stage, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
+    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each: 16GiB, 24GB, 15360MiB, ... (16GiB)")
+    parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.export",
+        description="Write a weights folder as a graph, pixel_values (float32, normalised) to heatmaps, and check it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
+    parser.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the format")
+    parser.add_argument("out", type=Path, help="the file to write: OUT.onnx or OUT.pt2")
+    parser.add_argument(
+        "--dynamic_batch", nargs="?", const="true", default="true", choices=("true", "false"),
+        help="any number of people at a time (true), or one",
+    )  # fmt: skip
+    parser.add_argument("--opset", type=int, help="ONNX's operator set (18; bf16: 22)")
+    parser.add_argument(
+        "--dtype", choices=EXPORT_DTYPES, default="fp32", help="of the weights and the arithmetic (fp32)"
+    )
+    return parser
+
+
+def detect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sapiens_accel.boxes",
+        description="Find the people in pictures, and write their boxes for stage ssl and eval.py.",
+        allow_abbrev=False,
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("pictures", type=Path, help="a picture, a folder (with all below it) or a video")
+    add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
+    add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
+    least, overlap = DETECTOR_THRESHOLD, DETECTOR_MAX_IOU
+    add("--threshold", type=float, default=least, help=f"the least score ({least}; ssl takes those from 0.5 on)")
+    add("--max_iou", type=float, default=overlap, help=f"of two boxes that overlap by more, one stays ({overlap})")
+    add("--batch_size", type=int, default=8, help="pictures of one forward (8)")
+    add("--num_workers", type=int, default=4, help="reading processes (4)")
+    add("--device", help="cuda where there is one, else cpu")
+    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labelled pictures")
+    add("--every", type=int, help="of a video: every n-th frame (1)")
+    add("--frames", type=Path, help="of a video: the folder its frames are written to (beside OUT, named as the video)")
+    return parser
+
+
+class _PushParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def push_parser() -> argparse.ArgumentParser:
+    parser = _PushParser(
+        prog="python -m sapiens_accel.hub", description="Push a stage's weights to the Hugging Face Hub."
+    )
+    push = parser.add_subparsers(dest="command", required=True, metavar="push").add_parser("push", allow_abbrev=False)
+    push.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="run folder of train.py")
+    push.add_argument("--stage", choices=STAGES, help="whose weights; the last stage that has any by default")
+    push.add_argument("--hub_model_id", metavar="ORG/NAME", help="the repository; the run's own by default")
+    push.add_argument(
+        "--into", default="", metavar="FOLDER", help="of the repository, without a card; its top by default"
+    )
+    push.add_argument("--hub_private", action="store_true", help="make it private")
+    return parser
+
+
+PARSERS = {
+    "doctor": doctor_parser,
+    "memory": memory_parser,
+    "detect": detect_parser,
+    "export": export_parser,
+    "push": push_parser,
+}
