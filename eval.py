@@ -8,80 +8,100 @@ python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes F
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+# Ours before torch and accelerate: sapiens_accel sets how threads wait, which torch reads when it is loaded.
 from sapiens_accel.config import parse as config
 
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "eval.py", __doc__)  # before imports that take seconds
 
+from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data import build
+from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.evaluation import evaluate
-from sapiens_accel.evaluation import figures as cases
-from sapiens_accel.evaluation import html_report as page
-
-# Ours first: sapiens_accel sets how threads wait, which torch reads when it is loaded.
-from sapiens_accel.evaluation import networks as candidates
-from sapiens_accel.evaluation.evaluate import Judgement
-from sapiens_accel.inference import predict_media as own
+from sapiens_accel.evaluation import evaluate, figures, html_report, networks
+from sapiens_accel.evaluation.evaluate import EvaluationResult
+from sapiens_accel.evaluation.figures import ErrorAnalysis
+from sapiens_accel.evaluation.networks import Candidate
+from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
+from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import distributed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def main(argv: Sequence[str]) -> None:
-    references, words = candidates.split_words(argv)
+    references, words = networks.split_words(argv)
     accelerator = distributed.start()
     with accelerator.main_process_first():
-        paths = [candidates.local(reference) for reference in references]
-    # All stages that have weights, unless one is asked for; whatever the last training was asked for.
-    base = candidates.run_config(paths[0])
-    run = config.load(["--stage=all", *words], prog="eval.py", base=base)
+        paths = [networks.resolve_path(reference) for reference in references]
+    # Every stage that has weights, unless one is named; whatever the training was started with.
+    run = config.load(["--stage=all", *words], prog="eval.py", base=networks.find_run_config(paths[0]))
     output = Path(run.output_dir) if any(word.startswith("--output_dir") for word in words) else None
-    several = [one for path in paths for one in candidates.candidates(path, run, output)]
-    if run.eval.ensemble and len(several) < 2:
-        raise UserError(f"--eval.ensemble: of {several[0].weights} alone; give the weights of several networks")
+    candidates = [one for path in paths for one in networks.list_weights(path, run, output)]
+    if run.eval.ensemble and len(candidates) < 2:
+        raise UserError(f"--eval.ensemble: of {candidates[0].weights} alone; give the weights of several networks")
     if run.eval.images:
-        return own.look(accelerator, several, run)
+        predict_media.predict_media(accelerator, candidates, run)
+    else:
+        evaluate_people(accelerator, candidates, run)
+
+
+def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> None:
+    """Evaluate each network, and the ensemble of all where that is asked for, on the same people."""
+    people, skeleton = open_people(accelerator, candidates, run)
+    results: dict[str, EvaluationResult] = {}
+    configs: dict[str, EvalConfig] = {}
+    analyses: dict[str, ErrorAnalysis] = {}
+    images: list[Path] = []
+    for group in [*([one] for one in candidates), *([candidates] if run.eval.ensemble else [])]:
+        name = networks.choose_name(group, candidates)
+        loaded = networks.build_networks(accelerator, group, run, skeleton)
+        for variant, config_of_row in networks.list_variants(run.eval):
+            row = ", ".join(filter(None, [name, variant]))
+            if run.eval.save_predictions and (variant or len(candidates) > 1):
+                file = evaluate.predictions_path(run.eval.save_predictions, row)
+                config_of_row = replace(config_of_row, save_predictions=str(file))
+            results[row] = evaluate.evaluate_networks(accelerator, loaded, people, skeleton, run.data, config_of_row)
+            configs[row] = config_of_row
+        if accelerator.is_main_process:
+            row = list(results)[-1]  # with all the augmentation that is asked for
+            folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
+            if run.eval.num_pictures:
+                grid = figures.draw_predictions(results[row].predictions, people, skeleton, run.eval.num_pictures)
+                images.append(draw.save_image(grid, folder / f"{stem}_predictions.jpg"))
+            analyses[row] = figures.analyze_networks(
+                results[row], people, skeleton, loaded, run.data, configs[row], device=accelerator.device
+            )
+            images += figures.save_figures(analyses[row], folder, f"{stem}_worst")
+    if accelerator.is_main_process:
+        folder = candidates[0].folder
+        evaluate.save_metrics(folder / "eval.json", results, configs, skeleton)
+        summary = evaluate.format_summary(results, run.eval, skeleton)
+        print(f"\n{summary}", *figures.format_worst_people(analyses), sep="\n\n")
+        print("\npictures:", *images, sep="\n  ")
+        if run.eval.html:
+            weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
+            about, file = [f"people of {people.annotations}", *weights], html_report.report_path(run.eval.html, folder)
+            print(f"\npage: {html_report.write_report(file, results, configs, analyses, skeleton, about)}")
+
+
+def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> tuple[People, Skeleton]:
+    """The labeled people, and those of their keypoints that all weights know."""
     with accelerator.main_process_first():
         files = build.located(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
         root, cache = build.places(files)
-        skeleton, told = candidates.skeleton_of(several, root / annotations, files.category, cache)
+        skeleton, note = networks.choose_skeleton(candidates, root / annotations, files.category, cache)
         people = build.open_split(run.data, skeleton, run.eval.split)
-    if told:
-        accelerator.print(told)
-    autocast = distributed.autocast_dtype(accelerator)
-    rows: dict[str, Judgement] = {}
-    hows, findings, pictures = {}, {}, []
-    for group in [*([one] for one in several), *([several] if run.eval.ensemble else [])]:
-        name = candidates.name_of(group, several)
-        built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
-        accelerator.print(*(told for _, told in built), sep="\n")
-        networks = [network for network, _ in built]
-        for variant, how in candidates.variants(run.eval):
-            row = ", ".join(filter(None, [name, variant]))
-            file_name = row if variant or len(several) > 1 else ""
-            rows[row] = evaluate.judge(accelerator, networks, people, skeleton, run.data, how, file_name)
-            hows[row] = how
-        if not accelerator.is_main_process:
-            continue
-        row = list(rows)[-1]  # with all augmentation that is asked for
-        folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
-        if run.eval.num_pictures:
-            picture = cases.prediction_picture(rows[row].predictions, people, skeleton, run.eval.num_pictures)
-            pictures.append(draw.save(picture, folder / f"{stem}_predictions.jpg"))
-        findings[row] = cases.of_networks(
-            rows[row], people, skeleton, networks, run.data, hows[row], device=accelerator.device
-        )
-        pictures += cases.save(findings[row], folder, f"{stem}_worst")
-    if accelerator.is_main_process:
-        evaluate.record(several[0].folder / "eval.json", rows, hows, skeleton)
-        print(f"\n{evaluate.summary(rows, run.eval, skeleton)}", *cases.told(findings), sep="\n\n")
-        print("\npictures:", *pictures, sep="\n  ")
-        if run.eval.html:
-            about = [f"people of {people.annotations}", *(f"{one.name}: weights of {one.weights}" for one in several)]
-            print(f"\npage: {page.write(run.eval.html, several[0].folder, rows, hows, findings, skeleton, about)}")
+    if note:
+        accelerator.print(note)
+    return people, skeleton
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
             if name != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
                 raise Interrupted(f"asked to stop; {name} is finished")
     pictures = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
-    accelerator.print(f"\n{evaluate.table(table, evaluate.protocol(run.eval))}\n\npictures:", *pictures, sep="\n  ")
+    accelerator.print(
+        f"\n{evaluate.format_table(table, evaluate.format_protocol(run.eval))}\n\npictures:", *pictures, sep="\n  "
+    )
 
 
 def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest) -> Metrics:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sapiens_accel.pose import draw
 
-COLOURS = [
+ERROR_COLORS = [
     (120, 120, 120),
     (90, 140, 200),
     (200, 90, 80),
@@ -44,7 +44,7 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
         first = x
         for cell in (cell for cell in cells if cell["labels"] == labels):
             top = TOP + round(HEIGHT * (1 - cell["ap"] / most))
-            colour = COLOURS[arms.index(cell["arm"]) % len(COLOURS)]
+            colour = ERROR_COLORS[arms.index(cell["arm"]) % len(ERROR_COLORS)]
             cv2.rectangle(canvas, (x + 4, top), (x + BAR - 4, TOP + HEIGHT), colour, -1)
             _text(canvas, f"{cell['ap']:.1f}", (x + 6, TOP + HEIGHT - 8), (255, 255, 255))
             for row in (row for row in rows if (row["labels"], row["arm"]) == (labels, cell["arm"])):
@@ -56,10 +56,10 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
     in_a_row = max(1, (width - LEFT) // ENTRY)
     for index, arm in enumerate(arms):
         x, y = LEFT + index % in_a_row * ENTRY, TOP + HEIGHT + 50 + 22 * (index // in_a_row)
-        cv2.rectangle(canvas, (x, y - 11), (x + 12, y + 1), COLOURS[index % len(COLOURS)], -1)
+        cv2.rectangle(canvas, (x, y - 11), (x + 12, y + 1), ERROR_COLORS[index % len(ERROR_COLORS)], -1)
         _text(canvas, arm, (x + 18, y))
     _text(canvas, "AP of the teacher (drawn people, a tiny network)", (LEFT, 22))
-    return draw.save(canvas, path)
+    return draw.save_image(canvas, path)
 
 
 def _text(canvas: np.ndarray, text: str, at: tuple[int, int], colour: tuple[int, int, int] = (40, 40, 40)) -> None:

@@ -18,7 +18,7 @@ from numpy import ndarray as Array
 from numpy.random import Generator
 
 from sapiens_accel.config.schema import AugmentConfig
-from sapiens_accel.pose.geometry import Crop, with_aspect
+from sapiens_accel.pose.geometry import Crop, fit_aspect
 from sapiens_accel.pose.skeleton import Skeleton
 
 # albumentations asks the network for its newest version on import.
@@ -60,7 +60,7 @@ class Augmenter:
         """A training crop of a person whose upright crop is `base`.
 
         Args:
-            base: from `geometry.box_crop`.
+            base: from `geometry.crop_around_box`.
             keypoints: x, y (image px) and visibility.
             rng: everything random comes from here.
         """
@@ -117,7 +117,7 @@ class Augmenter:
         if min(width, height) < 1.0:  # all in one line: no box
             return None
         center_x, center_y = points_xy.mean(axis=0)
-        size_wh = with_aspect((float(width), float(height)), self.input_hw)
+        size_wh = fit_aspect((float(width), float(height)), self.input_hw)
         return Crop(center_xy=(float(center_x), float(center_y)), size_wh=size_wh)
 
 

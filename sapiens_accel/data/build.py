@@ -39,8 +39,8 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     """
     config = located(config)
     root, cache = places(config)
-    asked = custom.given(config.skeleton, root) if config.skeleton else None
-    return custom.skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
+    asked = custom.load_skeleton(config.skeleton, root) if config.skeleton else None
+    return custom.infer_skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:

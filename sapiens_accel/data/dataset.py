@@ -160,7 +160,7 @@ class TrainingPeople(Dataset[Labelled | Pair]):
         return pair_of(path, self._base(row), settings, rng)[0]
 
     def _base(self, row: dict) -> Crop:
-        return geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+        return geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
 
 
 def _rows_of(people: People) -> Rows | stream.StreamRows:
@@ -178,7 +178,7 @@ class EvaluationPeople(Dataset[Labelled]):
 
     def __getitem__(self, index: int) -> Labelled:
         row = self.people.rows[index]
-        crop = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+        crop = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
         view = _view(read_picture(self.people.root / row["file_name"]), crop, self.config.input_hw)
         return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
 
@@ -210,13 +210,13 @@ def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> Picture:
     Raises:
         UserError: it does not decode.
     """
-    at_most = min(geometry.reduction(crop, config.input_hw) for crop in crops) if config.reduced_decode else 1
+    at_most = min(geometry.choose_reduction(crop, config.input_hw) for crop in crops) if config.reduced_decode else 1
     return read_picture(path, at_most)
 
 
 def _view(picture: Picture, crop: Crop, input_hw: tuple[int, int], changes: Callable | None = None) -> View:
     matrix = crop.matrix(input_hw)
-    image = geometry.warp(picture.pixels, geometry.of_reduced(matrix, picture.reduction), input_hw)
+    image = geometry.warp(picture.pixels, geometry.adjust_to_reduction(matrix, picture.reduction), input_hw)
     image = changes(image) if changes else image
     return View(_channels_first(image), torch.from_numpy(matrix.astype(np.float32)), _scalar(crop.flip))
 

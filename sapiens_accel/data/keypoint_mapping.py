@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose.infer_skeleton import SHOWN, Category, nearest, pairs_of, short, unique_names
+from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, nearest, short
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import shards
@@ -33,7 +33,7 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     every = [kind for kind in tree["categories"] if isinstance(kind, dict)]
     kinds = _chosen(file, every, wanted)
     one = kinds[0] if kinds else {}
-    names = unique_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
+    names = check_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
     firsts = tree["first"]
     first = next((firsts[str(kind.get("id"))] for kind in kinds if str(kind.get("id")) in firsts), None)
     if not kinds or first is None:
@@ -41,7 +41,7 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     count, whole = first or (None, False)
     edges, told = _edges(file, one.get("skeleton") if names else None, names or ())
     if whole and (not names or len(names) != 133):
-        names, edges = WHOLEBODY133.names, pairs_of(WHOLEBODY133)
+        names, edges = WHOLEBODY133.names, edge_names(WHOLEBODY133)
     listed = {str(kind.get("name")) for kind in every}
     chosen = {str(kind.get("name")) for kind in kinds}
     as_ever = chosen == ({"person"} if "person" in listed else listed)

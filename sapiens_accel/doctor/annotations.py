@@ -97,7 +97,7 @@ def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding
             yield Finding(level=level, check=check, text=f"{len(culprits)} {text}", culprits=culprits)
 
 
-def of_people(people: coco.People) -> Read:
+def ground_truth_boxes(people: coco.People) -> Read:
     """The images of people without labels."""
     pictures = dict(zip(people.rows["file_name"][:], people.rows["image_id"][:], strict=True))
     labels = _labels([], {}, people.rows.features["keypoints"].shape[0])

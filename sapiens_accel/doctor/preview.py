@@ -24,7 +24,7 @@ MOST_ENLARGED = 4.0
 
 
 def findings(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding]:
-    """Joints lost, resolution, sigma and codec, for the run's crops."""
+    """Keypoints lost, resolution, sigma and codec, for the run's crops."""
     config = run.data
     heatmap_hw = model.named(run.model.name).heatmap_hw(config.input_hw)
     codec = Codec(input_hw=config.input_hw, heatmap_hw=heatmap_hw, sigma=config.sigma)
@@ -57,10 +57,10 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
         seen = _inside(points, people.config.input_hw) & labelled
         mirrored = ", mirrored" if sample.view.flipped else ""
         text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} joints{mirrored}"
-        person = draw.person(image, points, sample.weights.numpy(), skeleton)
-        titled = draw.titled(person, text, CROP_HEIGHT)
+        person = draw.draw_person(image, points, sample.weights.numpy(), skeleton)
+        titled = draw.add_title(person, text, CROP_HEIGHT)
         pictures.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
-    return draw.grid(pictures, columns=COLUMNS)
+    return draw.arrange_grid(pictures, columns=COLUMNS)
 
 
 def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfig, seed: int) -> Finding:
@@ -69,7 +69,7 @@ def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfi
     lost = total = 0
     for place in _spread(len(labels), NUM_CROPPED):
         keypoints = labels.keypoints[place]
-        base = geometry.box_crop(labels.boxes_xywh[place], config.box_padding, config.input_hw)
+        base = geometry.crop_around_box(labels.boxes_xywh[place], config.box_padding, config.input_hw)
         crop = augmenter.train_crop(base, keypoints, rng)
         seen = data.seen_in(crop, keypoints, config.input_hw, augmenter.skeleton)
         labelled = seen[:, 2] > 0
@@ -95,7 +95,7 @@ def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
     """What encoding keypoints as heatmaps and decoding them again loses, in a sample of upright crops."""
     some = labels.at(_spread(len(labels), NUM_ENCODED))
     inside = geometry.in_crop(some.boxes_xywh, some.keypoints, padding, codec.input_hw)
-    crops = [geometry.box_crop(box, padding, codec.input_hw) for box in some.boxes_xywh]
+    crops = [geometry.crop_around_box(box, padding, codec.input_hw) for box in some.boxes_xywh]
     points = [
         geometry.apply(crop.matrix(codec.input_hw), keypoints[:, :2])
         for crop, keypoints in zip(crops, some.keypoints, strict=True)

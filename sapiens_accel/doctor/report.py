@@ -181,7 +181,7 @@ def _unlabelled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path,
         return [Finding(level="error", check="reader", text=str(error))]
     if people is None:
         return []
-    read = lenient.of_people(people)
+    read = lenient.ground_truth_boxes(people)
     leaks = [finding for finding in _leaks(root, read, val) if finding.check == "leaks"]
     return [*lenient.pictures(root, read, config.check_images, config.on_bad_image), *leaks]
 
@@ -193,7 +193,9 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out:
             sets = build.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
-    report.grid = str(draw.save(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png"))
+    report.grid = str(
+        draw.save_image(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png")
+    )
     told = f"{preview.NUM_CROPS} augmented crops with their joints: {report.grid}"
     return [
         *_of_lines("reader", sets.warnings),

@@ -12,7 +12,7 @@ from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.evaluation.ground_truth import read_images
 from sapiens_accel.sources.coco import whole_number
 
 GROUND_TRUTH = "gt"
@@ -45,29 +45,29 @@ class Boxes:
         return len(self.file_names)
 
 
-def open_boxes(given: str, people: People) -> Boxes:
+def load_boxes(given: str, people: People) -> Boxes:
     """`gt`, or a detector's results in COCO's form, relative to here or to the people's root.
 
     Raises:
-        UserError: as `of_people` and `of_detector`; no such file.
+        UserError: as `ground_truth_boxes` and `detector_boxes`; no such file.
     """
     if given == GROUND_TRUTH:
-        return of_people(people)
+        return ground_truth_boxes(people)
     places = [Path(given), people.root / given]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"--eval.boxes {given}: no such file; expected gt, or a detector's results in COCO's form")
-    return of_detector(file, people)
+    return detector_boxes(file, people)
 
 
-def of_people(people: People) -> Boxes:
+def ground_truth_boxes(people: People) -> Boxes:
     """The labelled people's own boxes.
 
     Raises:
         UserError: a box that has nothing of its picture in it.
     """
     boxes, image_ids = boxes_of(people.rows), np.asarray(people.rows["image_id"][:], dtype=np.int64)
-    sizes = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
+    sizes = read_images(people)
     for box, image_id, ann_id in zip(boxes, image_ids.tolist(), people.rows["ann_id"][:], strict=True):
         if _outside(box, sizes[image_id]):
             raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
@@ -77,7 +77,7 @@ def of_people(people: People) -> Boxes:
     )  # fmt: skip
 
 
-def of_detector(file: Path, people: People) -> Boxes:
+def detector_boxes(file: Path, people: People) -> Boxes:
     """The boxes of a detector's results that are of people in the people's pictures; no score is too low.
 
     Results of more pictures than there are here (of all of COCO, for a part of it) and of other categories are left
@@ -90,7 +90,7 @@ def of_detector(file: Path, people: People) -> Boxes:
     found = read_detections(file)
     if not found:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
-    pictures = {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
+    pictures = read_images(people)
     rows: list[Row] = [
         (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.index) for one in found
     ]
@@ -156,7 +156,5 @@ def _shown(box: Float[Array, "4"]) -> str:
 def _folder(people: People) -> str:
     """The folder of the people's pictures: what stands before each listed name."""
     row = people.rows[0]
-    name = next(
-        image["file_name"] for image in coco_json.pictures_of(people.annotations) if image["id"] == row["image_id"]
-    )
+    name = read_images(people)[row["image_id"]]["file_name"]
     return row["file_name"].removesuffix(f"/{name}")

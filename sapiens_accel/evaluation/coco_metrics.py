@@ -20,15 +20,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
-from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
+from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
-from sapiens_accel.sources import coco as coco_json
 
 Metrics = dict[str, float]
 # Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
@@ -47,19 +46,19 @@ PARTS = {
 }
 
 
-def parts_of(skeleton: Skeleton) -> dict[str, slice]:
+def body_parts(skeleton: Skeleton) -> dict[str, slice]:
     """The keypoints that are also scored by themselves; none but of COCO-WholeBody."""
     return {part: place for part, (place, _) in PARTS.items()} if skeleton.names == WHOLEBODY133.names else {}
 
 
-def results(
+def coco_results(
     predictions: Predictions, boxes: Boxes, skeleton: Skeleton, data: DataConfig, config: EvalConfig
 ) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
     """COCO's results, at most 20 of a picture, and which prediction each of them is.
 
     A result: image_id, category_id 1, keypoints [x, y, score, ...] in image px (to 0.001) and score.
     """
-    crops = [geometry.box_crop(box, data.box_padding, data.input_hw) for box in boxes.boxes_xywh]
+    crops = [geometry.crop_around_box(box, data.box_padding, data.input_hw) for box in boxes.boxes_xywh]
     areas = np.array([crop.size_wh[0] * crop.size_wh[1] for crop in crops])  # of the padded box, as published
     scores = boxes.scores * person_scores(predictions.scores, config.score_threshold)
     by_image: dict[int, list[int]] = defaultdict(list)
@@ -77,21 +76,16 @@ def results(
     return found, np.array(chosen, dtype=int)
 
 
-def metrics_of(found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend) -> Metrics:
-    """METRICS (0..1, -1 where there is nobody to measure) of results over the JSON that the people came from.
-
-    Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and hands, the mean of both hands. The
-    metrics without a part are those of all 133 keypoints.
-    """
-    return scored(found, people, skeleton, backend)[0]
-
-
-def scored(
+def compute_metrics(
     found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend
 ) -> tuple[Metrics, Curves]:
-    """`metrics_of`, and the precision-recall curves of all keypoints that AP is the mean of."""
-    tree = truth(people, skeleton.num_keypoints)
-    parts = parts_of(skeleton)
+    """METRICS (0..1, -1 where there is nobody to measure) of COCO results, and the curves of all keypoints.
+
+    AP is the mean of the curves. Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and
+    hands, the mean of both hands. The metrics without a part are those of all 133 keypoints.
+    """
+    tree = read_ground_truth(people, skeleton.num_keypoints).dataset
+    parts = body_parts(skeleton)
     # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
     areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None
     metrics, curves = _measured(tree, found, slice(0, skeleton.num_keypoints), skeleton, backend, areas)
@@ -104,9 +98,10 @@ def scored(
     return metrics, curves
 
 
-def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
+def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
     """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists."""
-    category, whole = annotation_rules.person_category(people.annotations, people.reading), parts_of(skeleton)
+    category = read_ground_truth(people, skeleton.num_keypoints).category_id
+    whole = body_parts(skeleton)
     written = []
     for result in found:
         points = result["keypoints"]
@@ -114,52 +109,6 @@ def save(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: 
         written.append({**result, "category_id": category, **lists})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(written))
-
-
-def truth(people: People, num_keypoints: int) -> dict[str, Any]:
-    """The JSON as pycocotools wants it, whatever it leaves out: a single category, areas and counts.
-
-    Labelled people who are not among the rows (their picture does not decode, their box is empty) are to be ignored, as
-    crowds and people without keypoints are: nobody could have predicted them.
-    """
-    tree = coco_json.parsed(people.annotations)
-    known = set(people.rows["ann_id"][:])
-    zeros = [0.0] * (3 * num_keypoints)
-    annotations = []
-    kinds = annotation_rules.category_ids(tree, people.reading) if people.reading.categories else ()
-    for person in tree["annotations"]:
-        if kinds and person.get("category_id", kinds[0]) not in kinds:
-            continue
-        box = person.get("bbox") or [0, 0, 0, 0]
-        is_known = person.get("id") in known
-        keypoints = annotation_rules.keypoint_numbers(person, num_keypoints, people.reading) if is_known else None
-        annotations.append(
-            {
-                "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
-                "image_id": person["image_id"],
-                "category_id": 1,
-                "iscrowd": int(bool(person.get("iscrowd"))),
-                "area": float(person.get("area", box[2] * box[3])),
-                "bbox": box,
-                "keypoints": keypoints or zeros,
-            }
-        )
-    images = [{"id": image["id"]} for image in tree["images"]]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
-
-
-def left_out(people: People, num_keypoints: int) -> list[int]:
-    """Ids of the people with labelled keypoints, no crowds, who are not among the rows: nobody is measured of them."""
-    tree, known = coco_json.parsed(people.annotations), set(people.rows["ann_id"][:])
-    kinds = annotation_rules.category_ids(tree, people.reading) if people.reading.categories else ()
-    return [
-        person.get("id", -1)
-        for person in tree["annotations"]
-        if person.get("id") not in known
-        and not person.get("iscrowd")
-        and (not kinds or person.get("category_id", kinds[0]) in kinds)
-        and any(v > 0 for v in (annotation_rules.keypoint_numbers(person, num_keypoints, people.reading) or [])[2::3])
-    ]
 
 
 def _measured(

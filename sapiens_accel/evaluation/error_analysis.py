@@ -183,7 +183,7 @@ _ENDINGS = {
 
 
 def named(joints: Sequence[int], skeleton: Skeleton) -> str:
-    """Joints in words, both sides of one as a pair: `left and right knee, ankle, left wrist, nose`.
+    """Keypoints in words, both sides of one as a pair: `left and right knee, ankle, left wrist, nose`.
 
     Numbered points of one thing are counted: `face (27 points)`.
     """

@@ -24,33 +24,32 @@ from torch import nn
 from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation import boxes as detections
-from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import tables
-from sapiens_accel.evaluation.boxes import Boxes
+from sapiens_accel.evaluation import coco_metrics, tables
+from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS, Metrics
+from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Network, Predictions, predict
-from sapiens_accel.evaluation.tables import how, protocol, table
+from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
-from sapiens_accel.pose.oks import Joints, joints, oks
+from sapiens_accel.pose.oks import KeypointQuality, measure_points, oks
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import distributed, engine
 
-__all__ = ["METRICS", "Metrics", "Predictions", "how", "judge", "oks", "protocol", "score", "table"]
+__all__ = ["METRICS", "Metrics", "Predictions", "format_protocol", "format_table", "oks", "protocol_settings"]
 
-SHOWN_JOINTS = 40
+MAX_SHOWN_KEYPOINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What an evaluation found.
+class EvaluationResult:
+    """The outcome of an evaluation.
 
     Attributes:
         metrics: METRICS, 0..1, and those of parts as PART/METRIC; the same on all ranks.
         predictions: of the labelled people, in their order; with a detector's boxes, of the box nearest by OKS (all
             scores 0 where the picture has none).
         boxes_xywh: those that the people's predictions were made in; 0 where the picture has none.
-        joints: what each keypoint is worth; the same on all ranks.
+        joints: the quality of each keypoint; the same on all ranks.
         curves: precision by recall at each OKS; the same on all ranks.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
@@ -59,134 +58,84 @@ class Judgement:
     metrics: Metrics
     predictions: Predictions
     boxes_xywh: Float[Array, "n 4"]
-    joints: Joints
-    curves: ap.Curves
+    joints: KeypointQuality
+    curves: coco_metrics.Curves
     notes: tuple[str, ...]
     seconds: float
 
 
-def score(
-    accelerator: Accelerator,
-    model: nn.Module,
-    people: People,
-    codec: Codec,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-) -> tuple[Metrics, Predictions]:
-    """Metrics and predictions of all people, each rank predicting its part. All ranks must call it.
-
-    Raises:
-        UserError: as `judge`.
-    """
+def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> Network:
+    """A model in training as a network to evaluate, in the precision that it is trained in."""
     # An engine sets the precision of its forward itself.
     autocast = None if engine.is_engine(model) else distributed.autocast_dtype(accelerator)
-    network = Network(model=model, codec=codec, autocast=autocast)
-    judgement = judge(accelerator, [network], people, skeleton, data, config)
-    return judgement.metrics, judgement.predictions
+    return Network(model=model, codec=codec, autocast=autocast)
 
 
-def judge(
+def evaluate_networks(
     accelerator: Accelerator,
     networks: Sequence[Network],
     people: People,
     skeleton: Skeleton,
     data: DataConfig,
     config: EvalConfig,
-    name: str = "",
-) -> Judgement:
-    """Judge a network, or several as one. All ranks must call it; rank 0 computes while the others wait.
+) -> EvaluationResult:
+    """Evaluate a network, or several as an ensemble; each rank predicts its part of the people.
 
-    Args:
-        name: put into the name of the file of predictions, where one run writes several.
+    All ranks must call it; the metrics are computed on rank 0 while the others wait.
 
     Raises:
         UserError: on all ranks: what is wrong with the boxes, the scales or the backend; a file that is not written.
     """
-    boxes = detections.open_boxes(config.boxes, people)
+    boxes = load_boxes(config.boxes, people)
     started = time.perf_counter()
     predictions = predict(
-        networks,
-        boxes,
-        skeleton,
-        data,
-        config,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        gather=partial(distributed.gather, accelerator),
-    )
+        networks, boxes, skeleton, data, config, device=accelerator.device, rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes, gather=partial(distributed.gather, accelerator),
+    )  # fmt: skip
     seconds = time.perf_counter() - started
-    chosen = None if boxes.labelled else nearest_boxes(predictions, boxes, people, skeleton)
-    own = predictions if chosen is None else _chosen(predictions, chosen)
-    told: list[Any] = [None]
+    matches = None if boxes.labelled else match_boxes(predictions, boxes, people, skeleton)
+    matched = predictions if matches is None else _select(predictions, matches)
+    computed: list[Any] = [None]
     if accelerator.is_main_process:
-        seen = replace(data, input_hw=networks[0].codec.input_hw)
+        data = replace(data, input_hw=networks[0].codec.input_hw)
         try:
-            told = [_measured(predictions, own, boxes, people, skeleton, seen, config, name)]
-        except (UserError, OSError) as error:  # the others must not wait for what does not come
-            told = [str(error)]
-    measured = broadcast_object_list(told)[0]
-    if isinstance(measured, str):
-        raise UserError(measured)
-    metrics, curves, joint_values, notes = measured
-    own_boxes = boxes.boxes_xywh if chosen is None else boxes.boxes_xywh[chosen] * (chosen >= 0)[:, None]
-    return Judgement(
+            results, _ = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
+            if config.save_predictions:
+                coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
+            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend)
+            notes = [boxes.told] * bool(boxes.told) + describe_unmeasured(people, skeleton)
+            notes += explain_metrics(metrics, matched, people, skeleton)
+            computed = [(metrics, curves, measure_keypoints(matched, people, skeleton), tuple(notes))]
+        except (UserError, OSError) as error:  # the other ranks wait for the metrics
+            computed = [str(error)]
+    message = broadcast_object_list(computed)[0]
+    if isinstance(message, str):
+        raise UserError(message)
+    metrics, curves, quality, notes = message
+    return EvaluationResult(
         metrics=metrics,
-        predictions=own,
-        boxes_xywh=own_boxes,
-        joints=joint_values,
+        predictions=matched,
+        boxes_xywh=boxes.boxes_xywh if matches is None else boxes.boxes_xywh[matches] * (matches >= 0)[:, None],
+        joints=quality,
         curves=curves,
         notes=notes,
         seconds=seconds,
     )
 
 
-def _measured(
-    predictions: Predictions,
-    own: Predictions,
-    boxes: Boxes,
-    people: People,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-    name: str,
-) -> tuple[Metrics, ap.Curves, Joints, tuple[str, ...]]:
-    found, _ = ap.results(predictions, boxes, skeleton, data, config)
-    if config.save_predictions:
-        ap.save(found, predictions_file(config.save_predictions, name), people, skeleton)
-    metrics, curves = ap.scored(found, people, skeleton, config.backend)
-    values = joints_of(own, people, skeleton)
-    notes = [boxes.told] * bool(boxes.told) + missing(people, skeleton) + explained(metrics, own, people, skeleton)
-    return metrics, curves, values, tuple(notes)
-
-
-def joints_of(own: Predictions, people: People, skeleton: Skeleton) -> Joints:
+def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> KeypointQuality:
     """What each keypoint is worth, of predictions in the order of the people's rows."""
     areas = np.asarray(people.rows["area"][:], dtype=np.float64)
     labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
-    return joints(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
+    return measure_points(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
 
 
-def coco_ap(
-    predictions: Predictions,
-    people: People,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-    boxes: Boxes | None = None,
-) -> Metrics:
-    """COCO's keypoint metrics of predictions of the people, or of other boxes."""
-    found, _ = ap.results(predictions, boxes or detections.of_people(people), skeleton, data, config)
-    return ap.metrics_of(found, people, skeleton, config.backend)
-
-
-def nearest(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
+def match_predictions(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
     """For each labelled person the prediction in the picture with the highest OKS; scores of 0 where there is none."""
-    return _chosen(predictions, nearest_boxes(predictions, boxes, people, skeleton))
+    return _select(predictions, match_boxes(predictions, boxes, people, skeleton))
 
 
-def nearest_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Int[Array, "n"]:
+def match_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Int[Array, "n"]:
     """For each labelled person which box that is; -1 where the picture has none."""
     by_image: dict[int, list[int]] = defaultdict(list)
     for index, image_id in enumerate(boxes.image_ids.tolist()):
@@ -201,7 +150,7 @@ def nearest_boxes(predictions: Predictions, boxes: Boxes, people: People, skelet
     return chosen
 
 
-def _chosen(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
+def _select(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
     there = chosen >= 0
     return Predictions(
         points_xy=predictions.points_xy[chosen] * there[:, None, None],
@@ -213,21 +162,21 @@ def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> 
     return oks(label[:, :2], others_xy, np.full(len(others_xy), area), skeleton.sigmas, label[:, 2] > 0)
 
 
-def missing(people: People, skeleton: Skeleton) -> list[str]:
+def describe_unmeasured(people: People, skeleton: Skeleton) -> list[str]:
     """Labelled people whom the numbers do not count, in a line, if there are any."""
-    ids = ap.left_out(people, skeleton.num_keypoints)
+    ids = read_ground_truth(people, skeleton.num_keypoints).unmeasured_ids
     named = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
     why = "a box without area, or a picture that does not decode"
     return [f"{len(ids)} labelled people of {people.annotations.name} are not measured: {why}: {named}"] if ids else []
 
 
-def explained(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:
+def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:
     """Why metrics are -1 (nobody to measure) or 0, a line each."""
     lines = []
     for name, sizes in (("AP_M", "32^2 to 96^2"), ("AP_L", "above 96^2")):
         if metrics[name] < 0 <= metrics["AP"]:
             lines.append(f"{name}: no labelled person has an area of {sizes} px; COCO's -1")
-    for part in (*ap.parts_of(skeleton), "whole"):
+    for part in (*coco_metrics.body_parts(skeleton), "whole"):
         if metrics.get(f"{part}/AP", metrics["AP"]) < 0:
             which = "keypoint" if part == "whole" else f"keypoint of part {part}"
             lines.append(f"{part} AP: nobody in {people.annotations.name} has a labelled {which} in range; COCO's -1")
@@ -250,25 +199,27 @@ def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> s
     )
 
 
-def predictions_file(given: str, name: str) -> Path:
+def predictions_path(given: str, name: str) -> Path:
     """The file of predictions of one of several: results.json becomes results_NAME.json."""
     file, plain = Path(given), re.sub(r"[^\w.]+", "_", name).strip("_")
     return file.with_name(f"{file.stem}_{plain}{file.suffix}") if plain else file
 
 
-def summary(rows: dict[str, Judgement], config: EvalConfig, skeleton: Skeleton) -> str:
+def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skeleton: Skeleton) -> str:
     """The table of what was judged, what augmentation adds and costs, single keypoints of one row, and the notes."""
     metrics = {name: judged.metrics for name, judged in rows.items()}
-    parts = [table(metrics, protocol(config))]
-    parts.append("\n".join(tables.costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
-    if skeleton.num_keypoints <= SHOWN_JOINTS:
+    parts = [format_table(metrics, format_protocol(config))]
+    parts.append("\n".join(tables.format_costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
+    if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
         name, judged = list(rows.items())[-1]
-        parts.append(f"{name}: {tables.joint_table(judged.joints, skeleton)}")
+        parts.append(f"{name}: {tables.format_keypoints(judged.joints, skeleton)}")
     notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
     return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
 
 
-def record(file: Path, rows: dict[str, Judgement], hows: dict[str, EvalConfig], skeleton: Skeleton) -> None:
+def save_metrics(
+    file: Path, rows: dict[str, EvaluationResult], hows: dict[str, EvalConfig], skeleton: Skeleton
+) -> None:
     """Add rows, and how each was measured, to a JSON.
 
     Raises:
@@ -280,6 +231,6 @@ def record(file: Path, rows: dict[str, Judgement], hows: dict[str, EvalConfig], 
     except ValueError as error:
         raise UserError(f"{file}: not JSON: {error}; move it away") from None
     for name, judged in rows.items():
-        more = {"seconds": judged.seconds, "joints": tables.joint_numbers(judged.joints, skeleton)}
-        known[name] = {**judged.metrics, **how(hows[name]), **more}
+        more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.joints, skeleton)}
+        known[name] = {**judged.metrics, **protocol_settings(hows[name]), **more}
     file.write_text(json.dumps(known, indent=2))

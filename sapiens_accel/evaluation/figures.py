@@ -14,21 +14,21 @@ from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.evaluation import predict, tables
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.error_analysis import Diagnosis, Kind, Reason, diagnose
-from sapiens_accel.evaluation.evaluate import Judgement
+from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.predict import Network, Predictions
 from sapiens_accel.pose import draw, geometry
-from sapiens_accel.pose.draw import Colour
+from sapiens_accel.pose.draw import Color
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import read_image
 
 PERSON_HW = (384, 384)
 PANEL_HW = (384, 320)
-OF_MANY_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
+DENSE_PANEL_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
 AROUND = 1.25  # of the box, so that what is next to a person is seen too
 SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labelled not at all
 # Told apart without red and green, on bright and on dark paper.
-COLOURS: dict[Kind, Colour] = {
+ERROR_COLORS: dict[Kind, Color] = {
     Kind.GOOD: (46, 160, 110),
     Kind.IMPRECISE: (230, 180, 20),
     Kind.SWAPPED: (190, 100, 220),
@@ -61,18 +61,18 @@ class Case:
 
     @property
     def picture(self) -> Picture:
-        return draw.headed(np.concatenate(self.panels, axis=1), self.title)
+        return draw.add_header(np.concatenate(self.panels, axis=1), self.title)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class ErrorAnalysis:
     """What went wrong with everybody, and pictures of the worst."""
 
     diagnosis: Diagnosis
     cases: tuple[Case, ...]
 
 
-def told(findings: dict[str, Findings]) -> list[str]:
+def format_worst_people(findings: dict[str, ErrorAnalysis]) -> list[str]:
     """The worst people of each row in words: a paragraph each, a line for a person."""
     return [
         "\n".join([f"{name}: people of the lowest OKS", *(f"  {case.title}" for case in found.cases)])
@@ -81,15 +81,15 @@ def told(findings: dict[str, Findings]) -> list[str]:
     ]
 
 
-def of_networks(
-    judged: Judgement,
+def analyze_networks(
+    judged: EvaluationResult,
     people: People,
     skeleton: Skeleton,
     networks: Sequence[Network],
     data: DataConfig,
     config: EvalConfig,
     device: torch.device,
-) -> Findings:
+) -> ErrorAnalysis:
     """The worst `config.num_worst` of an evaluation, with heatmaps, which are computed again. On one rank.
 
     Raises:
@@ -101,18 +101,18 @@ def of_networks(
         image_ids=np.asarray(people.rows["image_id"][:]),
         boxes_xywh=judged.boxes_xywh,
         scores=np.ones(len(people)),
-        source=tables.boxes_in_words(config),
+        source=tables.describe_boxes(config),
         labelled=False,
     )
 
     def heatmaps(chosen: list[int]) -> tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]:
         few = _few(boxes, chosen)
-        maps = predict.heatmaps(networks, few, skeleton, data, config, device=device)
-        crops = [geometry.box_crop(box, data.box_padding, networks[0].codec.input_hw) for box in few.boxes_xywh]
+        maps = predict.predict_heatmaps(networks, few, skeleton, data, config, device=device)
+        crops = [geometry.crop_around_box(box, data.box_padding, networks[0].codec.input_hw) for box in few.boxes_xywh]
         # The corners of a heatmap are those of the crop.
         return maps, np.stack([crop.matrix((maps.shape[2], maps.shape[3])) for crop in crops])
 
-    return find(judged.predictions, people, skeleton, config.num_worst, judged.boxes_xywh, heatmaps)
+    return analyze_predictions(judged.predictions, people, skeleton, config.num_worst, judged.boxes_xywh, heatmaps)
 
 
 def _few(boxes: Boxes, chosen: list[int]) -> Boxes:
@@ -125,14 +125,14 @@ def _few(boxes: Boxes, chosen: list[int]) -> Boxes:
     )
 
 
-def find(
+def analyze_predictions(
     predictions: Predictions,
     people: People,
     skeleton: Skeleton,
     num: int,
     boxes_xywh: Float[Array, "n 4"] | None = None,
     heatmaps: Heatmaps | None = None,
-) -> Findings:
+) -> ErrorAnalysis:
     """Diagnose everybody, and draw the `num` people of the lowest OKS.
 
     Args:
@@ -146,7 +146,7 @@ def find(
     looked = own if boxes_xywh is None else boxes_xywh
     seen = [index for index in chosen if looked[index, 2:].all()]
     maps = dict(zip(seen, zip(*heatmaps(seen), strict=True), strict=True)) if heatmaps and seen else {}
-    panel_hw = OF_MANY_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
+    panel_hw = DENSE_PANEL_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
     cases = []
     for index in chosen:
         row = people.rows[index]
@@ -165,7 +165,7 @@ def find(
                 panels=tuple(panels),
             )
         )
-    return Findings(diagnosis=found, cases=tuple(cases))
+    return ErrorAnalysis(diagnosis=found, cases=tuple(cases))
 
 
 def _frame(
@@ -175,7 +175,7 @@ def _frame(
     several = np.stack([box_xywh, other_xywh] if other_xywh[2:].all() else [box_xywh])
     corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[label[:, 2] > 0, :2]])
     low, high = corners.min(axis=0), corners.max(axis=0)
-    size_wh = geometry.with_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), panel_hw)
+    size_wh = geometry.fit_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), panel_hw)
     return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
 
 
@@ -192,14 +192,14 @@ def _panels(
     true_xy, found_xy = geometry.apply(panel, label[:, :2]), geometry.apply(panel, predictions.points_xy[person])
     there, labelled = bool(found.found[person]), label[:, 2] > 0
     shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labelled, 0.5, 0.0)) * there
-    colours = [COLOURS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
+    colours = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
     missed = found_xy if there else true_xy  # of nobody: a dot where each joint is
-    kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in COLOURS.items()]
-    strips = [draw.sides(width), draw.ramp(width), draw.key(width, kind_of)]
+    kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in ERROR_COLORS.items()]
+    strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     pictures = [
-        draw.person(image, true_xy, label[:, 2] / 2, skeleton),
-        draw.person(image, found_xy, shown, skeleton, scores),
-        draw.displaced(image, missed, true_xy, labelled, colours),
+        draw.draw_person(image, true_xy, label[:, 2] / 2, skeleton),
+        draw.draw_person(image, found_xy, shown, skeleton, scores),
+        draw.draw_displacements(image, missed, true_xy, labelled, colours),
     ]
     return [np.concatenate(both) for both in zip(strips, pictures, strict=True)]
 
@@ -212,34 +212,36 @@ def _heat(
     """Heatmaps where they are in the picture."""
     width = image.shape[1]
     if seen is None:
-        return np.concatenate([draw.key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
+        return np.concatenate([draw.draw_key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
     maps, heatmap_from_image = seen
     place = np.vstack([panel, [0, 0, 1]]) @ np.vstack([geometry.invert(heatmap_from_image), [0, 0, 1]])
     top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), place[:2], (image.shape[0], width))
-    strip = draw.key(width, [(f"heatmaps, the highest at each pixel; peak {maps.max():.2f}", (0, 0, 0))])
-    return np.concatenate([strip, draw.overlay(image, top[None], np.ones(1))])
+    strip = draw.draw_key(width, [(f"heatmaps, the highest at each pixel; peak {maps.max():.2f}", (0, 0, 0))])
+    return np.concatenate([strip, draw.overlay_heatmaps(image, top[None], np.ones(1))])
 
 
-def save(findings: Findings, folder: Path, name: str) -> list[Path]:
+def save_figures(findings: ErrorAnalysis, folder: Path, name: str) -> list[Path]:
     """Write FOLDER/NAME_01.png and so on, instead of those that an earlier evaluation wrote."""
     for stale in folder.glob(f"{_literal(name)}_[0-9][0-9]*.png"):
         stale.unlink()
-    return [draw.save(case.picture, folder / f"{name}_{i:02d}.png") for i, case in enumerate(findings.cases, start=1)]
+    return [
+        draw.save_image(case.picture, folder / f"{name}_{i:02d}.png") for i, case in enumerate(findings.cases, start=1)
+    ]
 
 
 def _literal(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in name)
 
 
-def sheet(findings: Findings) -> Picture:
+def draw_sheet(findings: ErrorAnalysis) -> Picture:
     """All cases as one picture, two in a row."""
     pictures = [case.picture for case in findings.cases]
     height = max(len(picture) for picture in pictures)
     padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures]
-    return draw.grid(padded, columns=min(2, len(padded)))
+    return draw.arrange_grid(padded, columns=min(2, len(padded)))
 
 
-def prediction_picture(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> Picture:
+def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> Picture:
     """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2), by confidence."""
     chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
     boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)
@@ -250,10 +252,10 @@ def prediction_picture(predictions: Predictions, people: People, skeleton: Skele
         matrix = Crop(center_xy=(x + w / 2, y + h / 2), size_wh=(side, side)).matrix(PERSON_HW)
         image = geometry.warp(read_image(people.root / people.rows[int(index)]["file_name"]), matrix, PERSON_HW)
         labels, found = keypoints[index], geometry.apply(matrix, predictions.points_xy[index])
-        above.append(draw.person(image, geometry.apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
+        above.append(draw.draw_person(image, geometry.apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
         scores = predictions.scores[index]
-        below.append(draw.person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
+        below.append(draw.draw_person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
     # What the colours mean, over each person.
-    rows = [(draw.sides(PERSON_HW[1]), above), (draw.ramp(PERSON_HW[1]), below)]
-    strips = [(np.tile(strip, (1, len(chosen), 1)), draw.grid(row, columns=len(chosen))) for strip, row in rows]
+    rows = [(draw.draw_side_key(PERSON_HW[1]), above), (draw.draw_score_ramp(PERSON_HW[1]), below)]
+    strips = [(np.tile(strip, (1, len(chosen), 1)), draw.arrange_grid(row, columns=len(chosen))) for strip, row in rows]
     return np.concatenate([picture for pair in strips for picture in pair])

@@ -17,13 +17,11 @@ from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import figures as cases
-from sapiens_accel.evaluation import tables
+from sapiens_accel.evaluation import coco_metrics, figures, tables
 from sapiens_accel.evaluation.coco_metrics import METRICS, Curves
 from sapiens_accel.evaluation.error_analysis import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliability
-from sapiens_accel.evaluation.evaluate import SHOWN_JOINTS, Judgement
-from sapiens_accel.evaluation.figures import Case, Findings
+from sapiens_accel.evaluation.evaluate import MAX_SHOWN_KEYPOINTS, EvaluationResult
+from sapiens_accel.evaluation.figures import Case, ErrorAnalysis
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
 
@@ -64,19 +62,22 @@ class BarTable(NamedTuple):
     rows: Sequence[BarRow]
 
 
-def write(
-    given: str,
-    folder: Path,
-    rows: dict[str, Judgement],
+def report_path(name: str, folder: Path) -> Path:
+    """The file that --eval.html names: `auto` is eval.html in the folder of the results."""
+    return folder / "eval.html" if name == AUTO else Path(name)
+
+
+def write_report(
+    file: Path,
+    rows: dict[str, EvaluationResult],
     hows: dict[str, EvalConfig],
-    findings: dict[str, Findings],
+    findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
     about: Sequence[str] = (),
 ) -> Path:
     """Write the page of an evaluation.
 
     Args:
-        given: the file; `auto` is eval.html in `folder`.
         rows, hows: the evaluations by their names in the tables, and the options of each.
         findings: the error analyses of some of them.
         about: which weights and which people, a line each.
@@ -84,50 +85,51 @@ def write(
     Raises:
         UserError: the file cannot be written.
     """
-    file = folder / "eval.html" if given == AUTO else Path(given)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(whole(rows, hows, findings, skeleton, about), encoding="utf-8")
+        file.write_text(render_report(rows, hows, findings, skeleton, about), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--eval.html {file}: not written: {error.strerror}; name another file") from None
     return file
 
 
-def whole(
-    rows: dict[str, Judgement],
+def render_report(
+    rows: dict[str, EvaluationResult],
     hows: dict[str, EvalConfig],
-    findings: dict[str, Findings],
+    findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
     about: Sequence[str] = (),
 ) -> str:
     """The page as text."""
     loader = PackageLoader("sapiens_accel.evaluation", package_path="")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(TEMPLATE)
-    lines = tables.lines({name: judged.metrics for name, judged in rows.items()})
-    costs = tables.costs({n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()})
+    lines = tables.table_rows({name: judged.metrics for name, judged in rows.items()})
+    costs = tables.format_costs(
+        {n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()}
+    )
     notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
     return template.render(
         title=f"Evaluation of {'; '.join(rows)}",
         about=about,
         metric_names=list(METRICS),
-        metrics=[[name, *map(tables.metric, values)] for name, values in lines.items()],
+        metrics=[[name, *map(tables.format_metric, values)] for name, values in lines.items()],
         settings=[_settings(name, rows[name], how) for name, how in hows.items()],
         lines=[*costs, *notes],
         sections=[_section(name, judged, findings.get(name), skeleton) for name, judged in rows.items()],
-        most_rows=SHOWN_JOINTS,
+        most_rows=MAX_SHOWN_KEYPOINTS,
         good_from=f"{GOOD_FROM:g}",
         near_from=f"{NEAR_FROM:g}",
     )
 
 
-def _settings(name: str, judged: Judgement, how: EvalConfig) -> list[str]:
+def _settings(name: str, judged: EvaluationResult, how: EvalConfig) -> list[str]:
     """How a row of the table was measured."""
     scales = " ".join(f"{scale:g}" for scale in how.scales)
-    used = [name, str(len(judged.predictions.scores)), how.split, tables.boxes_in_words(how)]
+    used = [name, str(len(judged.predictions.scores)), how.split, tables.describe_boxes(how)]
     return [*used, "yes" if how.flip else "no", scales, f"{how.nms_threshold:g}", how.backend]
 
 
-def _section(name: str, judged: Judgement, found: Findings | None, skeleton: Skeleton) -> dict[str, Any]:
+def _section(name: str, judged: EvaluationResult, found: ErrorAnalysis | None, skeleton: Skeleton) -> dict[str, Any]:
     curves = _curves(judged.curves)
     section = {
         "name": name,
@@ -166,7 +168,7 @@ def _curves(curves: Curves) -> list[dict[str, str]]:
     return lines
 
 
-def _calibration(judged: Judgement, found: Diagnosis) -> list[dict[str, str]]:
+def _calibration(judged: EvaluationResult, found: Diagnosis) -> list[dict[str, str]]:
     """For each bin of scores the share of its keypoints that is right; of calibrated scores they lie on the line."""
     bins = reliability(found, judged.predictions.scores)
     width = 100 / len(bins.num)
@@ -185,10 +187,10 @@ def _calibration(judged: Judgement, found: Diagnosis) -> list[dict[str, str]]:
 # ---- Bars
 
 
-def _keypoint_table(judged: Judgement, skeleton: Skeleton) -> BarTable:
+def _keypoint_table(judged: EvaluationResult, skeleton: Skeleton) -> BarTable:
     values = judged.joints
     totals = [_keypoint_row("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck)]
-    for part, at in ap.parts_of(skeleton).items():
+    for part, at in coco_metrics.body_parts(skeleton).items():
         counts = values.count[at]
         means = (_mean(values.oks[at], counts), _mean(values.pck[at], counts))
         totals.append(_keypoint_row(part, counts.sum(), *means))
@@ -208,7 +210,7 @@ def _keypoint_row(name: str, count: int, *values: float) -> BarRow:
 def _error_table(found: Diagnosis, skeleton: Skeleton) -> BarTable:
     """For each keypoint the shares of the kinds of error as one bar."""
     counts = found.counts()
-    parts = {"all keypoints": slice(None), **ap.parts_of(skeleton)}
+    parts = {"all keypoints": slice(None), **coco_metrics.body_parts(skeleton)}
     totals = [_error_row(name, counts[:, at].sum(axis=1)) for name, at in parts.items()]
     return BarTable(totals, [_error_row(name, counts[:, k]) for k, name in enumerate(skeleton.names)])
 
@@ -267,13 +269,13 @@ def _case(case: Case) -> dict[str, Any]:
 
 
 def _panel(name: str, image: UInt8[Array, "h w 3"]) -> dict[str, Any]:
-    content = base64.b64encode(draw.jpeg(image, PANEL_BYTES)).decode()
+    content = base64.b64encode(draw.encode_jpeg(image, PANEL_BYTES)).decode()
     return {"name": name, "width": image.shape[1], "height": image.shape[0], "base64": content}
 
 
 def _css(kind: Kind) -> str:
-    return _hex(cases.COLOURS[kind])
+    return _hex(figures.ERROR_COLORS[kind])
 
 
-def _hex(color: draw.Colour) -> str:
+def _hex(color: draw.Color) -> str:
     return "#" + "".join(f"{part:02x}" for part in color)

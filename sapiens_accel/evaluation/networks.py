@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import described
@@ -18,10 +19,11 @@ from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.checkpoint_formats import FILE, SKELETON_FILE, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose
-from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose import infer_skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.infer_skeleton import Category, short
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, words
+from sapiens_accel.runtime import distributed
 
 SHORT = {
     "boxes": "eval.boxes",
@@ -81,7 +83,7 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:count], options
 
 
-def local(reference: str) -> Path:
+def resolve_path(reference: str) -> Path:
     """A path as it is, or a Hub repository's weights, downloaded.
 
     Raises:
@@ -94,13 +96,13 @@ def local(reference: str) -> Path:
     raise UserError(f"{reference}: no such file or folder; expected a run folder, or a file or folder of weights")
 
 
-def run_config(path: Path) -> Path | None:
+def find_run_config(path: Path) -> Path | None:
     """The config.yaml of the run that a folder is, or that weights were trained in."""
     folders = [path, *path.resolve().parents[:3]]
     return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def candidates(path: Path, run: Config, output: Path | None) -> list[Candidate]:
+def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate]:
     """A run folder's stages that have weights, or the weights themselves.
 
     Args:
@@ -118,7 +120,7 @@ def candidates(path: Path, run: Config, output: Path | None) -> list[Candidate]:
     return [Candidate(name=stage, weights=path / stage / "weights", folder=output or path) for stage in stages]
 
 
-def name_of(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
+def choose_name(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
     """What a table calls one of several, or more of them together; those of one name are numbered."""
     if len(group) > 1:
         return "ensemble"
@@ -129,7 +131,7 @@ def name_of(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
     return f"{name} ({number})"
 
 
-def skeleton_of(
+def choose_skeleton(
     several: Sequence[Candidate], annotations: Path, category: str | None, cache: Path
 ) -> tuple[Skeleton, str]:
     """The most keypoints that the annotations have and all of the weights know, and a line on those left out.
@@ -161,7 +163,7 @@ def skeleton_of(
     return _meaning(several[0], there, best), f"{annotations}: {left_out}" if len(best) < (there.count or 0) else ""
 
 
-def own_skeleton(several: Sequence[Candidate]) -> Skeleton:
+def infer_weights_skeleton(several: Sequence[Candidate]) -> Skeleton:
     """The keypoints of the weights themselves, where no labelled people are there to say which are wanted.
 
     That of skeleton.json beside the first weights; else the largest published one that all of them know.
@@ -196,7 +198,7 @@ def _meaning(candidate: Candidate, there: Category, names: Sequence[str]) -> Ske
     stored = _stored(candidate)
     if stored is not None and stored.names == theirs:
         return stored.of(names)
-    return custom.skeleton([replace(there, names=tuple(names))], None)[0]
+    return infer_skeleton.infer_skeleton([replace(there, names=tuple(names))], None)[0]
 
 
 def _stored(candidate: Candidate) -> Skeleton | None:
@@ -224,7 +226,7 @@ def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
     return found.names, count
 
 
-def network(
+def build_network(
     candidate: Candidate, run: Config, skeleton: Skeleton, device: torch.device, autocast: torch.dtype | None = None
 ) -> tuple[Network, str]:
     """A candidate's network on the device, and what became of every tensor of its file.
@@ -244,6 +246,20 @@ def network(
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     return Network(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
+
+
+def build_networks(
+    accelerator: Accelerator, group: Sequence[Candidate], run: Config, skeleton: Skeleton
+) -> list[Network]:
+    """The networks of several weights, on this rank's device and in the launch's precision.
+
+    Raises:
+        UserError: as `build_network`.
+    """
+    autocast = distributed.autocast_dtype(accelerator)
+    built = [build_network(one, run, skeleton, accelerator.device, autocast) for one in group]
+    accelerator.print(*(report for _, report in built), sep="\n")
+    return [network for network, _ in built]
 
 
 def _size_name(found: Weights) -> str:
@@ -266,7 +282,7 @@ def _size_name(found: Weights) -> str:
     return name
 
 
-def variants(config: EvalConfig) -> Iterator[tuple[str, EvalConfig]]:
+def list_variants(config: EvalConfig) -> Iterator[tuple[str, EvalConfig]]:
     """What is asked for, or, with `compare`, first without each kind of augmentation; each by its name.
 
     Raises:

@@ -69,11 +69,11 @@ class Look:
     input_hw: tuple[int, int]
 
     @cached_property
-    def is_own_size(self) -> bool:
+    def is_native_size(self) -> bool:
         return self.input_hw == self.network.codec.input_hw
 
 
-def looks(networks: Sequence[Network], scales: Sequence[float]) -> list[Look]:
+def list_views(networks: Sequence[Network], scales: Sequence[float]) -> list[Look]:
     """Every network at every scale of its own input, in multiples of the patch.
 
     Raises:
@@ -114,7 +114,7 @@ class Crops(Dataset[tuple[Crop, ...]]):
         self, image: UInt8[Array, "h w 3"], index: int, own_hw: tuple[int, int], input_hw: tuple[int, int]
     ) -> Crop:
         # The same part of the picture at every scale: the rectangle has the aspect of the network's own input.
-        matrix = geometry.box_crop(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
+        matrix = geometry.crop_around_box(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
         picture = geometry.warp(image, matrix, input_hw)
         return Crop(torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), torch.from_numpy(matrix))
 
@@ -142,7 +142,7 @@ def predict(
     """
     # Every rank takes as many boxes as the others (a sharded model's forward is a collective); the last ones again.
     mine = [index % len(boxes) for index in range(rank, -(-len(boxes) // num_ranks) * num_ranks, num_ranks)]
-    shown = looks(networks, config.scales)
+    shown = list_views(networks, config.scales)
     loader = DataLoader(
         Subset(Crops(boxes, shown, data.box_padding), mine),
         batch_size=config.batch_size,
@@ -169,7 +169,7 @@ def predict(
 
 
 @torch.no_grad()
-def heatmaps(
+def predict_heatmaps(
     networks: Sequence[Network],
     boxes: Boxes,
     skeleton: Skeleton,
@@ -183,7 +183,7 @@ def heatmaps(
     Raises:
         UserError: as `predict`.
     """
-    shown = looks(networks, config.scales)
+    shown = list_views(networks, config.scales)
     crops, found = Crops(boxes, shown, data.box_padding), []
     with _evaluating([network.model for network in networks]):
         for first in range(0, len(boxes), config.batch_size):
@@ -243,7 +243,7 @@ def _progress(total: int, rank: int) -> tqdm:
 
 def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: Look) -> Float[Tensor, "n 2 3"]:
     """What `matrices` would be at the network's own size: the same rectangle of the picture."""
-    if look.is_own_size:
+    if look.is_native_size:
         return matrices
     (height, width), (own_h, own_w) = look.input_hw, look.network.codec.input_hw
     factors = [(own_w - 1) / (width - 1), (own_h - 1) / (height - 1)]

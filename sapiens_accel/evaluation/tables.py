@@ -7,21 +7,21 @@ from typing import Any
 from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.coco_metrics import METRICS, PARTS, Metrics
-from sapiens_accel.pose.oks import Joints
+from sapiens_accel.pose.oks import KeypointQuality
 from sapiens_accel.pose.skeleton import Skeleton
 
 ROWS = (*(part for part in PARTS if "hand" not in part), "hands")  # shown beside the whole
 
 
-def boxes_in_words(config: EvalConfig) -> str:
+def describe_boxes(config: EvalConfig) -> str:
     return "ground truth" if config.boxes == GROUND_TRUTH else f"detector ({Path(config.boxes).name})"
 
 
-def how(config: EvalConfig) -> dict[str, Any]:
+def protocol_settings(config: EvalConfig) -> dict[str, Any]:
     """What a number must be read with."""
     return {
         "split": config.split,
-        "boxes": boxes_in_words(config),
+        "boxes": describe_boxes(config),
         "flip": config.flip,
         "scales": list(config.scales),
         "score_threshold": config.score_threshold,
@@ -29,14 +29,14 @@ def how(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def protocol(config: EvalConfig) -> str:
+def format_protocol(config: EvalConfig) -> str:
     """The same as a title."""
     given = config.boxes == GROUND_TRUTH
     boxes = "ground-truth boxes" if given else f"detector's boxes ({Path(config.boxes).name})"
-    return f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {augmentation(config)}"
+    return f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {format_augmentation(config)}"
 
 
-def augmentation(config: EvalConfig) -> str:
+def format_augmentation(config: EvalConfig) -> str:
     """Test-time augmentation in words."""
     if config.compare:
         return "augmentation by row"
@@ -45,16 +45,16 @@ def augmentation(config: EvalConfig) -> str:
     return flip if config.scales == (1.0,) else f"{flip}, scales {scales}"
 
 
-def table(rows: dict[str, Metrics], title: str) -> str:
+def format_table(rows: dict[str, Metrics], title: str) -> str:
     """Metrics of several models as text, one line each and one for each part of the body, in percent."""
-    found = lines(rows)
+    found = table_rows(rows)
     width = max(len(name) for name in found)
     head = f"{'':<{width}}" + "".join(f"{name:>7}" for name in METRICS)
-    shown = [f"{name:<{width}}" + "".join(f"{metric(v):>7}" for v in values) for name, values in found.items()]
+    shown = [f"{name:<{width}}" + "".join(f"{format_metric(v):>7}" for v in values) for name, values in found.items()]
     return "\n".join([title, head, *shown])
 
 
-def lines(rows: dict[str, Metrics]) -> dict[str, list[float]]:
+def table_rows(rows: dict[str, Metrics]) -> dict[str, list[float]]:
     """The table's lines by their names: METRICS of each part of the body, and of the whole."""
     return {
         f"{name} {part}".rstrip(): [row[f"{part}/{m}" if part else m] for m in METRICS]
@@ -63,12 +63,12 @@ def lines(rows: dict[str, Metrics]) -> dict[str, list[float]]:
     }
 
 
-def metric(value: float) -> str:
+def format_metric(value: float) -> str:
     """In percent; pycocotools says -1 where there is nobody to measure, as for AP_L without a large person."""
     return f"{100 * value:.1f}" if value >= 0 else "-"
 
 
-def costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
+def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
     """What each row of NAME, VARIANT adds to the first of its name, and costs, a line each."""
     lines, plain = [], {row.split(", ")[0]: row for row in reversed(metrics)}
     for row in metrics:
@@ -79,7 +79,7 @@ def costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
     return lines
 
 
-def joint_table(values: Joints, skeleton: Skeleton) -> str:
+def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
     """OKS and PCK of each keypoint as text, and how sure the network is of them."""
     width = max(len(name) for name in ("all keypoints", *skeleton.names))
     head = f"{'':<{width}}{'labelled':>10}{'OKS':>7}{'PCK@0.2':>9}"
@@ -94,13 +94,13 @@ def _percent(value: float, width: int) -> str:
     return f"{'-':>{width}}" if math.isnan(value) else f"{100 * value:>{width}.1f}"
 
 
-def by_keypoint(values: Joints, skeleton: Skeleton) -> dict[str, dict[str, float | None]]:
+def keypoint_scalars(values: KeypointQuality, skeleton: Skeleton) -> dict[str, dict[str, float | None]]:
     """OKS and PCK of each keypoint by its name; what nobody has is null."""
     columns = {"OKS": values.oks.tolist(), "PCK@0.2": values.pck.tolist()}
     return {k: dict(zip(skeleton.names, map(_number, column), strict=True)) for k, column in columns.items()}
 
 
-def joint_numbers(values: Joints, skeleton: Skeleton) -> dict[str, Any]:
+def keypoint_statistics(values: KeypointQuality, skeleton: Skeleton) -> dict[str, Any]:
     """The same for a JSON: what nobody has is null."""
     rows = zip(skeleton.names, values.count.tolist(), values.oks.tolist(), values.pck.tolist(), strict=True)
     of_joints = {n: {"people": count, "OKS": _number(oks), "PCK@0.2": _number(pck)} for n, count, oks, pck in rows}

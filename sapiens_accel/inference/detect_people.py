@@ -23,7 +23,7 @@ from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import detections as boxes_json
 from sapiens_accel.data.detections import Found
 from sapiens_accel.errors import UserError
-from sapiens_accel.inference import media as pictures
+from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import Pictures
 
@@ -142,12 +142,12 @@ def main(words: Sequence[str]) -> None:
 
 
 def _pictures(asked: Any) -> Pictures:
-    if not pictures.is_video(asked.pictures):
+    if not media.is_video(asked.pictures):
         if asked.frames or asked.every:
             raise UserError(f"{asked.pictures}: --every and --frames are of a video; this is none")
-        return pictures.find(asked.pictures)
+        return media.find_images(asked.pictures)
     folder = asked.frames or asked.out.parent / asked.pictures.stem
-    return pictures.write_frames(asked.pictures, folder, asked.every or 1)
+    return media.write_frames(asked.pictures, folder, asked.every or 1)
 
 
 def _device(name: str | None) -> torch.device:

@@ -92,7 +92,7 @@ class Detector:
             _Files(root, names),
             batch_size=batch_size,
             num_workers=num_workers,
-            collate_fn=partial(prepare, self.processor),
+            collate_fn=partial(prepare_batch, self.processor),
             worker_init_fn=begin_worker,
         )
         for batch in loader:
@@ -116,7 +116,7 @@ class Detector:
         sides = corners[:, 1] - corners[:, 0]
         kept = np.flatnonzero(np.isin(labels, self.people) & (sides >= SMALLEST).all(axis=1))
         found = np.concatenate([corners[:, 0], sides], axis=1)[kept]
-        chosen = suppress(found, scores[kept], self.max_iou)
+        chosen = non_maximum_suppression(found, scores[kept], self.max_iou)
         return Found(found[chosen], scores[kept][chosen])
 
 
@@ -140,14 +140,16 @@ class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
         return photo.whole_image(self.root / self.names[index])
 
 
-def prepare(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:
+def prepare_batch(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:
     """A batch of pictures for the network; in the reading processes, so that the device does not wait."""
     seen = [image for image in images if image is not None]
     inputs = processor(images=seen, input_data_format="channels_last", return_tensors="pt") if seen else {}
     return Prepared(dict(inputs), [None if image is None else image.shape[:2] for image in images])
 
 
-def suppress(boxes_xywh: Float[Array, "n 4"], scores: Float[Array, "n"], max_iou: float) -> Int[Array, "m"]:
+def non_maximum_suppression(
+    boxes_xywh: Float[Array, "n 4"], scores: Float[Array, "n"], max_iou: float
+) -> Int[Array, "m"]:
     """Indices of the boxes that stay, best first: of two whose intersection over union is above `max_iou`, one."""
     left, kept = np.argsort(-scores, kind="stable"), []
     low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]

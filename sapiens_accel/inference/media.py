@@ -35,7 +35,7 @@ def is_video(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in VIDEOS
 
 
-def find(path: Path) -> Pictures:
+def find_images(path: Path) -> Pictures:
     """A picture alone, or all pictures in and below a folder.
 
     Raises:
@@ -62,7 +62,7 @@ def find(path: Path) -> Pictures:
     return Pictures(root=path, names=names, told=told if videos else "")
 
 
-def sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
+def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
     """Height and width (px) of every picture, turned as its EXIF data says; None for one that does not decode."""
 
     def size(name: str) -> tuple[int, int] | None:
@@ -82,7 +82,7 @@ def frame_name(video: Path, index: int, suffix: str = ".jpg") -> str:
     return f"{video.stem}_{index:06d}{suffix}"
 
 
-def frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w 3"]]]:
+def read_frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w 3"]]]:
     """Every n-th frame, RGB, with its number from 0; one at a time is in memory.
 
     Raises:
@@ -103,7 +103,7 @@ def frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w
         raise UserError(f"{video}: no frame of it decodes; expected a video that OpenCV (FFmpeg) reads")
 
 
-def length(video: Path) -> tuple[int, float]:
+def video_length(video: Path) -> tuple[int, float]:
     """How many frames it says to have, or, where it does not tell, has; and how many a second.
 
     Raises:
@@ -114,7 +114,7 @@ def length(video: Path) -> tuple[int, float]:
     capture.release()
     usual = np.isfinite(rate) and 0 < rate <= 1000
     known = np.isfinite(num) and num >= 1
-    return int(num) if known else sum(1 for _ in frames(video)), float(rate) if usual else USUAL_RATE
+    return int(num) if known else sum(1 for _ in read_frames(video)), float(rate) if usual else USUAL_RATE
 
 
 def _opened(video: Path) -> cv2.VideoCapture:
@@ -136,18 +136,18 @@ def write_frames(video: Path, folder: Path, every: int) -> Pictures:
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    total = -(-length(video)[0] // every)
-    shown = tqdm(frames(video, every), total=total, desc="frames", unit="frame", disable=None, leave=False)
+    total = -(-video_length(video)[0] // every)
+    shown = tqdm(read_frames(video, every), total=total, desc="frames", unit="frame", disable=None, leave=False)
     for index, frame in shown:
         names.append(frame_name(video, index))
         if not (folder / names[-1]).is_file():
             temporary = folder / f".{names[-1]}"
-            save(frame, temporary)
+            save_image(frame, temporary)
             temporary.replace(folder / names[-1])
     return Pictures(root=folder, names=names)
 
 
-def save(picture: UInt8[Array, "h w 3"], path: Path) -> None:
+def save_image(picture: UInt8[Array, "h w 3"], path: Path) -> None:
     """Write a picture by its name's ending.
 
     Raises:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
-from sapiens_accel.inference import media as pictures
+from sapiens_accel.inference import media
 from sapiens_accel.inference.media import Film
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
@@ -30,7 +30,7 @@ class Person(NamedTuple):
     box_score: float
 
 
-class KeypointsFile:
+class KeypointsWriter:
     """A COCO annotation file that is written picture by picture, and appears under its name when it is whole.
 
     `keypoints` are COCO's x, y, v: v is 2 where a keypoint's score is above the threshold, else 0, and then x and
@@ -104,7 +104,7 @@ class Piece:
     bad: list[str]
 
 
-class Gallery:
+class MediaWriter:
     """FOLDER/keypoints.json, and drawn/ (the pictures by their names) or, of a video, drawn.mp4. Of one process alone.
 
     Args:
@@ -117,9 +117,9 @@ class Gallery:
     ) -> None:
         self.path, self.folder, self.skeleton, self.about = path, folder, skeleton, about
         self.draws, self.threshold = evaluation.num_pictures > 0, evaluation.score_threshold
-        is_video = pictures.is_video(path)
-        self.film = Film(folder / "drawn.mp4", pictures.length(path)[1]) if is_video else None
-        self.file = KeypointsFile(
+        is_video = media.is_video(path)
+        self.film = Film(folder / "drawn.mp4", media.video_length(path)[1]) if is_video else None
+        self.file = KeypointsWriter(
             folder / "keypoints.json", skeleton, self.threshold, {**about, "pictures": str(path.resolve())}
         )
         self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
@@ -139,11 +139,11 @@ class Gallery:
         if people:
             points_xy = np.stack([person.points_xy for person in people])
             shown = np.stack([person.scores for person in people]) > self.threshold
-            picture = draw.people_on(picture, points_xy, shown, self.skeleton)
+            picture = draw.draw_people(picture, points_xy, shown, self.skeleton)
         if self.film is not None:
             self.film.add(picture)
         else:
-            pictures.save(picture, self.folder / "drawn" / name)
+            media.save_image(picture, self.folder / "drawn" / name)
 
     def close(self) -> str:
         """Finish the files; what was found and where it is."""

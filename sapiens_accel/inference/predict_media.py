@@ -24,9 +24,9 @@ from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
 from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import Network, predict
-from sapiens_accel.inference import media as pictures
+from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
-from sapiens_accel.inference.outputs import Gallery, Person, Piece
+from sapiens_accel.inference.outputs import MediaWriter, Person, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import Skeleton
@@ -54,7 +54,7 @@ class Task:
     boxes: str
 
 
-def look(accelerator: Accelerator, several: Sequence[Candidate], run: Config) -> None:
+def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: Config) -> None:
     """Find everybody's keypoints in `run.eval.images` with each run's last stage, each weights, or all as one.
 
     All ranks must call it; rank 0 writes FOLDER/images/NAME/keypoints.json and, beside it, drawn/ or drawn.mp4.
@@ -72,13 +72,10 @@ def look(accelerator: Accelerator, several: Sequence[Candidate], run: Config) ->
     names, told = _names(path)
     if told:
         accelerator.print(told)
-    skeleton = candidates.own_skeleton(several)
+    skeleton = candidates.infer_weights_skeleton(several)
     where, boxes = _where(accelerator, evaluation, names, run.data.num_workers)
-    autocast = distributed.autocast_dtype(accelerator)
     for group in groups:
-        built = [candidates.network(one, run, skeleton, accelerator.device, autocast) for one in group]
-        accelerator.print(*(told for _, told in built), sep="\n")
-        networks = [network for network, _ in built]
+        networks = candidates.build_networks(accelerator, group, run, skeleton)
         task = Task(path=path, run=run, skeleton=skeleton, networks=networks, where=where, boxes=boxes)
         folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
         _look_at(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
@@ -98,10 +95,10 @@ def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[C
 
 def _names(path: Path) -> tuple[list[str], str]:
     """The names of all pictures, of a video's frames as many as it says to have; and what is left out, in a line."""
-    if not pictures.is_video(path):
-        found = pictures.find(path)
+    if not media.is_video(path):
+        found = media.find_images(path)
         return found.names, found.told
-    return [pictures.frame_name(path, index) for index in range(pictures.length(path)[0])], ""
+    return [media.frame_name(path, index) for index in range(media.video_length(path)[0])], ""
 
 
 # ---- Where people are
@@ -150,16 +147,16 @@ def _shared_out(
 
 def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Piece]:
     """All pictures of a folder at once, a video's frames some at a time, as pictures in `scratch`."""
-    if not pictures.is_video(path):
-        found = pictures.find(path)
+    if not media.is_video(path):
+        found = media.find_images(path)
         yield _piece(accelerator, found.root, found.names, found.names)
         return
     # Every rank reads them from there: rank 0 alone decodes, and a picture without loss is the frame.
-    frames = pictures.frames(path) if accelerator.is_main_process else iter(())
+    frames = media.read_frames(path) if accelerator.is_main_process else iter(())
     try:
         while indices := _next_frames(path, frames, scratch):
-            files = [pictures.frame_name(path, index, ".png") for index in indices]
-            yield _piece(accelerator, scratch, files, [pictures.frame_name(path, index) for index in indices])
+            files = [media.frame_name(path, index, ".png") for index in indices]
+            yield _piece(accelerator, scratch, files, [media.frame_name(path, index) for index in indices])
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 shutil.rmtree(scratch)
@@ -171,13 +168,13 @@ def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Pie
 def _next_frames(path: Path, frames: Iterator[tuple[int, Any]], scratch: Path) -> list[int]:
     indices = []
     for index, frame in islice(frames, FRAMES):
-        pictures.save(frame, scratch / pictures.frame_name(path, index, ".png"))
+        media.save_image(frame, scratch / media.frame_name(path, index, ".png"))
         indices.append(index)
     return broadcast_object_list([indices])[0]
 
 
 def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Sequence[str]) -> Piece:
-    sizes = _shared_out(accelerator, files, partial(pictures.sizes, root))
+    sizes = _shared_out(accelerator, files, partial(media.read_sizes, root))
     rows = list(zip(files, names, sizes, strict=True))
     return Piece(
         root=root,
@@ -191,7 +188,7 @@ def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Se
 def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
     evaluation = task.run.eval
     about = {"weights": weights, "boxes": task.boxes, "flip": evaluation.flip, "scales": list(evaluation.scales)}
-    made = Gallery(task.path, folder, task.skeleton, evaluation, about) if accelerator.is_main_process else None
+    made = MediaWriter(task.path, folder, task.skeleton, evaluation, about) if accelerator.is_main_process else None
     num_pictures = 0
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_pictures += len(piece.files)
@@ -234,7 +231,7 @@ def _different(people: list[Person], task: Task) -> list[Person]:
     if not people:
         return []
     input_hw, padding = task.networks[0].codec.input_hw, task.run.data.box_padding
-    sizes = [geometry.box_crop(person.box_xywh, padding, input_hw).size_wh for person in people]
+    sizes = [geometry.crop_around_box(person.box_xywh, padding, input_hw).size_wh for person in people]
     areas = np.array([width * height for width, height in sizes])
     points_xy = np.stack([person.points_xy for person in people])
     scores = np.array([person.score for person in people])

@@ -262,11 +262,11 @@ def _config(file: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
     return ours, names
 
 
-def _in_order(name_of: Any) -> tuple[str, ...] | None:
+def _in_order(choose_name: Any) -> tuple[str, ...] | None:
     """{0: 'nose', ...} as a tuple; None if it is not that, or has transformers' placeholders LABEL_0, ..."""
-    if not isinstance(name_of, dict) or not all(str(key).isdigit() for key in name_of):
+    if not isinstance(choose_name, dict) or not all(str(key).isdigit() for key in choose_name):
         return None
-    names = tuple(str(name_of[key]) for key in sorted(name_of, key=int))
+    names = tuple(str(choose_name[key]) for key in sorted(choose_name, key=int))
     return None if not names or all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 

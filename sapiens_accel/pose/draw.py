@@ -21,10 +21,10 @@ MANY = 40  # keypoints: more are drawn smaller
 DOT = 1  # px: radius of a joint that is close to others
 STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-def person(
+def draw_person(
     image: UInt8[Array, "h w 3"],
     points_xy: Float[Array, "k 2"],
     shown: Float[Array, "k"],
@@ -49,18 +49,18 @@ def person(
             filled = -1 if shown[k] >= 0.75 or radii[k] == DOT else thickness
             if scores is not None and radii[k] > DOT:
                 cv2.circle(canvas, point, radii[k] + 1, (0, 0, 0), filled, cv2.LINE_AA)
-            colour = _colour(skeleton, k, k) if scores is None else confidence(float(scores[k]))
+            colour = _colour(skeleton, k, k) if scores is None else score_color(float(scores[k]))
             cv2.circle(canvas, point, radii[k], colour, filled, cv2.LINE_AA)
     return canvas
 
 
-def confidence(score: float) -> Colour:
+def score_color(score: float) -> Color:
     """The colour of a score: red at 0, yellow at 0.5, blue at 1."""
     r, g, b = (round(float(np.interp(score, (0, 0.5, 1), of))) for of in zip(UNSURE, HALF_SURE, SURE, strict=True))
     return r, g, b
 
 
-def errors(
+def draw_errors(
     image: UInt8[Array, "h w 3"],
     found_xy: Float[Array, "k 2"],
     true_xy: Float[Array, "k 2"],
@@ -73,15 +73,15 @@ def errors(
         found_xy: px of `image`, as `true_xy` is.
         shown: keypoints to draw.
     """
-    return displaced(image, found_xy, true_xy, shown, [NEAR if is_near else FAR for is_near in near])
+    return draw_displacements(image, found_xy, true_xy, shown, [NEAR if is_near else FAR for is_near in near])
 
 
-def displaced(
+def draw_displacements(
     image: UInt8[Array, "h w 3"],
     found_xy: Float[Array, "k 2"],
     true_xy: Float[Array, "k 2"],
     shown: Bool[Array, "k"],
-    colours: Sequence[Colour],
+    colours: Sequence[Color],
 ) -> UInt8[Array, "H W 3"]:
     """`errors`, each in a colour of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
@@ -96,7 +96,7 @@ def displaced(
     return canvas
 
 
-def titled(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO) -> UInt8[Array, "H W 3"]:
+def add_title(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO) -> UInt8[Array, "H W 3"]:
     """The picture at this height (px), under a line of small text."""
     size = (round(picture.shape[1] * height / picture.shape[0]), height)
     canvas = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
@@ -107,7 +107,7 @@ def titled(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO) ->
     return canvas
 
 
-def overlay(
+def overlay_heatmaps(
     image: UInt8[Array, "h w 3"], heatmaps: Float[Array, "k map_h map_w"], weights: Float[Array, "k"]
 ) -> UInt8[Array, "H W 3"]:
     """An enlarged copy under the largest of the heatmaps that have a weight, as colour; where it is 0, as it was."""
@@ -120,23 +120,23 @@ def overlay(
     return (cv2.resize(image, size) * (1 - opacity) + heat * opacity).round().astype(np.uint8)
 
 
-def sides(width: int) -> UInt8[Array, "h w 3"]:
+def draw_side_key(width: int) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) over a person as labelled."""
-    return key(width, [("labelled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
+    return draw_key(width, [("labelled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
 
 
-def ramp(width: int) -> UInt8[Array, "h w 3"]:
+def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) that tells which colour is which score."""
     strip = np.full((STRIP, width, 3), PAPER, np.uint8)
     left, right = width * 3 // 8, width - width // 16
     for x in range(left, right):
-        strip[5:-5, x] = confidence((x - left) / (right - 1 - left))
+        strip[5:-5, x] = score_color((x - left) / (right - 1 - left))
     _text(strip, "predicted: score 0", 6, INK)
     _text(strip, "1", right + 6, INK)
     return strip
 
 
-def key(width: int, entries: Sequence[tuple[str, Colour]]) -> UInt8[Array, "h w 3"]:
+def draw_key(width: int, entries: Sequence[tuple[str, Color]]) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) that tells what colours mean; a black one is no colour, but a word."""
     strip, x = np.full((STRIP, width, 3), PAPER, np.uint8), 6
     for text, colour in entries:
@@ -147,16 +147,16 @@ def key(width: int, entries: Sequence[tuple[str, Colour]]) -> UInt8[Array, "h w 
     return strip
 
 
-def headed(picture: UInt8[Array, "h w 3"], text: str) -> UInt8[Array, "H w 3"]:
+def add_header(picture: UInt8[Array, "h w 3"], text: str) -> UInt8[Array, "H w 3"]:
     """The picture under as many strips of text as it takes."""
     lines, width = [""], picture.shape[1] - 12
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if _width(longer) <= width else [*lines, word]
-    return np.concatenate([*(key(picture.shape[1], [(line, (0, 0, 0))]) for line in lines), picture])
+    return np.concatenate([*(draw_key(picture.shape[1], [(line, (0, 0, 0))]) for line in lines), picture])
 
 
-def jpeg(picture: UInt8[Array, "h w 3"], most: int) -> bytes:
+def encode_jpeg(picture: UInt8[Array, "h w 3"], most: int) -> bytes:
     """JPEG of at most this many bytes: of lower quality, then smaller, until it fits."""
     bgr, quality = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), 88
     while True:
@@ -168,7 +168,7 @@ def jpeg(picture: UInt8[Array, "h w 3"], most: int) -> bytes:
             bgr, quality = cv2.resize(bgr, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA), 76
 
 
-def grid(pictures: Sequence[UInt8[Array, "h w 3"]], columns: int) -> UInt8[Array, "H W 3"]:
+def arrange_grid(pictures: Sequence[UInt8[Array, "h w 3"]], columns: int) -> UInt8[Array, "H W 3"]:
     """Pictures of one size, row by row; what is left of the last row stays black."""
     blank = np.zeros_like(pictures[0])
     padded = [*pictures, *[blank] * (-len(pictures) % columns)]
@@ -176,7 +176,7 @@ def grid(pictures: Sequence[UInt8[Array, "h w 3"]], columns: int) -> UInt8[Array
     return np.concatenate(rows, axis=0)
 
 
-def save(picture: UInt8[Array, "h w 3"], path: Path) -> Path:
+def save_image(picture: UInt8[Array, "h w 3"], path: Path) -> Path:
     """Write a PNG or JPEG, by the name's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
@@ -194,7 +194,7 @@ def _enlarged(
     return canvas, [(round((float(x) + 0.5) * factor), round((float(y) + 0.5) * factor)) for x, y in points_xy]
 
 
-def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Colour) -> int:
+def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Color) -> int:
     """Write into a strip, and return how wide it came out (px). Letters that the font lacks become ?."""
     plain = text.encode("ascii", "replace").decode()
     cv2.putText(canvas, plain, (x, STRIP - 6), FONT, 0.38, colour, 1, cv2.LINE_AA)
@@ -219,14 +219,14 @@ def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:
     return max(1, round(canvas.shape[0] / (190 if num_keypoints <= MANY else 400)))
 
 
-def _colour(skeleton: Skeleton, a: int, b: int) -> Colour:
+def _colour(skeleton: Skeleton, a: int, b: int) -> Color:
     sides = {side for k in (a, b) if (side := skeleton.sides[k])}
     if len(sides) != 1:
         return MIDDLE
     return LEFT if "left" in sides else RIGHT
 
 
-def people_on(
+def draw_people(
     image: UInt8[Array, "h w 3"],
     people_xy: Float[Array, "n k 2"],
     shown: Bool[Array, "n k"],

@@ -26,7 +26,7 @@ class Crop:
 
     Attributes:
         center_xy: its centre, image px.
-        size_wh: its width and height, image px; `with_aspect` makes their ratio that of the input.
+        size_wh: its width and height, image px; `fit_aspect` makes their ratio that of the input.
         degrees: how far its content turns in the input picture, clockwise as one sees it (y is down).
         flip: the input picture is mirrored; the caller swaps left and right keypoints.
     """
@@ -54,13 +54,13 @@ class Crop:
         return matrix
 
 
-def box_crop(box_xywh: Float[Array, "4"], padding: float, input_hw: tuple[int, int]) -> Crop:
+def crop_around_box(box_xywh: Float[Array, "4"], padding: float, input_hw: tuple[int, int]) -> Crop:
     """The upright crop around a box (image px): enlarged by `padding`, then the short side to the input's aspect."""
     x, y, w, h = (float(v) for v in box_xywh)
-    return Crop(center_xy=(x + w / 2, y + h / 2), size_wh=with_aspect((w * padding, h * padding), input_hw))
+    return Crop(center_xy=(x + w / 2, y + h / 2), size_wh=fit_aspect((w * padding, h * padding), input_hw))
 
 
-def with_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple[float, float]:
+def fit_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple[float, float]:
     """Grow the short side until width / height is the input's."""
     aspect = input_hw[1] / input_hw[0]
     width, height = size_wh
@@ -106,13 +106,13 @@ def _seen(
     )  # fmt: skip
 
 
-def reduction(crop: Crop, input_hw: tuple[int, int]) -> int:
+def choose_reduction(crop: Crop, input_hw: tuple[int, int]) -> int:
     """How much smaller the image may be decoded, 1, 2, 4 or 8, so that no input pixel is nearer than its pixels are."""
     image_from_input = min(crop.size_wh[0] / (input_hw[1] - 1), crop.size_wh[1] / (input_hw[0] - 1))
     return max(factor for factor in REDUCTIONS if factor <= max(1.0, image_from_input))
 
 
-def of_reduced(matrix: Float[Array, "2 3"], reduction: int) -> Float[Array, "2 3"]:
+def adjust_to_reduction(matrix: Float[Array, "2 3"], reduction: int) -> Float[Array, "2 3"]:
     """input_from_reduced: the same view of an image whose pixels are reduction x reduction pixels' means.
 
     The centre of the first pixel of the reduced image is amid the pixels that it stands for, (reduction - 1) / 2.
@@ -169,11 +169,11 @@ def warp_maps(
     grid_xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
     identity = torch.eye(2, 3, device=matrices.device).expand_as(matrices)
     source_xy = apply_batch(strong_from_weak(identity, matrices), grid_xy.expand(len(maps), -1, 2))
-    source_xy = 2 * shares(source_xy, (input_hw[0] - 1, input_hw[1] - 1)) - 1
+    source_xy = 2 * relative_positions(source_xy, (input_hw[0] - 1, input_hw[1] - 1)) - 1
     return F.grid_sample(maps, source_xy.unflatten(1, (height, width)), align_corners=True)
 
 
-def shares(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
+def relative_positions(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
     """Points as shares of a width and a height; by plain numbers, since a tensor of them would be waited for."""
     x, y = points_xy.unbind(-1)
     return torch.stack([x / size_hw[1], y / size_hw[0]], dim=-1)
@@ -182,7 +182,7 @@ def shares(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Fl
 def in_crop(
     boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
 ) -> Bool[Array, "n k"]:
-    """Which labelled keypoints the upright crop of their person holds, as `geometry.box_crop` cuts it."""
+    """Which labelled keypoints the upright crop of their person holds, as `geometry.crop_around_box` cuts it."""
     aspect = input_hw[1] / input_hw[0]
     width, height = (boxes_xywh[:, 2:] * padding).T
     sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)

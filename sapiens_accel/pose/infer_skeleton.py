@@ -84,7 +84,7 @@ class Given:
 # ---- From a YAML
 
 
-def given(text: str, root: Path) -> Skeleton | Given:
+def load_skeleton(text: str, root: Path) -> Skeleton | Given:
     """What `--data.skeleton` means: a built-in skeleton, or a YAML, relative to here or to the root.
 
     Raises:
@@ -108,10 +108,10 @@ def given(text: str, root: Path) -> Skeleton | Given:
     where = {key: f"{file}: {key}" for key in KEYS}
     return Given(
         file=str(file),
-        names=unique_names(tree.get("names"), where["names"]),
+        names=check_names(tree.get("names"), where["names"]),
         mirror=_pairs(tree.get("mirror"), where["mirror"]),
         sigmas=_sigmas(tree.get("sigmas"), where["sigmas"]),
-        upper=unique_names(tree.get("upper"), where["upper"]),
+        upper=check_names(tree.get("upper"), where["upper"]),
         edges=_pairs(tree.get("edges"), where["edges"]),
     )
 
@@ -141,7 +141,7 @@ def _sigmas(found: Any, where: str) -> Mapping[str, float] | tuple[float, ...] |
 # ---- The skeleton
 
 
-def skeleton(several: Sequence[Category], asked: Skeleton | Given | None) -> tuple[Skeleton, tuple[str, ...]]:
+def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) -> tuple[Skeleton, tuple[str, ...]]:
     """The run's skeleton, and what to say about it.
 
     The keypoints of the first data set, and then those of the others that it lacks; in the order of a built-in skeleton
@@ -210,7 +210,7 @@ def _made(
     if asked.upper is not None:
         upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
     drawn = built_in or next((one for one in PUBLISHED.values() if set(names) <= set(one.names)), None)
-    pairs = [pair for one in several for pair in one.edges] or (pairs_of(drawn) if drawn else ())
+    pairs = [pair for one in several for pair in one.edges] or (edge_names(drawn) if drawn else ())
     alike = {words(name): k for k, name in reversed(list(enumerate(names)))}
     found = [[place.get(name, alike.get(words(name))) for name in pair] for pair in pairs]
     edges = [(a, b) for a, b in found if a is not None and b is not None]
@@ -328,7 +328,7 @@ def _lines(
 # ---- Names
 
 
-def unique_names(found: Any, where: str) -> tuple[str, ...] | None:
+def check_names(found: Any, where: str) -> tuple[str, ...] | None:
     """A list of names, each once, as a tuple; None for None.
 
     Raises:
@@ -355,6 +355,6 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are: {short(list(names))}"
 
 
-def pairs_of(one: Skeleton) -> tuple[tuple[str, str], ...]:
+def edge_names(one: Skeleton) -> tuple[tuple[str, str], ...]:
     """The edges by name."""
     return tuple((one.names[a], one.names[b]) for a, b in one.edges)

@@ -16,7 +16,7 @@ NUM_BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joints:
+class KeypointQuality:
     """How good the labelled keypoints of a set of people are; nan where nobody has one.
 
     Attributes:
@@ -89,14 +89,14 @@ def oks_nms(
     return np.array(kept, dtype=int)
 
 
-def joints(
+def measure_points(
     found_xy: Float[Array, "n k 2"],
     scores: Float[Array, "n k"],
     labels: Float[Array, "n k 3"],
     areas: Float[Array, "n"],
     boxes_xywh: Float[Array, "n 4"],
     sigmas: Sequence[float],
-) -> Joints:
+) -> KeypointQuality:
     """What each keypoint is worth, over the people who have it labelled.
 
     Args:
@@ -108,7 +108,7 @@ def joints(
     similar = similarities(found_xy, labels[..., :2], areas, sigmas)
     distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
     near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]
-    return Joints(
+    return KeypointQuality(
         count=labelled.sum(axis=0),
         oks=_mean(similar, labelled),
         pck=_mean(near, labelled),

@@ -127,7 +127,7 @@ def _score(
         return None
     known = {spec.name for spec in fields(EvalConfig)}
     config = EvalConfig(**{name: value for name, value in run["eval"].items() if name in known})
-    return {**at_step[-1], **evaluate.how(config)}
+    return {**at_step[-1], **evaluate.protocol_settings(config)}
 
 
 def lines_of(run_folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def write(folder: Path, facts: Facts, repo_id: str, licence: Path | None) -> Non
         (folder / PICTURE_NAME).write_bytes(facts.picture)
     picture = draw_curve(facts.lines, facts.stages)
     if picture is not None:
-        draw.save(picture, folder / CURVE_NAME)
+        draw.save_image(picture, folder / CURVE_NAME)
     (folder / "README.md").write_text(
         render(facts, repo_id, has_licence=licence is not None, has_curve=picture is not None)
     )

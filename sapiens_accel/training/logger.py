@@ -22,8 +22,7 @@ from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.evaluation import evaluate, tables
-from sapiens_accel.evaluation import figures as cases
+from sapiens_accel.evaluation import evaluate, figures, tables
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.pose import draw
@@ -302,7 +301,11 @@ class StageLogger:
         return self.evaluated.metrics["AP"] if self.evaluated and self.evaluated.step == step else None
 
     def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions]:
-        return evaluate.score(self.accelerator, model, self.people, codec, self.skeleton, self.run.data, self.run.eval)
+        network = evaluate.wrap_network(self.accelerator, model, codec)
+        result = evaluate.evaluate_networks(
+            self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
+        )
+        return result.metrics, result.predictions
 
     def _probe(self, step: int, objective: Objective) -> dict[str, float]:
         assert isinstance(objective, MeanTeacher) and self.holdout
@@ -340,13 +343,15 @@ class StageLogger:
             )
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.how(self.run.eval)}
+            whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.protocol_settings(self.run.eval)}
             if predictions:
-                whole |= tables.by_keypoint(evaluate.joints_of(predictions, self.people, self.skeleton), self.skeleton)
+                whole |= tables.keypoint_scalars(
+                    evaluate.measure_keypoints(predictions, self.people, self.skeleton), self.skeleton
+                )
             files.write_json(self.context.folder / "eval.json", whole)
             if predictions:  # weights that were kept before the run was resumed have none
                 if num := self.run.eval.num_pictures:
-                    picture = cases.prediction_picture(predictions, self.people, self.skeleton, num)
+                    picture = figures.draw_predictions(predictions, self.people, self.skeleton, num)
                     self._picture("predictions", picture, step)
                 if self.kept is not self.evaluated:  # the image there is shows worse weights
                     self._worst(step, predictions)
@@ -363,14 +368,14 @@ class StageLogger:
     def _worst(self, step: int, predictions: Predictions) -> None:
         """The people of the lowest OKS; without their heatmaps, which would take another forward of all ranks."""
         if num := self.run.eval.num_worst:
-            worst = cases.find(predictions, self.people, self.skeleton, num)
-            self._picture("worst", cases.sheet(worst), step, ending="png")
+            worst = figures.analyze_predictions(predictions, self.people, self.skeleton, num)
+            self._picture("worst", figures.draw_sheet(worst), step, ending="png")
 
     def _picture(
         self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "", ending: str = "jpg"
     ) -> None:
         path = self.run_folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
-        self._on_disk(lambda: draw.save(picture, path))
+        self._on_disk(lambda: draw.save_image(picture, path))
         if self.board:
             self.board.add_image(name, picture, step, dataformats="HWC")
 
@@ -384,9 +389,9 @@ def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skel
         assert isinstance(sample, Labelled)
         image = sample.view.image.permute(1, 2, 0).numpy()
         maps, weights = codec.encode(sample.points_xy[None], sample.weights[None])
-        above.append(draw.person(image, sample.points_xy.numpy(), sample.weights.numpy(), skeleton))
-        below.append(draw.overlay(image, maps[0].numpy(), weights[0].numpy()))
-    return draw.grid([*above, *below], columns=num)
+        above.append(draw.draw_person(image, sample.points_xy.numpy(), sample.weights.numpy(), skeleton))
+        below.append(draw.overlay_heatmaps(image, maps[0].numpy(), weights[0].numpy()))
+    return draw.arrange_grid([*above, *below], columns=num)
 
 
 def _shortened(ann_ids: Sequence[int]) -> str:

@@ -273,7 +273,7 @@ class MeanTeacher:
     def _logs(self, taught: Sequence[Taught], labelled: Sequence[Labelled]) -> dict[str, Tensor]:
         scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
         points_xy, labels_xy = (
-            geometry.shares(torch.cat(points), self.codec.input_hw)
+            geometry.relative_positions(torch.cat(points), self.codec.input_hw)
             for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labelled])
         )
         weights = torch.cat([people.weights for people in labelled])

@@ -61,7 +61,7 @@ class Holdout(Dataset[Known]):
     def __getitem__(self, index: int) -> Known:
         row = self.people.rows[self.chosen[index]]
         rng = default_rng([self.seed, zlib.crc32(b"holdout"), index])
-        base = geometry.box_crop(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
+        base = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
         path = self.people.root / row["file_name"]
         settings = PairSettings(self.augmenter, self.config, self.changes, self.num_cutouts)
         pair, strong = pair_of(path, base, settings, rng)
@@ -156,7 +156,7 @@ def panel(seen: Seen, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     are longer than 5 % of the diagonal.
     """
     columns = [_column(known, taught, skeleton) for known, taught in seen]
-    return draw.grid([cell for row in zip(*columns, strict=True) for cell in row], columns=len(columns))
+    return draw.arrange_grid([cell for row in zip(*columns, strict=True) for cell in row], columns=len(columns))
 
 
 def _column(known: Known, taught: Taught, skeleton: Skeleton) -> list[UInt8[Array, "h w 3"]]:
@@ -175,9 +175,12 @@ def _column(known: Known, taught: Taught, skeleton: Skeleton) -> list[UInt8[Arra
     judged = kept & known.labelled[0].numpy()
     turned = " (mirrored)" if swapped else ""
     return [
-        draw.titled(draw.person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton), f"keeps {kept.sum()}"),
-        draw.titled(draw.person(cut, found_xy, kept.astype(float), skeleton), f"to learn{turned}"),
-        draw.titled(
-            draw.errors(strong, found_xy, true_xy, judged, right), f"{(judged & ~right).sum()} of {judged.sum()} far"
+        draw.add_title(
+            draw.draw_person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton), f"keeps {kept.sum()}"
+        ),
+        draw.add_title(draw.draw_person(cut, found_xy, kept.astype(float), skeleton), f"to learn{turned}"),
+        draw.add_title(
+            draw.draw_errors(strong, found_xy, true_xy, judged, right),
+            f"{(judged & ~right).sum()} of {judged.sum()} far",
         ),
     ]

@@ -25,7 +25,7 @@ from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.data.sampling import Mixture, Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose import infer_skeleton
 from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
 from sapiens_accel.sources import synthetic
@@ -360,7 +360,7 @@ def _refusal(action: Callable[[], object]) -> str:
 def test_a_yaml_that_is_wrong_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "hand.yaml").write_text(text)
     hand = Category(file=Path("hand.json"), categories=(), kind="hand", names=HAND, count=21)
-    said = _refusal(lambda: custom.skeleton([hand], custom.given("hand.yaml", tmp_path)))
+    said = _refusal(lambda: infer_skeleton.infer_skeleton([hand], infer_skeleton.load_skeleton("hand.yaml", tmp_path)))
     assert expected in said and "hand.yaml" in said
 
 
@@ -444,15 +444,18 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_built_in_skeletons_by_their_names(tmp_path: Path) -> None:
     for built_in in (COCO17, WHOLEBODY133):
         kind = {"id": 1, "name": "person", "keypoints": list(built_in.names)}
-        found, told = custom.skeleton([_described(tmp_path, kind)], None)
+        found, told = infer_skeleton.infer_skeleton([_described(tmp_path, kind)], None)
         assert found is built_in and len(told) == 1
     # Spelt otherwise; and the body alone of COCO-WholeBody's five lists.
     spelt = [name.title().replace("_", " ") for name in COCO17.names]
-    assert custom.skeleton([_described(tmp_path, {"id": 1, "name": "person", "keypoints": spelt})], None)[0] is COCO17
+    assert (
+        infer_skeleton.infer_skeleton([_described(tmp_path, {"id": 1, "name": "person", "keypoints": spelt})], None)[0]
+        is COCO17
+    )
     lists = {"keypoints": [0] * 51, "foot_kpts": [], "face_kpts": [], "lefthand_kpts": [], "righthand_kpts": []}
     whole = _described(tmp_path, {"id": 1, "name": "person", "keypoints": list(COCO17.names)}, **lists)
-    assert custom.skeleton([whole], None)[0] is WHOLEBODY133
+    assert infer_skeleton.infer_skeleton([whole], None)[0] is WHOLEBODY133
     assert category.reading(whole, COCO17.names) == category.reading(whole, WHOLEBODY133.names)
-    assert custom.skeleton([whole], custom.given("coco17", tmp_path))[0] is COCO17
+    assert infer_skeleton.infer_skeleton([whole], infer_skeleton.load_skeleton("coco17", tmp_path))[0] is COCO17
     some = category.reading(whole, ("left_wrist", "left_hand_root", "tail"))
     assert some[0].source == (9, 91, -1) and "tail" in some[1]

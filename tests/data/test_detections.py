@@ -43,31 +43,31 @@ def _write(tmp_path: Path, content: Any) -> Path:
 
 
 def test_a_box_a_row_with_its_score_and_picture(people: People, tmp_path: Path) -> None:
-    boxes = detections.open_boxes(str(_write(tmp_path, _found(people))), people)
+    boxes = detections.load_boxes(str(_write(tmp_path, _found(people))), people)
     assert boxes.boxes_xywh == pytest.approx(coco.boxes_of(people.rows))
     assert boxes.scores == pytest.approx(0.9 - 0.1 * np.arange(8))
     assert boxes.file_names == list(people.rows["file_name"][:]) and boxes.root == people.root
     assert boxes.image_ids.tolist() == list(people.rows["image_id"][:])
     assert (boxes.source, boxes.labelled, boxes.told) == ("detector (detector.json)", False, "")
-    own = detections.open_boxes("gt", people)
+    own = detections.load_boxes("gt", people)
     assert (own.source, own.labelled, own.scores.tolist()) == ("ground truth", True, [1.0] * 8)
 
 
 def test_other_pictures_and_other_categories_are_left_out_and_told(people: People, tmp_path: Path) -> None:
     found = _found(people)
     more = [found[0] | {"image_id": 10**9}, found[1] | {"category_id": 3}, found[2] | {"category_id": 44}]
-    boxes = detections.open_boxes(str(_write(tmp_path, [*more, *found])), people)
+    boxes = detections.load_boxes(str(_write(tmp_path, [*more, *found])), people)
     assert len(boxes) == 8
     assert "2 of other categories and 1 of other pictures are left out" in boxes.told
     # Nothing is too unsure: the published evaluation has no threshold on boxes.
-    assert len(detections.open_boxes(str(_write(tmp_path, [found[0] | {"score": 0.001}])), people)) == 1
+    assert len(detections.load_boxes(str(_write(tmp_path, [found[0] | {"score": 0.001}])), people)) == 1
 
 
 def test_a_file_is_found_here_or_in_the_root(people: People, tmp_path: Path) -> None:
     folder = people.root / "boxes"
     folder.mkdir(exist_ok=True)
     (folder / "them.json").write_text(json.dumps(_found(people)))
-    assert len(detections.open_boxes("boxes/them.json", people)) == 8
+    assert len(detections.load_boxes("boxes/them.json", people)) == 8
 
 
 def _without(key: str) -> Callable[[Found], Any]:
@@ -111,7 +111,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 ) -> None:
     file = _write(tmp_path, change(_found(people)))
     with pytest.raises(UserError) as caught:
-        detections.open_boxes(str(file), people)
+        detections.load_boxes(str(file), people)
     text = str(caught.value)
     assert [word for word in [str(file), *named] if word not in text] == [], text
     assert "\n" not in text
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 
 def test_a_file_that_is_not_there_is_refused(people: People) -> None:
     with pytest.raises(UserError, match=r"--eval\.boxes nowhere\.json: no such file"):
-        detections.open_boxes("nowhere.json", people)
+        detections.load_boxes("nowhere.json", people)
 
 
 def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) ->
     (root / "val2017").mkdir()
     moved = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     with pytest.raises(UserError, match=r"detection 0: its picture .*\.jpg is not there"):
-        detections.open_boxes(str(_write(tmp_path, _found(people))), moved)
+        detections.load_boxes(str(_write(tmp_path, _found(people))), moved)
 
 
 def test_a_labelled_box_outside_its_picture_is_refused(people: People, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_labelled_box_outside_its_picture_is_refused(people: People, tmp_path:
     (tmp_path / "val.json").write_text(json.dumps(tree))
     moved = coco.labelled_people(tmp_path, "val.json", "val2017", 17, tmp_path / "cache")
     with pytest.raises(UserError) as caught:
-        detections.of_people(moved)
+        detections.ground_truth_boxes(moved)
     number = tree["annotations"][2]["id"]
     assert f"annotation {number}: its box [2000, 10, 40, 90] is outside picture" in str(caught.value)
 
@@ -148,9 +148,9 @@ def test_a_real_detectors_file_and_one_of_another_set(tmp_path: Path) -> None:
     mini, whole = DATA / "coco_mini", DATA / "coco_wholebody_mini"
     file = whole / "person_detection_results" / "COCO_val2017_detections_AP_H_56_person.json"
     here = coco.labelled_people(whole, VAL, "val2017", 17, tmp_path)
-    boxes = detections.open_boxes(str(file), here)
+    boxes = detections.load_boxes(str(file), here)
     assert len(boxes) == 118 and 0 < boxes.scores.min() < 0.01 < 0.99 < boxes.scores.max()
     assert set(boxes.image_ids.tolist()) == {785, 40083, 196141, 197388}
     other = coco.labelled_people(mini, "annotations/person_keypoints_train2017.json", "train2017", 17, tmp_path)
     with pytest.raises(UserError, match="another image set: none of its 4 pictures"):
-        detections.open_boxes(str(file), other)
+        detections.load_boxes(str(file), other)

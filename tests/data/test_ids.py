@@ -14,6 +14,7 @@ from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.detections import read_detections
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes, coco_metrics
+from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import synthetic
@@ -48,12 +49,12 @@ def _open(root: Path, cache: Path) -> Sets:
 
 def _metrics(sets: Sets) -> dict[str, float]:
     """Of people found where they are labelled, but for one: AP is neither 0 nor 1."""
-    tree = coco_metrics.truth(sets.val, 17)
+    tree = read_ground_truth(sets.val, 17).dataset
     labelled = [person for person in tree["annotations"] if any(person["keypoints"])]
     found = [
         {"image_id": one["image_id"], "category_id": 1, "keypoints": one["keypoints"], "score": 1.0} for one in labelled
     ]
-    return coco_metrics.metrics_of(found[1:], sets.val, COCO17, "pycocotools")
+    return coco_metrics.compute_metrics(found[1:], sets.val, COCO17, "pycocotools")[0]
 
 
 @pytest.mark.parametrize("write", [lambda i: f"{i:012d}", str, float], ids=["twelve digits", "text", "float"])
@@ -63,15 +64,15 @@ def test_ids_are_the_numbers_that_they_are(drawn: Path, tmp_path: Path, write: C
     for one, other in ((ours.train, theirs.train), (ours.val, theirs.val)):
         assert one.rows.to_list() == other.rows.to_list()
     assert _metrics(ours) == _metrics(theirs) and 0 < _metrics(theirs)["AP"] < 1
-    assert coco_metrics.left_out(ours.val, 17) == []
-    assert np.array_equal(boxes.of_people(ours.val).image_ids, boxes.of_people(theirs.val).image_ids)
+    assert read_ground_truth(ours.val, 17).unmeasured_ids == ()
+    assert np.array_equal(boxes.ground_truth_boxes(ours.val).image_ids, boxes.ground_truth_boxes(theirs.val).image_ids)
     # A detector that writes them in the same way finds its images again.
     them = [
         {"image_id": write(image_id), "category_id": 1, "bbox": box, "score": 0.5}
         for image_id, box in zip(theirs.val.rows["image_id"][:], theirs.val.rows["box_xywh"][:], strict=True)
     ]
     (tmp_path / "boxes.json").write_text(json.dumps(them))
-    detected = boxes.open_boxes(str(tmp_path / "boxes.json"), ours.val)
+    detected = boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)
     assert detected.image_ids.tolist() == theirs.val.rows["image_id"][:] and not detected.told
 
 

@@ -182,7 +182,7 @@ def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(skeleton, "_side", lambda *names: read.append(names) or side(*names))
     whole = dataclasses.replace(WHOLEBODY133)
     pairs = examine._sides(whole)
-    draw.person(np.zeros((64, 48, 3), np.uint8), np.full((133, 2), 20.0), np.ones(133), whole)
+    draw.draw_person(np.zeros((64, 48, 3), np.uint8), np.full((133, 2), 20.0), np.ones(133), whole)
     assert len(read) == 133 and len(pairs) > 50
     assert all(whole.names[a].replace("left", "right") == whole.names[b] for a, b in pairs if a < 17)
 
@@ -326,7 +326,7 @@ def test_columns_are_those_of_the_chosen_rows(drawn: Path) -> None:
 
 
 def _renamed(root: Path, names: Sequence[str], order: Sequence[int], *files: str) -> None:
-    """Joints of other names, in another order."""
+    """Keypoints of other names, in another order."""
     for file in files:
         tree = json.loads((root / file).read_text())
         tree["categories"][0] |= {"keypoints": [names[k] for k in order], "skeleton": []}
@@ -534,7 +534,7 @@ def test_in_crop_is_what_the_crop_holds() -> None:
     keypoints = np.concatenate([rng.uniform(-60, 300, (50, 17, 2)), rng.integers(0, 3, (50, 17, 1))], axis=-1)
     inside = geometry.in_crop(boxes, keypoints, 1.25, (64, 48))
     for box, points, ours in zip(boxes, keypoints, inside, strict=True):
-        crop = geometry.box_crop(box, 1.25, (64, 48))
+        crop = geometry.crop_around_box(box, 1.25, (64, 48))
         seen = data.seen_in(crop, points, (64, 48), COCO17)
         expected = ((seen[:, :2] >= 0) & (seen[:, :2] <= (47, 63))).all(axis=1) & (points[:, 2] > 0)
         assert np.array_equal(ours, expected)

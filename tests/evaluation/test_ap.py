@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coco_ap import coco_ap
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -18,8 +19,7 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
-from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import evaluate, tables
+from sapiens_accel.evaluation import coco_metrics, evaluate, tables
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS
 from sapiens_accel.evaluation.evaluate import Predictions
@@ -73,7 +73,7 @@ def _given_back(people: People, boxes: Boxes) -> Predictions:
 
 
 def _measure(people: People, predictions: Predictions, boxes: Boxes, skeleton: Skeleton) -> dict[str, float]:
-    return evaluate.coco_ap(predictions, people, skeleton, DATA, CONFIG, boxes)
+    return coco_ap(predictions, people, skeleton, DATA, CONFIG, boxes)
 
 
 # ---- The truth given back
@@ -83,7 +83,7 @@ def _measure(people: People, predictions: Predictions, boxes: Boxes, skeleton: S
 @pytest.mark.parametrize(("annotations", "skeleton"), [(OF_17, COCO17), (OF_133, WHOLEBODY133)], ids=["17", "133"])
 def test_the_truth_scores_one_in_any_boxes(tmp_path: Path, given: str, annotations: str, skeleton: Skeleton) -> None:
     people = _people(annotations, tmp_path)
-    boxes = detections.open_boxes(given, people)
+    boxes = detections.load_boxes(given, people)
     metrics = _measure(people, _given_back(people, boxes), boxes, skeleton)
     assert [metrics[name] for name in METRICS] == pytest.approx([1.0] * len(METRICS), abs=1e-9)
     parts = PARTS if skeleton is WHOLEBODY133 else ()
@@ -97,10 +97,10 @@ def test_the_truth_scores_one_in_any_boxes(tmp_path: Path, given: str, annotatio
 
 def test_a_part_is_scored_by_its_own_keypoints_alone(tmp_path: Path) -> None:
     people = _people(OF_133, tmp_path)
-    boxes = detections.of_people(people)
+    boxes = detections.ground_truth_boxes(people)
     perfect = _given_back(people, boxes)
     whole = {part: _measure(people, perfect, boxes, WHOLEBODY133)[f"{part}/AP"] for part in PARTS}
-    places = ap.parts_of(WHOLEBODY133)
+    places = coco_metrics.body_parts(WHOLEBODY133)
     assert [places[part].stop - places[part].start for part in PARTS[:-1]] == [17, 6, 68, 21, 21]
     for part, place in places.items():
         moved = perfect.points_xy.copy()
@@ -174,9 +174,9 @@ def _rules_by_hand(predictions: Predictions, boxes: Boxes, skeleton: Skeleton) -
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_stays_of_a_detectors_boxes_is_what_the_published_rules_say(tmp_path: Path, seed: int) -> None:
     people = _people(OF_17, tmp_path)
-    boxes = detections.of_detector(DETECTED, people)
+    boxes = detections.detector_boxes(DETECTED, people)
     predictions = _noisy(people, boxes, COCO17, seed)
-    found, chosen = ap.results(predictions, boxes, COCO17, DATA, CONFIG)
+    found, chosen = coco_metrics.coco_results(predictions, boxes, COCO17, DATA, CONFIG)
     ours = sorted((r["image_id"], int(j), r["score"]) for r, j in zip(found, chosen, strict=True))
     expected = _rules_by_hand(predictions, boxes, COCO17)
     assert [one[:2] for one in ours] == [one[:2] for one in expected]
@@ -200,12 +200,12 @@ def _by_hand(annotations: Path, file: Path, skeleton: Skeleton) -> list[float]:
 
 def test_the_saved_file_scores_the_same_by_hand(tmp_path: Path) -> None:
     people = _people(OF_17, tmp_path)
-    boxes = detections.of_detector(DETECTED, people)
+    boxes = detections.detector_boxes(DETECTED, people)
     predictions = _noisy(people, boxes, COCO17, 0)
-    found, _ = ap.results(predictions, boxes, COCO17, DATA, CONFIG)
+    found, _ = coco_metrics.coco_results(predictions, boxes, COCO17, DATA, CONFIG)
     file = tmp_path / "folder" / "results.json"
-    ap.save(found, file, people, COCO17)
-    ours = ap.metrics_of(found, people, COCO17, "pycocotools")
+    coco_metrics.save_results(found, file, people, COCO17)
+    ours = coco_metrics.compute_metrics(found, people, COCO17, "pycocotools")[0]
     assert _by_hand(REAL / OF_17, file, COCO17) == pytest.approx([ours[name] for name in METRICS], abs=1e-12)
     assert 0.1 < ours["AP"] < 0.9
     saved = json.loads(file.read_text())
@@ -222,14 +222,14 @@ def _as_coco(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 def test_the_saved_file_of_133_has_the_five_lists_and_each_scores_the_same_by_hand(tmp_path: Path) -> None:
     people = _people(OF_133, tmp_path)
-    boxes = detections.of_people(people)
-    found, _ = ap.results(_noisy(people, boxes, WHOLEBODY133, 3), boxes, WHOLEBODY133, DATA, CONFIG)
-    ours = ap.metrics_of(found, people, WHOLEBODY133, "pycocotools")
-    ap.save(found, tmp_path / "whole.json", people, WHOLEBODY133)
+    boxes = detections.ground_truth_boxes(people)
+    found, _ = coco_metrics.coco_results(_noisy(people, boxes, WHOLEBODY133, 3), boxes, WHOLEBODY133, DATA, CONFIG)
+    ours = coco_metrics.compute_metrics(found, people, WHOLEBODY133, "pycocotools")[0]
+    coco_metrics.save_results(found, tmp_path / "whole.json", people, WHOLEBODY133)
     saved, tree = (json.loads(path.read_text()) for path in (tmp_path / "whole.json", REAL / OF_133))
     keys = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
     assert [len(saved[0][key]) for key in keys] == [51, 18, 204, 63, 63]
-    places = ap.parts_of(WHOLEBODY133)
+    places = coco_metrics.body_parts(WHOLEBODY133)
     for part, key in zip(PARTS, keys, strict=False):
         (tmp_path / "truth.json").write_text(json.dumps(_as_coco(tree, key)))
         (tmp_path / "part.json").write_text(json.dumps([{**one, "keypoints": one[key]} for one in saved]))
@@ -256,7 +256,7 @@ def test_any_number_of_keypoints_with_sigmas_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "five.json").write_text(json.dumps(tree))
     people = coco.labelled_people(tmp_path, "five.json", "val2017", 5, tmp_path / "cache")
     people = replace(people, root=REAL)
-    boxes = detections.of_people(people)
+    boxes = detections.ground_truth_boxes(people)
     widths = {}
     for sigma in (0.02, 0.1):
         names = tuple("abcde")
@@ -273,20 +273,22 @@ def test_faster_coco_eval_gives_the_same_six_digits(tmp_path: Path) -> None:
     pytest.importorskip("faster_coco_eval", reason="not installed: faster-coco-eval")
     for annotations, skeleton in ((OF_17, COCO17), (OF_133, WHOLEBODY133)):
         people = _people(annotations, tmp_path)
-        boxes = detections.of_detector(DETECTED, people)
+        boxes = detections.detector_boxes(DETECTED, people)
         for seed in range(3):
-            found, _ = ap.results(_noisy(people, boxes, skeleton, seed), boxes, skeleton, DATA, CONFIG)
-            plain, fast = (ap.metrics_of(found, people, skeleton, b) for b in ("pycocotools", "faster_coco_eval"))
+            found, _ = coco_metrics.coco_results(_noisy(people, boxes, skeleton, seed), boxes, skeleton, DATA, CONFIG)
+            plain, fast = (
+                coco_metrics.compute_metrics(found, people, skeleton, b)[0] for b in ("pycocotools", "faster_coco_eval")
+            )
             assert fast == pytest.approx(plain, abs=5e-7)
             assert 0.05 < plain["AP"] < 0.95
 
 
 def test_a_backend_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     people = _people(OF_17, tmp_path)
-    boxes = detections.of_people(people)
+    boxes = detections.ground_truth_boxes(people)
     monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
     with pytest.raises(UserError, match="pip install faster-coco-eval"):
-        evaluate.coco_ap(_given_back(people, boxes), people, COCO17, DATA, EvalConfig(backend="faster_coco_eval"))
+        coco_ap(_given_back(people, boxes), people, COCO17, DATA, EvalConfig(backend="faster_coco_eval"))
 
 
 # ---- Single keypoints
@@ -298,7 +300,7 @@ def test_keypoints_by_hand() -> None:
     found = np.array([[[10.0, 10], [50, 59]], [[7, 7], [20, 45]]])  # off by 0, 9, (any), 25
     areas, boxes = np.array([900.0, 400.0]), np.array([[0, 0, 30.0, 60], [0, 0, 100.0, 50]])
     scores = np.array([[0.95, 0.55], [0.1, 0.15]])
-    values = score.joints(found, scores, labels, areas, boxes, (0.1, 0.2))
+    values = score.measure_points(found, scores, labels, areas, boxes, (0.1, 0.2))
     terms = [1.0, np.exp(-81 / (2 * 900 * 0.16)), np.exp(-625 / (2 * 400 * 0.16))]
     assert values.count.tolist() == [1, 2]
     assert values.oks.tolist() == pytest.approx([1.0, (terms[1] + terms[2]) / 2], abs=1e-12)
@@ -308,9 +310,9 @@ def test_keypoints_by_hand() -> None:
     # In bins of their own: 0.95 of a right one, 0.55 of a right one (OKS 0.75), 0.15 of a wrong one.
     assert terms[1] > 0.5 > terms[2]
     assert values.ece == pytest.approx((0.05 + 0.45 + 0.15) / 3, abs=1e-12)
-    nobody = score.joints(found, scores, labels * [1, 1, 0], areas, boxes, (0.1, 0.2))
+    nobody = score.measure_points(found, scores, labels * [1, 1, 0], areas, boxes, (0.1, 0.2))
     assert np.isnan([*nobody.oks, *nobody.pck, nobody.mean_oks, nobody.ece]).all()
-    assert tables.joint_numbers(nobody, replace_sigmas(COCO17, slice(0, 2)))["keypoints"]["n0"]["OKS"] is None
+    assert tables.keypoint_statistics(nobody, replace_sigmas(COCO17, slice(0, 2)))["keypoints"]["n0"]["OKS"] is None
 
 
 def test_the_calibration_error_is_that_of_the_definition() -> None:
@@ -329,9 +331,9 @@ def test_the_calibration_error_is_that_of_the_definition() -> None:
 
 def test_the_nearest_prediction_of_a_detectors_boxes_stands_for_a_person(tmp_path: Path) -> None:
     people = _people(OF_17, tmp_path)
-    boxes = detections.of_detector(DETECTED, people)
+    boxes = detections.detector_boxes(DETECTED, people)
     perfect = _given_back(people, boxes)
-    own = evaluate.nearest(perfect, boxes, people, COCO17)
+    own = evaluate.match_predictions(perfect, boxes, people, COCO17)
     labels = _labels(people)
     seen = labels[..., 2] > 0
     assert np.abs((own.points_xy - labels[..., :2])[seen]).max() == 0
@@ -342,7 +344,7 @@ def test_the_nearest_prediction_of_a_detectors_boxes_stands_for_a_person(tmp_pat
     fewer = replace(boxes, file_names=names, **arrays)
     left = Predictions(points_xy=perfect.points_xy[gone], scores=perfect.scores[gone])
     of_785 = np.array(people.rows["image_id"][:]) == 785
-    lost = evaluate.nearest(left, fewer, people, COCO17).scores
+    lost = evaluate.match_predictions(left, fewer, people, COCO17).scores
     assert of_785.any() and (lost[of_785] == 0).all() and (lost[~of_785] > 0).all()
 
 
@@ -351,23 +353,25 @@ def test_the_nearest_prediction_of_a_detectors_boxes_stands_for_a_person(tmp_pat
 
 def test_zeros_and_minus_ones_are_explained(tmp_path: Path) -> None:
     people = _people(OF_133, tmp_path)
-    boxes = detections.of_people(people)
+    boxes = detections.ground_truth_boxes(people)
     far = _given_back(people, boxes)
     far = replace(far, points_xy=far.points_xy + 3000)
-    lines = evaluate.explained(_measure(people, far, boxes, WHOLEBODY133), far, people, WHOLEBODY133)
+    lines = evaluate.explain_metrics(_measure(people, far, boxes, WHOLEBODY133), far, people, WHOLEBODY133)
     assert len(lines) == 1 and "0.00 in the median" in lines[0] and "0.5 is the least" in lines[0]
     metrics = _measure(people, _given_back(people, boxes), boxes, WHOLEBODY133)
-    assert evaluate.explained(metrics, far, people, WHOLEBODY133) == []
+    assert evaluate.explain_metrics(metrics, far, people, WHOLEBODY133) == []
     few = metrics | {"AP_M": -1.0, "face/AP": -1.0}
-    lines = evaluate.explained(few, far, people, WHOLEBODY133)
+    lines = evaluate.explain_metrics(few, far, people, WHOLEBODY133)
     assert len(lines) == 2 and "32^2 to 96^2" in lines[0] and "part face" in lines[1]
     nothing = Predictions(points_xy=far.points_xy, scores=far.scores * 0)
-    assert "no keypoint with a score" in evaluate.explained({**metrics, "AP": 0.0}, nothing, people, WHOLEBODY133)[0]
+    assert (
+        "no keypoint with a score" in evaluate.explain_metrics({**metrics, "AP": 0.0}, nothing, people, WHOLEBODY133)[0]
+    )
 
 
 def test_a_table_has_a_row_for_each_part() -> None:
     row = {f"{part}{name}": 0.5 for part in ("", *(f"{part}/" for part in PARTS)) for name in METRICS}
-    lines = evaluate.table({"phase2": row | {"hands/AP": -1.0}}, "title").splitlines()
+    lines = evaluate.format_table({"phase2": row | {"hands/AP": -1.0}}, "title").splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [*(f"phase2 {p}" for p in tables.ROWS), "phase2"]
     assert tables.ROWS == ("body", "feet", "face", "hands")
     assert lines[5].split()[:4] == ["phase2", "hands", "-", "50.0"]

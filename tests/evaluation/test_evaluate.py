@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from coco_ap import coco_ap
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
@@ -66,7 +67,7 @@ def _predictions(points_xy: Array, scores: Array | None = None) -> Predictions:
 
 
 def _ap(people: People, points_xy: Array, scores: Array | None = None, config: EvalConfig = CONFIG) -> dict[str, float]:
-    return evaluate.coco_ap(_predictions(points_xy, scores), people, COCO17, DATA, config)
+    return coco_ap(_predictions(points_xy, scores), people, COCO17, DATA, config)
 
 
 # ---- COCO AP
@@ -211,9 +212,9 @@ def test_people_who_were_left_out_are_not_missed(crowd: People) -> None:
     assert _ap(left, _perfect(left))["AP"] == pytest.approx(1.0, abs=1e-9)
     # But it is said who they are.
     first = ", ".join(str(ann_id) for ann_id in crowd.rows["ann_id"][:5])
-    (line,) = evaluate.missing(left, COCO17)
+    (line,) = evaluate.describe_unmeasured(left, COCO17)
     assert line.startswith("5 labelled people") and line.endswith(f": {first}")
-    assert evaluate.missing(crowd, COCO17) == []
+    assert evaluate.describe_unmeasured(crowd, COCO17) == []
 
 
 # ---- OKS, suppression, scores
@@ -337,7 +338,7 @@ class Seer(nn.Module):
 
 
 def _predict(model: nn.Module, stage: Stage, config: EvalConfig = CONFIG, **ranks: Any) -> Predictions:
-    network, boxes = Network(model=model, codec=stage.codec), detections.of_people(stage.people)
+    network, boxes = Network(model=model, codec=stage.codec), detections.ground_truth_boxes(stage.people)
     return predict([network], boxes, COCO17, DATA, config, device=CPU, **ranks)
 
 
@@ -446,9 +447,9 @@ def test_an_even_share_is_not_padded(stage: Stage) -> None:
 
 def test_the_table_shows_percent_of_every_metric() -> None:
     rows = {"phase1": {name: 0.1 * i for i, name in enumerate(METRICS)}, "ssl": dict.fromkeys(METRICS, 0.70049)}
-    title, head, first, second = evaluate.table(rows, evaluate.protocol(CONFIG)).splitlines()
+    title, head, first, second = evaluate.format_table(rows, evaluate.format_protocol(CONFIG)).splitlines()
     assert title == "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test"
     assert head.split() == list(METRICS)
     assert first.split() == ["phase1", *(f"{10.0 * i:.1f}" for i in range(len(METRICS)))]
     assert second.split() == ["ssl", *["70.0"] * len(METRICS)]
-    assert "no flip test" in evaluate.protocol(replace(CONFIG, flip=False))
+    assert "no flip test" in evaluate.format_protocol(replace(CONFIG, flip=False))

@@ -28,14 +28,11 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
-from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import evaluate, predict
-from sapiens_accel.evaluation import figures as cases
-from sapiens_accel.evaluation import html_report as page
+from sapiens_accel.evaluation import coco_metrics, evaluate, figures, html_report, predict
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.error_analysis import NOBODY, Kind
-from sapiens_accel.evaluation.evaluate import Judgement
-from sapiens_accel.evaluation.figures import Findings
+from sapiens_accel.evaluation.evaluate import EvaluationResult
+from sapiens_accel.evaluation.figures import ErrorAnalysis
 from sapiens_accel.evaluation.predict import Network, Predictions
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose import draw, geometry
@@ -99,7 +96,7 @@ class Read(HTMLParser):
     @property
     def curves(self) -> list[Array]:
         """Points in percent: recall, precision."""
-        lines = [one["points"] for one in self.all("polyline") if one["stroke"] in page.LINES]
+        lines = [one["points"] for one in self.all("polyline") if one["stroke"] in html_report.LINES]
         return [np.array([[float(n) for n in point.split(",")] for point in line.split()]) for line in lines]
 
 
@@ -123,20 +120,20 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> People:
     return coco.labelled_people(root, VAL, "val2017", 17, root.parent / "cache")
 
 
-def _judged(people: People, skeleton: Skeleton = COCO17, noise: float = 10.0) -> Judgement:
+def _judged(people: People, skeleton: Skeleton = COCO17, noise: float = 10.0) -> EvaluationResult:
     """Predictions beside the labels, by as much for each person as makes AP neither 0 nor 1."""
     rng, labels = np.random.default_rng(0), coco.keypoints_of(people.rows)
     shape = labels[..., :2].shape
     points = labels[..., :2] + rng.normal(0, 1, shape) * rng.uniform(0, noise, (len(labels), 1, 1))
     predictions = Predictions(points_xy=points, scores=rng.uniform(0.3, 1, shape[:2]))
-    boxes = detections.of_people(people)
-    found, _ = ap.results(predictions, boxes, skeleton, DATA, HOW)
-    metrics, curves = ap.scored(found, people, skeleton, "pycocotools")
-    return Judgement(
+    boxes = detections.ground_truth_boxes(people)
+    found, _ = coco_metrics.coco_results(predictions, boxes, skeleton, DATA, HOW)
+    metrics, curves = coco_metrics.compute_metrics(found, people, skeleton, "pycocotools")
+    return EvaluationResult(
         metrics=metrics,
         predictions=predictions,
         boxes_xywh=boxes.boxes_xywh,
-        joints=evaluate.joints_of(predictions, people, skeleton),
+        joints=evaluate.measure_keypoints(predictions, people, skeleton),
         curves=curves,
         notes=("a note of <this> & that",),
         seconds=1.0,
@@ -144,22 +141,22 @@ def _judged(people: People, skeleton: Skeleton = COCO17, noise: float = 10.0) ->
 
 
 @pytest.fixture(scope="module")
-def judged(people: People) -> Judgement:
+def judged(people: People) -> EvaluationResult:
     return _judged(people)
 
 
 @pytest.fixture(scope="module")
-def found(judged: Judgement, people: People) -> Findings:
-    return cases.find(judged.predictions, people, COCO17, 20)
+def found(judged: EvaluationResult, people: People) -> ErrorAnalysis:
+    return figures.analyze_predictions(judged.predictions, people, COCO17, 20)
 
 
 # ---- What is in it
 
 
-def _by_hand(judged: Judgement, people: People, folder: Path) -> tuple[Array, list[float]]:
+def _by_hand(judged: EvaluationResult, people: People, folder: Path) -> tuple[Array, list[float]]:
     """pycocotools' precision at each OKS and recall, and its ten numbers, from a file of results."""
-    results, _ = ap.results(judged.predictions, detections.of_people(people), COCO17, DATA, HOW)
-    ap.save(results, folder / "results.json", people, COCO17)
+    results, _ = coco_metrics.coco_results(judged.predictions, detections.ground_truth_boxes(people), COCO17, DATA, HOW)
+    coco_metrics.save_results(results, folder / "results.json", people, COCO17)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(people.annotations))
         evaluation = COCOeval(truth, truth.loadRes(str(folder / "results.json")), "keypoints")
@@ -171,11 +168,11 @@ def _by_hand(judged: Judgement, people: People, folder: Path) -> tuple[Array, li
 
 
 def test_curves_and_table_are_those_of_pycocotools(
-    judged: Judgement, people: People, found: Findings, tmp_path: Path
+    judged: EvaluationResult, people: People, found: ErrorAnalysis, tmp_path: Path
 ) -> None:
     precision, stats = _by_hand(judged, people, tmp_path)
     assert 0.2 < stats[0] < 0.9, "a curve that shows something"
-    text = page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17)
+    text = html_report.render_report({"net": judged}, {"net": HOW}, {"net": found}, COCO17)
     read = _fetches_nothing(text)
     assert len(read.curves) == 10
     for curve, expected in zip(read.curves, precision, strict=True):
@@ -190,20 +187,22 @@ def test_curves_and_table_are_those_of_pycocotools(
     assert f"AR_M AR_L net {shown}" in read.text
     assert "net 24 val ground truth yes 1 0.9 pycocotools" in read.text
     # On a narrow page each cell stands under its own heading, the first of a row over all of them.
-    headings = [one.get("data-head") for one in read.all("td")][: 1 + len(ap.METRICS)]
-    assert headings == [None, *ap.METRICS] and "content:attr(data-head)" in text
+    headings = [one.get("data-head") for one in read.all("td")][: 1 + len(coco_metrics.METRICS)]
+    assert headings == [None, *coco_metrics.METRICS] and "content:attr(data-head)" in text
 
 
-def test_the_other_backend_draws_the_same_curves(judged: Judgement, people: People) -> None:
+def test_the_other_backend_draws_the_same_curves(judged: EvaluationResult, people: People) -> None:
     pytest.importorskip("faster_coco_eval")
-    results, _ = ap.results(judged.predictions, detections.of_people(people), COCO17, DATA, HOW)
-    metrics, curves = ap.scored(results, people, COCO17, "faster_coco_eval")
+    results, _ = coco_metrics.coco_results(judged.predictions, detections.ground_truth_boxes(people), COCO17, DATA, HOW)
+    metrics, curves = coco_metrics.compute_metrics(results, people, COCO17, "faster_coco_eval")
     assert curves == pytest.approx(judged.curves, abs=1e-6)
     assert metrics["AP"] == pytest.approx(float(curves.mean()), abs=1e-6)
 
 
-def test_people_are_shown_worst_first_with_their_reason(judged: Judgement, people: People, found: Findings) -> None:
-    read = _fetches_nothing(page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17))
+def test_people_are_shown_worst_first_with_their_reason(
+    judged: EvaluationResult, people: People, found: ErrorAnalysis
+) -> None:
+    read = _fetches_nothing(html_report.render_report({"net": judged}, {"net": HOW}, {"net": found}, COCO17))
     assert len(found.cases) == 20 and len(read.all("figure")) == 20
     assert len(read.pictures) == 60 and all(picture.std() > 5 for picture in read.pictures)
     shown = [float(oks) for oks in re.findall(r"\d+\. OKS (\d\.\d\d)", read.text)]
@@ -216,8 +215,8 @@ def test_people_are_shown_worst_first_with_their_reason(judged: Judgement, peopl
     assert f"Of 24 people {low} have an OKS below 0.5" in read.text
 
 
-def test_bars_are_the_numbers(judged: Judgement, found: Findings) -> None:
-    text = page.whole({"net": judged}, {"net": HOW}, {"net": found}, COCO17)
+def test_bars_are_the_numbers(judged: EvaluationResult, found: ErrorAnalysis) -> None:
+    text = html_report.render_report({"net": judged}, {"net": HOW}, {"net": found}, COCO17)
     read = _fetches_nothing(text)
     counts = found.diagnosis.counts()
     for k, name in enumerate(COCO17.names):
@@ -234,39 +233,41 @@ def test_bars_are_the_numbers(judged: Judgement, found: Findings) -> None:
     assert f"Expected calibration error, %: {100 * judged.joints.ece:.1f}" in read.text
 
 
-def test_whatever_a_name_is_it_stays_a_name(judged: Judgement, found: Findings) -> None:
+def test_whatever_a_name_is_it_stays_a_name(judged: EvaluationResult, found: ErrorAnalysis) -> None:
     name = "<script>alert(\"1\")</script> & 'net'"
     bad = replace(found.cases[0], file_name='val/"><img src=http://a.b/c.jpg>.jpg')
-    text = page.whole({name: judged}, {name: HOW}, {name: replace(found, cases=(bad,))}, COCO17)
+    text = html_report.render_report({name: judged}, {name: HOW}, {name: replace(found, cases=(bad,))}, COCO17)
     read = _fetches_nothing(text)
     assert name in read.text and bad.file_name in read.text
     assert "a note of <this> & that" in read.text
 
 
-def test_several_rows_are_all_there(judged: Judgement, found: Findings) -> None:
+def test_several_rows_are_all_there(judged: EvaluationResult, found: ErrorAnalysis) -> None:
     names = ("a, plain", "a, flip", "b")
     hows = {name: replace(HOW, flip="plain" not in name) for name in names}
-    read = _fetches_nothing(page.whole(dict.fromkeys(names, judged), hows, {"a, flip": found, "b": found}, COCO17))
+    read = _fetches_nothing(
+        html_report.render_report(dict.fromkeys(names, judged), hows, {"a, flip": found, "b": found}, COCO17)
+    )
     assert len(read.curves) == 30 and len(read.pictures) == 120
     assert [("open" in one) for one in read.all("details")] == [False, False, True]
     assert "a, plain 24 val ground truth no 1" in read.text and "a, flip: AP +0.00 for 1.00 x the time" in read.text
 
 
-def test_twenty_people_of_noise_stay_below_3_mb(judged: Judgement, found: Findings) -> None:
+def test_twenty_people_of_noise_stay_below_3_mb(judged: EvaluationResult, found: ErrorAnalysis) -> None:
     rng = np.random.default_rng(0)
     noise = tuple(rng.integers(0, 256, (404, 320, 3), dtype=np.uint8) for _ in range(4))
     worst = replace(found, cases=tuple(replace(case, panels=noise) for case in found.cases))
-    text = page.whole({"net": judged}, {"net": HOW}, {"net": worst}, COCO17)
+    text = html_report.render_report({"net": judged}, {"net": HOW}, {"net": worst}, COCO17)
     assert len(Read(text).pictures) == 80 and len(text.encode()) < 3e6
-    assert len(draw.jpeg(noise[0], 5000)) <= 5000
+    assert len(draw.encode_jpeg(noise[0], 5000)) <= 5000
 
 
-def test_a_page_that_cannot_be_written_is_one_line(judged: Judgement, found: Findings, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_one_line(
+    judged: EvaluationResult, found: ErrorAnalysis, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^--eval.html .*file/page.html: not written: .*; name another file$"):
-        page.write(
-            str(tmp_path / "file" / "page.html"), tmp_path, {"net": judged}, {"net": HOW}, {"net": found}, COCO17
-        )
+        html_report.write_report(tmp_path / "file" / "page.html", {"net": judged}, {"net": HOW}, {"net": found}, COCO17)
     with pytest.raises(UserError, match=r"--eval.html .*: expected a file to write"):
         config.load(["--eval.html", str(tmp_path)])
     with pytest.raises(UserError, match=r"--eval.num_worst: .*expected a number >= 0, found -1"):
@@ -282,26 +283,26 @@ def test_panels_show_what_they_say(people: People) -> None:
     points = labels[..., :2].copy()
     points[:, 15:] += 4000  # ankles beyond the picture
     predictions = Predictions(points_xy=points, scores=np.zeros(labels.shape[:2]) + 0.01)
-    one = cases.find(predictions, people, COCO17, 3).cases[0]
+    one = figures.analyze_predictions(predictions, people, COCO17, 3).cases[0]
     assert one.reason.kind == Kind.MISSED and "ankle" in one.reason.text
     labelled, predicted, errors = (panel[draw.STRIP :].astype(int) for panel in one.panels)
 
     def near(picture: Array, colour: tuple[int, int, int]) -> int:
         return int((np.abs(picture - np.array(colour)).max(axis=-1) < 12).sum())
 
-    plain = min(near(labelled, draw.confidence(0.01)), near(errors, draw.confidence(0.01)))
+    plain = min(near(labelled, draw.score_color(0.01)), near(errors, draw.score_color(0.01)))
     assert near(labelled, draw.LEFT) + near(labelled, draw.RIGHT) > 100
-    assert near(predicted, draw.confidence(0.01)) > plain + 100
-    missed = cases.COLOURS[Kind.MISSED]
+    assert near(predicted, draw.score_color(0.01)) > plain + 100
+    missed = figures.ERROR_COLORS[Kind.MISSED]
     assert near(errors, missed) > near(labelled, missed) + 20
-    assert draw.confidence(0.0) == draw.UNSURE and draw.confidence(0.5) == draw.HALF_SURE
-    assert draw.confidence(1.0) == draw.confidence(7.0) == draw.SURE
+    assert draw.score_color(0.0) == draw.UNSURE and draw.score_color(0.5) == draw.HALF_SURE
+    assert draw.score_color(1.0) == draw.score_color(7.0) == draw.SURE
 
 
-def test_heatmaps_lie_where_they_were_seen(people: People, judged: Judgement) -> None:
+def test_heatmaps_lie_where_they_were_seen(people: People, judged: EvaluationResult) -> None:
     """A map with a peak at the left shoulder in the crop's frame: in the panel too."""
     labels = coco.keypoints_of(people.rows)
-    crops = [detections.of_people(people).boxes_xywh[i] for i in range(len(people))]
+    crops = [detections.ground_truth_boxes(people).boxes_xywh[i] for i in range(len(people))]
 
     def heatmaps(chosen: list[int]) -> tuple[Array, Array]:
         maps, matrices = np.zeros((len(chosen), 17, 64, 48), np.float32), []
@@ -317,8 +318,8 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: Judgement) ->
             matrices.append(matrix)
         return maps, np.stack(matrices)
 
-    with_maps = cases.find(judged.predictions, people, COCO17, 20, heatmaps=heatmaps)
-    flat = cases.find(
+    with_maps = figures.analyze_predictions(judged.predictions, people, COCO17, 20, heatmaps=heatmaps)
+    flat = figures.analyze_predictions(
         judged.predictions, people, COCO17, 20, heatmaps=lambda chosen: (0 * heatmaps(chosen)[0], heatmaps(chosen)[1])
     )
     apart = []
@@ -345,56 +346,56 @@ def test_heatmaps_of_a_few_are_those_that_were_decoded(people: People, flip: boo
     model = SapiensPose("sapiens_tiny", 17, SIZE)
     network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
     how, device = EvalConfig(flip=flip, scales=scales, batch_size=4), torch.device("cpu")
-    boxes = detections.of_people(people)
+    boxes = detections.ground_truth_boxes(people)
     predicted = predict.predict([network], boxes, COCO17, DATA, how, device=device)
-    maps = predict.heatmaps([network], boxes, COCO17, DATA, how, device=device)
+    maps = predict.predict_heatmaps([network], boxes, COCO17, DATA, how, device=device)
     assert maps.shape == (24, 17, *model.heatmap_hw)
     points, scores = network.codec.decode(torch.from_numpy(maps))
     assert scores.numpy() == pytest.approx(predicted.scores, abs=1e-5)
     for person in range(24):
-        matrix = geometry.box_crop(boxes.boxes_xywh[person], DATA.box_padding, SIZE).matrix(SIZE)
+        matrix = geometry.crop_around_box(boxes.boxes_xywh[person], DATA.box_padding, SIZE).matrix(SIZE)
         there = geometry.apply(geometry.invert(matrix), points[person].double().numpy())
         assert there == pytest.approx(predicted.points_xy[person], abs=0.05)
 
 
-def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged: Judgement) -> None:
+def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged: EvaluationResult) -> None:
     """The corners of a heatmap are those of the crop that the network saw."""
     torch.manual_seed(0)
     model = SapiensPose("sapiens_tiny", 17, SIZE)
     network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
-    how, device, boxes = replace(HOW, num_worst=3), torch.device("cpu"), detections.of_people(people)
+    how, device, boxes = replace(HOW, num_worst=3), torch.device("cpu"), detections.ground_truth_boxes(people)
     assert model.heatmap_hw != SIZE
     shrunk = np.diag([(small - 1) / (large - 1) for small, large in zip(model.heatmap_hw, SIZE, strict=True)][::-1])
 
     def heatmaps(chosen: list[int]) -> tuple[Array, Array]:
-        maps = predict.heatmaps([network], boxes, COCO17, DATA, how, device=device)[chosen]
-        crops = [geometry.box_crop(boxes.boxes_xywh[index], DATA.box_padding, SIZE) for index in chosen]
+        maps = predict.predict_heatmaps([network], boxes, COCO17, DATA, how, device=device)[chosen]
+        crops = [geometry.crop_around_box(boxes.boxes_xywh[index], DATA.box_padding, SIZE) for index in chosen]
         return maps, np.stack([shrunk @ crop.matrix(SIZE) for crop in crops])
 
-    drawn = cases.of_networks(judged, people, COCO17, [network], DATA, how, device)
-    expected = cases.find(judged.predictions, people, COCO17, 3, heatmaps=heatmaps)
+    drawn = figures.analyze_networks(judged, people, COCO17, [network], DATA, how, device)
+    expected = figures.analyze_predictions(judged.predictions, people, COCO17, 3, heatmaps=heatmaps)
     assert len(drawn.cases) == 3
     for case, other in zip(drawn.cases, expected.cases, strict=True):
         assert np.abs(case.panels[3].astype(int) - other.panels[3]).max() <= 3
         assert (case.panels[3][draw.STRIP :] != case.panels[0][draw.STRIP :]).any()
 
 
-def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, tmp_path: Path) -> None:
+def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationResult, tmp_path: Path) -> None:
     nothing = Predictions(points_xy=np.zeros((24, 17, 2)), scores=np.zeros((24, 17)))
     asked: list[list[int]] = []
-    alone = cases.find(
+    alone = figures.analyze_predictions(
         nothing, people, COCO17, 2, np.zeros((24, 4)), lambda chosen: asked.append(chosen) or (np.zeros(0), np.zeros(0))
     )
     assert not asked, "no network is asked about people without a box"
     assert [case.reason for case in alone.cases] == [(Kind.MISSED, NOBODY)] * 2
     assert all(len(case.panels) == 4 for case in alone.cases)
-    nobody = replace(judged, predictions=nothing, joints=evaluate.joints_of(nothing, people, COCO17))
-    read = _fetches_nothing(page.whole({"net": nobody}, {"net": HOW}, {"net": alone}, COCO17))
+    nobody = replace(judged, predictions=nothing, joints=evaluate.measure_keypoints(nothing, people, COCO17))
+    read = _fetches_nothing(html_report.render_report({"net": nobody}, {"net": HOW}, {"net": alone}, COCO17))
     assert "Of 24 people 24 have an OKS below 0.5; what costs them most: missed joint 24." in read.text
     (tmp_path / "net_worst_07.png").write_bytes(b"of an earlier evaluation")
-    saved = cases.save(alone, tmp_path, "net_worst")
+    saved = figures.save_figures(alone, tmp_path, "net_worst")
     assert sorted(tmp_path.iterdir()) == saved and len(saved) == 2
-    assert cv2.imread(str(saved[0])).shape[1] == 4 * cases.PANEL_HW[1]
+    assert cv2.imread(str(saved[0])).shape[1] == 4 * figures.PANEL_HW[1]
 
 
 # ---- eval.py
@@ -403,9 +404,9 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: Judgement, t
 def test_labelled_joints_beside_their_box_are_in_the_panel() -> None:
     box, label = np.array([100.0, 100.0, 50.0, 80.0]), np.zeros((17, 3))
     label[3], label[5] = (400, 120, 2), (1000, 1000, 0)
-    panel = cases._frame(box, np.zeros(4), label, cases.PANEL_HW)
+    panel = figures._frame(box, np.zeros(4), label, figures.PANEL_HW)
     (x, y), (far, _) = geometry.apply(panel, label[[3, 5], :2])
-    height, width = cases.PANEL_HW
+    height, width = figures.PANEL_HW
     assert 0.85 * width < x < width and 0 < y < height and far > width
 
 
@@ -414,10 +415,10 @@ def test_of_many_joints_none_hides_another() -> None:
     points_xy = np.stack(np.meshgrid(np.arange(12) * 4.0 + 20, np.arange(12) * 4.0 + 20), axis=-1).reshape(-1, 2)[:133]
     points_xy[0] = 300, 300  # alone: as large as before, with a rim
     scores, plain = np.linspace(0, 1, 133), replace(WHOLEBODY133, edges=())
-    drawn = draw.person(np.full((384, 384, 3), 128, np.uint8), points_xy, np.ones(133), plain, scores)
+    drawn = draw.draw_person(np.full((384, 384, 3), 128, np.uint8), points_xy, np.ones(133), plain, scores)
     for (x, y), score in zip(points_xy.astype(int) + 1, scores, strict=True):  # a pixel's corner lies between centres
         near = drawn[y - 1 : y + 1, x - 1 : x + 1].reshape(-1, 3).astype(int)
-        assert np.abs(near - draw.confidence(score)).max(axis=1).min() < 8
+        assert np.abs(near - draw.score_color(score)).max(axis=1).min() < 8
     assert (drawn[295:306, 295:306] == 0).all(axis=2).any() and not (drawn[:200] == 0).all(axis=2).any()
 
 

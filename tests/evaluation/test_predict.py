@@ -49,7 +49,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Boxes:
         person = {"id": 50 - i, "image_id": 100 + i, "area": box[2] * box[3], "bbox": box}
         annotations.append({**person, "keypoints": points.ravel().tolist()})
     (root / VAL).write_text(json.dumps({"images": images, "annotations": annotations}))
-    return detections.of_people(coco.labelled_people(root, VAL, "val2017", K, root / "cache"))
+    return detections.ground_truth_boxes(coco.labelled_people(root, VAL, "val2017", K, root / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ class Seer(nn.Module):
         size = (image.shape[-2], image.shape[-1])
         self.seen_hw.append(size)
         who = ((image[:, 0, size[0] // 2, size[1] // 2].float() - 20) / 30).round().long().tolist()
-        crops = [geometry.box_crop(self.boxes.boxes_xywh[i], 1.25, self.own_hw) for i in who]
+        crops = [geometry.crop_around_box(self.boxes.boxes_xywh[i], 1.25, self.own_hw) for i in who]
         found = [geometry.apply(crop.matrix(size), self.truth[i]) for crop, i in zip(crops, who, strict=True)]
         points_xy = torch.from_numpy(np.stack(found)).float()
         codec = Codec(input_hw=size, heatmap_hw=(size[0] // 4, size[1] // 4), sigma=3)
@@ -205,7 +205,7 @@ def _looked_at(network: Network, boxes: Boxes, index: int, scale: float, mirrore
     """One look by hand, on the grid of the network's own map: align_corners, as the map's corners are the crop's."""
     height, width = network.codec.input_hw
     input_hw = (int(height * scale), int(width * scale))
-    matrix = geometry.box_crop(boxes.boxes_xywh[index], 1.25, network.codec.input_hw).matrix(input_hw)
+    matrix = geometry.crop_around_box(boxes.boxes_xywh[index], 1.25, network.codec.input_hw).matrix(input_hw)
     image = geometry.warp(photo.read_image(boxes.root / boxes.file_names[index]), matrix, input_hw)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.no_grad(), use_input_size(network.model, input_hw):
@@ -227,7 +227,7 @@ def test_the_average_is_that_of_all_looks(boxes: Boxes, name: str) -> None:
             for network in networks for scale in scales for mirrored in (False, True)
         ]  # fmt: skip
         points_xy, scores = networks[0].codec.decode(torch.stack(several).mean(dim=0))
-        matrix = geometry.box_crop(boxes.boxes_xywh[index], 1.25, (128, 96)).matrix((128, 96))
+        matrix = geometry.crop_around_box(boxes.boxes_xywh[index], 1.25, (128, 96)).matrix((128, 96))
         expected = geometry.apply(geometry.invert(matrix), points_xy[0].double().numpy())
         assert np.abs(scores[0].numpy() - found.scores[index]).max() < 1e-5
         assert np.median(np.abs(expected - found.points_xy[index])) < 1e-2
@@ -255,8 +255,8 @@ def test_none_is_without_effect(boxes: Boxes, name: str) -> None:
 def test_scales_of_one_size_are_refused() -> None:
     network = _tiny("sapiens_tiny", 0)
     with pytest.raises(UserError, match=r"--eval\.scales: 1 and 1\.1 are both 64x48 px"):
-        predict.looks([network], (1.0, 1.1))
-    assert predict.looks([network, network], (1.0, 2.0)) == [
+        predict.list_views([network], (1.0, 1.1))
+    assert predict.list_views([network, network], (1.0, 2.0)) == [
         Look(network, (64, 48)), Look(network, (128, 96)), Look(network, (64, 48)), Look(network, (128, 96))
     ]  # fmt: skip
 

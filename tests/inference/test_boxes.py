@@ -21,8 +21,8 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.inference import detect_people as boxes
-from sapiens_accel.inference import media as pictures
-from sapiens_accel.inference.detector import Detector, suppress
+from sapiens_accel.inference import media
+from sapiens_accel.inference.detector import Detector, non_maximum_suppression
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import synthetic
 
@@ -114,8 +114,8 @@ def test_of_boxes_that_overlap_the_surer_one_stays() -> None:
         if all(one / (w * h + c * d - one) <= 0.3 for one, (_, _, c, d) in zip(inner, others, strict=True)):
             kept.append(int(i))
     assert 3 < len(kept) < 40
-    assert suppress(found, scores, 0.3).tolist() == kept
-    assert sorted(suppress(found, scores, 1.0).tolist()) == list(range(40))
+    assert non_maximum_suppression(found, scores, 0.3).tolist() == kept
+    assert sorted(non_maximum_suppression(found, scores, 1.0).tolist()) == list(range(40))
 
 
 def test_a_picture_that_does_not_decode_is_named_and_the_rest_goes_on(
@@ -212,7 +212,7 @@ def test_every_third_frame_of_a_video_becomes_a_picture(detector: Path, tmp_path
     _main(folder, "--out", tmp_path / "again.json", "--detector", detector, "--threshold", "0.3")
     assert _read(tmp_path / "again.json") == found
     stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    pictures.write_frames(tmp_path / "clip.avi", folder, 3)
+    media.write_frames(tmp_path / "clip.avi", folder, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps, "what is there stays"
 
 
@@ -235,7 +235,7 @@ def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> No
     people = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     for more in ((), ("--annotations", root / VAL)):
         _main(root / "val2017", "--out", tmp_path / "b.json", "--detector", detector, "--threshold", "0.2", *more)
-        read, found = detections.open_boxes(str(tmp_path / "b.json"), people), _read(tmp_path / "b.json")
+        read, found = detections.load_boxes(str(tmp_path / "b.json"), people), _read(tmp_path / "b.json")
         assert read.boxes_xywh.tolist() == [row["bbox"] for row in found] and len(read) > 5 and read.told == ""
         assert read.file_names == [f"val2017/{row['file_name']}" for row in found]
 

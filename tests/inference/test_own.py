@@ -26,7 +26,7 @@ from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import predict
 from sapiens_accel.inference import detect_people as boxes
-from sapiens_accel.inference import predict_media as own
+from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import images as photo
@@ -94,11 +94,11 @@ def test_keypoints_are_those_of_evaluation(main: Main, weights: Path, root: Path
     tree, said = main(weights, root / "val2017", "--boxes", root / VAL, *scales, *ALL)
     people = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     run = config.load(["--eval.scales=[0.7,1.0]", "--data.num_workers=0"])
-    network, _ = candidates.network(
+    network, _ = candidates.build_network(
         Candidate(name="mine", weights=weights, folder=tmp_path), run, COCO17, torch.device("cpu")
     )
     theirs = predict(
-        [network], detections.of_people(people), COCO17, run.data, run.eval, device=torch.device("cpu")
+        [network], detections.ground_truth_boxes(people), COCO17, run.data, run.eval, device=torch.device("cpu")
     )  # fmt: skip
     assert len(tree["annotations"]) == len(people) == 9 and "9 people in" in said
     ours = _people(tree)
@@ -195,7 +195,7 @@ def test_a_video_is_its_frames(
     main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     """Frame by frame what the pictures of the frames give, in pieces of 3 frames; and a video of as many frames."""
-    monkeypatch.setattr(own, "FRAMES", 3)
+    monkeypatch.setattr(predict_media, "FRAMES", 3)
     frames = _video(tmp_path / "clip.avi", root, 8)
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -303,7 +303,7 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
     assert tree["annotations"] == expected["annotations"]
     several = [Candidate(name="w", weights=tmp_path / "run" / stage / "w", folder=run) for stage in ("phase1", "ssl")]
     with pytest.raises(UserError, match="of several weights would all be in"):
-        own._groups(several, EvalConfig())
+        predict_media._groups(several, EvalConfig())
 
 
 # ---- Pictures
@@ -345,7 +345,7 @@ def test_people_are_drawn_where_they_are() -> None:
     people_xy[1, :, 0] += 80
     shown = np.zeros((2, 17), dtype=bool)
     shown[0, [5, 7, 6, 8]] = shown[1, [5, 7]] = True
-    drawn = draw.people_on(image, people_xy, shown, COCO17)
+    drawn = draw.draw_people(image, people_xy, shown, COCO17)
     assert (image == 128).all()
     for (x, y), colour in (
         ((30, 50), draw.LEFT),

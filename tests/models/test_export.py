@@ -197,7 +197,7 @@ def fitted(
 
 
 def _matrix(hw: tuple[int, int]) -> np.ndarray:
-    return geometry.box_crop(np.array(BOX, float), 1.25, hw).matrix(hw)
+    return geometry.crop_around_box(np.array(BOX, float), 1.25, hw).matrix(hw)
 
 
 def _crop(folder: Path, hw: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sapiens_accel.pose import geometry
-from sapiens_accel.pose.geometry import Crop, apply, box_crop, invert, strong_from_weak, warp
+from sapiens_accel.pose.geometry import Crop, apply, crop_around_box, invert, strong_from_weak, warp
 
 INPUT_HW = (256, 192)
 
@@ -174,9 +174,9 @@ def test_apply_batch_is_apply_of_each() -> None:
 
 def test_box_crop_by_hand() -> None:
     """A box higher than 4:3 grows in width, a wider one in height; padding comes first, the centre stays."""
-    high = box_crop(np.array([100.0, 50.0, 60.0, 200.0]), 1.25, (256, 192))
+    high = crop_around_box(np.array([100.0, 50.0, 60.0, 200.0]), 1.25, (256, 192))
     assert high == Crop(center_xy=(130.0, 150.0), size_wh=(187.5, 250.0))
-    wide = box_crop(np.array([0.0, 10.0, 300.0, 100.0]), 1.25, (256, 192))
+    wide = crop_around_box(np.array([0.0, 10.0, 300.0, 100.0]), 1.25, (256, 192))
     assert wide == Crop(center_xy=(150.0, 60.0), size_wh=(375.0, 500.0))
-    fits = box_crop(np.array([10.0, 10.0, 30.0, 40.0]), 1.0, (256, 192))
+    fits = crop_around_box(np.array([10.0, 10.0, 30.0, 40.0]), 1.0, (256, 192))
     assert fits == Crop(center_xy=(25.0, 30.0), size_wh=(30.0, 40.0))

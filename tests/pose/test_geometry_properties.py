@@ -17,7 +17,16 @@ from sapiens_accel.config.schema import AugmentConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.pose import geometry
-from sapiens_accel.pose.geometry import Crop, apply, apply_batch, box_crop, invert, of_reduced, strong_from_weak, warp
+from sapiens_accel.pose.geometry import (
+    Crop,
+    adjust_to_reduction,
+    apply,
+    apply_batch,
+    crop_around_box,
+    invert,
+    strong_from_weak,
+    warp,
+)
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import images as photo
 
@@ -129,7 +138,7 @@ def test_the_teachers_points_land_exactly_in_the_students_view(
     seed: int, width: float, height: float, x: float, y: float
 ) -> None:
     """strong @ inv(weak) for the views that a run draws: the label of an image point there is its own label."""
-    base = box_crop(np.array([x, y, width, height]), 1.25, AUGMENTED.input_hw)
+    base = crop_around_box(np.array([x, y, width, height]), 1.25, AUGMENTED.input_hw)
     rng = np.random.default_rng(seed)
     weak = AUGMENTED.weak_crop(base, rng)
     strong = AUGMENTED.strong_crop(weak, rng)
@@ -152,15 +161,17 @@ def test_a_reduced_images_matrix_is_the_images_own(
     amid = np.array(
         [[(x * factor + np.arange(factor)).mean(), (y * factor + np.arange(factor)).mean()] for x, y in pixels_xy]
     )
-    moved = apply(of_reduced(crop.matrix(input_hw), factor), pixels_xy.astype(float))
+    moved = apply(adjust_to_reduction(crop.matrix(input_hw), factor), pixels_xy.astype(float))
     np.testing.assert_allclose(moved, apply(crop.matrix(input_hw), amid), rtol=1e-12, atol=1e-7)
 
 
 @given(st.data(), INPUTS)
 def test_no_input_pixel_is_finer_than_the_reduced_image(drawn: st.DataObject, input_hw: tuple[int, int]) -> None:
     crop = drawn.draw(crops(input_hw))
-    factor = geometry.reduction(crop, input_hw)
-    step = np.linalg.norm(invert(of_reduced(crop.matrix(input_hw), factor))[:, :2], axis=0)  # reduced px an input px
+    factor = geometry.choose_reduction(crop, input_hw)
+    step = np.linalg.norm(
+        invert(adjust_to_reduction(crop.matrix(input_hw), factor))[:, :2], axis=0
+    )  # reduced px an input px
     assert factor == 1 or step.min() >= 1 - 1e-9
     assert factor == 8 or step.min() < 2
 
@@ -209,7 +220,7 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
     crop, dot_xy, size_wh = placed(crop, dot_xy, sigma, (more_w, more_h))
     expected = apply(crop.matrix(input_hw), dot_xy[None])[0]
     assume(_is_whole(expected, crop, sigma, input_hw))
-    assert geometry.reduction(crop, input_hw) >= factor
+    assert geometry.choose_reduction(crop, input_hw) >= factor
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dot.jpg"
         image = image_of(dot_xy, sigma, size_wh)
@@ -219,7 +230,7 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
     divisible = all(side % factor == 0 for side in size_wh)
     assert picture.reduction == (factor if divisible or not exif else 1)
     assert picture.pixels.shape[:2] == tuple(-(-side // picture.reduction) for side in size_wh[::-1])
-    seen = warp(picture.pixels, of_reduced(crop.matrix(input_hw), picture.reduction), input_hw)
+    seen = warp(picture.pixels, adjust_to_reduction(crop.matrix(input_hw), picture.reduction), input_hw)
     assert np.abs(centre_of_mass(seen) - expected).max() < 0.1
 
 

@@ -134,7 +134,7 @@ def test_what_only_looks_like_a_side_is_none() -> None:
 def test_a_side_without_a_partner_is_told_and_stays() -> None:
     mirror, lonely = mirror_of(("l_eye", "r_ear", "left_ear", "L_Foot", "left foot", "right_foot"))
     assert (mirror, lonely) == ((0, 2, 1, 5, 4, 3), ("l_eye", "left foot"))
-    found, told = custom.skeleton([_category("l_eye", "nose", "r_ear")], None)
+    found, told = custom.infer_skeleton([_category("l_eye", "nose", "r_ear")], None)
     assert found.mirror == (0, 1, 2)
     assert "warning: 2 keypoints have a side in their name and no partner (l_eye, r_ear)" in told[1]
 
@@ -167,7 +167,7 @@ def test_what_is_known_by_name_is_taken() -> None:
         "rightWrist",
         "forefinger2",
     )
-    found, told = custom.skeleton([_category(*names)], None)
+    found, told = custom.infer_skeleton([_category(*names)], None)
     assert found.mirror == (0, 3, 7, 1, 4, 5, 6, 2, 8)
     # 0.05 is a guess, of a thumb's tip the median of COCO-WholeBody's four thumb joints.
     assert found.sigmas == (0.05, 0.107, 0.062, 0.107, 0.036, 0.047, 0.087, 0.062, 0.025)
@@ -181,11 +181,13 @@ def test_a_yaml_goes_before_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "y.yaml").write_text(
         "names: [b, left_a, right_a]\nmirror: [[b, right_a]]\nsigmas: {b: 0.3}\nupper: [left_a]\nedges: [[left_a, b]]"
     )
-    found, _ = custom.skeleton([_category("left_a", "b", "right_a", "c")], custom.given("y.yaml", tmp_path))
+    found, _ = custom.infer_skeleton(
+        [_category("left_a", "b", "right_a", "c")], custom.load_skeleton("y.yaml", tmp_path)
+    )
     assert (found.names, found.mirror, found.upper) == (("b", "left_a", "right_a"), (2, 1, 0), (1,))
     assert (found.sigmas, found.edges) == ((0.3, 0.05, 0.3), ((1, 0),))
     (tmp_path / "z.yaml").write_text("sigmas: {nose: 0.5}")
-    found, _ = custom.skeleton([_category(*COCO17.names)], custom.given("z.yaml", tmp_path))
+    found, _ = custom.infer_skeleton([_category(*COCO17.names)], custom.load_skeleton("z.yaml", tmp_path))
     assert found.sigmas == (0.5, *COCO17.sigmas[1:]) and found.mirror == COCO17.mirror and found.upper == COCO17.upper
 
 
@@ -201,7 +203,9 @@ def test_the_union_of_two_sets() -> None:
         Category(file=Path("a.json"), categories=(), kind="person", names=one.names, count=one.num_keypoints)
         for one in (COCO17, WHOLEBODY133)
     )
-    assert custom.skeleton([body, whole], None)[0] is custom.skeleton([whole, body], None)[0] is WHOLEBODY133
-    found, _ = custom.skeleton([_category("tail", "L_Ear"), _category("l_ear", "snout", "r_ear")], None)
+    assert (
+        custom.infer_skeleton([body, whole], None)[0] is custom.infer_skeleton([whole, body], None)[0] is WHOLEBODY133
+    )
+    found, _ = custom.infer_skeleton([_category("tail", "L_Ear"), _category("l_ear", "snout", "r_ear")], None)
     assert found.names == ("tail", "L_Ear", "snout", "r_ear") and found.mirror == (0, 3, 2, 1)
     assert found.edges == ((0, 1), (1, 2), (1, 3))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from coco_ap import coco_ap
 from datasets import ClassLabel, Features, Image, List, Value
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig
@@ -22,7 +23,6 @@ from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import columns as layout
@@ -172,7 +172,7 @@ def test_people_batches_and_ap_are_those_of_the_folder(theirs: tuple[str, Path],
         keypoints = coco.keypoints_of(people.rows)
         noise = np.random.default_rng(0).normal(scale=4.0, size=keypoints[..., :2].shape)
         predicted = Predictions(points_xy=keypoints[..., :2] + noise, scores=np.full(keypoints.shape[:2], 0.9))
-        scores.append(evaluate.coco_ap(predicted, people, COCO17, DataConfig(), EvalConfig()))
+        scores.append(coco_ap(predicted, people, COCO17, DataConfig(), EvalConfig()))
     assert scores[0] == scores[1] and 0.05 < scores[0]["AP"] < 0.95
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from coco_ap import coco_ap
 from torch import Tensor
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, EvalConfig, StageConfig, TeacherConfig
@@ -30,8 +31,7 @@ from sapiens_accel.data.people import People
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
-from sapiens_accel.evaluation import coco_metrics as ap
-from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
 from sapiens_accel.sources import coco as coco_json
@@ -141,7 +141,7 @@ def test_ap_is_the_same_to_the_last_digit(drawn: Path, shard: dict[str, Path], t
         keypoints = coco.keypoints_of(people.rows)
         noise = np.random.default_rng(0).normal(scale=4.0, size=keypoints[..., :2].shape)
         predicted = Predictions(points_xy=keypoints[..., :2] + noise, scores=np.full(keypoints.shape[:2], 0.9))
-        metrics.append(evaluate.coco_ap(predicted, people, COCO17, DataConfig(), EvalConfig()))
+        metrics.append(coco_ap(predicted, people, COCO17, DataConfig(), EvalConfig()))
     assert metrics[0] == metrics[1] and 0.05 < metrics[0]["AP"] < 0.95
 
 
@@ -155,7 +155,8 @@ def test_the_json_comes_back(drawn: Path, shard: dict[str, Path], tmp_path: Path
     assert [i | {"file_name": Path(i["file_name"]).name} for i in ours["images"]] == theirs["images"]
     assert coco_json.pictures_of(people.annotations) == ours["images"]
     assert ours["categories"] == theirs["categories"]
-    truth = [ap.truth(replace(people, annotations=file), 17) for file in (people.annotations, drawn / VAL)]
+    copies = [replace(people, annotations=file) for file in (people.annotations, drawn / VAL)]
+    truth = [read_ground_truth(copy, 17).dataset for copy in copies]
     assert truth[0] == truth[1]
 
 
@@ -164,7 +165,7 @@ def test_a_detector_s_boxes_are_looked_for_in_shards(drawn: Path, shard: dict[st
              for p in json.loads((drawn / VAL).read_text())["annotations"]]  # fmt: skip
     (tmp_path / "boxes.json").write_text(json.dumps(found))
     people = build.open_split(_config(shard["parquet"], tmp_path), COCO17, "val")
-    boxes = detections.open_boxes(str(tmp_path / "boxes.json"), people)
+    boxes = detections.load_boxes(str(tmp_path / "boxes.json"), people)
     assert len(boxes) == len(found) and all(shards.inside(boxes.root / name) for name in boxes.file_names)
     assert photo.read_image(boxes.root / boxes.file_names[0]).shape[2] == 3
 
