@@ -393,7 +393,7 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no picture")
     assert "none of its pictures decodes" in _refused(main, weights, tmp_path / "empty")
     assert not (tmp_path / "evaluations").exists()
-    assert "--eval.min_box_score 2" in _refused(main, weights, images, "--eval.min_box_score", 2)
+    assert "--eval.min_box_score: out of its range" in _refused(main, weights, images, "--eval.min_box_score", 2)
     other = untrained(tmp_path / "other", seed=3)
     words = ["--images", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match="results of several weights would all be in"):
