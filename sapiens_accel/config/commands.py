@@ -33,6 +33,7 @@ def memory_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
     parser.add_argument("--gpu_memory", default="16GiB", help="memory of each: 16GiB, 24GB, 15360MiB, ... (16GiB)")
+    parser.add_argument("--capability", default="8.0", help="compute capability of each: 7.5 of a T4, ... (8.0)")
     parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

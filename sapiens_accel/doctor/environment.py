@@ -21,7 +21,8 @@ from sapiens_accel.config.schema import Config
 from sapiens_accel.doctor.labels import Finding
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.models import attention
+from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import extensions
 from sapiens_accel.runtime.device import problem_of_device
@@ -117,6 +118,7 @@ def examine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
         _packages(),
         *_devices(),
         *_precision(launch),
+        *_attention(run, launch),
         *_operations(launch),
         *_disk(run, skeleton),
         *_host(run),
@@ -167,6 +169,25 @@ def _precision(launch: Launch) -> Iterator[Finding]:
         yield _found("warning", "precision", "fp32 on a GPU: a launch with bf16 or fp16 halves time and memory")
     else:
         yield _found("note", "precision", {"no": "fp32"}.get(asked, asked))
+
+
+def _attention(run: Config, launch: Launch) -> Iterator[Finding]:
+    """The kernel that torch takes for the network's attention, on each kind of card."""
+    if not torch.cuda.is_available():
+        return
+    size = SIZES[run.model.name]
+    dim, cards = size.width // size.heads, {}
+    for index in range(torch.cuda.device_count()):
+        cards.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
+    for name, device in cards.items():
+        padded = attention.pads_on(device)
+        half = torch.float16 if padded else torch.bfloat16
+        kernel = attention.kernel_on(device, size.heads, dim, torch.float32 if launch.precision == "no" else half)
+        filled = f", heads of {dim} channels padded to {attention.padded_dim(dim)}" if padded and dim % 8 else ""
+        text = f"{run.model.name} on {name}: torch's {kernel} kernel{filled}"
+        if kernel == "math":
+            text += ": slow, and it keeps maps of tokens x tokens that the memory plan does not know"
+        yield _found("warning" if kernel == "math" else "note", "attention", text)
 
 
 # ---- What DeepSpeed compiles on first use

@@ -22,6 +22,7 @@ from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_co
 
 from sapiens_accel.config.schema import StageConfig
 from sapiens_accel.data.dataset import Batch, Labelled, View
+from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.training.ema import MovingAverage
@@ -71,20 +72,22 @@ class Footprint:
 
 @lru_cache(maxsize=32)
 def footprint(
-    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, half: bool, cast: bool
-) -> Footprint:
+    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, half: bool, cast: bool,
+    padded: bool = False,
+) -> Footprint:  # fmt: skip
     """Measure a stage's step.
 
     Args:
         name: a key of `SIZES`.
         half: the arithmetic is in 16 bits ...
         cast: ... by autocast over weights in fp32, and not in weights of 16 bits.
+        padded: attention is that of GPUs without a flash kernel.
     """
     # transformers remembers the patch coordinates that it computed first: they must not be fake ones.
     size = SIZES[name]
     grid = [pixels // size.patch for pixels in input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
-    probe = partial(_probe, name, num_keypoints, input_hw, sigma, plan, half=half, cast=cast)
+    probe = partial(_probe, name, num_keypoints, input_hw, sigma, plan, half=half, cast=cast, padded=padded)
     group = 1 + plan.ratio
     small, large, chunked = (probe(p=p * group, n=n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
@@ -106,11 +109,12 @@ def _line(small: float, large: float, chunked: float, p: int) -> Linear:
 
 def _probe(
     name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, *,
-    half: bool, cast: bool, p: int, n: int,
+    half: bool, cast: bool, padded: bool, p: int, n: int,
 ) -> dict[str, float]:  # fmt: skip
     """One step of a network of two blocks, the first checkpointed and the second whole, p people in chunks of n."""
     with torch.device("meta"):
         model = SapiensPose(name, num_keypoints, input_hw, depth=2).train()
+    model.backbone.config._attn_implementation = PADDED if padded else "sdpa"
     if "block_*" in plan.frozen:  # the others are taken to learn: what is frozen beside it saves little
         model.freeze(("embeddings", "block_*", "norm"))
     model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))

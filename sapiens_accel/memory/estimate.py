@@ -20,6 +20,7 @@ from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageConfig
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.activations import Footprint, footprint
+from sapiens_accel.models.attention import padded_dim
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy
@@ -34,6 +35,7 @@ FRAGMENTATION = 0.04  # of what comes and goes in a step
 PROCESS = 3.0 * GIB  # of host memory: Python, torch and CUDA's side of it
 WORKER = 0.6 * GIB  # of host memory: a decoding process
 IN_FLIGHT = 3  # block inputs that are on the GPU at a time when they are offloaded
+FLATTENED_SUMS, FLATTENED = 500_000_000, 50_000_000  # elements that DeepSpeed copies into one tensor, in fp32
 MOST_CHUNK, FEW = 16, 4  # people of a head chunk: more gain nothing, fewer leave the GPU waiting
 
 # Blocks are kept whole, to save time, only up to this part of the memory: the rest is for what the prediction misses.
@@ -125,7 +127,7 @@ class Stage:
     largest: int
     depth: int
     image_bytes: int
-    tokens_width: int
+    queries: int  # elements of all heads' queries of a person, as attention gets them
     map_bytes: int
     num_workers: int
     prints: Callable[[bool], Footprint]  # of whether the arithmetic is cast from fp32 weights
@@ -135,8 +137,13 @@ class Stage:
         return self.plan.ratio
 
 
-def stage_of(run: Config, name: StageName, half: bool = True, num_keypoints: int = 17) -> Stage:
+def stage_of(
+    run: Config, name: StageName, half: bool = True, num_keypoints: int = 17, *, padded: bool = False
+) -> Stage:
     """Count a stage's parameters and measure its step.
+
+    Args:
+        padded: the GPUs have no flash kernel of attention (`models.attention`).
 
     Raises:
         UserError: a frozen pattern that matches nothing.
@@ -148,7 +155,8 @@ def stage_of(run: Config, name: StageName, half: bool = True, num_keypoints: int
     sizes = [p.numel() for p in model.parameters()]
     layers = model.layer_groups()
     groups = optim.param_groups(layers, plan.optim)
-    (height, width), patch = run.data.input_hw, model.size.patch
+    (height, width), size = run.data.input_hw, model.size
+    dim = size.width // size.heads
     arguments = (run.model.name, num_keypoints, run.data.input_hw, run.data.sigma, plan, half)
     return Stage(
         plan=plan,
@@ -162,10 +170,10 @@ def stage_of(run: Config, name: StageName, half: bool = True, num_keypoints: int
         largest=max(sizes),
         depth=model.size.depth,
         image_bytes=3 * height * width,
-        tokens_width=(height // patch) * (width // patch) * model.size.width,
+        queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),
         map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
         num_workers=run.data.num_workers,
-        prints=partial(footprint, *arguments),
+        prints=partial(footprint, *arguments, padded=padded),
     )
 
 
@@ -197,7 +205,7 @@ def need(
 
     checkpointed, whole = layout.checkpointed_blocks, stage.depth - layout.checkpointed_blocks
     on_device = min(checkpointed, IN_FLIGHT) if way.offload_activations else checkpointed
-    attention = 4.0 * p * stage.tokens_width if cuda else 0.0  # flash attention sums its queries' gradient in fp32
+    attention = 4.0 * p * stage.queries if cuda else 0.0  # both fused kernels sum the queries' gradient in fp32
     stem, kept, saved = prints.stem(p), prints.kept(p), prints.saved(p)
     left = prints.gradient(p)
     phases: dict[str, dict[str, float]] = {
@@ -259,7 +267,10 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     sixteen = strategy.half and strategy.zero > 0
     word = 2 if sixteen else 4
     # Accumulated in fp32 (`engine.prepare`); DeepSpeed then keeps the sum on the device, offloading or not.
-    summed = 4 if accumulates and strategy.bf16 else word
+    in_fp32 = accumulates and strategy.bf16
+    # Under ZeRO-1 that is DeepSpeed's BF16_Optimizer, which keeps a backward's gradients in 16 bits beside the sums.
+    beside = in_fp32 and strategy.zero == 1 and not strategy.offload
+    summed = 6 if beside else 4 if in_fp32 else word
     part = learning / ranks
     weights = word * everything / (ranks if strategy.zero == 3 else 1)
     state = {
@@ -272,11 +283,16 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     }
     if strategy.zero == 3:
         state["zero_buckets"] += word * min(strategy.live, everything)
+    if beside and ranks > 1:
+        state["zero_buckets"] = 4.0 * min(FLATTENED_SUMS, learning)  # what the ranks add up at a time
     if strategy.offload:
         state |= {"masters": 0.0, "adam": 0.0}
-        state["zero_buckets"] += word * stage.largest
-        if not (accumulates and strategy.bf16) or strategy.zero == 3:
+        # A buffer of the largest parameter, and in fp32 its gradient on the way down, and again for its norm.
+        state["zero_buckets"] += (word + 8) * stage.largest
+        if not in_fp32 or strategy.zero == 3:
             state["gradients"] = 0.0
+        else:
+            state["zero_buckets"] += 4.0 * min(FLATTENED, part)
     return state
 
 
@@ -436,15 +452,15 @@ def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int 
 # ---- The ways
 
 
-def ways(num_ranks: int) -> list[Way]:
-    """Every way that `accelerate_configs/` launches, for this many GPUs of one machine."""
+def ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
+    """Every way that `accelerate_configs/` launches, for this many GPUs of one machine, in the precision they have."""
     folder = Path(__file__).parent.parent.parent
     found = []
 
     def add(name: str, launch: str, **options: Any) -> None:
         file = folder / "ds_configs" / f"{launch}.json"
         zero = json.loads(file.read_text())["zero_optimization"] if launch.startswith("zero") else {}
-        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, precision="bf16")
+        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, precision=precision)
         found.append(Way(name=name, launch=launch, strategy=strategy, **options))
 
     plain = "single_gpu" if num_ranks == 1 else "multi_gpu"

@@ -26,7 +26,9 @@ from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
+from sapiens_accel.models import attention
 from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.device import LEAST_CAPABILITY
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
 
@@ -55,12 +57,13 @@ def plans(
     room = distributed.free_bytes(accelerator)
     host_room = None if room is None else distributed.least(accelerator, free_host_bytes())
     strategy = distributed.strategy(accelerator)
-    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints)
+    padded = attention.pads_on(accelerator.device)
+    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints, padded=padded)
 
 
 def planned(
     run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0,
-    num_keypoints: int = 17,
+    num_keypoints: int = 17, *, padded: bool = False,
 ) -> dict[StageName, Plan]:  # fmt: skip
     """The plan of each stage, made before the first of them, so that the last is not refused after days.
 
@@ -68,6 +71,7 @@ def planned(
         room: bytes of a device that may be used; None where memory does not limit.
         host_room: likewise of the host.
         words: the command line, to say which one would fit.
+        padded: the GPUs have no flash kernel of attention.
 
     Raises:
         UserError: a stage that does not fit (not with --memory.force); options that do not go together.
@@ -83,13 +87,12 @@ def planned(
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
     chosen = {}
     for name in run.stages:
-        stage = stage_of(run, name, strategy.half, num_keypoints)
+        stage = stage_of(run, name, strategy.half, num_keypoints, padded=padded)
         plan = fit(stage, name, way, room, host_room, rank)
         chosen[name] = dataclasses.replace(plan, otherwise=_otherwise(stage, plan))
         if not plan.fits and not memory.force:
-            raise UserError(
-                f"{name}: {_shortage(plan)}; {_way_out(run, plan, words, num_keypoints)}, or --memory.force to try"
-            )
+            way_out = _way_out(run, plan, words, num_keypoints, padded)
+            raise UserError(f"{name}: {_shortage(plan)}; {way_out}, or --memory.force to try")
     return chosen
 
 
@@ -129,23 +132,28 @@ def _shortage(plan: Plan) -> str:
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
-def _way_out(run: Config, plan: Plan, words: Sequence[str], num_keypoints: int) -> str:
+def _way_out(run: Config, plan: Plan, words: Sequence[str], num_keypoints: int, padded: bool) -> str:
     """The nearest launch that fits all stages, of the same GPUs."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "take a launch with more ZeRO or offload on these machines"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
-    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints)
+    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints, padded)
     best = _fastest(table)
     if best is None:
         return _nothing_fits(table)
     return f"the nearest that fits: {command(best[0].way, _without(words, '--memory.'))}"
 
 
-def _table(run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int) -> Table:
-    """Every stage by every way."""
-    stages: dict[StageName, Stage] = {name: stage_of(run, name, num_keypoints=num_keypoints) for name in run.stages}
-    return {name: [fit(stage, name, way, room, host_room) for way in ways(gpus)] for name, stage in stages.items()}
+def _table(
+    run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int, padded: bool
+) -> Table:
+    """Every stage by every way; GPUs without a flash kernel have no bf16 either."""
+    every = ways(gpus, "fp16" if padded else "bf16")
+    stages: dict[StageName, Stage] = {
+        name: stage_of(run, name, num_keypoints=num_keypoints, padded=padded) for name in run.stages
+    }
+    return {name: [fit(stage, name, way, room, host_room) for way in every] for name, stage in stages.items()}
 
 
 def _fastest(table: Table) -> list[Plan] | None:
@@ -237,7 +245,8 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
     room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
     run = config.load(rest, prog="python -m sapiens_accel.memory")
-    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run))
+    padded = attention.needs_padding(capability_of(asked.capability))
+    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run), padded)
     best = _fastest(table)
     words = _without(rest, "--memory.offload_activations", "--memory.adam_8bit")  # each way says for itself
     if asked.json:
@@ -252,6 +261,18 @@ def _num_keypoints(run: Config) -> int:
     """Of the data where it is there, else COCO's 17."""
     found = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
     return build.open_skeleton(run.data)[0].num_keypoints if found else 17
+
+
+def capability_of(text: str) -> tuple[int, int]:
+    """A compute capability.
+
+    Raises:
+        UserError: not one of a GPU that can be trained on.
+    """
+    found = re.fullmatch(r"(\d+)\.(\d)", text)
+    if not found or (int(found[1]), int(found[2])) < LEAST_CAPABILITY:
+        raise UserError(f"--capability {text}: expected the compute capability of a GPU, 7.0 or newer, such as 7.5")
+    return int(found[1]), int(found[2])
 
 
 def bytes_of(option: str, text: str) -> float:
@@ -278,6 +299,7 @@ def _plan_json(plan: Plan, words: Sequence[str]) -> dict[str, Any]:
     gib = {where: {part: round(size / GIB, 4) for part, size in parts.items()} for where, parts in _parts(plan).items()}
     return {
         "strategy": plan.way.name,
+        "precision": "bf16" if plan.way.strategy.bf16 else "fp16",
         "fits": plan.fits,
         "micro_batch": plan.share.micro_batch,
         "accumulation": plan.share.accumulation,
@@ -301,7 +323,9 @@ def _parts(plan: Plan) -> dict[str, Mapping[str, float]]:
 def _show(run: Config, table: Table, best: list[Plan] | None, words: Sequence[str], asked: Any) -> None:
     print(f"{run.recipe} ({run.model.name}, {run.data.input_hw[0]}x{run.data.input_hw[1]}), predicted, in GiB")
     cuda = f"of which {CONTEXT / GIB:g} GiB are CUDA's"
-    print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; host {asked.host_memory}")
+    padded = attention.needs_padding(capability_of(asked.capability))
+    arithmetic = "fp16, memory-efficient attention" if padded else "bf16, flash attention"
+    print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; {arithmetic}; host {asked.host_memory}")
     for name, plans in table.items():
         print(f"\n{name}, global batch {run.of(name).global_batch}")
         layout = f"{'micro-batch':>12}{'checkpointed':>14}{'head chunk':>12}"

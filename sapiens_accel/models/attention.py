@@ -53,13 +53,18 @@ def padded_attention(
 
 def attention_by_device(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
     """transformers' own SDPA attention; `padded_attention` on GPUs that need it."""
-    if query.device.type == "cuda" and needs_padding(_capability(query.device)):
+    if pads_on(query.device):
         return padded_attention(module, query, *rest, **options)
     return sdpa_attention_forward(module, query, *rest, **options)
 
 
 AttentionInterface.register(PADDED, padded_attention)
 AttentionInterface.register(BY_DEVICE, attention_by_device)
+
+
+def pads_on(device: torch.device) -> bool:
+    """Whether attention on this device is padded."""
+    return device.type == "cuda" and needs_padding(_capability(device))
 
 
 def needs_padding(capability: tuple[int, int]) -> bool:

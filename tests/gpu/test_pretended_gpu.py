@@ -53,11 +53,12 @@ COVERED = {
     "data/loader.py::batches": "test_batches_are_pinned_for_a_gpu",
     "doctor/environment.py::_devices": "test_the_doctor_says_what_the_cards_are",
     "doctor/environment.py::_precision": "test_the_doctor_says_which_precision_a_launch_gets",
+    "doctor/environment.py::_attention": "test_the_doctor_says_which_kernel_attention_gets",
     "doctor/environment.py::_operations": "test_the_doctor_knows_what_a_gpu_compiles",
     "evaluation/predict.py::predict": "test_crops_to_predict_are_pinned_for_a_gpu",
     "inference/detect_people.py::_device": "test_people_are_looked_for_on_the_gpu",
     "memory/planner.py::out_of_memory_told": "test_running_out_of_memory_frees_what_torch_keeps",
-    "models/attention.py::attention_by_device": "test_heads_are_padded_only_where_the_card_needs_it",
+    "models/attention.py::pads_on": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
     "runtime/device.py::problem_of_device": "test_a_card_that_cannot_be_trained_on_is_refused_before_anything_is_built",
@@ -396,6 +397,29 @@ def test_the_doctor_says_which_precision_a_launch_gets(
 ) -> None:
     pretend(monkeypatch, card)
     (found,) = environment._precision(Launch(precision=asked))
+    assert found.level == level and said in found.text
+
+
+@pytest.mark.parametrize(
+    ("card", "kernel", "level", "said"),
+    [
+        (A100, "flash", "note", "sapiens_2b on NVIDIA A100-SXM4-40GB: torch's flash kernel"),
+        (T4, "memory-efficient", "note", "memory-efficient kernel, heads of 60 channels padded to 64"),
+        (T4, "math", "warning", "the memory plan does not know"),
+    ],
+)
+def test_the_doctor_says_which_kernel_attention_gets(
+    card: Card, kernel: str, level: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = types.SimpleNamespace(model=types.SimpleNamespace(name="sapiens_2b"))
+    assert not list(environment._attention(run, Launch(precision="bf16")))
+    pretend(monkeypatch, card, card)
+    attention._capability.cache_clear()
+    asked: list[Any] = []
+    monkeypatch.setattr(attention, "kernel_on", lambda *arguments: asked.append(arguments) or kernel)
+    (found,) = environment._attention(run, Launch(precision="bf16"))
+    attention._capability.cache_clear()
+    assert asked == [(CUDA_0, 32, 60, torch.float16 if card is T4 else torch.bfloat16)]
     assert found.level == level and said in found.text
 
 
