@@ -28,7 +28,7 @@ from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS, Metrics
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
-from sapiens_accel.evaluation.predict import Network, Predictions, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import KeypointQuality, measure_points, oks
@@ -64,16 +64,16 @@ class EvaluationResult:
     seconds: float
 
 
-def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> Network:
+def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> PoseNetwork:
     """A model in training as a network to evaluate, in the precision that it is trained in."""
     # An engine sets the precision of its forward itself.
     autocast = None if engine.is_engine(model) else distributed.autocast_dtype(accelerator)
-    return Network(model=model, codec=codec, autocast=autocast)
+    return PoseNetwork(model=model, codec=codec, autocast=autocast)
 
 
 def evaluate_networks(
     accelerator: Accelerator,
-    networks: Sequence[Network],
+    networks: Sequence[PoseNetwork],
     people: People,
     skeleton: Skeleton,
     data: DataConfig,

@@ -15,7 +15,7 @@ from sapiens_accel.evaluation import predict, tables
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.error_analysis import Diagnosis, Kind, Reason, diagnose
 from sapiens_accel.evaluation.evaluate import EvaluationResult
-from sapiens_accel.evaluation.predict import Network, Predictions
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.draw import Color
 from sapiens_accel.pose.geometry import Crop
@@ -85,7 +85,7 @@ def analyze_networks(
     judged: EvaluationResult,
     people: People,
     skeleton: Skeleton,
-    networks: Sequence[Network],
+    networks: Sequence[PoseNetwork],
     data: DataConfig,
     config: EvalConfig,
     device: torch.device,

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import described
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation.predict import Network
+from sapiens_accel.evaluation.predict import PoseNetwork
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.checkpoint_formats import FILE, SKELETON_FILE, Weights
@@ -228,7 +228,7 @@ def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
 
 def build_network(
     candidate: Candidate, run: Config, skeleton: Skeleton, device: torch.device, autocast: torch.dtype | None = None
-) -> tuple[Network, str]:
+) -> tuple[PoseNetwork, str]:
     """A candidate's network on the device, and what became of every tensor of its file.
 
     Args:
@@ -245,12 +245,12 @@ def build_network(
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    return Network(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
+    return PoseNetwork(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
 
 
 def build_networks(
     accelerator: Accelerator, group: Sequence[Candidate], run: Config, skeleton: Skeleton
-) -> list[Network]:
+) -> list[PoseNetwork]:
     """The networks of several weights, on this rank's device and in the launch's precision.
 
     Raises:

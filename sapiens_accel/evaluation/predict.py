@@ -42,7 +42,7 @@ class Predictions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class PoseNetwork:
     """uint8 crops [b, 3, H, W] to heatmaps [b, k, h, w], which `codec` decodes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Network:
     autocast: torch.dtype | None = None
 
 
-class Crop(NamedTuple):
+class NetworkInput(NamedTuple):
     """What a network is shown of a box, and the matrix input_from_image that made it."""
 
     image: UInt8[Tensor, "*b 3 H W"]
@@ -62,10 +62,10 @@ class Crop(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Look:
+class ScaledNetwork:
     """A network at one size of its crop."""
 
-    network: Network
+    network: PoseNetwork
     input_hw: tuple[int, int]
 
     @cached_property
@@ -73,7 +73,7 @@ class Look:
         return self.input_hw == self.network.codec.input_hw
 
 
-def list_views(networks: Sequence[Network], scales: Sequence[float]) -> list[Look]:
+def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list[ScaledNetwork]:
     """Every network at every scale of its own input, in multiples of the patch.
 
     Raises:
@@ -92,36 +92,38 @@ def list_views(networks: Sequence[Network], scales: Sequence[float]) -> list[Loo
                 raise UserError(
                     f"--eval.scales: {same} are both {size[0]}x{size[1]} px of {PATCH}-px patches; drop one"
                 )
-            found.append(Look(network, (size[0], size[1])))
+            found.append(ScaledNetwork(network, (size[0], size[1])))
     return found
 
 
-class Crops(Dataset[tuple[Crop, ...]]):
+class Crops(Dataset[tuple[NetworkInput, ...]]):
     """Index -> the upright crop of a box for every look; its picture is read once."""
 
-    def __init__(self, boxes: Boxes, shown: Sequence[Look], padding: float) -> None:
+    def __init__(self, boxes: Boxes, shown: Sequence[ScaledNetwork], padding: float) -> None:
         self.boxes, self.padding = boxes, padding
         self.sizes = [(look.network.codec.input_hw, look.input_hw) for look in shown]
 
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, index: int) -> tuple[Crop, ...]:
+    def __getitem__(self, index: int) -> tuple[NetworkInput, ...]:
         image = read_image(self.boxes.root / self.boxes.file_names[index])
         return tuple(self._crop(image, index, own_hw, input_hw) for own_hw, input_hw in self.sizes)
 
     def _crop(
         self, image: UInt8[Array, "h w 3"], index: int, own_hw: tuple[int, int], input_hw: tuple[int, int]
-    ) -> Crop:
+    ) -> NetworkInput:
         # The same part of the picture at every scale: the rectangle has the aspect of the network's own input.
         matrix = geometry.crop_around_box(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
         picture = geometry.warp(image, matrix, input_hw)
-        return Crop(torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), torch.from_numpy(matrix))
+        return NetworkInput(
+            torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), torch.from_numpy(matrix)
+        )
 
 
 @torch.no_grad()
 def predict(
-    networks: Sequence[Network],
+    networks: Sequence[PoseNetwork],
     boxes: Boxes,
     skeleton: Skeleton,
     data: DataConfig,
@@ -154,7 +156,7 @@ def predict(
     found = []
     with _evaluating([network.model for network in networks]), _progress(len(mine), rank) as progress:
         for batch in plainly(loader):
-            crops = [Crop(*crop) for crop in batch]
+            crops = [NetworkInput(*crop) for crop in batch]
             maps = _mean_maps(shown, crops, skeleton, config, device)
             points_xy, scores = networks[0].codec.decode(maps)
             found.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix))
@@ -170,7 +172,7 @@ def predict(
 
 @torch.no_grad()
 def predict_heatmaps(
-    networks: Sequence[Network],
+    networks: Sequence[PoseNetwork],
     boxes: Boxes,
     skeleton: Skeleton,
     data: DataConfig,
@@ -188,13 +190,17 @@ def predict_heatmaps(
     with _evaluating([network.model for network in networks]):
         for first in range(0, len(boxes), config.batch_size):
             several = [crops[index] for index in range(first, min(first + config.batch_size, len(boxes)))]
-            batch = [Crop(*crop) for crop in default_collate(several)]
+            batch = [NetworkInput(*crop) for crop in default_collate(several)]
             found.append(_mean_maps(shown, batch, skeleton, config, device).cpu().numpy())
     return np.concatenate(found)
 
 
 def _mean_maps(
-    shown: Sequence[Look], crops: Sequence[Crop], skeleton: Skeleton, config: EvalConfig, device: torch.device
+    shown: Sequence[ScaledNetwork],
+    crops: Sequence[NetworkInput],
+    skeleton: Skeleton,
+    config: EvalConfig,
+    device: torch.device,
 ) -> Float[Tensor, "b k h w"]:
     """The average of all looks, in the frame of the first network's own crop."""
     total, num = None, 0
@@ -214,7 +220,7 @@ def _mean_maps(
     return total / num
 
 
-def _maps(look: Look, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
+def _maps(look: ScaledNetwork, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
     """A network's maps, in float32; of a larger crop, fewer people at a time."""
     network, own_hw = look.network, look.network.codec.input_hw
     pixels = look.input_hw[0] * look.input_hw[1] / (own_hw[0] * own_hw[1])
@@ -241,7 +247,7 @@ def _progress(total: int, rank: int) -> tqdm:
     return tqdm(total=total, desc="evaluating", unit="person", disable=hidden, leave=False)
 
 
-def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: Look) -> Float[Tensor, "n 2 3"]:
+def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: ScaledNetwork) -> Float[Tensor, "n 2 3"]:
     """What `matrices` would be at the network's own size: the same rectangle of the picture."""
     if look.is_native_size:
         return matrices

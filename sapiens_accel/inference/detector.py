@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 from torch.utils.data import DataLoader, Dataset
 
+from sapiens_accel.data.detections import Found
 from sapiens_accel.data.loader import begin_worker
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download as fetch
@@ -23,16 +24,6 @@ from sapiens_accel.sources import images as photo
 DEFAULT = "PekingU/rtdetr_v2_r50vd"
 THRESHOLD, MAX_IOU = 0.05, 0.7
 SMALLEST = 1.0  # px: a thinner box holds nobody
-
-
-class Found(NamedTuple):
-    """The people of one picture, the surest first: boxes x y w h in image px, within the picture."""
-
-    boxes_xywh: Float[Array, "n 4"]
-    scores: Float[Array, "n"]
-
-
-NOBODY = Found(np.zeros((0, 4)), np.zeros(0))
 
 
 class Prepared(NamedTuple):

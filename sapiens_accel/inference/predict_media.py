@@ -23,7 +23,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
 from sapiens_accel.evaluation.networks import Candidate
-from sapiens_accel.evaluation.predict import Network, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, predict
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
 from sapiens_accel.inference.outputs import MediaWriter, Person, Piece
@@ -49,7 +49,7 @@ class Task:
     path: Path
     run: Config
     skeleton: Skeleton
-    networks: Sequence[Network]
+    networks: Sequence[PoseNetwork]
     where: Where
     boxes: str
 

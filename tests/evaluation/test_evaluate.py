@@ -22,7 +22,7 @@ from sapiens_accel.data.people import People
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import METRICS, Predictions
-from sapiens_accel.evaluation.predict import Network, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, predict
 from sapiens_accel.pose import heatmap
 from sapiens_accel.pose import oks as score
 from sapiens_accel.pose.heatmap import Codec
@@ -338,7 +338,7 @@ class Seer(nn.Module):
 
 
 def _predict(model: nn.Module, stage: Stage, config: EvalConfig = CONFIG, **ranks: Any) -> Predictions:
-    network, boxes = Network(model=model, codec=stage.codec), detections.ground_truth_boxes(stage.people)
+    network, boxes = PoseNetwork(model=model, codec=stage.codec), detections.ground_truth_boxes(stage.people)
     return predict([network], boxes, COCO17, DATA, config, device=CPU, **ranks)
 
 

@@ -33,7 +33,7 @@ from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.error_analysis import NOBODY, Kind
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
-from sapiens_accel.evaluation.predict import Network, Predictions
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.heatmap import Codec
@@ -344,7 +344,7 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: EvaluationRes
 @pytest.mark.parametrize(("flip", "scales"), [(False, (1.0,)), (True, (1.0, 1.5))], ids=["plain", "augmented"])
 def test_heatmaps_of_a_few_are_those_that_were_decoded(people: People, flip: bool, scales: tuple[float, ...]) -> None:
     model = SapiensPose("sapiens_tiny", 17, SIZE)
-    network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
+    network = PoseNetwork(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
     how, device = EvalConfig(flip=flip, scales=scales, batch_size=4), torch.device("cpu")
     boxes = detections.ground_truth_boxes(people)
     predicted = predict.predict([network], boxes, COCO17, DATA, how, device=device)
@@ -362,7 +362,7 @@ def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged
     """The corners of a heatmap are those of the crop that the network saw."""
     torch.manual_seed(0)
     model = SapiensPose("sapiens_tiny", 17, SIZE)
-    network = Network(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
+    network = PoseNetwork(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
     how, device, boxes = replace(HOW, num_worst=3), torch.device("cpu"), detections.ground_truth_boxes(people)
     assert model.heatmap_hw != SIZE
     shrunk = np.diag([(small - 1) / (large - 1) for small, large in zip(model.heatmap_hw, SIZE, strict=True)][::-1])

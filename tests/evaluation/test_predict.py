@@ -16,7 +16,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import predict
 from sapiens_accel.evaluation.boxes import Boxes
-from sapiens_accel.evaluation.predict import Look, Network, Predictions
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, ScaledNetwork
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose, use_input_size
 from sapiens_accel.pose import geometry, heatmap
@@ -81,12 +81,12 @@ class Seer(nn.Module):
         return codec.encode(points_xy, torch.ones(points_xy.shape[:2]))[0]
 
 
-def _seer(boxes: Boxes, truth: Array, own_hw: tuple[int, int] = (256, 192), off: float = 0.0) -> Network:
+def _seer(boxes: Boxes, truth: Array, own_hw: tuple[int, int] = (256, 192), off: float = 0.0) -> PoseNetwork:
     codec = Codec(input_hw=own_hw, heatmap_hw=(own_hw[0] // 4, own_hw[1] // 4), sigma=3)
-    return Network(model=Seer(boxes, truth, own_hw, off), codec=codec)
+    return PoseNetwork(model=Seer(boxes, truth, own_hw, off), codec=codec)
 
 
-def _tiny(name: str, seed: int, input_hw: tuple[int, int] = (64, 48)) -> Network:
+def _tiny(name: str, seed: int, input_hw: tuple[int, int] = (64, 48)) -> PoseNetwork:
     """A network with weights that make every part of it matter."""
     torch.manual_seed(seed)
     model = SapiensPose(name, K, input_hw)
@@ -98,10 +98,10 @@ def _tiny(name: str, seed: int, input_hw: tuple[int, int] = (64, 48)) -> Network
                 parameter.fill_(0.5)
         if model.size.family == "sapiens":
             model.backbone.embeddings.position_embeddings[:, 1:].normal_(std=0.5)
-    return Network(model=model, codec=Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=2))
+    return PoseNetwork(model=model, codec=Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=2))
 
 
-def _predict(networks: list[Network], boxes: Boxes, config: EvalConfig = CONFIG) -> Predictions:
+def _predict(networks: list[PoseNetwork], boxes: Boxes, config: EvalConfig = CONFIG) -> Predictions:
     return predict.predict(networks, boxes, COCO17, DATA, config, device=torch.device("cpu"))
 
 
@@ -201,7 +201,7 @@ def test_positions_that_are_shared_out_are_not_resized() -> None:
 # ---- What it is, and that it does something
 
 
-def _looked_at(network: Network, boxes: Boxes, index: int, scale: float, mirrored: bool) -> Tensor:
+def _looked_at(network: PoseNetwork, boxes: Boxes, index: int, scale: float, mirrored: bool) -> Tensor:
     """One look by hand, on the grid of the network's own map: align_corners, as the map's corners are the crop's."""
     height, width = network.codec.input_hw
     input_hw = (int(height * scale), int(width * scale))
@@ -257,7 +257,7 @@ def test_scales_of_one_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"--eval\.scales: 1 and 1\.1 are both 64x48 px"):
         predict.list_views([network], (1.0, 1.1))
     assert predict.list_views([network, network], (1.0, 2.0)) == [
-        Look(network, (64, 48)), Look(network, (128, 96)), Look(network, (64, 48)), Look(network, (128, 96))
+        *(ScaledNetwork(network, size) for _ in range(2) for size in ((64, 48), (128, 96)))
     ]  # fmt: skip
 
 
