@@ -21,7 +21,8 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.loop import Step, steps
-from sapiens_accel.training.mean_teacher import Objective, build
+from sapiens_accel.training.mean_teacher import build_objective
+from sapiens_accel.training.objectives import Objective
 
 META = torch.device("meta")
 INPUT_HW = (512, 384)
@@ -91,7 +92,7 @@ def rehearse(
         optim.param_groups(model.layer_groups(), stage.optim), stage.optim, torch.device("cuda")
     )
     optimizer.step_was_skipped = False
-    objective = build(
+    objective = build_objective(
         stage, codec, COCO17, teacher, lambda: (p.data for p in model.parameters()), 100, lambda t: t, None
     )
     share = Share(rank=0, num_ranks=1, micro_batch=MICRO_BATCH, accumulation=accumulation)

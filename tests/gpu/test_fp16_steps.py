@@ -16,7 +16,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.engine import take_step
 from sapiens_accel.training import optim
-from sapiens_accel.training.mean_teacher import Supervised
+from sapiens_accel.training.objectives import Supervised
 
 SCALE = 2.0**10
 
@@ -83,7 +83,7 @@ def test_a_run_in_which_fp16_never_recovers_is_stopped(
     words = ["--stage=phase2", "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=1", "--max_steps=40"]
     words += ["--data.synthetic.num_val=2", "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1"]
     words += ["--phase2.global_batch=2", "--report_to=none", "--eval.num_pictures=0", "--eval.num_worst=0"]
-    with pytest.raises(UserError, match=r"gradients that are no numbers, 20 steps in a row up to 22; lower"):
+    with pytest.raises(UserError, match=r"phase2: .* 20 steps in a row up to (step )?22"):
         train.main([*words, f"--output_dir={tmp_path / 'run'}"])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines.count("skipped_in_a_row") == 20

@@ -13,7 +13,7 @@ from torch.optim import optimizer
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import StageConfig, StageName
 from sapiens_accel.models.sapiens import Layout
-from sapiens_accel.training import mean_teacher
+from sapiens_accel.training import objectives
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +90,12 @@ def test_ssl_without_unlabelled_people() -> None:
 )
 def test_what_would_wait_is_seen(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rehearsal can fail: each of these in a loss makes a GPU wait, or copies from the host in every step."""
-    supervised = mean_teacher.Supervised.loss
+    supervised = objectives.Supervised.loss
 
     def loss(self: Any, model: nn.Module, *rest: Any) -> Any:
         value, logs = supervised(self, model, *rest)
         return fault(value), logs
 
-    monkeypatch.setattr(mean_teacher.Supervised, "loss", loss)
+    monkeypatch.setattr(objectives.Supervised, "loss", loss)
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
         take_steps(stage_of("phase2"), "sapiens_1b", Layout(head_chunk=3), depth=1)

@@ -361,7 +361,6 @@ def test_crops_to_predict_are_pinned_for_a_gpu(where: torch.device, monkeypatch:
         raise LoaderAskedError(options["pin_memory"])
 
     monkeypatch.setattr(predict, "DataLoader", loader)
-    monkeypatch.setattr(predict, "looks", lambda *_: [])
     config: Any = types.SimpleNamespace(box_padding=1.0, num_workers=0, scales=(1.0,), batch_size=1)
     nobody: Any = [None]
     with pytest.raises(LoaderAskedError, match=str(where.type == "cuda")):
