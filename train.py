@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from sapiens_accel.data import build, sampling
 from sapiens_accel.doctor import report as doctor
-from sapiens_accel.errors import Interrupted, run_main
+from sapiens_accel.errors import Interrupted, UserError, run_main
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner
@@ -27,6 +27,8 @@ from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.logger import StageContext
 from sapiens_accel.training.stage import TrainingStage, build_stage
+
+AGAIN = "Start all machines again, with --resume_from_checkpoint latest"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)
     run_folder.begin_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
-    with uploads:
+    with uploads, distributed.lost_ranks_named(accelerator):
         for name in run.stages:
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name]
@@ -69,6 +71,7 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
 
     Raises:
         Interrupted: a stop was asked for; the state is saved.
+        UserError: so it was because a launcher was killed; the state is saved too.
     """
     run, name, last, log = stage.context.run, stage.context.name, stage.context.last, stage.logger
     accelerator, done = stage.context.accelerator, stage.context.first
@@ -88,9 +91,10 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
                 saved = stage.save(done)
             if done < last and distributed.any_rank(accelerator, stop.asked):
                 log.close()
-                raise Interrupted(
-                    f"{name}: asked to stop; step {done} is in {saved or stage.save(done) or 'NO checkpoint'}"
-                )
+                where = f"step {done} is in {saved or stage.save(done) or 'NO checkpoint'}"
+                if distributed.any_rank(accelerator, stop.launcher_is_gone):
+                    raise UserError(f"{name}: the launcher of another machine has ended; {where}. {AGAIN}")
+                raise Interrupted(f"{name}: asked to stop; {where}")
             if run.eval_every and done % run.eval_every == 0 and done < last:
                 stage.evaluate(done)
             elif done == 1 < last:

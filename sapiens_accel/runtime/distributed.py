@@ -1,7 +1,10 @@
 """The launch of this process: Accelerator, device, precision, ZeRO stage, and what the ranks tell each other."""
 
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -17,6 +20,8 @@ from sapiens_accel.runtime import launch
 from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
+LOST = re.compile(r"connection (closed|reset|refused)|peer|socket", re.IGNORECASE)  # gloo's and NCCL's words
+LOST_SECONDS = 10
 PARTS = ("optimizer", "param")  # of a training state that DeepSpeed can offload
 
 
@@ -128,6 +133,26 @@ def deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The dtype of mixed-precision arithmetic, None for fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+@contextmanager
+def lost_ranks_named(accelerator: Accelerator) -> Iterator[None]:
+    """Where a collective fails because another process has ended: one line in place of a traceback.
+
+    Raises:
+        UserError: only after a while: on one machine the launcher ends this process before, and that one's line stands.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not LOST.search(str(error)):
+            raise
+        time.sleep(LOST_SECONDS)
+        text = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"rank {accelerator.process_index}: another process of this launch has ended: {text}. See its output, and "
+            "start all machines again, with --resume_from_checkpoint latest"
+        ) from None
 
 
 def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class StopRequest:
         self.name: str | None = None
         self._since = 0.0
         self._before: dict[int, object] = {}
+        self._parent = os.getppid()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # no other one may
@@ -33,6 +34,11 @@ class StopRequest:
     @property
     def asked(self) -> bool:
         return self.name is not None
+
+    @property
+    def launcher_is_gone(self) -> bool:
+        """Whether this process of several machines' lost its launcher: the others' launchers would wait for it."""
+        return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and os.getppid() != self._parent
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
