@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,10 @@ def _open_files() -> set[str]:
     """Files that processes of this machine have open, of those that may be asked."""
     found = set()
     for process in psutil.process_iter():
-        descriptors = Path(f"/proc/{process.pid}/fd")
-        try:
-            found |= {str(link.readlink()) for link in descriptors.iterdir()}
-        except OSError:
-            continue
+        with suppress(OSError):  # it has ended, or is another user's
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    found.add(str(link.readlink()))
     return found
 
 
