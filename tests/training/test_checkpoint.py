@@ -354,7 +354,7 @@ def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "step 1 could not be saved" in done.stdout and "step 40 could not be saved" in done.stdout
-    assert "lines or pictures are lost, training goes on" in done.stdout + done.stderr
+    assert "log lines or images are lost, training goes on" in done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "make room" in done.stderr
 
 
@@ -363,7 +363,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     """While the step is held up (here: by a picture that never comes), the second one, a while later, is not noted."""
     script = (
         "import os, signal, time\n"
-        "from sapiens_accel.interrupt import ECHO_SECONDS, StopRequest\n"
+        "from sapiens_accel.runtime.signals import ECHO_SECONDS, StopRequest\n"
         "with StopRequest() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"
         "    assert stop.name == 'SIGTERM', stop.name\n"
