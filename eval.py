@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sapiens_accel.config import parse as config
 
 if __name__ == "__main__":
-    config.answer_help(sys.argv[1:], "eval.py", __doc__)  # before imports that take seconds
+    config.answer_help(sys.argv[1:], "eval.py", __doc__ or "")  # before imports that take seconds
 
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data import build

@@ -30,7 +30,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.loop import steps
+from sapiens_accel.training.loop import StepConfig, steps
 from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective, Supervised
 
@@ -82,7 +82,8 @@ def peak(
             accelerator, model, optimizer, micro_batch=share.micro_batch, accumulation=share.accumulation, clip_norm=1.0
         )
         objective = _objective(accelerator, model, teacher, network, stage)
-        for _ in steps(accelerator, network, optimizer, objective, _fresh(batches), share, OptimConfig(), 0, 100):
+        config = StepConfig(accumulation=share.accumulation, optim=OptimConfig(), num_steps=100)
+        for _ in steps(accelerator, network, optimizer, objective, _fresh(batches), config):
             pass
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     now = most = 0

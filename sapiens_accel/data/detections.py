@@ -97,13 +97,13 @@ class Detection(NamedTuple):
     """One box of a detector's results.
 
     Attributes:
-        index: its place in the file.
+        position: its place in the file.
         image_id: None where it has none; then there is a file_name.
         box_xywh: image px.
         score: 1 where the file has none.
     """
 
-    index: int
+    position: int
     image_id: Any
     file_name: Any
     category_id: Any

@@ -92,7 +92,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     pictures = read_images(people)
     rows: list[Row] = [
-        (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.index) for one in found
+        (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.position) for one in found
     ]
     here = [row for row in rows if row[0] in pictures]
     if not here:

@@ -31,7 +31,7 @@ from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import ema, optim
-from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import build_objective
 
 SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
@@ -165,8 +165,10 @@ def take_steps(
         gather=lambda tensor: tensor,
         autocast=distributed.autocast_dtype(accelerator),
     )
-    rest = (case.share, plan.optim, 0, SCHEDULE, case.offload_activations)
-    return steps(accelerator, network, optimizer, objective, batches, *rest)
+    config = StepConfig(
+        accumulation=case.accumulation, optim=plan.optim, num_steps=SCHEDULE, offload=case.offload_activations
+    )
+    return steps(accelerator, network, optimizer, objective, batches, config)
 
 
 def codec_of(run: Config) -> Codec:

@@ -1,6 +1,7 @@
 """steps(): the generator that every stage runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ from torch.optim import Optimizer
 
 from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data.dataset import Batch
-from sapiens_accel.data.sampling import Share
 from sapiens_accel.runtime import engine
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.objectives import Objective
@@ -20,13 +20,13 @@ Logs = Mapping[str, Tensor | float]
 
 
 class Step(NamedTuple):
-    """What became of an optimizer step.
+    """The result of an optimizer step.
 
     Attributes:
         number: steps done, this one included.
-        logs: this rank's, on the device: looking at them waits for it.
-        skipped: the gradients were no numbers; nothing has changed.
-        ann_ids: of a skipped step, this rank's labelled people, and whether the loss of their micro-batch was a number.
+        logs: this rank's, on the device: reading them waits for it.
+        skipped: the gradients were not finite; nothing has changed.
+        ann_ids: of a skipped step, this rank's labeled people, and whether the loss of their micro-batch was finite.
     """
 
     number: int
@@ -35,29 +35,42 @@ class Step(NamedTuple):
     ann_ids: Sequence[tuple[int, bool]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How the steps of a stage are taken.
+
+    Attributes:
+        accumulation: micro-batches of one rank in an optimizer step.
+        optim: rate, schedule and clipping.
+        first: steps that are done already.
+        num_steps: length of the whole schedule.
+        offload: activations wait for their backward in host memory.
+    """
+
+    accumulation: int
+    optim: OptimConfig
+    first: int = 0
+    num_steps: int
+    offload: bool = False
+
+
 def steps(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
     objective: Objective,
     batches: Iterator[Batch],
-    share: Share,
-    config: OptimConfig,
-    first: int,
-    num_steps: int,
-    offload: bool = False,
+    config: StepConfig,
 ) -> Iterator[Step]:
     """Train, and yield after each optimizer step.
 
     Args:
-        batches: this rank's micro-batches from step `first` on; the stage ends with them.
-        num_steps: length of the whole schedule.
-        offload: what a forward saves waits for its backward in host memory.
+        batches: this rank's micro-batches from step `config.first` on; the stage ends with them.
     """
-    step = first
-    while micro_batches := list(islice(batches, share.accumulation)):
+    step = config.first
+    while micro_batches := list(islice(batches, config.accumulation)):
         model.train()
-        rate = lr_at(step, num_steps, config)
+        rate = lr_at(step, config.num_steps, config.optim)
         # Before the backward: under DeepSpeed, `accelerator.backward` also takes the optimizer's step.
         set_lr(optimizer, rate)
         logs: dict[str, Tensor | float] = {}
@@ -65,15 +78,15 @@ def steps(
         grad_norm, taken = None, True
         for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
             with accelerator.accumulate(model):
-                with offloaded(accelerator.device, wanted=offload):
+                with offloaded(accelerator.device, wanted=config.offload):
                     loss, parts = objective.loss(model, batch, prepared)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.clip_norm)
+                    grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
                     optimizer.zero_grad()
             losses.append(loss.detach())
             for name, value in {"loss": loss.detach(), **parts}.items():
-                logs[name] = logs.get(name, 0.0) + value / share.accumulation
+                logs[name] = logs.get(name, 0.0) + value / config.accumulation
         if taken:
             objective.after_step()
         step += 1
@@ -82,6 +95,6 @@ def steps(
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:
-    """Annotation ids of the labelled people, and whether the loss of their micro-batch is a number."""
+    """Annotation ids of the labeled people, and whether the loss of their micro-batch is finite."""
     each = zip(batches, losses, strict=True)
     return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labelled.ann_id.tolist()]

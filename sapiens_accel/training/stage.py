@@ -22,7 +22,7 @@ from sapiens_accel.runtime import distributed, engine, files
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver
 from sapiens_accel.training.logger import StageContext, StageLogger
-from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import build_objective
 from sapiens_accel.training.objectives import Objective
 
@@ -53,8 +53,14 @@ class TrainingStage:
         accelerator, share, run = context.accelerator, context.plan.share, context.run
         numbers = range(context.first, context.last)
         batches = loader.batches(self.people, share, numbers, run.data.num_workers, accelerator.device)
-        rest = (share, context.config.optim, context.first, self.num_steps, run.memory.offload_activations)
-        return steps(accelerator, self.network, self.optimizer, self.objective, batches, *rest)
+        config = StepConfig(
+            accumulation=share.accumulation,
+            optim=context.config.optim,
+            first=context.first,
+            num_steps=self.num_steps,
+            offload=run.memory.offload_activations,
+        )
+        return steps(accelerator, self.network, self.optimizer, self.objective, batches, config)
 
     def save(self, step: int) -> Path | None:
         """Write a checkpoint; returns where, None if the disk is full. All ranks must call it."""

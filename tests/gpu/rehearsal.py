@@ -14,13 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from sapiens_accel.config.schema import StageConfig
 from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
-from sapiens_accel.data.sampling import Share
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.loop import Step, steps
+from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import build_objective
 from sapiens_accel.training.objectives import Objective
 
@@ -95,10 +94,10 @@ def rehearse(
     objective = build_objective(
         stage, codec, COCO17, teacher, lambda: (p.data for p in model.parameters()), 100, lambda t: t, None
     )
-    share = Share(rank=0, num_ranks=1, micro_batch=MICRO_BATCH, accumulation=accumulation)
+    config = StepConfig(accumulation=accumulation, optim=stage.optim, num_steps=100)
     engine: Any = Engine(accumulation)
     batches = repeat(batch(MICRO_BATCH, MICRO_BATCH * stage.ratio))
-    stepping = steps(engine, model, optimizer, objective, batches, share, stage.optim, 0, 100)
+    stepping = steps(engine, model, optimizer, objective, batches, config)
     return Rehearsal(model=model, engine=engine, objective=objective, stepping=stepping)
 
 
