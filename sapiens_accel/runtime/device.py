@@ -19,6 +19,10 @@ def check_device(index: int) -> None:
 
 def problem_of_device(index: int) -> str | None:
     """What is wrong with a GPU, in one line; None where nothing is."""
+    if index >= (count := torch.cuda.device_count()):
+        return f"process {index} of this machine has no GPU (found {count}). Launch with --num_processes {count}"
+    if torch.version.hip:
+        return None  # an AMD GPU: its names and numbers are other ones
     properties = torch.cuda.get_device_properties(index)
     capability, built_for = (properties.major, properties.minor), torch.cuda.get_arch_list()
     card = f"GPU {index}, {properties.name}, compute capability {properties.major}.{properties.minor}"

@@ -20,8 +20,10 @@ from sapiens_accel.runtime import launch
 from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
-LOST = re.compile(r"connection (closed|reset|refused)|peer|socket", re.IGNORECASE)  # gloo's and NCCL's words
+# Gloo's words, and NCCL's for a remote end. Its ncclSystemError (a small /dev/shm, say) is no lost process.
+LOST = re.compile(r"connection (closed|reset|refused)|ncclRemoteError", re.IGNORECASE)
 LOST_SECONDS = 10
+PATIENCE = timedelta(hours=3)  # rank 0 reads and checks the data, or converts a checkpoint, while the others wait
 PARTS = ("optimizer", "param")  # of a training state that DeepSpeed can offload
 
 
@@ -62,19 +64,21 @@ def start() -> Accelerator:
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     if cuda:
         check_device(int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
+    precision = precision_of_device(launch.precision_asked(), cuda)
+    launch.check_enabled(precision)
     # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
     # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
     backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
-    if cuda and "LOCAL_RANK" not in os.environ:
+    if cuda and not {"LOCAL_RANK", "ACCELERATE_TORCH_DEVICE"} & set(os.environ):
         # Accelerate's device of a single process has no index, and several of torch.cuda's functions need one.
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{torch.cuda.current_device()}"
     # Each weight is used once in a forward: autocast's cache would keep all of their 16-bit copies for nothing.
     handlers = [
-        InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=3)),
+        InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
         AutocastKwargs(cache_enabled=False),
     ]
     accelerator = Accelerator(
-        mixed_precision=precision_of_device(launch.precision_asked(), cuda),
+        mixed_precision=precision,
         cpu=not cuda and not with_deepspeed,
         kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
     )
@@ -148,7 +152,7 @@ def lost_ranks_named(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes == 1 or not LOST.search(str(error)):
             raise
         time.sleep(LOST_SECONDS)
-        text = " ".join(str(error).split())[:200]
+        text = " ".join(str(error).split())[-400:]
         raise UserError(
             f"rank {accelerator.process_index}: another process of this launch has ended: {text}. See its output, and "
             "start all machines again, with --resume_from_checkpoint latest"
@@ -242,8 +246,17 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
 @lru_cache(maxsize=1)
 def _host_group() -> Any:
     """A group that talks over the hosts' network; all ranks must ask for it at the same time, once."""
-    is_gloo = torch.distributed.get_backend() == "gloo"
-    return torch.distributed.group.WORLD if is_gloo else torch.distributed.new_group(backend="gloo")
+    if torch.distributed.get_backend() == "gloo":
+        return torch.distributed.group.WORLD
+    if name := os.environ.get("NCCL_SOCKET_IFNAME"):  # a host name of 127.0.1.1 (Debian) is of no use to other machines
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name.lstrip("=^").split(",")[0])
+    try:
+        return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(
+            f"the machines do not reach each other by their host names: {' '.join(str(error).split())[-200:]}. "
+            "Set GLOO_SOCKET_IFNAME to the network interface between them (ip addr shows them)"
+        ) from None
 
 
 def world(accelerator: Accelerator) -> dict[str, Any]:

@@ -60,7 +60,18 @@ def prepare(
         raise RuntimeError("several processes, but the model is not wrapped: the ranks would diverge")
     if [name for name, _ in _module(prepared_model).named_parameters()] != names:
         raise RuntimeError("the launch renames the model's parameters: its exported weights could not be loaded")
+    keep_least_scale(prepared_optimizer)
     return prepared_model, prepared_optimizer
+
+
+def keep_least_scale(optimizer: Any) -> None:
+    """Let DeepSpeed's fp16 loss scale stay at its minimum, so that the steps skipped there are counted as ours are.
+
+    By default it raises a bare Exception at about the 18th overflow in a row, without the step or the people.
+    """
+    scaler = getattr(getattr(optimizer, "optimizer", optimizer), "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
 
 
 def read_visible_devices() -> None:

@@ -40,8 +40,9 @@ def folder() -> Path:
     if told := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(told)
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{cuda}"
-    return Path.home() / ".cache" / "torch_extensions" / python
+    return Path(cache, "torch_extensions", python)
 
 
 def is_built(operation: str) -> bool:

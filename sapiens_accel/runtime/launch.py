@@ -78,7 +78,9 @@ def _threads_are_the_users() -> bool:
     if launcher is None:
         return "OMP_NUM_THREADS" in os.environ
     try:
-        return "OMP_NUM_THREADS" in launcher.environ() or any("num_cpu_threads" in word for word in launcher.cmdline())
+        return "OMP_NUM_THREADS" in launcher.environ() or any(
+            "num_cpu_threads" in word.replace("-", "_") for word in launcher.cmdline()
+        )
     except psutil.Error:
         return False
 
@@ -104,7 +106,7 @@ def config_file() -> Path | None:
             return None
         for index, word in enumerate(words):
             name, _, value = word.partition("=")
-            if name == "--config_file":
+            if name.replace("-", "_") == "__config_file":  # both spellings are accelerate's
                 return Path(launcher.cwd(), value or words[index + 1])
     except psutil.Error:
         return None
@@ -205,6 +207,16 @@ def _check_json(file: Path, where: Path | str) -> None:
         raise UserError(
             f"{file}: no ZeRO stage (expected zero_optimization with a stage of 0 to 3, as ds_configs/zero2.json)"
         )
+    if zero["stage"] == 0 and precision_asked() != "no":
+        raise UserError(
+            f"{file}: ZeRO stage 0 in {precision_asked()} cannot be saved whole (expected stage 1 to 3, or "
+            "mixed_precision 'no'). Take accelerate_configs/multi_gpu.yaml for no ZeRO"
+        )
+    if sizes := [key for key, value in zero.items() if value == "auto" and key not in ("stage", "overlap_comm")]:
+        raise UserError(
+            f'{file}: zero_optimization.{sizes[0]} is "auto", which depends on a size that this model has not '
+            "(expected a number). Take it out, or the number in ds_configs/zero2.json"
+        )
     for key, option in OURS.items():
         if tree.get(key, "auto") != "auto":
             raise UserError(f"{file}: {key} has no effect here (expected none). Take it out, and use {option}")
@@ -217,6 +229,23 @@ def _check_json(file: Path, where: Path | str) -> None:
     for key, said, found in _said_twice(where, zero):
         if said != found:
             raise UserError(f"{where}: {key} is {said}, and {found} in {file}. Change one of them")
+
+
+def check_enabled(precision: str) -> None:
+    """Refuse a DeepSpeed JSON that enables another precision than the one that this device runs in.
+
+    Raises:
+        UserError: with the file and the key.
+    """
+    if not uses_deepspeed() or not (name := os.environ.get(JSON_VARIABLE)):
+        return
+    tree = json.loads(Path(name).read_text())
+    for kind in ("bf16", "fp16"):
+        if tree.get(kind, {}).get("enabled", "auto") is True and kind != precision:
+            raise UserError(
+                f'{name}: {kind}.enabled is true, and this device runs in {PRECISIONS[precision]} (expected "auto"). '
+                f'Set it to "auto"'
+            )
 
 
 def _said_twice(where: Path | str, zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -1,0 +1,89 @@
+"""What a launch is refused for before anything is built, and what DeepSpeed's fp16 scale does at its minimum."""
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+from gpu.pretended_driver import T4, pretend
+
+from sapiens_accel.errors import UserError
+from sapiens_accel.runtime import device, distributed, engine, extensions, launch
+
+
+@pytest.fixture
+def deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DeepSpeed JSON that the launcher's environment names."""
+    file = tmp_path / "zero.json"
+    for name, value in (("LOCAL_RANK", "0"), ("ACCELERATE_USE_DEEPSPEED", "true"), (launch.JSON_VARIABLE, str(file))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv(launch.FIELDS_VARIABLE, "")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0 in bf16"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, "stage3_prefetch_bucket_size"),
+    ],
+)
+def test_a_json_that_could_not_be_trained_or_saved_is_one_line(tree: object, named: str, deepspeed: Path) -> None:
+    deepspeed.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=named) as error:
+        launch.check()
+    assert str(error.value).startswith(f"{deepspeed}: ") and "\n" not in str(error.value)
+
+
+def test_stage_0_in_fp32_is_fine(deepspeed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    deepspeed.write_text('{"zero_optimization": {"stage": 0, "overlap_comm": "auto"}}')
+    launch.check()
+
+
+def test_a_precision_that_the_json_enables_must_be_the_devices(deepspeed: Path) -> None:
+    """bf16 on a T4 becomes fp16, which accelerate would refuse beside `bf16.enabled: true` with a traceback."""
+    deepspeed.write_text('{"bf16": {"enabled": true}, "fp16": {"enabled": false}}')
+    launch.check_enabled("bf16")
+    with pytest.raises(UserError, match=r"bf16.enabled is true, and this device runs in fp16"):
+        launch.check_enabled("fp16")
+
+
+def test_a_process_without_a_card_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zero3.yaml as printed has 2 processes; this machine has one card."""
+    pretend(monkeypatch, T4)
+    assert device.problem_of_device(0) is None
+    with pytest.raises(UserError, match=r"process 1 of this machine has no GPU \(found 1\). Launch with --num_proc"):
+        device.check_device(1)
+
+
+def test_only_a_remote_end_is_a_lost_process() -> None:
+    assert distributed.LOST.search("Connection closed by peer [127.0.0.1]:1234")
+    assert distributed.LOST.search("ncclRemoteError: A call failed possibly due to a network error or a remote process")
+    assert not distributed.LOST.search("ncclSystemError: System call (e.g. socket, malloc) or external library failed")
+    assert not distributed.LOST.search("CUDA error: peer access is not supported between these two devices")
+
+
+def test_deepspeeds_scale_stays_at_its_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 overflows in a row: our own count of skipped steps ends the run at 20, with the people and the last state."""
+    loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)  # it asks before it logs; here is no process group
+    scaler = loss_scaler.DynamicLossScaler(2**16, 1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    engine.keep_least_scale(types.SimpleNamespace(optimizer=types.SimpleNamespace(loss_scaler=scaler)))
+    for _ in range(40):
+        scaler.update_scale(overflow=True)
+    assert scaler.cur_scale == 1
+    engine.keep_least_scale(types.SimpleNamespace())  # an optimizer without a scale
+
+
+def test_extensions_are_where_torch_builds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    for cache in (None, tmp_path / "cache"):
+        if cache:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        else:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        assert str(extensions.folder().parent) == cpp_extension.get_default_build_root()
