@@ -7,9 +7,10 @@ from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, fit, need, stage_of
+from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.selftest.peak_memory import case_of_plan, way_of
+from sapiens_accel.selftest.peak_memory import case_of_plan, half_precision, way_of
 from sapiens_accel.selftest.training_step import TrainingCase, run_of
 
 REAL_HW, REAL_BATCH = (512, 384), 32
@@ -72,27 +73,29 @@ class Wanted:
     input_hw: tuple[int, int]
     batch: int
 
-    def stage_by_stage(self, half: bool = True) -> Iterator[tuple[str, StageName, Stage]]:
+    def stage_by_stage(self, half: bool = True, *, padded: bool = False) -> Iterator[tuple[str, StageName, Stage]]:
         for model in self.models:
             for name in self.stages:
-                yield model, name, stage_of(run_of(model, name, self.input_hw, self.batch), name, half)
+                run = run_of(model, name, self.input_hw, self.batch)
+                yield model, name, stage_of(run, name, half, padded=padded)
 
 
-def on_gpu(wanted: Wanted, limit: int) -> Iterator[Planned]:
-    """Planned for `limit` bytes of the device, as train.py would."""
-    for model, name, stage in wanted.stage_by_stage():
+def on_gpu(wanted: Wanted, limit: int, capability: tuple[int, int]) -> Iterator[Planned]:
+    """Planned for `limit` bytes of a device of this compute capability, as train.py would."""
+    precision = half_precision(capability)
+    for model, name, stage in wanted.stage_by_stage(padded=attention.needs_padding(capability)):
         for way in wanted.ways:
-            plan = fit(stage, name, way_of(way), limit, memory.free_host_bytes())
+            plan = fit(stage, name, way_of(way, precision), limit, memory.free_host_bytes())
             yield Planned(case=case_of_plan(model, name, wanted.input_hw, plan), stage=stage, plan=plan, on_gpu=True)
 
 
-def on_cpu(wanted: Wanted, half: bool) -> Iterator[Planned]:
-    """In layouts that differ in what they keep, in fp32 or with 16-bit arithmetic."""
-    for model, name, stage in wanted.stage_by_stage(half):
+def on_cpu(wanted: Wanted, precision: str) -> Iterator[Planned]:
+    """In layouts that differ in what they keep, in fp32 ("no") or with 16-bit arithmetic."""
+    for model, name, stage in wanted.stage_by_stage(precision != "no"):
         for way in wanted.ways:
             for layout, times in _layouts(stage, name):
                 share = Share(rank=0, num_ranks=1, micro_batch=wanted.batch // times, accumulation=times)
-                plan = need(stage, way_of(way, half), share, layout, None, None, cuda=False)
+                plan = need(stage, way_of(way, precision), share, layout, None, None, cuda=False)
                 case = case_of_plan(model, name, wanted.input_hw, plan)
                 yield Planned(case=case, stage=stage, plan=plan, on_gpu=False)
 

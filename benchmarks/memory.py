@@ -41,14 +41,14 @@ def main(words: Sequence[str]) -> None:
     cuda = torch.cuda.is_available()
     asked = options(words, cuda)
     kind = "cuda" if cuda else "cpu"
-    device = gpu() if cuda else checks.cpu_name()
+    device, capability = gpu() if cuda else (checks.cpu_name(), (0, 0))
     path = record.place("memory", kind, device, asked.out)
     heading = record.heading("memory", kind, device, unit="bytes", limit=asked.limit, batch=asked.batch)
     wanted = Wanted(**{name: getattr(asked, name) for name in ("models", "stages", "ways", "input_hw", "batch")})
     print(f"{device}\n{TITLES}")
     rows: list[dict[str, Any]] = []
-    here = chain.from_iterable(cases.on_cpu(wanted, precision != "no") for precision in asked.precisions)
-    for planned in cases.on_gpu(wanted, asked.limit) if cuda else here:
+    here = chain.from_iterable(cases.on_cpu(wanted, precision) for precision in asked.precisions)
+    for planned in cases.on_gpu(wanted, asked.limit, capability) if cuda else here:
         rows.append(row(planned, measured(planned, asked.limit)))
         print(line(rows[-1]), flush=True)
         record.write(path, heading, cases=rows)  # each time: an hour of a GPU is not lost with the last case
@@ -104,13 +104,16 @@ def measured(planned: Planned, limit: int) -> Measurement:
     return measure_on_cpu(start_accelerator(planned.case.precision), planned.case)
 
 
-def gpu() -> str:
-    """Name of the device; asked in another process, since a context of this one would take memory from the cases."""
+def gpu() -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of the device.
+
+    Asked in another process, since a context of this one would take memory from the cases.
+    """
     with tempfile.TemporaryDirectory() as folder:
         machine = checks.look_at_machine(Path(folder))
-    if machine.gpu is None:
+    if machine.gpu is None or machine.capability is None:
         raise UserError(f"no GPU can be used: {machine.problem}")
-    return machine.gpu
+    return machine.gpu, machine.capability
 
 
 # ---- Its line

@@ -290,7 +290,7 @@ def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     cases = importlib.import_module("cases")
     wanted = cases.Wanted(models=["sapiens_0.3b"], stages=["phase2"], ways=["zero2"], input_hw=(512, 384), batch=32)
-    (planned,) = cases.on_gpu(wanted, 15 * GIB)
+    (planned,) = cases.on_gpu(wanted, 15 * GIB, (8, 0))
     case, plan = planned.case, planned.plan
     assert (case.launch, case.precision, case.micro_batch, case.accumulation) == ("zero2", "bf16", 32, 1)
     assert planned.bar == 8 * GIB > plan.gpu_peak  # the project's goal, by its own prediction

@@ -67,8 +67,11 @@ def _memory(machine: Machine, out: Path) -> list[Check]:
         ("sapiens_2b", "phase2", "zero2_offload"),
     ]
     skip = None if machine.has_repository else "needs accelerate_configs/: run it in a clone of the repository"
+    card = ["--limit", LIMIT]
+    if machine.capability:
+        card += ["--capability", ".".join(map(str, machine.capability))]
     return [
-        _module(f"memory {' '.join(case[:2])}", "memory", "peak_memory", [*case, "--limit", LIMIT], limit, out, skip)
+        _module(f"memory {' '.join(case[:2])}", "memory", "peak_memory", [*case, *card], limit, out, skip)
         for case, limit in zip(cases, (90, 100, 150), strict=True)
     ]
 

@@ -1,6 +1,6 @@
 """The planned peak of a training step beside the measured one, each case in a process of its own.
 
-python -m sapiens_accel.selftest.peak_memory RESULT.json MODEL STAGE WAY [--limit 15GiB] [--hw 512 384] [--batch 32]
+python -m sapiens_accel.selftest.peak_memory RESULT.json MODEL STAGE WAY [--capability 7.5] [--limit 15GiB] ...
 """
 
 import argparse
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how th
 import torch
 import yaml
 
-from sapiens_accel.config.schema import StageName
+from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment
+from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment, look_at_machine
 from sapiens_accel.selftest.training_step import (
     Measurement,
     TrainingCase,
@@ -39,16 +39,27 @@ from sapiens_accel.selftest.training_step import (
 TOLERANCE = 0.10  # of the measured peak: the plan's allowance covers more
 
 
-def way_of(name: str, half: bool = True) -> Way:
-    """A way on one device, by its name, in bf16 or in fp32.
+def way_of(name: str, precision: str = "bf16") -> Way:
+    """A way on one device, by its name, in "bf16", "fp16" or "no" (fp32).
 
     Raises:
         UserError: there is none.
     """
-    known = {way.name: way for way in ways(1)}
+    known = {way.name: way for way in ways(1, precision)}
     if name not in known:
         raise UserError(f"--ways {name}: no such way; there are: {', '.join(known)}")
-    return replace(known[name], strategy=replace(known[name].strategy, half=half, bf16=half))
+    return known[name]
+
+
+def half_precision(capability: tuple[int, int]) -> str:
+    """The 16-bit precision in which a launch trains on GPUs of this compute capability."""
+    return "bf16" if capability >= distributed.BF16_CAPABILITY else "fp16"
+
+
+def plan_for_gpu(run: Config, name: StageName, way: str, limit: float, capability: tuple[int, int]) -> Plan:
+    """A stage planned for `limit` bytes of a GPU of this compute capability, as train.py would plan it there."""
+    stage = stage_of(run, name, padded=attention.needs_padding(capability))
+    return fit(stage, name, way_of(way, half_precision(capability)), limit, planner.free_host_bytes())
 
 
 def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> TrainingCase:
@@ -59,7 +70,7 @@ def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) 
         stage=stage,
         way=way.name,
         launch=way.launch,
-        precision="bf16" if way.strategy.half else "no",
+        precision="bf16" if way.strategy.bf16 else "fp16" if way.strategy.half else "no",
         input_hw=hw,
         micro_batch=share.micro_batch,
         accumulation=share.accumulation,
@@ -116,7 +127,7 @@ def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
 def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
     """As `compare_on_gpu` for a tiny network on the CPU: what torch's profiler saw allocated."""
     layout = Layout(checkpointed_blocks=case.checkpointed_blocks, head_chunk=case.head_chunk)
-    plan = need(stage, way_of(case.way, False), case.share, layout, None, None, cuda=False)
+    plan = need(stage, way_of(case.way, "no"), case.share, layout, None, None, cuda=False)
     found = measure_on_cpu(start_accelerator("no"), case)
     return compare(f"{case.model} {case.stage}, fp32 on the CPU", plan.gpu_peak - bytes_made_before(case), found)
 
@@ -140,26 +151,39 @@ def _size(num: float) -> str:
     return f"{num / GIB:.2f} GiB" if num >= GIB else f"{num / 2**20:.1f} MiB"
 
 
+def _capability(asked: str | None) -> tuple[int, int]:
+    """The one that the command line names, or the GPU's, which another process looks up."""
+    if asked:
+        return planner.capability_of(asked)
+    with tempfile.TemporaryDirectory() as folder:
+        machine = look_at_machine(Path(folder))
+    if machine.capability is None:
+        raise UserError(f"no GPU can be used: {machine.problem}")
+    return machine.capability
+
+
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="selftest.peak_memory", allow_abbrev=False)
     parser.add_argument("result")
     parser.add_argument("model")
     parser.add_argument("stage")
     parser.add_argument("way")
+    parser.add_argument("--capability", help="compute capability of the GPU: 7.5 of a T4, ... (the GPU is asked)")
     parser.add_argument("--limit", default="15GiB", help="what torch may allocate on a GPU")
     parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
     parser.add_argument("--batch", type=int, default=32)
     asked: Any = parser.parse_args(words)
     result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.bytes_of("limit", asked.limit))
-    # torch.cuda is not asked for more: a context of this process would take memory from the case's.
+    # torch.cuda is not asked for more here: a context of this process would take memory from the case's.
     cuda = torch.cuda.is_available()
     with result.guard(f"{asked.model} {asked.stage} {asked.way}"):
-        stage = stage_of(run_of(asked.model, asked.stage, hw, asked.batch), asked.stage, half=cuda)
+        run = run_of(asked.model, asked.stage, hw, asked.batch)
         if cuda:
-            plan = fit(stage, asked.stage, way_of(asked.way), limit, planner.free_host_bytes())
+            plan = plan_for_gpu(run, asked.stage, asked.way, limit, _capability(asked.capability))
             result.add(compare_on_gpu(case_of_plan(asked.model, asked.stage, hw, plan), plan, limit))
         else:
-            way, share = way_of(asked.way, False), Share(rank=0, num_ranks=1, micro_batch=asked.batch, accumulation=1)
+            stage, way = stage_of(run, asked.stage, half=False), way_of(asked.way, "no")
+            share = Share(rank=0, num_ranks=1, micro_batch=asked.batch, accumulation=1)
             plan = Plan(way=way, share=share, layout=Layout(checkpointed_blocks=stage.depth, head_chunk=2))
             result.add(compare_on_cpu(stage, case_of_plan(asked.model, asked.stage, hw, plan)))
 

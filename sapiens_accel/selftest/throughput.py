@@ -33,6 +33,7 @@ from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory.estimate import FEW, Plan, Way, fit, need, stage_of
+from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
@@ -235,7 +236,7 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
     """
     strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
     name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
-    stage = stage_of(run, "phase2", strategy.half)
+    stage = stage_of(run, "phase2", strategy.half, padded=attention.pads_on(accelerator.device))
     plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), room, None)
     if not plan.fits:
         needs = f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB beside the peer's state"

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.pretended_driver import A100, T4, Card, pretend
 
+from sapiens_accel.memory import planner
+from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.selftest import launches, peak_memory, probes, throughput, training_step
+from sapiens_accel.selftest import __main__ as selftest
+from sapiens_accel.selftest import checks, launches, peak_memory, probes, throughput, training_step
 from sapiens_accel.selftest.checks import Skipped
 from sapiens_accel.selftest.training_step import TrainingCase
 
@@ -75,6 +79,41 @@ def test_a_planned_case_is_launched_as_its_plan_says(monkeypatch: pytest.MonkeyP
     plan = peak_memory.fit(stage, "phase2", peak_memory.way_of("zero2"), 0.01 * GIB, 64 * GIB)
     with pytest.raises(Skipped, match="predicted not to fit"):
         peak_memory.compare_on_gpu(case, plan, 15 * GIB)
+
+
+@pytest.mark.parametrize(("card", "precision"), [(T4, "fp16"), (A100, "bf16")], ids=["T4", "A100"])
+def test_a_peak_is_planned_for_the_precision_and_the_attention_of_the_card(
+    card: Card, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As train.py plans it there. With accumulation and offload, only bf16 has sums on the card."""
+    pretend(monkeypatch, card)
+    launched: list[TrainingCase] = []
+    monkeypatch.setattr(
+        peak_memory, "launch_case", lambda case, _: launched.append(case) or {"measured": None, "outcome": ""}
+    )
+    monkeypatch.setattr(planner, "free_host_bytes", lambda: 500.0 * GIB)
+    hw, limit = (64, 48), 15 * GIB
+    run = training_step.run_of("sapiens_2b", "phase2", hw, 4, "--stage=phase2", "--memory.micro_batch=2")
+    monkeypatch.setattr(peak_memory, "run_of", lambda *_: run)
+    capability = ["--capability", "{}.{}".format(*card.capability)]
+    words = ["sapiens_2b", "phase2", "zero2_offload", "--limit", f"{limit}B", *capability]
+    peak_memory.main([str(tmp_path / "result.json"), *words, "--hw", *map(str, hw), "--batch", "4"])
+
+    zero = json.loads((checks.REPOSITORY / "ds_configs/zero2_offload.json").read_text())["zero_optimization"]
+    strategy = distributed.strategy_of(zero, num_ranks=1, num_local=1, precision=precision)
+    padded = card is T4
+    plan = planner.planned(run, strategy, limit, 500 * GIB, [], padded=padded)["phase2"]
+    (row,) = json.loads((tmp_path / "result.json").read_text())
+    assert plan.share.accumulation == 2 and ("gradients" in plan.gpu) == (precision == "bf16")
+    assert row["predicted_bytes"] == round(plan.gpu_peak)
+    assert row["case"]["precision"] == launched[0].precision == precision
+
+
+def test_the_selftest_names_the_card_of_its_memory_rows(tmp_path: Path) -> None:
+    machine = checks.Machine(gpu="Tesla T4", num_gpus=1, gpu_bytes=15 * GIB, capability=(7, 5))
+    for check in selftest._memory(machine, tmp_path):
+        (command,) = check.commands
+        assert command[command.index("--capability") + 1] == "7.5"
 
 
 # ---- Kernels, skipped steps, waits
