@@ -197,7 +197,7 @@ def needed_operations(launch: Launch, cuda: bool) -> list[str]:
     """DeepSpeed's own C++ that this launch uses: with optimizer offload its Adam, with NVMe its file access."""
     if not launch.deepspeed:
         return []
-    return extensions.needed_operations(launch.zero, launch.num_processes, cuda=cuda)
+    return extensions.needed_operations(launch.zero, cuda=cuda)
 
 
 def _operations(launch: Launch) -> Iterator[Finding]:

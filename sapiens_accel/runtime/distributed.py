@@ -187,7 +187,7 @@ def strategy(accelerator: Accelerator) -> Strategy:
 def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, precision: str) -> Strategy:
     """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
     offload, offload_weights = (
-        zero_config.get(f"offload_{part}", {}).get("device", "none") != "none" for part in PARTS
+        (zero_config.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in PARTS
     )
     zero = int(zero_config.get("stage", 0))
     buffers = 2 if zero in (1, 2) and overlaps(zero_config, num_ranks) else 1

@@ -22,17 +22,22 @@ import torch
 
 from sapiens_accel.errors import UserError
 
-# A lock of another machine that shares the folder shows no holder here; the longest build that was measured took 134 s.
-STALE_SECONDS = 600
+# torch holds its lock open while it builds. A lock of another machine that shares the folder shows no holder here, so
+# on a network file system its age decides; the longest build that was measured took 134 s.
+STALE_SECONDS = {"local": 5, "network": 600}
+LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs", "f2fs"}
 BUILD_TIME = "1 to 2 minutes"
 
 
-def needed_operations(zero: Mapping[str, Any], num_processes: int, *, cuda: bool) -> list[str]:
-    """The extensions that a launch uses: with optimizer offload Adam, with NVMe its file access, on CPUs the ranks'."""
+def needed_operations(zero: Mapping[str, Any], *, cuda: bool) -> list[str]:
+    """The extensions that a launch uses: with optimizer offload Adam, with NVMe its file access, on CPUs the ranks'.
+
+    DeepSpeed builds the ranks' communication on a CPU for a single rank too.
+    """
     places = [(zero.get(f"offload_{part}") or {}).get("device") or "none" for part in ("optimizer", "param")]
     needed = ["cpu_adam"] if places[0] != "none" else []
     needed += ["async_io"] if "nvme" in places else []
-    return needed + (["deepspeed_shm_comm"] if num_processes > 1 and not cuda else [])
+    return needed + ([] if cuda else ["deepspeed_shm_comm"])
 
 
 def folder() -> Path:
@@ -94,24 +99,36 @@ def _open_files() -> set[str]:
     return found
 
 
-def prepare_builds(operations: list[str]) -> None:
-    """Before DeepSpeed loads: remove stale locks, say that a build runs, or why there can be none. For one rank.
+def check_builds(operations: list[str]) -> None:
+    """Refuse a launch for which something must be compiled that cannot be compiled here. For every rank.
 
     Raises:
-        UserError: something must be compiled, and what compiles it is missing.
+        UserError: with what is missing.
     """
-    for lock, age in find_stale_locks(operations).items():
-        if age > STALE_SECONDS:
-            lock.unlink(missing_ok=True)
-            print(f"{lock}: left by a build that was killed {age / 60:.0f} minutes ago; removed", flush=True)
-        else:
-            text = f"{lock}: {age:.0f} s old, and no process here holds it. If this launch waits for it, delete it"
-            print(text, flush=True)
     missing = [name for name in operations if not is_built(name)]
     if missing and (lacks := list(missing_tools())):
         raise UserError(
-            f"DeepSpeed must compile {', '.join(missing)} for this launch, and {' and '.join(lacks)} missing. "
-            "Install it, or take a launch without offload, as accelerate_configs/zero2.yaml"
+            f"DeepSpeed must compile {', '.join(missing)} for this launch, and {' and '.join(lacks)} missing. Install "
+            "it, or take a launch that compiles nothing: on a GPU accelerate_configs/zero2.yaml, on a CPU cpu.yaml"
         )
-    if missing:
+
+
+def prepare_builds(operations: list[str]) -> None:
+    """Before DeepSpeed loads: remove stale locks, and say that a build runs. For one rank."""
+    patience = STALE_SECONDS["local" if _is_local(folder()) else "network"]
+    for lock, age in find_stale_locks(operations).items():
+        if age > patience:
+            lock.unlink(missing_ok=True)
+            print(f"{lock}: left by a build that was killed, {age:.0f} s old; removed", flush=True)
+        else:
+            text = f"{lock}: {age:.0f} s old, and no process here holds it. If this launch waits for it, delete it"
+            print(text, flush=True)
+    if missing := [name for name in operations if not is_built(name)]:
         print(f"DeepSpeed compiles {', '.join(missing)} into {folder()}, once; it takes {BUILD_TIME}", flush=True)
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the folder's file system is of a kind that only this machine writes to."""
+    whole = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if whole.is_relative_to(part.mountpoint)]
+    return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in LOCAL_FILE_SYSTEMS

@@ -30,7 +30,15 @@ OURS = {
     "train_micro_batch_size_per_gpu": "--memory.micro_batch",
     "optimizer": "--STAGE.optim",
     "scheduler": "--STAGE.optim",
+    "torch_autocast": "mixed_precision of the accelerate config",
+    "amp": "mixed_precision of the accelerate config",
+    "data_types": "mixed_precision of the accelerate config",
+    "communication_data_type": "mixed_precision of the accelerate config",
+    "prescale_gradients": "--STAGE.optim",
+    "gradient_predivide_factor": "--STAGE.optim",
+    "sparse_gradients": "--STAGE.optim",
 }
+OFFLOADS = ("offload_optimizer", "offload_param")
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 NOT_SUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -155,7 +163,8 @@ def zero_config() -> Mapping[str, Any]:
 def _prepare_host() -> None:
     """What DeepSpeed compiles, and the cores that its optimizer step gets on the host."""
     zero = zero_config()
-    needed = extensions.needed_operations(zero, int(os.environ.get("WORLD_SIZE", "1")), cuda=uses_cuda())
+    needed = extensions.needed_operations(zero, cuda=uses_cuda())
+    extensions.check_builds(needed)
     if os.environ["LOCAL_RANK"] == "0":
         extensions.prepare_builds(needed)
     if "cpu_adam" in needed:
@@ -183,7 +192,7 @@ def _check_environment(where: Path | str) -> None:
     for key, value, unset in (("gradient_accumulation_steps", steps, "1"), ("gradient_clipping", clip, "none")):
         if value not in ("", "auto", "none", unset):
             raise UserError(
-                f"{where}: {key}: {value} has no effect here (expected none). Take it out, and use {OURS[key]}"
+                f"{where}: {key}: {value} has no effect here (expected no such key). Take it out, and use {OURS[key]}"
             )
 
 
@@ -201,12 +210,21 @@ def _check_json(file: Path, where: Path | str) -> None:
     try:
         tree = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a DeepSpeed config: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{file}: not a DeepSpeed config: {' '.join(str(error).split())} (expected JSON, as ds_configs/zero2.json)"
+        ) from None
     zero = tree.get("zero_optimization") if isinstance(tree, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise UserError(
             f"{file}: no ZeRO stage (expected zero_optimization with a stage of 0 to 3, as ds_configs/zero2.json)"
         )
+    for name in ("bf16", "fp16", "zero_optimization"):
+        parts = {name: tree.get(name)} if name != "zero_optimization" else {key: zero.get(key) for key in OFFLOADS}
+        for key, value in parts.items():
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{file}: {key} is {json.dumps(value)} (expected an object, as in ds_configs)")
+    if old := [key for key in ("cpu_offload", "cpu_offload_params") if key in zero]:
+        raise UserError(f'{file}: {old[0]} is of an older DeepSpeed. Write "offload_optimizer": {{"device": "cpu"}}')
     if zero["stage"] == 0 and precision_asked() != "no":
         raise UserError(
             f"{file}: ZeRO stage 0 in {precision_asked()} cannot be saved whole (expected stage 1 to 3, or "
@@ -219,10 +237,10 @@ def _check_json(file: Path, where: Path | str) -> None:
         )
     for key, option in OURS.items():
         if tree.get(key, "auto") != "auto":
-            raise UserError(f"{file}: {key} has no effect here (expected none). Take it out, and use {option}")
+            raise UserError(f"{file}: {key} is not for this file (expected no such key). Take it out, and use {option}")
     asked = precision_asked()
     for name in ("bf16", "fp16"):
-        enabled = tree.get(name, {}).get("enabled", "auto")
+        enabled = (tree.get(name) or {}).get("enabled", "auto")
         if enabled != "auto" and enabled != (asked == name):
             said = f"mixed_precision is {asked} in {where}"
             raise UserError(f'{file}: {name}.enabled is {json.dumps(enabled)}, and {said} (expected "auto")')
@@ -241,7 +259,7 @@ def check_enabled(precision: str) -> None:
         return
     tree = json.loads(Path(name).read_text())
     for kind in ("bf16", "fp16"):
-        if tree.get(kind, {}).get("enabled", "auto") is True and kind != precision:
+        if (tree.get(kind) or {}).get("enabled", "auto") is True and kind != precision:
             raise UserError(
                 f'{name}: {kind}.enabled is true, and this device runs in {PRECISIONS[precision]} (expected "auto"). '
                 f'Set it to "auto"'
@@ -257,7 +275,7 @@ def _said_twice(where: Path | str, zero: Mapping[str, Any]) -> Iterator[tuple[st
     }
     for key, variable in variables.items():
         if key in fields:
-            part = zero.get(key.removesuffix("_device"), {})
+            part = zero.get(key.removesuffix("_device")) or {}
             found = zero["stage"] if key == "zero_stage" else part.get("device", "none")
             yield key, os.environ.get(f"ACCELERATE_{variable}", ""), str(found)
     if isinstance(where, Path) and (named := re.match(r"zero(\d)(?!\d)", where.stem)):

@@ -36,11 +36,15 @@ def test_a_lock_is_stale_only_if_no_process_holds_it(lock: Path) -> None:
     assert extensions.find_stale_locks(["async_io"]) == {}
 
 
-def test_an_old_stale_lock_is_removed_and_a_new_one_is_named(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_stale_lock_is_removed_and_a_new_one_is_named(
+    lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that other machines may share, as they hold locks that no process here has open."""
+    monkeypatch.setattr(extensions, "LOCAL_FILE_SYSTEMS", set())
     lock.touch()
     extensions.prepare_builds(["cpu_adam"])
     assert lock.exists() and str(lock) in capsys.readouterr().out
-    old = time.time() - extensions.STALE_SECONDS - 60
+    old = time.time() - extensions.STALE_SECONDS["network"] - 60
     os.utime(lock, (old, old))
     extensions.prepare_builds(["cpu_adam"])
     said = capsys.readouterr().out
@@ -58,7 +62,19 @@ def test_a_build_is_announced_and_refused_without_a_compiler(
     assert f"DeepSpeed compiles cpu_adam into {lock.parents[1]}, once" in capsys.readouterr().out
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"must compile cpu_adam.*C\+\+ compiler"):
-        extensions.prepare_builds(["cpu_adam"])
+        extensions.check_builds(["cpu_adam"])
+
+
+def test_on_a_disk_of_this_machine_a_lock_that_nobody_holds_is_removed_at_once(
+    lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first build that is stopped with Ctrl-C and started again: the next one would wait for ever."""
+    monkeypatch.setattr(extensions, "_is_local", lambda path: True)
+    lock.touch()
+    old = time.time() - 16
+    os.utime(lock, (old, old))
+    extensions.prepare_builds(["cpu_adam"])
+    assert not lock.exists() and "removed" in capsys.readouterr().out
 
 
 THREADS = """

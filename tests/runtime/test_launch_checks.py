@@ -28,6 +28,11 @@ def deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0 in bf16"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, "stage3_prefetch_bucket_size"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload is of an older DeepSpeed"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'offload_optimizer is "cpu"'),
+        ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 is true"),
+        ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True}}, "torch_autocast is not for this"),
+        ({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, "communication_data_type is not"),
     ],
 )
 def test_a_json_that_could_not_be_trained_or_saved_is_one_line(tree: object, named: str, deepspeed: Path) -> None:
@@ -39,7 +44,7 @@ def test_a_json_that_could_not_be_trained_or_saved_is_one_line(tree: object, nam
 
 def test_stage_0_in_fp32_is_fine(deepspeed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    deepspeed.write_text('{"zero_optimization": {"stage": 0, "overlap_comm": "auto"}}')
+    deepspeed.write_text('{"zero_optimization": {"stage": 0, "overlap_comm": "auto", "offload_optimizer": null}}')
     launch.check()
 
 
