@@ -180,14 +180,22 @@ def _attention(run: Config, launch: Launch) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         cards.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
     for name, device in cards.items():
-        padded = attention.pads_on(device)
-        half = torch.float16 if padded else torch.bfloat16
-        kernel = attention.kernel_on(device, size.heads, dim, torch.float32 if launch.precision == "no" else half)
+        dtype = _dtype(launch, torch.cuda.get_device_capability(device))
+        padded = attention.needs_padding(attention.capability_on(device), half=dtype in attention.HALF)
+        kernel = attention.kernel_on(device, size.heads, size.kv_heads, dim, dtype)
         filled = f", heads of {dim} channels padded to {attention.padded_dim(dim)}" if padded and dim % 8 else ""
-        text = f"{run.model.name} on {name}: torch's {kernel} kernel{filled}"
+        repeated = ", keys and values repeated for every head" if padded and size.kv_heads < size.heads else ""
+        text = f"{run.model.name} on {name}: torch's {kernel} kernel{filled}{repeated}"
         if kernel == "math":
             text += ": slow, and it keeps maps of tokens x tokens that the memory plan does not know"
         yield _found("warning" if kernel == "math" else "note", "attention", text)
+
+
+def _dtype(launch: Launch, capability: tuple[int, int]) -> torch.dtype:
+    """Of the arithmetic on a GPU."""
+    if launch.precision == "no":
+        return torch.float32
+    return torch.bfloat16 if launch.precision == "bf16" and capability >= BF16_CAPABILITY else torch.float16
 
 
 # ---- What DeepSpeed compiles on first use

@@ -81,7 +81,7 @@ def footprint(
         name: a key of `SIZES`.
         half: the arithmetic is in 16 bits ...
         cast: ... by autocast over weights in fp32, and not in weights of 16 bits.
-        padded: attention is that of GPUs without a flash kernel.
+        padded: attention is that of GPUs where no flash kernel runs.
     """
     # transformers remembers the patch coordinates that it computed first: they must not be fake ones.
     size = SIZES[name]

@@ -143,7 +143,7 @@ def stage_of(
     """Count a stage's parameters and measure its step.
 
     Args:
-        padded: the GPUs have no flash kernel of attention (`models.attention`).
+        padded: attention is padded (`models.attention.needs_padding`).
 
     Raises:
         UserError: a frozen pattern that matches nothing.

@@ -57,13 +57,13 @@ def plans(
     room = distributed.free_bytes(accelerator)
     host_room = None if room is None else distributed.least(accelerator, free_host_bytes())
     strategy = distributed.strategy(accelerator)
-    padded = attention.pads_on(accelerator.device)
-    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints, padded=padded)
+    card = attention.capability_on(accelerator.device)
+    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints, capability=card)
 
 
 def planned(
     run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0,
-    num_keypoints: int = 17, *, padded: bool = False,
+    num_keypoints: int = 17, *, capability: tuple[int, int] | None = None,
 ) -> dict[StageName, Plan]:  # fmt: skip
     """The plan of each stage, made before the first of them, so that the last is not refused after days.
 
@@ -71,7 +71,7 @@ def planned(
         room: bytes of a device that may be used; None where memory does not limit.
         host_room: likewise of the host.
         words: the command line, to say which one would fit.
-        padded: the GPUs have no flash kernel of attention.
+        capability: compute capability of the GPUs; None on CPUs.
 
     Raises:
         UserError: a stage that does not fit (not with --memory.force); options that do not go together.
@@ -85,13 +85,14 @@ def planned(
         raise UserError("--memory.compile_blocks does not go with ZeRO-3, whose weights come by while a block runs")
     offloads, eight_bit = memory.offload_activations, memory.adam_8bit
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
+    padded = attention.needs_padding(capability, half=strategy.half)
     chosen = {}
     for name in run.stages:
         stage = stage_of(run, name, strategy.half, num_keypoints, padded=padded)
         plan = fit(stage, name, way, room, host_room, rank)
         chosen[name] = dataclasses.replace(plan, otherwise=_otherwise(stage, plan))
         if not plan.fits and not memory.force:
-            way_out = _way_out(run, plan, words, num_keypoints, padded)
+            way_out = _way_out(run, plan, words, num_keypoints, capability)
             raise UserError(f"{name}: {_shortage(plan)}; {way_out}, or --memory.force to try")
     return chosen
 
@@ -132,13 +133,15 @@ def _shortage(plan: Plan) -> str:
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
-def _way_out(run: Config, plan: Plan, words: Sequence[str], num_keypoints: int, padded: bool) -> str:
+def _way_out(
+    run: Config, plan: Plan, words: Sequence[str], num_keypoints: int, capability: tuple[int, int] | None
+) -> str:
     """The nearest launch that fits all stages, of the same GPUs."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "take a launch with more ZeRO or offload on these machines"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
-    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints, padded)
+    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints, capability)
     best = _fastest(table)
     if best is None:
         return _nothing_fits(table)
@@ -146,9 +149,11 @@ def _way_out(run: Config, plan: Plan, words: Sequence[str], num_keypoints: int, 
 
 
 def _table(
-    run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int, padded: bool
-) -> Table:
-    """Every stage by every way; GPUs without a flash kernel have no bf16 either."""
+    run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int,
+    capability: tuple[int, int] | None,
+) -> Table:  # fmt: skip
+    """Every stage by every way, in 16 bits; GPUs without a flash kernel for those have no bf16 either."""
+    padded = attention.needs_padding(capability)
     every = ways(gpus, "fp16" if padded else "bf16")
     stages: dict[StageName, Stage] = {
         name: stage_of(run, name, num_keypoints=num_keypoints, padded=padded) for name in run.stages
@@ -245,8 +250,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
     room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
     run = config.load(rest, prog="python -m sapiens_accel.memory")
-    padded = attention.needs_padding(capability_of(asked.capability))
-    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run), padded)
+    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run), capability_of(asked.capability))
     best = _fastest(table)
     words = _without(rest, "--memory.offload_activations", "--memory.adam_8bit")  # each way says for itself
     if asked.json:

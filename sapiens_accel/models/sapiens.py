@@ -42,6 +42,11 @@ class Size:
     convs: tuple[int, ...] = (768, 768)
     patch: int = 16
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: Sapiens2's queries share them in pairs."""
+        return self.heads // 2 if self.family == "sapiens2" else self.heads
+
     def heatmap_hw(self, input_hw: tuple[int, int]) -> tuple[int, int]:
         """The heatmap's size: each upsampling layer doubles the patch grid."""
         up = 2 ** len(self.upsample)
@@ -313,7 +318,7 @@ def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -
         intermediate_size=4 * size.width,
         num_hidden_layers=size.depth,
         num_attention_heads=size.heads,
-        num_key_value_attention_heads=size.heads // 2,
+        num_key_value_attention_heads=size.kv_heads,
         layerscale_value=1e-4,  # as published; transformers starts at 1
         pos_embed_rescale=None,  # transformers rescales positions at random in training; Sapiens2 does not
         num_labels=num_keypoints,  # pyright: ignore[reportCallIssue]  (a key of every transformers config)

@@ -236,7 +236,8 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
     """
     strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
     name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
-    stage = stage_of(run, "phase2", strategy.half, padded=attention.pads_on(accelerator.device))
+    padded = attention.needs_padding(attention.capability_on(accelerator.device), half=strategy.half)
+    stage = stage_of(run, "phase2", strategy.half, padded=padded)
     plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), room, None)
     if not plan.fits:
         needs = f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB beside the peer's state"

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import sapiens_accel
+from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data import loader as loading
 from sapiens_accel.data.sampling import Share
@@ -58,7 +59,7 @@ COVERED = {
     "evaluation/predict.py::predict": "test_crops_to_predict_are_pinned_for_a_gpu",
     "inference/detect_people.py::_device": "test_people_are_looked_for_on_the_gpu",
     "memory/planner.py::out_of_memory_told": "test_running_out_of_memory_frees_what_torch_keeps",
-    "models/attention.py::pads_on": "test_heads_are_padded_only_where_the_card_needs_it",
+    "models/attention.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
     "runtime/device.py::problem_of_device": "test_a_card_that_cannot_be_trained_on_is_refused_before_anything_is_built",
@@ -313,43 +314,53 @@ def test_offloaded_activations_wait_in_the_right_order(where: torch.device, monk
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 @pytest.mark.parametrize("where", [CUDA, CUDA_0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
 def test_heads_are_padded_only_where_the_card_needs_it(
-    card: Card, where: torch.device, monkeypatch: pytest.MonkeyPatch
+    card: Card, where: torch.device, dtype: torch.dtype, cast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Flash attention needs capability 8.0 and 16 bits, which autocast makes of queries in fp32 as well."""
     pretend(monkeypatch, card)
     attention._capability.cache_clear()
     taken: list[str] = []
     monkeypatch.setattr(attention, "padded_attention", lambda *_, **__: taken.append("padded"))
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **__: taken.append("plain"))
-    states: Any = types.SimpleNamespace(device=where)
+    states: Any = types.SimpleNamespace(device=where, dtype=dtype)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: cast and kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     attention.attention_by_device(torch.nn.Identity(), states, states, states, None)
     attention._capability.cache_clear()
-    assert taken == ["padded" if card.capability < (8, 0) else "plain"]
+    flash = card.capability >= (8, 0) and (cast or dtype == torch.bfloat16)
+    assert taken == ["plain" if flash else "padded"]
 
 
 @pytest.mark.parametrize(
-    ("card", "flash", "efficient", "dim", "kernel"),
+    ("card", "flash", "efficient", "dtype", "kernel"),
     [
-        (A100, True, True, 60, "flash"),
-        (T4, False, True, 64, "memory-efficient"),
-        (T4, False, False, 64, "math"),
+        (A100, True, True, torch.bfloat16, "flash"),
+        (A100, False, True, torch.float32, "memory-efficient"),
+        (T4, False, True, torch.float16, "memory-efficient"),
+        (T4, False, False, torch.float16, "math"),
     ],
 )
 def test_the_kernel_is_what_torch_says_of_what_it_will_get(
-    card: Card, flash: bool, efficient: bool, dim: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+    card: Card, flash: bool, efficient: bool, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Heads of 60 channels in pairs of queries: as they are, or padded and repeated."""
     pretend(monkeypatch, card)
     asked: list[Any] = []
+    dim, kv_heads = (60, 16) if flash else (64, 32)
 
-    def params(query: torch.Tensor, key: torch.Tensor, *_: Any) -> None:
-        asked.append((query.device, query.shape[1], key.shape[1], query.shape[3], query.dtype))
+    def params(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
+        shapes = (query.shape[1], key.shape[1], value.shape[1], query.shape[3], key.shape[3])
+        asked.append((query.device, *shapes, query.dtype, rest[-1]))
 
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", params)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: flash)
     monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: efficient)
     with FakeTensorMode():
-        assert attention.kernel_on(CUDA_0, heads=32, dim=60, dtype=torch.float16) == kernel
-    assert asked == [(CUDA_0, 32, 32, dim, torch.float16)]
+        assert attention.kernel_on(CUDA_0, heads=32, kv_heads=16, dim=60, dtype=dtype) == kernel
+    assert asked == [(CUDA_0, 32, kv_heads, kv_heads, dim, dim, dtype, kv_heads == 16)]
 
 
 # ---- Evaluation, detection
@@ -420,8 +431,42 @@ def test_the_doctor_says_which_kernel_attention_gets(
     monkeypatch.setattr(attention, "kernel_on", lambda *arguments: asked.append(arguments) or kernel)
     (found,) = environment._attention(run, Launch(precision="bf16"))
     attention._capability.cache_clear()
-    assert asked == [(CUDA_0, 32, 60, torch.float16 if card is T4 else torch.bfloat16)]
+    assert asked == [(CUDA_0, 32, 32, 60, torch.float16 if card is T4 else torch.bfloat16)]
     assert found.level == level and said in found.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "repeated"),
+    [("no", torch.float32, True), ("fp16", torch.float16, False), ("bf16", torch.bfloat16, False)],
+)
+def test_the_doctor_asks_for_attention_as_the_launch_calls_it(
+    asked: str, dtype: torch.dtype, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = types.SimpleNamespace(model=types.SimpleNamespace(name="sapiens2_0.4b"))
+    pretend(monkeypatch, A100)
+    attention._capability.cache_clear()
+    calls: list[Any] = []
+    monkeypatch.setattr(attention, "kernel_on", lambda *arguments: calls.append(arguments) or "memory-efficient")
+    (found,) = environment._attention(run, Launch(precision=asked))
+    attention._capability.cache_clear()
+    assert calls == [(CUDA_0, 16, 8, 64, dtype)]
+    assert ("keys and values repeated" in found.text) == repeated
+
+
+@pytest.mark.parametrize(("precision", "padded"), [("no", True), ("bf16", False)])
+def test_a_run_in_fp32_is_planned_with_padded_attention(
+    precision: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config.load(["--model.name=sapiens2_tiny", "--data.input_hw=[64,48]", "--stage=phase2"])
+    asked: list[bool] = []
+    known = planner.stage_of
+    monkeypatch.setattr(planner, "stage_of", lambda *_, padded: asked.append(padded) or known(*_, padded=padded))
+    strategy = distributed.strategy_of({}, num_ranks=1, num_local=1, precision=precision)
+    planner.planned(run, strategy, 40e9, 500e9, [], capability=A100.capability)
+    assert asked == [padded]
+    asked.clear()
+    planner.planned(run, strategy, None, None, [])
+    assert asked == [False], "a CPU"
 
 
 def test_the_doctor_knows_what_a_gpu_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,7 @@ def test_a_peak_is_planned_for_the_precision_and_the_attention_of_the_card(
 
     zero = json.loads((checks.REPOSITORY / "ds_configs/zero2_offload.json").read_text())["zero_optimization"]
     strategy = distributed.strategy_of(zero, num_ranks=1, num_local=1, precision=precision)
-    padded = card is T4
-    plan = planner.planned(run, strategy, limit, 500 * GIB, [], padded=padded)["phase2"]
+    plan = planner.planned(run, strategy, limit, 500 * GIB, [], capability=card.capability)["phase2"]
     (row,) = json.loads((tmp_path / "result.json").read_text())
     assert plan.share.accumulation == 2 and ("gradients" in plan.gpu) == (precision == "bf16")
     assert row["predicted_bytes"] == round(plan.gpu_peak)
