@@ -28,6 +28,7 @@ from sapiens_accel.runtime import extensions
 from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
+from sapiens_accel.runtime.launch import find_json
 from sapiens_accel.sources import coco as coco_json
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
@@ -63,7 +64,7 @@ def launch_of(file: str | None) -> Launch:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         told = {key: os.environ.get(variable) for key, variable in TOLD_BY.items()}
-        zero = _zero(told, "this") if with_deepspeed else {}
+        zero = _zero(told, "the launch") if with_deepspeed else {}
         ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
         return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
     where = f"--launch {file}"
@@ -83,7 +84,7 @@ def launch_of(file: str | None) -> Launch:
         precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
         num_processes=_processes(tree.get("num_processes", 1), f"{where}: num_processes"),
         deepspeed=tree["distributed_type"] == "DEEPSPEED",
-        zero=_zero(of_deepspeed, file),
+        zero=_zero(of_deepspeed, Path(file).absolute()),
     )
 
 
@@ -94,15 +95,14 @@ def _processes(told: Any, where: str) -> int:
         raise UserError(f"{where}: expected the number of processes, found {coco_json.shown(told)}") from None
 
 
-def _zero(told: Mapping[str, Any], of: str) -> Mapping[str, Any]:
+def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
     """What DeepSpeed's JSON says of ZeRO; without one, where accelerate's own keys put what is offloaded."""
-    file = told.get("deepspeed_config_file")
-    if not file:
+    name = told.get("deepspeed_config_file")
+    if not name:
         places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
         return {name: {"device": str(place)} for name, place in places.items()}
-    if not Path(str(file)).is_file():
-        raise UserError(f"--launch {of}: its {file} is not there; run in the folder of the repository")
-    tree = coco_json.parsed(Path(file))
+    file = find_json(str(name), of)
+    tree = coco_json.parsed(file)
     zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
     if not all(isinstance(part, dict) for part in parts):
@@ -164,7 +164,7 @@ def _precision(launch: Launch) -> Iterator[Finding]:
     if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
         yield _found("note", "precision", "bf16 is asked for; this GPU has none: fp16 with loss scaling")
     elif asked == "fp16" and not cuda:
-        yield _found("error", "precision", "fp16 is asked for, and there is no GPU: take accelerate_configs/cpu.yaml")
+        yield _found("note", "precision", "fp16 is asked for; a CPU has none: bf16")
     elif asked == "no" and cuda:
         yield _found("warning", "precision", "fp32 on a GPU: a launch with bf16 or fp16 halves time and memory")
     else:

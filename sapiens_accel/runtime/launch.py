@@ -144,7 +144,7 @@ def check() -> None:
             f"{where}: ACCELERATE_USE_CPU would drop ZeRO (expected unset). Without a GPU it runs on the CPU"
         )
     if name := os.environ.get(JSON_VARIABLE):
-        file = _find_json(name, where)
+        file = find_json(name, where)
         _check_json(file, where)
         os.environ[JSON_VARIABLE], os.environ[FIELDS_VARIABLE] = str(file), ""
     _prepare_host()
@@ -196,8 +196,12 @@ def _check_environment(where: Path | str) -> None:
             )
 
 
-def _find_json(name: str, where: Path | str) -> Path:
-    """In the working folder, beside the accelerate config or the folder above it, or in this checkout."""
+def find_json(name: str, where: Path | str) -> Path:
+    """A DeepSpeed JSON: in the working folder, beside the accelerate config `where` or above it, or in this checkout.
+
+    Raises:
+        UserError: it is in none of them.
+    """
     beside = [where.parent, where.parent.parent] if isinstance(where, Path) else []
     for folder in (Path.cwd(), *beside, CHECKOUT):
         if (folder / name).is_file():

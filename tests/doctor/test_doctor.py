@@ -28,6 +28,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose import draw, geometry, skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
+from sapiens_accel.runtime import distributed
 from sapiens_accel.sources import convert, synthetic
 
 TRAIN, VAL = (f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val"))
@@ -610,6 +611,35 @@ def test_what_deepspeed_would_compile_is_what_its_config_uses(monkeypatch: pytes
     assert all(needed(name) == ["cpu_adam"] for name in offloading)
     assert all(needed(name) == [] for name in ("cpu", "single_gpu", "multi_gpu", "zero1", "zero2", "zero3"))
     assert needed("zero1", cuda=False) == needed("zero2", cuda=False) == ["deepspeed_shm_comm"]
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative"])
+def test_a_launch_from_another_folder_has_the_json_that_train_finds(
+    given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside the config or the folder above it, or in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    configs = tmp_path / "mine" / "configs"
+    configs.mkdir(parents=True)
+    json_name = "ds_configs/zero2_offload.json"
+    (configs / "a.yaml").write_text(
+        f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {json_name}\n"
+    )
+    assert environment.launch_of(str(REPOSITORY / "accelerate_configs" / "zero2.yaml")).zero["stage"] == 2
+    (tmp_path / "mine" / "ds_configs").mkdir()
+    (tmp_path / "mine" / json_name).write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.chdir(tmp_path if given == "absolute" else configs)
+    launch = environment.launch_of(str(configs / "a.yaml") if given == "absolute" else "a.yaml")
+    assert launch.zero == {"stage": 1}
+    (configs / "a.yaml").write_text((configs / "a.yaml").read_text().replace(json_name, "ds_configs/gone.json"))
+    with pytest.raises(UserError, match=r"a\.yaml: deepspeed_config_file: ds_configs/gone.json is not there"):
+        environment.launch_of(str(configs / "a.yaml"))
+
+
+def test_fp16_without_a_gpu_is_a_note_as_train_runs_it_in_bf16() -> None:
+    assert distributed.precision_of_device("fp16", False) == "bf16"
+    (found,) = environment._precision(Launch(precision="fp16"))
+    assert found.level == "note" and "bf16" in found.text
 
 
 def _machine(launch: Launch) -> dict[str, Finding]:
