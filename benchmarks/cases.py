@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory import planner as memory
 from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, fit, need, stage_of
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
+from sapiens_accel.runtime import host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest.peak_memory import case_of_plan, half_precision, way_of
 from sapiens_accel.selftest.training_step import TrainingCase, run_of
@@ -85,7 +85,7 @@ def on_gpu(wanted: Wanted, limit: int, capability: tuple[int, int]) -> Iterator[
     precision = half_precision(capability)
     for model, name, stage in wanted.stage_by_stage(padded=attention.needs_padding(capability)):
         for way in wanted.ways:
-            plan = fit(stage, name, way_of(way, precision), limit, memory.free_host_bytes())
+            plan = fit(stage, name, way_of(way, precision), limit, host.free_bytes())
             yield Planned(case=case_of_plan(model, name, wanted.input_hw, plan), stage=stage, plan=plan, on_gpu=True)
 
 

@@ -20,11 +20,10 @@ from huggingface_hub import get_token
 from sapiens_accel.config.schema import Config
 from sapiens_accel.doctor.labels import Finding
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory import planner as memory
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import extensions
+from sapiens_accel.runtime import extensions, host
 from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
@@ -275,8 +274,8 @@ def disk_bytes(run: Config, skeleton: Skeleton) -> float:
 
 def _host(run: Config) -> Iterator[Finding]:
     workers = run.data.num_workers
-    cores = len(os.sched_getaffinity(0))
-    text = f"{memory.free_host_bytes() / GIB:.1f} GiB of memory free, {cores} CPU cores for {workers} loading processes"
+    cores = host.usable_cores()
+    text = f"{host.free_bytes() / GIB:.1f} GiB of memory free, {cores} CPU cores for {workers} loading processes"
     yield _found("note" if workers <= cores else "warning", "host", text)
     if workers and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < workers * SHARED_FOR_EACH:
         text = f"{free / 2**20:.0f} MiB of shared memory for {workers} loading processes; docker run --shm-size 4g"

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 
@@ -27,7 +26,7 @@ from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
 from sapiens_accel.models import attention
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.device import LEAST_CAPABILITY
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
@@ -55,7 +54,7 @@ def plans(
 ) -> dict[StageName, Plan]:
     """This launch's plan of each stage of the run, for what its devices have free; see `planned`."""
     room = distributed.free_bytes(accelerator)
-    host_room = None if room is None else distributed.least(accelerator, free_host_bytes())
+    host_room = None if room is None else distributed.least(accelerator, host.free_bytes())
     strategy = distributed.strategy(accelerator)
     card = attention.capability_on(accelerator.device)
     return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints, capability=card)
@@ -111,16 +110,6 @@ def _otherwise(stage: Stage, plan: Plan) -> str:
     if not plan.way.offload_activations:
         return "--memory.offload_activations"
     return "another launch: `python -m sapiens_accel.memory` lists them"
-
-
-def free_host_bytes() -> float:
-    """Host memory that this machine, or the container that the run is in, can still give."""
-    free = float(psutil.virtual_memory().available)
-    limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat"))
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        cached = re.search(r"^inactive_file (\d+)", stat.read_text(), re.MULTILINE)  # files that were read: given back
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + (int(cached[1]) if cached else 0))
-    return free
 
 
 def _shortage(plan: Plan) -> str:

@@ -16,7 +16,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime import extensions
+from sapiens_accel.runtime import extensions, host
 
 CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -72,8 +72,7 @@ def use_all_cores() -> int:
     from torch); the variable is for libraries that are loaded later.
     """
     if not _threads_are_the_users():
-        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        cores = min(cores, len(os.sched_getaffinity(0)))
+        cores = min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, host.usable_cores())
         num = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         os.environ["OMP_NUM_THREADS"] = str(num)
         torch.set_num_threads(num)

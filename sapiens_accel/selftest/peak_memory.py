@@ -24,7 +24,7 @@ from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Plan, Stage, Way, fit, need, stage_of, ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment, look_at_machine
 from sapiens_accel.selftest.training_step import (
@@ -59,7 +59,7 @@ def half_precision(capability: tuple[int, int]) -> str:
 def plan_for_gpu(run: Config, name: StageName, way: str, limit: float, capability: tuple[int, int]) -> Plan:
     """A stage planned for `limit` bytes of a GPU of this compute capability, as train.py would plan it there."""
     stage = stage_of(run, name, padded=attention.needs_padding(capability))
-    return fit(stage, name, way_of(way, half_precision(capability)), limit, planner.free_host_bytes())
+    return fit(stage, name, way_of(way, half_precision(capability)), limit, host.free_bytes())
 
 
 def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> TrainingCase:

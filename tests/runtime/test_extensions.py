@@ -11,7 +11,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime import extensions
+from sapiens_accel.runtime import extensions, host
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,7 +99,7 @@ def test_a_rank_works_on_its_share_of_the_cores_unless_the_user_says_how_many(
     config = ROOT / "accelerate_configs" / "single_gpu.yaml"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
     said = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
-    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    cores = min(psutil.cpu_count(logical=False) or 1, host.usable_cores())
     expected = int(users) if users else cores
     assert "before 1 1" in said, "the launcher's own choice"
     assert f"after {expected} {expected}" in said

@@ -13,7 +13,7 @@ import torch
 from gpu.pretended_driver import A100, T4, Card, pretend
 
 from sapiens_accel.memory import planner
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest import __main__ as selftest
 from sapiens_accel.selftest import checks, launches, peak_memory, probes, throughput, training_step
@@ -91,7 +91,7 @@ def test_a_peak_is_planned_for_the_precision_and_the_attention_of_the_card(
     monkeypatch.setattr(
         peak_memory, "launch_case", lambda case, _: launched.append(case) or {"measured": None, "outcome": ""}
     )
-    monkeypatch.setattr(planner, "free_host_bytes", lambda: 500.0 * GIB)
+    monkeypatch.setattr(host, "free_bytes", lambda: 500.0 * GIB)
     hw, limit = (64, 48), 15 * GIB
     run = training_step.run_of("sapiens_2b", "phase2", hw, 4, "--stage=phase2", "--memory.micro_batch=2")
     monkeypatch.setattr(peak_memory, "run_of", lambda *_: run)
