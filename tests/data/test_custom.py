@@ -435,7 +435,9 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     words = ["--recipe", "demo", "--data.weight", "2"]
     assert "--data.weight 2: of one data set alone" in _refusal(lambda: load(words))
     words = ["--recipe", "demo", "--data.more", "[{train_annotation: a.json, train_images: b}]"]
-    assert "'train_annotation' is not accepted" in _refusal(lambda: load(words))
+    assert "no such key 'data.more.train_annotation'; did you mean data.more.train_annotations?" in _refusal(
+        lambda: load(words)
+    )
     config = replace(config, skeleton="coco16", more=())
     assert "--data.skeleton coco16: no such file; did you mean coco17?" in _refusal(lambda: build.open_skeleton(config))
     assert skeleton.num_keypoints == 21
