@@ -69,7 +69,7 @@ def keep_least_scale(optimizer: Any) -> None:
 
     By default it raises a bare Exception at about the 18th overflow in a row, without the step or the people.
     """
-    scaler = getattr(getattr(optimizer, "optimizer", optimizer), "loss_scaler", None)
+    scaler: Any = getattr(getattr(optimizer, "optimizer", optimizer), "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
