@@ -32,6 +32,9 @@ def begin_run(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[
     """
     if accelerator.is_main_process and not run.dry_run:
         folder = Path(run.output_dir)
+        checkpoints = [list_checkpoints(folder / stage / "checkpoints") for stage in run.stages]
+        if run.resume_from_checkpoint == "latest" and not done and not any(checkpoints):
+            print(f"warning: --resume_from_checkpoint latest: no checkpoint in {folder}; training starts at step 1")
         make_way(folder, run.stages, run.weights, run.resume_from_checkpoint, done)
         if run.resume_from_checkpoint and not run.weights and (folder / "config.yaml").is_file():
             # The license of what is pushed follows from the weights that the run began with.
