@@ -115,9 +115,10 @@ def check_builds(operations: list[str]) -> None:
 
 def prepare_builds(operations: list[str]) -> None:
     """Before DeepSpeed loads: remove stale locks, and say that a build runs. For one rank."""
-    patience = STALE_SECONDS["local" if _is_local(folder()) else "network"]
+    local = _is_local(folder())
     for lock, age in find_stale_locks(operations).items():
-        if age > patience:
+        # What processes of other users have open cannot be seen, so their locks must be old, too.
+        if age > STALE_SECONDS["local" if local and _is_ours(lock) else "network"]:
             lock.unlink(missing_ok=True)
             print(f"{lock}: left by a build that was killed, {age:.0f} s old; removed", flush=True)
         else:
@@ -125,6 +126,12 @@ def prepare_builds(operations: list[str]) -> None:
             print(text, flush=True)
     if missing := [name for name in operations if not is_built(name)]:
         print(f"DeepSpeed compiles {', '.join(missing)} into {folder()}, once; it takes {BUILD_TIME}", flush=True)
+
+
+def _is_ours(lock: Path) -> bool:
+    with suppress(FileNotFoundError):  # removed meanwhile
+        return lock.stat().st_uid == os.getuid()
+    return False
 
 
 def _is_local(path: Path) -> bool:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_names_are_options_quotes_numbers_and_files() -> None:
-    message = "/tmp/run/b.json: box 3: expected 'bbox' of 4 numbers (--eval.boxes), found [1, -2.5] of left_eye"
+    message = "run/b.json: box 3: expected 'bbox' of 4 numbers (--eval.boxes), found [1, -2.5] of left_eye"
     assert names(message) == {"b.json", "3", "'bbox'", "4", "--eval.boxes", "1", "2.5", "left_eye"}
 
 

@@ -73,6 +73,10 @@ def test_on_a_disk_of_this_machine_a_lock_that_nobody_holds_is_removed_at_once(
     lock.touch()
     old = time.time() - 16
     os.utime(lock, (old, old))
+    with monkeypatch.context() as another:
+        another.setattr(os, "getuid", lambda: lock.stat().st_uid + 1)  # its processes' open files cannot be seen
+        extensions.prepare_builds(["cpu_adam"])
+    assert lock.exists() and "removed" not in capsys.readouterr().out
     extensions.prepare_builds(["cpu_adam"])
     assert not lock.exists() and "removed" in capsys.readouterr().out
 
