@@ -102,6 +102,6 @@ def test_a_file_is_parsed_once_until_it_changes(drawn: Path, tmp_path: Path, mon
 def test_what_the_readers_of_detections_read_is_one(tmp_path: Path) -> None:
     (tmp_path / "found.json").write_text(json.dumps([{"file_name": "a.jpg", "bbox": [1, 2, 3, 4]}]))
     (one,) = read_detections(tmp_path / "found.json", ("bbox",))
-    assert (one.index, one.image_id, one.file_name, one.category_id, one.score) == (0, None, "a.jpg", 1, 1.0)
+    assert (one.position, one.image_id, one.file_name, one.category_id, one.score) == (0, None, "a.jpg", 1, 1.0)
     with pytest.raises(UserError, match=r"found\.json: detection 0: it has no 'image_id'; expected image_id, bbox"):
         read_detections(tmp_path / "found.json")
