@@ -1,4 +1,4 @@
-"""Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and pictures.
+"""Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and images.
 
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
     [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [--worst N]

@@ -65,7 +65,7 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the command line asks for: every combination of it; `batch` labelled people of `input_hw` px in a step."""
+    """What the command line asks for: every combination of it; `batch` labeled people of `input_hw` px in a step."""
 
     models: Sequence[str]
     stages: Sequence[StageName]

@@ -1,4 +1,4 @@
-"""The table of `gain.py` as a picture: a bar for each arm's mean, a dot for each seed."""
+"""The table of `gain.py` as an image: a bar for each arm's mean, a dot for each seed."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 PATH is the Python of an environment with mmpose, or transformers and torchvision, or both (README.md tells how to make
 one); without it only ours is timed. All get the same people and take turns, each in a process of its own on one core.
-Time is what a process spent on the core, so that its neighbours count little; the wall's is written beside it.
+Time is what a process spent on the core, so that its neighbors count little; the wall's is written beside it.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def compare(codec: Codec, asked: argparse.Namespace, num_joints: int, peer: "Pee
 
 
 def people(codec: Codec, batch: int, num_joints: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points anywhere in the picture, input px, and maps of them with noise."""
+    """Points anywhere in the image, input px, and maps of them with noise."""
     generator = torch.Generator().manual_seed(0)
     last = torch.tensor([codec.input_hw[1] - 1.0, codec.input_hw[0] - 1.0])
     points_xy = torch.rand(batch, num_joints, 2, generator=generator) * last
@@ -194,7 +194,7 @@ def ratios(row: Row) -> dict[str, float]:
 
 
 def text(row: Row) -> str:
-    lines = [f"\n{row['joints']} joints: ms of one core a person, median (lowest to highest); theirs / ours"]
+    lines = [f"\n{row['joints']} keypoints: ms of one core a person, median (lowest to highest); theirs / ours"]
     for step in STEPS:
         for name, ms in row[step].items():
             ratio = row[f"{step}_ratio"].get(name)

@@ -63,14 +63,14 @@ class Mmpose:
         return [self.codec.decode(person) for person in self.maps]
 
     def results(self, encoded, decoded):
-        # Its px are W / (W - 1) of input px: the step back to the picture undoes that.
+        # Its px are W / (W - 1) of input px: the step back to the image undoes that.
         size = np.array(self.input_wh)
         points_xy = np.concatenate([keypoints for keypoints, _ in decoded]) * (size - 1) / size
         return np.stack([person["heatmaps"] for person in encoded]), points_xy
 
 
 class Transformers:
-    """The codec inside Sapiens2's image processor, on a picture of which the whole crop is the network's input."""
+    """The codec inside Sapiens2's image processor, on an image of which the whole crop is the network's input."""
 
     def __init__(self, settings):
         from transformers.models.sapiens2 import image_processing_sapiens2 as module
@@ -84,7 +84,7 @@ class Transformers:
     def load(self, points_xy, maps):
         import torch
 
-        # Padded by 1.25 this box is the crop, of W picture px for the W - 1 between the input's first and last pixel.
+        # Padded by 1.25 this box is the crop, of W image px for the W - 1 between the input's first and last pixel.
         size = np.array([self.width, self.height])
         self.boxes = [[[0.1 * self.width, 0.1 * self.height, 0.8 * self.width, 0.8 * self.height]]] * len(points_xy)
         self.keypoints = [[person.tolist()] for person in points_xy * (size / (size - 1))]

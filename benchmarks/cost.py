@@ -2,10 +2,10 @@
 
     python benchmarks/cost.py --models sapiens_0.3b --batch 2 --input_hw 128 96
 
-Time: a step with as many unlabelled as labelled people over a step with the labelled ones alone, in turns. With every
-block checkpointed that is 9 / 4 = 2.25 of the arithmetic: forward, forward again and backward (4) for the labelled
-ones; the same for twice as many, and the teacher's forward (1). Memory: the peak of a step with n labelled and n
-unlabelled people, without the teacher's weights, over that of a phase2 step with 2 n people. On a GPU and on a CPU.
+Time: a step with as many unlabeled as labeled people over a step with the labeled ones alone, in turns. With every
+block checkpointed that is 9 / 4 = 2.25 of the arithmetic: forward, forward again and backward (4) for the labeled
+ones; the same for twice as many, and the teacher's forward (1). Memory: the peak of a step with n labeled and n
+unlabeled people, without the teacher's weights, over that of a phase2 step with 2 n people. On a GPU and on a CPU.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--models", nargs="+", default=["sapiens_tiny", "sapiens2_tiny"], help="(the tiny ones)")
-    parser.add_argument("--batch", type=int, default=8, help="labelled people of a step (8)")
+    parser.add_argument("--batch", type=int, default=8, help="labeled people of a step (8)")
     parser.add_argument("--input_hw", nargs=2, type=int, default=[256, 192], help="(256 192)")
     parser.add_argument("--repetitions", type=int, default=3, help="(3)")
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no", help="of the launch (no)")

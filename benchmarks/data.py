@@ -3,8 +3,8 @@
     python benchmarks/data.py [--peer_python PATH] [--root FOLDER] [--input_hw 512 384]
 
 PATH is the Python of an environment with mmpose and albumentations 1.x (README.md tells how to make one); without it
-only ours is timed. Both get the same pictures and people and take turns, each in a process of its own on one core. Time
-is what a process spent on the core, so that its neighbours count little; the wall's is written beside it.
+only ours is timed. Both get the same images and people and take turns, each in a process of its own on one core. Time
+is what a process spent on the core, so that its neighbors count little; the wall's is written beside it.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def ours(
     reduced_decode: bool = True,
     pairs: bool = False,
 ) -> Pass:
-    """All training people once, in batches; with `pairs` each as an unlabelled person, in two views."""
+    """All training people once, in batches; with `pairs` each as an unlabeled person, in two views."""
     people = training_people(sets, replace(settings, reduced_decode=reduced_decode), augment, pairs)
     num = len(sets.train)
 

@@ -1,9 +1,9 @@
-"""What unlabelled people are worth: train.py's own stages on drawn people, few of them labelled, arm by arm.
+"""What unlabeled people are worth: train.py's own stages on drawn people, few of them labeled, arm by arm.
 
     python benchmarks/ssl.py --labels 30 100 --seeds 0 1 2 --arms supervised mse literal recommended
 
 For each number of labels and seed, phase2 from random weights; from there every arm with the same steps, learning rate,
-labelled people, augmentation and average of weights. `supervised` sees no unlabelled people; it is what the others are
+labeled people, augmentation and average of weights. `supervised` sees no unlabeled people; it is what the others are
 held against. Drawn people and a tiny network: this ranks losses and finds mistakes, and predicts no accuracy on COCO.
 """
 
@@ -75,7 +75,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--labels", nargs="+", default=["30", "100"], help="labelled people, or all (30 100)")
+    parser.add_argument("--labels", nargs="+", default=["30", "100"], help="labeled people, or all (30 100)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(all of them)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (one for each core)")

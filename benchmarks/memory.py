@@ -72,7 +72,7 @@ def options(words: Sequence[str], cuda: bool) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", default=names, help=f"({' '.join(names)})")
     parser.add_argument("--limit", default="15GiB", help="what torch may allocate on a GPU (15GiB)")
     parser.add_argument("--input_hw", nargs=2, type=int, default=size, help=f"({size[0]} {size[1]})")
-    parser.add_argument("--batch", type=int, default=batch, help=f"labelled people of one step ({batch})")
+    parser.add_argument("--batch", type=int, default=batch, help=f"labeled people of one step ({batch})")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"], choices=["no", "bf16"], help="on a CPU")
     parser.add_argument("--measured_only", action="store_true", help="on a CPU: predict nothing for a GPU")
     parser.add_argument("--out", help="the JSON (benchmarks/results/memory_DEVICE_DATE.json)")

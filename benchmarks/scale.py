@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--people 10000000] [--folder FOLDER] [--out FILE]
 
-The people are made up, two in a picture of 16x16 px, in Arrow shards: what counts here is how many there are. Opened
+The people are made up, two in an image of 16x16 px, in Arrow shards: what counts here is how many there are. Opened
 twice, each time in a process of its own: the first time the table of people is written to the cache, from then on it is
 there. `anonymous` is the memory that a process alone has; `resident` also counts pages of mapped files, which the
 kernel takes back when it needs them.
@@ -38,7 +38,7 @@ from sapiens_accel.pose.skeleton import COCO17
 
 Row = dict[str, Any]
 BARS = {"open_seconds": 60.0, "anonymous_mib": 1024.0}
-CHUNK = 50_000  # pictures made at a time
+CHUNK = 50_000  # images made at a time
 FILES = 10
 BATCHES, BATCH, WORKERS = 20, 32, 2
 
@@ -77,7 +77,7 @@ def options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def make(folder: Path, split: str, num_people: int) -> None:
-    """Shards of two people a picture."""
+    """Shards of two people an image."""
     folder.mkdir(parents=True, exist_ok=True)
     num_pictures, rng = num_people // 2, np.random.default_rng(0)
     for number in range(FILES):

@@ -1,6 +1,6 @@
-"""python benchmarks/ssl.py: what unlabelled people are worth; all of it is in gain.py.
+"""python benchmarks/ssl.py: what unlabeled people are worth; all of it is in gain.py.
 
-In a script's own folder this name would hide the standard library's `ssl` from the script and its neighbours. So as a
+In a script's own folder this name would hide the standard library's `ssl` from the script and its neighbors. So as a
 script it puts the folder behind the library, and imported it is the library's module.
 """
 

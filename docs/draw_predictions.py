@@ -3,7 +3,7 @@
     accelerate launch train.py
     python docs/draw_predictions.py runs/demo/phase2/weights
 
-The people are new ones: the demo draws with seed 0, this picture with seed 7.
+The people are new ones: the demo draws with seed 0, this image with seed 7.
 """
 
 import json

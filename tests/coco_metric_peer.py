@@ -30,7 +30,7 @@ def drawn(num_keypoints: int, sigmas: np.ndarray) -> tuple[dict[str, Any], dict[
     """A COCO tree, and detections: image_ids, boxes_xywh, scores [n], points_xy [n, k, 2], keypoint_scores [n, k].
 
     Each person is found up to three times, so closely that suppression has something to decide, with errors from none
-    to several of OKS's own widths; a picture has more detections than count; some keypoints score below 0.2.
+    to several of OKS's own widths; an image has more detections than count; some keypoints score below 0.2.
     """
     rng = np.random.default_rng(num_keypoints)
     images = [{"id": i + 1, "width": WIDTH, "height": HEIGHT, "file_name": f"{i}.jpg"} for i in range(NUM_IMAGES)]

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=["sapiens_tiny", "sapiens2_tiny"])
 def tiny(request: pytest.FixtureRequest) -> SapiensPose:
-    """A tiny network of each family for 64x48 pictures, with weights that make every layer matter."""
+    """A tiny network of each family for 64x48 images, with weights that make every layer matter."""
     torch.manual_seed(0)
     model = SapiensPose(request.param, 17, (64, 48))
     with torch.no_grad():
@@ -31,7 +31,7 @@ def tiny(request: pytest.FixtureRequest) -> SapiensPose:
 
 @pytest.fixture
 def picture() -> torch.Tensor:
-    """Two uint8 pictures of 64x48."""
+    """Two uint8 images of 64x48."""
     return torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 

@@ -35,7 +35,7 @@ def tiny(folder: Path, kind: str = "rt_detr_v2", labels: tuple[str, ...] = LABEL
         kinds = {"rt_detr": transformers.RTDetrConfig, "rt_detr_v2": transformers.RTDetrV2Config}
         config = kinds[kind](backbone_config=backbone, **COMMON, **names)
     model = transformers.AutoModelForObjectDetection.from_config(config)
-    with torch.no_grad():  # as they are made, all pictures look the same to them, and full of tiny things
+    with torch.no_grad():  # as they are made, all images look the same to them, and full of tiny things
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "backbone" not in name:
                 parameter.add_(

@@ -317,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- Pushing
 
     def _validate(self) -> None:
-        """The shape that the Hub asks for: known keys of the right kind, a name and a link with an unknown licence."""
+        """The shape that the Hub asks for: known keys of the right kind, a name and a link with an unknown license."""
         text, errors = json.loads(self.body)["content"], []
         front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
         try:

@@ -153,7 +153,7 @@ def _head(state: State, x: Tensor, name: str, convs: tuple[int, ...], last: str)
 
 
 def v1_heatmaps(state: State, image: Tensor, depth: int, heads: int) -> Tensor:
-    """Sapiens v1, from a picture of uint8 to heatmaps; `state` by the backbone's bare names and `head.*`."""
+    """Sapiens v1, from an image of uint8 to heatmaps; `state` by the backbone's bare names and `head.*`."""
     patch = "patch_embed.projection"
     grid = F.conv2d(_normalised(image), state[f"{patch}.weight"], state[f"{patch}.bias"], stride=16, padding=2)
     x = grid.flatten(2).transpose(1, 2) + state["pos_embed"]
@@ -169,7 +169,7 @@ def v1_heatmaps(state: State, image: Tensor, depth: int, heads: int) -> Tensor:
 
 
 def _rotation(grid_hw: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [patches, channels]: patch centres from -1 to 1 on either axis, and periods of 1 to 100."""
+    """Cosine and sine [patches, channels]: patch centers from -1 to 1 on either axis, and periods of 1 to 100."""
     periods = [100 ** (k / (channels // 4)) for k in range(channels // 4)]
     centres = [[2 * (i + 0.5) / n - 1 for i in range(n)] for n in grid_hw]
     rows = [
@@ -187,7 +187,7 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def v2_heatmaps(state: State, image: Tensor, depth: int, heads: int) -> Tensor:
-    """Sapiens2, from a picture of uint8 to heatmaps; `state` by the backbone's bare names and `decode_head.*`."""
+    """Sapiens2, from an image of uint8 to heatmaps; `state` by the backbone's bare names and `decode_head.*`."""
     patch = "patch_embed.projection"
     grid = F.conv2d(_normalised(image), state[f"{patch}.weight"], state[f"{patch}.bias"], stride=16)
     patches = grid.flatten(2).transpose(1, 2)

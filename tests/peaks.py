@@ -61,7 +61,7 @@ def measure(
     layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk)
     predicted = plan.need(counted, way, share, layout, None, None, cuda=False)
     batches = [batch(micro_batch, micro_batch * counted.ratio) for _ in range(2 * accumulation)]
-    # The pictures with cutouts are made in a step: a quarter of an unlabelled person's and its labelled one's data.
+    # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.
     outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
     most = peak(accelerator, name, run.of(stage), share, layout, batches)
     return {"predicted": predicted.gpu_peak - outside, "measured": most}

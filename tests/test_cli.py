@@ -195,7 +195,7 @@ def _assert_refused(main: Callable[[Sequence[str]], None], tmp_path: Path, words
 def test_a_broken_picture_that_only_a_worker_meets_is_one_line(
     main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path
 ) -> None:
-    # One of the second step's pictures; the first step's are drawn into crops.jpg by the main process.
+    # One of the second step's images; the first step's are drawn into crops.jpg by the main process.
     people = _tree(root)["annotations"]
     first, second = ([people[i]["image_id"] for i in sampling.order(0, "phase2", step, 32, 4)] for step in (0, 1))
     image = next(image for image in second if image not in first)
@@ -208,7 +208,7 @@ def test_a_broken_picture_that_only_a_worker_meets_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", ["misspelt", "cut picture"])
+@pytest.mark.parametrize("case", ["misspelt", "cut image"])
 def test_a_refusal_is_one_line_on_stderr_and_an_exit_code(cache: Path, root: Path, tmp_path: Path, case: str) -> None:
     if case == "misspelt":
         words, named = ["--phase2.optim.lrr", "1"], ["--phase2.optim.lrr", "did you mean --phase2.optim.lr?"]
@@ -293,13 +293,13 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
             picture = cv2.imread(str(folder / "pictures" / f"{stage}_{name}.jpg"))
             assert picture is not None and picture.std() > 5
             assert str(folder / "pictures" / f"{stage}_{name}.jpg") in said
-        # The people of the lowest OKS: labelled, predicted and the errors side by side, two people in a row.
+        # The people of the lowest OKS: labeled, predicted and the errors side by side, two people in a row.
         assert b"worst" in events[0].read_bytes()
         assert cv2.imread(str(folder / "pictures" / f"{stage}_worst.png")).shape[1] == 6 * 320
     assert load_file(folder / "ssl" / "student" / "model.safetensors").keys()
     labelled = json.loads((folder / "labelled_ann_ids.json").read_text())
     assert (labelled["labels"], labelled["labels_by"], len(labelled["ann_ids"])) == (4, "first", 4)
-    assert "people: 4 train, 8 val, 11 unlabelled" in said, "three people are withheld"
+    assert "people: 4 train, 8 val, 11 unlabeled" in said, "three people are withheld"
 
 
 TAUGHT = {"loss_labelled", "loss_unlabelled", "grad_ratio", "keep", *(f"keep/{name}" for name in COCO17.names)}
@@ -357,7 +357,7 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
 # ---- A run that was cut goes on
 
 
-# The teacher follows quickly and everything is learnt from: one that was not restored would show in the first loss.
+# The teacher follows quickly and everything is learned from: one that was not restored would show in the first loss.
 SIX = {
     "phase2": ["--phase2.steps", "6", "--phase2.global_batch", "4", "--memory.micro_batch", "2"],
     "ssl": ["--ssl.steps", "6", "--ssl.global_batch", "4", "--ssl.optim.lr", "1e-2", "--ssl.teacher.ema_decay", "0.6",

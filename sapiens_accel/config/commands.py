@@ -42,7 +42,7 @@ def memory_parser() -> argparse.ArgumentParser:
 def export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.export",
-        description="Write a weights folder as a graph, pixel_values (float32, normalised) to heatmaps, and check it.",
+        description="Write a weights folder as a graph, pixel_values (float32, normalized) to heatmaps, and check it.",
         allow_abbrev=False,
     )
     parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
@@ -62,20 +62,20 @@ def export_parser() -> argparse.ArgumentParser:
 def detect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.boxes",
-        description="Find the people in pictures, and write their boxes for stage ssl and eval.py.",
+        description="Find the people in images, and write their boxes for stage ssl and eval.py.",
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
-    add("pictures", type=Path, help="a picture, a folder (with all below it) or a video")
+    add("pictures", type=Path, help="an image, a folder (with all below it) or a video")
     add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
     add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
     least, overlap = DETECTOR_THRESHOLD, DETECTOR_MAX_IOU
     add("--threshold", type=float, default=least, help=f"the least score ({least}; ssl takes those from 0.5 on)")
     add("--max_iou", type=float, default=overlap, help=f"of two boxes that overlap by more, one stays ({overlap})")
-    add("--batch_size", type=int, default=8, help="pictures of one forward (8)")
+    add("--batch_size", type=int, default=8, help="images of one forward (8)")
     add("--num_workers", type=int, default=4, help="reading processes (4)")
     add("--device", help="cuda where there is one, else cpu")
-    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labelled pictures")
+    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labeled images")
     add("--every", type=int, help="of a video: every n-th frame (1)")
     add("--frames", type=Path, help="of a video: the folder its frames are written to (beside OUT, named as the video)")
     return parser

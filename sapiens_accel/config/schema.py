@@ -53,23 +53,23 @@ class SyntheticConfig:
     """The built-in drawn people."""
 
     num_train: PositiveCount = 600
-    """Labelled people to draw for training."""
+    """Labeled people to draw for training."""
     num_unlabelled: Count = 600
     """People to draw without labels."""
     num_val: Count = 160
-    """Labelled people to draw for validation."""
+    """Labeled people to draw for validation."""
     seed: Seed = 0
     """Seed of the drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoreData:
-    """A further labelled data set to train on; its keypoints become the run's by name."""
+    """A further labeled data set to train on; its keypoints become the run's by name."""
 
     train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON, relative to its root."""
     train_images: str = "train2017"
-    """Folder of its pictures, relative to its root."""
+    """Folder of its images, relative to its root."""
     root: str | None = None
     """Its folder, in COCO's form, or shards as data.root takes them, whose `train` is taken. Default: data.root."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -92,21 +92,21 @@ class DataConfig:
     Ours: image, image_id, file_name, width, height; people; of a person id, category_id, iscrowd, area, bbox,
     keypoints."""
     streaming: bool = False
-    """Training pictures are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
+    """Training images are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
     they are needed: no copy of them is made, and people are shuffled within windows. Needs shards."""
     stream_parts: PositiveCount = 8
-    """streaming: parts of the global batch, each with pictures of its own. Every process then reads only its own
-    pictures if this is a multiple of processes x accumulation. The order of an epoch depends on it."""
+    """streaming: parts of the global batch, each with images of its own. Every process then reads only its own
+    images if this is a multiple of processes x accumulation. The order of an epoch depends on it."""
     stream_window: PositiveCount = 2
     """streaming: row groups whose people are shuffled among each other."""
     train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON of the training people, relative to the root."""
     train_images: str = "train2017"
-    """Folder of its pictures, relative to the root."""
+    """Folder of its images, relative to the root."""
     val_annotations: str = "annotations/person_keypoints_val2017.json"
     """COCO keypoint JSON of the validation people, relative to the root."""
     val_images: str = "val2017"
-    """Folder of its pictures, relative to the root."""
+    """Folder of its images, relative to the root."""
     category: str | None = None
     """Name of the category to learn, in a JSON of several with keypoints. Default: the only one that has some, person,
     or all of them where they have the same keypoints."""
@@ -115,30 +115,30 @@ class DataConfig:
     edges, relative to here or to data.root. Default: what the category of the JSON says, and its names imply. eval.py
     takes what is kept beside the weights."""
     more: tuple[MoreData, ...] = ()
-    """Further labelled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
+    """Further labeled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
     of them does not label has weight 0 there; people to validate on are those of the first."""
     weight: Positive | None = None
     """With data.more: how large a part of every epoch is of the first set, against the weights of the others. Give all
     of them or none. Default: as many people as each set has."""
     labels: PositiveCount | str | None = None
     """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
-    others are withheld, and in stage ssl they are unlabelled people. Default: all."""
+    others are withheld, and in stage ssl they are unlabeled people. Default: all."""
     labels_by: Literal["first", "random"] = "first"
-    """Which people: the first, picture by picture in the order of the JSON's images (published: Xie et al.,
+    """Which people: the first, image by image in the order of the JSON's images (published: Xie et al.,
     https://arxiv.org/abs/2011.12498), or at random."""
     labels_seed: Seed = 0
     """Seed of labels_by random."""
     unlabelled_images: str = "unlabeled2017"
-    """Folder of pictures without labels, relative to the root, for stage ssl."""
+    """Folder of images without labels, relative to the root, for stage ssl."""
     unlabelled_annotations: str | None = None
     """COCO JSON with the boxes of the people in them, or a detector's results (a list of image_id, bbox, score).
-    Default: annotations/person_boxes_<folder>.json where there is one, else each whole picture counts as one person."""
+    Default: annotations/person_boxes_<folder>.json where there is one, else each whole image counts as one person."""
     unlabelled_min_score: Fraction = 0.5
     """Detections with a score below this are left out."""
     unlabelled_train_people: bool = True
-    """Whether the training people that have a box but no keypoints join the unlabelled ones (112,000 in COCO)."""
+    """Whether the training people that have a box but no keypoints join the unlabeled ones (112,000 in COCO)."""
     unlabelled_min_side: NonNegative = 64.0
-    """Unlabelled boxes whose shorter side is below this (image px) are left out: nothing can be learnt from them."""
+    """Unlabeled boxes whose shorter side is below this (image px) are left out: nothing can be learned from them."""
     input_hw: tuple[PositiveCount, PositiveCount] = (512, 384)
     """Height and width of the crop that the network sees, in pixels."""
     sigma: Positive = 3.0
@@ -146,14 +146,14 @@ class DataConfig:
     box_padding: Positive = 1.25
     """A person's box is enlarged by this factor before it is cropped."""
     occluded_weight: NonNegative = 0.5
-    """Target weight of a labelled but occluded keypoint (v=1). Published: 1.0. Unlabelled is 0 and visible is 1."""
+    """Target weight of a labeled but occluded keypoint (v=1). Published: 1.0. Unlabeled is 0 and visible is 1."""
     num_workers: Count = 4
     """Decoding processes for each rank; the batches are the same bytes for any number."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do about a picture that does not decode: stop and name it, or name it and leave its people out."""
+    """What to do about an image that does not decode: stop and name it, or name it and leave its people out."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
-    """How pictures are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
-    auto decodes sets of up to 5,000 pictures, and of shards, or of over a million people, those of 5,000 people."""
+    """How images are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
+    auto decodes sets of up to 5,000 images, and of shards, or of over a million people, those of 5,000 people."""
     reduced_decode: bool = True
     """Decode a JPEG to a half, a quarter or an eighth of its size where a training crop shows no more of it anyway: it
     takes less time and aliases less. Evaluation decodes everything whole."""
@@ -169,7 +169,7 @@ class AugmentConfig:
     flip_p: Fraction = 0.5
     """Probability of mirroring."""
     half_body_p: Fraction = 0.3
-    """Probability of cropping to the upper or lower body, for people with at least 9 labelled keypoints."""
+    """Probability of cropping to the upper or lower body, for people with at least 9 labeled keypoints."""
     scale: BelowOne = 0.5
     """The box is scaled by 1 + scale * t, t from a standard normal truncated to [-1, 1]."""
     rotation: Degrees = 80.0
@@ -262,15 +262,15 @@ class TeacherConfig:
     ema_decay: Fraction | None = None
     """Decay of the teacher's moving average for one step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
     threshold: Annotated[float, Range(-1, 1)] = 0.7
-    """A keypoint is learnt from where the teacher's normalised confidence is above this; -1 keeps everything."""
+    """A keypoint is learned from where the teacher's normalized confidence is above this; -1 keeps everything."""
     temperature: Annotated[float, Range(1e-3, 10)] = 0.5
     """Sharpening T of both heatmaps: h^(1/T) / sum h^(1/T)."""
     weight: Annotated[float, Range(0, 1e6)] = 1.0
-    """Weight of the unlabelled loss against the labelled one, after the ramp."""
+    """Weight of the unlabeled loss against the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
     ratio: Annotated[int, Range(0, 64)] = 1
-    """Unlabelled people for each labelled one in a batch. 0: none; the labelled people alone, and their average."""
+    """Unlabeled people for each labeled one in a batch. 0: none; the labeled people alone, and their average."""
     loss: Literal["kl", "mse", "literal"] = "kl"
     """How the student is compared with the teacher: kl (of log-heatmap softmaxes), mse, or literal: softmaxes of raw
     heatmaps, the teacher's alone sharpened. The last makes a model worse (README) and is here to be compared with."""
@@ -281,7 +281,7 @@ class TeacherConfig:
     """What the threshold holds against: the teacher's peak as a share of what a good keypoint of that kind has (the
     labels' own noise keeps a hip lower than an eye), or the raw peak. literal takes the raw one in any case."""
     cutout: Annotated[int, Range(0, 64)] = 5
-    """Squares of the mean colour put on the student's view, each on one of the teacher's keypoints."""
+    """Squares of the mean color put on the student's view, each on one of the teacher's keypoints."""
 
     on_alarm: Literal["stop", "warn"] = "stop"
     """What to do when the stage collapses or inflates: stop it, with the last good weights in place, or only say so."""
@@ -301,11 +301,11 @@ class StageConfig:
     """A stage: how long, on how much at a time, and what learns."""
 
     epochs: Positive = 100
-    """Passes over the labelled people ..."""
+    """Passes over the labeled people ..."""
     steps: PositiveCount | None = None
     """... or optimizer steps; where given, these count."""
     global_batch: PositiveCount = 32
-    """Labelled people of one optimizer step, over all processes and accumulated micro-batches."""
+    """Labeled people of one optimizer step, over all processes and accumulated micro-batches."""
     frozen: tuple[str, ...] = ()
     """Layer groups that do not learn: shell patterns over embeddings, block_0 ... block_N, norm, head."""
     loss_weight: Positive = 1.0
@@ -313,11 +313,11 @@ class StageConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Its optimizer."""
     teacher: TeacherConfig | None = None
-    """Present: the stage also learns from unlabelled people."""
+    """Present: the stage also learns from unlabeled people."""
 
     @property
     def ratio(self) -> int:
-        """Unlabelled people for each labelled one."""
+        """Unlabeled people for each labeled one."""
         return self.teacher.ratio if self.teacher else 0
 
 
@@ -328,11 +328,11 @@ class EvalConfig:
     split: Literal["val", "train"] = "val"
     """People to evaluate on."""
     boxes: str = "gt"
-    """Where people are: gt, their own labelled boxes (an easier number), or a detector's results in COCO's form, a JSON
+    """Where people are: gt, their own labeled boxes (an easier number), or a detector's results in COCO's form, a JSON
     of image_id, category_id, bbox and score, relative to here or to data.root."""
     images: str | None = None
-    """eval.py: look at these pictures instead, a picture, a folder (with all below it) or a video; nothing is measured.
-    boxes is then gt, the whole picture as one person, a JSON of boxes, detector, or a detector's folder or Hub name."""
+    """eval.py: look at these images instead, an image, a folder (with all below it) or a video; nothing is measured.
+    boxes is then gt, the whole image as one person, a JSON of boxes, detector, or a detector's folder or Hub name."""
     min_box_score: Fraction = 0.5
     """eval.py --images: boxes with a score below this are left out."""
     flip: bool = True
@@ -346,7 +346,7 @@ class EvalConfig:
     batch_size: PositiveCount = 32
     """Crops of one forward; of larger ones fewer."""
     nms_threshold: Fraction = 0.9
-    """People of one picture whose OKS is above this are the same person."""
+    """People of one image whose OKS is above this are the same person."""
     score_threshold: Fraction = 0.2
     """Keypoints below this do not count in a person's score."""
     backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
@@ -394,9 +394,9 @@ class Config:
     dry_run: bool = False
     """Build and check everything, take one step of the first stage, write no weights."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where scalars and pictures go, beside metrics.jsonl."""
+    """Where scalars and images go, beside metrics.jsonl."""
     push_to_hub: bool = False
-    """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and the picture
+    """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and the image
     of predictions on the people who are evaluated."""
     hub_model_id: str | None = None
     """Their repository there, ORG/NAME. It is created if it is not there."""

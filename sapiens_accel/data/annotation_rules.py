@@ -28,7 +28,7 @@ class PeopleColumns:
 
     Attributes:
         place: which annotation of the whole JSON it was.
-        labelled: whether a keypoint has v > 0.
+        labeled: whether a keypoint has v > 0.
     """
 
     file_name: pa.Array
@@ -150,7 +150,7 @@ def _by_name(points: Float[Array, "n m 3"], source: tuple[int, ...] | None) -> F
 def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> PeopleColumns:
     table = table.combine_chunks()
     if not {"width", "height"} <= set(table.column_names):
-        raise UserError(f"{path}: pictures without people in them need columns 'width' and 'height' (px)")
+        raise UserError(f"{path}: images without people in them need columns 'width' and 'height' (px)")
     sizes = np.stack([_ints(_one(table, name)) for name in ("width", "height")], axis=1).astype(np.float64)
     numbers = first + np.arange(table.num_rows)
     return PeopleColumns(
@@ -313,7 +313,7 @@ def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
     told = annotation.get("num_keypoints")
     labelled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
     if told is not None and told != labelled:
-        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labelled {labelled}"
+        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labeled {labelled}"
         yield Fault("num_keypoints", text)
 
 
@@ -333,12 +333,12 @@ def row_of(
     if box[2] <= 0 or box[3] <= 0:
         return None
     if person.get("image_id") not in names:
-        raise ValueError(f"its picture {person.get('image_id')} is not among 'images'")
+        raise ValueError(f"its image {person.get('image_id')} is not among 'images'")
     points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
     if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
         raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
     if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
-        raise ValueError(f"expected pixels of a picture, found numbers above {FARTHEST:g}")
+        raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
     area = person.get("area", float(box[2] * box[3]))
     if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
         raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
@@ -387,7 +387,7 @@ def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
         ValueError: there is none, or it is not four finite numbers.
     """
     if "bbox" not in thing:
-        raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the picture")
+        raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the image")
     box = _numbers(thing["bbox"])
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")

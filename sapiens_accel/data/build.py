@@ -28,7 +28,7 @@ from sapiens_accel.sources import shards, synthetic
 from sapiens_accel.sources.coco import release_large_trees
 
 CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
-UNCOMPARED = "streaming: the pictures of training were not compared with those of validation"
+UNCOMPARED = "streaming: the images of training were not compared with those of validation"
 
 
 def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
@@ -47,7 +47,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     """Find (or draw), read and check the people of a run.
 
     Args:
-        unlabelled: whether the run has a stage that learns from unlabeled people.
+        unlabeled: whether the run has a stage that learns from unlabeled people.
 
     Raises:
         UserError: what is missing or broken, by name.
@@ -236,6 +236,6 @@ def check_targets(people: People, config: DataConfig) -> None:
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))
         raise UserError(
             f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else told}: {inside.sum()} of "
-            f"{labelled.sum()} labelled keypoints lie in their person's box (annotation "
-            f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the picture"
+            f"{labelled.sum()} labeled keypoints lie in their person's box (annotation "
+            f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the image"
         )

@@ -97,7 +97,7 @@ class Sets(NamedTuple):
         named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabelled)]
         skipped = sum(people.num_skipped for _, people in named if people)
         counts = ", ".join(f"{len(people)} {name}" for name, people in named if people)
-        left_out = f" ({skipped} skipped: their pictures do not decode)" if skipped else ""
+        left_out = f" ({skipped} skipped: their images do not decode)" if skipped else ""
         mixed = [str(self.mixture)] if self.mixture else []
         return "\n".join([f"people: {counts}{left_out}", *mixed, *self.warnings])
 

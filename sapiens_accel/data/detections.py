@@ -58,7 +58,7 @@ def ids_in(annotations: Path, names: Sequence[str]) -> list[Any]:
     known = {image["file_name"]: image["id"] for image in listed(annotations, "images", ("id", "file_name"))}
     found = [known.get(name, known.get(Path(name).name)) for name in names]
     if None in found:
-        raise UserError(f"--annotations {annotations}: picture {names[found.index(None)]} is not among its images")
+        raise UserError(f"--annotations {annotations}: image {names[found.index(None)]} is not among its images")
     return found
 
 
@@ -180,10 +180,10 @@ class BoxesFile:
                 self._of.setdefault(name, []).append((one.box_xywh, one.score))
         if others == len(found):
             raise UserError(
-                f"{file}: of other pictures: the first of its {len(found)} boxes is of {found[0][0]}, the first of "
-                f"these {len(names)} pictures is {names[0] if names else '(none)'}"
+                f"{file}: of other images: the first of its {len(found)} boxes is of {found[0][0]}, the first of "
+                f"these {len(names)} images is {names[0] if names else '(none)'}"
             )
-        self.told = f"{file}: {others} of its {len(found)} boxes are of other pictures" if others else ""
+        self.told = f"{file}: {others} of its {len(found)} boxes are of other images" if others else ""
 
     def of(self, name: str) -> Found:
         """The people of an image."""
@@ -258,7 +258,7 @@ def _detected_rows(
         name = padded if padded in there else of_stem.get(str(key), of_number.get(coco_json.whole_number(key)))
         if name is None:
             raise UserError(
-                f"{detections}: detection {index}: its picture, {padded or key} or {key}.*, is not in {folder}; "
+                f"{detections}: detection {index}: its image, {padded or key} or {key}.*, is not in {folder}; "
                 f"give the folder by --data.unlabelled_images"
             )
         yield {

@@ -38,14 +38,14 @@ def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, .
         if found:
             ours, theirs = next(iter(found.items()))
             raise UserError(
-                f"{ours}: this {kind} picture is the validation picture {theirs} ({len(found)} such in "
-                f"all): scores would be of what was learnt; take them out, or validate on others (--data.val_images)"
+                f"{ours}: this {kind} image is the validation image {theirs} ({len(found)} such in "
+                f"all): scores would be of what was learned; take them out, or validate on others (--data.val_images)"
             )
     return tuple(told)
 
 
 def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
-    """Images that are learnt from to the validation image that each one is; both with their ids."""
+    """Images that are learned from to the validation image that each one is; both with their ids."""
     same = same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)

@@ -79,7 +79,7 @@ def labelled_people(
     people = _people(root, (annotations, images), num_keypoints, cache, reading=reading)
     kept = np.flatnonzero(_labelled(people.rows))
     if not len(kept):
-        raise UserError(f"{root / annotations}: none of its {len(people)} people has a labelled keypoint (v > 0)")
+        raise UserError(f"{root / annotations}: none of its {len(people)} people has a labeled keypoint (v > 0)")
     return chosen_of(people, kept)
 
 
@@ -105,7 +105,7 @@ def withheld_people(train: People, images: str, places: Int[Array, "n"], min_sid
         UserError: as `labelled_people`.
     """
     labelled = _again(train, images, cache, "needed")
-    # A table of its own, row by row the labeled one: what is not in it cannot be learnt from by mistake.
+    # A table of its own, row by row the labeled one: what is not in it cannot be learned from by mistake.
     people = _again(train, images, cache, "withheld")
     chosen = np.flatnonzero(_labelled(labelled.rows))[places]
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
@@ -150,7 +150,7 @@ def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> 
     folder = root / images
     names = image_names(folder)
     if not names:
-        raise UserError(f"{folder}: no pictures ({', '.join(photo.PICTURES)}) in it")
+        raise UserError(f"{folder}: no images ({', '.join(photo.PICTURES)}) in it")
     # A link to nothing is named by `checked`, like any other image that does not decode.
     stats = [(path if path.exists() else folder).stat() for path in (folder / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
@@ -183,7 +183,7 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     folders = {folder: photo.listing(folder) for folder in {path.parent for path in outside}}
     for path in outside:
         if path.name not in folders[path.parent]:
-            raise UserError(f"{_whose(people.sources or (people,), path)}: its picture {path} is not there")
+            raise UserError(f"{_whose(people.sources or (people,), path)}: its image {path} is not there")
     sizes = photo.looks(people.root, names, decodes(check, len(names)))
     bad = [name for name, size in sizes.items() if size is None]
     if bad and on_bad_image == "stop":
@@ -196,7 +196,7 @@ def checked(people: People, on_bad_image: Literal["stop", "skip"], check: Litera
     num_skipped = len(people) - len(kept)
     if not len(kept):
         files = dict.fromkeys(str(source.annotations) for source in people.sources or (people,))
-        raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} pictures decodes")
+        raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} images decodes")
     return replace(people, rows=people.rows.select(kept), num_skipped=num_skipped)
 
 

@@ -98,7 +98,7 @@ class StreamRows:
             rows = [people.row(i) for i in np.flatnonzero(group.source.chosen(people)).tolist()]
             if len(rows) != self.counts[number]:
                 raise UserError(
-                    f"{group.source.path}: pictures from {group.first} on: {len(rows)} people where there were "
+                    f"{group.source.path}: images from {group.first} on: {len(rows)} people where there were "
                     f"{self.counts[number]}: the shards have changed while they were read; start again"
                 )
             self._held[number] = rows
@@ -212,7 +212,7 @@ def people(root: Path, sources: Sequence[StreamSource], num_keypoints: int, cach
 
 
 def _words(chosen: Chosen) -> str:
-    return "without keypoints and large enough" if isinstance(chosen, Unlabelled) else "labelled (v > 0)"
+    return "without keypoints and large enough" if isinstance(chosen, Unlabelled) else "labeled (v > 0)"
 
 
 def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:

@@ -77,7 +77,7 @@ def gather(
     found = [people for people in sources if people]
     if not found:
         raise UserError(
-            f"stage ssl has no unlabelled people: expected pictures in {root / config.unlabelled_images} "
+            f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
         )
@@ -104,7 +104,7 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
         return coco.whole_pictures(root, folder, num_keypoints, cache) if (root / folder).is_dir() else None
     if given and not len(people):
         raise UserError(
-            f"{people.annotations}: no unlabelled person in it has a box of at least {min_side:g} px (a detection: and "
+            f"{people.annotations}: no unlabeled person in it has a box of at least {min_side:g} px (a detection: and "
             f"category 1 and a score of at least {config.unlabelled_min_score:g}); see --data.unlabelled_min_side"
         )
     return people
@@ -119,6 +119,6 @@ def _another_aspect(people: People, labelled: People) -> str | None:
     if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
         return None
     return (
-        f"warning: {people.annotations}: its unlabelled boxes have a median width / height of {theirs:.2f}, the "
-        f"labelled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
+        f"warning: {people.annotations}: its unlabeled boxes have a median width / height of {theirs:.2f}, the "
+        f"labeled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
     )

@@ -28,7 +28,7 @@ class Read:
 
     Attributes:
         labels: the people that a run would take, those without labeled keypoints included.
-        pictures: the names of their images, below the root, with their ids.
+        images: the names of their images, below the root, with their ids.
         sizes_wh: of those of them whose size the JSON tells.
         most_looked_at: as `coco.most_looked_at`.
         findings: what could not be read, and what is left out.
@@ -83,11 +83,11 @@ def _told_sizes(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, tupl
 def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding]:
     """The faults by their kind, each with all whom it is about."""
     texts: dict[str, tuple[Level, str]] = {
-        "images": ("error", f"of {len(tree['images'])} pictures in the JSON cannot be taken"),
-        "ids": ("error", "picture ids that are of two pictures"),
+        "images": ("error", f"of {len(tree['images'])} images in the JSON cannot be taken"),
+        "ids": ("error", "image ids that are of two images"),
         "annotations": ("error", f"of {len(tree['annotations'])} annotations cannot be read"),
         "boxes": ("warning", "annotations are left out: their boxes have no width or no height"),
-        "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labelled joints"),
+        "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labeled keypoints"),
         "crowd": ("note", "annotations are crowds: left out"),
         "kind": ("note", "annotations are of other categories: left out"),
     }
@@ -107,8 +107,8 @@ def ground_truth_boxes(people: coco.People) -> Read:
 def _unknown_sizes(pictures: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
     unknown = tuple(name for name in pictures if name not in sizes)
     if unknown:
-        text = f"{len(unknown)} of {len(pictures)} pictures have no width and height in the JSON: whether boxes and "
-        text += "joints lie outside of them was not looked at"
+        text = f"{len(unknown)} of {len(pictures)} images have no width and height in the JSON: whether boxes and "
+        text += "keypoints lie outside of them was not looked at"
         yield Finding(level="note", check="size", text=text, culprits=unknown)
 
 
@@ -135,16 +135,16 @@ def pictures(
     names = sorted(set(found.pictures) - set(missing))
     findings = []
     if check == "auto" and len(names) > found.most_looked_at:
-        text = f"{coco.DECODE_AT_MOST} of {len(names)} pictures were looked at; all by --data.check_images ends"
+        text = f"{coco.DECODE_AT_MOST} of {len(names)} images were looked at; all by --data.check_images ends"
         findings.append(Finding(level="note", check="unreadable", text=text))
         names = [names[place] for place in np.linspace(0, len(names) - 1, coco.DECODE_AT_MOST).astype(int)]
     looks = photo.looks(root, names, coco.decodes(check, len(names)))
     corrupt = [name for name, hw in looks.items() if hw is None]
     if missing:
-        findings.append(_error("missing", f"{len(missing)} of {len(found.pictures)} pictures are not there", *missing))
+        findings.append(_error("missing", f"{len(missing)} of {len(found.pictures)} images are not there", *missing))
     if corrupt:
         level: Level = "error" if on_bad_image == "stop" else "warning"
-        text = f"{len(corrupt)} pictures do not decode; mend them, or --data.on_bad_image skip"
+        text = f"{len(corrupt)} images do not decode; mend them, or --data.on_bad_image skip"
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=tuple(corrupt)))
     return [*findings, *_sizes(found.sizes_wh, looks)]
 
@@ -160,11 +160,11 @@ def _sizes(told: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[in
             shown = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
             (turned if is_turned else other).append(shown)
     if turned:
-        text = f"{len(turned)} pictures lie on their side when read: by their EXIF data (were they labelled so?), or "
+        text = f"{len(turned)} images lie on their side when read: by their EXIF data (were they labeled so?), or "
         text += "width and height are exchanged in the JSON"
         yield _error("size", text, *turned)
     if other:
-        yield _error("size", f"{len(other)} pictures have another size than the JSON says", *other)
+        yield _error("size", f"{len(other)} images have another size than the JSON says", *other)
 
 
 def _error(check: str, text: str, *culprits: str) -> Finding:

@@ -141,11 +141,11 @@ def _boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
         share = inside_w * inside_h / (w * h)
     gone = share == 0
     if gone.any():
-        text = f"{_num(gone, 'box', 'boxes')} outside of the picture"
+        text = f"{_num(gone, 'box', 'boxes')} outside of the image"
         yield Finding(level="error", check="boxes", text=text, culprits=labels.named(gone))
     partly = (share > 0) & (share < 0.9)
     if partly.any():
-        text = f"{_num(partly, 'box', 'boxes')} with more than a tenth outside of the picture"
+        text = f"{_num(partly, 'box', 'boxes')} with more than a tenth outside of the image"
         yield Finding(level="warning", check="boxes", text=text, culprits=labels.named(partly))
 
 
@@ -167,7 +167,7 @@ def _joints(labels: Labels, scored: bool) -> Iterator[Finding]:
     outside = beyond.any(axis=-1) & labels.labelled
     people = np.asarray(outside.any(axis=1))
     if people.any():
-        text = f"{_num(outside, 'labelled joint')} outside of the picture"
+        text = f"{_num(outside, 'labelled joint')} outside of the image"
         yield Finding(level="warning", check="joints", text=text, culprits=labels.named(people))
 
 
@@ -182,7 +182,7 @@ def _visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
 def _never_labelled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     never = [name for k, name in enumerate(skeleton.names) if not labels.labelled[:, k].any()]
     if never and len(labels):
-        text = f"{len(never)} of {skeleton.num_keypoints} joints have no label in any person"
+        text = f"{len(never)} of {skeleton.num_keypoints} keypoints have no label in any person"
         yield Finding(level="warning", check="joints", text=text, culprits=tuple(never))
 
 
@@ -244,7 +244,7 @@ def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     if share > DOUBTFUL and _no_chance(share, votes):
         text = (
             f"{share:.0%} of {votes} people who show their face have the left shoulder on the left as one sees them: "
-            f"left and right exchanged, or pictures mirrored?"
+            f"left and right exchanged, or images mirrored?"
         )
         yield Finding(level="warning", check="mirror", text=text, culprits=labels.named(wrong))
 
@@ -261,10 +261,10 @@ def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
 
 
 def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
-    """The share of labeled keypoints that lie outside of their person's upright crop: nothing is learnt of them."""
+    """The share of labeled keypoints that lie outside of their person's upright crop: nothing is learned of them."""
     lost = labels.labelled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
     share = lost.sum() / max(labels.labelled.sum(), 1)
-    text = f"{lost.sum()} of {labels.labelled.sum()} labelled joints ({share:.2%}) lie outside of the person's crop"
+    text = f"{lost.sum()} of {labels.labelled.sum()} labeled keypoints ({share:.2%}) lie outside of the person's crop"
     return Finding(
         level="warning" if share > MOST_LOST else "note",
         check="crop",

@@ -46,7 +46,7 @@ def first_stage(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
 
 
 def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
-    """The first 16 crops of a stage, 4 in a row, each 512 px high, with the keypoints that are learnt from them."""
+    """The first 16 crops of a stage, 4 in a row, each 512 px high, with the keypoints that are learned from them."""
     pictures = []
     for number in range(NUM_CROPS):
         step, position = divmod(number, people.global_batch)
@@ -56,7 +56,7 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
         labelled = sample.weights.numpy() > 0
         seen = _inside(points, people.config.input_hw) & labelled
         mirrored = ", mirrored" if sample.view.flipped else ""
-        text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} joints{mirrored}"
+        text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} keypoints{mirrored}"
         person = draw.draw_person(image, points, sample.weights.numpy(), skeleton)
         titled = draw.add_title(person, text, CROP_HEIGHT)
         pictures.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
@@ -76,7 +76,9 @@ def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfi
         lost += int((labelled & ~_inside(seen[:, :2], config.input_hw)).sum())
         total += int(labelled.sum())
     share = lost / max(total, 1)
-    text = f"{share:.1%} of labelled joints lie outside of augmented crops (of half bodies the other half, on purpose)"
+    text = (
+        f"{share:.1%} of labeled keypoints lie outside of augmented crops (of half bodies the other half, on purpose)"
+    )
     return Finding(level="note", check="augmentation", text=text)
 
 
@@ -103,12 +105,12 @@ def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
     of_input = _codec_errors(codec, np.stack(points), inside)
     of_image = of_input * np.array([crop.size_wh[0] / codec.input_hw[1] for crop in crops])[:, None]
     if not inside.any():
-        return Finding(level="warning", check="codec", text="no labelled joint lies in a crop")
+        return Finding(level="warning", check="codec", text="no labeled keypoint lies in a crop")
     of_input, of_image = of_input[inside], of_image[inside]
     text = (
-        f"to heatmaps and back, joints are off by {of_input.mean():.3f} px of the input in the mean and "
-        f"{of_input.max():.2f} at most ({of_image.mean():.3f} and {of_image.max():.2f} px of the picture; "
-        f"{len(of_input)} joints)"
+        f"to heatmaps and back, keypoints are off by {of_input.mean():.3f} px of the input in the mean and "
+        f"{of_input.max():.2f} at most ({of_image.mean():.3f} and {of_image.max():.2f} px of the image; "
+        f"{len(of_input)} keypoints)"
     )
     return Finding(level="warning" if of_input.mean() > MOST_CODEC_ERROR else "note", check="codec", text=text)
 

@@ -122,7 +122,7 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
         report.findings += _under(name, of_set)
     val = found.pop("val")
     if config.streaming:
-        text = "--data.streaming: pictures of training were neither looked at nor compared with those of validation"
+        text = "--data.streaming: images of training were neither looked at nor compared with those of validation"
         report.findings.append(Finding(level="note", check="train/pictures", text=text))
     else:
         for name, train in found.items():
@@ -196,7 +196,7 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out:
     report.grid = str(
         draw.save_image(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png")
     )
-    told = f"{preview.NUM_CROPS} augmented crops with their joints: {report.grid}"
+    told = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
         *_of_lines("reader", sets.warnings),
         *preview.findings(run, labels, skeleton),
@@ -214,7 +214,7 @@ def _with_joints(labels: Labels) -> Labels:
 
 
 def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
-    """Validation images that are learnt from; and ids that are in both files, which harms nobody here."""
+    """Validation images that are learned from; and ids that are in both files, which harms nobody here."""
     ours, theirs = (
         {path: i for n, i in r.pictures.items() if shards.inside(path := root / n) or is_file(path)}
         for r in (train, val)
@@ -223,11 +223,11 @@ def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
     findings = []
     if leaks:
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
-        text = f"{len(leaks)} pictures to learn from are validation pictures: scores would be of what was learnt"
+        text = f"{len(leaks)} images to learn from are validation images: scores would be of what was learned"
         findings.append(Finding(level="error", check="leaks", text=text, culprits=pairs))
     common = sorted(set(ours.values()) & set(theirs.values()))
     if common:
-        text = f"{len(common)} picture ids are in both files"
+        text = f"{len(common)} image ids are in both files"
         findings.append(Finding(level="note", check="ids", text=text, culprits=tuple(map(str, common))))
     return findings
 
@@ -325,8 +325,8 @@ def _people_lines(people: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sizes, and a table of keypoints: in how many of the people they are visible and occluded."""
     lines = []
     for name, of in people.items():
-        each = f"{of['joints_labelled']:.1f} joints each"
-        lines.append(f"{name}: {of['people']} people in {of['pictures']} pictures, {each}")
+        each = f"{of['joints_labelled']:.1f} keypoints each"
+        lines.append(f"{name}: {of['people']} people in {of['pictures']} images, {each}")
         if of["people"]:
             sizes = (f"{key.replace('_', ' ')} {' | '.join(f'{size:.0f}' for size in of[key])}" for key in SIZES_TOLD)
             lines.append(f"  px, 5 % | median | 95 %: {'; '.join(sizes)}")

@@ -1,4 +1,4 @@
-"""Where evaluation looks for people: the labelled people's own boxes, or a detector's, checked against the pictures."""
+"""Where evaluation looks for people: the labeled people's own boxes, or a detector's, checked against the images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,15 @@ GROUND_TRUTH = "gt"
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """n boxes in pictures.
+    """n boxes in images.
 
     Attributes:
-        root: the folder of the pictures; `file_names` [n] are relative to it.
+        root: the folder of the images; `file_names` [n] are relative to it.
         image_ids: [n], as in the annotations.
         boxes_xywh: image px.
         scores: of the boxes; 1 for ground truth.
         source: ground truth, or the detector's file.
-        labelled: whether row i is the labelled person i.
+        labeled: whether row i is the labeled person i.
         told: what was left out, in a line; empty if nothing was.
     """
 
@@ -61,10 +61,10 @@ def load_boxes(given: str, people: People) -> Boxes:
 
 
 def ground_truth_boxes(people: People) -> Boxes:
-    """The labelled people's own boxes.
+    """The labeled people's own boxes.
 
     Raises:
-        UserError: a box that has nothing of its picture in it.
+        UserError: a box that has nothing of its image in it.
     """
     boxes, image_ids = boxes_of(people.rows), np.asarray(people.rows["image_id"][:], dtype=np.int64)
     sizes = read_images(people)
@@ -78,14 +78,14 @@ def ground_truth_boxes(people: People) -> Boxes:
 
 
 def detector_boxes(file: Path, people: People) -> Boxes:
-    """The boxes of a detector's results that are of people in the people's pictures; no score is too low.
+    """The boxes of a detector's results that are of people in the people's images; no score is too low.
 
-    Results of more pictures than there are here (of all of COCO, for a part of it) and of other categories are left
+    Results of more images than there are here (of all of COCO, for a part of it) and of other categories are left
     out, and told.
 
     Raises:
-        UserError: no list of detections, none at all or none of these pictures or of people; one without image_id, box
-            or score; a box without area or beside its picture; a picture that is not there.
+        UserError: no list of detections, none at all or none of these images or of people; one without image_id, box
+            or score; a box without area or beside its image; an image that is not there.
     """
     found = read_detections(file)
     if not found:
@@ -97,7 +97,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     here = [row for row in rows if row[0] in pictures]
     if not here:
         raise UserError(
-            f"{file}: of another image set: none of its {len({row[0] for row in rows})} pictures (the first is "
+            f"{file}: of another image set: none of its {len({row[0] for row in rows})} images (the first is "
             f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
         )
     person = annotation_rules.person_category(people.annotations, people.reading)
@@ -108,7 +108,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     folder = _folder(people)
     _check(file, kept, pictures, people.root / folder)
     others, of_others = len(here) - len(kept), len(rows) - len(here)
-    parts = [f"{others} of other categories"] * bool(others) + [f"{of_others} of other pictures"] * bool(of_others)
+    parts = [f"{others} of other categories"] * bool(others) + [f"{of_others} of other images"] * bool(of_others)
     return Boxes(
         root=people.root,
         file_names=[f"{folder}/{pictures[row[0]]['file_name']}" for row in kept],
@@ -134,11 +134,11 @@ def _check(file: Path, rows: list[Row], pictures: dict[Any, dict[str, Any]], fol
             raise UserError(f"{file}: detection {index}: {_beyond(box, picture)}")
         # In a folder of its own (train2017/000.jpg as the name) it is only looked for when it is read.
         if "/" not in picture["file_name"] and picture["file_name"] not in there:
-            raise UserError(f"{file}: detection {index}: its picture {folder / picture['file_name']} is not there")
+            raise UserError(f"{file}: detection {index}: its image {folder / picture['file_name']} is not there")
 
 
 def _outside(box: Float[Array, "4"], picture: dict[str, Any]) -> bool:
-    """Whether nothing of the box is in the picture, as far as its size is told."""
+    """Whether nothing of the box is in the image, as far as its size is told."""
     x, y, w, h = box
     width, height = picture.get("width"), picture.get("height")
     return x + w <= 0 or y + h <= 0 or bool(width and x >= width) or bool(height and y >= height)
@@ -146,7 +146,7 @@ def _outside(box: Float[Array, "4"], picture: dict[str, Any]) -> bool:
 
 def _beyond(box: Float[Array, "4"], picture: dict[str, Any]) -> str:
     size = f"{picture.get('width')}x{picture.get('height')}"
-    return f"its box {_shown(box)} is outside picture {picture['id']} ({size} px); expected x, y, width, height in px"
+    return f"its box {_shown(box)} is outside image {picture['id']} ({size} px); expected x, y, width, height in px"
 
 
 def _shown(box: Float[Array, "4"]) -> str:
@@ -154,7 +154,7 @@ def _shown(box: Float[Array, "4"]) -> str:
 
 
 def _folder(people: People) -> str:
-    """The folder of the people's pictures: what stands before each listed name."""
+    """The folder of the people's images: what stands before each listed name."""
     row = people.rows[0]
     name = read_images(people)[row["image_id"]]["file_name"]
     return row["file_name"].removesuffix(f"/{name}")

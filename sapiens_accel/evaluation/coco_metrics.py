@@ -1,7 +1,7 @@
 """Keypoints to COCO's results and its AP and AR, whole and by part of the body, by pycocotools or a drop-in for it.
 
 Scores and suppression as published (sapiens, pose/mmpose/evaluation/metrics/coco_metric.py): a person's score is the
-box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of a picture count.
+box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of an image count.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Metrics = dict[str, float]
 Curves = Float[Array, "10 101"]
 Backend = Literal["pycocotools", "faster_coco_eval"]
 METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
-MOST = 20  # results of one picture that count, COCO's rule for keypoints
+MOST = 20  # results of one image that count, COCO's rule for keypoints
 # COCO-WholeBody's parts, each with its list in the JSON; its own evaluation scores them one by one.
 BODY = slice(0, 17)
 PARTS = {
@@ -54,7 +54,7 @@ def body_parts(skeleton: Skeleton) -> dict[str, slice]:
 def coco_results(
     predictions: Predictions, boxes: Boxes, skeleton: Skeleton, data: DataConfig, config: EvalConfig
 ) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
-    """COCO's results, at most 20 of a picture, and which prediction each of them is.
+    """COCO's results, at most 20 of an image, and which prediction each of them is.
 
     A result: image_id, category_id 1, keypoints [x, y, score, ...] in image px (to 0.001) and score.
     """
@@ -119,7 +119,7 @@ def _measured(
     backend: Backend,
     areas: Sequence[float] | None,
 ) -> tuple[Metrics, Curves]:
-    """METRICS of some of the keypoints; a person without one of them labelled is to be ignored."""
+    """METRICS of some of the keypoints; a person without one of them labeled is to be ignored."""
     people = [{**person, "keypoints": _part(person["keypoints"], place)} for person in tree["annotations"]]
     people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
     predicted: Any = [{**result, "keypoints": _part(result["keypoints"], place)} for result in found]

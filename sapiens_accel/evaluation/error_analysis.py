@@ -1,18 +1,18 @@
-"""Why a predicted person is not where it was labelled: a kind of error for each keypoint, a reason for each person.
+"""Why a predicted person is not where it was labeled: a kind of error for each keypoint, a reason for each person.
 
 The kinds are those of Ronchi and Perona 2017 (Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation,
 section 3.1, https://arxiv.org/abs/1707.05388), by keypoint similarity, the term of OKS:
 
     theirs      ours            the prediction's similarity is largest to, and is
-    good        good            the true joint, at least 0.85
-    jitter      imprecise       the true joint, 0.5 to 0.85
-    inversion   left/right swap the mirrored joint of the same person, at least 0.5
-    swap        wrong person    the same or the mirrored joint of another labelled person of the picture, at least 0.5
-    miss        missed joint    none of them: below 0.5
+    good        good            the true keypoint, at least 0.85
+    jitter      imprecise       the true keypoint, 0.5 to 0.85
+    inversion   left/right swap the mirrored keypoint of the same person, at least 0.5
+    swap        wrong person    the same or the mirrored keypoint of another labeled person of the image, at least 0.5
+    miss        missed keypoint    none of them: below 0.5
 
-Ours also calls it a wrong person if a joint that would be missed lies at any other joint of another person.
+Ours also calls it a wrong person if a keypoint that would be missed lies at any other keypoint of another person.
 
-Shape letters: n people, k keypoints, j labelled joints of the others. All in image px.
+Shape letters: n people, k keypoints, j labeled keypoints of the others. All in image px.
 """
 
 import re
@@ -30,9 +30,9 @@ from sapiens_accel.pose.oks import NUM_BINS, similarities
 from sapiens_accel.pose.skeleton import Skeleton
 
 GOOD_FROM, NEAR_FROM = 0.85, 0.5
-MOST_NAMED = 6  # joints of a sentence; of a whole body's 133 there may be more
+MOST_NAMED = 6  # keypoints of a sentence; of a whole body's 133 there may be more
 UNLABELLED = -1  # in an array of kinds: nothing to compare with
-NOBODY = "not found: no box in the picture"
+NOBODY = "not found: no box in the image"
 
 
 class Kind(IntEnum):
@@ -46,7 +46,7 @@ class Kind(IntEnum):
 
     @property
     def words(self) -> str:
-        return ("good", "imprecise", "left/right swap", "wrong person", "missed joint")[self]
+        return ("good", "imprecise", "left/right swap", "wrong person", "missed keypoint")[self]
 
 
 class Reason(NamedTuple):
@@ -58,13 +58,13 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Predictions of labelled people, held against the labels.
+    """Predictions of labeled people, held against the labels.
 
     Attributes:
         oks: of each person.
         similar: of each keypoint: exp(-d^2 / (2 area (2 sigma)^2)).
         kinds: of each keypoint, a `Kind` or UNLABELLED.
-        found: whether there is a prediction at all; without one every joint is missed.
+        found: whether there is a prediction at all; without one every keypoint is missed.
     """
 
     oks: Float[Array, "n"]
@@ -97,9 +97,9 @@ def diagnose(
     """Diagnose each person's prediction.
 
     Args:
-        scores: of keypoints; all 0 at (0, 0) is nobody (a picture without a box).
+        scores: of keypoints; all 0 at (0, 0) is nobody (an image without a box).
         labels: x, y and visibility; those of visibility 0 do not count.
-        areas: the persons' own, as labelled.
+        areas: the persons' own, as labeled.
         image_ids: whose people may be taken for one another.
     """
     labelled, mirror = labels[..., 2] > 0, list(skeleton.mirror)
@@ -133,9 +133,9 @@ def _at_others(
     skeleton: Skeleton,
     to_own: Float[Array, "n k"],
 ) -> tuple[Float[Array, "n k"], Bool[Array, "n k"]]:
-    """The largest similarity to the same or the mirrored joint of another person; whether it lies at any joint of one.
+    """The largest similarity to another person's same or mirrored keypoint; whether it lies at any keypoint of one.
 
-    Each similarity is by the other person's area. Any joint is looked for only where nothing better explains it.
+    Each similarity is by the other person's area. Any keypoint is looked for only where nothing better explains it.
     """
     to_others, anywhere = np.zeros(labels.shape[:2]), np.zeros(labels.shape[:2], dtype=bool)
     mirror, sigmas = list(skeleton.mirror), np.array(skeleton.sigmas)
@@ -149,7 +149,7 @@ def _at_others(
                 joints = labels[others][:, order]
                 near = similarities(found_xy[person], joints[..., :2], areas[others], skeleton.sigmas)
                 to_others[person] = np.maximum(to_others[person], (near * (joints[..., 2] > 0)).max(axis=0))
-            # By the constant of the joint that it lies at: [missed, j].
+            # By the constant of the keypoint that it lies at: [missed, j].
             missed = np.flatnonzero(np.maximum(to_own[person], to_others[person]) < NEAR_FROM)
             owner, joint = np.nonzero(labels[others][..., 2] > 0)
             apart = found_xy[person, missed][:, None] - labels[others][owner, joint][:, :2]
@@ -169,7 +169,7 @@ def reason(kinds: Int[Array, "k"], similar: Float[Array, "k"], skeleton: Skeleto
     parts = []
     for kind in ordered:
         joints = np.flatnonzero(kinds == kind).tolist()
-        names = f"all {num} joints" if len(joints) == num > 2 else named(joints, skeleton)
+        names = f"all {num} keypoints" if len(joints) == num > 2 else named(joints, skeleton)
         parts.append(f"{names} {_ENDINGS[kind]}")
     return Reason(ordered[0], "; ".join(parts))
 
@@ -203,7 +203,7 @@ def named(joints: Sequence[int], skeleton: Skeleton) -> str:
 
 
 def _series(names: Sequence[str]) -> dict[str, int]:
-    """Names and how many joints each stands for: more than three that differ by their number alone are one."""
+    """Names and how many keypoints each stands for: more than three that differ by their number alone are one."""
     stems = [re.sub(r"[- ]?\d+$", "", name) for name in names]
     found: dict[str, int] = {}
     for name, stem in zip(names, stems, strict=True):

@@ -46,10 +46,10 @@ class EvaluationResult:
 
     Attributes:
         metrics: METRICS, 0..1, and those of parts as PART/METRIC; the same on all ranks.
-        predictions: of the labelled people, in their order; with a detector's boxes, of the box nearest by OKS (all
-            scores 0 where the picture has none).
-        boxes_xywh: those that the people's predictions were made in; 0 where the picture has none.
-        joints: the quality of each keypoint; the same on all ranks.
+        predictions: of the labeled people, in their order; with a detector's boxes, of the box nearest by OKS (all
+            scores 0 where the image has none).
+        boxes_xywh: those that the people's predictions were made in; 0 where the image has none.
+        keypoints: the quality of each keypoint; the same on all ranks.
         curves: precision by recall at each OKS; the same on all ranks.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
@@ -131,12 +131,12 @@ def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> K
 
 
 def match_predictions(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
-    """For each labelled person the prediction in the picture with the highest OKS; scores of 0 where there is none."""
+    """For each labeled person the prediction in the image with the highest OKS; scores of 0 where there is none."""
     return _select(predictions, match_boxes(predictions, boxes, people, skeleton))
 
 
 def match_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Int[Array, "n"]:
-    """For each labelled person which box that is; -1 where the picture has none."""
+    """For each labeled person which box that is; -1 where the image has none."""
     by_image: dict[int, list[int]] = defaultdict(list)
     for index, image_id in enumerate(boxes.image_ids.tolist()):
         by_image[image_id].append(index)
@@ -163,11 +163,11 @@ def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> 
 
 
 def describe_unmeasured(people: People, skeleton: Skeleton) -> list[str]:
-    """Labelled people whom the numbers do not count, in a line, if there are any."""
+    """Labeled people whom the numbers do not count, in a line, if there are any."""
     ids = read_ground_truth(people, skeleton.num_keypoints).unmeasured_ids
     named = ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
-    why = "a box without area, or a picture that does not decode"
-    return [f"{len(ids)} labelled people of {people.annotations.name} are not measured: {why}: {named}"] if ids else []
+    why = "a box without area, or an image that does not decode"
+    return [f"{len(ids)} labeled people of {people.annotations.name} are not measured: {why}: {named}"] if ids else []
 
 
 def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:
@@ -175,11 +175,11 @@ def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton
     lines = []
     for name, sizes in (("AP_M", "32^2 to 96^2"), ("AP_L", "above 96^2")):
         if metrics[name] < 0 <= metrics["AP"]:
-            lines.append(f"{name}: no labelled person has an area of {sizes} px; COCO's -1")
+            lines.append(f"{name}: no labeled person has an area of {sizes} px; COCO's -1")
     for part in (*coco_metrics.body_parts(skeleton), "whole"):
         if metrics.get(f"{part}/AP", metrics["AP"]) < 0:
             which = "keypoint" if part == "whole" else f"keypoint of part {part}"
-            lines.append(f"{part} AP: nobody in {people.annotations.name} has a labelled {which} in range; COCO's -1")
+            lines.append(f"{part} AP: nobody in {people.annotations.name} has a labeled {which} in range; COCO's -1")
     if metrics["AP"] == 0:
         lines.append(f"AP 0: {_why_nothing_fits(own, people, skeleton)}")
     return lines
@@ -187,7 +187,7 @@ def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton
 
 def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> str:
     if not own.scores.any():
-        return "no box in any picture with labelled people, or no keypoint with a score: untrained weights?"
+        return "no box in any image with labeled people, or no keypoint with a score: untrained weights?"
     labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
     similar = [
         _oks_of(label, points_xy[None], area, skeleton)[0]

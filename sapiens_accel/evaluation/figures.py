@@ -1,4 +1,4 @@
-"""The worst people of an evaluation, to look at: as labelled, as predicted, what went wrong, and the heatmaps."""
+"""The worst people of an evaluation, to look at: as labeled, as predicted, what went wrong, and the heatmaps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ PERSON_HW = (384, 384)
 PANEL_HW = (384, 320)
 DENSE_PANEL_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
 AROUND = 1.25  # of the box, so that what is next to a person is seen too
-SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labelled not at all
+SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labeled not at all
 # Told apart without red and green, on bright and on dark paper.
 ERROR_COLORS: dict[Kind, Color] = {
     Kind.GOOD: (46, 160, 110),
@@ -45,7 +45,7 @@ class Case:
     """One person.
 
     Attributes:
-        panels: pictures of one size: labelled, predicted, the errors and, where there is a network, its heatmaps.
+        panels: images of one size: labeled, predicted, the errors and, where there is a network, its heatmaps.
     """
 
     ann_id: int
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"OKS {self.oks:.2f}, annotation {self.ann_id} of picture {self.image_id}: {self.reason.text}"
+        return f"OKS {self.oks:.2f}, annotation {self.ann_id} of image {self.image_id}: {self.reason.text}"
 
     @property
     def picture(self) -> Picture:
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorAnalysis:
-    """What went wrong with everybody, and pictures of the worst."""
+    """What went wrong with everybody, and images of the worst."""
 
     diagnosis: Diagnosis
     cases: tuple[Case, ...]
@@ -137,7 +137,7 @@ def analyze_predictions(
 
     Args:
         predictions: of the people, in their order.
-        boxes_xywh: where they were looked for, if elsewhere than in their labelled boxes; of no size: nowhere.
+        boxes_xywh: where they were looked for, if elsewhere than in their labeled boxes; of no size: nowhere.
     """
     labels, own = keypoints_of(people.rows), boxes_of(people.rows)
     areas, image_ids = np.asarray(people.rows["area"][:], dtype=np.float64), people.rows["image_id"][:]
@@ -171,7 +171,7 @@ def analyze_predictions(
 def _frame(
     box_xywh: Float[Array, "4"], other_xywh: Float[Array, "4"], label: Float[Array, "k 3"], panel_hw: tuple[int, int]
 ) -> Float[Array, "2 3"]:
-    """panel_from_image: what shows both boxes, if the second has a size, and the labelled joints beside them."""
+    """panel_from_image: what shows both boxes, if the second has a size, and the labeled keypoints beside them."""
     several = np.stack([box_xywh, other_xywh] if other_xywh[2:].all() else [box_xywh])
     corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[label[:, 2] > 0, :2]])
     low, high = corners.min(axis=0), corners.max(axis=0)
@@ -193,7 +193,7 @@ def _panels(
     there, labelled = bool(found.found[person]), label[:, 2] > 0
     shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labelled, 0.5, 0.0)) * there
     colours = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
-    missed = found_xy if there else true_xy  # of nobody: a dot where each joint is
+    missed = found_xy if there else true_xy  # of nobody: a dot where each keypoint is
     kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in ERROR_COLORS.items()]
     strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     pictures = [
@@ -209,7 +209,7 @@ def _heat(
     panel: Float[Array, "2 3"],
     seen: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
 ) -> Picture:
-    """Heatmaps where they are in the picture."""
+    """Heatmaps where they are in the image."""
     width = image.shape[1]
     if seen is None:
         return np.concatenate([draw.draw_key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
@@ -234,7 +234,7 @@ def _literal(name: str) -> str:
 
 
 def draw_sheet(findings: ErrorAnalysis) -> Picture:
-    """All cases as one picture, two in a row."""
+    """All cases as one image, two in a row."""
     pictures = [case.picture for case in findings.cases]
     height = max(len(picture) for picture in pictures)
     padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures]
@@ -242,7 +242,7 @@ def draw_sheet(findings: ErrorAnalysis) -> Picture:
 
 
 def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> Picture:
-    """People spread over the set: above as labelled, below as predicted (keypoints scored above 0.2), by confidence."""
+    """People spread over the set: above as labeled, below as predicted (keypoints scored above 0.2), by confidence."""
     chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
     boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)
     above, below = [], []
@@ -255,7 +255,7 @@ def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleto
         above.append(draw.draw_person(image, geometry.apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
         scores = predictions.scores[index]
         below.append(draw.draw_person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
-    # What the colours mean, over each person.
+    # What the colors mean, over each person.
     rows = [(draw.draw_side_key(PERSON_HW[1]), above), (draw.draw_score_ramp(PERSON_HW[1]), below)]
     strips = [(np.tile(strip, (1, len(chosen), 1)), draw.arrange_grid(row, columns=len(chosen))) for strip, row in rows]
     return np.concatenate([picture for pair in strips for picture in pair])

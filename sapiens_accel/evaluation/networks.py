@@ -164,7 +164,7 @@ def choose_skeleton(
 
 
 def infer_weights_skeleton(several: Sequence[Candidate]) -> Skeleton:
-    """The keypoints of the weights themselves, where no labelled people are there to say which are wanted.
+    """The keypoints of the weights themselves, where no labeled people are there to say which are wanted.
 
     That of skeleton.json beside the first weights; else the largest published one that all of them know.
 

@@ -97,7 +97,7 @@ def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list
 
 
 class Crops(Dataset[tuple[NetworkInput, ...]]):
-    """Index -> the upright crop of a box for every look; its picture is read once."""
+    """Index -> the upright crop of a box for every look; its image is read once."""
 
     def __init__(self, boxes: Boxes, shown: Sequence[ScaledNetwork], padding: float) -> None:
         self.boxes, self.padding = boxes, padding
@@ -113,7 +113,7 @@ class Crops(Dataset[tuple[NetworkInput, ...]]):
     def _crop(
         self, image: UInt8[Array, "h w 3"], index: int, own_hw: tuple[int, int], input_hw: tuple[int, int]
     ) -> NetworkInput:
-        # The same part of the picture at every scale: the rectangle has the aspect of the network's own input.
+        # The same part of the image at every scale: the rectangle has the aspect of the network's own input.
         matrix = geometry.crop_around_box(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
         picture = geometry.warp(image, matrix, input_hw)
         return NetworkInput(
@@ -140,7 +140,7 @@ def predict(
         gather: concatenates a tensor of equal shape on all ranks along its first dimension.
 
     Raises:
-        UserError: a picture that does not decode; scales that are the same; another scale of a sharded network.
+        UserError: an image that does not decode; scales that are the same; another scale of a sharded network.
     """
     # Every rank takes as many boxes as the others (a sharded model's forward is a collective); the last ones again.
     mine = [index % len(boxes) for index in range(rank, -(-len(boxes) // num_ranks) * num_ranks, num_ranks)]
@@ -248,7 +248,7 @@ def _progress(total: int, rank: int) -> tqdm:
 
 
 def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: ScaledNetwork) -> Float[Tensor, "n 2 3"]:
-    """What `matrices` would be at the network's own size: the same rectangle of the picture."""
+    """What `matrices` would be at the network's own size: the same rectangle of the image."""
     if look.is_native_size:
         return matrices
     (height, width), (own_h, own_w) = look.input_hw, look.network.codec.input_hw

@@ -1,4 +1,4 @@
-"""Person boxes in a folder of pictures or a video, by a detector of transformers, as a JSON of detections.
+"""Person boxes in a folder of images or a video, by a detector of transformers, as a JSON of detections.
 
 python -m sapiens_accel.boxes PICTURES|VIDEO --out boxes.json [--detector NAME|FOLDER] [--threshold 0.05]
 
@@ -34,7 +34,7 @@ class Partial:
     """Batches that are done, a line each, beside the JSON to come; a line that was cut short does not count.
 
     Raises:
-        UserError: those that are there are of other pictures or settings.
+        UserError: those that are there are of other images or settings.
     """
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
@@ -82,12 +82,12 @@ def _found(people: Any) -> Found | None:
 def detect(
     seen: Pictures, ids: Sequence[Any], category: Any, finder: Detector, out: Path, batch_size: int, num_workers: int
 ) -> tuple[int, list[str]]:
-    """Write the detections of all pictures; how many there are, and the pictures that do not decode.
+    """Write the detections of all images; how many there are, and the images that do not decode.
 
     What a killed run had done is used, batch by batch, so that the file is the same byte for byte.
 
     Raises:
-        UserError: as `Partial`; no picture decodes.
+        UserError: as `Partial`; no image decodes.
     """
     listing = "\n".join(f"{name} {(seen.root / name).stat().st_size}" for name in seen.names)
     settings = {"detector": finder.name, "threshold": finder.threshold, "max_iou": finder.max_iou}
@@ -95,7 +95,7 @@ def detect(
     kept = Partial(out, about)
     done = sum(map(len, kept.done))
     if done:
-        print(f"{kept.file}: goes on after {done} of {len(seen.names)} pictures", flush=True)
+        print(f"{kept.file}: goes on after {done} of {len(seen.names)} images", flush=True)
     progress = tqdm(total=len(seen.names), initial=done, desc="boxes", unit="picture", disable=None, leave=False)
     with progress:
         for batch in finder.scan(seen.root, seen.names[done:], batch_size, num_workers):
@@ -105,7 +105,7 @@ def detect(
     found = [people for batch in kept.done for people in batch]
     bad = [name for name, people in zip(seen.names, found, strict=True) if people is None]
     if len(bad) == len(found):
-        raise UserError(f"{seen.root}: none of its {len(bad)} pictures decodes ({bad[0]}, ...)")
+        raise UserError(f"{seen.root}: none of its {len(bad)} images decodes ({bad[0]}, ...)")
     written = boxes_json.rows(seen.names, ids, category, found)
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(json.dumps(written))
@@ -134,7 +134,7 @@ def main(words: Sequence[str]) -> None:
         print(f"stopped; {asked.out}.partial keeps what is done, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     told = [seen.told, *(f"skipped: {seen.root / name} does not decode" for name in bad)]
-    looked = f"{len(seen.names) - len(bad)} pictures of {seen.root}" + f", {len(bad)} skipped" * bool(bad)
+    looked = f"{len(seen.names) - len(bad)} images of {seen.root}" + f", {len(bad)} skipped" * bool(bad)
     print(*filter(None, told), f"{asked.out}: {num} people in {looked}", sep="\n")
     folder, file = seen.root.resolve(), asked.out.resolve()
     print(f"stage ssl: --data.unlabelled_images {folder} --data.unlabelled_annotations {file}")

@@ -1,4 +1,4 @@
-"""Where people are in pictures, by a detector of transformers (RT-DETR, RT-DETRv2, D-FINE, DETR, ...)."""
+"""Where people are in images, by a detector of transformers (RT-DETR, RT-DETRv2, D-FINE, DETR, ...)."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download as fetch
 from sapiens_accel.sources import images as photo
 
-# Learnt on COCO, 43 million weights; Apache-2.0, as its code in transformers is.
+# Learned on COCO, 43 million weights; Apache-2.0, as its code in transformers is.
 # https://huggingface.co/PekingU/rtdetr_v2_r50vd
 DEFAULT = "PekingU/rtdetr_v2_r50vd"
 THRESHOLD, MAX_IOU = 0.05, 0.7
@@ -27,7 +27,7 @@ SMALLEST = 1.0  # px: a thinner box holds nobody
 
 
 class Prepared(NamedTuple):
-    """A batch as the network wants it, and the (height, width) of each of its pictures; None does not decode."""
+    """A batch as the network wants it, and the (height, width) of each of its images; None does not decode."""
 
     inputs: dict[str, torch.Tensor]
     sizes: list[tuple[int, int] | None]
@@ -60,7 +60,7 @@ class Detector:
             transformers.utils.logging.disable_progress_bar()
         try:
             model, told = transformers.AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
-            # Without torchvision; the arithmetic on pictures is the one that these networks were trained with.
+            # Without torchvision; the arithmetic on images is the one that these networks were trained with.
             self.processor: Any = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         except Exception as error:  # whatever transformers makes of files that are not its own
             said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -78,7 +78,7 @@ class Detector:
         self.model: Any = model.to(device).eval()
 
     def scan(self, root: Path, names: Sequence[str], batch_size: int, num_workers: int) -> Iterator[list[Found | None]]:
-        """The people of each picture, batch by batch; None for a picture that does not decode."""
+        """The people of each image, batch by batch; None for an image that does not decode."""
         loader = DataLoader(
             _Files(root, names),
             batch_size=batch_size,
@@ -91,7 +91,7 @@ class Detector:
 
     @torch.inference_mode()
     def find(self, batch: Prepared) -> list[Found | None]:
-        """The people of each picture of a batch."""
+        """The people of each image of a batch."""
         seen = [size for size in batch.sizes if size is not None]
         if not seen:
             return [None for _ in batch.sizes]
@@ -119,7 +119,7 @@ def _local(name: str, knob: str) -> str:
 
 
 class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
-    """Index -> picture, None if it does not decode."""
+    """Index -> image, None if it does not decode."""
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root, self.names = root, names
@@ -132,7 +132,7 @@ class _Files(Dataset[UInt8[Array, "h w 3"] | None]):
 
 
 def prepare_batch(processor: Any, images: Sequence[UInt8[Array, "h w 3"] | None]) -> Prepared:
-    """A batch of pictures for the network; in the reading processes, so that the device does not wait."""
+    """A batch of images for the network; in the reading processes, so that the device does not wait."""
     seen = [image for image in images if image is not None]
     inputs = processor(images=seen, input_data_format="channels_last", return_tensors="pt") if seen else {}
     return Prepared(dict(inputs), [None if image is None else image.shape[:2] for image in images])

@@ -1,4 +1,4 @@
-"""A user's own pictures: what a picture, a folder or a video holds, in a fixed order, and videos out again."""
+"""A user's own images: what an image, a folder or a video holds, in a fixed order, and videos out again."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ USUAL_RATE = 25.0  # frames a second of a video that does not tell
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Pictures on disk: `names`, sorted, relative to `root`; `told` is what was left out, in a line, or empty."""
+    """Images on disk: `names`, sorted, relative to `root`; `told` is what was left out, in a line, or empty."""
 
     root: Path
     names: list[str]
@@ -36,19 +36,19 @@ def is_video(path: Path) -> bool:
 
 
 def find_images(path: Path) -> Pictures:
-    """A picture alone, or all pictures in and below a folder.
+    """An image alone, or all images in and below a folder.
 
     Raises:
-        UserError: no such path, no picture or video by its ending, a folder without pictures.
+        UserError: no such path, no image or video by its ending, a folder without images.
     """
     if path.is_file():
         if path.suffix.lower() not in PICTURES:
-            raise UserError(f"{path}: neither a picture ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
+            raise UserError(f"{path}: neither an image ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
         return Pictures(root=path.parent, names=[path.name])
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; expected a picture, a folder of pictures or a video")
+        raise UserError(f"{path}: no such file or folder; expected an image, a folder of images or a video")
     files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-    # A file that begins with a dot is no picture of the user's (another system's notes of ._NAME.jpg are not).
+    # A file that begins with a dot is no image of the user's (another system's notes of ._NAME.jpg are not).
     files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
     # Nor is what was drawn of an earlier look, in a folder that is looked at again.
     drawn = {file.parent / "drawn" for file in files if file.name == "keypoints.json"}
@@ -57,13 +57,13 @@ def find_images(path: Path) -> Pictures:
     videos = [name for name in shown if Path(name).suffix.lower() in VIDEOS]
     if not names:
         hint = f"; it has videos, give one of them: {path / videos[0]}" if videos else ""
-        raise UserError(f"{path}: no pictures ({', '.join(PICTURES)}) in or below it{hint}")
+        raise UserError(f"{path}: no images ({', '.join(PICTURES)}) in or below it{hint}")
     told = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
     return Pictures(root=path, names=names, told=told if videos else "")
 
 
 def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
-    """Height and width (px) of every picture, turned as its EXIF data says; None for one that does not decode."""
+    """Height and width (px) of every image, turned as its EXIF data says; None for one that does not decode."""
 
     def size(name: str) -> tuple[int, int] | None:
         image = photo.whole_image(root / name)
@@ -71,14 +71,14 @@ def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]
 
     with ThreadPoolExecutor(4) as pool:
         read = pool.map(size, names)
-        return list(tqdm(read, total=len(names), desc="looking at pictures", disable=None, leave=False))
+        return list(tqdm(read, total=len(names), desc="looking at images", disable=None, leave=False))
 
 
 # ---- Videos
 
 
 def frame_name(video: Path, index: int, suffix: str = ".jpg") -> str:
-    """The name of a frame's picture: VIDEO_000012.jpg is frame 12, counted from 0."""
+    """The name of a frame's image: VIDEO_000012.jpg is frame 12, counted from 0."""
     return f"{video.stem}_{index:06d}{suffix}"
 
 
@@ -127,12 +127,12 @@ def _opened(video: Path) -> cv2.VideoCapture:
 
 
 def write_frames(video: Path, folder: Path, every: int) -> Pictures:
-    """Every n-th frame as a picture in the folder; frames that are there already stay as they are.
+    """Every n-th frame as an image in the folder; frames that are there already stay as they are.
 
     A frame appears whole or not at all, so that a run that was killed can be repeated.
 
     Raises:
-        UserError: as `frames`; a picture that cannot be written.
+        UserError: as `frames`; an image that cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
@@ -148,7 +148,7 @@ def write_frames(video: Path, folder: Path, every: int) -> Pictures:
 
 
 def save_image(picture: UInt8[Array, "h w 3"], path: Path) -> None:
-    """Write a picture by its name's ending.
+    """Write an image by its name's ending.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""What was found in a user's own pictures: keypoints.json, and everybody drawn, picture by picture or as a video."""
+"""What was found in a user's own images: keypoints.json, and everybody drawn, image by image or as a video."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ LABELLED = 2  # COCO's v of a keypoint that is there
 
 
 class Person(NamedTuple):
-    """One of a picture's people, in px of the picture; `score` is the box's times the mean of keypoint scores."""
+    """One of a picture's people, in px of the image; `score` is the box's times the mean of keypoint scores."""
 
     points_xy: Float[Array, "k 2"]
     scores: Float[Array, "k"]
@@ -31,7 +31,7 @@ class Person(NamedTuple):
 
 
 class KeypointsWriter:
-    """A COCO annotation file that is written picture by picture, and appears under its name when it is whole.
+    """A COCO annotation file that is written image by image, and appears under its name when it is whole.
 
     `keypoints` are COCO's x, y, v: v is 2 where a keypoint's score is above the threshold, else 0, and then x and
     y are a guess. The scores themselves are `keypoint_scores`, one each.
@@ -50,7 +50,7 @@ class KeypointsWriter:
         self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": ['
 
     def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person]) -> None:
-        """A picture and its people."""
+        """An image and its people."""
         number = len(self._images) + 1
         height, width = size_hw
         self._images.append({"id": number, "file_name": name, "width": width, "height": height})
@@ -95,7 +95,7 @@ class KeypointsWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Pictures that decode: `files` in `root`, the names they go by, (height, width); `bad` are those that do not."""
+    """Images that decode: `files` in `root`, the names they go by, (height, width); `bad` are those that do not."""
 
     root: Path
     files: list[str]
@@ -105,7 +105,7 @@ class Piece:
 
 
 class MediaWriter:
-    """FOLDER/keypoints.json, and drawn/ (the pictures by their names) or, of a video, drawn.mp4. Of one process alone.
+    """FOLDER/keypoints.json, and drawn/ (the images by their names) or, of a video, drawn.mp4. Of one process alone.
 
     Args:
         path: what was asked for.
@@ -125,7 +125,7 @@ class MediaWriter:
         self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
 
     def add(self, piece: Piece, everybody: Sequence[Sequence[Person]]) -> None:
-        """The people of each picture of a piece."""
+        """The people of each image of a piece."""
         self.num_pictures += len(piece.files)
         self.num_people += sum(map(len, everybody))
         self.num_bad += len(piece.bad)

@@ -1,6 +1,6 @@
-"""Weights and a user's own pictures or video to keypoints, drawn and as COCO JSON: eval.py WEIGHTS --images PICTURES.
+"""Weights and a user's own images or video to keypoints, drawn and as COCO JSON: eval.py WEIGHTS --images PICTURES.
 
-    pictures -> where people are (a file, a detector, the whole picture) -> predict -> OKS-NMS -> keypoints.json, drawn
+    images -> where people are (a file, a detector, the whole image) -> predict -> OKS-NMS -> keypoints.json, drawn
 
 A video goes through in pieces of some frames, so that its length takes no memory.
 """
@@ -60,13 +60,13 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
     All ranks must call it; rank 0 writes FOLDER/images/NAME/keypoints.json and, beside it, drawn/ or drawn.mp4.
 
     Raises:
-        UserError: what is wrong with the pictures, the boxes, the detector or the weights.
+        UserError: what is wrong with the images, the boxes, the detector or the weights.
     """
     evaluation, path = run.eval, Path(str(run.eval.images)).expanduser()
     if evaluation.compare:
         raise UserError("--eval.compare: with --images nothing is measured; drop one of them")
     if evaluation.save_predictions:
-        raise UserError("--eval.save_predictions: --images writes keypoints.json beside the pictures; drop one of them")
+        raise UserError("--eval.save_predictions: --images writes keypoints.json beside the images; drop one of them")
     groups = _groups(several, evaluation)
     # Looked at before weights are read, which may take minutes.
     names, told = _names(path)
@@ -94,7 +94,7 @@ def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[C
 
 
 def _names(path: Path) -> tuple[list[str], str]:
-    """The names of all pictures, of a video's frames as many as it says to have; and what is left out, in a line."""
+    """The names of all images, of a video's frames as many as it says to have; and what is left out, in a line."""
     if not media.is_video(path):
         found = media.find_images(path)
         return found.names, found.told
@@ -109,7 +109,7 @@ def _where(
 ) -> tuple[Where, str]:
     given, min_score = evaluation.boxes, evaluation.min_box_score
     if given in (GROUND_TRUTH, WHOLE):
-        return _whole, "whole pictures"
+        return _whole, "whole images"
     if given.endswith(".json") or Path(given).is_file():
         file = BoxesFile(Path(given), names, min_score)
         if file.told:
@@ -146,12 +146,12 @@ def _shared_out(
 
 
 def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Piece]:
-    """All pictures of a folder at once, a video's frames some at a time, as pictures in `scratch`."""
+    """All images of a folder at once, a video's frames some at a time, as images in `scratch`."""
     if not media.is_video(path):
         found = media.find_images(path)
         yield _piece(accelerator, found.root, found.names, found.names)
         return
-    # Every rank reads them from there: rank 0 alone decodes, and a picture without loss is the frame.
+    # Every rank reads them from there: rank 0 alone decodes, and an image without loss is the frame.
     frames = media.read_frames(path) if accelerator.is_main_process else iter(())
     try:
         while indices := _next_frames(path, frames, scratch):
@@ -198,13 +198,13 @@ def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -
         if made is not None:
             made.add(piece, everybody)
     if not num_pictures:
-        raise UserError(f"{task.path}: none of its pictures decodes")
+        raise UserError(f"{task.path}: none of its images decodes")
     if made is not None:
         print(made.close())
 
 
 def _people(accelerator: Accelerator, piece: Piece, task: Task) -> list[list[Person]]:
-    """The people of each picture, the surest first."""
+    """The people of each image, the surest first."""
     found = task.where(piece)
     at = [index for index, people in enumerate(found) for _ in people.scores]
     if not at:

@@ -3,7 +3,7 @@
 A fake tensor has a shape and no data: a block of the 5B runs in milliseconds and allocates nothing. What is alive is
 followed operation by operation, as torch.distributed._tools.mem_tracker does it (which stops at frozen parameters).
 
-Shape letters: p people of a micro-batch (labelled and unlabelled), n people of one chunk of the head.
+Shape letters: p people of a micro-batch (labeled and unlabeled), n people of one chunk of the head.
 """
 
 import weakref

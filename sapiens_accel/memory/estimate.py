@@ -436,7 +436,7 @@ def _chunks(
 
 
 def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int | None) -> int:
-    """Labelled people of one process in one optimizer step.
+    """Labeled people of one process in one optimizer step.
 
     Raises:
         UserError: the global batch is not a multiple of processes x micro-batch.

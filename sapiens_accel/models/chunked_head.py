@@ -105,7 +105,7 @@ def _of_maps(
     scale = None
     if heatmaps.dtype == torch.float16:
         most = outer.abs().sum(dim=(0, 2, 3)).amax()
-        scale = torch.where(most > 0, HALF_SUM / most.clamp_min(1e-30), 1.0)  # nobody of the chunk may be labelled
+        scale = torch.where(most > 0, HALF_SUM / most.clamp_min(1e-30), 1.0)  # nobody of the chunk may be labeled
         outer = outer * scale
     return terms.detach(), outer.to(heatmaps.dtype), scale
 

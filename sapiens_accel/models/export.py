@@ -157,7 +157,7 @@ def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
 
 
 def snippet(repo_id: str, family: str) -> str:
-    """Python that a model card shows: a picture and a person's box to keypoints, without this package.
+    """Python that a model card shows: an image and a person's box to keypoints, without this package.
 
     Args:
         repo_id: what `from_pretrained` is given: a Hub repository or a folder.

@@ -1,6 +1,6 @@
 """A weights folder as the file of a graph, ONNX or torch.export's, held against PyTorch once it is written.
 
-In: `pixel_values`, float32 [b, 3, H, W], RGB, normalised as preprocessor_config.json says. Out: `heatmaps`, float32
+In: `pixel_values`, float32 [b, 3, H, W], RGB, normalized as preprocessor_config.json says. Out: `heatmaps`, float32
 [b, K, h, w]. Both carry skeleton.json and preprocessor_config.json: ONNX as metadata, torch.export as extra files.
 """
 
@@ -32,7 +32,7 @@ NOTES = ("skeleton.json", "preprocessor_config.json")
 
 
 class Network(nn.Module):
-    """A weights folder's network as transformers builds it: normalised pictures to float32 heatmaps."""
+    """A weights folder's network as transformers builds it: normalized images to float32 heatmaps."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """
@@ -63,7 +63,7 @@ class Network(nn.Module):
         return self.network(pixel_values=pixel_values).heatmaps.float()
 
     def pictures(self, num: int) -> Float[Tensor, "b 3 H W"]:
-        """Noise that is as large as normalised pictures are; always the same."""
+        """Noise that is as large as normalized images are; always the same."""
         return torch.randn(num, 3, *self.input_hw, generator=torch.Generator().manual_seed(num))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sapiens v1 pose networks for transformers: a picture of one person to heatmaps of keypoints.
+"""Sapiens v1 pose networks for transformers: an image of one person to heatmaps of keypoints.
 
 This file lies beside the weights and imports nothing but torch and transformers:
 
@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 class SapiensPoseConfig(VitPoseBackboneConfig):
     """The backbone's config, with Sapiens' LayerNorm, and the head's channels. `num_labels` is K.
 
-    `flip_pairs` are the pairs of keypoints that a mirrored picture swaps, as in transformers' Sapiens2Config.
+    `flip_pairs` are the pairs of keypoints that a mirrored image swaps, as in transformers' Sapiens2Config.
     """
 
     model_type = "sapiens_pose"
@@ -86,11 +86,11 @@ class SapiensForPoseEstimation(VitPoseBackbonePreTrainedModel):
         """Heatmaps of people.
 
         Args:
-            pixel_values: [b, 3, H, W], RGB, normalised as in preprocessor_config.json; H and W are config.image_size.
+            pixel_values: [b, 3, H, W], RGB, normalized as in preprocessor_config.json; H and W are config.image_size.
 
         Returns:
-            heatmaps [b, K, h, w] and, if asked for, hidden_states and attentions. Corners of maps and picture coincide
-            (UDP): picture px = heatmap px * (W - 1) / (w - 1).
+            heatmaps [b, K, h, w] and, if asked for, hidden_states and attentions. Corners of maps and image coincide
+            (UDP): image px = heatmap px * (W - 1) / (w - 1).
         """
         options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         asked = {name: value for name, value in options.items() if value is not None}

@@ -3,7 +3,7 @@
 transformers' `VitPoseBackbone` is the Sapiens v1 backbone (LayerNorm eps 1e-6, no class position), Sapiens2 is in
 transformers under its own name; no transformer is written here.
 
-Shape letters: b people, k keypoints, c channels, H W the input picture, h w the heatmap.
+Shape letters: b people, k keypoints, c channels, H W the input image, h w the heatmap.
 """
 
 import fnmatch

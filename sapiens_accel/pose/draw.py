@@ -1,4 +1,4 @@
-"""People, heatmaps and grids as pictures: uint8 RGB [h, w, 3]."""
+"""People, heatmaps and grids as images: uint8 RGB [h, w, 3]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ NEAR, FAR = (60, 220, 60), (255, 40, 40)
 # Scores of 0, 0.5 and 1; told apart without red and green.
 UNSURE, HALF_SURE, SURE = (255, 50, 50), (255, 225, 90), (80, 170, 255)
 DARK = (20, 20, 20)
-SHORT = 8  # px: a bone shorter than this has no rim, and no joints larger than a dot
-SCALE_TO = 384  # pictures are enlarged to about this height, so that joints can be told apart
+SHORT = 8  # px: a bone shorter than this has no rim, and no keypoints larger than a dot
+SCALE_TO = 384  # images are enlarged to about this height, so that keypoints can be told apart
 MANY = 40  # keypoints: more are drawn smaller
-DOT = 1  # px: radius of a joint that is close to others
+DOT = 1  # px: radius of a keypoint that is close to others
 STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 Color = tuple[int, int, int]
@@ -31,12 +31,12 @@ def draw_person(
     skeleton: Skeleton,
     scores: Float[Array, "k"] | None = None,
 ) -> UInt8[Array, "H W 3"]:
-    """An enlarged copy with bones and joints: the person's left orange, right blue, the midline green.
+    """An enlarged copy with bones and keypoints: the person's left orange, right blue, the midline green.
 
     Args:
         points_xy: px of `image`.
         shown: keypoints above 0 are drawn, those below 0.75 hollow.
-        scores: colour the joints by these instead (see `ramp`), on bones in the colour of their side.
+        scores: color the keypoints by these instead (see `ramp`), on bones in the color of their side.
     """
     canvas, points = _enlarged(image, points_xy)
     thickness = _thickness(canvas, len(points))
@@ -55,7 +55,7 @@ def draw_person(
 
 
 def score_color(score: float) -> Color:
-    """The colour of a score: red at 0, yellow at 0.5, blue at 1."""
+    """The color of a score: red at 0, yellow at 0.5, blue at 1."""
     r, g, b = (round(float(np.interp(score, (0, 0.5, 1), of))) for of in zip(UNSURE, HALF_SURE, SURE, strict=True))
     return r, g, b
 
@@ -83,13 +83,13 @@ def draw_displacements(
     shown: Bool[Array, "k"],
     colours: Sequence[Color],
 ) -> UInt8[Array, "H W 3"]:
-    """`errors`, each in a colour of its own."""
+    """`errors`, each in a color of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
     thickness = _thickness(canvas, len(points) // 2)
     ends = points[len(found_xy) :]
     radii = _radii(ends, shown, 2 * thickness + (len(ends) > MANY))
     for k in np.flatnonzero(shown).tolist():
-        # A dark rim, so that they are seen on any ground; where joints are close, it would be all that is seen.
+        # A dark rim, so that they are seen on any ground; where keypoints are close, it would be all that is seen.
         for colour, rim in ((DARK, 1), (colours[k], 0)) if radii[k] > DOT else ((colours[k], 0),):
             cv2.line(canvas, points[k], ends[k], colour, thickness + 2 * rim, cv2.LINE_AA)
             cv2.circle(canvas, ends[k], radii[k] + rim, colour, -1, cv2.LINE_AA)
@@ -97,7 +97,7 @@ def draw_displacements(
 
 
 def add_title(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO) -> UInt8[Array, "H W 3"]:
-    """The picture at this height (px), under a line of small text."""
+    """The image at this height (px), under a line of small text."""
     size = (round(picture.shape[1] * height / picture.shape[0]), height)
     canvas = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     scale = height / 900
@@ -110,7 +110,7 @@ def add_title(picture: UInt8[Array, "h w 3"], text: str, height: int = SCALE_TO)
 def overlay_heatmaps(
     image: UInt8[Array, "h w 3"], heatmaps: Float[Array, "k map_h map_w"], weights: Float[Array, "k"]
 ) -> UInt8[Array, "H W 3"]:
-    """An enlarged copy under the largest of the heatmaps that have a weight, as colour; where it is 0, as it was."""
+    """An enlarged copy under the largest of the heatmaps that have a weight, as color; where it is 0, as it was."""
     factor = max(1, round(SCALE_TO / image.shape[0]))
     size = (image.shape[1] * factor, image.shape[0] * factor)
     top = (heatmaps * (weights > 0)[:, None, None]).max(axis=0).clip(0, 1).astype(np.float32)
@@ -121,12 +121,12 @@ def overlay_heatmaps(
 
 
 def draw_side_key(width: int) -> UInt8[Array, "h w 3"]:
-    """A strip of this width (px) over a person as labelled."""
+    """A strip of this width (px) over a person as labeled."""
     return draw_key(width, [("labelled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
 
 
 def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:
-    """A strip of this width (px) that tells which colour is which score."""
+    """A strip of this width (px) that tells which color is which score."""
     strip = np.full((STRIP, width, 3), PAPER, np.uint8)
     left, right = width * 3 // 8, width - width // 16
     for x in range(left, right):
@@ -137,7 +137,7 @@ def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:
 
 
 def draw_key(width: int, entries: Sequence[tuple[str, Color]]) -> UInt8[Array, "h w 3"]:
-    """A strip of this width (px) that tells what colours mean; a black one is no colour, but a word."""
+    """A strip of this width (px) that tells what colors mean; a black one is no color, but a word."""
     strip, x = np.full((STRIP, width, 3), PAPER, np.uint8), 6
     for text, colour in entries:
         if any(colour):
@@ -148,7 +148,7 @@ def draw_key(width: int, entries: Sequence[tuple[str, Color]]) -> UInt8[Array, "
 
 
 def add_header(picture: UInt8[Array, "h w 3"], text: str) -> UInt8[Array, "H w 3"]:
-    """The picture under as many strips of text as it takes."""
+    """The image under as many strips of text as it takes."""
     lines, width = [""], picture.shape[1] - 12
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -169,7 +169,7 @@ def encode_jpeg(picture: UInt8[Array, "h w 3"], most: int) -> bytes:
 
 
 def arrange_grid(pictures: Sequence[UInt8[Array, "h w 3"]], columns: int) -> UInt8[Array, "H W 3"]:
-    """Pictures of one size, row by row; what is left of the last row stays black."""
+    """Images of one size, row by row; what is left of the last row stays black."""
     blank = np.zeros_like(pictures[0])
     padded = [*pictures, *[blank] * (-len(pictures) % columns)]
     rows = [np.concatenate(padded[i : i + columns], axis=1) for i in range(0, len(padded), columns)]
@@ -190,7 +190,7 @@ def _enlarged(
     """A copy of about SCALE_TO's height or more, and the points on it."""
     factor = max(1, round(SCALE_TO / image.shape[0]))
     canvas = np.ascontiguousarray(cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR))
-    # Enlarging keeps the corners of pixels in place, points name their centres.
+    # Enlarging keeps the corners of pixels in place, points name their centers.
     return canvas, [(round((float(x) + 0.5) * factor), round((float(y) + 0.5) * factor)) for x, y in points_xy]
 
 
@@ -232,7 +232,7 @@ def draw_people(
     shown: Bool[Array, "n k"],
     skeleton: Skeleton,
 ) -> UInt8[Array, "h w 3"]:
-    """A copy with everybody's bones and joints in the colours of `person`, as thick as suits each one's size.
+    """A copy with everybody's bones and keypoints in the colors of `person`, as thick as suits each one's size.
 
     Args:
         people_xy: px of `image`; who comes first is drawn last, on top.
@@ -261,7 +261,7 @@ def _one_on(
                 colour, rim = (DARK, 2) if dark else (_colour(skeleton, a, b), 0)
                 cv2.line(canvas, fixed[a], fixed[b], colour, _bone_width(length, thickest) + rim, cv2.LINE_AA, 4)
         for k, length in reach.items():
-            # Fingers and points of the face are dots: full-sized joints would hide a hand.
+            # Fingers and points of the face are dots: full-sized keypoints would hide a hand.
             radius = _bone_width(length, thickest) + 1 if length >= SHORT else 1
             if not dark or length >= SHORT:
                 colour = DARK if dark else _colour(skeleton, k, k)

@@ -1,8 +1,8 @@
 """One 2x3 matrix for each view: the crop of a person, its inverse, and what follows from them.
 
-Frames: *image* px is the photograph, *input* px the crop that the network sees; x to the right, y down, and the centre
+Frames: *image* px is the photograph, *input* px the crop that the network sees; x to the right, y down, and the center
 of the first pixel is (0, 0). The unbiased convention (UDP, Huang et al. 2020, https://arxiv.org/abs/1911.07524)
-measures sizes between the centres of the first and the last pixel, W - 1, and it lives only here.
+measures sizes between the centers of the first and the last pixel, W - 1, and it lives only here.
 """
 
 import math
@@ -25,10 +25,10 @@ class Crop:
     """A rotated rectangle of the image, and whether it is seen mirrored.
 
     Attributes:
-        center_xy: its centre, image px.
+        center_xy: its center, image px.
         size_wh: its width and height, image px; `fit_aspect` makes their ratio that of the input.
-        degrees: how far its content turns in the input picture, clockwise as one sees it (y is down).
-        flip: the input picture is mirrored; the caller swaps left and right keypoints.
+        degrees: how far its content turns in the input image, clockwise as one sees it (y is down).
+        flip: the input image is mirrored; the caller swaps left and right keypoints.
     """
 
     center_xy: tuple[float, float]
@@ -70,7 +70,7 @@ def fit_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple
 def warp(
     image: UInt8[Array, "image_h image_w 3"], matrix: Float[Array, "2 3"], input_hw: tuple[int, int]
 ) -> UInt8[Array, "h w 3"]:
-    """The input picture: bilinear, black outside the image. A single map, float [h, w], stays one."""
+    """The input image: bilinear, black outside the image. A single map, float [h, w], stays one."""
     size_wh = (input_hw[1], input_hw[0])
     if image.ndim == 2:
         return cv2.warpAffine(image, matrix, size_wh, flags=cv2.INTER_LINEAR)
@@ -115,7 +115,7 @@ def choose_reduction(crop: Crop, input_hw: tuple[int, int]) -> int:
 def adjust_to_reduction(matrix: Float[Array, "2 3"], reduction: int) -> Float[Array, "2 3"]:
     """input_from_reduced: the same view of an image whose pixels are reduction x reduction pixels' means.
 
-    The centre of the first pixel of the reduced image is amid the pixels that it stands for, (reduction - 1) / 2.
+    The center of the first pixel of the reduced image is amid the pixels that it stands for, (reduction - 1) / 2.
     """
     if reduction == 1:
         return matrix
@@ -182,7 +182,7 @@ def relative_positions(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int,
 def in_crop(
     boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
 ) -> Bool[Array, "n k"]:
-    """Which labelled keypoints the upright crop of their person holds, as `geometry.crop_around_box` cuts it."""
+    """Which labeled keypoints the upright crop of their person holds, as `geometry.crop_around_box` cuts it."""
     aspect = input_hw[1] / input_hw[0]
     width, height = (boxes_xywh[:, 2:] * padding).T
     sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)

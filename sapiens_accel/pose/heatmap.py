@@ -97,7 +97,7 @@ class Codec:
 
 
 def flip(heatmaps: Float[Tensor, "b k h w"], mirror: Sequence[int]) -> Float[Tensor, "b k h w"]:
-    """The maps of a mirrored picture as maps of the picture itself; under UDP nothing shifts."""
+    """The maps of a mirrored image as maps of the image itself; under UDP nothing shifts."""
     return heatmaps[:, list(mirror)].flip(-1)
 
 
@@ -187,7 +187,7 @@ def _newton(p: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n 2"]:
 
 
 def _window(maps: Float[Tensor, "n h w"], center_xy: Int[Tensor, "n 2"]) -> Float[Tensor, "n m m"]:
-    """The float32 square around each centre that its 3x3 pixels see when blurred, zeros beyond the map."""
+    """The float32 square around each center that its 3x3 pixels see when blurred, zeros beyond the map."""
     height, width = maps.shape[-2:]
     offset = torch.arange(-REACH - 1, REACH + 2, device=maps.device)
     columns, rows = (center_xy[..., None] + offset).unbind(1)

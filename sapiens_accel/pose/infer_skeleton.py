@@ -5,7 +5,7 @@ names: [wrist, thumb_tip, ...]        the run's keypoints, in its order; of a JS
 mirror: [[left_eye, right_eye], ...]  all pairs; who is in none stays where it is
 sigmas: {wrist: 0.03, ...}            OKS sigmas of some, or a list of all
 upper: [wrist, ...]                   the upper half of the body, for the half-body crop; none or all: no such crop
-edges: [[wrist, thumb_tip], ...]      lines in pictures
+edges: [[wrist, thumb_tip], ...]      lines in images
 """
 
 import difflib
@@ -311,7 +311,7 @@ def _lines(
     if lonely:
         lines.append(
             f"warning: {len(lonely)} keypoints have a side in their name and no partner ({short(lonely)}): a mirrored "
-            f"picture leaves them what they are; say otherwise by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
+            f"image leaves them what they are; say otherwise by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
         )
     unsure = [*guessed, *estimated]
     if unsure:
@@ -319,7 +319,7 @@ def _lines(
         values = ", ".join(f"{name}: {sigma[name]:g}" for name in unsure[:SHOWN]) + ", ..." * (len(unsure) > SHOWN)
         lines.append(
             f"warning: the OKS sigmas of {len(unsure)} keypoints are {'guesses' if guessed else 'estimates'}, and AP "
-            f"is worth no more than they are: label some pictures twice, and give the standard deviations over "
+            f"is worth no more than they are: label some images twice, and give the standard deviations over "
             f"sqrt(area) in --data.skeleton FILE as sigmas: {{{values}}}"
         )
     return lines

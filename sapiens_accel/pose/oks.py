@@ -17,14 +17,14 @@ NUM_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class KeypointQuality:
-    """How good the labelled keypoints of a set of people are; nan where nobody has one.
+    """How good the labeled keypoints of a set of people are; nan where nobody has one.
 
     Attributes:
         count: how many people have each keypoint.
         oks: its mean similarity exp(-d^2 / (2 area (2 sigma)^2)).
-        pck: the share whose distance is at most 0.2 of the longer side of the person's labelled box: PCK as Yang and
+        pck: the share whose distance is at most 0.2 of the longer side of the person's labeled box: PCK as Yang and
             Ramanan define it (Articulated human detection with flexible mixtures of parts, TPAMI 2013, section 7).
-        mean_oks, mean_pck: over all labelled keypoints.
+        mean_oks, mean_pck: over all labeled keypoints.
         ece: expected calibration error of the scores; see `calibration_error`.
     """
 
@@ -97,12 +97,12 @@ def measure_points(
     boxes_xywh: Float[Array, "n 4"],
     sigmas: Sequence[float],
 ) -> KeypointQuality:
-    """What each keypoint is worth, over the people who have it labelled.
+    """What each keypoint is worth, over the people who have it labeled.
 
     Args:
         found_xy, scores: each person's prediction.
         labels: x, y and visibility; those of visibility 0 do not count.
-        areas, boxes_xywh: the persons' own, as labelled.
+        areas, boxes_xywh: the persons' own, as labeled.
     """
     labelled = labels[..., 2] > 0
     similar = similarities(found_xy, labels[..., :2], areas, sigmas)

@@ -13,10 +13,10 @@ class Skeleton:
 
     Attributes:
         names: the K keypoint names, in the order of every array in this project.
-        mirror: `mirror[k]` is the keypoint that k becomes in a mirrored picture (itself on the body's midline).
+        mirror: `mirror[k]` is the keypoint that k becomes in a mirrored image (itself on the body's midline).
         sigmas: the K per-keypoint constants of object keypoint similarity (OKS), as fractions of sqrt(area).
         upper: indices of the upper body, for the half-body crop.
-        edges: pairs of indices to join with a line in pictures.
+        edges: pairs of indices to join with a line in images.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Skeleton:
     def num_keypoints(self) -> int:
         return len(self.names)
 
-    @cached_property  # of 10,000 names; it is asked for at each joint that is drawn
+    @cached_property  # of 10,000 names; it is asked for at each keypoint that is drawn
     def sides(self) -> tuple[str | None, ...]:
         """Left or right of each keypoint whose name tells; None on the midline, and of what has no partner."""
         return tuple(_side(name, self.names[self.mirror[k]]) for k, name in enumerate(self.names))

@@ -1,8 +1,8 @@
-"""Where a run's weights come from, and the licence that its own weights therefore have.
+"""Where a run's weights come from, and the license that its own weights therefore have.
 
 Sapiens v1 is CC BY-NC 4.0 (https://github.com/facebookresearch/sapiens/blob/main/LICENSE): what is made from it stays
-non-commercial. Sapiens2 has a licence of its own (https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md):
-what is made from it goes on under the same terms, with a copy of them. What cannot be told gets its family's licence.
+non-commercial. Sapiens2 has a license of its own (https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md):
+what is made from it goes on under the same terms, with a copy of them. What cannot be told gets its family's license.
 """
 
 import re
@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.hub.download import LICENSE_FILES, parse_reference
 
-OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's licence is one that was derived here
+OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's license is one that was derived here
 BY_A_RUN = ", by way of an earlier run"
 _PUBLISHERS = ("facebook", "noahcao")
 # Names of published files, and the repository that each is from.
@@ -30,7 +30,7 @@ _PUBLISHED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """A licence as a card's metadata name it, and what is said about it there."""
+    """A license as a card's metadata name it, and what is said about it there."""
 
     metadata: Mapping[str, str]
     notice: str
@@ -40,7 +40,7 @@ CC_BY_NC = Licence(
     metadata={"license": "cc-by-nc-4.0"},
     notice="**Non-commercial.** These weights are adapted from [Sapiens](https://github.com/facebookresearch/sapiens) "
     "by Meta, which is licensed under [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), and are shared "
-    "under the same licence. They were changed: fine-tuned as described below.",
+    "under the same license. They were changed: fine-tuned as described below.",
 )
 SAPIENS2 = Licence(
     metadata={
@@ -64,7 +64,7 @@ class Origin:
     """What weights were made from.
 
     Attributes:
-        licence: of what is made from them.
+        license: of what is made from them.
         base: their repository on the Hub, where it is known.
         place: the local file or folder that they were read from, where it is known.
         told: the same for a reader.
@@ -121,7 +121,7 @@ def licence_text(origin: Origin) -> Path | None:
 
 
 def _is_sapiens2s(path: Path) -> bool:
-    # Weights may lie in any folder: the licence beside them may be another project's.
+    # Weights may lie in any folder: the license beside them may be another project's.
     return path.is_file() and "sapiens" in path.read_text(errors="replace").lower()
 
 
@@ -158,7 +158,7 @@ def _of_repo(repo: str, name: str, path: Path | None) -> Origin:
 
 
 def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Origin | None:
-    """What an earlier card of ours says; another's is no proof of a licence."""
+    """What an earlier card of ours says; another's is no proof of a license."""
     try:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
     except Exception:  # no metadata, not YAML

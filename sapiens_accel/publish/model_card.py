@@ -1,4 +1,4 @@
-"""The model card of a run: what was measured and how, how it was trained, from what, and under which licence.
+"""The model card of a run: what was measured and how, how it was trained, from what, and under which license.
 
 All of it is read from the run folder; nothing is promised beyond what eval.json holds.
 """
@@ -48,7 +48,7 @@ class Facts:
         network: what the weights' config.json says of it.
         scores: by stage, METRICS (0..1) and how they were measured; only of weights that were evaluated.
         lines: of metrics.jsonl.
-        picture: JPEG of predictions.
+        image: JPEG of predictions.
         num_labelled: training people with labels.
         has_code: Python files lie beside the weights; they are ours.
     """
@@ -142,10 +142,10 @@ def lines_of(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, facts: Facts, repo_id: str, licence: Path | None) -> None:
-    """Write README.md, the pictures and a copy of the licence into a folder.
+    """Write README.md, the images and a copy of the license into a folder.
 
     Args:
-        licence: the text of a licence that must be passed on.
+        license: the text of a license that must be passed on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if licence:
@@ -176,11 +176,11 @@ def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) ->
         f"---\n{metadata(facts, repo_id, has_licence=has_licence).to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
         about,
-        "## Licence\n\n" + _licence(facts, has_licence),
+        "## License\n\n" + _licence(facts, has_licence),
         _use(repo_id, family),
         "## Results\n\n" + _results(facts),
         _by_keypoint(facts, keypoints),
-        f"![Above as labelled, below as predicted]({PICTURE_NAME})" if facts.picture else "",
+        f"![Above as labeled, below as predicted]({PICTURE_NAME})" if facts.picture else "",
         "## Training\n\n" + _training(facts),
         f"![Loss and AP over the steps]({CURVE_NAME})" if has_curve else "",
         "## Keypoints\n\n" + ", ".join(f"{k} {name}" for k, name in enumerate(keypoints)) if keypoints else "",
@@ -270,13 +270,13 @@ def _training(facts: Facts) -> str:
     if facts.run.get("stage") not in ("all", facts.stage):
         return "A later run in the same folder wrote its own settings over those that these weights were trained with."
     count = f"{facts.num_labelled}" if facts.num_labelled is not None else "the"
-    said = f"On {count} labelled people of {_people(facts, 'train')}."
+    said = f"On {count} labeled people of {_people(facts, 'train')}."
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
     rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
     teacher = facts.run[facts.stage].get("teacher") if facts.stage == "ssl" else None
     if teacher:
         said += (
-            f" Stage `ssl` adds {teacher.get('ratio')} unlabelled for each labelled person by a mean teacher "
+            f" Stage `ssl` adds {teacher.get('ratio')} unlabeled for each labeled person by a mean teacher "
             f"(threshold {teacher.get('threshold')}, weight {teacher.get('weight')}); these are the teacher's weights."
         )
     size = "x".join(str(pixels) for pixels in data["input_hw"])

@@ -67,6 +67,6 @@ def _hear_of_launcher() -> None:
 
 
 def leave_to_parent() -> None:
-    """For loading processes: Ctrl-C reaches the whole group, and the step that is being finished needs its pictures."""
+    """For loading processes: Ctrl-C reaches the whole group, and the step that is being finished needs its images."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -133,7 +133,7 @@ def _image_faults(images: list[Any], valid: list[dict[str, Any]] | None = None) 
             yield Fault("images", f"images, entry {index}: {reason}")
         elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
             both = f"{names[image['id']]} and {image['file_name']}"
-            yield Fault("ids", f"images: id {shown(image['id'])} is of two pictures, {both}")
+            yield Fault("ids", f"images: id {shown(image['id'])} is of two images, {both}")
         elif valid is not None:
             valid.append(image)
 
@@ -146,7 +146,7 @@ def fault_of(image: dict[str, Any]) -> str | None:
     if not isinstance(name, str) or not PurePosixPath(name).name:
         return f"id {shown(key)}: expected the name of a file, found {shown(name)}"
     if name.startswith("/") or ".." in name.split("/"):
-        return f"id {shown(key)}: {shown(name)} leads out of the folder of pictures; expected a name inside it"
+        return f"id {shown(key)}: {shown(name)} leads out of the folder of images; expected a name inside it"
     odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
     if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
         return f"id {shown(key)}: expected a name of letters that can be shown, found {shown(name)}"

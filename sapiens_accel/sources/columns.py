@@ -74,7 +74,7 @@ def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labelled: 
 
     Args:
         given: ours to theirs, where they are not called as others are.
-        labelled: whether people with keypoints are expected.
+        labeled: whether people with keypoints are expected.
 
     Raises:
         UserError: what is missing, what was found, and what to do; an odd name in `given`.
@@ -210,7 +210,7 @@ def _people(table: pa.Table, layout: Layout, nested: pa.Array | None) -> pa.Arra
             row = int(np.flatnonzero(_lengths(values) != lengths)[0])
             raise UserError(
                 f"column {layout.fields[name]!r} has {_lengths(values)[row]} entries where "
-                f"{layout.fields['bbox']!r} has {lengths[row]}; expected one for each person of a picture"
+                f"{layout.fields['bbox']!r} has {lengths[row]}; expected one for each person of an image"
             )
     return _listed(lengths, {name: _variable(values).flatten() for name, values in given.items()})
 
@@ -249,7 +249,7 @@ def _flat(values: pa.Array, name: str) -> pa.Array:
     while _is_list(inner.type):
         if name != "bbox" and (odd := _lengths(inner)[_lengths(inner) != 3]).size:
             raise UserError(
-                f"column '{name}' has points of {odd[0]} numbers; expected x, y, v (v: 0 unlabelled, 1 hidden, 2 seen)"
+                f"column '{name}' has points of {odd[0]} numbers; expected x, y, v (v: 0 unlabeled, 1 hidden, 2 seen)"
             )
         ends = _offsets(_lengths(inner))[_offsets(lengths)]
         lengths, inner = np.diff(ends), _variable(inner).flatten()

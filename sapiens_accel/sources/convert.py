@@ -87,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="a new folder")
     convert.add_argument("--to", choices=["parquet", "webdataset"], default="parquet", help="what OUT will hold")
     convert.add_argument("--shard_mb", type=float, default=500.0, help="size of one file; default 500")
-    convert.add_argument("--group_rows", type=int, default=100, help="most pictures that streaming reads at a time")
+    convert.add_argument("--group_rows", type=int, default=100, help="most images that streaming reads at a time")
     for split in ("train", "val", "unlabelled"):
-        for kind, what in (("annotations", "JSON"), ("images", "folder of pictures")):
+        for kind, what in (("annotations", "JSON"), ("images", "folder of images")):
             name = f"{split}_{kind}"
             convert.add_argument(f"--{name}", default=getattr(DataConfig, name), help=f"{what}; default %(default)s")
     convert.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload OUT as this data set of the Hub")
@@ -126,7 +126,7 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
         made = (_write_parquet if to == "parquet" else _write_tars)(groups, out / "data", name, tree)
         _number(out / "data", name, ending, made)
         people = len(tree["annotations"])
-        told.append(f"{split.name}: {len(tree['images'])} pictures, {people} annotations, {made} shard(s)")
+        told.append(f"{split.name}: {len(tree['images'])} images, {people} annotations, {made} shard(s)")
         written.append(split.name)
         categories += [{"split": name, **category} for category in tree.get("categories", ())]
     if to == "parquet" and categories:
@@ -164,16 +164,14 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     known = [image["id"] for image in tree["images"]]
     strangers = people.keys() - set(known)
     if strangers:
-        raise UserError(
-            f"{split.annotations}: picture {min(strangers, key=str)} of an annotation is not among 'images'"
-        )
+        raise UserError(f"{split.annotations}: image {min(strangers, key=str)} of an annotation is not among 'images'")
     twice = len(known) - len(set(known))
     if twice or not all(isinstance(one, int) for one in known):
         raise UserError(f"{split.annotations}: images: expected whole numbers as ids, each once")
     for image in tree["images"]:
         path = split.images / image["file_name"]
         if not path.is_file():
-            raise UserError(f"{split.annotations}: its picture {path} is not there")
+            raise UserError(f"{split.annotations}: its image {path} is not there")
         yield {
             "image": {"bytes": path.read_bytes(), "path": Path(image["file_name"]).name},
             "image_id": image["id"],
@@ -274,9 +272,9 @@ def _card(splits: Sequence[str], ending: str, *, named: bool) -> str:
     return (
         f"---\ntask_categories:\n- keypoint-detection\nconfigs:\n- config_name: default\n  data_files:\n{files}"
         f"{more}---\n\n"
-        "People's keypoints in COCO's form, one row for each picture: its bytes, image_id, file_name, width, height,\n"
+        "People's keypoints in COCO's form, one row for each image: its bytes, image_id, file_name, width, height,\n"
         "and `people`: id, place (in the JSON it came from), category_id, iscrowd, area, bbox (x, y, width,\n"
-        "height) and keypoints (x, y, v, ...), all in pixels of the picture. Names of keypoints:\n"
+        "height) and keypoints (x, y, v, ...), all in pixels of the image. Names of keypoints:\n"
         "the configuration `categories`, or categories.json beside tar shards.\n\n"
         "    train.py --data.root hf://ORG/NAME          (or the folder)\n"
         '    datasets.load_dataset("ORG/NAME")\n'

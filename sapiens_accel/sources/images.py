@@ -145,7 +145,7 @@ def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int
         return None if image is None else image.shape[:2]
 
     with ThreadPoolExecutor(8) as pool:
-        progress = tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=None, leave=False)
+        progress = tqdm(pool.map(look, names), total=len(names), desc="checking images", disable=None, leave=False)
         return dict(zip(names, progress, strict=True))
 
 

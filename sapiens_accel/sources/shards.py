@@ -146,7 +146,7 @@ def content(path: Path) -> Bytes:
     image = table.column(manifest.layout.columns["image"] if manifest.layout else "image")[row]
     value = image["bytes"] if pa.types.is_struct(image.type) else image
     if not value.is_valid:
-        raise UserError(f"{path}: no bytes in its row; expected the picture itself in column 'image'")
+        raise UserError(f"{path}: no bytes in its row; expected the image itself in column 'image'")
     return memoryview(value.as_buffer()).cast("B")  # pyarrow counts bytes from -128
 
 
@@ -358,7 +358,7 @@ def _key(member: str) -> tuple[str, str]:
 
 def _indexed(name: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
     if "offset" not in row:
-        raise UserError(f"{name}: {key}.json has no picture {key}.jpg beside it")
+        raise UserError(f"{name}: {key}.json has no image {key}.jpg beside it")
     try:
         told = json.loads(row.get("json", "{}"))
         people = told.get("people", told.get("annotations")) or []

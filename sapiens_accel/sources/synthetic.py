@@ -336,7 +336,7 @@ def label(keypoints_xy: np.ndarray, top: np.ndarray, parts: Sequence[Part], unhi
 
 
 def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
-    """Cloudy colors, a floor, stripes or checks, and clutter that is shaped and coloured like limbs."""
+    """Cloudy colors, a floor, stripes or checks, and clutter that is shaped and colored like limbs."""
     h, w = hw
     cells = rng.integers(2, 14, 2)
     clouds = rng.uniform(-25, 25, (*cells, 3)) + rng.uniform(50, 205, 3)

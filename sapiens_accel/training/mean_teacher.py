@@ -1,6 +1,6 @@
 """The objective of stage ssl: the supervised loss plus agreement with a mean teacher. Single-device code.
 
-Shape letters: b labelled people, u unlabelled people, k keypoints, h w the heatmap. All of it in fp32, whatever the
+Shape letters: b labeled people, u unlabeled people, k keypoints, h w the heatmap. All of it in fp32, whatever the
 precision of the network.
 """
 
@@ -65,7 +65,7 @@ class Taught(NamedTuple):
         points_xy: keypoints in the strong view, input px, in the strong view's order of left and right.
         scores: the raw peaks of the teacher's heatmaps.
         confidence: the scores as shares of what a good keypoint of its kind has, 0 to 1 (or the raw ones, clamped).
-        kept: whether a keypoint is learnt from.
+        kept: whether a keypoint is learned from.
         weak_xy: keypoints in the weak view, input px, in its own order.
         maps: the teacher's heatmaps as the strong view shows them, where the loss compares with them.
     """
@@ -79,7 +79,7 @@ class Taught(NamedTuple):
 
 
 class PseudoLabels(NamedTuple):
-    """What the student is to agree with: the teaching, its weights (0 = not learnt from), the view with cutouts."""
+    """What the student is to agree with: the teaching, its weights (0 = not learned from), the view with cutouts."""
 
     taught: Taught
     weights: Float[Tensor, "u k"]
@@ -95,7 +95,7 @@ class MeanTeacher:
     the codec (the sharpest target there is, without drift), and compared by a KL divergence of log-heatmap softmaxes.
 
     Args:
-        supervised: the labelled loss.
+        supervised: the labeled loss.
         teacher: the moving average of the student, beginning as the student does.
         student_parameters: the student's whole parameters, in the teacher's order, whenever it is called.
         mirror: the skeleton's mirror order.
@@ -150,7 +150,7 @@ class MeanTeacher:
 
     @torch.no_grad()
     def pseudo_labels(self, pair: Pair) -> Taught:
-        """What the teacher says of pairs now; nothing is learnt or remembered."""
+        """What the teacher says of pairs now; nothing is learned or remembered."""
         return self._judged(pair, *self._teach(pair))
 
     def loss(
@@ -163,7 +163,7 @@ class MeanTeacher:
         squares = torch.zeros(2, device=labelled.device)  # of the gradients of both losses by the heatmaps
 
         def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
-            """The labelled people come first; a chunk may hold some of both."""
+            """The labeled people come first; a chunk may hold some of both."""
             first, last = (
                 slice(min(people.start, border), min(people.stop, border)),
                 slice(max(people.start, border) - border, max(people.stop, border) - border),
@@ -235,7 +235,7 @@ class MeanTeacher:
     def _judged(
         self, pair: Pair, weak_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"], maps: Tensor | None
     ) -> Taught:
-        """Into the strong view's frame and order, and which of it is learnt from."""
+        """Into the strong view's frame and order, and which of it is learned from."""
         matrices = geometry.strong_from_weak(pair.strong.matrix, pair.weak.matrix)
         swapped = pair.weak.flipped != pair.strong.flipped
         points_xy = self._swap(geometry.apply_batch(matrices, weak_xy), swapped)
@@ -252,7 +252,7 @@ class MeanTeacher:
 
     def _update_reference(self, scores: Float[Tensor, "n k"]) -> None:
         high = torch.quantile(scores.float(), CONFIDENCE_QUANTILE, dim=0)
-        # A peak that is no number (fp16 on one picture) must not stay in it.
+        # A peak that is no number (fp16 on one image) must not stay in it.
         high = torch.where(high.isfinite(), high, self.reference)
         mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
         self.reference = torch.where(self.reference == 0, high, mean)
@@ -308,7 +308,7 @@ def ema_decay(num_steps: int) -> float:
 
 
 def cut_out(pair: Pair, points_xy: Float[Tensor, "u k 2"]) -> UInt8[Tensor, "u 3 H W"]:
-    """The strong view with squares of the mean colour on some of the teacher's keypoints (joint cutout).
+    """The strong view with squares of the mean color on some of the teacher's keypoints (keypoint cutout).
 
     Xie et al. 2021, https://arxiv.org/abs/2011.12498: what is hidden must be inferred from the rest of the body.
 

@@ -114,7 +114,7 @@ def heatmap_kl(
     """KL(P(target) || P(student)) with P(h) = softmax(log_linear(h) / T) = h^(1/T) / sum h^(1/T), in units of MSE.
 
     A shift of d heatmap px costs d^2 / (2 sigma^2 T) in KL and pi d^2 / (2 h w) in mean squared error, so the factor
-    pi sigma^2 T / (h w) makes it weigh as much as the labelled loss. The same T on both sides: sharpening the teacher
+    pi sigma^2 T / (h w) makes it weigh as much as the labeled loss. The same T on both sides: sharpening the teacher
     alone shrinks and lifts the student's peaks without end.
 
     Args:

@@ -1,4 +1,4 @@
-"""Labelled people put through the unlabelled path of stage ssl: what its pseudo-labels are worth, and pictures.
+"""Labeled people put through the unlabeled path of stage ssl: what its pseudo-labels are worth, and images.
 
 Shape letters: b people, k keypoints, H W the input.
 """
@@ -27,13 +27,13 @@ from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.mean_teacher import MeanTeacher, Taught, cut_out
 
-NUM_HOLDOUT = 256  # some 3,000 joints: a precision of 0.9 is known to +-0.01, and they take seconds
+NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, and they take seconds
 NUM_SHOWN = 6
-NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its joint is right
+NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint is right
 
 
 class Known(NamedTuple):
-    """A pair of a labelled person, with the truth in the strong view: input px, in its left/right order."""
+    """A pair of a labeled person, with the truth in the strong view: input px, in its left/right order."""
 
     pair: Pair
     truth_xy: Float[Tensor, "*b k 2"]
@@ -45,7 +45,7 @@ Seen = Sequence[tuple[Known, Taught]]  # of one person each
 
 
 class Holdout(Dataset[Known]):
-    """Up to 256 labelled people, evenly spread over a set; their views are the same each time."""
+    """Up to 256 labeled people, evenly spread over a set; their views are the same each time."""
 
     def __init__(
         self, people: People, augmenter: Augmenter, config: DataConfig, *, num_cutouts: int, seed: int
@@ -152,7 +152,7 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def panel(seen: Seen, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     """One person a column: the teacher's view and points (hollow: not kept), what the student learns, and the errors.
 
-    The student's view has its squares of the mean colour; lines go from what it learns to the truth, red where they
+    The student's view has its squares of the mean color; lines go from what it learns to the truth, red where they
     are longer than 5 % of the diagonal.
     """
     columns = [_column(known, taught, skeleton) for known, taught in seen]

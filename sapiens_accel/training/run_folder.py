@@ -131,7 +131,7 @@ def write_labeled_ids(path: Path, people: People, config: DataConfig) -> None:
     """Write which people are labeled, and by which rule, as JSON; ids in ascending order.
 
     An earlier record of other people is renamed to NAME.1.json, NAME.2.json, ... with a warning: weights trained by it
-    have learnt from labels that are withheld now.
+    have learned from labels that are withheld now.
 
     Args:
         people: those that a run learns from, without images that cannot be decoded.
@@ -172,7 +172,8 @@ def _keep_record(path: Path, record: dict[str, Any]) -> None:
     )
     if lost:
         line += (
-            f"; {len(lost)} people had labels then and not now: weights of an earlier stage in this folder have learnt "
-            f"from labels that this run withholds; for a fair comparison give another --output_dir (or --weights)"
+            f"; {len(lost)} people had labels then and not now: weights of an earlier stage in this folder have "
+            f"learned from labels that this run withholds; for a fair comparison give "
+            f"another --output_dir (or --weights)"
         )
     print(line, flush=True)

@@ -13,14 +13,14 @@ INFLATED = 1.2  # a target's peak is 1; the decoder's overshoot and noise reach 
 SPREAD = 0.3  # of the first spread: one batch's differs from the next by a third
 KEPT = (0.05, 0.98)
 MOVED = 0.01  # in fp32 nearly every weight moves; what rounds the average away leaves it at 0
-GRADIENTS = 10.0  # of the unlabelled loss to the labelled one; in balance they are within 0.2 to 2
+GRADIENTS = 10.0  # of the unlabeled loss to the labeled one; in balance they are within 0.2 to 2
 PRECISION_LOST = 0.03
 STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what it averages
 AP_LOST = 0.005
 
 
 class Stopped(UserError):  # noqa: N818  (no mistake of the program's)
-    """Going on would spoil what the stage has learnt."""
+    """Going on would spoil what the stage has learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ RULES = (
     Rule(
         needs=("teacher_peak_p99",),
         holds=lambda now, _: now["teacher_peak_p99"] > INFLATED,
-        says="teacher_peak_p99 {teacher_peak_p99:.2f} is above 1.2, where targets end at 1: what is learnt lifts the "
+        says="teacher_peak_p99 {teacher_peak_p99:.2f} is above 1.2, where targets end at 1: what is learned lifts the "
         "peaks that it is taken from; lower --ssl.teacher.weight, and use no loss that sharpens the teacher alone "
         "(--ssl.teacher.loss literal)",
         in_a_row=IN_A_ROW,
@@ -75,7 +75,7 @@ RULES = (
     Rule(
         needs=("keep",),
         holds=lambda now, _: now["keep"] < KEPT[0],
-        says="keep {keep:.3f}, for 500 steps below 0.05: next to nothing is learnt from unlabelled people; lower "
+        says="keep {keep:.3f}, for 500 steps below 0.05: next to nothing is learned from unlabeled people; lower "
         "--ssl.teacher.threshold",
         steps=LONG,
     ),
@@ -96,7 +96,7 @@ RULES = (
     Rule(
         needs=("grad_ratio",),
         holds=lambda now, _: now["grad_ratio"] > GRADIENTS,
-        says="grad_ratio {grad_ratio:.1f}: unlabelled people outweigh the labelled ones more than ten times; lower "
+        says="grad_ratio {grad_ratio:.1f}: unlabeled people outweigh the labeled ones more than ten times; lower "
         "--ssl.teacher.weight",
         in_a_row=IN_A_ROW,
     ),

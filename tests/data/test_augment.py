@@ -116,7 +116,7 @@ def _half_crops(keypoints: np.ndarray, num: int, half_body_p: float = 1.0) -> li
 
 
 def _expected_half(keypoints: np.ndarray, members: range) -> Crop:
-    """The labelled keypoints' mean, and 1.5 x their extent with the short side grown to 3:4."""
+    """The labeled keypoints' mean, and 1.5 x their extent with the short side grown to 3:4."""
     points_xy = np.array([keypoints[k, :2] for k in members if keypoints[k, 2] > 0])
     width, height = 1.5 * (points_xy.max(axis=0) - points_xy.min(axis=0))
     width, height = max(width, height * 3 / 4), max(height, width * 4 / 3)
@@ -143,13 +143,13 @@ def test_half_body_happens_with_its_probability() -> None:
 
 
 def test_a_half_with_too_few_keypoints_is_never_taken() -> None:
-    """Two labelled legs' keypoints are no lower body, one of the head is no upper one; 9 in all are needed."""
+    """Two labeled legs' keypoints are no lower body, one of the head is no upper one; 9 in all are needed."""
     no_legs = _person([*range(8), 11, 12])
     assert all(_is(crop, _expected_half(no_legs, UPPER)) for crop in _half_crops(no_legs, 100))
     assert all(crop == BASE for crop in _half_crops(TOO_FEW, 100))
-    assert all(crop == BASE for crop in _half_crops(_person([*range(2), *LOWER]), 100)), "8 labelled"
+    assert all(crop == BASE for crop in _half_crops(_person([*range(2), *LOWER]), 100)), "8 labeled"
     nine = _person([*range(3), *LOWER])
-    assert all(crop != BASE for crop in _half_crops(nine, 100)), "9 labelled"
+    assert all(crop != BASE for crop in _half_crops(nine, 100)), "9 labeled"
 
 
 # ---- Views of the semi-supervised stage
@@ -177,7 +177,7 @@ def test_strong_crops_go_further_from_the_weak_one(flip: bool) -> None:
 
 
 def test_a_mirrored_view_is_turned_as_an_unmirrored_one() -> None:
-    """What the same draws do to the picture that is seen does not depend on whether it was mirrored before."""
+    """What the same draws do to the image that is seen does not depend on whether it was mirrored before."""
     augmenter = _augmenter(flip_p=0.0)
     for seed in range(20):
         changes = []
@@ -218,7 +218,7 @@ def test_a_half_of_the_weak_view_fills_the_strong_one(degrees: float, flip: bool
 
 
 def strong_is_above(strong: Crop, weak: Crop) -> bool:
-    """Whether the strong crop's centre is in the upper half of the weak view's picture."""
+    """Whether the strong crop's center is in the upper half of the weak view's image."""
     return bool(apply(weak.matrix(INPUT_HW), np.array(strong.center_xy))[1] < (INPUT_HW[0] - 1) / 2)
 
 
@@ -280,7 +280,7 @@ def test_pixel_changes_depend_on_the_generator_alone() -> None:
 
 
 def test_pixel_changes_happen_independently_of_each_other() -> None:
-    """One seed for all of them would make the hole come exactly with the new colours, and neither in half of cases."""
+    """One seed for all of them would make the hole come exactly with the new colors, and neither in half of cases."""
     changes = _augmenter(blur_p=0).pixel_changes()
     flat, rng = np.empty((40, 30, 3), np.uint8), np.random.default_rng(12)
     flat[:] = (200, 120, 60)
@@ -304,7 +304,7 @@ def test_colours_are_the_published_changes_one_after_the_other() -> None:
     for seed in range(60):
         image = np.random.default_rng(seed).integers(96, 160, (31, 45, 3), dtype=np.uint8)
         rng, expected, happened = np.random.default_rng(seed), image.astype(float), []
-        rng.random()  # whether there is a change of colours at all
+        rng.random()  # whether there is a change of colors at all
         if rng.random() < 0.5:
             contrast = rng.uniform(0.5, 1.5)
             expected = contrast * expected + rng.uniform(-32, 32)

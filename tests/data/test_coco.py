@@ -28,7 +28,7 @@ VAL = ("annotations/person_keypoints_val2017.json", "val2017")
 BOXES = ("annotations/person_boxes_unlabeled2017.json", "unlabeled2017")
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini"
-with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 Tree = dict[str, Any]
 
 
@@ -176,7 +176,7 @@ def test_whole_pictures_are_boxes_of_their_own_size(tmp_path: Path, cache: Path)
     sizes = {"b.png": (30, 41), "a.JPG": (25, 33), "c.jpeg": (17, 19)}
     for name, hw in sizes.items():
         (folder / name).write_bytes(cv2.imencode(Path(name).suffix.lower(), np.full((*hw, 3), 90, np.uint8))[1])
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     people = coco.whole_pictures(tmp_path / "data", "loose", K, cache)
     assert list(people.rows["file_name"]) == ["loose/a.JPG", "loose/b.png", "loose/c.jpeg"]
     assert coco.boxes_of(people.rows).tolist() == [[0, 0, 33, 25], [0, 0, 41, 30], [0, 0, 19, 17]]
@@ -200,7 +200,7 @@ def test_pictures_are_read_as_rgb(tmp_path: Path) -> None:
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     cv2.imwrite(str(tmp_path / "x.png"), picture[..., ::-1])
     assert np.array_equal(photo.read_image(tmp_path / "x.png"), picture)
-    (tmp_path / "x.jpg").write_bytes(b"no picture at all")
+    (tmp_path / "x.jpg").write_bytes(b"no image at all")
     _error(lambda: photo.read_image(tmp_path / "x.jpg"), tmp_path / "x.jpg")
 
 
@@ -266,11 +266,11 @@ def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
     coco.whole_pictures(drawn, "train2017", K, cache)
     contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
     pictures = [path.read_bytes() for path in (drawn / "train2017").iterdir()]
-    # The body of a picture, without the header that all JPEGs share, occurs nowhere.
+    # The body of an image, without the header that all JPEGs share, occurs nowhere.
     assert contents and not any(picture[700:900] in content for picture in pictures for content in contents)
 
 
-# ---- Broken pictures
+# ---- Broken images
 
 
 def test_a_missing_picture_is_named_with_its_annotation_and_never_skipped(root: Path, cache: Path) -> None:

@@ -46,7 +46,7 @@ Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def _hand(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Five fingers of different colours that spread from a palm; its 21 joints [21, 2], px."""
+    """Five fingers of different colors that spread from a palm; its 21 keypoints [21, 2], px."""
     root = np.array([48.0, 74.0]) + rng.uniform(-4, 4, 2)
     points = [root]
     for finger in range(5):
@@ -58,7 +58,7 @@ def _hand(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _animal(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A body, a head and two ears of different colours; its 5 joints [5, 2], px."""
+    """A body, a head and two ears of different colors; its 5 keypoints [5, 2], px."""
     x, y = np.array([48.0, 48.0]) + rng.uniform(-5, 5, 2)
     points = np.array([[x - 38, y + 4], [x - 26, y - 18], [x - 14, y - 18], [x - 12, y], [x + 32, y]])
     cv2.line(picture, (int(x - 12), int(y)), (int(x + 32), int(y)), (200, 200, 200), 9)
@@ -69,7 +69,7 @@ def _animal(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _write(root: Path, draw: Draw, kind: dict[str, Any], seed: int = 0) -> Path:
-    """Forty pictures to train on and eight to validate on, in COCO's form."""
+    """Forty images to train on and eight to validate on, in COCO's form."""
     rng = np.random.default_rng(seed)
     (root / "annotations").mkdir(parents=True)
     for split, num, first in (("train", 40, 1), ("val", 8, 101)):
@@ -196,13 +196,13 @@ def test_an_animal_trains_and_its_weights_alone_are_judged(
 
 @with_whole_body
 def test_whole_body_trains_and_is_judged_with_133(tmp_path: Path, train: Callable[..., Any]) -> None:
-    # The pictures to train on are those to validate on: only the way is tried.
+    # The images to train on are those to validate on: only the way is tried.
     root = tmp_path / "whole"
     root.mkdir()
     for name in ("annotations", "val2017"):
         (root / name).symlink_to(WHOLE / name)
     (root / "train2017").mkdir()
-    for path in (WHOLE / "val2017").iterdir():  # the same picture twice is a leak only in stage ssl
+    for path in (WHOLE / "val2017").iterdir():  # the same image twice is a leak only in stage ssl
         (root / "train2017" / path.name).symlink_to(path)
     more = ["--data.train_annotations", WHOLE_JSON, "--data.val_annotations", WHOLE_JSON]
     said, losses, found = train(root, tmp_path / "run", 2, *more, "--log_every", 1)

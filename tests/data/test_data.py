@@ -33,11 +33,11 @@ from sapiens_accel.sources import synthetic
 TRAIN = "annotations/person_keypoints_train2017.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini"
-with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 CPU = torch.device("cpu")
 INPUT_HW = (64, 48)
 STEPS = 6
-# Nothing that changes pixels: a dot in the picture is the same dot in the crop.
+# Nothing that changes pixels: a dot in the image is the same dot in the crop.
 SAME_PIXELS = AugmentConfig(photometric_p=0.0, blur_p=0.0, coarse_dropout_p=0.0)
 
 
@@ -156,7 +156,7 @@ def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
-    """Page faults of the second and third time that as many pictures are made as a batch holds; 4 KB a page."""
+    """Page faults of the second and third time that as many images are made as a batch holds; 4 KB a page."""
     code = """
 import resource, sys
 import numpy as np
@@ -164,8 +164,8 @@ from sapiens_accel.data import loader
 if sys.argv[1] == "kept": loader.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pictures = [np.ones(589824, np.uint8) for _ in range(32)]
-    del pictures
+    images = [np.ones(589824, np.uint8) for _ in range(32)]
+    del images
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(*[faults() for _ in range(3)])
 """
@@ -277,7 +277,7 @@ def test_the_length_of_a_stage() -> None:
 
 @pytest.fixture
 def dots(drawn: Path, tmp_path: Path) -> Run:
-    """A copy whose pictures are black; larger crops, so that a dot spans several pixels of them."""
+    """A copy whose images are black; larger crops, so that a dot spans several pixels of them."""
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
     run = _open(root, tmp_path / "cache", input_hw=(192, 144))
     for path in root.glob("*2017/*.jpg"):
@@ -286,7 +286,7 @@ def dots(drawn: Path, tmp_path: Path) -> Run:
 
 
 def _paint(path: Path, point_xy: Sequence[float] | None) -> None:
-    """A black picture with one round dot whose centre of mass is the point; PNG bytes, which change no pixel."""
+    """A black image with one round dot whose center of mass is the point; PNG bytes, which change no pixel."""
     y, x = np.mgrid[:240, :240]
     picture = np.zeros((240, 240, 3), np.uint8)
     if point_xy is not None:
@@ -296,7 +296,7 @@ def _paint(path: Path, point_xy: Sequence[float] | None) -> None:
 
 
 def _dot(image: Tensor) -> np.ndarray:
-    """Centre of mass of a crop, input px (x, y)."""
+    """Center of mass of a crop, input px (x, y)."""
     grey = image.double().mean(0).numpy()
     y, x = np.mgrid[: grey.shape[0], : grey.shape[1]]
     return np.array([(grey * x).sum(), (grey * y).sum()]) / grey.sum()
@@ -325,7 +325,7 @@ def test_training_points_are_where_the_pixels_are(dots: Run) -> None:
             sample = people[key]
             assert isinstance(sample, Labelled) and sample.ann_id == row["ann_id"]
             flipped = bool(sample.view.flipped)
-            # In a mirrored crop the person's left wrist looks like a right one, and is labelled so.
+            # In a mirrored crop the person's left wrist looks like a right one, and is labeled so.
             point_xy = sample.points_xy[COCO17.mirror[k] if flipped else k].double().numpy()
             if _inside(point_xy, dots.config.input_hw, 20):
                 assert np.abs(_dot(sample.view.image) - point_xy).max() < 0.2, (k, flipped)
@@ -335,7 +335,7 @@ def test_training_points_are_where_the_pixels_are(dots: Run) -> None:
 
 
 def test_a_mirrored_crop_is_the_crop_mirrored(run: Run) -> None:
-    # The same draws but the one that mirrors: column x of one picture is column W - 1 - x of the other.
+    # The same draws but the one that mirrors: column x of one image is column W - 1 - x of the other.
     plain, mirrored = (
         run.people(augment=replace(SAME_PIXELS, flip_p=p), teacher=None, global_batch=20) for p in (0.0, 1.0)
     )
@@ -361,7 +361,7 @@ def test_evaluation_points_are_where_the_pixels_are_and_where_udp_puts_them(dots
         crop_h = crop_w * height / width
         left, top = x + w / 2 - crop_w / 2, y + h / 2 - crop_h / 2
         keypoints = np.array(row["keypoints"])
-        # UDP: the centre of the first pixel is the left border of the crop, the centre of the last one the right.
+        # UDP: the center of the first pixel is the left border of the crop, the center of the last one the right.
         expected = (keypoints[:, :2] - [left, top]) / [crop_w, crop_h] * [width - 1, height - 1]
         sample = people[index]
         assert np.abs(sample.points_xy.numpy() - expected).max() < 1e-3
@@ -441,7 +441,7 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
     monkeypatch.setattr(data, "read_picture", told)
     whole = replace(run, config=replace(run.config, reduced_decode=False))
     ours, theirs = (_samples(r.people(augment=SAME_PIXELS, global_batch=20), 20) for r in (run, whole))
-    assert known[40:] == [(1, 1)] * 40, "one picture for the two views of a pair; whole where that is asked for"
+    assert known[40:] == [(1, 1)] * 40, "one image for the two views of a pair; whole where that is asked for"
     assert known[:40] == [(most, most) for most, _ in known[:40]]
     assert {most for most, _ in known[:40]} >= {1, 2}
     for (most, _), one, other in zip(known[:40], ours, theirs, strict=True):
@@ -449,7 +449,7 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
         rest = [[tensor for tensor in _tensors(sample) if tensor.ndim < 3] for sample in (one, other)]
         assert all(torch.equal(a, b) for a, b in zip(*rest, strict=True))
         for a, b in zip(*images, strict=True):
-            # The drawn pictures are noisy: a pixel of several means is smoother than what bilinear warps pick.
+            # The drawn images are noisy: a pixel of several means is smoother than what bilinear warps pick.
             assert torch.equal(a, b) if most == 1 else 0 < (a - b).abs().float().mean() < 10
             if most > 1:  # a pixel further, edges would differ
                 smooth = [torch.nn.functional.avg_pool2d(image.float(), 4) for image in (a, b)]
@@ -542,11 +542,11 @@ def test_good_people_pass(run: Run) -> None:
 def test_real_people_open(tmp_path: Path) -> None:
     run = _open(REAL, tmp_path)
     assert run.sets.unlabelled is not None
-    # 10 whole pictures, and the 81 training people without a label.
+    # 10 whole images, and the 81 training people without a label.
     assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabelled)) == (86, 68, 91)
     counts, *said = str(run.sets).splitlines()
-    assert counts == "people: 86 train, 68 val, 91 unlabelled"
-    assert len(said) == 1 and str(REAL / "unlabeled2017") in said[0], "whole pictures are no person's shape"
+    assert counts == "people: 86 train, 68 val, 91 unlabeled"
+    assert len(said) == 1 and str(REAL / "unlabeled2017") in said[0], "whole images are no person's shape"
     only_pictures = _open(REAL, tmp_path, unlabelled_train_people=False)
     assert only_pictures.sets.unlabelled is not None and len(only_pictures.sets.unlabelled) == 10
     batch = next(iter(loader.batches(run.people(), _share(), range(1), 0, CPU)))
@@ -569,7 +569,7 @@ def test_skipped_people_are_counted(drawn: Path, tmp_path: Path) -> None:
     left = 20 - names.count(names[0])
     run = _open(root, tmp_path / "cache", on_bad_image="skip")
     assert len(run.sets.train) == left
-    assert f"people: {left} train, 5 val, 15 unlabelled ({20 - left} skipped" in str(run.sets)
+    assert f"people: {left} train, 5 val, 15 unlabeled ({20 - left} skipped" in str(run.sets)
 
 
 def test_without_unlabelled_people_nothing_can_be_learnt_from_them(drawn: Path, tmp_path: Path) -> None:

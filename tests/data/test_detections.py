@@ -58,7 +58,7 @@ def test_other_pictures_and_other_categories_are_left_out_and_told(people: Peopl
     more = [found[0] | {"image_id": 10**9}, found[1] | {"category_id": 3}, found[2] | {"category_id": 44}]
     boxes = detections.load_boxes(str(_write(tmp_path, [*more, *found])), people)
     assert len(boxes) == 8
-    assert "2 of other categories and 1 of other pictures are left out" in boxes.told
+    assert "2 of other categories and 1 of other images are left out" in boxes.told
     # Nothing is too unsure: the published evaluation has no threshold on boxes.
     assert len(detections.load_boxes(str(_write(tmp_path, [found[0] | {"score": 0.001}])), people)) == 1
 
@@ -85,18 +85,18 @@ REFUSED = [
     pytest.param(lambda found: ["box"], ["detection 0", "'box'"], id="no objects"),
     pytest.param(_without("score"), ["detection 1", "no 'score'"], id="no score"),
     pytest.param(_without("bbox"), ["detection 1", "no 'bbox'"], id="no box"),
-    pytest.param(_without("image_id"), ["detection 1", "no 'image_id'"], id="no picture"),
+    pytest.param(_without("image_id"), ["detection 1", "no 'image_id'"], id="no image"),
     pytest.param(_with(score=None), ["detection 3", "None"], id="score None"),
     pytest.param(_with(score=float("nan")), ["detection 3", "nan"], id="score nan"),
     pytest.param(_with(bbox=[1, 2, 3]), ["detection 3", "4 numbers", "[1, 2, 3]"], id="three numbers"),
     pytest.param(_with(bbox=[10, 10, 0, 30]), ["detection 3", "[10, 10, 0, 30]", "no area"], id="no width"),
     pytest.param(_with(bbox=[10, 10, 30, -2]), ["detection 3", "no area"], id="negative height"),
-    pytest.param(_with(bbox=[5000, 10, 30, 30]), ["detection 3", "outside picture"], id="right of the picture"),
-    pytest.param(_with(bbox=[-40, 10, 30, 30]), ["detection 3", "outside picture"], id="left of the picture"),
-    pytest.param(_with(bbox=[0, 4000, 30, 30]), ["detection 3", "outside picture"], id="below the picture"),
+    pytest.param(_with(bbox=[5000, 10, 30, 30]), ["detection 3", "outside image"], id="right of the image"),
+    pytest.param(_with(bbox=[-40, 10, 30, 30]), ["detection 3", "outside image"], id="left of the image"),
+    pytest.param(_with(bbox=[0, 4000, 30, 30]), ["detection 3", "outside image"], id="below the image"),
     pytest.param(
         lambda found: [one | {"image_id": 10**9 + i} for i, one in enumerate(found)],
-        ["another image set", "none of its 8 pictures", "1000000000", "person_keypoints_val2017.json"],
+        ["another image set", "none of its 8 images", "1000000000", "person_keypoints_val2017.json"],
         id="another image set",
     ),
     pytest.param(
@@ -128,7 +128,7 @@ def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) ->
     (root / VAL).write_text(people.annotations.read_text())
     (root / "val2017").mkdir()
     moved = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"detection 0: its picture .*\.jpg is not there"):
+    with pytest.raises(UserError, match=r"detection 0: its image .*\.jpg is not there"):
         detections.load_boxes(str(_write(tmp_path, _found(people))), moved)
 
 
@@ -140,10 +140,10 @@ def test_a_labelled_box_outside_its_picture_is_refused(people: People, tmp_path:
     with pytest.raises(UserError) as caught:
         detections.ground_truth_boxes(moved)
     number = tree["annotations"][2]["id"]
-    assert f"annotation {number}: its box [2000, 10, 40, 90] is outside picture" in str(caught.value)
+    assert f"annotation {number}: its box [2000, 10, 40, 90] is outside image" in str(caught.value)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real pictures: {DATA} (SAPIENS_ACCEL_TEST_DATA)")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real images: {DATA} (SAPIENS_ACCEL_TEST_DATA)")
 def test_a_real_detectors_file_and_one_of_another_set(tmp_path: Path) -> None:
     mini, whole = DATA / "coco_mini", DATA / "coco_wholebody_mini"
     file = whole / "person_detection_results" / "COCO_val2017_detections_AP_H_56_person.json"
@@ -152,5 +152,5 @@ def test_a_real_detectors_file_and_one_of_another_set(tmp_path: Path) -> None:
     assert len(boxes) == 118 and 0 < boxes.scores.min() < 0.01 < 0.99 < boxes.scores.max()
     assert set(boxes.image_ids.tolist()) == {785, 40083, 196141, 197388}
     other = coco.labelled_people(mini, "annotations/person_keypoints_train2017.json", "train2017", 17, tmp_path)
-    with pytest.raises(UserError, match="another image set: none of its 4 pictures"):
+    with pytest.raises(UserError, match="another image set: none of its 4 images"):
         detections.load_boxes(str(file), other)

@@ -48,7 +48,7 @@ def _open(root: Path, cache: Path) -> Sets:
 
 
 def _metrics(sets: Sets) -> dict[str, float]:
-    """Of people found where they are labelled, but for one: AP is neither 0 nor 1."""
+    """Of people found where they are labeled, but for one: AP is neither 0 nor 1."""
     tree = read_ground_truth(sets.val, 17).dataset
     labelled = [person for person in tree["annotations"] if any(person["keypoints"])]
     found = [

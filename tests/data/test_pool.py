@@ -1,4 +1,4 @@
-"""Labels withheld by the published rule, the pool of people without labels, and no validation picture in it."""
+"""Labels withheld by the published rule, the pool of people without labels, and no validation image in it."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ TRAIN = "annotations/person_keypoints_train2017.json"
 BOXES = "annotations/person_boxes_unlabeled2017.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini"
-with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def _tree(path: Path) -> Any:
 def _labelled_ids(path: Path, num: int | None = None) -> list[int]:
     """Ids of the people with keypoints in the order of the JSON, read without our code; or of the first `num`.
 
-    The first ones are found as xierc/Semi_Human_Pose does: picture by picture, in the order of `images`.
+    The first ones are found as xierc/Semi_Human_Pose does: image by image, in the order of `images`.
     """
     people = _tree(path)["annotations"]
     people = [a for a in people if not a["iscrowd"] and a["num_keypoints"] > 0 and min(a["bbox"][2:]) > 0]
@@ -94,11 +94,11 @@ def _ids(people: People) -> list[int]:
 def test_the_people_of_the_first_pictures_are_labelled_and_the_others_withheld(cache: Path) -> None:
     everybody, expected = _labelled_ids(REAL / TRAIN), _labelled_ids(REAL / TRAIN, 30)
     assert len(everybody) == 86 and everybody != sorted(everybody), "the order of the file is not that of the ids"
-    assert len(expected) == 30 and set(expected) != set(everybody[:30]), "nor that of its pictures"
+    assert len(expected) == 30 and set(expected) != set(everybody[:30]), "nor that of its images"
     sets = _open(REAL, cache, labels=30)
     assert sets.unlabelled is not None
     assert _ids(sets.train) == expected
-    # 10 whole pictures, 56 withheld, 81 without keypoints: nobody twice, and no keypoint in any of them.
+    # 10 whole images, 56 withheld, 81 without keypoints: nobody twice, and no keypoint in any of them.
     assert len(sets.unlabelled) == 10 + 56 + 81
     assert _ids(sets.unlabelled)[10:66] == [i for i in everybody if i not in expected]
     assert not coco.keypoints_of(sets.unlabelled.rows).any()
@@ -113,7 +113,7 @@ def test_the_people_of_the_first_pictures_are_labelled_and_the_others_withheld(c
 @pytest.mark.parametrize("num", range(1, 21, 3))
 def test_first_is_by_picture_however_pictures_and_people_are_ordered(root: Path, cache: Path, num: int) -> None:
     tree = _tree(root / TRAIN)
-    assert len(tree["images"]) < 20, "pictures of several people are cut through"
+    assert len(tree["images"]) < 20, "images of several people are cut through"
     for seed, key in enumerate(("images", "annotations")):
         np.random.default_rng(seed).shuffle(tree[key])
     (root / TRAIN).write_text(json.dumps(tree))
@@ -205,7 +205,7 @@ def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, 
 
 
 def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
-    """Write a run's record as train.py does; the ids of its labelled people."""
+    """Write a run's record as train.py does; the ids of its labeled people."""
     train = _open(root, cache, **labels, unlabelled=False).train
     run_folder.write_labeled_ids(folder / "labelled_ann_ids.json", train, DataConfig(**labels))
     return sorted(_ids(train))
@@ -257,7 +257,7 @@ def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> N
     _error(lambda: _record(tmp_path, drawn, cache), tmp_path / "labelled_ann_ids.json", "not JSON", "Move it away")
 
 
-# ---- No validation picture
+# ---- No validation image
 
 
 @with_real_data
@@ -289,7 +289,7 @@ def test_a_byte_more_or_less_is_another_picture(root: Path, cache: Path) -> None
 
 
 def _same_id_and_name(root: Path, id_too: bool) -> tuple[Path, Path]:
-    """An unlabelled picture with a validation picture's name, other bytes, and its id or its own."""
+    """An unlabeled image with a validation picture's name, other bytes, and its id or its own."""
     val = _val_picture(root)
     tree = _tree(root / BOXES)
     first = tree["images"][0]
@@ -321,7 +321,7 @@ def test_the_same_id_name_and_look_are_the_same_picture_whatever_its_bytes(root:
 
 
 def test_the_same_name_and_look_alone_are_not(root: Path, cache: Path) -> None:
-    """Not looked at: it would take a comparison of all pictures with all."""
+    """Not looked at: it would take a comparison of all images with all."""
     mine, val = _same_id_and_name(root, id_too=False)
     _encode_anew(val, mine)
     assert len(_pool(root, cache)) == 8
@@ -437,7 +437,7 @@ def test_a_broken_detection_is_named(root: Path, cache: Path, change: dict[str, 
 
 
 def test_no_detection_at_all_is_named(root: Path, cache: Path) -> None:
-    _error(lambda: _open(root, cache, **_give(root, [])), root / "detections.json", "no unlabelled person")
+    _error(lambda: _open(root, cache, **_give(root, [])), root / "detections.json", "no unlabeled person")
     (root / "detections.json").write_text("[{")
     _error(lambda: _open(root, cache, unlabelled_annotations="detections.json"), root / "detections.json", "not JSON")
 
@@ -458,7 +458,7 @@ def test_a_folder_or_a_picture_that_is_not_there_is_named(root: Path, cache: Pat
 
 
 def test_a_missing_picture_of_a_withheld_person_names_the_json_of_that_person(root: Path, cache: Path) -> None:
-    """The pool begins with the boxes' JSON, whose pictures are all there."""
+    """The pool begins with the boxes' JSON, whose images are all there."""
     tree = _tree(root / TRAIN)
     person = tree["annotations"][-1]
     gone = root / "train2017" / next(i["file_name"] for i in tree["images"] if i["id"] == person["image_id"])
@@ -491,13 +491,13 @@ def test_an_empty_pool_says_all_that_would_fill_it(root: Path, cache: Path) -> N
 
 
 def test_boxes_of_another_shape_are_told_once_with_both_numbers(root: Path, cache: Path) -> None:
-    assert str(_open(root, cache)) == "people: 20 train, 6 val, 8 unlabelled"
+    assert str(_open(root, cache)) == "people: 20 train, 6 val, 8 unlabeled"
     (root / BOXES).unlink()
     for picture in (root / "unlabeled2017").iterdir():
         cv2.imwrite(str(picture), cv2.resize(cv2.imread(str(picture)), (480, 160)))
     sets = _open(root, cache, labels=10)
     first, second = str(sets).splitlines()
-    assert first == f"people: 10 train, 6 val, {len(list((root / 'unlabeled2017').iterdir())) + 10} unlabelled"
+    assert first == f"people: 10 train, 6 val, {len(list((root / 'unlabeled2017').iterdir())) + 10} unlabeled"
     boxes = np.array([a["bbox"] for a in _tree(root / TRAIN)["annotations"]])
     ours = np.median(boxes[:, 2] / boxes[:, 3])
     named = (root / "unlabeled2017", "of 3.00", f"of {ours:.2f}", "--data.unlabelled_annotations")

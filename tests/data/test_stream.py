@@ -32,7 +32,7 @@ PEOPLE, BATCH = 48, 8
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 labelled people in row groups of two pictures."""
+    """48 labeled people in row groups of two images."""
     folder = tmp_path_factory.mktemp("data")
     drawn = synthetic.write(folder / "drawn", num_train=PEOPLE, num_unlabelled=20, num_val=4)
     words = ["convert", "coco", str(drawn), str(folder / "parquet"), "--shard_mb", "0.2", "--group_rows", "2"]

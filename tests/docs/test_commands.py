@@ -196,7 +196,7 @@ def workspace(assets: Path, trained: Path, tmp_path: Path) -> Path:
         if path != trained:
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(trained, tmp_path / "RUN_DIR", symlinks=True)
-    (tmp_path / "docs").mkdir()  # a copy: the script writes its picture beside itself
+    (tmp_path / "docs").mkdir()  # a copy: the script writes its image beside itself
     shutil.copy(REPOSITORY / "docs" / "draw_predictions.py", tmp_path / "docs")
     return tmp_path
 

@@ -1,8 +1,8 @@
 """What happens with broken and odd files: each has the outcome written beside it, none is a traceback.
 
 refused   one line that names file and culprit, exit code 2; the doctor names it too, with everything else
-picture   named and refused; with --data.on_bad_image skip named and left out
-left out  its person is not learnt from; the doctor says who
+image   named and refused; with --data.on_bad_image skip named and left out
+left out  its person is not learned from; the doctor says who
 warned    taken as it is; the doctor names it
 read      taken, and right
 """
@@ -87,7 +87,7 @@ def _person(**changes: Any) -> Callable[[Tree], Tree]:
 
 
 def _picture(**changes: Any) -> Callable[[Tree], Tree]:
-    """Another second picture."""
+    """Another second image."""
     return lambda t: t | {"images": [a | changes if i == 1 else a for i, a in enumerate(t["images"])]}
 
 
@@ -132,12 +132,12 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "file_name absolute": (_picture(file_name="/etc/passwd"), "/etc/passwd"),
     "file_name too long": (_picture(file_name=LONG), "is not there"),
     "file_name of a long folder": (_picture(file_name=f"{LONG}/a.jpg"), "is not there"),
-    "picture id a list": (_picture(id=[1]), "[1]"),
-    "picture id of two pictures": (_picture(id=1), "two pictures"),
-    "picture id of 70 bits": (
+    "image id a list": (_picture(id=[1]), "[1]"),
+    "image id of two images": (_picture(id=1), "two images"),
+    "image id of 70 bits": (
         lambda t: json.loads(json.dumps(t).replace('"id": 2, "file', f'"id": {2**70}, "file').replace(
             '"image_id": 2,', f'"image_id": {2**70},')), "64 bits"),
-    "its picture not listed": (_person(image_id=777), "777"),
+    "its image not listed": (_person(image_id=777), "777"),
     "image_id a list": (_person(image_id=[1]), "annotation 3"),
     "id of 70 bits": (_person(id=2**70), "64 bits"),
     "id of 4,000 digits": (_person(id=10**4000), "64 bits"),
@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "no ids": (_without("annotations", "id"), "'id'"),
     "bbox with NaN": (_person(bbox=[NAN, 1, 9, 9]), "annotation 3"),
     "bbox infinite": (_person(bbox=[1, 1, INF, 9]), "annotation 3"),
-    "bbox beyond any picture": (_person(bbox=[1, 1, 1e300, 1e300]), "annotation 3"),
+    "bbox beyond any image": (_person(bbox=[1, 1, 1e300, 1e300]), "annotation 3"),
     "bbox of text": (_person(bbox=["1", "1", "9", "9"]), "annotation 3"),
     "bbox null": (_person(bbox=None), "annotation 3"),
     "bbox an object": (_person(bbox={"x": 1}), "annotation 3"),
@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "area of text": (_person(area="12"), "'area'"),
     "area null": (_person(area=None), "'area'"),
     "keypoints with NaN": (_point(0, NAN), "annotation 3"),
-    "keypoints beyond any picture": (_point(1, -1e12), "annotation 3"),
+    "keypoints beyond any image": (_point(1, -1e12), "annotation 3"),
     "keypoints with 10^400": (_point(0, 10**400), "annotation 3"),
     "keypoints of text": (_point(2, "2"), "annotation 3"),
     "keypoints in threes": (_person(keypoints=[[1, 2, 2]] * 17), "annotation 3"),
@@ -172,8 +172,8 @@ LEFT_OUT: dict[str, tuple[Callable[[Tree], Tree], str]] = {
 }
 WARNED: dict[str, tuple[Callable[[Tree], Tree], str, str]] = {
     "an id of two annotations": (_person(id=1), "warning", "annotation 1 "),
-    "a box outside of the picture": (_person(bbox=[900, 20, 30, 40]), "error", "annotation 3"),
-    "joints outside of the picture": (_point(0, 5000.0), "warning", "annotation 3"),
+    "a box outside of the image": (_person(bbox=[900, 20, 30, 40]), "error", "annotation 3"),
+    "keypoints outside of the image": (_point(0, 5000.0), "warning", "annotation 3"),
     "v of 7": (_point(2, 7), "warning", "annotation 3"),
     "area 0": (_person(area=0), "warning", "annotation 3"),
     "num_keypoints that is not so": (_person(num_keypoints=3), "warning", "annotation 3"),
@@ -255,7 +255,7 @@ def test_nothing_outside_of_the_root_is_opened(run: Config, root: Path, drawn: P
 EVENTS = ("open", "os.listdir", "os.scandir")
 
 
-# ---- Pictures
+# ---- Images
 
 
 def _whole(root: Path) -> Path:
@@ -280,7 +280,7 @@ def _instead(action: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def _huge(side: int) -> Callable[[Path], None]:
-    # One bit a pixel: the file is small and quickly written, its colours take 3 bytes a pixel.
+    # One bit a pixel: the file is small and quickly written, its colors take 3 bytes a pixel.
     return lambda path: Image.new("1", (side, side)).save(path, "PNG")
 
 
@@ -321,9 +321,9 @@ def test_a_picture_that_is_not_there_is_refused_even_with_skip(run: Config, root
 
 
 KINDS: dict[str, tuple[str, Callable[[Image.Image, Path], object]]] = {
-    "grey JPEG": ("L", lambda i, path: i.save(path, "JPEG", quality=95)),
-    "grey PNG": ("L", lambda i, path: i.save(path, "PNG")),
-    "grey and alpha": ("L", lambda i, path: i.convert("LA").save(path, "PNG")),
+    "gray JPEG": ("L", lambda i, path: i.save(path, "JPEG", quality=95)),
+    "gray PNG": ("L", lambda i, path: i.save(path, "PNG")),
+    "gray and alpha": ("L", lambda i, path: i.convert("LA").save(path, "PNG")),
     "alpha": ("RGB", lambda i, path: i.convert("RGBA").save(path, "PNG")),
     "palette": ("P", lambda i, path: i.save(path, "PNG")),
     "CMYK": ("CMYK", lambda i, path: i.save(path, "JPEG", quality=95)),
@@ -394,7 +394,7 @@ def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not
     _told(run, "error", "train2017/000000000002.jpg: 240 x 160 in the JSON, about 160 x 240 as read")
     (root / TRAIN).write_text(json.dumps(_picture(width=160, height=240)(json.loads((root / TRAIN).read_text()))))
     report, _, _ = doctor.looked_over(run)
-    assert not [f for f in report.findings if f.check == "train/size"], "labelled as it is shown"
+    assert not [f for f in report.findings if f.check == "train/size"], "labeled as it is shown"
 
 
 def test_100_megapixels_are_read(run: Config, root: Path) -> None:
@@ -446,7 +446,7 @@ def test_training_learns_from_odd_pictures_and_from_what_is_left_of_broken_ones(
 ) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY))
     paths = sorted((root / "train2017").iterdir())
-    for path, case in zip(paths, ("CMYK", "16 bits", "grey JPEG"), strict=False):
+    for path, case in zip(paths, ("CMYK", "16 bits", "gray JPEG"), strict=False):
         KINDS[case][1](Image.open(path).convert(KINDS[case][0]), path)
     _cut(paths[-1])
     words = [*_words(root, tmp_path / "cache", tmp_path / "run"), "--data.on_bad_image", "skip", "--dry_run"]

@@ -83,7 +83,7 @@ def test_drawn_people_are_fine(drawn: Path) -> None:
     assert report.people["val"]["box_height"][1] == pytest.approx(np.median([a["bbox"][3] for a in tree]), abs=0.1)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 def test_real_people_are_fine() -> None:
     report, _, _ = doctor.looked_over(Config(data=DataConfig(root=str(REAL))))
     expected = {(check, "note") for check in ("joints/names", "train/crowd", "val/crowd")}
@@ -93,7 +93,7 @@ def test_real_people_are_fine() -> None:
 WHOLE = REAL.with_name("coco_wholebody_mini")
 
 
-@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no real pictures: {WHOLE} (SAPIENS_ACCEL_TEST_DATA)")
+@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no real images: {WHOLE} (SAPIENS_ACCEL_TEST_DATA)")
 def test_whole_bodies_are_looked_at_with_all_their_joints(tmp_path: Path) -> None:
     """Published hands have a v between 0 and 1, which counts as none, in two people."""
     file = "annotations/coco_wholebody_val_v1.0.json"
@@ -178,7 +178,7 @@ def test_animals_that_trot_past_have_no_swapped_pairs() -> None:
 
 
 def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the doctor of 10,000 joints, and every picture of a training, would take time by the square of them."""
+    """Else the doctor of 10,000 keypoints, and every image of a training, would take time by the square of them."""
     read, side = [], skeleton._side
     monkeypatch.setattr(skeleton, "_side", lambda *names: read.append(names) or side(*names))
     whole = dataclasses.replace(WHOLEBODY133)
@@ -189,7 +189,7 @@ def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pairs_that_chance_decides_are_not_told_of() -> None:
-    """Sixty pairs of a small face, labelled by coin: none of them is swapped."""
+    """Sixty pairs of a small face, labeled by coin: none of them is swapped."""
     pairs = 60
     names = tuple(f"{side}_{k}" for k in range(pairs) for side in ("left", "right"))
     mirror = tuple(k ^ 1 for k in range(2 * pairs))
@@ -215,7 +215,7 @@ def test_people_who_lie_or_turn_vote_alike() -> None:
 
 
 def _labels(num: int) -> Labels:
-    """People who all stand alike: every left joint to the right in the picture."""
+    """People who all stand alike: every left keypoint to the right in the image."""
     x = np.array([0.0, *[10, -10] * 8])
     points = np.column_stack([x + 100, np.linspace(10, 200, 17), np.full(17, 2.0)])
     boxes = np.tile([80.0, 5.0, 40.0, 200.0], (num, 1))
@@ -233,8 +233,8 @@ FAULTS: dict[str, tuple[Callable[[Labels], Labels], str, str]] = {
     "box outside above": (lambda b: _with(b, "boxes_xywh", 7, [5, -300, 40, 200]), "boxes", "error"),
     "area 0": (lambda b: _with(b, "areas", 7, 0), "area", "warning"),
     "area of more than the box": (lambda b: _with(b, "areas", 7, 9000), "area", "warning"),
-    "joint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
-    "joint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
+    "keypoint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
+    "keypoint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
     "v of 3": (lambda b: _with(b, "keypoints", 7, [[9, 5, 3], *b.keypoints[7, 1:]]), "visibility", "warning"),
     "v of 1/2": (lambda b: _with(b, "keypoints", 7, [[9, 5, 0.5], *b.keypoints[7, 1:]]), "visibility", "warning"),
 }  # fmt: skip
@@ -259,7 +259,7 @@ def test_within_a_pixel_of_the_border_is_inside() -> None:
     inside = _with(_labels(60), "keypoints", 7, [[240.0, -1.0, 2], *_labels(1).keypoints[0, 1:]])
     assert examine.faults(inside, COCO17, scored=True) == []
     unseen = _with(_labels(60), "keypoints", 7, [[900.0, -50.0, 0], *_labels(1).keypoints[0, 1:]])
-    assert examine.faults(unseen, COCO17, scored=True) == [], "not labelled: it may be anywhere"
+    assert examine.faults(unseen, COCO17, scored=True) == [], "not labeled: it may be anywhere"
 
 
 @pytest.mark.parametrize(("scored", "level"), [(True, "error"), (False, "warning")])
@@ -323,7 +323,7 @@ def test_columns_are_those_of_the_chosen_rows(drawn: Path) -> None:
     assert np.array_equal(coco.boxes_of(chosen), [rows[i]["box_xywh"] for i in (41, 70)])
 
 
-# ---- Other joints, other sources
+# ---- Other keypoints, other sources
 
 
 def _renamed(root: Path, names: Sequence[str], order: Sequence[int], *files: str) -> None:
@@ -445,7 +445,7 @@ def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> 
     leaks = tuple(f"found/{name}.jpg is val2017/000020000003.jpg" for name in "ab")
     assert told == {"unlabelled/unreadable": ("found/cut.jpg", "found/empty.jpg"), "unlabelled/leaks": leaks}
     report, _, _ = doctor.looked_over(config.load([*_words(root), "--data.unlabelled_images", "found"]))
-    assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learnt from them"
+    assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learned from them"
 
 
 def test_boxes_of_pictures_without_labels_that_are_not_there_are_all_named(root: Path) -> None:
@@ -458,7 +458,7 @@ def test_boxes_of_pictures_without_labels_that_are_not_there_are_all_named(root:
 
 
 def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: Path) -> None:
-    """The second one has ids of the first, which is nothing, a joint fewer, a leak and an annotation of area 0."""
+    """The second one has ids of the first, which is nothing, a keypoint fewer, a leak and an annotation of area 0."""
     other = Path(shutil.copytree(drawn, tmp_path / "other"))
     kept = [*range(9), *range(10, 17)]
 
@@ -507,7 +507,7 @@ def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming:
     assert told["train/area"][0].startswith("annotation 6 (")
     assert told["train/boxes"][0].startswith("annotation 9 (")
     sizes = [finding for finding in report.findings if finding.check.endswith("/size")]
-    assert not sizes, "pictures in shards are decoded for their size as files are"
+    assert not sizes, "images in shards are decoded for their size as files are"
 
 
 def test_before_a_training_from_a_stream_few_are_fetched(shards: Path, tmp_path: Path) -> None:
@@ -545,7 +545,7 @@ def test_in_crop_is_what_the_crop_holds() -> None:
 def test_joints_lost_by_the_crop_are_counted_and_named() -> None:
     far = _with(_labels(10), "keypoints", 7, [[5.0, 250.0, 2], *_labels(1).keypoints[0, 1:]])
     finding = examine.lost_by_crop(far, 1.0, (200, 40))
-    assert finding.level == "note" and finding.text.startswith("1 of 170 labelled joints (0.59%)")
+    assert finding.level == "note" and finding.text.startswith("1 of 170 labeled keypoints (0.59%)")
     assert finding.culprits == ("annotation 7 (train2017/7.jpg)",)
     tight = dataclasses.replace(far, boxes_xywh=far.boxes_xywh * [1, 1, 1, 0.5])
     assert examine.lost_by_crop(tight, 1.0, (200, 40)).level == "warning"
@@ -563,7 +563,7 @@ def test_sigma_is_held_against_the_heatmap(sigma: float, hw: tuple[int, int], le
 def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = Codec(input_hw=(128, 96), heatmap_hw=(32, 24), sigma=1)
     good = preview.round_trip(_labels(20), codec, 1.25)
-    assert good.level == "note" and "off by 0.0" in good.text and "340 joints" in good.text
+    assert good.level == "note" and "off by 0.0" in good.text and "340 keypoints" in good.text
     decode = Codec.decode
 
     def off(self: Codec, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -577,7 +577,7 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
-    """The colours of joints that lie free are in the picture at the places that the sample names."""
+    """The colors of keypoints that lie free are in the image at the places that the sample names."""
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
     sets = build.open_people(run.data, COCO17, unlabelled=False)
     people = preview.first_stage(run, sets, COCO17)
@@ -596,7 +596,7 @@ def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
             shown = picture[round(row), round(column)].astype(int)
             near += np.abs(shown - colours[name.split("_")[0]]).max() < 40
             total += 1
-    assert total > 20 and near >= 0.9 * total, "a few lie under a later joint"
+    assert total > 20 and near >= 0.9 * total, "a few lie under a later keypoint"
 
 
 # ---- The machine
@@ -766,7 +766,7 @@ def test_what_the_reader_alone_refuses_is_an_error_too(root: Path, capsys: pytes
     _change(root, lambda people: [person.update(keypoints=[0] * 51, num_keypoints=0) for person in people])
     with pytest.raises(SystemExit) as left:
         doctor.main(_words(root))
-    assert left.value.code == 1 and "none of its 120 people has a labelled keypoint" in capsys.readouterr().out
+    assert left.value.code == 1 and "none of its 120 people has a labeled keypoint" in capsys.readouterr().out
 
 
 def test_the_text_names_a_few_and_counts_the_rest(drawn: Path) -> None:

@@ -29,7 +29,7 @@ from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 Array = np.ndarray
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_wholebody_mini"
-pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 OF_17 = "annotations/person_keypoints_val2017.json"
 OF_133 = "annotations/coco_wholebody_val_v1.0.json"
 DETECTED = REAL / "person_detection_results" / "COCO_val2017_detections_AP_H_56_person.json"
@@ -55,7 +55,7 @@ def _overlap(a: Array, b: Array) -> float:
 def _given_back(people: People, boxes: Boxes) -> Predictions:
     """In each person's own box its labels, with 0.9; in boxes of nobody anything, with 0.3.
 
-    Unlabelled points are somewhere in the box. A detector's box of a person is the free one that overlaps most.
+    Unlabeled points are somewhere in the box. A detector's box of a person is the free one that overlaps most.
     """
     rng, labels, own = np.random.default_rng(0), _labels(people), coco.boxes_of(people.rows)
     k, image_ids = labels.shape[1], people.rows["image_id"][:]
@@ -89,7 +89,7 @@ def test_the_truth_scores_one_in_any_boxes(tmp_path: Path, given: str, annotatio
     parts = PARTS if skeleton is WHOLEBODY133 else ()
     assert set(metrics) == {*METRICS, *(f"{part}/{name}" for part in parts for name in METRICS)}
     for part in parts:
-        # Everybody is found. Who has no labelled hand is to be ignored, but COCO lets the hand that is predicted for
+        # Everybody is found. Who has no labeled hand is to be ignored, but COCO lets the hand that is predicted for
         # them take the place of another such person, whose own one is then a false positive.
         assert metrics[f"{part}/AR"] == pytest.approx(1.0, abs=1e-9)
         assert metrics[f"{part}/AP"] == pytest.approx(1.0, abs=0.15 if "hand" in part or part == "face" else 1e-9)
@@ -146,7 +146,7 @@ def _noisy(people: People, boxes: Boxes, skeleton: Skeleton, seed: int) -> Predi
 
 
 def _rules_by_hand(predictions: Predictions, boxes: Boxes, skeleton: Skeleton) -> list[tuple[int, int, float]]:
-    """Image, box and score of what stays: the published rules, person by person and joint by joint."""
+    """Image, box and score of what stays: the published rules, person by person and keypoint by keypoint."""
     found = []
     for j in range(len(boxes)):
         good = [s for s in predictions.scores[j] if s > 0.2]
@@ -295,7 +295,7 @@ def test_a_backend_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
 
 
 def test_keypoints_by_hand() -> None:
-    # Two people of 2 keypoints; the second person's first one is not labelled.
+    # Two people of 2 keypoints; the second person's first one is not labeled.
     labels = np.array([[[10.0, 10, 2], [50, 50, 1]], [[0, 0, 0], [20, 20, 2]]])
     found = np.array([[[10.0, 10], [50, 59]], [[7, 7], [20, 45]]])  # off by 0, 9, (any), 25
     areas, boxes = np.array([900.0, 400.0]), np.array([[0, 0, 30.0, 60], [0, 0, 100.0, 50]])

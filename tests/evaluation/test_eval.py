@@ -87,7 +87,7 @@ def test_short_options_are_the_long_ones(main: Main, weights: Path, root: Path, 
     assert {**short["first"], "seconds": 0} == {**long["first"], "seconds": 0}
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     assert short["first"]["boxes"] == "detector (detector.json)"
-    assert "pictures:\n  evaluations" in long["said"] and ".jpg" not in short["said"]
+    assert "images:\n  evaluations" in long["said"] and ".jpg" not in short["said"]
 
 
 def test_saved_predictions_score_the_same_by_hand(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:

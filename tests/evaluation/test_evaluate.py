@@ -36,7 +36,7 @@ TRAIN = ("annotations/person_keypoints_train2017.json", "train2017")
 VAL = ("annotations/person_keypoints_val2017.json", "val2017")
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini"
-with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+with_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 DATA = DataConfig(input_hw=(256, 192), num_workers=0)
 CONFIG = EvalConfig(batch_size=4)
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> People:
-    """48 drawn people, up to three in a picture."""
+    """48 drawn people, up to three in an image."""
     root = synthetic.write(tmp_path_factory.mktemp("evaluate") / "drawn", num_train=1, num_unlabelled=1, num_val=48)
     people = coco.labelled_people(root, *VAL, K, root.parent / "cache")
     assert len(set(people.rows["image_id"])) <= 40
@@ -99,7 +99,7 @@ def test_left_for_right_is_far_from_one(crowd: People) -> None:
 
 
 def _reference_oks(found_xy: Array, truth: Array, area: float) -> float:
-    """https://cocodataset.org/#keypoints-eval, joint by joint."""
+    """https://cocodataset.org/#keypoints-eval, keypoint by keypoint."""
     terms = []
     for k in range(K):
         if truth[k, 2] > 0:
@@ -111,8 +111,8 @@ def _reference_oks(found_xy: Array, truth: Array, area: float) -> float:
 def _reference_ap(people: People, found_xy: Array, scores: Array) -> dict[str, float]:
     """Average precision and recall as COCO defines them, in plain loops.
 
-    In each picture the best-scored person takes the most similar free one above the threshold; then precision, made
-    monotone, is read at 101 recalls. The number of people in a picture is below COCO's limit of 20.
+    In each image the best-scored person takes the most similar free one above the threshold; then precision, made
+    monotone, is read at 101 recalls. The number of people in an image is below COCO's limit of 20.
     """
     rows, per_threshold, recalls = people.rows.to_list(), [], []
     thresholds = [0.5 + 0.05 * i for i in range(10)]
@@ -143,7 +143,7 @@ def _reference_ap(people: People, found_xy: Array, scores: Array) -> dict[str, f
 def test_noise_of_known_size_gives_the_ap_of_the_definition(crowd: People, seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth, areas = _truth(crowd), np.array(crowd.rows["area"][:])
-    # Each joint off by s of its own tolerance: the person's OKS is exp(-s^2 / 2), from 1 to 0.2.
+    # Each keypoint off by s of its own tolerance: the person's OKS is exp(-s^2 / 2), from 1 to 0.2.
     size = rng.uniform(0.0, 1.8, len(crowd))
     angle = rng.uniform(0, 2 * np.pi, (len(crowd), K))
     distance = size[:, None] * np.sqrt(areas)[:, None] * 2 * SIGMAS
@@ -213,7 +213,7 @@ def test_people_who_were_left_out_are_not_missed(crowd: People) -> None:
     # But it is said who they are.
     first = ", ".join(str(ann_id) for ann_id in crowd.rows["ann_id"][:5])
     (line,) = evaluate.describe_unmeasured(left, COCO17)
-    assert line.startswith("5 labelled people") and line.endswith(f": {first}")
+    assert line.startswith("5 labeled people") and line.endswith(f": {first}")
     assert evaluate.describe_unmeasured(crowd, COCO17) == []
 
 
@@ -239,7 +239,7 @@ def test_nms_drops_a_duplicate_and_keeps_the_others_best_first() -> None:
     rng = np.random.default_rng(0)
     one, other = rng.uniform(0, 100, (2, K, 2))
     area = 80.0 * 80.0
-    # Off by s tolerances at every joint: OKS exp(-s^2 / 2) is 0.92 and 0.88.
+    # Off by s tolerances at every keypoint: OKS exp(-s^2 / 2) is 0.92 and 0.88.
     step = 80.0 * 2 * SIGMAS[:, None] * np.array([1.0, 0.0])
     near, apart = one + np.sqrt(-2 * np.log(0.92)) * step, one - np.sqrt(-2 * np.log(0.88)) * step
     points = np.stack([one, other, near, apart])
@@ -257,8 +257,8 @@ def test_nms_drops_a_duplicate_and_keeps_the_others_best_first() -> None:
 
 
 def test_a_person_predicted_twice_counts_once(crowd: People) -> None:
-    # Everybody of a picture is predicted as its first person: one is right, and the others are dropped as duplicates,
-    # so precision stays 1 and recall is the share of pictures.
+    # Everybody of an image is predicted as its first person: one is right, and the others are dropped as duplicates,
+    # so precision stays 1 and recall is the share of images.
     truth, image_ids = _truth(crowd), list(crowd.rows["image_id"])
     first = [image_ids.index(image_id) for image_id in image_ids]
     metrics = _ap(crowd, truth[first, :, :2])
@@ -279,7 +279,7 @@ def test_person_scores() -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """People whose pictures say by their colours who it is and which side is left; red names the person."""
+    """People whose images say by their colors who it is and which side is left; red names the person."""
 
     people: People
     truth: Array  # [n, K, 2], image px
@@ -289,7 +289,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """Seven people of known keypoints in one picture each, of unlike sizes."""
+    """Seven people of known keypoints in one image each, of unlike sizes."""
     root, rng = tmp_path_factory.mktemp("stage"), np.random.default_rng(3)
     (root / "val2017").mkdir()
     (root / "annotations").mkdir()
@@ -315,9 +315,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 class Seer(nn.Module):
-    """Looks at the picture's colours and answers with the Gaussians that a perfect network would give.
+    """Looks at the picture's colors and answers with the Gaussians that a perfect network would give.
 
-    In a mirrored picture it sees a left wrist as a right one, as networks do.
+    In a mirrored image it sees a left wrist as a right one, as networks do.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -358,7 +358,7 @@ def test_predictions_come_back_in_image_pixels_in_the_order_of_the_rows(stage: S
 
 def test_the_flip_test_averages_maps(stage: Stage) -> None:
     class Forgetful(Seer):
-        """Says nothing of mirrored pictures."""
+        """Says nothing of mirrored images."""
 
         def forward(self, image: Tensor) -> Tensor:
             mirrored = image[:, 1, 128, 64] > image[:, 1, 128, 128]

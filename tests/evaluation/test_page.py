@@ -1,4 +1,4 @@
-"""The page of an evaluation and the pictures of its worst people: read back, and held against pycocotools."""
+"""The page of an evaluation and the images of its worst people: read back, and held against pycocotools."""
 
 import base64
 import contextlib
@@ -115,7 +115,7 @@ def _fetches_nothing(text: str) -> Read:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> People:
-    """24 drawn people, up to three in a picture."""
+    """24 drawn people, up to three in an image."""
     root = synthetic.write(tmp_path_factory.mktemp("page") / "drawn", num_train=1, num_unlabelled=1, num_val=24)
     return coco.labelled_people(root, VAL, "val2017", 17, root.parent / "cache")
 
@@ -274,14 +274,14 @@ def test_a_page_that_cannot_be_written_is_one_line(
         config.load(["--eval.num_worst", "-1"])
 
 
-# ---- Pictures
+# ---- Images
 
 
 def test_panels_show_what_they_say(people: People) -> None:
-    """Bones where the person is labelled, joints in the colour of their score, lines in that of the error."""
+    """Bones where the person is labeled, keypoints in the color of their score, lines in that of the error."""
     labels = coco.keypoints_of(people.rows)
     points = labels[..., :2].copy()
-    points[:, 15:] += 4000  # ankles beyond the picture
+    points[:, 15:] += 4000  # ankles beyond the image
     predictions = Predictions(points_xy=points, scores=np.zeros(labels.shape[:2]) + 0.01)
     one = figures.analyze_predictions(predictions, people, COCO17, 3).cases[0]
     assert one.reason.kind == Kind.MISSED and "ankle" in one.reason.text
@@ -308,7 +308,7 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: EvaluationRes
         maps, matrices = np.zeros((len(chosen), 17, 64, 48), np.float32), []
         for i, index in enumerate(chosen):
             x, y, w, h = crops[index]
-            # 64 x 48 px from corner centre to corner centre: a map of the box and 20 px around it.
+            # 64 x 48 px from corner center to corner center: a map of the box and 20 px around it.
             matrix = np.array(
                 [[47 / (w + 40), 0, 47 * (20 - x) / (w + 40)], [0, 63 / (h + 40), 63 * (20 - y) / (h + 40)]]
             )
@@ -328,7 +328,7 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: EvaluationRes
         if not labels[index, 5, 2]:
             continue
         changed = np.abs(case.panels[3][draw.STRIP :].astype(int) - plain.panels[3][draw.STRIP :]).sum(axis=2)
-        # The heat's centre of mass is the shoulder, found by its own route: the frame is the box's, 1.25 of it.
+        # The heat's center of mass is the shoulder, found by its own route: the frame is the box's, 1.25 of it.
         rows, columns = np.nonzero(changed > changed.max() / 3)
         x, y, w, h = crops[index]
         side = 1.25 * max(h, w * 384 / 320)
@@ -391,7 +391,7 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationRe
     assert all(len(case.panels) == 4 for case in alone.cases)
     nobody = replace(judged, predictions=nothing, joints=evaluate.measure_keypoints(nothing, people, COCO17))
     read = _fetches_nothing(html_report.render_report({"net": nobody}, {"net": HOW}, {"net": alone}, COCO17))
-    assert "Of 24 people 24 have an OKS below 0.5; what costs them most: missed joint 24." in read.text
+    assert "Of 24 people 24 have an OKS below 0.5; what costs them most: missed keypoint 24." in read.text
     (tmp_path / "net_worst_07.png").write_bytes(b"of an earlier evaluation")
     saved = figures.save_figures(alone, tmp_path, "net_worst")
     assert sorted(tmp_path.iterdir()) == saved and len(saved) == 2
@@ -411,19 +411,19 @@ def test_labelled_joints_beside_their_box_are_in_the_panel() -> None:
 
 
 def test_of_many_joints_none_hides_another() -> None:
-    """133 joints, of which some are 4 px from one another: each one's own pixel has the colour of its score."""
+    """133 keypoints, of which some are 4 px from one another: each one's own pixel has the color of its score."""
     points_xy = np.stack(np.meshgrid(np.arange(12) * 4.0 + 20, np.arange(12) * 4.0 + 20), axis=-1).reshape(-1, 2)[:133]
     points_xy[0] = 300, 300  # alone: as large as before, with a rim
     scores, plain = np.linspace(0, 1, 133), replace(WHOLEBODY133, edges=())
     drawn = draw.draw_person(np.full((384, 384, 3), 128, np.uint8), points_xy, np.ones(133), plain, scores)
-    for (x, y), score in zip(points_xy.astype(int) + 1, scores, strict=True):  # a pixel's corner lies between centres
+    for (x, y), score in zip(points_xy.astype(int) + 1, scores, strict=True):  # a pixel's corner lies between centers
         near = drawn[y - 1 : y + 1, x - 1 : x + 1].reshape(-1, 3).astype(int)
         assert np.abs(near - draw.score_color(score)).max(axis=1).min() < 8
     assert (drawn[295:306, 295:306] == 0).all(axis=2).any() and not (drawn[:200] == 0).all(axis=2).any()
 
 
 def _detector(people: People) -> None:
-    """A detector that sees nobody in one of the pictures."""
+    """A detector that sees nobody in one of the images."""
     found = json.loads(people.annotations.read_text())["annotations"]
     seen = [p for p in found if p["image_id"] != found[0]["image_id"]]
     results = [{"image_id": p["image_id"], "category_id": 1, "bbox": p["bbox"], "score": 0.3} for p in seen]
@@ -432,7 +432,7 @@ def _detector(people: People) -> None:
 
 @pytest.mark.launch
 def test_eval_writes_page_and_pictures_from_two_processes(people: People, tmp_path: Path) -> None:
-    """Detector's boxes, one picture without any; rank 0 alone writes."""
+    """Detector's boxes, one image without any; rank 0 alone writes."""
     _detector(people)
     weights = untrained(tmp_path / "first", 0)
     words = ["--data.root", people.root, "--data.num_workers", 0, "--boxes", "detector.json", "--worst", 5]

@@ -34,7 +34,7 @@ VAL = "annotations/person_keypoints_val2017.json"
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> Boxes:
-    """Five people of unlike sizes in one picture each; its red says which it is, its noise is for real networks."""
+    """Five people of unlike sizes in one image each; its red says which it is, its noise is for real networks."""
     root, rng = tmp_path_factory.mktemp("predict"), np.random.default_rng(3)
     (root / "val2017").mkdir()
     (root / "annotations").mkdir()
@@ -62,7 +62,7 @@ class Seer(nn.Module):
     """Knows whose crop it is by its red, and draws what a perfect network would, at any size of its crop.
 
     Args:
-        off: px of the picture that it errs to the right.
+        off: px of the image that it errs to the right.
     """
 
     def __init__(self, boxes: Boxes, truth: Array, own_hw: tuple[int, int], off: float = 0.0) -> None:
@@ -131,7 +131,7 @@ def test_networks_of_other_sizes_and_aspects_meet_in_one_frame(
 
 
 def test_maps_are_averaged_not_points_chosen(boxes: Boxes, truth: Array) -> None:
-    # 3 px apart in the picture, the sum of two equal Gaussians peaks in the middle.
+    # 3 px apart in the image, the sum of two equal Gaussians peaks in the middle.
     near = _predict([_seer(boxes, truth), _seer(boxes, truth, off=3.0)], boxes)
     assert np.abs(near.points_xy - truth - [1.5, 0]).max() < 0.3
     # Far apart (and all in the middle of the crop), of three two prevail.

@@ -13,7 +13,7 @@ from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skelet
 
 Array = np.ndarray
 AT = {name: k for k, name in enumerate(COCO17.names)}
-# A person of 100 x 200 px who stands upright, by joint: x, y.
+# A person of 100 x 200 px who stands upright, by keypoint: x, y.
 STANDING = {
     "nose": (50, 15), "eye": (8, 10), "ear": (14, 13), "shoulder": (22, 45), "elbow": (32, 75), "wrist": (38, 105),
     "hip": (15, 105), "knee": (17, 150), "ankle": (18, 190),
@@ -22,7 +22,7 @@ AREA = 9000.0
 
 
 def _person(left: float = 0.0) -> Array:
-    """x, y and visibility 2 of 17 joints; the person's left is on the picture's right."""
+    """x, y and visibility 2 of 17 keypoints; the person's left is on the picture's right."""
     points = []
     for name in COCO17.names:
         side, _, part = name.rpartition("_")
@@ -68,9 +68,9 @@ def test_another_persons_joints_are_the_wrong_person() -> None:
     told = _diagnosed(found, labels).reason(0, COCO17)
     assert told == (Kind.WRONG_PERSON, "nose, left knee, left ankle on another person")
     elsewhere = _diagnosed(found, labels, [1, 2])
-    assert elsewhere.reason(0, COCO17).kind == Kind.MISSED, "people of another picture are not to be confused with"
+    assert elsewhere.reason(0, COCO17).kind == Kind.MISSED, "people of another image are not to be confused with"
     found[0] = labels[1, :, :2]
-    assert _diagnosed(found, labels).reason(0, COCO17) == (Kind.WRONG_PERSON, "all 17 joints on another person")
+    assert _diagnosed(found, labels).reason(0, COCO17) == (Kind.WRONG_PERSON, "all 17 keypoints on another person")
 
 
 def test_joints_of_others_that_nobody_labelled_do_not_count() -> None:
@@ -96,11 +96,11 @@ def test_far_is_missed_and_noise_is_imprecise() -> None:
     reach = np.sqrt(-2 * AREA * (2 * np.array(COCO17.sigmas)) ** 2 * math.log(0.7))
     found[1] += reach[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     diagnosed = _diagnosed(found, labels, [1, 2])
-    assert diagnosed.reason(0, COCO17) == (Kind.MISSED, "all 17 joints missed")
+    assert diagnosed.reason(0, COCO17) == (Kind.MISSED, "all 17 keypoints missed")
     assert diagnosed.similar[1] == pytest.approx(np.full(17, 0.7))
-    # Close joints of the head may be mistaken for each other.
+    # Close keypoints of the head may be mistaken for each other.
     assert set(diagnosed.kinds[1].tolist()) == {Kind.IMPRECISE}
-    assert diagnosed.reason(1, COCO17) == (Kind.IMPRECISE, "all 17 joints imprecise")
+    assert diagnosed.reason(1, COCO17) == (Kind.IMPRECISE, "all 17 keypoints imprecise")
 
 
 def test_the_costliest_kind_is_told_first() -> None:
@@ -118,7 +118,7 @@ def test_without_a_prediction_all_is_missed() -> None:
     labels = _two()
     found, scores = labels[..., :2].copy(), np.full((2, 17), 0.9)
     found[1], scores[1] = 0, 0
-    labels[1, 0, :2] = 0  # a joint in the corner is no find either
+    labels[1, 0, :2] = 0  # a keypoint in the corner is no find either
     diagnosed = diagnose(found, scores, labels, np.full(2, AREA), [1, 2], COCO17)
     assert diagnosed.oks.tolist() == [1, 0]
     assert diagnosed.found.tolist() == [True, False] and (diagnosed.kinds[1] == Kind.MISSED).all()
@@ -151,7 +151,7 @@ def test_the_truth_has_no_error(skeleton: Skeleton) -> None:
 
 
 def _by_hand(found: Array, labels: Array, areas: Array, images: list[int], skeleton: Skeleton) -> Array:
-    """The rules in plain loops, joint by joint."""
+    """The rules in plain loops, keypoint by keypoint."""
 
     def similar(point: Array, person: int, at: int, sigma: float) -> float:
         x, y, visible = labels[person, at]

@@ -43,7 +43,7 @@ def detector(root: Path) -> Path:
 
 @pytest.fixture
 def folder(root: Path, tmp_path: Path) -> Path:
-    """Seven pictures of different sizes, one turned by its EXIF data; two in folders of their own."""
+    """Seven images of different sizes, one turned by its EXIF data; two in folders of their own."""
     folder = tmp_path / "pics"
     for index, path in enumerate(sorted((root / "unlabeled2017").iterdir())[:7]):
         image = cv2.imread(str(path))
@@ -72,7 +72,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2", "d_fine"])
 def test_boxes_are_those_of_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
-    """One picture at a time, decoded by Pillow, through transformers' own classes and their own reading of outputs."""
+    """One image at a time, decoded by Pillow, through transformers' own classes and their own reading of outputs."""
     labels, person = (("dog", "cup", "person"), 2) if kind == "d_fine" else (("dog", "Person", "cup"), 1)
     name = tiny(tmp_path / kind, kind, labels)
     model: Any = transformers.AutoModelForObjectDetection.from_pretrained(name).eval()
@@ -99,7 +99,7 @@ def test_boxes_are_those_of_transformers(kind: str, folder: Path, tmp_path: Path
     assert [row["file_name"] for row in found] == [file for file, _, _ in shown]
     assert np.array([row["bbox"] for row in found]) == pytest.approx(np.array([box for _, box, _ in shown]), abs=0.02)
     assert [row["score"] for row in found] == pytest.approx([score for _, _, score in shown], abs=1e-4)
-    assert len({tuple(row["bbox"]) for row in found}) > len(files), "what is seen depends on the picture"
+    assert len({tuple(row["bbox"]) for row in found}) > len(files), "what is seen depends on the image"
 
 
 def test_of_boxes_that_overlap_the_surer_one_stays() -> None:
@@ -127,7 +127,7 @@ def test_a_picture_that_does_not_decode_is_named_and_the_rest_goes_on(
     cut.write_bytes(cut.read_bytes()[:2000])
     _main(folder, "--out", tmp_path / "some.json", *words)
     said = capsys.readouterr().out
-    assert f"skipped: {cut} does not decode" in said and f"people in 6 pictures of {folder}, 1 skipped" in said
+    assert f"skipped: {cut} does not decode" in said and f"people in 6 images of {folder}, 1 skipped" in said
     rest = [row for row in _read(tmp_path / "all.json") if row["file_name"] != "p4.png"]
     some = _read(tmp_path / "some.json")
     assert [row["file_name"] for row in some] == [row["file_name"] for row in rest]
@@ -242,7 +242,7 @@ def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> No
 
 @pytest.mark.launch
 def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) -> None:
-    """Boxes of pictures whose names are no numbers, by main; then one step of training by the program on them."""
+    """Boxes of images whose names are no numbers, by main; then one step of training by the program on them."""
     shutil.copytree(root, tmp_path / "root")
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -259,7 +259,7 @@ def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) 
         "--data.unlabelled_train_people", "false", "--ssl.global_batch", 2, "--report_to", "none",
         "--output_dir", tmp_path / "run", "--data.cache_dir", tmp_path / "cache",
     )  # fmt: skip
-    assert f"{num} unlabelled" in said
+    assert f"{num} unlabeled" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss_unlabelled" in line] == [1]
 
@@ -287,15 +287,15 @@ def test_wrong_pictures_are_refused(folder: Path, detector: Path, tmp_path: Path
     assert f"{tmp_path / 'no'}: no such file or folder" in _refused(tmp_path / "no", *words)
     (tmp_path / "empty" / "below").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert f"{tmp_path / 'empty'}: no pictures (.jpg," in _refused(tmp_path / "empty", *words)
-    assert "notes.txt: neither a picture" in _refused(tmp_path / "empty" / "notes.txt", *words)
+    assert f"{tmp_path / 'empty'}: no images (.jpg," in _refused(tmp_path / "empty", *words)
+    assert "notes.txt: neither an image" in _refused(tmp_path / "empty" / "notes.txt", *words)
     (tmp_path / "clip.mp4").write_bytes(b"no film at all" * 100)
     assert f"{tmp_path / 'clip.mp4'}: does not open as a video" in _refused(tmp_path / "clip.mp4", *words)
     assert "--every and --frames are of a video" in _refused(folder, *words, "--every", 2)
-    assert "picture b/a/p0.png is not among its images" in _refused(folder, *words, "--annotations", _json(tmp_path))
+    assert "image b/a/p0.png is not among its images" in _refused(folder, *words, "--annotations", _json(tmp_path))
     for path in folder.rglob("*.??g"):
-        path.write_bytes(b"no picture")
-    assert f"{folder}: none of its 7 pictures decodes" in _refused(folder, *words)
+        path.write_bytes(b"no image")
+    assert f"{folder}: none of its 7 images decodes" in _refused(folder, *words)
 
 
 def _json(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""eval.py --images: keypoints in a user's own pictures and videos are those that evaluation predicts."""
+"""eval.py --images: keypoints in a user's own images and videos are those that evaluation predicts."""
 
 import importlib
 import json
@@ -72,7 +72,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def _people(tree: dict[str, Any]) -> dict[tuple[str, tuple[float, ...]], dict[str, Any]]:
-    """Annotations by picture and box."""
+    """Annotations by image and box."""
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     found = {(names[one["image_id"]], tuple(np.round(one["bbox"], 1))): one for one in tree["annotations"]}
     assert len(found) == len(tree["annotations"])
@@ -133,7 +133,7 @@ def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, roo
 
 
 def test_without_boxes_each_picture_is_a_person(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
-    """Pictures of different shapes; the same as a file that says so."""
+    """Images of different shapes; the same as a file that says so."""
     folder = tmp_path / "pics"
     folder.mkdir()
     whole = []
@@ -145,7 +145,7 @@ def test_without_boxes_each_picture_is_a_person(main: Main, weights: Path, root:
     (tmp_path / "whole.json").write_text(json.dumps(whole))
     alone, said = main(weights, folder, *ALL)
     filed, _ = main(weights, folder, "--boxes", tmp_path / "whole.json", *ALL)
-    assert "boxes: whole pictures" in said
+    assert "boxes: whole images" in said
     assert alone["annotations"] == filed["annotations"] and len(alone["annotations"]) == len(whole) > 3
     assert alone["images"] == filed["images"]
     one, _ = main(weights, folder / "p2.png", "--boxes", "whole", *ALL)
@@ -175,7 +175,7 @@ def test_people_of_one_picture_are_told_apart_and_nobody_is_there_twice(
 
 
 def _video(path: Path, root: Path, num: int) -> list[np.ndarray]:
-    """Pictures of people that move; the frames as OpenCV decodes them (BGR)."""
+    """Images of people that move; the frames as OpenCV decodes them (BGR)."""
     pictures = [cv2.imread(str(path)) for path in sorted((root / "val2017").iterdir())]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12, (240, 200))
     for index in range(num):
@@ -194,7 +194,7 @@ def _video(path: Path, root: Path, num: int) -> list[np.ndarray]:
 def test_a_video_is_its_frames(
     main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    """Frame by frame what the pictures of the frames give, in pieces of 3 frames; and a video of as many frames."""
+    """Frame by frame what the images of the frames give, in pieces of 3 frames; and a video of as many frames."""
     monkeypatch.setattr(predict_media, "FRAMES", 3)
     frames = _video(tmp_path / "clip.avi", root, 8)
     folder = tmp_path / "frames"
@@ -306,7 +306,7 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
         predict_media._groups(several, EvalConfig())
 
 
-# ---- Pictures
+# ---- Images
 
 
 def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Pat
         assert changed[
             np.clip(person[1].round().astype(int), 0, 239), np.clip(person[0].round().astype(int), 0, 239)
         ].any()
-    # What was drawn is no picture of the user's.
+    # What was drawn is no image of the user's.
     shutil.copytree(drawn.parents[3], folder / "evaluations")
     again, _ = main(weights, folder, "--eval.score_threshold", 0)
     assert again["images"] == tree["images"]
@@ -338,7 +338,7 @@ def test_everybody_is_drawn(main: Main, weights: Path, root: Path, tmp_path: Pat
 
 
 def test_people_are_drawn_where_they_are() -> None:
-    """Lines where the bones are, in the colours of sides, and nothing elsewhere; the picture itself stays."""
+    """Lines where the bones are, in the colors of sides, and nothing elsewhere; the image itself stays."""
     image = np.full((120, 200, 3), 128, np.uint8)
     people_xy = np.zeros((2, 17, 2))
     people_xy[:, 5], people_xy[:, 7], people_xy[:, 6], people_xy[:, 8] = (30, 20), (30, 80), (90, 20), (90, 80)
@@ -359,7 +359,7 @@ def test_people_are_drawn_where_they_are() -> None:
     assert not changed[:, 36:84][26:].any() and not changed[90:].any() and changed[50].sum() <= 24
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 def test_real_pictures(main: Main, weights: Path) -> None:
     file = REAL / "annotations" / "person_keypoints_val2017.json"
     tree, _ = main(weights, REAL / "val2017", "--boxes", file, "--flip", "false", *ALL)
@@ -385,13 +385,13 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     assert "nowhere: no such file or folder" in _refused(main, weights, tmp_path / "nowhere")
     assert "no such file or folder" in _refused(main, tmp_path / "nowhere", images)
     (tmp_path / "empty").mkdir()
-    assert "empty: no pictures" in _refused(main, weights, tmp_path / "empty")
+    assert "empty: no images" in _refused(main, weights, tmp_path / "empty")
     (tmp_path / "clip.mp4").write_bytes(b"no film")
     assert "clip.mp4: does not open as a video" in _refused(main, weights, tmp_path / "clip.mp4")
     assert "--eval.compare" in _refused(main, weights, images, "--compare")
     assert "--eval.save_predictions" in _refused(main, weights, images, "--save_predictions", "found.json")
-    (tmp_path / "empty" / "a.jpg").write_bytes(b"no picture")
-    assert "none of its pictures decodes" in _refused(main, weights, tmp_path / "empty")
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"no image")
+    assert "none of its images decodes" in _refused(main, weights, tmp_path / "empty")
     assert not (tmp_path / "evaluations").exists()
     assert "--eval.min_box_score: out of its range" in _refused(main, weights, images, "--eval.min_box_score", 2)
     other = untrained(tmp_path / "other", seed=3)
@@ -411,8 +411,8 @@ def test_wrong_boxes_are_refused(main: Main, weights: Path, root: Path, tmp_path
     box = {"image_id": int(name), "bbox": [1, 2, 30, 40], "score": 0.9}
     assert "b.json: not JSON" in refused("[{")
     assert "b.json: no box in it" in refused([])
-    assert "of other pictures: the first of its 1 boxes is of 99999" in refused([box | {"image_id": 99999}])
-    assert "of other pictures" in refused([box | {"image_id": "holiday"}])
+    assert "of other images: the first of its 1 boxes is of 99999" in refused([box | {"image_id": 99999}])
+    assert "of other images" in refused([box | {"image_id": "holiday"}])
     assert "detection 0: expected 'bbox' of 4 numbers" in refused([box | {"bbox": [1, 2]}])
     assert "detection 1: expected a number as 'score'" in refused([box, box | {"score": "high"}])
     assert "detection 0: expected image_id" in refused([{"bbox": [1, 2, 3, 4]}])

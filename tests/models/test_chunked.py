@@ -269,7 +269,7 @@ def test_a_chunk_of_fp16_people_without_labels_adds_nothing() -> None:
     assert head.layer.bias.grad.item() == pytest.approx(4.0, rel=1e-3)
 
 
-# ---- The objectives, with people of whom some are labelled
+# ---- The objectives, with people of whom some are labeled
 
 
 def _view(num: int, seed: int) -> View:
@@ -279,7 +279,7 @@ def _view(num: int, seed: int) -> View:
 
 
 def _batch() -> tuple[Batch, PseudoLabels]:
-    """5 labelled and 6 unlabelled people, and the teacher's points for these."""
+    """5 labeled and 6 unlabeled people, and the teacher's points for these."""
     generator = torch.Generator().manual_seed(7)
     points_xy = torch.rand(11, 17, 2, generator=generator) * torch.tensor([47.0, 63.0])
     weights = torch.rand(11, 17, generator=generator)
@@ -313,7 +313,7 @@ def test_supervised_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: in
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 6, None])
 def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: int | None) -> None:
-    """The border between labelled and unlabelled people lies between two chunks (1, 5), or within one."""
+    """The border between labeled and unlabeled people lies between two chunks (1, 5), or within one."""
     batch, prepared = _batch()
     heatmaps = tiny(torch.cat([batch.labelled.view.image, prepared.image]))
     target, _ = CODEC.encode(prepared.taught.points_xy, prepared.weights)

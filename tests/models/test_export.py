@@ -60,7 +60,7 @@ def _json(file: Path) -> dict:
 
 
 def _pictures(num: int, hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """uint8 noise as our network takes it, and normalised as preprocessor_config.json says: by the constants."""
+    """uint8 noise as our network takes it, and normalized as preprocessor_config.json says: by the constants."""
     pixels = torch.randint(0, 256, (num, 3, *hw), dtype=torch.uint8, generator=torch.Generator().manual_seed(num))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return pixels, (pixels.float() - mean) / std
@@ -172,7 +172,7 @@ def test_a_fresh_network_of_the_file_is_sapiens() -> None:
 def fitted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SapiensPose, Path, np.ndarray]:
-    """A network that finds 17 points in one drawn picture; a folder with the picture and weights/; the points."""
+    """A network that finds 17 points in one drawn image; a folder with the image and weights/; the points."""
     torch.manual_seed(0)
     folder, hw = tmp_path_factory.mktemp(request.param), INPUT_HW[request.param]
     generator = np.random.default_rng(0)

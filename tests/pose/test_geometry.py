@@ -40,7 +40,7 @@ def test_matrix_is_the_published_udp_warp(input_hw: tuple[int, int]) -> None:
 
 
 def test_corners_of_an_upright_crop_are_the_centres_of_the_corner_pixels() -> None:
-    """Unbiased: the crop's width spans W - 1 steps between pixel centres, not W."""
+    """Unbiased: the crop's width spans W - 1 steps between pixel centers, not W."""
     corners = np.array([[100.0, 50.0], [400.0, 50.0], [100.0, 450.0], [400.0, 450.0]])
     crop = Crop(center_xy=(250.0, 250.0), size_wh=(300.0, 400.0))
     expected = [[0, 0], [191, 0], [0, 255], [191, 255]]
@@ -51,7 +51,7 @@ def test_corners_of_an_upright_crop_are_the_centres_of_the_corner_pixels() -> No
 
 
 def test_positive_degrees_turn_clockwise_as_seen() -> None:
-    """What is right of the centre goes below it (y is down)."""
+    """What is right of the center goes below it (y is down)."""
     crop = Crop(center_xy=(0.0, 0.0), size_wh=(191.0, 255.0), degrees=90.0)
     right_of_centre = apply(crop.matrix(INPUT_HW), np.array([[10.0, 0.0]]))
     np.testing.assert_allclose(right_of_centre, [[95.5, 127.5 + 10.0]], atol=1e-10)
@@ -109,7 +109,7 @@ def test_warp_is_black_outside_the_image_and_keeps_pixels_of_an_aligned_crop() -
 
 
 def test_a_crop_out_of_a_large_image_is_as_if_all_of_it_were_warped() -> None:
-    """Only what is seen is touched: as OpenCV on the whole, to a grey level where it rounds the place differently."""
+    """Only what is seen is touched: as OpenCV on the whole, to a gray level where it rounds the place differently."""
     rng = np.random.default_rng(5)
     image = cv2.GaussianBlur(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8), (0, 0), 1.5)
     outside = different = 0
@@ -173,7 +173,7 @@ def test_apply_batch_is_apply_of_each() -> None:
 
 
 def test_box_crop_by_hand() -> None:
-    """A box higher than 4:3 grows in width, a wider one in height; padding comes first, the centre stays."""
+    """A box higher than 4:3 grows in width, a wider one in height; padding comes first, the center stays."""
     high = crop_around_box(np.array([100.0, 50.0, 60.0, 200.0]), 1.25, (256, 192))
     assert high == Crop(center_xy=(130.0, 150.0), size_wh=(187.5, 250.0))
     wide = crop_around_box(np.array([0.0, 10.0, 300.0, 100.0]), 1.25, (256, 192))

@@ -69,7 +69,7 @@ def dots(draw: st.DrawFn, finest: float = 0.4) -> tuple[tuple[int, int], Crop, n
 
 
 def image_of(dot_xy: np.ndarray, sigma: float, size_wh: tuple[int, int]) -> np.ndarray:
-    """A black image with a round dot; its centre of mass is the point."""
+    """A black image with a round dot; its center of mass is the point."""
     x, y = np.arange(size_wh[0]) - dot_xy[0], np.arange(size_wh[1]) - dot_xy[1]
     rows, columns = np.exp(-(y**2) / (2 * sigma**2)), np.exp(-(x**2) / (2 * sigma**2))
     return np.repeat(np.rint(250 * rows[:, None] * columns).astype(np.uint8)[..., None], 3, axis=2)
@@ -215,7 +215,7 @@ def test_a_mirrored_picture_is_the_picture_mirrored(dot: tuple, more_w: int, mor
 def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
     drawn: st.DataObject, factor: int, more_w: int, more_h: int, orientation: int, exif: bool
 ) -> None:
-    """Sides of any length, and EXIF that turns the picture in any of its 8 ways, so that it begins at any corner."""
+    """Sides of any length, and EXIF that turns the image in any of its 8 ways, so that it begins at any corner."""
     input_hw, crop, dot_xy, sigma = drawn.draw(dots(finest=1.05 * factor))
     crop, dot_xy, size_wh = placed(crop, dot_xy, sigma, (more_w, more_h))
     expected = apply(crop.matrix(input_hw), dot_xy[None])[0]
@@ -235,7 +235,7 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
 
 
 def _is_whole(expected_xy: np.ndarray, crop: Crop, sigma: float, input_hw: tuple[int, int]) -> bool:
-    """Whether the crop shows the dot with all that a centre of mass counts."""
+    """Whether the crop shows the dot with all that a center of mass counts."""
     reach = 3.2 * sigma * (input_hw[1] - 1) / crop.size_wh[0] + 1
     return bool((expected_xy > reach).all() and (expected_xy < np.array(input_hw[::-1]) - 1 - reach).all())
 
@@ -269,7 +269,7 @@ def _noise() -> np.ndarray:
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_only_a_jpegs_own_decoder_reduces(tmp_path: Path, factor: int) -> None:
-    """By what is in the file: of others, OpenCV would make a smaller picture after decoding them whole."""
+    """By what is in the file: of others, OpenCV would make a smaller image after decoding them whole."""
     for name, kind in (("a.png", ".png"), ("b.jpg", ".png"), ("c.jpg", ".bmp"), ("d.jpg", ".webp")):
         (tmp_path / name).write_bytes(cv2.imencode(kind, _noise())[1].tobytes())
         assert photo.read_picture(tmp_path / name, factor).reduction == 1

@@ -19,7 +19,7 @@ def _codec(heatmap_hw: tuple[int, int], sigma: int) -> Codec:
 
 
 def _input_per_heatmap(codec: Codec) -> np.ndarray:
-    """UDP: sizes are measured between the centres of the first and the last pixel."""
+    """UDP: sizes are measured between the centers of the first and the last pixel."""
     (input_h, input_w), (height, width) = codec.input_hw, codec.heatmap_hw
     return np.array([(input_w - 1) / (width - 1), (input_h - 1) / (height - 1)])
 
@@ -276,7 +276,7 @@ def test_flip_twice_changes_nothing() -> None:
 
 @every_size
 def test_flip_gives_the_maps_of_the_mirrored_points(heatmap_hw: tuple[int, int], sigma: int) -> None:
-    """A mirrored picture shows the point x at W - 1 - x, and the left wrist as a right one."""
+    """A mirrored image shows the point x at W - 1 - x, and the left wrist as a right one."""
     codec, rng = _codec(heatmap_hw, sigma), np.random.default_rng(8)
     points_xy = _input_px(codec, rng.uniform(0, np.array([heatmap_hw[1], heatmap_hw[0]]) - 1, (17, 2)))
     weights = torch.tensor(rng.choice([0.0, 0.5, 1.0], (1, 17)), dtype=torch.float32)

@@ -169,7 +169,7 @@ def test_what_is_known_by_name_is_taken() -> None:
     )
     found, told = custom.infer_skeleton([_category(*names)], None)
     assert found.mirror == (0, 3, 7, 1, 4, 5, 6, 2, 8)
-    # 0.05 is a guess, of a thumb's tip the median of COCO-WholeBody's four thumb joints.
+    # 0.05 is a guess, of a thumb's tip the median of COCO-WholeBody's four thumb keypoints.
     assert found.sigmas == (0.05, 0.107, 0.062, 0.107, 0.036, 0.047, 0.087, 0.062, 0.025)
     assert [names[k] for k in found.lower] == ["tail", "R_Hip", "L Hip"]
     assert found.edges == tuple((0, k) for k in range(1, 9))

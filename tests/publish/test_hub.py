@@ -595,7 +595,7 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
         *(f"{35 + i:.1f}" for i in range(5)),
     ]
     assert [row[4] for row in rows] == ["10.0", "20.0", "30.0"]
-    assert "23 labelled people" in made.text and "It has only seen drawn people" in made.text
+    assert "23 labeled people" in made.text and "It has only seen drawn people" in made.text
     assert "| learning rate | 0.0025, constant | 0.0025, cosine | 0.002, cosine |" in made.text
     assert "| steps | 10 | 10 | 10 |" in made.text and "By keypoint" not in made.text
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", made.text):
@@ -643,7 +643,7 @@ def test_the_curve_shows_every_stage(run_folder: Path) -> None:
     assert card.draw_curve([{"stage": "ssl", "step": 1, "loss": 0.5}], STAGES) is not None
 
 
-# ---- Licences
+# ---- Licenses
 
 V1_TERMS, V2_TERMS = ("cc-by-nc-4.0", None), ("other", "sapiens2-license")
 
@@ -731,7 +731,7 @@ def test_sapiens2s_licence_goes_along(
         (tmp_path / "w").mkdir()
         reference = str(tmp_path / "w" / "mine.safetensors")
         Path(reference).write_bytes(b"w")
-        # Another project's licence may lie there as well.
+        # Another project's license may lie there as well.
         (tmp_path / "w" / "LICENSE").write_bytes(SAPIENS2_TERMS if where == "beside" else b"Apache License")
     folder = _run_folder(tmp_path / "run", "sapiens2_0.4b", weights=reference)
     with _uploads(folder) as uploads:

@@ -44,7 +44,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parquet(drawn: Path) -> Path:
-    """The same in shards of row groups of two pictures."""
+    """The same in shards of row groups of two images."""
     convert.main(_words(drawn, drawn.parent / "parquet"))
     return drawn.parent / "parquet"
 
@@ -306,7 +306,7 @@ def test_a_killed_run_goes_on_with_the_same_people(streamed: Path, parquet: Path
 
 @pytest.mark.launch
 def test_no_training_picture_lies_in_a_file(streamed: Path, parquet: Path) -> None:
-    """Neither in the caches (with the validation pictures) nor in the run."""
+    """Neither in the caches (with the validation images) nor in the run."""
     kept = [path.read_bytes() for path in streamed.rglob("*") if path.is_file()]
     for split, is_there in (("validation", True), ("train", False)):
         rows = pq.read_table(min((parquet / "data").glob(f"{split}-*"))).column("image").to_pylist()
@@ -344,7 +344,7 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
 
 
 def test_memory_does_not_grow_with_the_data_set(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch of the pictures, and one of four times as many, by address: Arrow holds no more at its peak."""
+    """An epoch of the images, and one of four times as many, by address: Arrow holds no more at its peak."""
     monkeypatch.setattr(shards, "HELD_BYTES", 400_000)
     train, peaks = sorted((parquet / "data").glob("train-*")), []
     for times in (1, 4):

@@ -47,7 +47,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _pictures(root: Path, split: str) -> Rows:
-    """A row for each picture, with its annotations."""
+    """A row for each image, with its annotations."""
     tree = json.loads((root / FILES[split]).read_text())
     of = {image["id"]: [a for a in tree["annotations"] if a["image_id"] == image["id"]] for image in tree["images"]}
     bytes_of = lambda image: (root / f"{split}2017" / image["file_name"]).read_bytes()  # noqa: E731
@@ -94,7 +94,7 @@ OWN = {"image_id": "number", "people": "whom", "id": "nr", "bbox": "xywh", "keyp
 
 
 def _rows(root: Path, split: str) -> pa.Table:
-    """A row for each person, with the picture in it."""
+    """A row for each person, with the image in it."""
     rows = [
         {"image": one["image"]["bytes"], "image_id": one["id"], "filename": one["file_name"], "ann_id": a["id"],
          "bbox": a["bbox"], "keypoints": a["keypoints"], "iscrowd": a["iscrowd"], "area": a["area"]}

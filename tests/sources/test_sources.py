@@ -46,7 +46,7 @@ MARKS = {"image_id", "ann_id", "box_xywh", "area", "keypoints"}
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn people; annotations in another order than pictures; crowds, somebody without keypoints, without an area."""
+    """Drawn people; annotations in another order than images; crowds, somebody without keypoints, without an area."""
     root = synthetic.write(tmp_path_factory.mktemp("data") / "drawn", num_train=20, num_unlabelled=15, num_val=8)
     for name in (TRAIN, VAL):
         tree = json.loads((root / name).read_text())
@@ -64,7 +64,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shard(drawn: Path) -> dict[str, Path]:
-    """The same in shards of a few pictures each, by form; `datasets` has written the Arrow files."""
+    """The same in shards of a few images each, by form; `datasets` has written the Arrow files."""
     made = {}
     for form in FORMS:
         made[form] = drawn.parent / form
@@ -117,7 +117,7 @@ def test_rows_and_pictures_are_those_of_the_folder(
     if not changes:
         ids = [person["id"] for person in json.loads((drawn / TRAIN).read_text())["annotations"]]
         assert ours.train.rows["ann_id"][:] == [one for i, one in enumerate(ids) if i not in (1, 2)]
-        assert ids != sorted(ids), "their order is not that of the pictures"
+        assert ids != sorted(ids), "their order is not that of the images"
 
 
 @pytest.mark.parametrize("form", [*FORMS, "arrow"])
@@ -238,12 +238,12 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     script = (
         "import json, sys\n"
         "from sapiens_accel.data import build\n"
-        "from sapiens_accel.sources import images as photo\n"
+        "from sapiens_accel.sources import images as image\n"
         "from sapiens_accel.config.schema import DataConfig\n"
         "from sapiens_accel.pose.skeleton import COCO17\n"
         "people = build.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
-        "picture = photo.read_image(people.root / people.rows[0]['file_name'])\n"
-        "print(json.dumps([people.rows['ann_id'][:], len(picture)]))"
+        "image = photo.read_image(people.root / people.rows[0]['file_name'])\n"
+        "print(json.dumps([people.rows['ann_id'][:], len(image)]))"
     )
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     try:
@@ -320,7 +320,7 @@ def _table(folder: Path, **columns: Any) -> Path:
 
 
 def test_a_source_of_other_content_is_refused_in_a_line(tmp_path: Path) -> None:
-    cache, picture = tmp_path / "cache", [{"bytes": b"no picture", "path": "a.jpg"}]
+    cache, picture = tmp_path / "cache", [{"bytes": b"no image", "path": "a.jpg"}]
     person = {"id": 7, "bbox": [1.0, 2, 3, 4], "keypoints": [1.0] * 51}
     _refused(_table(tmp_path / "a", other=[1]), cache, "no column 'image'", "other")
     _refused(
@@ -380,7 +380,7 @@ def test_a_tar_without_pictures_or_sense_is_refused(tmp_path: Path) -> None:
                 file.addfile(entry, io.BytesIO(content))
         return root
 
-    _refused(tar("alone", a_json=b"{}"), tmp_path, "train-0.tar", "a.json", "no picture")
+    _refused(tar("alone", a_json=b"{}"), tmp_path, "train-0.tar", "a.json", "no image")
     _refused(tar("text", a_jpg=b"x", a_json=b"{"), tmp_path, "train-0.tar", "a.json")
     _refused(tar("list", a_jpg=b"x", a_json=b"[1]"), tmp_path, "train-0.tar", "a.json")
     _refused(tar("id", a_jpg=b"x", a_json=b'{"people": [{"id": "one"}]}'), tmp_path, "whole number", "'one'")

@@ -45,7 +45,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(root: Path
     other = _contents(_write(tmp_path / "other", seed=1))
     pictures = [name for name in first if name.endswith(".jpg")]
     assert all(first[name] != other.get(name) for name in pictures)
-    assert len({first[name] for name in pictures}) == len(pictures), "no picture occurs twice, within or across splits"
+    assert len({first[name] for name in pictures}) == len(pictures), "no image occurs twice, within or across splits"
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn(root: Path, tmp_path: Path) -> None:

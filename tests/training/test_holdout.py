@@ -49,7 +49,7 @@ def holdout(tmp_path_factory: pytest.TempPathFactory) -> Holdout:
     tree, rng = json.loads(file.read_text()), np.random.default_rng(0)
     for person in tree["annotations"]:
         for k in np.flatnonzero(rng.random(17) < 0.2):
-            person["keypoints"][3 * k + 2] = 0  # nobody has labelled it, but the teacher speaks of it all the same
+            person["keypoints"][3 * k + 2] = 0  # nobody has labeled it, but the teacher speaks of it all the same
     file.write_text(json.dumps(tree))
     knobs = DataConfig(root=str(root), input_hw=INPUT_HW, num_workers=0, cache_dir=str(root.parent / "cache"))
     sets = build.open_people(knobs, COCO17, unlabelled=False)
@@ -78,7 +78,7 @@ class Answers:
             keypoints = np.array(row["keypoints"])
             weak, strong = known.pair.weak, known.pair.strong
             weak_matrix, strong_matrix = weak.matrix.double().numpy(), strong.matrix.double().numpy()
-            # The teacher names what it sees: in a mirrored picture the left wrist looks like a right one.
+            # The teacher names what it sees: in a mirrored image the left wrist looks like a right one.
             seen_weak = keypoints[MIRROR] if weak.flipped else keypoints
             weak_xy = _applied(weak_matrix, seen_weak[:, :2])
             # A point that is to be wrong goes an eighth of the diagonal towards the middle, others stay within a pixel.
@@ -165,7 +165,7 @@ def test_the_hold_out_measures_what_its_labels_say(holdout: Holdout, far: float,
 
 
 def test_left_and_right_taken_for_each_other_are_seen(holdout: Holdout) -> None:
-    """All points are on joints, but on those of the other side: only the midline's nose is right, and near pairs."""
+    """All points are on keypoints, but on those of the other side: only the midline's nose is right, and near pairs."""
     values, _ = probe(_objective(Answers(holdout, swap=True)), holdout, batch_size=16)
     assert values["pseudo_precision"] < 0.75
     assert values["pseudo_oks"] < 0.6

@@ -120,7 +120,7 @@ def _view(image: Tensor) -> View:
 
 
 def test_supervised_is_the_mean_of_weighted_squared_errors() -> None:
-    """Over all people, keypoints and pixels, those of weight 0 included: the published normalisation."""
+    """Over all people, keypoints and pixels, those of weight 0 included: the published normalization."""
     rng = np.random.default_rng(1)
     points_xy = torch.tensor(rng.uniform(20, 150, (3, 17, 2)), dtype=torch.float32)
     weights = torch.tensor(rng.choice([0.0, 0.5, 1.0], (3, 17)), dtype=torch.float32)
@@ -167,7 +167,7 @@ class Oracle(ChunkedHead):
 
 
 def _indexed(index: Sequence[int], input_hw: tuple[int, int], seed: int = 0) -> Tensor:
-    """Pictures of noise whose first pixel is an index into an Oracle's entries."""
+    """Images of noise whose first pixel is an index into an Oracle's entries."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (len(index), 3, *input_hw), dtype=torch.uint8, generator=generator)
     image[:, 0, 0, 0] = torch.tensor(index, dtype=torch.uint8)
@@ -194,7 +194,7 @@ def _mean_teacher(
 
 
 def _same_views(points_xy: Tensor, codec: Codec) -> Batch:
-    """As many labelled as unlabelled people; the student sees exactly what the teacher sees."""
+    """As many labeled as unlabeled people; the student sees exactly what the teacher sees."""
     num = len(points_xy)
     view = _view(_indexed(range(num), codec.input_hw))
     labelled = Labelled(view, points_xy, torch.ones(num, 17), torch.arange(num))
@@ -207,7 +207,7 @@ def test_a_perfect_student_has_no_loss() -> None:
     objective, student = _mean_teacher(Oracle(CODEC, points_xy)), Oracle(CODEC, points_xy)
     (prepared,) = objective.prepare([batch], step=500)
     loss, logs = objective.loss(student, batch, prepared)
-    assert (prepared.weights > 0.7).all(), "everything is learnt from"
+    assert (prepared.weights > 0.7).all(), "everything is learned from"
     assert logs["keep"].item() == 1.0
     assert abs(logs["loss_unlabelled"].item()) < 1e-5
     assert logs["loss_labelled"].item() < 1e-10
@@ -250,7 +250,7 @@ def _affine_pairs(num: int) -> tuple[Batch, Tensor, Tensor, list[tuple[Crop, Cro
                 )
             )
         for crop, points in zip(pair, (weak_xy, strong_xy), strict=True):
-            # In a mirrored picture the left wrist looks like a right one, and is called so.
+            # In a mirrored image the left wrist looks like a right one, and is called so.
             points.append(apply(crop.matrix(CODEC.input_hw), body_xy[MIRROR] if crop.flip else body_xy))
         crops.append(tuple(pair))
         matrices.append([crop.matrix(CODEC.input_hw).astype(np.float32) for crop in pair])
@@ -273,7 +273,7 @@ def test_the_teachers_points_are_the_true_ones_in_the_strong_view() -> None:
     assert error[kept].max() < 0.01
     last = torch.tensor([191.0, 255.0])
     outside = ((strong_xy < -0.5) | (strong_xy > last + 0.5)).any(dim=-1)
-    assert outside.any() and not kept[outside].any(), "what has left the view is not learnt from"
+    assert outside.any() and not kept[outside].any(), "what has left the view is not learned from"
     in_both = ((strong_xy > 2) & (strong_xy < last - 2) & (weak_xy > 8) & (weak_xy < last - 8)).all(dim=-1)
     in_both &= in_both.sum(dim=1, keepdim=True) >= 4
     assert kept[in_both].all() and in_both.float().mean() > 0.7
@@ -342,7 +342,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 
 def _tiny_batch(num: int = 4) -> tuple[Batch, Oracle]:
-    """Labelled and unlabelled people for a tiny network, and a teacher that is sure of some keypoints only."""
+    """Labeled and unlabeled people for a tiny network, and a teacher that is sure of some keypoints only."""
     points_xy = _points(num, TINY_CODEC)
     weights = torch.ones(num, 17)
     weights[0, :5] = 0.5
@@ -666,11 +666,11 @@ def test_the_teacher_is_handed_on_and_the_student_is_kept() -> None:
     assert torch.equal(written["weights"]["weight"], teacher.weight)
 
 
-# ---- Joint cutout
+# ---- Keypoint cutout
 
 
 def _expected_cut(pair: Pair, points_xy: Tensor) -> np.ndarray:
-    """Pixel by pixel: squares with half sides of 5 to 10 % of the width, centres jittered by a deviation of 5 %."""
+    """Pixel by pixel: squares with half sides of 5 to 10 % of the width, centers jittered by a deviation of 5 %."""
     image = pair.strong.image.numpy().copy()
     num, _, height, width = image.shape
     for person in range(num):

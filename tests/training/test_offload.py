@@ -102,7 +102,7 @@ def test_step_follows_step_and_two_forwards_may_come_before_their_backwards(tiny
 
 
 def test_block_inputs_wait_and_hardly_anything_else(tiny: SapiensPose, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With them, the picture for the patches' weights and the last block's output for the norm after it."""
+    """With them, the image for the patches' weights and the last block's output for the norm after it."""
     inputs: list[Tensor] = []
     for block in tiny.blocks:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))

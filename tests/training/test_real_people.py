@@ -13,12 +13,12 @@ REAL = (ROOT / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "co
 
 pytestmark = [
     pytest.mark.launch,
-    pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)"),
+    pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)"),
 ]
 
 
 def test_86_real_people_are_learnt_by_heart(tmp_path: Path) -> None:
-    """AP on the training pictures at least 0.90: decode, crop, codec, loss and evaluation agree to a pixel or so."""
+    """AP on the training images at least 0.90: decode, crop, codec, loss and evaluation agree to a pixel or so."""
     options = {
         "--stage": "phase2", "--data.root": REAL, "--output_dir": tmp_path / "run", "--report_to": "none",
         "--eval.split": "train", "--eval.flip": "false", "--phase2.global_batch": "16", "--phase2.steps": "550",

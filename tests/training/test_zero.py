@@ -137,7 +137,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(cache, reference):
         folder = cache / f"resumed-z{zero}-{stage}"
         run = {"stage": stage, "micro_batch": 2, "zero": zero}
         cut = job(folder, **run, extra=[*start, "--max_steps=8", "--save_every=4"])
-        # Other processes load the pictures then, and another number of them.
+        # Other processes load the images then, and another number of them.
         again = job(folder, **run, extra=[*start, "--resume_from_checkpoint=latest", f"--data.num_workers={zero % 2}"])
         whole[folder] = cache / f"whole-z{zero}-{stage}"
         three = [cut, again, job(whole[folder], **run, extra=start)]
@@ -274,7 +274,7 @@ def test_bf16_follows_fp32(cache, reference):
     assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
 
 
-@pytest.mark.skipif(not (REAL / "train2017").is_dir(), reason=f"no real pictures: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
+@pytest.mark.skipif(not (REAL / "train2017").is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 def test_the_shipped_launch_trains_real_people_on_a_cpu(cache):
     """The README's command for machines without a GPU, unchanged: ZeRO-2, two processes, gloo chosen by itself."""
     folder = cache / "launched"
