@@ -44,8 +44,8 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
         first = x
         for cell in (cell for cell in cells if cell["labels"] == labels):
             top = TOP + round(HEIGHT * (1 - cell["ap"] / most))
-            colour = ERROR_COLORS[arms.index(cell["arm"]) % len(ERROR_COLORS)]
-            cv2.rectangle(canvas, (x + 4, top), (x + BAR - 4, TOP + HEIGHT), colour, -1)
+            color = ERROR_COLORS[arms.index(cell["arm"]) % len(ERROR_COLORS)]
+            cv2.rectangle(canvas, (x + 4, top), (x + BAR - 4, TOP + HEIGHT), color, -1)
             _text(canvas, f"{cell['ap']:.1f}", (x + 6, TOP + HEIGHT - 8), (255, 255, 255))
             for row in (row for row in rows if (row["labels"], row["arm"]) == (labels, cell["arm"])):
                 y = TOP + round(HEIGHT * (1 - row["ap"] / most))
@@ -62,5 +62,5 @@ def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
     return draw.save_image(canvas, path)
 
 
-def _text(canvas: np.ndarray, text: str, at: tuple[int, int], colour: tuple[int, int, int] = (40, 40, 40)) -> None:
-    cv2.putText(canvas, text, at, FONT, 0.45, colour, 1, cv2.LINE_AA)
+def _text(canvas: np.ndarray, text: str, at: tuple[int, int], color: tuple[int, int, int] = (40, 40, 40)) -> None:
+    cv2.putText(canvas, text, at, FONT, 0.45, color, 1, cv2.LINE_AA)

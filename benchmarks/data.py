@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
     cv2.setNumThreads(0)
     loader.keep_freed_memory()  # as every loading process does
     settings = DataConfig(root=asked.root, input_hw=asked.input_hw, check_images="ends")
-    sets = build.open_people(settings, COCO17, unlabelled=False)
+    sets = build.open_people(settings, COCO17, unlabeled=False)
     path = record.place("data", "cpu", record.cpu_name(), asked.out)
     names = ("input_hw", "batch", "rounds")
     heading = record.heading("data", "cpu", record.cpu_name(), **{name: getattr(asked, name) for name in names})
@@ -125,7 +125,7 @@ def ours(
 def training_people(sets: Sets, settings: DataConfig, augment: AugmentConfig, pairs: bool = False) -> TrainingPeople:
     augmenter = Augmenter(config=augment, skeleton=COCO17, input_hw=settings.input_hw)
     plan = StageConfig(global_batch=len(sets.train), teacher=TeacherConfig() if pairs else None)
-    sets = sets._replace(unlabelled=sets.train) if pairs else sets
+    sets = sets._replace(unlabeled=sets.train) if pairs else sets
     return TrainingPeople(sets, augmenter, settings, plan, seed=0, stage="benchmark")
 
 

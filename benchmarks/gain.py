@@ -97,7 +97,7 @@ def draw(options: Sequence[str]) -> None:
     from sapiens_accel.pose.skeleton import COCO17
 
     run = config.load([f"--recipe={RECIPE}", *options])
-    build.open_people(run.data, COCO17, unlabelled=True)
+    build.open_people(run.data, COCO17, unlabeled=True)
 
 
 def begin(work: Path, labels: int, seed: int, options: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def measured(folder: Path) -> Row:
     """Open the people, and take batches of them."""
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
     knobs = DataConfig(root=str(folder / "data"), cache_dir=str(folder / "cache"), input_hw=(64, 48))
-    sets = build.open_people(knobs, COCO17, unlabelled=False)
+    sets = build.open_people(knobs, COCO17, unlabeled=False)
     opened = time.perf_counter()
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=knobs.input_hw)
     plan = StageConfig(global_batch=BATCH)

@@ -121,8 +121,8 @@ def _linear(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def _layer_norm(state: State, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
@@ -137,8 +137,8 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _instance_silu(x: Tensor) -> Tensor:
-    centred = x - x.mean((2, 3), keepdim=True)
-    x = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+    centered = x - x.mean((2, 3), keepdim=True)
+    x = centered / (centered.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
     return x * x.sigmoid()
 
 
@@ -171,9 +171,9 @@ def v1_heatmaps(state: State, image: Tensor, depth: int, heads: int) -> Tensor:
 def _rotation(grid_hw: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [patches, channels]: patch centers from -1 to 1 on either axis, and periods of 1 to 100."""
     periods = [100 ** (k / (channels // 4)) for k in range(channels // 4)]
-    centres = [[2 * (i + 0.5) / n - 1 for i in range(n)] for n in grid_hw]
+    centers = [[2 * (i + 0.5) / n - 1 for i in range(n)] for n in grid_hw]
     rows = [
-        [2 * math.pi * at / period for at in (y, x) for period in periods] * 2 for y in centres[0] for x in centres[1]
+        [2 * math.pi * at / period for at in (y, x) for period in periods] * 2 for y in centers[0] for x in centers[1]
     ]
     angles = torch.tensor(rows, dtype=torch.float64)
     return angles.cos().float(), angles.sin().float()

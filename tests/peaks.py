@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import OptimConfig, StageConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.models.sapiens import Layout, SapiensPose
@@ -43,10 +43,10 @@ def batch(num: int, num_unlabelled: int) -> Batch:
         return View(image, torch.eye(3)[:2].repeat(n, 1, 1), torch.zeros(n, dtype=torch.bool))
 
     points_xy = torch.rand(num, 17, 2) * torch.tensor([191.0, 255.0])
-    labelled = Labelled(view(num), points_xy, torch.ones(num, 17), torch.arange(num))
+    labeled = Labeled(view(num), points_xy, torch.ones(num, 17), torch.arange(num))
     if not num_unlabelled:
-        return Batch(labelled, None)
-    return Batch(labelled, Pair(view(num_unlabelled), view(num_unlabelled), torch.rand(num_unlabelled, 5, 4)))
+        return Batch(labeled, None)
+    return Batch(labeled, Pair(view(num_unlabelled), view(num_unlabelled), torch.rand(num_unlabelled, 5, 4)))
 
 
 def measure(

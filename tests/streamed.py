@@ -44,7 +44,7 @@ def recorded(name: str) -> Callable[..., Iterator[Any]]:
     def batches(people: TrainingPeople, share: Share, steps: range, *more: Any) -> Iterator[Any]:
         with (Path(records) / f"{name}-{share.rank}.jsonl").open("a") as file:
             for number, batch in enumerate(plain(people, share, steps, *more)):
-                file.write(json.dumps([steps[number // share.accumulation], batch.labelled.ann_id.tolist()]) + "\n")
+                file.write(json.dumps([steps[number // share.accumulation], batch.labeled.ann_id.tolist()]) + "\n")
                 file.flush()
                 yield batch
 
@@ -78,7 +78,7 @@ def epoch(workers: int) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     config = DataConfig(root=root, cache_dir=cache, streaming=True, input_hw=(64, 48))
-    sets = build.open_people(config, COCO17, unlabelled=False)
+    sets = build.open_people(config, COCO17, unlabeled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
     people = TrainingPeople(sets, augmenter, config, StageConfig(global_batch=BATCH), seed=0, stage="phase2")
     share = Share(rank=rank, num_ranks=size, micro_batch=BATCH // size, accumulation=1)

@@ -67,7 +67,7 @@ def test_the_peer_starts_with_the_same_loss(tmp_path: Path) -> None:
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
 
 
-def test_a_step_with_unlabelled_people_needs_a_teacher_more_and_little_else(tmp_path: Path) -> None:
+def test_a_step_with_unlabeled_people_needs_a_teacher_more_and_little_else(tmp_path: Path) -> None:
     """The project's bar: 10 % above a supervised step with as many student people. The time is only looked at."""
     words = [
         "--models",

@@ -172,7 +172,7 @@ def test_wrong_options_are_refused_by_name_before_the_first_step(
     _assert_refused(main, tmp_path, [*DRAWN, *words], named)
 
 
-def test_ssl_without_unlabelled_people_is_refused(
+def test_ssl_without_unlabeled_people_is_refused(
     main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(root / "unlabeled2017")
@@ -297,8 +297,8 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
         assert b"worst" in events[0].read_bytes()
         assert cv2.imread(str(folder / "pictures" / f"{stage}_worst.png")).shape[1] == 6 * 320
     assert load_file(folder / "ssl" / "student" / "model.safetensors").keys()
-    labelled = json.loads((folder / "labelled_ann_ids.json").read_text())
-    assert (labelled["labels"], labelled["labels_by"], len(labelled["ann_ids"])) == (4, "first", 4)
+    labeled = json.loads((folder / "labelled_ann_ids.json").read_text())
+    assert (labeled["labels"], labeled["labels_by"], len(labeled["ann_ids"])) == (4, "first", 4)
     assert "people: 4 train, 8 val, 11 unlabeled" in said, "three people are withheld"
 
 

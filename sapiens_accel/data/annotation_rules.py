@@ -43,7 +43,7 @@ class PeopleColumns:
         return len(self.image_id)
 
     @property
-    def labelled(self) -> Bool[Array, "n"]:
+    def labeled(self) -> Bool[Array, "n"]:
         return np.asarray((self.keypoints[..., 2] > 0).any(axis=-1))
 
     def row(self, index: int) -> dict[str, Any]:
@@ -311,9 +311,9 @@ def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
 def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
     """Of the five lists of a whole body the count is of the first."""
     told = annotation.get("num_keypoints")
-    labelled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
-    if told is not None and told != labelled:
-        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labeled {labelled}"
+    labeled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+    if told is not None and told != labeled:
+        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labeled {labeled}"
         yield Fault("num_keypoints", text)
 
 

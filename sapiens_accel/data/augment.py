@@ -36,7 +36,7 @@ CONTRAST = SATURATION = (0.5, 1.5)
 BLUR_SIDES = (3, 5, 7)
 HOLE = (0.2, 0.4)
 AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of greys, as a cross product
-GREY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
+GRAY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 Pixels = UInt8[Array, "h w 3"]
 
@@ -96,18 +96,18 @@ class Augmenter:
         """Photometric changes, blurs and one black rectangle; `change_pixels` draws and runs them."""
         p = self.config.photometric_p
         return (
-            Change(1.0, partial(_colours, p=p)),
+            Change(1.0, partial(_colors, p=p)),
             Change(self.config.blur_p, _box_blur),
             Change(self.config.blur_p, _median_blur),
             Change(self.config.coarse_dropout_p, _hole),
         )
 
     def _half_body(self, keypoints: Float[Array, "k 3"], rng: Generator) -> Crop | None:
-        labelled = keypoints[:, 2] > 0
-        if labelled.sum() < HALF_BODY_MIN_KEYPOINTS or not (self.skeleton.upper and self.skeleton.lower):
+        labeled = keypoints[:, 2] > 0
+        if labeled.sum() < HALF_BODY_MIN_KEYPOINTS or not (self.skeleton.upper and self.skeleton.lower):
             return None  # few, or of a skeleton that has no halves: a hand
-        upper = [k for k in self.skeleton.upper if labelled[k]]
-        lower = [k for k in self.skeleton.lower if labelled[k]]
+        upper = [k for k in self.skeleton.upper if labeled[k]]
+        lower = [k for k in self.skeleton.lower if labeled[k]]
         halves = [upper] * (len(upper) >= HALF_BODY_MIN_UPPER) + [lower] * (len(lower) >= HALF_BODY_MIN_LOWER)
         if not halves:
             return None
@@ -129,7 +129,7 @@ def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> P
     return image
 
 
-def _colours(image: Pixels, rng: Generator, p: float) -> Pixels:
+def _colors(image: Pixels, rng: Generator, p: float) -> Pixels:
     """Brightness and contrast, saturation and hue, the order of channels: each drawn, all in one pass over the pixels.
 
     Hue turns colors about the axis of grays, which leaves grays alone, as Paeth and Haeberli do it.
@@ -150,7 +150,7 @@ def _colours(image: Pixels, rng: Generator, p: float) -> Pixels:
 
 def _saturation(factor: float) -> Float[Array, "3 3"]:
     """Takes a color away from its gray, or to it."""
-    return factor * np.eye(3) + (1 - factor) * GREY
+    return factor * np.eye(3) + (1 - factor) * GRAY
 
 
 def _turn(turns: float) -> Float[Array, "3 3"]:

@@ -43,7 +43,7 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     return custom.infer_skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
 
 
-def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
+def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
     """Find (or draw), read and check the people of a run.
 
     Args:
@@ -54,21 +54,21 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     """
     config = located(config)
     if config.streaming:
-        return _open_streams(config, skeleton, unlabelled=unlabelled)
+        return _open_streams(config, skeleton, unlabeled=unlabeled)
     root, cache = places(config)
     first, *others = train_sets(config)
-    train, told = _labelled_people(first, config, skeleton, root, cache)
-    labelled = pool.labelled_places(config, train)
-    val, told_of_val = _labelled_people(val_set(config), config, skeleton, root, cache)
-    found = {"train": coco.chosen_of(train, labelled), "val": val}
+    train, told = _labeled_people(first, config, skeleton, root, cache)
+    labeled = pool.labeled_places(config, train)
+    val, told_of_val = _labeled_people(val_set(config), config, skeleton, root, cache)
+    found = {"train": coco.chosen_of(train, labeled), "val": val}
     warnings = [told, told_of_val]
-    if unlabelled:
-        found["unlabelled"], more = pool.gather(root, config, skeleton.num_keypoints, cache, train, labelled)
+    if unlabeled:
+        found["unlabelled"], more = pool.gather(root, config, skeleton.num_keypoints, cache, train, labeled)
         warnings += more
     checked = {n: coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()}
     several = [checked["train"]]
     for one in others:
-        people, told = _labelled_people(one, config, skeleton, root, cache)
+        people, told = _labeled_people(one, config, skeleton, root, cache)
         several.append(coco.checked(people, config.on_bad_image, config.check_images))
         warnings.append(told)
     for people in several:
@@ -77,19 +77,19 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> 
     sets = Sets(
         train=dataclasses.replace(coco.together(several), num_skipped=num_skipped) if others else several[0],
         val=checked["val"],
-        unlabelled=checked.get("unlabelled"),
+        unlabeled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
         skeleton=skeleton,
         mixture=_mixture(config, [len(people) for people in several]) if others else None,
     )
-    if sets.unlabelled:
-        told = leakage.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+    if sets.unlabeled:
+        told = leakage.refuse_leaks(sets.val, sets.train, sets.unlabeled)
         sets = sets._replace(warnings=(*sets.warnings, *told))
     release_large_trees()
     return sets
 
 
-def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -> Sets:
+def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
     """The same, of images that are read when they are needed; those of validation are few, and opened as always."""
     for knob in ("labels", "on_bad_image", "more"):
         if getattr(config, knob) != getattr(DataConfig, knob):
@@ -101,13 +101,13 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabelled: bool) -
     if not shards.is_manifest(of_train[0]):
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
     reading, told = category.reading(category_of(train_sets(config)[0], config, root, cache), skeleton.names)
-    train = stream.people(root, [stream.StreamSource(*of_train, stream.labelled, reading)], k, cache)
+    train = stream.people(root, [stream.StreamSource(*of_train, stream.labeled, reading)], k, cache)
     first = datasets.Dataset.from_list(list(stream.sample(train, 100)), features=coco.features_of(k))
     check_targets(dataclasses.replace(train, rows=first), config)
     val = open_split(config, skeleton, "val")
     others = None
-    if unlabelled:
-        chosen = stream.Unlabelled(config.unlabelled_min_side)
+    if unlabeled:
+        chosen = stream.Unlabeled(config.unlabelled_min_side)
         given = root / (config.unlabelled_annotations or "")
         places_of = [(given, config.unlabelled_images)] * shards.is_manifest(given)
         places_of += [(*of_train, reading)] * config.unlabelled_train_people
@@ -127,9 +127,9 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     config = located(config)
     root, cache = places(config)
     one = val_set(config) if split == "val" else train_sets(config)[0]
-    people, _ = _labelled_people(one, config, skeleton, root, cache)
+    people, _ = _labeled_people(one, config, skeleton, root, cache)
     if split == "train":
-        people = coco.chosen_of(people, pool.labelled_places(config, people))
+        people = coco.chosen_of(people, pool.labeled_places(config, people))
     return coco.checked(people, config.on_bad_image, config.check_images)
 
 
@@ -171,12 +171,12 @@ def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> C
     return category.described(file, one.category or config.category, cache)
 
 
-def _labelled_people(
+def _labeled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
     """The labeled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
     reading, told = category.reading(category_of(one, config, root, cache), skeleton.names)
-    return coco.labelled_people(root, *files_of(one, root, cache), skeleton.num_keypoints, cache, reading), told
+    return coco.labeled_people(root, *files_of(one, root, cache), skeleton.num_keypoints, cache, reading), told
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
@@ -228,14 +228,14 @@ def check_targets(people: People, config: DataConfig) -> None:
     """
     people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
-    labelled = keypoints[..., 2] > 0
+    labeled = keypoints[..., 2] > 0
     inside = geometry.in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the image, not in pixels
-    if inside.sum() < labelled.sum() / 2 or tiny:
+    if inside.sum() < labeled.sum() / 2 or tiny:
         told = f"{'nearly ' if inside.any() else ''}all targets are zero"
-        worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)))
+        worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labeled.sum(axis=1), 1)))
         raise UserError(
             f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else told}: {inside.sum()} of "
-            f"{labelled.sum()} labeled keypoints lie in their person's box (annotation "
+            f"{labeled.sum()} labeled keypoints lie in their person's box (annotation "
             f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the image"
         )

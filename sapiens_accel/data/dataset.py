@@ -42,7 +42,7 @@ class View(NamedTuple):
     flipped: Bool[Tensor, "*b"]
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """A view with its keypoints in input px (left and right already swapped where it is mirrored)."""
 
     view: View
@@ -66,7 +66,7 @@ class Pair(NamedTuple):
 class Batch(NamedTuple):
     """One micro-batch; `pair` is None in a supervised stage."""
 
-    labelled: Labelled
+    labeled: Labeled
     pair: Pair | None
 
 
@@ -75,7 +75,7 @@ class Key(NamedTuple):
 
     step: int
     position: int
-    unlabelled: bool
+    unlabeled: bool
 
 
 class Sets(NamedTuple):
@@ -83,7 +83,7 @@ class Sets(NamedTuple):
 
     train: People
     val: People
-    unlabelled: People | None
+    unlabeled: People | None
     warnings: tuple[str, ...] = ()
     skeleton: Skeleton = COCO17
     mixture: Mixture | None = None
@@ -94,7 +94,7 @@ class Sets(NamedTuple):
         return self.val if name == "val" else train
 
     def __str__(self) -> str:
-        named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabelled)]
+        named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabeled)]
         skipped = sum(people.num_skipped for _, people in named if people)
         counts = ", ".join(f"{len(people)} {name}" for name, people in named if people)
         left_out = f" ({skipped} skipped: their images do not decode)" if skipped else ""
@@ -102,7 +102,7 @@ class Sets(NamedTuple):
         return "\n".join([f"people: {counts}{left_out}", *mixed, *self.warnings])
 
 
-class TrainingPeople(Dataset[Labelled | Pair]):
+class TrainingPeople(Dataset[Labeled | Pair]):
     """Key -> augmented sample. `seed` and `stage` complete the key.
 
     Raises:
@@ -112,9 +112,9 @@ class TrainingPeople(Dataset[Labelled | Pair]):
     def __init__(
         self, sets: Sets, augmenter: Augmenter, config: DataConfig, plan: StageConfig, *, seed: int, stage: str
     ) -> None:
-        self.labelled, self.unlabelled, self.mixture = sets.train, sets.unlabelled, sets.mixture
-        self.labelled_rows = _rows_of(sets.train)
-        self.unlabelled_rows = _rows_of(sets.unlabelled) if sets.unlabelled else None
+        self.labeled, self.unlabeled, self.mixture = sets.train, sets.unlabeled, sets.mixture
+        self.labeled_rows = _rows_of(sets.train)
+        self.unlabeled_rows = _rows_of(sets.unlabeled) if sets.unlabeled else None
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
@@ -126,36 +126,36 @@ class TrainingPeople(Dataset[Labelled | Pair]):
                 f"--data.more: the weight of set {number} gives it no place among {sum(places)} of an epoch"
             )
 
-    def __getitem__(self, key: Key) -> Labelled | Pair:
-        name = f"{self.stage}/unlabelled" if key.unlabelled else self.stage
+    def __getitem__(self, key: Key) -> Labeled | Pair:
+        name = f"{self.stage}/unlabelled" if key.unlabeled else self.stage
         rng = default_rng([self.seed, zlib.crc32(name.encode()), key.step, key.position])
-        if not key.unlabelled:
-            chosen = self._order(self.labelled, name, key.step, self.global_batch)
-            return self._labelled(int(chosen[key.position]), rng)
-        assert self.unlabelled is not None
-        chosen = self._order(self.unlabelled, name, key.step, self.global_batch * self.ratio)
+        if not key.unlabeled:
+            chosen = self._order(self.labeled, name, key.step, self.global_batch)
+            return self._labeled(int(chosen[key.position]), rng)
+        assert self.unlabeled is not None
+        chosen = self._order(self.unlabeled, name, key.step, self.global_batch * self.ratio)
         return self._pair(int(chosen[key.position]), rng)
 
     def _order(self, people: People, name: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
         if isinstance(people.rows, stream.StreamRows):
             parts, window = self.config.stream_parts, self.config.stream_window
             return people.rows.order(self.seed, name, step, global_batch, parts, window)
-        if self.mixture and people is self.labelled:
+        if self.mixture and people is self.labeled:
             return self.mixture.order(self.seed, name, step, global_batch)
         return sampling.order(self.seed, name, step, len(people), global_batch)
 
-    def _labelled(self, index: int, rng: Generator) -> Labelled:
-        row = self.labelled_rows[index]
+    def _labeled(self, index: int, rng: Generator) -> Labeled:
+        row = self.labeled_rows[index]
         keypoints = np.asarray(row["keypoints"])
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
-        picture = read_for([crop], self.labelled.root / row["file_name"], self.config)
+        picture = read_for([crop], self.labeled.root / row["file_name"], self.config)
         view = _view(picture, crop, self.config.input_hw, partial(self.changes, rng=rng))
         return _with_labels(view, keypoints, crop, row, self.config, self.augmenter.skeleton)
 
     def _pair(self, index: int, rng: Generator) -> Pair:
-        assert self.unlabelled is not None and self.unlabelled_rows is not None
-        row = self.unlabelled_rows[index]
-        path = self.unlabelled.root / row["file_name"]
+        assert self.unlabeled is not None and self.unlabeled_rows is not None
+        row = self.unlabeled_rows[index]
+        path = self.unlabeled.root / row["file_name"]
         settings = PairSettings(self.augmenter, self.config, self.changes, self.cutout)
         return pair_of(path, self._base(row), settings, rng)[0]
 
@@ -167,7 +167,7 @@ def _rows_of(people: People) -> Rows | stream.StreamRows:
     return people.rows if isinstance(people.rows, stream.StreamRows) else Rows(people.rows)
 
 
-class EvaluationPeople(Dataset[Labelled]):
+class EvaluationPeople(Dataset[Labeled]):
     """Index -> the upright, unchanged crop of a person; what evaluation sees."""
 
     def __init__(self, people: People, config: DataConfig, skeleton: Skeleton) -> None:
@@ -176,7 +176,7 @@ class EvaluationPeople(Dataset[Labelled]):
     def __len__(self) -> int:
         return len(self.people)
 
-    def __getitem__(self, index: int) -> Labelled:
+    def __getitem__(self, index: int) -> Labeled:
         row = self.people.rows[index]
         crop = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
         view = _view(read_picture(self.people.root / row["file_name"]), crop, self.config.input_hw)
@@ -233,10 +233,10 @@ def _scalar(value: bool | int) -> Tensor:
 
 def _with_labels(
     view: View, keypoints: Float[Array, "k 3"], crop: Crop, row: dict, config: DataConfig, skeleton: Skeleton
-) -> Labelled:
+) -> Labeled:
     seen = seen_in(crop, keypoints, config.input_hw, skeleton)
     points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
-    return Labelled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), _scalar(row["ann_id"]))
+    return Labeled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), _scalar(row["ann_id"]))
 
 
 def seen_in(

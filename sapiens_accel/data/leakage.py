@@ -18,10 +18,10 @@ from sapiens_accel.sources import shards
 COMPARED = 20_000  # people, of more than coco.LOOK_AT_ALL
 HEAD_BYTES = 1 << 14
 LOOKED_AT = 200
-ALIKE_GREY_LEVELS = 6.0
+ALIKE_GRAY_LEVELS = 6.0
 
 
-def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, ...]:
+def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ...]:
     """Refuse a validation image among those that a run learns from: equal bytes, or id, name and look.
 
     Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
@@ -30,7 +30,7 @@ def refuse_leaks(val: People, train: People, unlabelled: People) -> tuple[str, .
         UserError: with the first such image and the validation image that it is.
     """
     told = []
-    for people, kind in ((unlabelled, "unlabelled"), (train, "training")):
+    for people, kind in ((unlabeled, "unlabelled"), (train, "training")):
         some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
         if len(some) < len(people):
             told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
@@ -66,7 +66,7 @@ def _look_alike(path: Path, other: Path) -> bool:
         if image is None:
             return False
         small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
-    return bool(np.abs(small[0] - small[1]).mean() < ALIKE_GREY_LEVELS)
+    return bool(np.abs(small[0] - small[1]).mean() < ALIKE_GRAY_LEVELS)
 
 
 def _pictures_of(people: People) -> dict[Path, int]:

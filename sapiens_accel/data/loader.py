@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from sapiens_accel.data.dataset import Batch, Key, Labelled, Pair, TrainingPeople
+from sapiens_accel.data.dataset import Batch, Key, Labeled, Pair, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import signals as interrupt
@@ -74,11 +74,11 @@ class _Keys:
                 yield [Key(step, p, False) for p in positions] + [Key(step, p, True) for p in pairs]
 
 
-def collate(samples: Sequence[Labelled | Pair]) -> Batch:
+def collate(samples: Sequence[Labeled | Pair]) -> Batch:
     """Stack labeled people and pairs, each among themselves."""
-    labelled = [sample for sample in samples if isinstance(sample, Labelled)]
+    labeled = [sample for sample in samples if isinstance(sample, Labeled)]
     pairs = [sample for sample in samples if isinstance(sample, Pair)]
-    return Batch(default_collate(labelled), default_collate(pairs) if pairs else None)
+    return Batch(default_collate(labeled), default_collate(pairs) if pairs else None)
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

@@ -37,7 +37,7 @@ SCHEMA_VERSION = 2
 DECODE_AT_MOST = 5000
 LOOK_AT_ALL = 1_000_000  # people; of more, auto looks at images of DECODE_AT_MOST, evenly spread
 # The files of the table of people in shards: rows, which are labeled, and their order where it is another.
-PEOPLE, LABELLED, ORDER = "people.arrow", "labelled.npy", "order.npy"
+PEOPLE, LABELED, ORDER = "people.arrow", "labelled.npy", "order.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class People:
         return len(self.rows)
 
 
-def labelled_people(
+def labeled_people(
     root: Path, annotations: str, images: str, num_keypoints: int, cache: Path, reading: Reading = PLAIN
 ) -> People:
     """The people of a COCO keypoint JSON with at least one labeled keypoint; crowds and empty boxes are left out.
@@ -77,7 +77,7 @@ def labelled_people(
         UserError: the file is missing, is no COCO keypoint JSON, or names no such person.
     """
     people = _people(root, (annotations, images), num_keypoints, cache, reading=reading)
-    kept = np.flatnonzero(_labelled(people.rows))
+    kept = np.flatnonzero(_labeled(people.rows))
     if not len(kept):
         raise UserError(f"{root / annotations}: none of its {len(people)} people has a labeled keypoint (v > 0)")
     return chosen_of(people, kept)
@@ -104,10 +104,10 @@ def withheld_people(train: People, images: str, places: Int[Array, "n"], min_sid
     Raises:
         UserError: as `labelled_people`.
     """
-    labelled = _again(train, images, cache, "needed")
+    labeled = _again(train, images, cache, "needed")
     # A table of its own, row by row the labeled one: what is not in it cannot be learned from by mistake.
     people = _again(train, images, cache, "withheld")
-    chosen = np.flatnonzero(_labelled(labelled.rows))[places]
+    chosen = np.flatnonzero(_labeled(labeled.rows))[places]
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(chosen[sides >= min_side]))
 
@@ -123,7 +123,7 @@ def people_with_boxes(
     return _with_boxes(_people(root, (annotations, images), num_keypoints, cache, keypoints="optional"), min_side)
 
 
-def unlabelled_beside(train: People, images: str, min_side: float, cache: Path) -> People:
+def unlabeled_beside(train: People, images: str, min_side: float, cache: Path) -> People:
     """`people_with_boxes` of the file that the labeled people of training are from, read in the same way."""
     return _with_boxes(_again(train, images, cache, "optional"), min_side)
 
@@ -138,7 +138,7 @@ def _again(train: People, images: str, cache: Path, keypoints: Literal["needed",
 
 def _with_boxes(people: People, min_side: float) -> People:
     sides = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
-    return replace(people, rows=people.rows.select(np.flatnonzero(~_labelled(people.rows) & (sides >= min_side))))
+    return replace(people, rows=people.rows.select(np.flatnonzero(~_labeled(people.rows) & (sides >= min_side))))
 
 
 def whole_pictures(root: Path, images: str, num_keypoints: int, cache: Path) -> People:
@@ -275,8 +275,8 @@ def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[A
     return np.concatenate(values).reshape(len(rows), *shape)
 
 
-def _labelled(rows: Dataset) -> Bool[Array, "n"]:
-    beside = [Path(file["filename"]).with_name(LABELLED) for file in rows.cache_files]
+def _labeled(rows: Dataset) -> Bool[Array, "n"]:
+    beside = [Path(file["filename"]).with_name(LABELED) for file in rows.cache_files]
     if beside and beside[0].is_file():
         return np.load(beside[0])
     return np.asarray((keypoints_of(rows)[..., 2] > 0).any(axis=-1))
@@ -356,20 +356,20 @@ def _shard_table(file: Path, images: str, num_keypoints: int, cache: Path, keypo
 def _write_shard_table(
     folder: Path, file: Path, images: str, num_keypoints: int, keypoints: str, reading: Reading
 ) -> None:
-    places, labelled = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    places, labeled = [np.empty(0, np.int64)], [np.empty(0, bool)]
     features = features_of(num_keypoints)
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
         for people in roster.chunks(file, images, num_keypoints, reading):
             withheld = replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
             writer.write_table(withheld.table(features.arrow_schema))
             places.append(people.place)
-            labelled.append(withheld.labelled)
+            labeled.append(withheld.labeled)
         writer.finalize()
-    place, seen = np.concatenate(places), np.concatenate(labelled)
+    place, seen = np.concatenate(places), np.concatenate(labeled)
     if not len(place):  # `datasets` cannot read a table of nobody again
         (folder / PEOPLE).unlink(missing_ok=True)
     order = np.argsort(place, kind="stable")
-    np.save(folder / LABELLED, seen[order])
+    np.save(folder / LABELED, seen[order])
     np.save(folder / ORDER, np.empty(0, int) if (order[1:] > order[:-1]).all() else order)
 
 

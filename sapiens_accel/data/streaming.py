@@ -39,18 +39,18 @@ HELD_GROUPS = 256  # of people, without images: some 0.1 MB each
 Chosen = Callable[[roster.PeopleColumns], Bool[Array, "n"]]
 
 
-def labelled(people: roster.PeopleColumns) -> Bool[Array, "n"]:
-    return people.labelled
+def labeled(people: roster.PeopleColumns) -> Bool[Array, "n"]:
+    return people.labeled
 
 
 @dataclass(frozen=True)
-class Unlabelled:
+class Unlabeled:
     """People without keypoints whose boxes have sides of at least so many px."""
 
     min_side: float
 
     def __call__(self, people: roster.PeopleColumns) -> Bool[Array, "n"]:
-        return ~people.labelled & (people.box_xywh[:, 2:].min(axis=1, initial=np.inf) >= self.min_side)
+        return ~people.labeled & (people.box_xywh[:, 2:].min(axis=1, initial=np.inf) >= self.min_side)
 
 
 class StreamSource(NamedTuple):
@@ -212,13 +212,13 @@ def people(root: Path, sources: Sequence[StreamSource], num_keypoints: int, cach
 
 
 def _words(chosen: Chosen) -> str:
-    return "without keypoints and large enough" if isinstance(chosen, Unlabelled) else "labeled (v > 0)"
+    return "without keypoints and large enough" if isinstance(chosen, Unlabeled) else "labeled (v > 0)"
 
 
 def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
     """For each group its chosen people and all people, read from the columns beside the images."""
     manifest = shards.read(source.path)
-    chosen = repr(source.chosen) if isinstance(source.chosen, Unlabelled) else "labelled"
+    chosen = repr(source.chosen) if isinstance(source.chosen, Unlabeled) else "labelled"
     how = "" if source.reading == PLAIN else f"-{source.reading!r}"
     name = f"{manifest.digest}-k{num_keypoints}-{chosen}{how}"
     file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{manifest.digest}.npy"

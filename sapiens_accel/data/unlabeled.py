@@ -18,7 +18,7 @@ ASPECT_FACTOR = 2.0
 COMPARED = 20_000
 
 
-def labelled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
+def labeled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
     """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
 
     "First" is the published rule of Xie et al. 2021 (https://arxiv.org/abs/2011.12498): the people with keypoints of
@@ -53,7 +53,7 @@ def _num_labels(labels: int | str | None, people: People) -> int:
 
 
 def gather(
-    root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labelled: Int[Array, "n"]
+    root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labeled: Int[Array, "n"]
 ) -> tuple[People, tuple[str, ...]]:
     """The unlabeled people of a run, and what should be said about them.
 
@@ -67,13 +67,13 @@ def gather(
         UserError: there is nobody, or what was asked for is missing or broken.
     """
     sources = [pictures(root, config, num_keypoints, cache)]
-    withheld = np.setdiff1d(np.arange(len(train)), labelled) if len(labelled) < len(train) else labelled[:0]
+    withheld = np.setdiff1d(np.arange(len(train)), labeled) if len(labeled) < len(train) else labeled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
         sources.append(coco.withheld_people(train, config.train_images, withheld, min_side, cache))
     if config.unlabelled_train_people:
         min_side = config.unlabelled_min_side
-        sources.append(coco.unlabelled_beside(train, config.train_images, min_side, cache))
+        sources.append(coco.unlabeled_beside(train, config.train_images, min_side, cache))
     found = [people for people in sources if people]
     if not found:
         raise UserError(
@@ -110,11 +110,11 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
     return people
 
 
-def _another_aspect(people: People, labelled: People) -> str | None:
+def _another_aspect(people: People, labeled: People) -> str | None:
     """A line about boxes of another shape than the labeled people's; whole images are allowed, so no error."""
     theirs, ours = (
         float(np.median(boxes[:, 2] / boxes[:, 3]))
-        for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labelled))
+        for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labeled))
     )
     if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
         return None

@@ -65,7 +65,7 @@ class Labels:
         return len(self.ann_ids)
 
     @property
-    def labelled(self) -> Bool[Array, "n k"]:
+    def labeled(self) -> Bool[Array, "n k"]:
         return np.asarray(self.keypoints[..., 2] > 0)
 
     def named(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def portrait(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
     return {
         "people": len(labels),
         "pictures": len(set(labels.file_names)),
-        "joints_labelled": float(labels.labelled.sum() / num),
+        "joints_labelled": float(labels.labeled.sum() / num),
         **by_joint,
         "percentiles": list(PERCENTILES),
         **{name: np.percentile(of, PERCENTILES).round(1).tolist() if len(of) else [] for name, of in sides.items()},
@@ -110,7 +110,7 @@ def faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]
     checks: tuple[Callable[..., Iterator[Finding]], ...] = (_boxes, _areas, _joints, _visibility)
     found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
     found += repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
-    return [*found, *_never_labelled(labels, skeleton), *swapped_pairs(labels, skeleton), *mirrored(labels, skeleton)]
+    return [*found, *_never_labeled(labels, skeleton), *swapped_pairs(labels, skeleton), *mirrored(labels, skeleton)]
 
 
 def repeated(ids: Int[Array, "n"]) -> Bool[Array, "n"]:
@@ -164,7 +164,7 @@ def _joints(labels: Labels, scored: bool) -> Iterator[Finding]:
     points = labels.keypoints[..., :2]
     with np.errstate(invalid="ignore"):
         beyond = (points > labels.size_wh[:, None] - 1 + SLACK) | (points < -SLACK)
-    outside = beyond.any(axis=-1) & labels.labelled
+    outside = beyond.any(axis=-1) & labels.labeled
     people = np.asarray(outside.any(axis=1))
     if people.any():
         text = f"{_num(outside, 'labelled joint')} outside of the image"
@@ -179,8 +179,8 @@ def _visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
         yield Finding(level="warning", check="visibility", text=text, culprits=labels.named(odd))
 
 
-def _never_labelled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
-    never = [name for k, name in enumerate(skeleton.names) if not labels.labelled[:, k].any()]
+def _never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+    never = [name for k, name in enumerate(skeleton.names) if not labels.labeled[:, k].any()]
     if never and len(labels):
         text = f"{len(never)} of {skeleton.num_keypoints} keypoints have no label in any person"
         yield Finding(level="warning", check="joints", text=text, culprits=tuple(never))
@@ -196,7 +196,7 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     if len(pairs) < 3 or not len(labels):
         return
     left, right = (np.array(side) for side in zip(*pairs, strict=True))
-    both = labels.labelled[:, left] & labels.labelled[:, right]
+    both = labels.labeled[:, left] & labels.labeled[:, right]
     towards = (labels.keypoints[:, left, :2] - labels.keypoints[:, right, :2]) * both[..., None]
     length = np.linalg.norm(towards, axis=-1, keepdims=True)
     towards = np.divide(towards, length, out=np.zeros_like(towards), where=length > 0)
@@ -236,7 +236,7 @@ def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     )
     # The sine between the shoulders and the way up, whichever that is in the image; times both lengths.
     turn, lengths = ax * uy - ay * ux, np.hypot(ax, ay) * np.hypot(ux, uy)
-    facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labelled[:, [left, right]].all(axis=1)
+    facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labeled[:, [left, right]].all(axis=1)
     shown = facing & (np.abs(turn) > UPRIGHT * lengths)
     wrong = shown & (turn > 0)
     votes = int(shown.sum())
@@ -262,9 +262,9 @@ def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
 
 def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
     """The share of labeled keypoints that lie outside of their person's upright crop: nothing is learned of them."""
-    lost = labels.labelled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
-    share = lost.sum() / max(labels.labelled.sum(), 1)
-    text = f"{lost.sum()} of {labels.labelled.sum()} labeled keypoints ({share:.2%}) lie outside of the person's crop"
+    lost = labels.labeled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
+    share = lost.sum() / max(labels.labeled.sum(), 1)
+    text = f"{lost.sum()} of {labels.labeled.sum()} labeled keypoints ({share:.2%}) lie outside of the person's crop"
     return Finding(
         level="warning" if share > MOST_LOST else "note",
         check="crop",

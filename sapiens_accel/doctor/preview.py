@@ -8,7 +8,7 @@ from numpy import ndarray as Array
 from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople
+from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.doctor import labels as examine
 from sapiens_accel.doctor.labels import PERCENTILES, Finding, Labels
 from sapiens_accel.models import sapiens as model
@@ -51,12 +51,12 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     for number in range(NUM_CROPS):
         step, position = divmod(number, people.global_batch)
         sample = people[Key(step, position, False)]
-        assert isinstance(sample, Labelled)
+        assert isinstance(sample, Labeled)
         image, points = sample.view.image.permute(1, 2, 0).numpy(), sample.points_xy.numpy()
-        labelled = sample.weights.numpy() > 0
-        seen = _inside(points, people.config.input_hw) & labelled
+        labeled = sample.weights.numpy() > 0
+        seen = _inside(points, people.config.input_hw) & labeled
         mirrored = ", mirrored" if sample.view.flipped else ""
-        text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labelled.sum()} keypoints{mirrored}"
+        text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labeled.sum()} keypoints{mirrored}"
         person = draw.draw_person(image, points, sample.weights.numpy(), skeleton)
         titled = draw.add_title(person, text, CROP_HEIGHT)
         pictures.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
@@ -72,9 +72,9 @@ def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfi
         base = geometry.crop_around_box(labels.boxes_xywh[place], config.box_padding, config.input_hw)
         crop = augmenter.train_crop(base, keypoints, rng)
         seen = data.seen_in(crop, keypoints, config.input_hw, augmenter.skeleton)
-        labelled = seen[:, 2] > 0
-        lost += int((labelled & ~_inside(seen[:, :2], config.input_hw)).sum())
-        total += int(labelled.sum())
+        labeled = seen[:, 2] > 0
+        lost += int((labeled & ~_inside(seen[:, :2], config.input_hw)).sum())
+        total += int(labeled.sum())
     share = lost / max(total, 1)
     text = (
         f"{share:.1%} of labeled keypoints lie outside of augmented crops (of half bodies the other half, on purpose)"

@@ -128,7 +128,7 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
         for name, train in found.items():
             report.findings += _under(f"{name} and val", _leaks(root, train, val))
         if any(run.of(stage).ratio for stage in run.stages):
-            report.findings += _under("unlabelled", _unlabelled(config, skeleton, root, cache, val))
+            report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
     return report, examine.joined([_with_joints(train.labels) for train in found.values()]), skeleton
 
 
@@ -173,7 +173,7 @@ def _read(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Pa
     return read if of_file else dataclasses.replace(read, findings=[*wrong, *read.findings])
 
 
-def _unlabelled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: lenient.Read) -> list[Finding]:
+def _unlabeled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: lenient.Read) -> list[Finding]:
     """What is wrong with the images without labels that stage ssl learns from."""
     try:
         people = pool.pictures(root, config, skeleton.num_keypoints, cache)
@@ -190,7 +190,7 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out:
     """What the run's own reader says, and what the network would see."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it skips has been told, and stdout may be JSON
-            sets = build.open_people(run.data, skeleton, unlabelled=any(run.of(stage).ratio for stage in run.stages))
+            sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     report.grid = str(
@@ -210,7 +210,7 @@ def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
 
 def _with_joints(labels: Labels) -> Labels:
     """Those with at least one labeled keypoint."""
-    return labels.at(np.flatnonzero(labels.labelled.any(axis=1)))
+    return labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
 
 
 def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:

@@ -38,7 +38,7 @@ class Boxes:
     boxes_xywh: Float[Array, "n 4"]
     scores: Float[Array, "n"]
     source: str
-    labelled: bool
+    labeled: bool
     told: str = ""
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ def ground_truth_boxes(people: People) -> Boxes:
             raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
     return Boxes(
         root=people.root, file_names=list(people.rows["file_name"][:]), image_ids=image_ids, boxes_xywh=boxes,
-        scores=np.ones(len(boxes)), source="ground truth", labelled=True,
+        scores=np.ones(len(boxes)), source="ground truth", labeled=True,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         boxes_xywh=np.array([row[2] for row in kept]),
         scores=np.array([row[3] for row in kept]),
         source=f"detector ({file.name})",
-        labelled=False,
+        labeled=False,
         told=f"{file}: {' and '.join(parts)} are left out" if parts else "",
     )
 

@@ -31,7 +31,7 @@ from sapiens_accel.pose.skeleton import Skeleton
 
 GOOD_FROM, NEAR_FROM = 0.85, 0.5
 MOST_NAMED = 6  # keypoints of a sentence; of a whole body's 133 there may be more
-UNLABELLED = -1  # in an array of kinds: nothing to compare with
+UNLABELED = -1  # in an array of kinds: nothing to compare with
 NOBODY = "not found: no box in the image"
 
 
@@ -102,11 +102,11 @@ def diagnose(
         areas: the persons' own, as labeled.
         image_ids: whose people may be taken for one another.
     """
-    labelled, mirror = labels[..., 2] > 0, list(skeleton.mirror)
+    labeled, mirror = labels[..., 2] > 0, list(skeleton.mirror)
     similar = similarities(found_xy, labels[..., :2], areas, skeleton.sigmas)
     to_mirror = similarities(found_xy, labels[:, mirror, :2], areas, skeleton.sigmas)
     # The midline mirrors onto itself.
-    to_mirror = np.where(labelled[:, mirror] & (np.array(mirror) != np.arange(len(mirror))), to_mirror, 0.0)
+    to_mirror = np.where(labeled[:, mirror] & (np.array(mirror) != np.arange(len(mirror))), to_mirror, 0.0)
     to_others, anywhere = _at_others(found_xy, labels, areas, image_ids, skeleton, np.maximum(similar, to_mirror))
     best = np.maximum(to_mirror, to_others)
     kinds = np.select(
@@ -118,9 +118,9 @@ def diagnose(
     similar = similar * found[:, None]
     kinds = np.where(found[:, None], kinds, Kind.MISSED)
     return Diagnosis(
-        oks=(similar * labelled).sum(axis=1) / np.maximum(labelled.sum(axis=1), 1),
+        oks=(similar * labeled).sum(axis=1) / np.maximum(labeled.sum(axis=1), 1),
         similar=similar,
-        kinds=np.where(labelled, kinds, UNLABELLED),
+        kinds=np.where(labeled, kinds, UNLABELED),
         found=found,
     )
 
@@ -165,7 +165,7 @@ def reason(kinds: Int[Array, "k"], similar: Float[Array, "k"], skeleton: Skeleto
     if not losses:
         return Reason(Kind.GOOD, "no error")
     ordered = sorted(losses, key=lambda kind: -losses[kind])
-    num = int((kinds != UNLABELLED).sum())
+    num = int((kinds != UNLABELED).sum())
     parts = []
     for kind in ordered:
         joints = np.flatnonzero(kinds == kind).tolist()
@@ -231,8 +231,8 @@ class Reliability(NamedTuple):
 
 def reliability(diagnosis: Diagnosis, scores: Float[Array, "n k"]) -> Reliability:
     """What the expected calibration error (`score.calibration_error`) is made of; right is a similarity above 0.5."""
-    labelled = diagnosis.kinds != UNLABELLED
-    scores, right = scores[labelled].clip(0.0, 1.0), diagnosis.similar[labelled] > NEAR_FROM
+    labeled = diagnosis.kinds != UNLABELED
+    scores, right = scores[labeled].clip(0.0, 1.0), diagnosis.similar[labeled] > NEAR_FROM
     bins = np.maximum(np.ceil(scores * NUM_BINS).astype(int) - 1, 0)
     count = np.bincount(bins, minlength=NUM_BINS)
     sums = [np.bincount(bins, values, NUM_BINS) for values in (scores, right)]

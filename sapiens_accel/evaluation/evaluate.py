@@ -93,7 +93,7 @@ def evaluate_networks(
         num_ranks=accelerator.num_processes, gather=partial(distributed.gather, accelerator),
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    matches = None if boxes.labelled else match_boxes(predictions, boxes, people, skeleton)
+    matches = None if boxes.labeled else match_boxes(predictions, boxes, people, skeleton)
     matched = predictions if matches is None else _select(predictions, matches)
     computed: list[Any] = [None]
     if accelerator.is_main_process:

@@ -102,7 +102,7 @@ def analyze_networks(
         boxes_xywh=judged.boxes_xywh,
         scores=np.ones(len(people)),
         source=tables.describe_boxes(config),
-        labelled=False,
+        labeled=False,
     )
 
     def heatmaps(chosen: list[int]) -> tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]:
@@ -190,16 +190,16 @@ def _panels(
 ) -> list[Picture]:
     width, scores, kinds = image.shape[1], predictions.scores[person], found.kinds[person]
     true_xy, found_xy = geometry.apply(panel, label[:, :2]), geometry.apply(panel, predictions.points_xy[person])
-    there, labelled = bool(found.found[person]), label[:, 2] > 0
-    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labelled, 0.5, 0.0)) * there
-    colours = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
+    there, labeled = bool(found.found[person]), label[:, 2] > 0
+    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * there
+    colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
     missed = found_xy if there else true_xy  # of nobody: a dot where each keypoint is
-    kind_of = [(kind.name.lower().replace("_", " "), colour) for kind, colour in ERROR_COLORS.items()]
+    kind_of = [(kind.name.lower().replace("_", " "), color) for kind, color in ERROR_COLORS.items()]
     strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     pictures = [
         draw.draw_person(image, true_xy, label[:, 2] / 2, skeleton),
         draw.draw_person(image, found_xy, shown, skeleton, scores),
-        draw.draw_displacements(image, missed, true_xy, labelled, colours),
+        draw.draw_displacements(image, missed, true_xy, labeled, colors),
     ]
     return [np.concatenate(both) for both in zip(strips, pictures, strict=True)]
 

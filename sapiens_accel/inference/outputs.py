@@ -17,7 +17,7 @@ from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import read_image
 
-LABELLED = 2  # COCO's v of a keypoint that is there
+LABELED = 2  # COCO's v of a keypoint that is there
 
 
 class Person(NamedTuple):
@@ -68,7 +68,7 @@ class KeypointsWriter:
         return self._stream
 
     def _annotation(self, person: Person) -> dict[str, Any]:
-        shown = np.where(person.scores > self.threshold, LABELLED, 0)
+        shown = np.where(person.scores > self.threshold, LABELED, 0)
         points = [
             number
             for (x, y), v in zip(person.points_xy.round(4).tolist(), shown.tolist(), strict=True)

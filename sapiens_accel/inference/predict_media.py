@@ -212,7 +212,7 @@ def _people(accelerator: Accelerator, piece: Piece, task: Task) -> list[list[Per
     boxes = Boxes(
         root=piece.root, file_names=[piece.files[index] for index in at], image_ids=np.array(at),
         boxes_xywh=np.concatenate([people.boxes_xywh for people in found]),
-        scores=np.concatenate([people.scores for people in found]), source=task.boxes, labelled=False,
+        scores=np.concatenate([people.scores for people in found]), source=task.boxes, labeled=False,
     )  # fmt: skip
     gather = partial(distributed.gather, accelerator)
     predictions = predict(

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
 from sapiens_accel.config.schema import StageConfig
-from sapiens_accel.data.dataset import Batch, Labelled, View
+from sapiens_accel.data.dataset import Batch, Labeled, View
 from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
@@ -169,7 +169,7 @@ def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -
     (height, width), k = model.input_hw, model.num_keypoints
     b = p // (1 + plan.ratio)
     view = View(torch.zeros(b, 3, height, width, dtype=torch.uint8), torch.zeros(b, 2, 3), torch.zeros(b))
-    batch = Batch(Labelled(view, torch.zeros(b, k, 2), torch.ones(b, k), torch.zeros(b)), None)
+    batch = Batch(Labeled(view, torch.zeros(b, k, 2), torch.ones(b, k), torch.zeros(b)), None)
     if not plan.ratio:
         return lambda: objective.loss(model, batch, None)[0]
     image = torch.zeros(p - b, 3, height, width, dtype=torch.uint8)

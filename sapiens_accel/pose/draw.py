@@ -43,14 +43,14 @@ def draw_person(
     radii = _radii(points, np.asarray(shown) > 0, 2 * thickness + 1)
     for a, b in skeleton.edges:
         if shown[a] > 0 and shown[b] > 0:
-            cv2.line(canvas, points[a], points[b], _colour(skeleton, a, b), thickness, cv2.LINE_AA)
+            cv2.line(canvas, points[a], points[b], _color(skeleton, a, b), thickness, cv2.LINE_AA)
     for k, point in enumerate(points):
         if shown[k] > 0:
             filled = -1 if shown[k] >= 0.75 or radii[k] == DOT else thickness
             if scores is not None and radii[k] > DOT:
                 cv2.circle(canvas, point, radii[k] + 1, (0, 0, 0), filled, cv2.LINE_AA)
-            colour = _colour(skeleton, k, k) if scores is None else score_color(float(scores[k]))
-            cv2.circle(canvas, point, radii[k], colour, filled, cv2.LINE_AA)
+            color = _color(skeleton, k, k) if scores is None else score_color(float(scores[k]))
+            cv2.circle(canvas, point, radii[k], color, filled, cv2.LINE_AA)
     return canvas
 
 
@@ -81,7 +81,7 @@ def draw_displacements(
     found_xy: Float[Array, "k 2"],
     true_xy: Float[Array, "k 2"],
     shown: Bool[Array, "k"],
-    colours: Sequence[Color],
+    colors: Sequence[Color],
 ) -> UInt8[Array, "H W 3"]:
     """`errors`, each in a color of its own."""
     canvas, points = _enlarged(image, np.concatenate([found_xy, true_xy]))
@@ -90,9 +90,9 @@ def draw_displacements(
     radii = _radii(ends, shown, 2 * thickness + (len(ends) > MANY))
     for k in np.flatnonzero(shown).tolist():
         # A dark rim, so that they are seen on any ground; where keypoints are close, it would be all that is seen.
-        for colour, rim in ((DARK, 1), (colours[k], 0)) if radii[k] > DOT else ((colours[k], 0),):
-            cv2.line(canvas, points[k], ends[k], colour, thickness + 2 * rim, cv2.LINE_AA)
-            cv2.circle(canvas, ends[k], radii[k] + rim, colour, -1, cv2.LINE_AA)
+        for color, rim in ((DARK, 1), (colors[k], 0)) if radii[k] > DOT else ((colors[k], 0),):
+            cv2.line(canvas, points[k], ends[k], color, thickness + 2 * rim, cv2.LINE_AA)
+            cv2.circle(canvas, ends[k], radii[k] + rim, color, -1, cv2.LINE_AA)
     return canvas
 
 
@@ -139,9 +139,9 @@ def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:
 def draw_key(width: int, entries: Sequence[tuple[str, Color]]) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) that tells what colors mean; a black one is no color, but a word."""
     strip, x = np.full((STRIP, width, 3), PAPER, np.uint8), 6
-    for text, colour in entries:
-        if any(colour):
-            cv2.circle(strip, (x + 4, STRIP // 2), 4, colour, -1, cv2.LINE_AA)
+    for text, color in entries:
+        if any(color):
+            cv2.circle(strip, (x + 4, STRIP // 2), 4, color, -1, cv2.LINE_AA)
             x += 12
         x += _text(strip, text, x, INK) + 9
     return strip
@@ -194,10 +194,10 @@ def _enlarged(
     return canvas, [(round((float(x) + 0.5) * factor), round((float(y) + 0.5) * factor)) for x, y in points_xy]
 
 
-def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, colour: Color) -> int:
+def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, color: Color) -> int:
     """Write into a strip, and return how wide it came out (px). Letters that the font lacks become ?."""
     plain = text.encode("ascii", "replace").decode()
-    cv2.putText(canvas, plain, (x, STRIP - 6), FONT, 0.38, colour, 1, cv2.LINE_AA)
+    cv2.putText(canvas, plain, (x, STRIP - 6), FONT, 0.38, color, 1, cv2.LINE_AA)
     return _width(plain)
 
 
@@ -219,7 +219,7 @@ def _thickness(canvas: UInt8[Array, "h w 3"], num_keypoints: int) -> int:
     return max(1, round(canvas.shape[0] / (190 if num_keypoints <= MANY else 400)))
 
 
-def _colour(skeleton: Skeleton, a: int, b: int) -> Color:
+def _color(skeleton: Skeleton, a: int, b: int) -> Color:
     sides = {side for k in (a, b) if (side := skeleton.sides[k])}
     if len(sides) != 1:
         return MIDDLE
@@ -258,14 +258,14 @@ def _one_on(
     for dark in (True, False):  # a dark rim first, so that they are seen on any ground
         for a, b, length in bones:
             if not dark or length >= SHORT:
-                colour, rim = (DARK, 2) if dark else (_colour(skeleton, a, b), 0)
-                cv2.line(canvas, fixed[a], fixed[b], colour, _bone_width(length, thickest) + rim, cv2.LINE_AA, 4)
+                color, rim = (DARK, 2) if dark else (_color(skeleton, a, b), 0)
+                cv2.line(canvas, fixed[a], fixed[b], color, _bone_width(length, thickest) + rim, cv2.LINE_AA, 4)
         for k, length in reach.items():
             # Fingers and points of the face are dots: full-sized keypoints would hide a hand.
             radius = _bone_width(length, thickest) + 1 if length >= SHORT else 1
             if not dark or length >= SHORT:
-                colour = DARK if dark else _colour(skeleton, k, k)
-                cv2.circle(canvas, fixed[k], (radius + dark) * 16, colour, -1, cv2.LINE_AA, 4)
+                color = DARK if dark else _color(skeleton, k, k)
+                cv2.circle(canvas, fixed[k], (radius + dark) * 16, color, -1, cv2.LINE_AA, 4)
 
 
 def _bone_width(length: float, thickest: int) -> int:

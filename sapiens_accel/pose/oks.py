@@ -104,17 +104,17 @@ def measure_points(
         labels: x, y and visibility; those of visibility 0 do not count.
         areas, boxes_xywh: the persons' own, as labeled.
     """
-    labelled = labels[..., 2] > 0
+    labeled = labels[..., 2] > 0
     similar = similarities(found_xy, labels[..., :2], areas, sigmas)
     distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
     near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]
     return KeypointQuality(
-        count=labelled.sum(axis=0),
-        oks=_mean(similar, labelled),
-        pck=_mean(near, labelled),
-        mean_oks=float(_mean(similar.ravel(), labelled.ravel())),
-        mean_pck=float(_mean(near.ravel(), labelled.ravel())),
-        ece=calibration_error(scores[labelled], similar[labelled] > RIGHT),
+        count=labeled.sum(axis=0),
+        oks=_mean(similar, labeled),
+        pck=_mean(near, labeled),
+        mean_oks=float(_mean(similar.ravel(), labeled.ravel())),
+        mean_pck=float(_mean(near.ravel(), labeled.ravel())),
+        ece=calibration_error(scores[labeled], similar[labeled] > RIGHT),
     )
 
 

@@ -71,7 +71,7 @@ class Origin:
         terms: repositories that are known to hold the licence's text.
     """
 
-    licence: Licence
+    license: Licence
     base: str | None
     place: Path | None
     told: str
@@ -92,16 +92,16 @@ def of(run: Mapping[str, Any], stage: str, seen: tuple[Path, ...] = ()) -> Origi
         return _of_weights(str(run["weights"]), name, seen)
     began = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
     if name.endswith("_tiny") or began:
-        return Origin(licence=APACHE, base=None, place=None, told="random weights")
+        return Origin(license=APACHE, base=None, place=None, told="random weights")
     return _by_family(name, None, None, f"what was in the run folder when `{stage}` began; nothing tells what that was")
 
 
-def licence_text(origin: Origin) -> Path | None:
+def license_text(origin: Origin) -> Path | None:
     """The licence's own text: beside the weights that it came with, in the Hub's cache, or downloaded. None: nowhere.
 
     Only Sapiens2's has to be passed on as a copy.
     """
-    if origin.licence is not SAPIENS2:
+    if origin.license is not SAPIENS2:
         return None
     place = origin.place.parent if origin.place and origin.place.is_file() else origin.place
     beside = [place / name for name in LICENSE_FILES] if place else []
@@ -165,7 +165,7 @@ def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Or
         return None
     if data is None or OUR_TAG not in (data.get("tags") or ()):
         return None
-    found = [licence for licence in (CC_BY_NC, SAPIENS2, APACHE) if data.get("license") == licence.metadata["license"]]
+    found = [license for license in (CC_BY_NC, SAPIENS2, APACHE) if data.get("license") == license.metadata["license"]]
     if not found:
         return None
     above = data.get("base_model")
@@ -173,13 +173,13 @@ def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Or
     base = repo or above
     told = f"[{base}](https://huggingface.co/{base})" if base else "weights of an earlier run of sapiens_accel"
     terms = tuple(repo for repo in (repo, above, _published_repo(name)) if repo)
-    return Origin(licence=found[0], base=base, place=path, told=told, terms=terms)
+    return Origin(license=found[0], base=base, place=path, told=told, terms=terms)
 
 
 def _by_family(name: str, repo: str | None, path: Path | None, told: str) -> Origin:
-    licence = SAPIENS2 if name.startswith("sapiens2") else CC_BY_NC
+    license = SAPIENS2 if name.startswith("sapiens2") else CC_BY_NC
     terms = tuple(dict.fromkeys(other for other in (repo, _published_repo(name)) if other))
-    return Origin(licence=licence, base=repo, place=path, told=told, terms=terms)
+    return Origin(license=license, base=repo, place=path, told=told, terms=terms)
 
 
 def _published_repo(name: str) -> str | None:

@@ -28,14 +28,14 @@ from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import SAPIENS2, Origin
 from sapiens_accel.runtime import files
 
-LICENCE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
+LICENSE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 DRAWN = "drawn people"
 STAGE_COLORS: dict[str, tuple[int, int, int]] = dict(
     zip(STAGES, cycle([(120, 120, 120), (90, 140, 200), (200, 90, 80), (90, 170, 110)]), strict=False)
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 900, 220, 80, 24, 36, 44
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-GREY, INK = (225, 225, 225), (40, 40, 40)
+GRAY, INK = (225, 225, 225), (40, 40, 40)
 Points = list[tuple[float, float]]
 
 
@@ -59,7 +59,7 @@ class Facts:
     scores: Mapping[str, Mapping[str, Any]]
     lines: Sequence[Mapping[str, Any]]
     picture: bytes | None
-    num_labelled: int | None
+    num_labeled: int | None
     has_code: bool
     origin: Origin
 
@@ -91,7 +91,7 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
     run, lines = yaml.safe_load(file.read_text()), lines_of(run_folder)
     steps = {name: step if name == stage else None for name in _trained(run, stage)}
     scores = {name: _score(run_folder / name, run, lines, steps[name]) for name in steps}
-    picture, labelled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
+    picture, labeled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
     shows_these = picture.is_file() and _judged(run_folder / stage, step) is not None
     return Facts(
         run=run,
@@ -100,7 +100,7 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
         scores={name: score for name, score in scores.items() if score},
         lines=lines,
         picture=picture.read_bytes() if shows_these else None,
-        num_labelled=len(json.loads(labelled.read_text()).get("ann_ids", ())) if labelled.is_file() else None,
+        num_labeled=len(json.loads(labeled.read_text()).get("ann_ids", ())) if labeled.is_file() else None,
         has_code=any(weights.parent.glob("*.py")),
         origin=origin.of(run, stage),
     )
@@ -141,26 +141,26 @@ def lines_of(run_folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write(folder: Path, facts: Facts, repo_id: str, licence: Path | None) -> None:
+def write(folder: Path, facts: Facts, repo_id: str, license: Path | None) -> None:
     """Write README.md, the images and a copy of the license into a folder.
 
     Args:
         license: the text of a license that must be passed on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if licence:
-        (folder / LICENCE_NAME).write_bytes(licence.read_bytes())
+    if license:
+        (folder / LICENSE_NAME).write_bytes(license.read_bytes())
     if facts.picture:
         (folder / PICTURE_NAME).write_bytes(facts.picture)
     picture = draw_curve(facts.lines, facts.stages)
     if picture is not None:
         draw.save_image(picture, folder / CURVE_NAME)
     (folder / "README.md").write_text(
-        render(facts, repo_id, has_licence=licence is not None, has_curve=picture is not None)
+        render(facts, repo_id, has_license=license is not None, has_curve=picture is not None)
     )
 
 
-def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) -> str:
+def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) -> str:
     """The card as Markdown, with its metadata in front."""
     family = "sapiens2" if facts.run["model"]["name"].startswith("sapiens2") else "sapiens"
     height, width = facts.network.get("input_hw") or facts.run["data"]["input_hw"]
@@ -173,10 +173,10 @@ def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) ->
     if facts.is_drawn:
         about += f" **It has only seen {DRAWN}**: a test of the programme, of no use on photographs."
     parts = [
-        f"---\n{metadata(facts, repo_id, has_licence=has_licence).to_yaml()}\n---",
+        f"---\n{metadata(facts, repo_id, has_license=has_license).to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
         about,
-        "## License\n\n" + _licence(facts, has_licence),
+        "## License\n\n" + _license(facts, has_license),
         _use(repo_id, family),
         "## Results\n\n" + _results(facts),
         _by_keypoint(facts, keypoints),
@@ -188,11 +188,11 @@ def render(facts: Facts, repo_id: str, *, has_licence: bool, has_curve: bool) ->
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def metadata(facts: Facts, repo_id: str, *, has_licence: bool) -> ModelCardData:
+def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
     """What the Hub sorts and filters by."""
-    licence = dict(facts.origin.licence.metadata)
-    if has_licence:
-        licence["license_link"] = LICENCE_NAME
+    license = dict(facts.origin.license.metadata)
+    if has_license:
+        license["license_link"] = LICENSE_NAME
     score = facts.scores.get(facts.stage)
     results = [
         EvalResult(
@@ -209,9 +209,9 @@ def metadata(facts: Facts, repo_id: str, *, has_licence: bool) -> ModelCardData:
         if score and _measured(score, name)
     ]
     return ModelCardData(
-        license=licence.get("license"),
-        license_name=licence.get("license_name"),
-        license_link=licence.get("license_link"),
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
         base_model=facts.origin.base,
         library_name="transformers",
         pipeline_tag="keypoint-detection",
@@ -227,12 +227,12 @@ def _use(repo_id: str, family: str) -> str:
     return f"## Use\n\n```python\n{export.snippet(repo_id, family).strip()}\n```"
 
 
-def _licence(facts: Facts, has_licence: bool) -> str:
-    text = facts.origin.licence.notice + (" The Python files here are Apache-2.0." if facts.has_code else "")
-    if facts.origin.licence is not SAPIENS2:
+def _license(facts: Facts, has_license: bool) -> str:
+    text = facts.origin.license.notice + (" The Python files here are Apache-2.0." if facts.has_code else "")
+    if facts.origin.license is not SAPIENS2:
         return text
-    link = f"[{LICENCE_NAME}]({LICENCE_NAME})" if has_licence else f"<{SAPIENS2.metadata['license_link']}>"
-    missing = "" if has_licence else " A copy was not at hand when this card was made and has to be added here."
+    link = f"[{LICENSE_NAME}]({LICENSE_NAME})" if has_license else f"<{SAPIENS2.metadata['license_link']}>"
+    missing = "" if has_license else " A copy was not at hand when this card was made and has to be added here."
     return f"{text}\n\nIts text: {link}.{missing}"
 
 
@@ -269,7 +269,7 @@ def _training(facts: Facts) -> str:
     data = facts.run["data"]
     if facts.run.get("stage") not in ("all", facts.stage):
         return "A later run in the same folder wrote its own settings over those that these weights were trained with."
-    count = f"{facts.num_labelled}" if facts.num_labelled is not None else "the"
+    count = f"{facts.num_labeled}" if facts.num_labeled is not None else "the"
     said = f"On {count} labeled people of {_people(facts, 'train')}."
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
     rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
@@ -370,7 +370,7 @@ def _panel(
         return round(x), round(top + HEIGHT * (1 - (value - low) / (high - low)))
 
     for value, label in ticks:
-        cv2.line(canvas, place(0, value), place(last, value), GREY, 1)
+        cv2.line(canvas, place(0, value), place(last, value), GRAY, 1)
         _write_text(canvas, label, (14, place(0, value)[1] + 5))
     _write_text(canvas, title, (LEFT, top - 12))
     for step in (0, last / 2, last):

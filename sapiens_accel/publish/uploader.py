@@ -66,12 +66,12 @@ def publish(push: Push, repo_id: str, private: bool) -> str:
         UserError: the repository is public and a private one is wanted.
         Exception: whatever the client raises.
     """
-    licence = None
+    license = None
     if push.facts:
-        licence = origin.licence_text(push.facts.origin)
-        if push.facts.origin.licence is origin.SAPIENS2 and licence is None:
+        license = origin.license_text(push.facts.origin)
+        if push.facts.origin.license is origin.SAPIENS2 and license is None:
             say("warning: the Sapiens2 License was found nowhere; add its text to the repository by hand", error=True)
-        card.write(push.folder / "card", push.facts, repo_id, licence)
+        card.write(push.folder / "card", push.facts, repo_id, license)
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private:

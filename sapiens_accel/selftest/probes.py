@@ -163,8 +163,8 @@ def fp16(device: torch.device) -> Iterator[Row]:
     accelerator = start_accelerator(precision)
     case = replace(tiny_case("phase2", precision), accumulation=1)
     good = random_batch(case.micro_batch, 0, case.input_hw, accelerator.device)
-    weights = torch.full_like(good.labelled.weights, float("inf"))
-    bad = good._replace(labelled=good.labelled._replace(weights=weights))
+    weights = torch.full_like(good.labeled.weights, float("inf"))
+    bad = good._replace(labeled=good.labeled._replace(weights=weights))
     model = build_network(case.run, "phase2")
     stream = take_steps(accelerator, case, model, iter([good, bad, good]))
     skipped, weight, changed = [], next(iter(model.head.parameters())), []

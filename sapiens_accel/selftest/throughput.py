@@ -111,7 +111,7 @@ def plain_steps(
     peer: nn.Module, batch: Batch, codec: Codec, loss_weight: float, lr: float, autocast: torch.dtype | None
 ) -> Iterator[Tensor]:
     """A plain loop over the same batch; yields the loss of each step, on the device."""
-    labeled, device = batch.labelled, batch.labelled.view.image.device
+    labeled, device = batch.labeled, batch.labeled.view.image.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     optimizer = torch.optim.AdamW(peer.parameters(), lr=lr)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)

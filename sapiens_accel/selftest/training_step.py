@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
@@ -119,7 +119,7 @@ def random_batch(num: int, unlabeled: int, input_hw: tuple[int, int], device: to
 
     k, (height, width) = SKELETON.num_keypoints, input_hw
     points_xy = torch.rand(num, k, 2, device=device) * torch.tensor([width - 1.0, height - 1.0], device=device)
-    labeled = Labelled(view(num), points_xy, torch.ones(num, k, device=device), torch.arange(num, device=device))
+    labeled = Labeled(view(num), points_xy, torch.ones(num, k, device=device), torch.arange(num, device=device))
     pair = Pair(view(unlabeled), view(unlabeled), torch.rand(unlabeled, 5, 4, device=device)) if unlabeled else None
     return Batch(labeled, pair)
 

@@ -69,7 +69,7 @@ class Layout:
         return [name for name in there if name in wanted]
 
 
-def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labelled: bool) -> Layout:
+def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labeled: bool) -> Layout:
     """The layout of a table.
 
     Args:
@@ -91,10 +91,10 @@ def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labelled: 
         form = "lists" if _depth(kinds[fields["bbox"]]) > 1 else "rows"
     plain = form == "ours" and all(_depth(kinds[fields[name]]) == 1 for name in fields if name not in NUMBERS)
     lacks = [name for name in NEEDED if name not in fields]
-    if labelled and lacks:
+    if labeled and lacks:
         raise _missing(where, lacks[0], "of each person", schema, given)
     lost = [f"{ours}: {name}" for ours, name in given.items() if name not in (columns | fields).values()]
-    if labelled and lost:
+    if labeled and lost:
         raise UserError(f"{where}: --data.columns {{{lost[0]}}}: no such column; it has: {_shown(schema)}")
     fields = {} if form == "none" else fields
     renamed = any(ours != theirs for ours, theirs in (columns | fields).items())

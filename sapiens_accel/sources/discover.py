@@ -160,7 +160,7 @@ def _manifest(
         about = pool.map(lambda name: _about(name, kind), names)
         abouts = list(tqdm(about, total=len(names), desc="reading shards", disable=None, leave=False))
     schema = abouts[0].schema
-    here = _layout(abouts, names, columns, labelled=split != "unlabelled")
+    here = _layout(abouts, names, columns, labeled=split != "unlabelled")
     known = _categories(schema) or layout.categories(schema, here)
     theirs = None if here.is_ours else dataclasses.asdict(here)
     if kind == "parquet" and not in_place:
@@ -193,9 +193,9 @@ def _about(name: str, kind: Kind) -> About:
         raise UserError(f"{name}: no {kind} file that can be read: {reason}") from None
 
 
-def _layout(abouts: Sequence[About], names: Sequence[str], columns: Mapping[str, str], *, labelled: bool) -> Layout:
+def _layout(abouts: Sequence[About], names: Sequence[str], columns: Mapping[str, str], *, labeled: bool) -> Layout:
     several = [
-        layout.found(about.schema, columns, name, labelled=labelled) for about, name in zip(abouts, names, strict=True)
+        layout.found(about.schema, columns, name, labeled=labeled) for about, name in zip(abouts, names, strict=True)
     ]
     if odd := next((name for name, one in zip(names, several, strict=True) if one != several[0]), None):
         raise UserError(f"{odd}: its columns are not those of {names[0]}; expected shards of one kind")

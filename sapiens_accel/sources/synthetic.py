@@ -184,17 +184,17 @@ def _trunk(hips: np.ndarray, shoulders: np.ndarray, frame: np.ndarray, look: Loo
 
 def _head(neck: np.ndarray, frame: np.ndarray, trunk: np.ndarray, look: Look) -> tuple[np.ndarray, list[Part]]:
     """The five face keypoints (view frame) and the parts of head and neck; `neck` is midway between the shoulders."""
-    s, centre = look.head, neck - trunk[:, 1] * 0.03 - frame[:, 1] * 0.075 * look.head
+    s, center = look.head, neck - trunk[:, 1] * 0.03 - frame[:, 1] * 0.075 * look.head
     offsets, up, forward = s * _FACE @ frame.T, -frame[:, 1] * s, frame[:, 2] * s
-    keypoints, skin = centre + offsets, look.skin
+    keypoints, skin = center + offsets, look.skin
 
     def at(points: list[np.ndarray], radii: list[float], color: np.ndarray, *shows: int, lift: float = 0.0) -> Part:
-        inside = 0.1 * float(np.mean(points, axis=0)[2] - centre[2])  # keep the head's parts together in depth
-        return _part(points, [r * s for r in radii], float(centre[2]) + 0.03 + inside + lift, color, *shows)
+        inside = 0.1 * float(np.mean(points, axis=0)[2] - center[2])  # keep the head's parts together in depth
+        return _part(points, [r * s for r in radii], float(center[2]) + 0.03 + inside + lift, color, *shows)
 
     shows = [k for k in (3, 4) if offsets[k][2] > -0.012 * s and not look.long_hair]
-    face = at([centre + 0.015 * forward, centre - 0.036 * up + 0.018 * forward], [0.056, 0.04], skin, lift=2e-3)
-    skull = at([centre + 0.018 * up - 0.014 * forward, centre + 0.006 * up - 0.02 * forward], [0.066, 0.06], look.hair)
+    face = at([center + 0.015 * forward, center - 0.036 * up + 0.018 * forward], [0.056, 0.04], skin, lift=2e-3)
+    skull = at([center + 0.018 * up - 0.014 * forward, center + 0.006 * up - 0.02 * forward], [0.066, 0.06], look.hair)
     parts = [face, skull, *(at([keypoints[k]], [0.015], skin * 0.88, k, lift=2e-3) for k in shows)]
     for k in (1, 2):
         if offsets[k][2] > 0.004 * s:
@@ -203,13 +203,13 @@ def _head(neck: np.ndarray, frame: np.ndarray, trunk: np.ndarray, look: Look) ->
     if offsets[0][2] > -0.015 * s:
         bridge = keypoints[0] + 0.022 * up - 0.012 * forward
         parts.append(at([bridge, keypoints[0]], [0.006, 0.012], skin * 0.78, 0, lift=6e-3))
-        corners = [centre - 0.042 * up + 0.05 * forward + side * frame[:, 0] * s for side in (-0.016, 0.016)]
+        corners = [center - 0.042 * up + 0.05 * forward + side * frame[:, 0] * s for side in (-0.016, 0.016)]
         parts.append(at(corners, [0.006] * 2, np.array([60.0, 50.0, 150.0]), lift=4e-3))
     if look.long_hair:
-        tips = [centre + x * frame[:, 0] - 0.03 * forward + 0.09 * trunk[:, 1] for x in (-0.05, 0.05)]
-        depth = float(centre[2]) - 0.05 * float(forward[2]) + 0.01
-        parts.append(_part([centre, *tips], [0.066 * s, 0.03, 0.03], depth, look.hair * 0.9))
-    throat = [neck + 0.02 * trunk[:, 2], centre - 0.03 * up]
+        tips = [center + x * frame[:, 0] - 0.03 * forward + 0.09 * trunk[:, 1] for x in (-0.05, 0.05)]
+        depth = float(center[2]) - 0.05 * float(forward[2]) + 0.01
+        parts.append(_part([center, *tips], [0.066 * s, 0.03, 0.03], depth, look.hair * 0.9))
+    throat = [neck + 0.02 * trunk[:, 2], center - 0.03 * up]
     parts.append(_part(throat, [0.032, 0.03], float(neck[2]) + 0.03 * float(trunk[2, 2]) + 0.01, skin * 0.85))
     return keypoints, parts
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Key, Labelled, Sets, TrainingPeople
+from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.evaluation import evaluate, figures, tables
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
@@ -386,7 +386,7 @@ def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skel
     samples = [people[Key(step, position, False)] for position in range(num)]
     above, below = [], []
     for sample in samples:
-        assert isinstance(sample, Labelled)
+        assert isinstance(sample, Labeled)
         image = sample.view.image.permute(1, 2, 0).numpy()
         maps, weights = codec.encode(sample.points_xy[None], sample.weights[None])
         above.append(draw.draw_person(image, sample.points_xy.numpy(), sample.weights.numpy(), skeleton))

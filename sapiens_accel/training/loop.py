@@ -97,4 +97,4 @@ def steps(
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:
     """Annotation ids of the labeled people, and whether the loss of their micro-batch is finite."""
     each = zip(batches, losses, strict=True)
-    return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labelled.ann_id.tolist()]
+    return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labeled.ann_id.tolist()]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import StageConfig, TeacherConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair
+from sapiens_accel.data.dataset import Batch, Labeled, Pair
 from sapiens_accel.models.sapiens import PIXEL_MEAN
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.heatmap import Codec
@@ -141,7 +141,7 @@ class MeanTeacher:
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
         factor = self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept)
-        scale, logs = factor / num_kept.sum().clamp_min(1), self._logs(taught, [batch.labelled for batch in batches])
+        scale, logs = factor / num_kept.sum().clamp_min(1), self._logs(taught, [batch.labeled for batch in batches])
         return [
             PseudoLabels(labels, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs)
             for batch, labels in zip(batches, taught, strict=True)
@@ -158,9 +158,9 @@ class MeanTeacher:
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         if prepared is None:
             return self.supervised.loss(model, batch, None)
-        labelled = batch.labelled.view.image
-        border = len(labelled)
-        squares = torch.zeros(2, device=labelled.device)  # of the gradients of both losses by the heatmaps
+        labeled = batch.labeled.view.image
+        border = len(labeled)
+        squares = torch.zeros(2, device=labeled.device)  # of the gradients of both losses by the heatmaps
 
         def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
             """The labeled people come first; a chunk may hold some of both."""
@@ -169,14 +169,14 @@ class MeanTeacher:
                 slice(max(people.start, border) - border, max(people.stop, border) - border),
             )
             num = first.stop - first.start
-            supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labelled, first)
+            supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labeled, first)
             unsupervised = self._agreement(heatmaps[num:], prepared, last)
             if heatmaps.requires_grad:
                 heatmaps.register_hook(partial(_add_squares, squares, num))
             return torch.stack([supervised, unsupervised])
 
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
-        loss, (supervised, unsupervised) = model(torch.cat([labelled, prepared.image]), terms)
+        loss, (supervised, unsupervised) = model(torch.cat([labeled, prepared.image]), terms)
         ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         return loss, {
             "loss_labelled": supervised,
@@ -270,13 +270,13 @@ class MeanTeacher:
         done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
         return self.config.weight * math.exp(-5 * (1 - done) ** 2)
 
-    def _logs(self, taught: Sequence[Taught], labelled: Sequence[Labelled]) -> dict[str, Tensor]:
+    def _logs(self, taught: Sequence[Taught], labeled: Sequence[Labeled]) -> dict[str, Tensor]:
         scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
         points_xy, labels_xy = (
             geometry.relative_positions(torch.cat(points), self.codec.input_hw)
-            for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labelled])
+            for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labeled])
         )
-        weights = torch.cat([people.weights for people in labelled])
+        weights = torch.cat([people.weights for people in labeled])
         each = kept.mean(dim=0)
         return {
             "keep": each.mean(),
@@ -329,5 +329,5 @@ def cut_out(pair: Pair, points_xy: Float[Tensor, "u k 2"]) -> UInt8[Tensor, "u 3
     in_x = (x - center_xy[..., 0, None]).abs() <= half[..., None]  # [u, n, W]
     in_y = (y - center_xy[..., 1, None]).abs() <= half[..., None]
     hidden = (in_y[..., :, None] & in_x[..., None, :]).any(dim=1)
-    colours = [torch.where(hidden, round(mean), image[:, c]) for c, mean in enumerate(PIXEL_MEAN)]
-    return torch.stack(colours, dim=1).to(torch.uint8)
+    colors = [torch.where(hidden, round(mean), image[:, c]) for c, mean in enumerate(PIXEL_MEAN)]
+    return torch.stack(colors, dim=1).to(torch.uint8)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sapiens_accel.data.dataset import Batch, Labelled
+from sapiens_accel.data.dataset import Batch, Labeled
 from sapiens_accel.pose.heatmap import Codec
 
 LOG_FLOOR = 0.02  # eps of `log_linear`
@@ -69,16 +69,16 @@ class Supervised:
 
     def loss(self, model: nn.Module, batch: Batch, prepared: None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "1"]:
-            return self.heatmap_loss(heatmaps, batch.labelled, people).reshape(1)
+            return self.heatmap_loss(heatmaps, batch.labeled, people).reshape(1)
 
-        loss, _ = model(batch.labelled.view.image, terms)
+        loss, _ = model(batch.labeled.view.image, terms)
         return loss, {}
 
-    def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labelled: Labelled, people: slice) -> Float[Tensor, ""]:
+    def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice) -> Float[Tensor, ""]:
         """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
-        target, weights = self.codec.encode(labelled.points_xy[people], labelled.weights[people])
+        target, weights = self.codec.encode(labeled.points_xy[people], labeled.weights[people])
         error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        return self.loss_weight * (weights * error).sum() / labelled.weights.numel()
+        return self.loss_weight * (weights * error).sum() / labeled.weights.numel()
 
     def after_step(self) -> None:
         pass

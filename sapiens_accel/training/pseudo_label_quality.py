@@ -37,7 +37,7 @@ class Known(NamedTuple):
 
     pair: Pair
     truth_xy: Float[Tensor, "*b k 2"]
-    labelled: Bool[Tensor, "*b k"]
+    labeled: Bool[Tensor, "*b k"]
     area: Float[Tensor, "*b"]  # of the person, input px^2
 
 
@@ -117,8 +117,8 @@ def _sums(known: Known, taught: Taught, holdout: Holdout) -> Float[Tensor, "6"]:
     """Numerators and denominators of precision, coverage and OKS."""
     height, width = holdout.config.input_hw
     x, y = known.truth_xy.unbind(-1)
-    true = known.labelled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
-    judged = known.labelled & taught.kept
+    true = known.labeled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
+    judged = known.labeled & taught.kept
     right = judged & near(taught.points_xy, known.truth_xy, holdout.config.input_hw)
     sigmas = holdout.augmenter.skeleton.sigmas
     similarities = [
@@ -172,7 +172,7 @@ def _column(known: Known, taught: Taught, skeleton: Skeleton) -> list[UInt8[Arra
     weak_xy = geometry.apply_batch(weak_from_strong, taught.points_xy)[0].numpy()[order]
     found_xy, true_xy = taught.points_xy[0].numpy(), known.truth_xy[0].numpy()
     right = near(taught.points_xy, known.truth_xy, input_hw)[0].numpy()
-    judged = kept & known.labelled[0].numpy()
+    judged = kept & known.labeled[0].numpy()
     turned = " (mirrored)" if swapped else ""
     return [
         draw.add_title(

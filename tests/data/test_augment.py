@@ -23,11 +23,11 @@ def _augmenter(**changes: float) -> Augmenter:
     )
 
 
-def _person(labelled: list[int]) -> np.ndarray:
+def _person(labeled: list[int]) -> np.ndarray:
     """Keypoints spread over a body; those without a label lie far away, where they would show."""
     keypoints = np.zeros((17, 3))
     keypoints[:, :2] = np.random.default_rng(9).uniform([250, 100], [350, 300], (17, 2))
-    keypoints[:, 2] = np.where(np.isin(np.arange(17), labelled), 2, 0)
+    keypoints[:, 2] = np.where(np.isin(np.arange(17), labeled), 2, 0)
     keypoints[keypoints[:, 2] == 0, :2] = -5000.0
     return keypoints
 
@@ -128,8 +128,8 @@ def _is(crop: Crop, expected: Crop) -> bool:
 
 
 @pytest.mark.parametrize("labelled", [list(range(17)), [0, 1, 5, 6, 7, 8, 9, 11, 12, 13]])
-def test_half_body_is_the_upper_or_lower_keypoints_box(labelled: list[int]) -> None:
-    keypoints = _person(labelled)
+def test_half_body_is_the_upper_or_lower_keypoints_box(labeled: list[int]) -> None:
+    keypoints = _person(labeled)
     upper, lower = _expected_half(keypoints, UPPER), _expected_half(keypoints, LOWER)
     crops = _half_crops(keypoints, 1000)
     is_upper = np.array([_is(crop, upper) for crop in crops])
@@ -286,18 +286,18 @@ def test_pixel_changes_happen_independently_of_each_other() -> None:
     flat[:] = (200, 120, 60)
     pictures = [change_pixels(changes, flat.copy(), rng) for _ in range(NUM)]
     has_hole = np.array([(picture == 0).all(axis=2).any() for picture in pictures])
-    colours = np.array([picture.max(axis=(0, 1)) for picture in pictures])
-    recoloured = (np.sort(colours, axis=1) != (60, 120, 200)).any(axis=1)
-    reordered = ~recoloured & (colours != (200, 120, 60)).any(axis=1)
+    colors = np.array([picture.max(axis=(0, 1)) for picture in pictures])
+    recolored = (np.sort(colors, axis=1) != (60, 120, 200)).any(axis=1)
+    reordered = ~recolored & (colors != (200, 120, 60)).any(axis=1)
     # Brightness and contrast with half the probability, saturation and hue with half: one of them in three of four.
-    assert _is_share(has_hole, 0.5) and _is_share(recoloured, 0.75)
-    assert _is_share(has_hole[recoloured], 0.5) and _is_share(has_hole[~recoloured], 0.5)
+    assert _is_share(has_hole, 0.5) and _is_share(recolored, 0.75)
+    assert _is_share(has_hole[recolored], 0.5) and _is_share(has_hole[~recolored], 0.5)
     # The channels' order is drawn with half the probability, and one in six orders is the old one.
-    assert _is_share(reordered[~recoloured], 0.5 * 5 / 6)
+    assert _is_share(reordered[~recolored], 0.5 * 5 / 6)
     assert _is_share(has_hole[reordered], 0.5)
 
 
-def test_colours_are_the_published_changes_one_after_the_other() -> None:
+def test_colors_are_the_published_changes_one_after_the_other() -> None:
     """All in one pass over the pixels; here each by itself in float, from the same draws."""
     changes = _augmenter(photometric_p=0.5, blur_p=0, coarse_dropout_p=0).pixel_changes()
     seen = set()
@@ -311,8 +311,8 @@ def test_colours_are_the_published_changes_one_after_the_other() -> None:
             happened.append("contrast")
         if rng.random() < 0.5:
             turns, factor = rng.uniform(-0.1, 0.1), rng.uniform(0.5, 1.5)
-            grey = expected @ [0.299, 0.587, 0.114]
-            expected = grey[..., None] + factor * (expected - grey[..., None])
+            gray = expected @ [0.299, 0.587, 0.114]
+            expected = gray[..., None] + factor * (expected - gray[..., None])
             # Where the plane across the axis of greys is the complex one, a turn is a product.
             mean = expected.mean(axis=2)
             thirds = np.exp(2j * np.pi * np.arange(3) / 3)
@@ -328,7 +328,7 @@ def test_colours_are_the_published_changes_one_after_the_other() -> None:
     assert len(seen) == 8
 
 
-def test_hue_turns_red_to_green_and_leaves_greys_alone() -> None:
+def test_hue_turns_red_to_green_and_leaves_grays_alone() -> None:
     np.testing.assert_allclose(augment._turn(1 / 3) @ [200.0, 0.0, 0.0], [0.0, 200.0, 0.0], atol=1e-9)
     for matrix in (augment._turn(0.07), augment._saturation(0.6), augment._saturation(1.4)):
         np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-12)

@@ -48,8 +48,8 @@ def root(drawn: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(drawn, tmp_path / "root"))
 
 
-def _labelled(root: Path, cache: Path, source: tuple[str, str] = TRAIN) -> People:
-    return coco.labelled_people(root, *source, K, cache)
+def _labeled(root: Path, cache: Path, source: tuple[str, str] = TRAIN) -> People:
+    return coco.labeled_people(root, *source, K, cache)
 
 
 def _tree(root: Path, source: tuple[str, str] = TRAIN) -> Tree:
@@ -81,14 +81,14 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
 
 @with_real_data
 @pytest.mark.parametrize(("source", "num"), [(TRAIN, 86), (VAL, 68)])
-def test_coco_mini_has_so_many_labelled_people(source: tuple[str, str], num: int, cache: Path) -> None:
-    people = coco.checked(_labelled(REAL, cache, source), "stop", "decode")
+def test_coco_mini_has_so_many_labeled_people(source: tuple[str, str], num: int, cache: Path) -> None:
+    people = coco.checked(_labeled(REAL, cache, source), "stop", "decode")
     assert len(people) == num
     _assert_rows_are_pycocotools(people, REAL, source)
 
 
 def test_rows_of_drawn_people_are_what_pycocotools_reads(drawn: Path, cache: Path) -> None:
-    people = _labelled(drawn, cache)
+    people = _labeled(drawn, cache)
     assert len(people) == 24
     _assert_rows_are_pycocotools(people, drawn, TRAIN)
 
@@ -113,39 +113,39 @@ def _assert_rows_are_pycocotools(people: People, root: Path, source: tuple[str, 
 
 
 def test_columns_lose_no_digit(drawn: Path, cache: Path) -> None:
-    people = _labelled(drawn, cache)
+    people = _labeled(drawn, cache)
     assert np.array_equal(coco.keypoints_of(people.rows), [np.array(row["keypoints"]) for row in people.rows])
 
 
 @with_real_data
 @pytest.mark.parametrize("min_side", [0.0, 12.0, 40.0, 64.0])
-def test_unlabelled_people_of_coco_mini_are_no_crowds_and_not_too_small(min_side: float, cache: Path) -> None:
+def test_unlabeled_people_of_coco_mini_are_no_crowds_and_not_too_small(min_side: float, cache: Path) -> None:
     people = coco.people_with_boxes(REAL, *TRAIN, K, min_side, cache)
-    unlabelled = [a for a in _tree(REAL)["annotations"] if not a["iscrowd"] and max(a["keypoints"][2::3]) == 0]
-    expected = [a["id"] for a in unlabelled if min(a["bbox"][2:]) >= min_side]
+    unlabeled = [a for a in _tree(REAL)["annotations"] if not a["iscrowd"] and max(a["keypoints"][2::3]) == 0]
+    expected = [a["id"] for a in unlabeled if min(a["bbox"][2:]) >= min_side]
     assert list(people.rows["ann_id"]) == expected
     assert len(expected) == 81 if min_side == 0.0 else len(expected) < 81
-    assert not set(expected) & set(_labelled(REAL, cache).rows["ann_id"])
+    assert not set(expected) & set(_labeled(REAL, cache).rows["ann_id"])
 
 
 def test_crowds_empty_boxes_and_small_boxes_are_left_out(root: Path, cache: Path) -> None:
     tree = _tree(root)
     people = tree["annotations"]
-    crowd, empty, large, small, labelled = people[:5]
+    crowd, empty, large, small, labeled = people[:5]
     crowd["iscrowd"] = 1
     empty["bbox"][2] = 0.0
     for person, sides in ((large, [40.0, 64.0]), (small, [300.0, 39.9])):
         person["keypoints"] = [0] * 3 * K
         person["bbox"][2:] = sides
-    labelled["keypoints"] = [10.0, 20.0, 1] + [0] * 3 * (K - 1)  # one occluded keypoint is a label
+    labeled["keypoints"] = [10.0, 20.0, 1] + [0] * 3 * (K - 1)  # one occluded keypoint is a label
     _write(root, tree)
     left = {person["id"] for person in (crowd, empty, large, small)}
-    assert list(_labelled(root, cache).rows["ann_id"]) == [p["id"] for p in people if p["id"] not in left]
-    unlabelled = coco.people_with_boxes(root, *TRAIN, K, 40.0, cache)
-    assert list(unlabelled.rows["ann_id"]) == [large["id"]]
+    assert list(_labeled(root, cache).rows["ann_id"]) == [p["id"] for p in people if p["id"] not in left]
+    unlabeled = coco.people_with_boxes(root, *TRAIN, K, 40.0, cache)
+    assert list(unlabeled.rows["ann_id"]) == [large["id"]]
 
 
-def test_boxes_without_keypoints_are_unlabelled_people(drawn: Path, cache: Path) -> None:
+def test_boxes_without_keypoints_are_unlabeled_people(drawn: Path, cache: Path) -> None:
     people = coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
     annotations = _tree(drawn, BOXES)["annotations"]
     assert not any("keypoints" in a for a in annotations)
@@ -163,7 +163,7 @@ def test_a_json_of_crowds_alone_has_nobody_whenever_it_is_read(root: Path, cache
 
 
 def test_sources_are_joined_in_order(drawn: Path, cache: Path) -> None:
-    first, second = _labelled(drawn, cache), coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
+    first, second = _labeled(drawn, cache), coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
     joined = coco.together([first, second])
     assert len(joined) == 30
     assert list(joined.rows["ann_id"]) == [*first.rows["ann_id"], *second.rows["ann_id"]]
@@ -206,7 +206,7 @@ def test_pictures_are_read_as_rgb(tmp_path: Path) -> None:
 
 def test_rows_one_by_one_are_the_tables(root: Path, cache: Path) -> None:
     """Whatever was selected and joined, and in another process."""
-    rows = _labelled(root, cache).rows
+    rows = _labeled(root, cache).rows
     # Tables in several pieces: joined, and written a few rows at a time.
     pieces = datasets.concatenate_datasets([rows, rows.select([1, 0])])
     chosen = datasets.concatenate_datasets([pieces] * 3).select([5, 0, 3, 3, 1, 6])
@@ -226,17 +226,17 @@ def test_rows_one_by_one_are_the_tables(root: Path, cache: Path) -> None:
 
 
 def test_a_table_is_made_once_for_each_content(root: Path, cache: Path) -> None:
-    first = _labelled(root, cache)
+    first = _labeled(root, cache)
     before = _files(cache)
     assert before
     (root / TRAIN[0]).touch()
-    second = _labelled(root, cache)
+    second = _labeled(root, cache)
     assert _files(cache) == before, "the second call reads what the first one wrote"
     assert second.rows.to_list() == first.rows.to_list()
     tree = _tree(root)
     tree["annotations"][0]["bbox"][0] += 1.0
     _write(root, tree)
-    changed = _labelled(root, cache)
+    changed = _labeled(root, cache)
     after = _files(cache)
     assert {name: after[name] for name in before} == before, "the first table is still there"
     assert {name.split("/")[1] for name in after} > {name.split("/")[1] for name in before}
@@ -245,15 +245,15 @@ def test_a_table_is_made_once_for_each_content(root: Path, cache: Path) -> None:
 
 def test_the_number_of_keypoints_and_what_is_asked_for_are_part_of_the_key(root: Path, cache: Path) -> None:
     assert len(coco.people_with_boxes(root, *TRAIN, K, 0.0, cache)) == 0
-    assert len(_labelled(root, cache)) == 24
-    _error(lambda: coco.labelled_people(root, *TRAIN, 5, cache), root / TRAIN[0], "15", "51")
+    assert len(_labeled(root, cache)) == 24
+    _error(lambda: coco.labeled_people(root, *TRAIN, 5, cache), root / TRAIN[0], "15", "51")
 
 
 def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, tmp_path: Path) -> None:
-    _labelled(root, cache)
+    _labeled(root, cache)
     before = _files(cache)
     moved = root.rename(tmp_path / "elsewhere")
-    people = coco.checked(_labelled(moved, cache), "stop", "decode")
+    people = coco.checked(_labeled(moved, cache), "stop", "decode")
     assert _files(cache) == before
     assert people.root == moved
     assert people.annotations == moved / TRAIN[0]
@@ -262,7 +262,7 @@ def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, 
 
 
 def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
-    _labelled(drawn, cache)
+    _labeled(drawn, cache)
     coco.whole_pictures(drawn, "train2017", K, cache)
     contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
     pictures = [path.read_bytes() for path in (drawn / "train2017").iterdir()]
@@ -274,7 +274,7 @@ def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
 
 
 def test_a_missing_picture_is_named_with_its_annotation_and_never_skipped(root: Path, cache: Path) -> None:
-    people = _labelled(root, cache)
+    people = _labeled(root, cache)
     row = people.rows[9]
     (root / row["file_name"]).unlink()
     first = next(a["id"] for a in _tree(root)["annotations"] if a["image_id"] == row["image_id"])
@@ -312,7 +312,7 @@ def _huge_png(path: Path) -> None:
 def test_a_picture_that_does_not_decode_stops_or_is_skipped(
     root: Path, cache: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
 ) -> None:
-    people = _labelled(root, cache)
+    people = _labeled(root, cache)
     names = list(people.rows["file_name"])
     bad = next(name for name in names if names.count(name) > 1)
     spoil(root / bad)
@@ -328,14 +328,14 @@ def test_a_picture_that_does_not_decode_stops_or_is_skipped(
 
 @pytest.mark.parametrize("spoil", [_cut, _emptied, _cut_png])
 def test_a_cut_picture_is_seen_by_its_ends_alone(root: Path, cache: Path, spoil: Callable[[Path], None]) -> None:
-    people = _labelled(root, cache)
+    people = _labeled(root, cache)
     spoil(root / people.rows[3]["file_name"])
     _error(lambda: coco.checked(people, "stop", "ends"), root / people.rows[3]["file_name"])
 
 
 @pytest.mark.parametrize("num_bytes", [1, 63, 64, 500])
 def test_a_jpeg_with_bytes_after_its_end_is_whole(root: Path, cache: Path, num_bytes: int) -> None:
-    people = _labelled(root, cache)
+    people = _labeled(root, cache)
     path = root / people.rows[0]["file_name"]
     path.write_bytes(path.read_bytes() + b"\0" * num_bytes)
     for check in ("auto", "ends", "decode"):
@@ -344,7 +344,7 @@ def test_a_jpeg_with_bytes_after_its_end_is_whole(root: Path, cache: Path, num_b
 
 
 def test_whole_pictures_pass_unchanged(drawn: Path, cache: Path) -> None:
-    people = _labelled(drawn, cache)
+    people = _labeled(drawn, cache)
     for check in ("auto", "ends", "decode"):
         assert coco.checked(people, "stop", check) is people
 
@@ -387,18 +387,18 @@ def _third(tree: Tree, **changes: Any) -> Tree:
 )  # fmt: skip
 def test_a_broken_json_is_named(root: Path, cache: Path, change: Callable[[Tree], Any], named: list[str]) -> None:
     file = _write(root, change(_tree(root)))
-    _error(lambda: _labelled(root, cache), file, *named)
+    _error(lambda: _labeled(root, cache), file, *named)
     assert not _files(cache) or change is _without_labels, "no table is left of a file that cannot be read"
 
 
 def test_bytes_that_are_no_text_are_no_json(root: Path, cache: Path) -> None:
     (root / TRAIN[0]).write_bytes(b"\x93NUMPY\x01\x00\xff\xfe")
-    _error(lambda: _labelled(root, cache), root / TRAIN[0], "not JSON")
+    _error(lambda: _labeled(root, cache), root / TRAIN[0], "not JSON")
 
 
 def test_a_missing_json_is_named(root: Path, cache: Path) -> None:
     (root / TRAIN[0]).unlink()
-    _error(lambda: _labelled(root, cache), root / TRAIN[0], "--data.root")
+    _error(lambda: _labeled(root, cache), root / TRAIN[0], "--data.root")
 
 
 # ---- Odd files
@@ -415,11 +415,11 @@ def test_a_missing_json_is_named(root: Path, cache: Path) -> None:
 )
 def test_an_annotation_of_odd_types_is_named(root: Path, cache: Path, change: dict[str, Any]) -> None:
     file = _write(root, _third(_tree(root), **change))
-    _error(lambda: _labelled(root, cache), file)
+    _error(lambda: _labeled(root, cache), file)
 
 
 def test_a_cut_jpeg_with_a_thumbnail_is_seen(root: Path, cache: Path) -> None:
-    people = _labelled(root, cache)
+    people = _labeled(root, cache)
     path = root / people.rows[0]["file_name"]
     whole = path.read_bytes()
     thumbnail = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(path)), (160, 120)))[1].tobytes()

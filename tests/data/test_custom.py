@@ -52,8 +52,8 @@ def _hand(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for finger in range(5):
         angle = np.deg2rad(-150 + 30 * finger + rng.uniform(-5, 5))
         points += [root + reach * np.array([np.cos(angle), np.sin(angle)]) for reach in (18, 30, 40, 50)]
-        colour = [(255, 60, 60), (60, 255, 60), (60, 60, 255), (255, 255, 60), (60, 255, 255)][finger]
-        cv2.polylines(picture, [np.round([root, *points[-4:]]).astype(int)], False, colour, 3)
+        color = [(255, 60, 60), (60, 255, 60), (60, 60, 255), (255, 255, 60), (60, 255, 255)][finger]
+        cv2.polylines(picture, [np.round([root, *points[-4:]]).astype(int)], False, color, 3)
     return np.array(points)
 
 
@@ -63,8 +63,8 @@ def _animal(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     points = np.array([[x - 38, y + 4], [x - 26, y - 18], [x - 14, y - 18], [x - 12, y], [x + 32, y]])
     cv2.line(picture, (int(x - 12), int(y)), (int(x + 32), int(y)), (200, 200, 200), 9)
     cv2.line(picture, (int(x - 38), int(y + 4)), (int(x - 12), int(y)), (120, 200, 120), 6)
-    for ear, colour in zip(points[1:3], ((255, 80, 80), (80, 80, 255)), strict=True):
-        cv2.line(picture, tuple(np.round(ear).astype(int)), (int(x - 20), int(y)), colour, 3)
+    for ear, color in zip(points[1:3], ((255, 80, 80), (80, 80, 255)), strict=True):
+        cv2.line(picture, tuple(np.round(ear).astype(int)), (int(x - 20), int(y)), color, 3)
     return points
 
 
@@ -243,7 +243,7 @@ def _config(tmp_path: Path, body: Path, *more: MoreData, **changes: Any) -> Data
 
 def _batches(config: DataConfig, first: int, last: int, global_batch: int = 6) -> list[data.Batch]:
     skeleton, _ = build.open_skeleton(config)
-    sets = build.open_people(config, skeleton, unlabelled=False)
+    sets = build.open_people(config, skeleton, unlabeled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=skeleton, input_hw=config.input_hw)
     plan = StageConfig(global_batch=global_batch)
     people = TrainingPeople(sets, augmenter, config, plan, seed=3, stage="phase2")
@@ -258,15 +258,15 @@ def test_a_mixture_of_17_and_133(tmp_path: Path) -> None:
     config = _config(tmp_path, body, more, weight=3)
     skeleton, told = build.open_skeleton(config)
     assert skeleton is WHOLEBODY133 and told == ("keypoints: 133, wholebody133",)
-    sets = build.open_people(config, skeleton, unlabelled=True)
+    sets = build.open_people(config, skeleton, unlabeled=True)
     assert "mixture of 12 people (75.0% of an epoch) + 5 people (25.0% of an epoch)" in str(sets)
     assert str(sets).count("has 17 of the 133 keypoints, by name; the others have weight 0 there: left_big_toe") == 2
-    assert sets.unlabelled and sets.unlabelled.rows.features["keypoints"].shape == (133, 3)
+    assert sets.unlabeled and sets.unlabeled.rows.features["keypoints"].shape == (133, 3)
     assert len(sets.train) == 17 and len(sets.split("train")) == 12
     # An epoch has 2 steps of 6; four of them: 36 of 48 places are the first set's.
     batches = _batches(config, 0, 8)
-    ids = torch.cat([batch.labelled.ann_id for batch in batches])
-    weights = torch.cat([batch.labelled.weights for batch in batches])
+    ids = torch.cat([batch.labeled.ann_id for batch in batches])
+    weights = torch.cat([batch.labeled.weights for batch in batches])
     is_whole = ids > 5000
     assert int(is_whole.sum()) == 12
     assert weights[~is_whole, 17:].abs().sum() == 0 and (weights[~is_whole, :17] > 0).any(dim=1).all()
@@ -274,8 +274,8 @@ def test_a_mixture_of_17_and_133(tmp_path: Path) -> None:
     # In the middle of an epoch, and after it: the same people.
     again = _batches(config, 3, 8)
     for ours, theirs in zip(again, batches[3:], strict=True):
-        assert torch.equal(ours.labelled.ann_id, theirs.labelled.ann_id)
-        assert torch.equal(ours.labelled.view.image, theirs.labelled.view.image)
+        assert torch.equal(ours.labeled.ann_id, theirs.labeled.ann_id)
+        assert torch.equal(ours.labeled.view.image, theirs.labeled.view.image)
 
 
 def test_a_mixture_trains_and_resumes(tmp_path: Path, train: Callable[..., Any]) -> None:
@@ -301,7 +301,7 @@ def test_one_set_alone_is_as_it_was(tmp_path: Path) -> None:
     ids = json.loads((body / TRAIN).read_text())["annotations"]
     for step, batch in enumerate(batches):
         chosen = sampling.order(3, "phase2", step, 12, 5)
-        assert batch.labelled.ann_id.tolist() == [ids[k]["id"] for k in chosen]
+        assert batch.labeled.ann_id.tolist() == [ids[k]["id"] for k in chosen]
 
 
 @pytest.mark.parametrize(("sizes", "weights"), [((12, 5), (3.0, 1.0)), ((7, 30, 4), (1, 1, 1)), ((3, 2), (0.9, 0.1))])
@@ -397,7 +397,7 @@ def test_only_the_chosen_category_is_read(tmp_path: Path) -> None:
     tree["annotations"] += [{**one, "id": one["id"] + 500, "category_id": 1} for one in tree["annotations"]]
     file.write_text(json.dumps(tree))
     config = _config(tmp_path, root)
-    sets = build.open_people(config, build.open_skeleton(config)[0], unlabelled=False)
+    sets = build.open_people(config, build.open_skeleton(config)[0], unlabeled=False)
     assert len(sets.train) == 40 and max(sets.train.rows["ann_id"]) <= 40
     assert sets.train.rows.features["keypoints"].shape == (21, 3)
 
@@ -415,7 +415,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         change(copy)
         file.write_text(json.dumps(copy))
         try:
-            return _refusal(lambda: build.open_people(config, build.open_skeleton(config)[0], unlabelled=False))
+            return _refusal(lambda: build.open_people(config, build.open_skeleton(config)[0], unlabeled=False))
         finally:
             file.write_text(json.dumps(tree))
 

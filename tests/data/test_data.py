@@ -22,7 +22,7 @@ from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labelled, Pair, Sets, TrainingPeople, View
+from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labeled, Pair, Sets, TrainingPeople, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.geometry import Crop
@@ -59,7 +59,7 @@ class Run:
 def _open(root: Path, cache: Path, **changes: Any) -> Run:
     options: dict[str, Any] = {"unlabelled_min_side": 0.0, "input_hw": INPUT_HW} | changes
     config = DataConfig(root=str(root), cache_dir=str(cache), **options)
-    sets = build.open_people(config, COCO17, unlabelled=True)
+    sets = build.open_people(config, COCO17, unlabeled=True)
     return Run(sets, config, StageConfig(global_batch=6, teacher=TeacherConfig(ratio=2, cutout=3)))
 
 
@@ -105,12 +105,12 @@ def test_shapes_and_types_of_a_batch(run: Run, reference: list[Batch]) -> None:
     assert len(reference) == STEPS * 2
     for batch in reference:
         assert batch.pair is not None
-        for view, num in ((batch.labelled.view, 3), (batch.pair.weak, 6), (batch.pair.strong, 6)):
+        for view, num in ((batch.labeled.view, 3), (batch.pair.weak, 6), (batch.pair.strong, 6)):
             assert (view.image.shape, view.image.dtype) == ((num, 3, *INPUT_HW), torch.uint8)
             assert (view.matrix.shape, view.matrix.dtype) == ((num, 2, 3), torch.float32)
             assert (view.flipped.shape, view.flipped.dtype) == ((num,), torch.bool)
-        assert (batch.labelled.points_xy.shape, batch.labelled.points_xy.dtype) == ((3, 17, 2), torch.float32)
-        assert (batch.labelled.weights.shape, batch.labelled.weights.dtype) == ((3, 17), torch.float32)
+        assert (batch.labeled.points_xy.shape, batch.labeled.points_xy.dtype) == ((3, 17, 2), torch.float32)
+        assert (batch.labeled.weights.shape, batch.labeled.weights.dtype) == ((3, 17), torch.float32)
         assert (batch.pair.cutout.shape, batch.pair.cutout.dtype) == ((6, 3, 4), torch.float32)
         assert batch.pair.cutout.min() >= 0 and batch.pair.cutout.max() < 1
     supervised = next(iter(loader.batches(run.people(teacher=None), _share(), range(1), 0, CPU)))
@@ -134,7 +134,7 @@ def test_no_byte_depends_on_what_this_process_did_before(run: Run, reference: li
     torch.manual_seed(int(torch.randint(1 << 30, ())))
     backwards = [[people[Key(step, p, False)] for p in range(6)] for step in reversed(range(STEPS))]
     images = torch.stack([sample.view.image for step in reversed(backwards) for sample in step])
-    assert torch.equal(images, torch.cat([batch.labelled.view.image for batch in reference]))
+    assert torch.equal(images, torch.cat([batch.labeled.view.image for batch in reference]))
 
 
 def test_another_seed_stage_or_step_gives_other_bytes(run: Run, reference: list[Batch]) -> None:
@@ -143,12 +143,12 @@ def test_another_seed_stage_or_step_gives_other_bytes(run: Run, reference: list[
             for part in ("labelled", "pair"):
                 a, b = (list(_tensors(getattr(batch, part))) for batch in (ours, theirs))
                 assert not torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
-    assert len({_bytes(batch.labelled) for batch in reference}) == len(reference)
+    assert len({_bytes(batch.labeled) for batch in reference}) == len(reference)
     assert len({_bytes(batch.pair) for batch in reference}) == len(reference)
 
 
 def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> None:
-    flipped = torch.cat([batch.labelled.view.flipped for batch in reference])
+    flipped = torch.cat([batch.labeled.view.flipped for batch in reference])
     assert 0 < flipped.sum() < len(flipped)
     cutouts = torch.cat([batch.pair.cutout for batch in reference if batch.pair])
     assert len(torch.unique(cutouts.flatten())) == cutouts.numel()
@@ -251,16 +251,16 @@ def test_batches_hold_the_people_that_the_order_says(run: Run) -> None:
     people = run.people(global_batch=5, teacher=None)
     batches = list(loader.batches(people, _share(0, 1, 5, 1), range(8), 0, CPU))
     for step, batch in enumerate(batches):
-        assert batch.labelled.ann_id.tolist() == [ids[i] for i in sampling.order(0, "ssl", step, 20, 5)]
+        assert batch.labeled.ann_id.tolist() == [ids[i] for i in sampling.order(0, "ssl", step, 20, 5)]
     for epoch in (batches[:4], batches[4:]):
-        assert sorted(i for batch in epoch for i in batch.labelled.ann_id.tolist()) == sorted(ids)
+        assert sorted(i for batch in epoch for i in batch.labeled.ann_id.tolist()) == sorted(ids)
 
 
 def test_fewer_people_than_a_batch_make_whole_batches(run: Run) -> None:
     people = run.people(global_batch=24)
     batch = next(iter(loader.batches(people, _share(0, 1, 24, 1), range(1), 0, CPU)))
-    assert sorted(set(batch.labelled.ann_id.tolist())) == sorted(run.sets.train.rows["ann_id"])
-    assert batch.pair is not None and len(batch.labelled.ann_id) == 24 and len(batch.pair.cutout) == 48
+    assert sorted(set(batch.labeled.ann_id.tolist())) == sorted(run.sets.train.rows["ann_id"])
+    assert batch.pair is not None and len(batch.labeled.ann_id) == 24 and len(batch.pair.cutout) == 48
 
 
 def test_the_length_of_a_stage() -> None:
@@ -297,9 +297,9 @@ def _paint(path: Path, point_xy: Sequence[float] | None) -> None:
 
 def _dot(image: Tensor) -> np.ndarray:
     """Center of mass of a crop, input px (x, y)."""
-    grey = image.double().mean(0).numpy()
-    y, x = np.mgrid[: grey.shape[0], : grey.shape[1]]
-    return np.array([(grey * x).sum(), (grey * y).sum()]) / grey.sum()
+    gray = image.double().mean(0).numpy()
+    y, x = np.mgrid[: gray.shape[0], : gray.shape[1]]
+    return np.array([(gray * x).sum(), (gray * y).sum()]) / gray.sum()
 
 
 def _inside(point_xy: np.ndarray, input_hw: tuple[int, int], margin: float) -> bool:
@@ -323,7 +323,7 @@ def test_training_points_are_where_the_pixels_are(dots: Run) -> None:
                 continue
             _paint(dots.sets.train.root / row["file_name"], (x, y))
             sample = people[key]
-            assert isinstance(sample, Labelled) and sample.ann_id == row["ann_id"]
+            assert isinstance(sample, Labeled) and sample.ann_id == row["ann_id"]
             flipped = bool(sample.view.flipped)
             # In a mirrored crop the person's left wrist looks like a right one, and is labeled so.
             point_xy = sample.points_xy[COCO17.mirror[k] if flipped else k].double().numpy()
@@ -342,7 +342,7 @@ def test_a_mirrored_crop_is_the_crop_mirrored(run: Run) -> None:
     width = run.config.input_hw[1]
     for position in range(20):
         ours, theirs = plain[Key(0, position, False)], mirrored[Key(0, position, False)]
-        assert isinstance(ours, Labelled) and isinstance(theirs, Labelled)
+        assert isinstance(ours, Labeled) and isinstance(theirs, Labeled)
         assert not ours.view.flipped and theirs.view.flipped
         expected = ours.points_xy[list(COCO17.mirror)] * torch.tensor([-1, 1]) + torch.tensor([width - 1, 0])
         assert (theirs.points_xy - expected).abs().max() < 1e-3
@@ -376,17 +376,17 @@ def test_evaluation_points_are_where_the_pixels_are_and_where_udp_puts_them(dots
 
 
 def test_both_views_of_a_pair_show_one_point_where_their_matrices_say(dots: Run) -> None:
-    assert dots.sets.unlabelled is not None
+    assert dots.sets.unlabeled is not None
     people = dots.people(augment=SAME_PIXELS, global_batch=8)
-    order = sampling.order(0, "ssl/unlabelled", 0, len(dots.sets.unlabelled), 16)
+    order = sampling.order(0, "ssl/unlabelled", 0, len(dots.sets.unlabeled), 16)
     seen, found = set(), 0
     for position in range(16):
-        row = dots.sets.unlabelled.rows[int(order[position])]
+        row = dots.sets.unlabeled.rows[int(order[position])]
         x, y, w, h = row["box_xywh"]
         point = np.array([x + 0.4 * w, y + 0.35 * h])
         if not _whole_in_picture(point):
             continue
-        _paint(dots.sets.unlabelled.root / row["file_name"], point)
+        _paint(dots.sets.unlabeled.root / row["file_name"], point)
         pair = people[Key(0, position, True)]
         assert isinstance(pair, Pair)
         for view in (pair.weak, pair.strong):
@@ -398,14 +398,14 @@ def test_both_views_of_a_pair_show_one_point_where_their_matrices_say(dots: Run)
                 assert np.abs(_dot(view.image) - expected).max() < 0.2
                 found += 1
         seen.add((bool(pair.weak.flipped), bool(pair.strong.flipped)))
-        _paint(dots.sets.unlabelled.root / row["file_name"], None)
+        _paint(dots.sets.unlabeled.root / row["file_name"], None)
     assert found >= 16
     assert len(seen) == 4, "each view is mirrored or not, independently"
 
 
 def test_pixels_change_in_the_strong_view_alone(dots: Run) -> None:
-    assert dots.sets.unlabelled is not None
-    for path in (dots.sets.unlabelled.root / "unlabeled2017").iterdir():
+    assert dots.sets.unlabeled is not None
+    for path in (dots.sets.unlabeled.root / "unlabeled2017").iterdir():
         path.write_bytes(cv2.imencode(".png", np.full((240, 240, 3), 100, np.uint8))[1].tobytes())
     always = AugmentConfig(photometric_p=1.0, blur_p=0.0, coarse_dropout_p=1.0)
     people = dots.people(augment=always, global_batch=8)
@@ -413,18 +413,18 @@ def test_pixels_change_in_the_strong_view_alone(dots: Run) -> None:
     for position in range(16):
         pair = people[Key(0, position, True)]
         assert isinstance(pair, Pair)
-        centre = (slice(None), slice(86, 106), slice(64, 80))
-        assert (pair.weak.image[centre] == 100).all()
-        num_changed += not (pair.strong.image[centre] == 100).all()
+        center = (slice(None), slice(86, 106), slice(64, 80))
+        assert (pair.weak.image[center] == 100).all()
+        num_changed += not (pair.strong.image[center] == 100).all()
     assert num_changed >= 14  # a change of brightness and one of contrast can cancel
 
 
-def _samples(people: TrainingPeople, num: int) -> list[Labelled | Pair]:
-    return [people[Key(0, position, unlabelled)] for unlabelled in (False, True) for position in range(num)]
+def _samples(people: TrainingPeople, num: int) -> list[Labeled | Pair]:
+    return [people[Key(0, position, unlabeled)] for unlabeled in (False, True) for position in range(num)]
 
 
-def _views(sample: Labelled | Pair) -> list[View]:
-    return [sample.view] if isinstance(sample, Labelled) else [sample.weak, sample.strong]
+def _views(sample: Labeled | Pair) -> list[View]:
+    return [sample.view] if isinstance(sample, Labeled) else [sample.weak, sample.strong]
 
 
 def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
@@ -461,8 +461,8 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
 
 def test_a_pair_is_decoded_as_its_finer_view_needs(run: Run) -> None:
     near, far = (Crop(center_xy=(120.0, 120.0), size_wh=(47.0 * f, 63.0 * f)) for f in (2.5, 4.5))
-    assert run.sets.unlabelled is not None
-    path = run.sets.unlabelled.root / run.sets.unlabelled.rows[0]["file_name"]
+    assert run.sets.unlabeled is not None
+    path = run.sets.unlabeled.root / run.sets.unlabeled.rows[0]["file_name"]
     found = [data.read_for(crops, path, run.config).reduction for crops in ([far], [near], [far, near], [near, far])]
     assert found == [4, 2, 2, 2]
 
@@ -541,29 +541,29 @@ def test_good_people_pass(run: Run) -> None:
 @with_real_data
 def test_real_people_open(tmp_path: Path) -> None:
     run = _open(REAL, tmp_path)
-    assert run.sets.unlabelled is not None
+    assert run.sets.unlabeled is not None
     # 10 whole images, and the 81 training people without a label.
-    assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabelled)) == (86, 68, 91)
+    assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabeled)) == (86, 68, 91)
     counts, *said = str(run.sets).splitlines()
     assert counts == "people: 86 train, 68 val, 91 unlabeled"
     assert len(said) == 1 and str(REAL / "unlabeled2017") in said[0], "whole images are no person's shape"
     only_pictures = _open(REAL, tmp_path, unlabelled_train_people=False)
-    assert only_pictures.sets.unlabelled is not None and len(only_pictures.sets.unlabelled) == 10
+    assert only_pictures.sets.unlabeled is not None and len(only_pictures.sets.unlabeled) == 10
     batch = next(iter(loader.batches(run.people(), _share(), range(1), 0, CPU)))
-    assert batch.pair is not None and batch.labelled.weights.sum() > 0
+    assert batch.pair is not None and batch.labeled.weights.sum() > 0
 
 
 def test_counts_of_drawn_people(run: Run, drawn: Path, tmp_path: Path) -> None:
-    assert run.sets.unlabelled is not None
-    assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabelled)) == (20, 5, 15)
+    assert run.sets.unlabeled is not None
+    assert (len(run.sets.train), len(run.sets.val), len(run.sets.unlabeled)) == (20, 5, 15)
     assert run.sets.split("val") is run.sets.val and run.sets.split("train") is run.sets.train
     config = replace(run.config, cache_dir=str(tmp_path))
-    assert build.open_people(config, COCO17, unlabelled=False).unlabelled is None
+    assert build.open_people(config, COCO17, unlabeled=False).unlabeled is None
 
 
 def test_skipped_people_are_counted(drawn: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
-    people = coco.labelled_people(root, TRAIN, "train2017", 17, tmp_path / "cache")
+    people = coco.labeled_people(root, TRAIN, "train2017", 17, tmp_path / "cache")
     names = list(people.rows["file_name"])
     (root / names[0]).write_bytes((root / names[0]).read_bytes()[:2000])
     left = 20 - names.count(names[0])
@@ -572,7 +572,7 @@ def test_skipped_people_are_counted(drawn: Path, tmp_path: Path) -> None:
     assert f"people: {left} train, 5 val, 15 unlabeled ({20 - left} skipped" in str(run.sets)
 
 
-def test_without_unlabelled_people_nothing_can_be_learnt_from_them(drawn: Path, tmp_path: Path) -> None:
+def test_without_unlabeled_people_nothing_can_be_learnt_from_them(drawn: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
     shutil.rmtree(root / "unlabeled2017")
     (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()
@@ -580,7 +580,7 @@ def test_without_unlabelled_people_nothing_can_be_learnt_from_them(drawn: Path, 
         _open(root, tmp_path / "cache")
     assert str(root / "unlabeled2017") in str(caught.value) and "\n" not in str(caught.value)
     config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"))
-    assert len(build.open_people(config, COCO17, unlabelled=False).train) == 20
+    assert len(build.open_people(config, COCO17, unlabeled=False).train) == 20
 
 
 def test_people_are_drawn_where_no_root_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,10 +588,10 @@ def test_people_are_drawn_where_no_root_is_given(tmp_path: Path, monkeypatch: py
     counts = replace(DataConfig().synthetic, num_train=4, num_unlabelled=3, num_val=2)
     config = DataConfig(synthetic=counts, unlabelled_min_side=0.0)
     for _ in range(2):
-        sets = build.open_people(config, COCO17, unlabelled=True)
-        assert sets.unlabelled is not None
-        assert (len(sets.train), len(sets.unlabelled), len(sets.val)) == (4, 3, 2)
+        sets = build.open_people(config, COCO17, unlabeled=True)
+        assert sets.unlabeled is not None
+        assert (len(sets.train), len(sets.unlabeled), len(sets.val)) == (4, 3, 2)
     tables, drawn = sorted(path.name for path in tmp_path.iterdir())
     assert tables == "people" and "4-3-2-0" in drawn, "drawn once, and named after its counts and seed"
     with pytest.raises(UserError, match="no such folder"):
-        build.open_people(replace(config, root=str(tmp_path / "absent")), COCO17, unlabelled=False)
+        build.open_people(replace(config, root=str(tmp_path / "absent")), COCO17, unlabeled=False)

@@ -24,7 +24,7 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> People:
     root = synthetic.write(tmp_path_factory.mktemp("detections") / "drawn", num_train=1, num_unlabelled=1, num_val=8)
-    return coco.labelled_people(root, VAL, "val2017", 17, root.parent / "cache")
+    return coco.labeled_people(root, VAL, "val2017", 17, root.parent / "cache")
 
 
 def _found(people: People) -> Found:
@@ -48,9 +48,9 @@ def test_a_box_a_row_with_its_score_and_picture(people: People, tmp_path: Path) 
     assert boxes.scores == pytest.approx(0.9 - 0.1 * np.arange(8))
     assert boxes.file_names == list(people.rows["file_name"][:]) and boxes.root == people.root
     assert boxes.image_ids.tolist() == list(people.rows["image_id"][:])
-    assert (boxes.source, boxes.labelled, boxes.told) == ("detector (detector.json)", False, "")
+    assert (boxes.source, boxes.labeled, boxes.told) == ("detector (detector.json)", False, "")
     own = detections.load_boxes("gt", people)
-    assert (own.source, own.labelled, own.scores.tolist()) == ("ground truth", True, [1.0] * 8)
+    assert (own.source, own.labeled, own.scores.tolist()) == ("ground truth", True, [1.0] * 8)
 
 
 def test_other_pictures_and_other_categories_are_left_out_and_told(people: People, tmp_path: Path) -> None:
@@ -127,16 +127,16 @@ def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) ->
     (root / "annotations").mkdir(parents=True)
     (root / VAL).write_text(people.annotations.read_text())
     (root / "val2017").mkdir()
-    moved = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
+    moved = coco.labeled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     with pytest.raises(UserError, match=r"detection 0: its image .*\.jpg is not there"):
         detections.load_boxes(str(_write(tmp_path, _found(people))), moved)
 
 
-def test_a_labelled_box_outside_its_picture_is_refused(people: People, tmp_path: Path) -> None:
+def test_a_labeled_box_outside_its_picture_is_refused(people: People, tmp_path: Path) -> None:
     tree = json.loads(people.annotations.read_text())
     tree["annotations"][2]["bbox"] = [2000, 10, 40, 90]
     (tmp_path / "val.json").write_text(json.dumps(tree))
-    moved = coco.labelled_people(tmp_path, "val.json", "val2017", 17, tmp_path / "cache")
+    moved = coco.labeled_people(tmp_path, "val.json", "val2017", 17, tmp_path / "cache")
     with pytest.raises(UserError) as caught:
         detections.ground_truth_boxes(moved)
     number = tree["annotations"][2]["id"]
@@ -147,10 +147,10 @@ def test_a_labelled_box_outside_its_picture_is_refused(people: People, tmp_path:
 def test_a_real_detectors_file_and_one_of_another_set(tmp_path: Path) -> None:
     mini, whole = DATA / "coco_mini", DATA / "coco_wholebody_mini"
     file = whole / "person_detection_results" / "COCO_val2017_detections_AP_H_56_person.json"
-    here = coco.labelled_people(whole, VAL, "val2017", 17, tmp_path)
+    here = coco.labeled_people(whole, VAL, "val2017", 17, tmp_path)
     boxes = detections.load_boxes(str(file), here)
     assert len(boxes) == 118 and 0 < boxes.scores.min() < 0.01 < 0.99 < boxes.scores.max()
     assert set(boxes.image_ids.tolist()) == {785, 40083, 196141, 197388}
-    other = coco.labelled_people(mini, "annotations/person_keypoints_train2017.json", "train2017", 17, tmp_path)
+    other = coco.labeled_people(mini, "annotations/person_keypoints_train2017.json", "train2017", 17, tmp_path)
     with pytest.raises(UserError, match="another image set: none of its 4 images"):
         detections.load_boxes(str(file), other)

@@ -44,15 +44,15 @@ def _with_ids(drawn: Path, folder: Path, write: Callable[[int], Any]) -> Path:
 
 
 def _open(root: Path, cache: Path) -> Sets:
-    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache)), COCO17, unlabelled=False)
+    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache)), COCO17, unlabeled=False)
 
 
 def _metrics(sets: Sets) -> dict[str, float]:
     """Of people found where they are labeled, but for one: AP is neither 0 nor 1."""
     tree = read_ground_truth(sets.val, 17).dataset
-    labelled = [person for person in tree["annotations"] if any(person["keypoints"])]
+    labeled = [person for person in tree["annotations"] if any(person["keypoints"])]
     found = [
-        {"image_id": one["image_id"], "category_id": 1, "keypoints": one["keypoints"], "score": 1.0} for one in labelled
+        {"image_id": one["image_id"], "category_id": 1, "keypoints": one["keypoints"], "score": 1.0} for one in labeled
     ]
     return coco_metrics.compute_metrics(found[1:], sets.val, COCO17, "pycocotools")[0]
 

@@ -16,7 +16,7 @@ from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, 
 from sapiens_accel.data import build, leakage
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Key, Labelled, Pair, Sets, TrainingPeople
+from sapiens_accel.data.dataset import Key, Labeled, Pair, Sets, TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
@@ -47,13 +47,13 @@ def root(drawn: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(drawn, tmp_path / "root"))
 
 
-def _open(root: Path, cache: Path, unlabelled: bool = True, **changes: Any) -> Sets:
+def _open(root: Path, cache: Path, unlabeled: bool = True, **changes: Any) -> Sets:
     options: dict[str, Any] = {"unlabelled_min_side": 0.0, "input_hw": (64, 48)} | changes
-    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache), **options), COCO17, unlabelled=unlabelled)
+    return build.open_people(DataConfig(root=str(root), cache_dir=str(cache), **options), COCO17, unlabeled=unlabeled)
 
 
 def _pool(root: Path, cache: Path, **changes: Any) -> People:
-    people = _open(root, cache, **changes).unlabelled
+    people = _open(root, cache, **changes).unlabeled
     assert people is not None
     return people
 
@@ -71,7 +71,7 @@ def _tree(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _labelled_ids(path: Path, num: int | None = None) -> list[int]:
+def _labeled_ids(path: Path, num: int | None = None) -> list[int]:
     """Ids of the people with keypoints in the order of the JSON, read without our code; or of the first `num`.
 
     The first ones are found as xierc/Semi_Human_Pose does: image by image, in the order of `images`.
@@ -91,20 +91,20 @@ def _ids(people: People) -> list[int]:
 
 
 @with_real_data
-def test_the_people_of_the_first_pictures_are_labelled_and_the_others_withheld(cache: Path) -> None:
-    everybody, expected = _labelled_ids(REAL / TRAIN), _labelled_ids(REAL / TRAIN, 30)
+def test_the_people_of_the_first_pictures_are_labeled_and_the_others_withheld(cache: Path) -> None:
+    everybody, expected = _labeled_ids(REAL / TRAIN), _labeled_ids(REAL / TRAIN, 30)
     assert len(everybody) == 86 and everybody != sorted(everybody), "the order of the file is not that of the ids"
     assert len(expected) == 30 and set(expected) != set(everybody[:30]), "nor that of its images"
     sets = _open(REAL, cache, labels=30)
-    assert sets.unlabelled is not None
+    assert sets.unlabeled is not None
     assert _ids(sets.train) == expected
     # 10 whole images, 56 withheld, 81 without keypoints: nobody twice, and no keypoint in any of them.
-    assert len(sets.unlabelled) == 10 + 56 + 81
-    assert _ids(sets.unlabelled)[10:66] == [i for i in everybody if i not in expected]
-    assert not coco.keypoints_of(sets.unlabelled.rows).any()
-    assert not set(_ids(sets.train)) & set(_ids(sets.unlabelled)[10:])
+    assert len(sets.unlabeled) == 10 + 56 + 81
+    assert _ids(sets.unlabeled)[10:66] == [i for i in everybody if i not in expected]
+    assert not coco.keypoints_of(sets.unlabeled.rows).any()
+    assert not set(_ids(sets.train)) & set(_ids(sets.unlabeled)[10:])
     whole = {row["ann_id"]: row for row in _open(REAL, cache).train.rows}
-    for row in sets.unlabelled.rows.select(range(10, 66)):
+    for row in sets.unlabeled.rows.select(range(10, 66)):
         theirs = whole[row["ann_id"]]
         assert all(row[key] == theirs[key] for key in ("file_name", "image_id", "box_xywh", "area"))
     assert coco.keypoints_of(sets.train.rows).any(axis=(1, 2)).all(), "those who keep them keep them"
@@ -117,9 +117,9 @@ def test_first_is_by_picture_however_pictures_and_people_are_ordered(root: Path,
     for seed, key in enumerate(("images", "annotations")):
         np.random.default_rng(seed).shuffle(tree[key])
     (root / TRAIN).write_text(json.dumps(tree))
-    expected = _labelled_ids(root / TRAIN, num)
-    assert _ids(_open(root, cache, labels=num, unlabelled=False).train) == expected
-    assert (expected == _labelled_ids(root / TRAIN)[:num]) is (num == 20)
+    expected = _labeled_ids(root / TRAIN, num)
+    assert _ids(_open(root, cache, labels=num, unlabeled=False).train) == expected
+    assert (expected == _labeled_ids(root / TRAIN)[:num]) is (num == 20)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -129,14 +129,13 @@ def test_pictures_are_found_wherever_they_stand_in_the_json(root: Path, cache: P
     noise = {"info": {"images": [1, '"images": [2]']}, "images ": "]}", "licenses": [], "year": 2017}
     for parts in (noise | tree, noise | {"annotations": tree["annotations"]} | tree, tree | noise):
         (root / TRAIN).write_text(json.dumps(parts, indent=indent, separators=(" ,", "  :")))
-        assert _ids(_open(root, cache, labels=7, unlabelled=False).train) == _labelled_ids(root / TRAIN, 7)
+        assert _ids(_open(root, cache, labels=7, unlabeled=False).train) == _labeled_ids(root / TRAIN, 7)
 
 
 def test_at_random_is_by_seed_and_in_the_order_of_the_json(drawn: Path, cache: Path) -> None:
-    order = _labelled_ids(drawn / TRAIN)
+    order = _labeled_ids(drawn / TRAIN)
     draws = [
-        _ids(_open(drawn, cache, labels=8, labels_by="random", labels_seed=s, unlabelled=False).train)
-        for s in (0, 0, 1)
+        _ids(_open(drawn, cache, labels=8, labels_by="random", labels_seed=s, unlabeled=False).train) for s in (0, 0, 1)
     ]
     assert draws[0] == draws[1] != draws[2]
     for ids in draws:
@@ -149,10 +148,10 @@ def test_at_random_is_by_seed_and_in_the_order_of_the_json(drawn: Path, cache: P
 )
 def test_a_count_or_a_share(drawn: Path, cache: Path, labels: int | str | None, num: int) -> None:
     sets = _open(drawn, cache, labels=labels)
-    assert sets.unlabelled is not None
-    assert _ids(sets.train) == _labelled_ids(drawn / TRAIN)[:num]
-    assert len(sets.unlabelled) == 8 + 20 - num
-    assert len(_open(drawn, cache, labels=labels, unlabelled=False).train) == num
+    assert sets.unlabeled is not None
+    assert _ids(sets.train) == _labeled_ids(drawn / TRAIN)[:num]
+    assert len(sets.unlabeled) == 8 + 20 - num
+    assert len(_open(drawn, cache, labels=labels, unlabeled=False).train) == num
     assert len(sets.val) == 6
 
 
@@ -160,7 +159,7 @@ def test_a_count_or_a_share(drawn: Path, cache: Path, labels: int | str | None, 
     "labels", [21, 0, -3, "0%", "101%", "100.1%", "-5%", "0.1%", "nan%", "inf%", "many", "%", "1e3", "5.5"]
 )
 def test_labels_that_cannot_be_are_one_line(drawn: Path, cache: Path, labels: int | str) -> None:
-    _error(lambda: _open(drawn, cache, labels=labels, unlabelled=False), f"--data.labels {labels}:", "expected")
+    _error(lambda: _open(drawn, cache, labels=labels, unlabeled=False), f"--data.labels {labels}:", "expected")
 
 
 def test_more_labels_than_people_says_how_many_there_are(drawn: Path, cache: Path) -> None:
@@ -172,24 +171,24 @@ def test_small_people_are_withheld_and_join_no_pool(drawn: Path, cache: Path) ->
     side = float(np.median([min(box[2:]) for box in boxes.values()]))
     people = _pool(drawn, cache, labels=5, unlabelled_min_side=side)
     of_train = [i for i in _ids(people) if i in boxes]
-    assert of_train == [i for i in _labelled_ids(drawn / TRAIN)[5:] if min(boxes[i][2:]) >= side]
+    assert of_train == [i for i in _labeled_ids(drawn / TRAIN)[5:] if min(boxes[i][2:]) >= side]
     assert 0 < len(of_train) < 15
 
 
-def test_batches_see_the_labelled_people_alone_and_pairs_the_withheld(drawn: Path, cache: Path) -> None:
+def test_batches_see_the_labeled_people_alone_and_pairs_the_withheld(drawn: Path, cache: Path) -> None:
     sets = _open(drawn, cache, labels=4)
     config = DataConfig(input_hw=(64, 48))
     plan = StageConfig(global_batch=4, teacher=TeacherConfig(cutout=1))
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
     people = TrainingPeople(sets, augmenter, config, plan, seed=0, stage="ssl")
     samples = [people[Key(step, position, False)] for step in range(3) for position in range(4)]
-    assert {int(s.ann_id) for s in samples if isinstance(s, Labelled)} == set(_labelled_ids(drawn / TRAIN)[:4])
+    assert {int(s.ann_id) for s in samples if isinstance(s, Labeled)} == set(_labeled_ids(drawn / TRAIN)[:4])
     assert isinstance(people[Key(0, 0, True)], Pair)
 
 
-def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_labeled_ids_are_written_with_their_rule(drawn: Path, cache: Path, tmp_path: Path) -> None:
     config = DataConfig(labels="25%", labels_by="random", labels_seed=3)
-    train = _open(drawn, cache, labels="25%", labels_by="random", labels_seed=3, unlabelled=False).train
+    train = _open(drawn, cache, labels="25%", labels_by="random", labels_seed=3, unlabeled=False).train
     run_folder.write_labeled_ids(tmp_path / "labelled_ann_ids.json", train, config)
     told = _tree(tmp_path / "labelled_ann_ids.json")
     images = {a["id"]: a["image_id"] for a in _tree(drawn / TRAIN)["annotations"]}
@@ -206,7 +205,7 @@ def test_the_labelled_ids_are_written_with_their_rule(drawn: Path, cache: Path, 
 
 def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
     """Write a run's record as train.py does; the ids of its labeled people."""
-    train = _open(root, cache, **labels, unlabelled=False).train
+    train = _open(root, cache, **labels, unlabeled=False).train
     run_folder.write_labeled_ids(folder / "labelled_ann_ids.json", train, DataConfig(**labels))
     return sorted(_ids(train))
 
@@ -245,7 +244,7 @@ def test_people_left_out_with_a_broken_picture_are_not_withheld(
     drawn: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _record(tmp_path, drawn, cache)
-    train = _open(drawn, cache, unlabelled=False).train
+    train = _open(drawn, cache, unlabeled=False).train
     left = dataclasses.replace(train, rows=train.rows.select(range(19)), num_skipped=1)
     run_folder.write_labeled_ids(tmp_path / "labelled_ann_ids.json", left, DataConfig())
     said = capsys.readouterr().out
@@ -263,8 +262,8 @@ def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> N
 @with_real_data
 def test_real_people_leak_nothing(cache: Path) -> None:
     sets = _open(REAL, cache)
-    assert sets.unlabelled is not None
-    leakage.refuse_leaks(sets.val, sets.train, sets.unlabelled)
+    assert sets.unlabeled is not None
+    leakage.refuse_leaks(sets.val, sets.train, sets.unlabeled)
 
 
 def _val_picture(root: Path) -> Path:
@@ -275,7 +274,7 @@ def test_a_validation_picture_under_another_name_is_found_by_its_bytes(root: Pat
     val, ours = _val_picture(root), sorted((root / "unlabeled2017").iterdir())[2]
     shutil.copyfile(val, ours)
     _error(lambda: _open(root, cache), ours, val, "1 such", "--data.val_images")
-    assert len(_open(root, cache, unlabelled=False).train) == 20
+    assert len(_open(root, cache, unlabeled=False).train) == 20
     (root / BOXES).unlink()
     _error(lambda: _open(root, cache), ours, val)
 
@@ -339,7 +338,7 @@ def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypat
     looked: list[Path] = []
     monkeypatch.setattr(leakage, "LOOKED_AT", 2)
     monkeypatch.setattr(leakage, "_look_alike", lambda path, other: bool(looked.append(path)))
-    val = _open(root, cache, unlabelled=False).val
+    val = _open(root, cache, unlabeled=False).val
     copies = Path(shutil.copytree(root, root.with_name("copies")))
     for picture in (copies / "val2017").iterdir():
         picture.write_bytes(picture.read_bytes() + b"more")
@@ -349,7 +348,7 @@ def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypat
 
 
 def test_a_training_picture_that_is_a_validation_picture_is_refused(root: Path, cache: Path) -> None:
-    ours = root / _open(root, cache, unlabelled=False).train.rows[4]["file_name"]
+    ours = root / _open(root, cache, unlabeled=False).train.rows[4]["file_name"]
     shutil.copyfile(_val_picture(root), ours)
     _error(lambda: _open(root, cache), ours, _val_picture(root), "train")
 

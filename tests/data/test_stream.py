@@ -48,7 +48,7 @@ def _config(root: Path, **changes: Any) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def sets(root: Path) -> Sets:
-    return build.open_people(_config(root), COCO17, unlabelled=True)
+    return build.open_people(_config(root), COCO17, unlabeled=True)
 
 
 def _people(sets: Sets, config: DataConfig, seed: int = 0, **plan: Any) -> TrainingPeople:
@@ -69,7 +69,7 @@ def _ids(
     share = Share(
         rank=rank, num_ranks=num_ranks, micro_batch=BATCH // num_ranks // accumulation, accumulation=accumulation
     )
-    return [b.labelled.ann_id.tolist() for b in loader.batches(_people(sets, config), share, steps, workers, CPU)]
+    return [b.labeled.ann_id.tolist() for b in loader.batches(_people(sets, config), share, steps, workers, CPU)]
 
 
 def _flat(lists: Iterable[list[Any]]) -> list[Any]:
@@ -162,7 +162,7 @@ def test_a_process_reads_its_own_groups_alone() -> None:
 
 
 def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Sets) -> None:
-    opened = build.open_people(_config(root, streaming=False), COCO17, unlabelled=True)
+    opened = build.open_people(_config(root, streaming=False), COCO17, unlabeled=True)
     for name in ("train", "unlabelled"):
         ours, theirs = getattr(sets, name), getattr(opened, name)
         known = {row["ann_id"]: row for row in theirs.rows}
@@ -178,16 +178,16 @@ def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Set
 
 def test_the_tar_of_the_same_pictures_streams_too(root: Path) -> None:
     config = _config(root.parent / "tar")
-    found = build.open_people(config, COCO17, unlabelled=True)
+    found = build.open_people(config, COCO17, unlabeled=True)
     ids = _flat(_ids(found, config, range(PEOPLE // BATCH), workers=1))
     assert len(set(ids)) == PEOPLE
-    assert found.unlabelled is not None and len(found.unlabelled) == 20
+    assert found.unlabeled is not None and len(found.unlabeled) == 20
 
 
 def test_addresses_are_read_where_they_are(root: Path, sets: Sets) -> None:
     """Another machine's shards, here by fsspec's file://: parquet, read by row groups."""
     config = replace(_config(root), root=f"file://{root}")
-    found = build.open_people(config, COCO17, unlabelled=True)
+    found = build.open_people(config, COCO17, unlabeled=True)
     assert all(file.startswith("file://") for file in shards.read(found.train.annotations).files)
     steps = range(PEOPLE // BATCH)
     assert _ids(found, config, steps, workers=2) == _ids(sets, _config(root), steps)

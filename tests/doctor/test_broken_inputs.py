@@ -59,7 +59,7 @@ def run(root: Path, drawn: Path) -> Config:
 
 
 def _open(run: Config, **changes: Any) -> data.Sets:
-    return build.open_people(dataclasses.replace(run.data, **changes), COCO17, unlabelled=False)
+    return build.open_people(dataclasses.replace(run.data, **changes), COCO17, unlabeled=False)
 
 
 def _refused(run: Config, *named: str, **changes: Any) -> None:
@@ -347,7 +347,7 @@ def _deep(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_every_kind_of_picture_is_read_as_8_bit_colours(run: Config, root: Path, case: str) -> None:
+def test_every_kind_of_picture_is_read_as_8_bit_colors(run: Config, root: Path, case: str) -> None:
     mode, save = KINDS[case]
     path = _whole(root)
     image = Image.open(path).convert(mode)

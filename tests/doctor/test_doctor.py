@@ -315,7 +315,7 @@ def test_ids_of_both_files_are_a_note(root: Path) -> None:
 
 
 def test_columns_are_those_of_the_chosen_rows(drawn: Path) -> None:
-    rows = build.open_people(_run(drawn).data, COCO17, unlabelled=False).train.rows
+    rows = build.open_people(_run(drawn).data, COCO17, unlabeled=False).train.rows
     chosen = rows.select([70, 3, 41]).select([2, 0])
     assert coco.column_of(chosen, "ann_id").tolist() == [rows[41]["ann_id"], rows[70]["ann_id"]]
     assert list(coco.column_of(chosen, "file_name")) == [rows[41]["file_name"], rows[70]["file_name"]]
@@ -423,7 +423,7 @@ def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
 
     _change(root, scale)
     with pytest.raises(UserError, match=r"boxes are less than 2 px.* expected both in pixels") as caught:
-        build.open_people(_run(root).data, COCO17, unlabelled=False)
+        build.open_people(_run(root).data, COCO17, unlabeled=False)
     assert "zero" not in str(caught.value)
 
 
@@ -483,7 +483,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     assert told.pop("train 2/area").culprits[0].startswith("annotation 5 (") and not told
     assert len(labels) == 240 and report.people["train 2"]["visible"]["left_wrist"] == 0
     assert report.people["train 2"]["visible"]["nose"] == report.people["train"]["visible"]["nose"] > 0
-    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     doctor.briefly(said.append, sets, run)
     assert [line for line in map(str, said[1:]) if "/ids" in line] == []
     assert any("train 2/area: 1 person of area 0: annotation 5 " in str(line) for line in said)
@@ -512,7 +512,7 @@ def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming:
 
 def test_before_a_training_from_a_stream_few_are_fetched(shards: Path, tmp_path: Path) -> None:
     run = _run(shards, streaming=True)
-    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     doctor.briefly(said.append, sets, run)
     assert any("train/area: 1 person of area 0: annotation 6 (" in str(line) for line in said)
 
@@ -579,22 +579,22 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
     """The colors of keypoints that lie free are in the image at the places that the sample names."""
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
-    sets = build.open_people(run.data, COCO17, unlabelled=False)
+    sets = build.open_people(run.data, COCO17, unlabeled=False)
     people = preview.first_stage(run, sets, COCO17)
     picture = preview.grid(people, COCO17)
     tile_h, tile_w = 512 + 4, 384 + 4
     assert picture.shape == (4 * tile_h, 4 * tile_w, 3)
-    colours = {"left": draw.LEFT, "right": draw.RIGHT}
+    colors = {"left": draw.LEFT, "right": draw.RIGHT}
     near = total = 0
     for number in range(preview.NUM_CROPS):
         sample = people[data.Key(0, number, False)]
-        assert isinstance(sample, data.Labelled)
+        assert isinstance(sample, data.Labeled)
         for name, (x, y), weight in zip(COCO17.names, sample.points_xy.tolist(), sample.weights, strict=True):
             if name[-5:] not in ("wrist", "ankle") or weight < 1 or not (4 < x < 92 and 8 < y < 124):
                 continue
             column, row = (number % 4) * tile_w + 2 + (x + 0.5) * 4, (number // 4) * tile_h + 2 + (y + 0.5) * 4
             shown = picture[round(row), round(column)].astype(int)
-            near += np.abs(shown - colours[name.split("_")[0]]).max() < 40
+            near += np.abs(shown - colors[name.split("_")[0]]).max() < 40
             total += 1
     assert total > 20 and near >= 0.9 * total, "a few lie under a later keypoint"
 
@@ -781,7 +781,7 @@ def test_the_text_names_a_few_and_counts_the_rest(drawn: Path) -> None:
 
 def _brief(root: Path) -> list[str]:
     run = config.load(_words(root))
-    sets, said = build.open_people(run.data, COCO17, unlabelled=False), []
+    sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     try:
         doctor.briefly(lambda text: said.append(str(text)), sets, run)
     except UserError as error:
@@ -807,7 +807,7 @@ def test_before_a_training_faults_are_said_and_spoilt_labels_are_refused(root: P
 
 def test_before_a_training_no_picture_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config.load(_words(root))
-    sets = build.open_people(run.data, COCO17, unlabelled=False)
+    sets = build.open_people(run.data, COCO17, unlabeled=False)
     shutil.rmtree(root / "train2017")
     doctor.briefly(print, sets, run)
 

@@ -39,7 +39,7 @@ PARTS = ("body", "feet", "face", "left_hand", "right_hand", "hands")
 
 
 def _people(annotations: str, tmp_path: Path) -> People:
-    return coco.labelled_people(REAL, annotations, "val2017", 133 if annotations == OF_133 else 17, tmp_path)
+    return coco.labeled_people(REAL, annotations, "val2017", 133 if annotations == OF_133 else 17, tmp_path)
 
 
 def _labels(people: People) -> Array:
@@ -64,7 +64,7 @@ def _given_back(people: People, boxes: Boxes) -> Predictions:
     free = set(range(len(boxes)))
     for i in range(len(people)):
         here = [j for j in free if boxes.image_ids[j] == image_ids[i]]
-        best = i if boxes.labelled else max(here, key=lambda j: _overlap(boxes.boxes_xywh[j], own[i]))
+        best = i if boxes.labeled else max(here, key=lambda j: _overlap(boxes.boxes_xywh[j], own[i]))
         free.remove(best)
         points_xy[best] = np.where(labels[i, :, 2:] > 0, labels[i, :, :2], points_xy[best])
         # The best box of a person need not be a sure one.
@@ -254,7 +254,7 @@ def test_any_number_of_keypoints_with_sigmas_of_its_own(tmp_path: Path) -> None:
         points = np.array(person["keypoints"]).reshape(-1, 3)[keep]
         person |= {"keypoints": points.ravel().tolist(), "num_keypoints": int((points[:, 2] > 0).sum())}
     (tmp_path / "five.json").write_text(json.dumps(tree))
-    people = coco.labelled_people(tmp_path, "five.json", "val2017", 5, tmp_path / "cache")
+    people = coco.labeled_people(tmp_path, "five.json", "val2017", 5, tmp_path / "cache")
     people = replace(people, root=REAL)
     boxes = detections.ground_truth_boxes(people)
     widths = {}

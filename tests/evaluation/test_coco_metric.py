@@ -29,7 +29,7 @@ def test_metrics_equal_those_that_mmpose_gives(tmp_path: Path, num_keypoints: in
     for image in tree["images"]:
         picture = np.zeros((image["height"], image["width"], 3), np.uint8)
         cv2.imwrite(str(tmp_path / "images" / image["file_name"]), picture)
-    people = coco.labelled_people(tmp_path, "truth.json", "images", num_keypoints, tmp_path / "cache")
+    people = coco.labeled_people(tmp_path, "truth.json", "images", num_keypoints, tmp_path / "cache")
     boxes = Boxes(
         root=tmp_path,
         file_names=[f"images/{image_id - 1}.jpg" for image_id in found["image_ids"]],
@@ -37,7 +37,7 @@ def test_metrics_equal_those_that_mmpose_gives(tmp_path: Path, num_keypoints: in
         boxes_xywh=found["boxes_xywh"],
         scores=found["scores"],
         source="drawn",
-        labelled=False,
+        labeled=False,
     )
     predictions = Predictions(points_xy=found["points_xy"], scores=found["keypoint_scores"])
     data = DataConfig(input_hw=INPUT_HW)

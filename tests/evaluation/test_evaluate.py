@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> People:
     """48 drawn people, up to three in an image."""
     root = synthetic.write(tmp_path_factory.mktemp("evaluate") / "drawn", num_train=1, num_unlabelled=1, num_val=48)
-    people = coco.labelled_people(root, *VAL, K, root.parent / "cache")
+    people = coco.labeled_people(root, *VAL, K, root.parent / "cache")
     assert len(set(people.rows["image_id"])) <= 40
     return people
 
@@ -90,7 +90,7 @@ def test_the_truth_scores_one(crowd: People) -> None:
 @pytest.mark.parametrize("source", [TRAIN, VAL])
 def test_the_truth_of_real_people_scores_one(source: tuple[str, str], tmp_path: Path) -> None:
     # Crowds and people without keypoints are in the JSON, and cost nothing.
-    _assert_perfect(coco.labelled_people(REAL, *source, K, tmp_path))
+    _assert_perfect(coco.labeled_people(REAL, *source, K, tmp_path))
 
 
 def test_left_for_right_is_far_from_one(crowd: People) -> None:
@@ -202,7 +202,7 @@ def test_whatever_can_be_trained_on_can_be_evaluated(
 ) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / VAL[0]).write_text(json.dumps(change(json.loads(crowd.annotations.read_text()))))
-    people = coco.labelled_people(tmp_path, *VAL, K, tmp_path / "cache")
+    people = coco.labeled_people(tmp_path, *VAL, K, tmp_path / "cache")
     assert len(people) == len(crowd)
     assert _ap(people, _perfect(people))["AP"] == pytest.approx(1.0, abs=1e-9)
 
@@ -308,7 +308,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     categories = [{"id": 1, "name": "person", "keypoints": list(COCO17.names)}]
     tree = {"images": images, "annotations": annotations, "categories": categories}
     (root / VAL[0]).write_text(json.dumps(tree))
-    people = coco.labelled_people(root, *VAL, K, root / "cache")
+    people = coco.labeled_people(root, *VAL, K, root / "cache")
     samples = EvaluationPeople(people, DATA, COCO17)
     input_xy = torch.stack([samples[i].points_xy for i in range(7)])
     return Stage(people, _truth(people)[..., :2], input_xy, Codec(input_hw=(256, 192), heatmap_hw=(64, 48), sigma=2))

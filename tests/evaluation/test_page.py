@@ -117,7 +117,7 @@ def _fetches_nothing(text: str) -> Read:
 def people(tmp_path_factory: pytest.TempPathFactory) -> People:
     """24 drawn people, up to three in an image."""
     root = synthetic.write(tmp_path_factory.mktemp("page") / "drawn", num_train=1, num_unlabelled=1, num_val=24)
-    return coco.labelled_people(root, VAL, "val2017", 17, root.parent / "cache")
+    return coco.labeled_people(root, VAL, "val2017", 17, root.parent / "cache")
 
 
 def _judged(people: People, skeleton: Skeleton = COCO17, noise: float = 10.0) -> EvaluationResult:
@@ -285,16 +285,16 @@ def test_panels_show_what_they_say(people: People) -> None:
     predictions = Predictions(points_xy=points, scores=np.zeros(labels.shape[:2]) + 0.01)
     one = figures.analyze_predictions(predictions, people, COCO17, 3).cases[0]
     assert one.reason.kind == Kind.MISSED and "ankle" in one.reason.text
-    labelled, predicted, errors = (panel[draw.STRIP :].astype(int) for panel in one.panels)
+    labeled, predicted, errors = (panel[draw.STRIP :].astype(int) for panel in one.panels)
 
-    def near(picture: Array, colour: tuple[int, int, int]) -> int:
-        return int((np.abs(picture - np.array(colour)).max(axis=-1) < 12).sum())
+    def near(picture: Array, color: tuple[int, int, int]) -> int:
+        return int((np.abs(picture - np.array(color)).max(axis=-1) < 12).sum())
 
-    plain = min(near(labelled, draw.score_color(0.01)), near(errors, draw.score_color(0.01)))
-    assert near(labelled, draw.LEFT) + near(labelled, draw.RIGHT) > 100
+    plain = min(near(labeled, draw.score_color(0.01)), near(errors, draw.score_color(0.01)))
+    assert near(labeled, draw.LEFT) + near(labeled, draw.RIGHT) > 100
     assert near(predicted, draw.score_color(0.01)) > plain + 100
     missed = figures.ERROR_COLORS[Kind.MISSED]
-    assert near(errors, missed) > near(labelled, missed) + 20
+    assert near(errors, missed) > near(labeled, missed) + 20
     assert draw.score_color(0.0) == draw.UNSURE and draw.score_color(0.5) == draw.HALF_SURE
     assert draw.score_color(1.0) == draw.score_color(7.0) == draw.SURE
 
@@ -401,7 +401,7 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationRe
 # ---- eval.py
 
 
-def test_labelled_joints_beside_their_box_are_in_the_panel() -> None:
+def test_labeled_joints_beside_their_box_are_in_the_panel() -> None:
     box, label = np.array([100.0, 100.0, 50.0, 80.0]), np.zeros((17, 3))
     label[3], label[5] = (400, 120, 2), (1000, 1000, 0)
     panel = figures._frame(box, np.zeros(4), label, figures.PANEL_HW)

@@ -49,7 +49,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Boxes:
         person = {"id": 50 - i, "image_id": 100 + i, "area": box[2] * box[3], "bbox": box}
         annotations.append({**person, "keypoints": points.ravel().tolist()})
     (root / VAL).write_text(json.dumps({"images": images, "annotations": annotations}))
-    return detections.ground_truth_boxes(coco.labelled_people(root, VAL, "val2017", K, root / "cache"))
+    return detections.ground_truth_boxes(coco.labeled_people(root, VAL, "val2017", K, root / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sapiens_accel.evaluation import error_analysis as worst
-from sapiens_accel.evaluation.error_analysis import NOBODY, UNLABELLED, Diagnosis, Kind, diagnose
+from sapiens_accel.evaluation.error_analysis import NOBODY, UNLABELED, Diagnosis, Kind, diagnose
 from sapiens_accel.pose import oks as score
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 
@@ -73,7 +73,7 @@ def test_another_persons_joints_are_the_wrong_person() -> None:
     assert _diagnosed(found, labels).reason(0, COCO17) == (Kind.WRONG_PERSON, "all 17 keypoints on another person")
 
 
-def test_joints_of_others_that_nobody_labelled_do_not_count() -> None:
+def test_joints_of_others_that_nobody_labeled_do_not_count() -> None:
     labels = _two()
     labels[1, :, 2] = 0
     labels[1, 0, 2] = 1
@@ -81,7 +81,7 @@ def test_joints_of_others_that_nobody_labelled_do_not_count() -> None:
     found[0, AT["left_ankle"]] = labels[1, AT["left_ankle"], :2]
     diagnosed = _diagnosed(found, labels)
     assert diagnosed.reason(0, COCO17) == (Kind.MISSED, "left ankle missed")
-    assert diagnosed.kinds[1].tolist() == [Kind.GOOD] + [UNLABELLED] * 16
+    assert diagnosed.kinds[1].tolist() == [Kind.GOOD] + [UNLABELED] * 16
     labels[0, AT["right_wrist"], 2] = 0
     found[0, AT["left_wrist"]] = labels[0, AT["right_wrist"], :2]
     assert _diagnosed(found, labels).kinds[0, AT["left_wrist"]] == Kind.MISSED
@@ -144,7 +144,7 @@ def test_the_truth_has_no_error(skeleton: Skeleton) -> None:
     labels, areas, images = _crowd(skeleton)
     diagnosed = diagnose(labels[..., :2], np.ones(labels.shape[:2]), labels, areas, images, skeleton)
     assert diagnosed.oks == pytest.approx(np.ones(len(labels)))
-    assert (diagnosed.kinds == np.where(labels[..., 2] > 0, Kind.GOOD, UNLABELLED)).all()
+    assert (diagnosed.kinds == np.where(labels[..., 2] > 0, Kind.GOOD, UNLABELED)).all()
     assert {diagnosed.reason(person, skeleton) for person in range(len(labels))} == {(Kind.GOOD, "no error")}
     assert diagnosed.counts()[Kind.GOOD].tolist() == (labels[..., 2] > 0).sum(axis=0).tolist()
     assert not diagnosed.counts()[1:].any()
@@ -158,7 +158,7 @@ def _by_hand(found: Array, labels: Array, areas: Array, images: list[int], skele
         squared = (point[0] - x) ** 2 + (point[1] - y) ** 2
         return math.exp(-squared / (2 * areas[person] * (2 * sigma) ** 2)) if visible else 0.0
 
-    kinds = np.full(found.shape[:2], UNLABELLED)
+    kinds = np.full(found.shape[:2], UNLABELED)
     for person, k in product(range(len(found)), range(skeleton.num_keypoints)):
         if not labels[person, k, 2]:
             continue
@@ -188,7 +188,7 @@ def test_kinds_are_those_of_plain_loops(skeleton: Skeleton) -> None:
     found = np.select([which == 0, which == 1, which == 2], [mirrored, other, rng.uniform(0, 200, found.shape)], found)
     diagnosed = diagnose(found, np.ones(labels.shape[:2]), labels, areas, images, skeleton)
     expected = _by_hand(found, labels, areas, images, skeleton)
-    assert set(expected.ravel().tolist()) == {UNLABELLED, *Kind}, "all of them happen"
+    assert set(expected.ravel().tolist()) == {UNLABELED, *Kind}, "all of them happen"
     assert (diagnosed.kinds == expected).all()
     for person in range(len(labels)):
         counted = labels[person, :, 2] > 0
@@ -220,7 +220,7 @@ def test_bins_make_up_the_calibration_error() -> None:
     scores[0, :4] = (0.0, 0.1, 1.0, 1.2)
     diagnosed = diagnose(found, scores, labels, areas, images, COCO17)
     bins = worst.reliability(diagnosed, scores)
-    labelled = labels[..., 2] > 0
-    expected = score.calibration_error(scores[labelled], diagnosed.similar[labelled] > 0.5)
-    assert bins.num.sum() == labelled.sum()
+    labeled = labels[..., 2] > 0
+    expected = score.calibration_error(scores[labeled], diagnosed.similar[labeled] > 0.5)
+    assert bins.num.sum() == labeled.sum()
     assert np.nansum(bins.num * np.abs(bins.score - bins.right)) / bins.num.sum() == pytest.approx(expected)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sapiens_accel.config.schema import StageConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
@@ -101,7 +101,7 @@ def rehearse(
     return Rehearsal(model=model, engine=engine, objective=objective, stepping=stepping)
 
 
-def batch(num_labelled: int, num_unlabelled: int) -> Batch:
+def batch(num_labeled: int, num_unlabelled: int) -> Batch:
     """A micro-batch as it comes from the loader, on the meta device."""
 
     def view(num: int) -> View:
@@ -110,11 +110,9 @@ def batch(num_labelled: int, num_unlabelled: int) -> Batch:
         return View(image, matrix, flipped)
 
     k = len(COCO17.names)
-    points_xy, weights = torch.empty(num_labelled, k, 2, device=META), torch.empty(num_labelled, k, device=META)
-    labelled = Labelled(
-        view(num_labelled), points_xy, weights, torch.empty(num_labelled, dtype=torch.int64, device=META)
-    )
+    points_xy, weights = torch.empty(num_labeled, k, 2, device=META), torch.empty(num_labeled, k, device=META)
+    labeled = Labeled(view(num_labeled), points_xy, weights, torch.empty(num_labeled, dtype=torch.int64, device=META))
     if not num_unlabelled:
-        return Batch(labelled, None)
+        return Batch(labeled, None)
     cutout = torch.empty(num_unlabelled, 5, 4, device=META)
-    return Batch(labelled, Pair(view(num_unlabelled), view(num_unlabelled), cutout))
+    return Batch(labeled, Pair(view(num_unlabelled), view(num_unlabelled), cutout))

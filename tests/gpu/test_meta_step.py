@@ -73,7 +73,7 @@ def test_every_loss_of_ssl(loss: Any, target: Any, confidence: Any) -> None:
     take_steps(stage, "sapiens2_0.4b", Layout(checkpointed_blocks=1, head_chunk=3), depth=1)
 
 
-def test_ssl_without_unlabelled_people() -> None:
+def test_ssl_without_unlabeled_people() -> None:
     take_steps(stage_of("ssl", ratio=0), "sapiens_1b", Layout(checkpointed_blocks=1, head_chunk=3), depth=1)
 
 

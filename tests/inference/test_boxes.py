@@ -232,7 +232,7 @@ def test_names_and_ids() -> None:
 
 
 def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> None:
-    people = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
+    people = coco.labeled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     for more in ((), ("--annotations", root / VAL)):
         _main(root / "val2017", "--out", tmp_path / "b.json", "--detector", detector, "--threshold", "0.2", *more)
         read, found = detections.load_boxes(str(tmp_path / "b.json"), people), _read(tmp_path / "b.json")

@@ -92,7 +92,7 @@ def test_keypoints_are_those_of_evaluation(main: Main, weights: Path, root: Path
     """Boxes of the labels' own file; flip test and two scales; the prediction is evaluation's, within 1e-4 px."""
     scales = ("--scales", "0.7", "1.0")
     tree, said = main(weights, root / "val2017", "--boxes", root / VAL, *scales, *ALL)
-    people = coco.labelled_people(root, VAL, "val2017", 17, tmp_path / "cache")
+    people = coco.labeled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     run = config.load(["--eval.scales=[0.7,1.0]", "--data.num_workers=0"])
     network, _ = candidates.build_network(
         Candidate(name="mine", weights=weights, folder=tmp_path), run, COCO17, torch.device("cpu")
@@ -116,10 +116,10 @@ def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, roo
     threshold = round(float(np.median(_numbers(main(weights, root / "val2017", *words)[0])[:, 3])), 3)
     tree, _ = main(weights, root / "val2017", *words, "--eval.score_threshold", threshold)
     numbers, kind = _numbers(tree), tree["categories"][0]
-    labelled = numbers[:, 3] > threshold
-    assert 0.05 < labelled.mean() < 0.95
+    labeled = numbers[:, 3] > threshold
+    assert 0.05 < labeled.mean() < 0.95
     far = abs(numbers[:, 3] - threshold) > 1e-4  # of the scores, four digits are written
-    assert (numbers[:, 2] == 2 * labelled)[far].all()
+    assert (numbers[:, 2] == 2 * labeled)[far].all()
     assert [one["num_keypoints"] for one in tree["annotations"]] == (numbers[:, 2] > 0).sum(axis=1).tolist()
     assert kind["keypoints"] == list(COCO17.names) and {len(edge) for edge in kind["skeleton"]} == {2}
     assert [[a - 1, b - 1] for a, b in kind["skeleton"]] == [list(edge) for edge in COCO17.edges]
@@ -127,7 +127,7 @@ def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, roo
     (tmp_path / "data").mkdir()
     shutil.copytree(root / "val2017", tmp_path / "data" / "val2017")
     (tmp_path / "data" / "mine.json").write_text(json.dumps(tree))
-    people = coco.labelled_people(tmp_path / "data", "mine.json", "val2017", 17, tmp_path / "cache")
+    people = coco.labeled_people(tmp_path / "data", "mine.json", "val2017", 17, tmp_path / "cache")
     with_any = [one for one in tree["annotations"] if one["num_keypoints"]]
     assert coco.keypoints_of(people.rows).reshape(-1, 51).tolist() == [one["keypoints"] for one in with_any]
 
@@ -347,13 +347,13 @@ def test_people_are_drawn_where_they_are() -> None:
     shown[0, [5, 7, 6, 8]] = shown[1, [5, 7]] = True
     drawn = draw.draw_people(image, people_xy, shown, COCO17)
     assert (image == 128).all()
-    for (x, y), colour in (
+    for (x, y), color in (
         ((30, 50), draw.LEFT),
         ((90, 50), draw.RIGHT),
         ((60, 20), draw.MIDDLE),
         ((110, 50), draw.LEFT),
     ):
-        assert np.abs(drawn[y, x].astype(int) - colour).max() < 30
+        assert np.abs(drawn[y, x].astype(int) - color).max() < 30
     assert drawn[50, 170].tolist() == [128] * 3, "not shown"
     changed = (drawn != 128).any(axis=2)
     assert not changed[:, 36:84][26:].any() and not changed[90:].any() and changed[50].sum() <= 24

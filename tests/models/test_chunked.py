@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import TeacherConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 from sapiens_accel.models.sapiens import SIZES, HeatmapHead, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
@@ -285,22 +285,22 @@ def _batch() -> tuple[Batch, PseudoLabels]:
     weights = torch.rand(11, 17, generator=generator)
     weights *= torch.rand(11, 17, generator=generator) > 0.3
     strong = _view(6, 9)
-    labelled = Labelled(_view(5, 8), points_xy[:5], weights[:5], torch.arange(5))
+    labeled = Labeled(_view(5, 8), points_xy[:5], weights[:5], torch.arange(5))
     ones = torch.ones_like(weights[5:])
     taught = Taught(points_xy[5:], ones, ones, ones > 0, points_xy[5:], None)
     prepared = PseudoLabels(taught, weights[5:], strong.image, torch.tensor(0.02), {})
-    return Batch(labelled, Pair(strong, strong, torch.zeros(6, 0, 4))), prepared
+    return Batch(labeled, Pair(strong, strong, torch.zeros(6, 0, 4))), prepared
 
 
-def _labelled_loss(heatmaps: Tensor, batch: Batch) -> Tensor:
-    target, weights = CODEC.encode(batch.labelled.points_xy, batch.labelled.weights)
+def _labeled_loss(heatmaps: Tensor, batch: Batch) -> Tensor:
+    target, weights = CODEC.encode(batch.labeled.points_xy, batch.labeled.weights)
     return 2.0 * (weights[..., None, None] * (heatmaps - target).square()).mean()
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, None])
 def test_supervised_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: int | None) -> None:
     batch, _ = _batch()
-    expected = _labelled_loss(tiny(batch.labelled.view.image), batch)
+    expected = _labeled_loss(tiny(batch.labeled.view.image), batch)
     expected.backward()
     gradients = _gradients(tiny)
     tiny.lay_out(Layout(head_chunk=chunk))
@@ -315,13 +315,13 @@ def test_supervised_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: in
 def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: int | None) -> None:
     """The border between labeled and unlabeled people lies between two chunks (1, 5), or within one."""
     batch, prepared = _batch()
-    heatmaps = tiny(torch.cat([batch.labelled.view.image, prepared.image]))
+    heatmaps = tiny(torch.cat([batch.labeled.view.image, prepared.image]))
     target, _ = CODEC.encode(prepared.taught.points_xy, prepared.weights)
     kl = prepared.weights * heatmap_kl(heatmaps[5:], target, 1.0, 0.5)
-    labelled, unlabelled = _labelled_loss(heatmaps[:5], batch), 0.02 * kl.sum()
-    (labelled + unlabelled).backward()
+    labeled, unlabeled = _labeled_loss(heatmaps[:5], batch), 0.02 * kl.sum()
+    (labeled + unlabeled).backward()
     gradients = _gradients(tiny)
-    assert 0.1 < unlabelled / labelled < 10, "neither hides the other"
+    assert 0.1 < unlabeled / labeled < 10, "neither hides the other"
     tiny.lay_out(Layout(head_chunk=chunk))
     config = TeacherConfig(temperature=0.5)
     supervised = Supervised(codec=CODEC, loss_weight=2.0)
@@ -331,9 +331,9 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     )
     loss, logs = objective.loss(tiny, batch, prepared)
     loss.backward()
-    torch.testing.assert_close(logs["loss_labelled"], labelled.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(logs["loss_unlabelled"], unlabelled.detach(), rtol=2e-6, atol=0)
-    torch.testing.assert_close(loss.detach(), (labelled + unlabelled).detach(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(logs["loss_labelled"], labeled.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logs["loss_unlabelled"], unlabeled.detach(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(loss.detach(), (labeled + unlabeled).detach(), rtol=2e-6, atol=0)
     _assert_same(_gradients(tiny), gradients)
 
 

@@ -39,7 +39,7 @@ def test_matrix_is_the_published_udp_warp(input_hw: tuple[int, int]) -> None:
         np.testing.assert_allclose(moved, _udp_points(crop, points_xy, input_hw), rtol=0, atol=1e-7)
 
 
-def test_corners_of_an_upright_crop_are_the_centres_of_the_corner_pixels() -> None:
+def test_corners_of_an_upright_crop_are_the_centers_of_the_corner_pixels() -> None:
     """Unbiased: the crop's width spans W - 1 steps between pixel centers, not W."""
     corners = np.array([[100.0, 50.0], [400.0, 50.0], [100.0, 450.0], [400.0, 450.0]])
     crop = Crop(center_xy=(250.0, 250.0), size_wh=(300.0, 400.0))
@@ -53,8 +53,8 @@ def test_corners_of_an_upright_crop_are_the_centres_of_the_corner_pixels() -> No
 def test_positive_degrees_turn_clockwise_as_seen() -> None:
     """What is right of the center goes below it (y is down)."""
     crop = Crop(center_xy=(0.0, 0.0), size_wh=(191.0, 255.0), degrees=90.0)
-    right_of_centre = apply(crop.matrix(INPUT_HW), np.array([[10.0, 0.0]]))
-    np.testing.assert_allclose(right_of_centre, [[95.5, 127.5 + 10.0]], atol=1e-10)
+    right_of_center = apply(crop.matrix(INPUT_HW), np.array([[10.0, 0.0]]))
+    np.testing.assert_allclose(right_of_center, [[95.5, 127.5 + 10.0]], atol=1e-10)
 
 
 def test_invert_undoes_any_crop() -> None:

@@ -75,7 +75,7 @@ def image_of(dot_xy: np.ndarray, sigma: float, size_wh: tuple[int, int]) -> np.n
     return np.repeat(np.rint(250 * rows[:, None] * columns).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def centre_of_mass(image: np.ndarray) -> np.ndarray:
+def center_of_mass(image: np.ndarray) -> np.ndarray:
     mass = image.astype(float).mean(axis=2)
     mass[mass < 6] = 0  # what a JPEG leaves around a dot
     x, y = np.arange(mass.shape[1]), np.arange(mass.shape[0])
@@ -196,7 +196,7 @@ def test_a_dot_is_found_where_the_matrix_says(dot: tuple, more_w: int, more_h: i
     crop, dot_xy, size_wh = placed(crop, dot_xy, sigma, (more_w, more_h))
     expected = apply(crop.matrix(input_hw), dot_xy[None])[0]
     assume(_is_whole(expected, crop, sigma, input_hw))
-    found = centre_of_mass(warp(image_of(dot_xy, sigma, size_wh), crop.matrix(input_hw), input_hw))
+    found = center_of_mass(warp(image_of(dot_xy, sigma, size_wh), crop.matrix(input_hw), input_hw))
     assert np.abs(found - expected).max() < 0.1
 
 
@@ -231,7 +231,7 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
     assert picture.reduction == (factor if divisible or not exif else 1)
     assert picture.pixels.shape[:2] == tuple(-(-side // picture.reduction) for side in size_wh[::-1])
     seen = warp(picture.pixels, adjust_to_reduction(crop.matrix(input_hw), picture.reduction), input_hw)
-    assert np.abs(centre_of_mass(seen) - expected).max() < 0.1
+    assert np.abs(center_of_mass(seen) - expected).max() < 0.1
 
 
 def _is_whole(expected_xy: np.ndarray, crop: Crop, sigma: float, input_hw: tuple[int, int]) -> bool:

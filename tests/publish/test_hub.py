@@ -563,8 +563,8 @@ def test_the_switches_stand_alone_and_a_repository_must_be_named() -> None:
 # ---- The card
 
 
-def _card(folder: Path, stage: str = "ssl", step: int | None = None, licence: Path | None = None) -> ModelCard:
-    card.write(folder / "card", card.collect(folder, stage, step), REPO, licence)
+def _card(folder: Path, stage: str = "ssl", step: int | None = None, license: Path | None = None) -> ModelCard:
+    card.write(folder / "card", card.collect(folder, stage, step), REPO, license)
     return ModelCard.load(folder / "card" / "README.md")
 
 
@@ -669,7 +669,7 @@ V1_TERMS, V2_TERMS = ("cc-by-nc-4.0", None), ("other", "sapiens2-license")
         ("sapiens2_0.4b", {"stage": "phase2"}, V2_TERMS, None),
     ],
 )
-def test_the_licence_follows_the_weights(
+def test_the_license_follows_the_weights(
     server: Server, tmp_path: Path, name: str, knobs: dict[str, str], terms: tuple[str, str | None], base: str | None
 ) -> None:
     folder = _run_folder(tmp_path / "run", name, **knobs)
@@ -680,7 +680,7 @@ def test_the_licence_follows_the_weights(
     assert ("Non-commercial" in made.text) == (terms == V1_TERMS)
 
 
-def test_the_licence_follows_through_runs_and_own_repositories(server: Server, tmp_path: Path) -> None:
+def test_the_license_follows_through_runs_and_own_repositories(server: Server, tmp_path: Path) -> None:
     """v1 -> a run -> a second run that starts from it -> the Hub -> a third run: non-commercial all the way."""
     first = _run_folder(tmp_path / "a", "sapiens_1b", weights="facebook/sapiens-pretrain-1b")
     second = _run_folder(tmp_path / "b", "sapiens_1b", weights=str(first / "phase2" / "weights"), stage="ssl")
@@ -694,7 +694,7 @@ def test_the_licence_follows_through_runs_and_own_repositories(server: Server, t
         assert (third.license, third.base_model) == ("cc-by-nc-4.0", REPO)
 
 
-def test_another_ones_card_is_no_proof_of_a_licence(server: Server, tmp_path: Path) -> None:
+def test_another_ones_card_is_no_proof_of_a_license(server: Server, tmp_path: Path) -> None:
     for tags, expected in (("[sapiens_accel]", "apache-2.0"), ("[free]", "cc-by-nc-4.0")):
         text = f"---\nlicense: apache-2.0\ntags: {tags}\n---\n"
         server.add("a/free", {"model.safetensors": b"w", "README.md": text.encode()})
@@ -706,18 +706,18 @@ def test_another_ones_card_is_no_proof_of_a_licence(server: Server, tmp_path: Pa
 def test_a_run_that_started_from_itself_has_no_beginning(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     _run_folder(folder, "sapiens_1b", weights=str(folder / "ssl" / "weights"))
-    assert card.collect(folder, "ssl").origin.licence is origin.CC_BY_NC
+    assert card.collect(folder, "ssl").origin.license is origin.CC_BY_NC
 
 
 def test_what_a_later_run_began_with_is_not_the_origin_of_earlier_weights(tmp_path: Path) -> None:
     folder = _run_folder(tmp_path / "run", "sapiens_1b", stage="ssl", weights="facebook/sapiens-pretrain-1b")
     assert card.collect(folder, "ssl").origin.base == "facebook/sapiens-pretrain-1b"
     earlier = card.collect(folder, "phase2").origin
-    assert (earlier.base, earlier.licence) == (None, origin.CC_BY_NC)
+    assert (earlier.base, earlier.license) == (None, origin.CC_BY_NC)
 
 
 @pytest.mark.parametrize("where", ["fetched", "beside", "downloaded", "nowhere"])
-def test_sapiens2s_licence_goes_along(
+def test_sapiens2s_license_goes_along(
     server: Server, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, reference = "facebook/sapiens2-pretrain-0.4b", "facebook/sapiens2-pretrain-0.4b"

@@ -86,7 +86,7 @@ def _config(root: str | Path, cache: Path, **changes: Any) -> DataConfig:
 
 
 def _batches(found: DataConfig, steps: range, workers: int = 0) -> list[bytes]:
-    sets = build.open_people(found, COCO17, unlabelled=True)
+    sets = build.open_people(found, COCO17, unlabeled=True)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
     plan = StageConfig(global_batch=BATCH, teacher=TeacherConfig(ratio=1, cutout=2))
     people = TrainingPeople(sets, augmenter, found, plan, seed=3, stage="ssl")
@@ -129,7 +129,7 @@ def test_what_is_pushed_is_what_is_read(drawn: Path, parquet: Path, tmp_path: Pa
 
 def test_a_run_reads_the_commit_that_it_began_with(filled: Server, tmp_path: Path) -> None:
     found = _config(f"hf://{NAME}", tmp_path, streaming=True)
-    sets = build.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabeled=False)
     filled.repos[REPO].commit({path: b"?" for path in filled.repos[REPO].files if path.startswith("data/")})
     HfFileSystem.clear_instance_cache()
     shards._parquet.cache_clear()
@@ -158,7 +158,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(
     def told(root: str) -> str:
         download._commit.cache_clear()  # another process
         found = _config(root, tmp_path / "cache", streaming=streaming)
-        said = _told(monkeypatch, capsys, lambda: build.open_people(found, COCO17, unlabelled=False))
+        said = _told(monkeypatch, capsys, lambda: build.open_people(found, COCO17, unlabeled=False))
         assert f"--data.root {root}: " in said
         return said
 
@@ -182,13 +182,13 @@ def test_a_download_that_was_cut_off_is_never_taken_for_whole(
     lost = "data/train-00001-of-"
     filled.fail(f"/resolve/.*{lost}", method="GET", status=403)
     with pytest.raises(UserError, match=r"--data\.root hf://me/people@\w+: .*may not"):
-        build.open_people(found, COCO17, unlabelled=False)
+        build.open_people(found, COCO17, unlabeled=False)
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(UserError, match="it is not in the cache"):
-            build.open_people(found, COCO17, unlabelled=False)
+            build.open_people(found, COCO17, unlabeled=False)
     gets = filled.count("GET", "/resolve/")
-    assert len(build.open_people(found, COCO17, unlabelled=False).train) == PEOPLE
+    assert len(build.open_people(found, COCO17, unlabeled=False).train) == PEOPLE
     missing = filled.count("GET", "/resolve/") - gets
     assert 1 <= missing <= sum(path.endswith(".parquet") for path in filled.repos[REPO].files)
     # Clients that keep no list of files take what is there for all.
@@ -196,7 +196,7 @@ def test_a_download_that_was_cut_off_is_never_taken_for_whole(
     shutil.copytree(parquet, snapshot, ignore=shutil.ignore_patterns("train-00001-*"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"{lost}.* is not in the cache .* cut off"):
-        build.open_people(replace(found, root=f"hf://me/half@{'0' * 40}"), COCO17, unlabelled=False)
+        build.open_people(replace(found, root=f"hf://me/half@{'0' * 40}"), COCO17, unlabeled=False)
 
 
 def test_a_push_that_fails_leaves_the_shards_and_changes_nothing(
@@ -258,7 +258,7 @@ def _records(folder: Path, name: str) -> list[list[int]]:
 def _reference(parquet: Path, cache: Path, steps: range, **changes: Any) -> list[list[int]]:
     """The ids of each step by one process that reads the folder."""
     found = _config(parquet, cache, streaming=True, **changes)
-    sets = build.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabeled=False)
     rows: Any = sets.train.rows
     orders = [rows.order(0, "phase2", step, BATCH, found.stream_parts, found.stream_window) for step in steps]
     return [[rows[int(index)]["ann_id"] for index in order] for order in orders]
@@ -330,7 +330,7 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
     found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)
     root = build.places(found)[0]
     people = stream.people(
-        root, [stream.StreamSource(root / "train.shards", "train.shards", stream.labelled)], 17, tmp_path
+        root, [stream.StreamSource(root / "train.shards", "train.shards", stream.labeled)], 17, tmp_path
     )
     assert len(people) == PEOPLE
     name = next(path for path in server.repos[REPO].files if "/train-" in path)
@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_the_data_set(parquet: Path, tmp_path: Path, m
             for path in train:
                 shutil.copy(path, folder / "data" / path.name.replace("train-", f"train-copy{number}-"))
         found = replace(_config(f"file://{folder}", tmp_path / "cache", streaming=True), check_images="ends")
-        people = build.open_people(found, COCO17, unlabelled=False).train
+        people = build.open_people(found, COCO17, unlabeled=False).train
         rows: Any = people.rows
         assert len(rows) == times * PEOPLE
         shards._held.clear()

@@ -148,23 +148,23 @@ def _marks(people: People, count: int) -> list[dict[str, Any]]:
 
 def _batches(found: DataConfig) -> bytes:
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=(64, 48))
-    sets = build.open_people(found, COCO17, unlabelled=False)
+    sets = build.open_people(found, COCO17, unlabeled=False)
     people = TrainingPeople(sets, augmenter, found, StageConfig(global_batch=6), seed=3, stage="phase2")
     share = Share(rank=0, num_ranks=1, micro_batch=6, accumulation=1)
     batches = loader.batches(people, share, range(3), 0, torch.device("cpu"))
-    return b"".join(part.numpy().tobytes() for b in batches for part in (*b.labelled.view, *b.labelled[1:]))
+    return b"".join(part.numpy().tobytes() for b in batches for part in (*b.labeled.view, *b.labeled[1:]))
 
 
 def test_people_batches_and_ap_are_those_of_the_folder(theirs: tuple[str, Path], drawn: Path, tmp_path: Path) -> None:
     name, root = theirs
     ours = _config(root, tmp_path, columns=LAYOUTS[name][1])
     folder = _config(drawn, tmp_path)
-    a, b = (build.open_people(one, COCO17, unlabelled=False) for one in (ours, folder))
+    a, b = (build.open_people(one, COCO17, unlabeled=False) for one in (ours, folder))
     assert len(a.train) == len(b.train) == 17 and len(a.val) == len(b.val) == 5
     assert _marks(a.train, 17) == _marks(b.train, 17) and _marks(a.val, 5) == _marks(b.val, 5)
     assert _batches(ours) == _batches(folder)
     streamed = build.open_people(
-        _config(root, tmp_path, columns=LAYOUTS[name][1], streaming=True), COCO17, unlabelled=False
+        _config(root, tmp_path, columns=LAYOUTS[name][1], streaming=True), COCO17, unlabeled=False
     )
     assert _marks(streamed.train, 17) == _marks(b.train, 17)
     scores = []
@@ -182,7 +182,7 @@ def test_pictures_are_theirs(theirs: tuple[str, Path], drawn: Path, tmp_path: Pa
     names = {image["id"]: image["file_name"] for image in tree["images"]}
     for streaming in (False, True):
         found = _config(root, tmp_path, columns=LAYOUTS[name][1], streaming=streaming)
-        people = build.open_people(found, COCO17, unlabelled=False).train
+        people = build.open_people(found, COCO17, unlabeled=False).train
         for index in range(len(people)):
             row = people.rows[index]
             expected = (drawn / "train2017" / names[row["image_id"]]).read_bytes()
@@ -198,7 +198,7 @@ def _refused(tmp_path: Path, table: pa.Table, *named: str, **changes: Any) -> No
     for split in FILES:
         pq.write_table(table, folder / f"{split}.parquet")
     with pytest.raises(UserError) as caught:
-        build.open_people(_config(folder, tmp_path / "cache", **changes), COCO17, unlabelled=False)
+        build.open_people(_config(folder, tmp_path / "cache", **changes), COCO17, unlabeled=False)
     said = str(caught.value)
     assert "\n" not in said and [word for word in named if word not in said] == [], said
 
@@ -237,7 +237,7 @@ def test_what_has_our_names_is_not_touched() -> None:
     """Our own shards are read without a copy: also what no layout knows of."""
     person = pa.struct([("bbox", pa.list_(pa.float64())), ("keypoints", pa.list_(pa.float64())), ("place", pa.int64())])
     schema = pa.schema([("image", pa.binary()), ("people", pa.list_(person))])
-    found = layout.found(schema, {}, "x", labelled=True)
+    found = layout.found(schema, {}, "x", labeled=True)
     assert found.is_ours and found.form == "ours"
     table = pa.Table.from_pylist([{"image": b"", "people": [{"bbox": [1.0], "keypoints": [], "place": 3}]}], schema)
     assert layout.ours(table, found) is table

@@ -73,8 +73,8 @@ def test_plain_datasets_have_all_that_ap_needs(roots: tuple[Path, Path], tmp_pat
         assert (ours["iscrowd"], ours["area"]) == (theirs.get("iscrowd", 0), theirs.get("area"))
     assert {len(images), 2} == {len(pixels), 2}
     for image in tree["images"]:
-        (width, height), grey = pixels[str(image["id"])]
-        assert (width, height) == (image["width"], image["height"]) and grey > 0
+        (width, height), gray = pixels[str(image["id"])]
+        assert (width, height) == (image["width"], image["height"]) and gray > 0
     assert kinds[0]["keypoints"] == tree["categories"][0]["keypoints"] and kinds[0]["id"] == 1
 
 

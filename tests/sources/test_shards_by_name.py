@@ -65,7 +65,7 @@ def _config(root: Path, cache: Path, **changes: Any) -> DataConfig:
 
 def _open(config: DataConfig) -> tuple[Skeleton, Sets]:
     skeleton, _ = build.open_skeleton(config)
-    return skeleton, build.open_people(config, skeleton, unlabelled=False)
+    return skeleton, build.open_people(config, skeleton, unlabeled=False)
 
 
 def _points(people: People) -> dict[int, Any]:
@@ -104,7 +104,7 @@ def test_shards_of_133_are_mixed_with_a_folder_of_17(roots: dict[str, Path], tmp
         augmenter = Augmenter(config=AugmentConfig(), skeleton=skeleton, input_hw=(64, 48))
         people = TrainingPeople(sets, augmenter, config, StageConfig(global_batch=8), seed=3, stage="phase2")
         share = Share(rank=0, num_ranks=1, micro_batch=8, accumulation=1)
-        found.append([batch.labelled for batch in loader.batches(people, share, range(3), 0, torch.device("cpu"))])
+        found.append([batch.labeled for batch in loader.batches(people, share, range(3), 0, torch.device("cpu"))])
     ours, theirs = ([torch.cat(parts) for parts in zip(*(b[1:] for b in one), strict=True)] for one in found)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for a, b in zip(*found, strict=True):

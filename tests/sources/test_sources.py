@@ -87,7 +87,7 @@ def _config(root: Path, cache: Path, **changes: Any) -> DataConfig:
 
 
 def _open(root: Path, cache: Path, **changes: Any) -> Sets:
-    return build.open_people(_config(root, cache, **changes), COCO17, unlabelled=True)
+    return build.open_people(_config(root, cache, **changes), COCO17, unlabeled=True)
 
 
 def _marks(people: People) -> list[dict[str, Any]]:
@@ -109,8 +109,8 @@ def test_rows_and_pictures_are_those_of_the_folder(
     drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str, changes: dict[str, Any]
 ) -> None:
     ours, theirs = _open(shard[form], tmp_path, **changes), _open(drawn, tmp_path, **changes)
-    assert theirs.unlabelled is not None and ours.unlabelled is not None
-    for mine, other in ((ours.train, theirs.train), (ours.val, theirs.val), (ours.unlabelled, theirs.unlabelled)):
+    assert theirs.unlabeled is not None and ours.unlabeled is not None
+    for mine, other in ((ours.train, theirs.train), (ours.val, theirs.val), (ours.unlabeled, theirs.unlabeled)):
         assert _marks(mine) == _marks(other) and len(mine) > 4
         for a, b in zip(mine.rows["file_name"], other.rows["file_name"], strict=True):
             assert bytes(shards.content(mine.root / a)) == (other.root / b).read_bytes()
@@ -299,7 +299,7 @@ def test_the_command_writes_all_or_nothing(drawn: Path, tmp_path: Path) -> None:
 
 def _refused(root: Path, cache: Path, *named: str, **changes: Any) -> None:
     with pytest.raises(UserError) as caught:
-        build.open_people(_config(root, cache, **changes), COCO17, unlabelled=False)
+        build.open_people(_config(root, cache, **changes), COCO17, unlabeled=False)
     said = str(caught.value)
     assert "\n" not in said and all(word in said for word in named), said
 
@@ -366,7 +366,7 @@ def test_numbers_in_shards_keep_the_rules_of_a_json(tmp_path: Path, change: dict
     crowd = {**person, "id": 8, **change, "iscrowd": 1}
     config = DataConfig(root=str(_table(tmp_path / "crowd", image=picture, people=[[person, crowd]])))
     config = replace(config, cache_dir=str(tmp_path / "cache"))
-    assert build.open_people(config, COCO17, unlabelled=False).train.rows["ann_id"][:] == [7]
+    assert build.open_people(config, COCO17, unlabeled=False).train.rows["ann_id"][:] == [7]
 
 
 def test_a_tar_without_pictures_or_sense_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
 
 COUNTS = {"train2017": 60, "unlabeled2017": 12, "val2017": 20}
-LABELLED = ("train2017", "val2017")
+LABELED = ("train2017", "val2017")
 INDEX = {name: k for k, name in enumerate(COCO17.names)}
 
 
@@ -31,7 +31,7 @@ def _json(root: Path, split: str) -> dict:
 
 
 def _keypoints(root: Path) -> np.ndarray:
-    people = [a["keypoints"] for split in LABELLED for a in _json(root, split)["annotations"]]
+    people = [a["keypoints"] for split in LABELED for a in _json(root, split)["annotations"]]
     return np.array(people, float).reshape(-1, 17, 3)
 
 
@@ -66,7 +66,7 @@ def test_counts_are_people_and_every_annotated_picture_is_there(root: Path) -> N
 
 
 def test_it_loads_as_official_coco(root: Path) -> None:
-    for split in LABELLED:
+    for split in LABELED:
         coco = COCO(str(root / "annotations" / f"person_keypoints_{split}.json"))
         category: Any = coco.loadCats(coco.getCatIds(["person"]))[0]
         assert tuple(category["keypoints"]) == COCO17.names
@@ -83,7 +83,7 @@ def test_no_id_is_in_two_splits(root: Path) -> None:
         assert len(set(ids)) == len(ids)
 
 
-def test_the_unlabelled_split_holds_boxes_but_no_keypoint_anywhere(root: Path) -> None:
+def test_the_unlabeled_split_holds_boxes_but_no_keypoint_anywhere(root: Path) -> None:
     data = _json(root, "unlabeled2017")
     assert "keypoint" not in json.dumps(data)
     assert all(a["bbox"][2] > 0 and a["bbox"][3] > 0 for a in data["annotations"])
@@ -99,7 +99,7 @@ def test_points_outside_the_picture_are_zero_and_all_others_inside(root: Path) -
 
 
 def test_boxes_and_areas_are_those_of_the_drawn_people(root: Path) -> None:
-    for split in LABELLED:
+    for split in LABELED:
         for a in _json(root, split)["annotations"]:
             x, y, w, h = a["bbox"]
             assert x >= 0 and y >= 0 and x + w <= 240 and y + h <= 240

@@ -52,7 +52,7 @@ def holdout(tmp_path_factory: pytest.TempPathFactory) -> Holdout:
             person["keypoints"][3 * k + 2] = 0  # nobody has labeled it, but the teacher speaks of it all the same
     file.write_text(json.dumps(tree))
     knobs = DataConfig(root=str(root), input_hw=INPUT_HW, num_workers=0, cache_dir=str(root.parent / "cache"))
-    sets = build.open_people(knobs, COCO17, unlabelled=False)
+    sets = build.open_people(knobs, COCO17, unlabeled=False)
     augmenter = Augmenter(config=AugmentConfig(), skeleton=COCO17, input_hw=INPUT_HW)
     return Holdout(sets.val, augmenter, knobs, num_cutouts=2, seed=0)
 
@@ -103,19 +103,19 @@ class Answers:
             self.mirrored += 1
         kept = sure & self._inside(found_xy, 0)
         kept &= kept.sum() >= 4
-        labelled = seen_strong[:, 2] > 0
+        labeled = seen_strong[:, 2] > 0
         error = np.linalg.norm(found_xy - true_xy, axis=1)
         # Nothing stands so near a border that the rounding of the heatmap could push it over.
         assert (np.abs(error[kept] - 0.05 * DIAGONAL) > 0.3).all()
-        self.right += (kept & labelled & (error <= 0.05 * DIAGONAL)).sum()
-        self.judged += (kept & labelled).sum()
-        true = labelled & self._inside(true_xy, 0)
+        self.right += (kept & labeled & (error <= 0.05 * DIAGONAL)).sum()
+        self.judged += (kept & labeled).sum()
+        true = labeled & self._inside(true_xy, 0)
         self.true += true.sum()
         self.kept_true += (true & kept).sum()
         area = row["area"] * abs(strong_matrix[0, 0] * strong_matrix[1, 1] - strong_matrix[0, 1] * strong_matrix[1, 0])
-        if (kept & labelled).any():
+        if (kept & labeled).any():
             spread = 2 * area * (2 * np.array(COCO17.sigmas)) ** 2
-            self.similarities.append(np.exp(-(error**2) / spread)[kept & labelled].mean())
+            self.similarities.append(np.exp(-(error**2) / spread)[kept & labeled].mean())
 
     @staticmethod
     def _inside(points_xy: np.ndarray, margin: float) -> np.ndarray:

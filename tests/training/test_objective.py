@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import TeacherConfig
-from sapiens_accel.data.dataset import Batch, Labelled, Pair, View
+from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.models.chunked_head import ChunkedHead
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.geometry import Crop, apply
@@ -126,7 +126,7 @@ def test_supervised_is_the_mean_of_weighted_squared_errors() -> None:
     weights = torch.tensor(rng.choice([0.0, 0.5, 1.0], (3, 17)), dtype=torch.float32)
     heatmaps = torch.tensor(rng.normal(size=(3, 17, 64, 48)), dtype=torch.float32)
     image = torch.zeros(3, 3, 256, 192, dtype=torch.uint8)
-    batch = Batch(Labelled(_view(image), points_xy, weights, torch.arange(3)), None)
+    batch = Batch(Labeled(_view(image), points_xy, weights, torch.arange(3)), None)
     target = CODEC.encode(points_xy, weights)[0].double().numpy()
     error = (heatmaps.double().numpy() - target) ** 2
     expected = 10 * sum(
@@ -197,8 +197,8 @@ def _same_views(points_xy: Tensor, codec: Codec) -> Batch:
     """As many labeled as unlabeled people; the student sees exactly what the teacher sees."""
     num = len(points_xy)
     view = _view(_indexed(range(num), codec.input_hw))
-    labelled = Labelled(view, points_xy, torch.ones(num, 17), torch.arange(num))
-    return Batch(labelled, Pair(view, view, torch.zeros(num, 0, 4)))
+    labeled = Labeled(view, points_xy, torch.ones(num, 17), torch.arange(num))
+    return Batch(labeled, Pair(view, view, torch.zeros(num, 0, 4)))
 
 
 def test_a_perfect_student_has_no_loss() -> None:
@@ -215,7 +215,7 @@ def test_a_perfect_student_has_no_loss() -> None:
 
 
 @pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (999, 1.0)])
-def test_unlabelled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ramp: float) -> None:
+def test_unlabeled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ramp: float) -> None:
     """With a ramp over the first 50 of 1000 steps."""
     points_xy = _points(4, CODEC)
     batch, wrong = _same_views(points_xy, CODEC), Oracle(CODEC, points_xy + torch.tensor([6.0, -4.0]))
@@ -223,7 +223,7 @@ def test_unlabelled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, r
     (prepared,) = objective.prepare([batch], step)
     _, logs = objective.loss(wrong, batch, prepared)
     target, _ = CODEC.encode(prepared.taught.points_xy, torch.ones(4, 17))
-    student = wrong(batch.labelled.view.image).detach()
+    student = wrong(batch.labeled.view.image).detach()
     kl = _reference_kl(student.numpy(), target.numpy(), 2.0, 0.5)
     weights = prepared.weights.numpy()
     expected = 0.5 * ramp * (weights * kl).sum() / (weights > 0).sum()
@@ -258,8 +258,8 @@ def _affine_pairs(num: int) -> tuple[Batch, Tensor, Tensor, list[tuple[Crop, Cro
     matrices, flips = torch.tensor(np.array(matrices)), torch.tensor(flips)
     image = _indexed(range(num), CODEC.input_hw)
     views = [View(image, matrices[:, i], flips[:, i]) for i in (0, 1)]
-    labelled = Labelled(views[0], torch.zeros(num, 17, 2), torch.zeros(num, 17), torch.arange(num))
-    batch = Batch(labelled, Pair(*views, torch.zeros(num, 0, 4)))
+    labeled = Labeled(views[0], torch.zeros(num, 17, 2), torch.zeros(num, 17), torch.arange(num))
+    batch = Batch(labeled, Pair(*views, torch.zeros(num, 0, 4)))
     return batch, *(torch.tensor(np.array(points), dtype=torch.float32) for points in (weak_xy, strong_xy)), crops
 
 
@@ -315,7 +315,7 @@ def test_confidence_is_relative_to_a_running_quantile_of_each_keypoint() -> None
     heights = torch.linspace(0.1, 1.0, 10)[:, None] * torch.linspace(0.5, 1.0, 17)
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights))
     batch = _same_views(points_xy, CODEC)
-    scores = CODEC.decode(objective.teacher(batch.labelled.view.image))[1].detach().numpy()
+    scores = CODEC.decode(objective.teacher(batch.labeled.view.image))[1].detach().numpy()
     first = np.quantile(scores, 0.9, axis=0)
     objective.prepare([batch], step=0)
     np.testing.assert_allclose(objective.reference.numpy(), first, rtol=1e-5)
@@ -351,8 +351,8 @@ def _tiny_batch(num: int = 4) -> tuple[Batch, Oracle]:
     heights[2, 9:] = 0.25
     weak, strong, seen = (_view(_indexed(range(num), TINY_CODEC.input_hw, seed)) for seed in (0, 1, 2))
     cutout = torch.rand(num, 2, 4, generator=torch.Generator().manual_seed(3))
-    labelled = Labelled(seen, points_xy, weights, torch.arange(num))
-    return Batch(labelled, Pair(weak, strong, cutout)), Oracle(TINY_CODEC, points_xy, heights)
+    labeled = Labeled(seen, points_xy, weights, torch.arange(num))
+    return Batch(labeled, Pair(weak, strong, cutout)), Oracle(TINY_CODEC, points_xy, heights)
 
 
 def _rows(tree: object, rows: slice) -> object:
@@ -447,7 +447,7 @@ def test_other_losses_are_their_formulas(changes: dict[str, str]) -> None:
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights), **changes)
     (prepared,) = objective.prepare([batch], step=500)
     _, logs = objective.loss(student, batch, prepared)
-    image = batch.labelled.view.image
+    image = batch.labeled.view.image
     h_s, h_t = (network(image).detach().double().numpy() for network in (student, objective.teacher))
     points = prepared.taught.points_xy
     drawn = CODEC.encode(points, torch.ones(4, 17))[0].double().numpy()
@@ -523,9 +523,9 @@ def test_raw_confidence_is_the_peak_itself() -> None:
     assert prepared.logs["keep"].item() == pytest.approx((scores > 0.7).float().mean().item())
 
 
-def test_without_unlabelled_people_the_labelled_loss_and_the_average_are_left(tiny: SapiensPose) -> None:
+def test_without_unlabeled_people_the_labeled_loss_and_the_average_are_left(tiny: SapiensPose) -> None:
     batch, teacher = _tiny_batch()
-    alone, student = Batch(batch.labelled, None), tiny.double()
+    alone, student = Batch(batch.labeled, None), tiny.double()
     objective = _mean_teacher(teacher, TINY_CODEC, student=[torch.tensor(3.0)], ratio=0, ema_decay=0.5)
     assert objective.prepare([alone], 0) == [None]
     loss, logs = objective.loss(student, alone, None)
@@ -539,11 +539,11 @@ def test_the_gradient_ratio_is_that_of_the_two_losses_by_the_heatmaps(tiny: Sapi
     objective, student = _mean_teacher(teacher, TINY_CODEC), tiny.float()
     (prepared,) = objective.prepare([batch], 500)
     with torch.no_grad():
-        heatmaps = student(torch.cat([batch.labelled.view.image, prepared.image]))
+        heatmaps = student(torch.cat([batch.labeled.view.image, prepared.image]))
     heatmaps.requires_grad_(True)
-    labelled = objective.supervised.heatmap_loss(heatmaps[:4], batch.labelled, slice(0, 4))
-    unlabelled = objective._agreement(heatmaps[4:], prepared, slice(0, 4))
-    norms = [torch.autograd.grad(loss, heatmaps, retain_graph=True)[0].norm() for loss in (labelled, unlabelled)]
+    labeled = objective.supervised.heatmap_loss(heatmaps[:4], batch.labeled, slice(0, 4))
+    unlabeled = objective._agreement(heatmaps[4:], prepared, slice(0, 4))
+    norms = [torch.autograd.grad(loss, heatmaps, retain_graph=True)[0].norm() for loss in (labeled, unlabeled)]
     for chunk in (None, 3):
         student.head.chunk = chunk
         found = objective.loss(student, batch, prepared)[1]["grad_ratio"]
@@ -567,15 +567,15 @@ def test_a_step_says_how_its_teacher_is() -> None:
     assert logs["spread"].item() == pytest.approx(expected, rel=5e-3), "the teacher knows them all"
 
 
-def test_spread_leaves_out_what_is_not_labelled() -> None:
+def test_spread_leaves_out_what_is_not_labeled() -> None:
     points_xy = _points(20, CODEC)
     batch = _same_views(points_xy, CODEC)
     weights = torch.ones(20, 17)
     weights[10:, :5] = 0
     points_xy[10:, :5] = 1e4
     weights[1:, 16] = 0
-    labelled = batch.labelled._replace(points_xy=points_xy, weights=weights)
-    (prepared,) = _mean_teacher(Oracle(CODEC, _points(20, CODEC))).prepare([Batch(labelled, batch.pair)], step=500)
+    labeled = batch.labeled._replace(points_xy=points_xy, weights=weights)
+    (prepared,) = _mean_teacher(Oracle(CODEC, _points(20, CODEC))).prepare([Batch(labeled, batch.pair)], step=500)
     shares = points_xy.numpy() / [192, 256]
     expected = np.concatenate([shares[:10, :5].std(axis=0), shares[:, 5:16].std(axis=0)]).mean()
     assert prepared.logs["spread_labelled"].item() == pytest.approx(expected, rel=1e-4)
