@@ -89,7 +89,11 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
             saved = None
             # A save that is due while the state is in trouble, such as on a skipped step, comes once it is well again.
-            if run.save_every and done // run.save_every > saved_at // run.save_every and not (run.dry_run or log.sick):
+            if (
+                run.save_every
+                and done // run.save_every > saved_at // run.save_every
+                and not (run.dry_run or log.unhealthy)
+            ):
                 saved, saved_at = stage.save(done), done
             if done < last and distributed.any_rank(accelerator, stop.asked):
                 log.close()

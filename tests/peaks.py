@@ -31,7 +31,7 @@ from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.loop import StepConfig, steps
-from sapiens_accel.training.mean_teacher import MeanTeacher
+from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup
 from sapiens_accel.training.objectives import Objective, Supervised
 
 INPUT_HW = (256, 192)
@@ -108,17 +108,14 @@ def _objective(
     supervised = Supervised(codec=codec)
     if teacher is None or stage.teacher is None:
         return supervised
-    return MeanTeacher(
-        supervised,
-        teacher,
-        lambda: (value for _, value in engine.full_parameters(accelerator, network)),
-        stage.teacher,
-        COCO17.mirror,
-        names=COCO17.names,
+    setup = TeacherSetup(
+        average=teacher,
+        student_parameters=lambda: (value for _, value in engine.full_parameters(accelerator, network)),
         num_steps=100,
         gather=lambda tensor: tensor,
         autocast=distributed.autocast_dtype(accelerator),
     )
+    return MeanTeacher(supervised, setup, stage.teacher, COCO17.mirror, COCO17.names)
 
 
 if __name__ == "__main__":

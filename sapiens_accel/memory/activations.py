@@ -26,7 +26,7 @@ from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, Taught
+from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherPrediction, TeacherSetup
 from sapiens_accel.training.objectives import Objective, Supervised
 
 SMALLEST_BLOCK = 512  # bytes: the allocator rounds up to it
@@ -160,8 +160,10 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
     if plan.teacher is None:
         return supervised
     keypoints = range(model.num_keypoints)
-    names, teacher = [str(k) for k in keypoints], MovingAverage(nn.Linear(1, 1))
-    return MeanTeacher(supervised, teacher, list, plan.teacher, keypoints, names=names, num_steps=1, gather=lambda t: t)
+    setup = TeacherSetup(
+        average=MovingAverage(nn.Linear(1, 1)), student_parameters=list, num_steps=1, gather=lambda tensor: tensor
+    )
+    return MeanTeacher(supervised, setup, plan.teacher, keypoints, [str(k) for k in keypoints])
 
 
 def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:
@@ -175,7 +177,9 @@ def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -
     image = torch.zeros(p - b, 3, height, width, dtype=torch.uint8)
     points_xy, ones = torch.zeros(p - b, k, 2), torch.ones(p - b, k)
     maps = torch.zeros(p - b, k, *model.heatmap_hw) if plan.teacher and plan.teacher.compares_maps else None
-    labels = PseudoLabels(Taught(points_xy, ones, ones, ones > 0, points_xy, maps), ones, image, torch.ones(()), {})
+    labels = PseudoLabels(
+        TeacherPrediction(points_xy, ones, ones, ones > 0, points_xy, maps), ones, image, torch.ones(()), {}
+    )
     return lambda: objective.loss(model, batch, labels)[0]
 
 

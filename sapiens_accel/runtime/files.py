@@ -62,5 +62,5 @@ def write_on_main(accelerator: Accelerator, action: Callable[[], object], what: 
             f"{what} could not be written: {problem}; make room, and go on with --resume_from_checkpoint latest"
         )
     if problem:
-        accelerator.print(f"warning: {what} could not be written: {problem}; training goes on")
+        accelerator.print(f"warning: {what} could not be written: {problem}; training continues")
     return problem is None

@@ -32,7 +32,7 @@ from sapiens_accel.pose.skeleton import COCO17 as SKELETON
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import ema, optim
 from sapiens_accel.training.loop import Step, StepConfig, steps
-from sapiens_accel.training.mean_teacher import build_objective
+from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 
 SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
 OUT_OF_MEMORY = "out of memory"
@@ -155,16 +155,14 @@ def take_steps(
         accumulation=case.accumulation,
         clip_norm=plan.optim.clip_norm,
     )
-    objective = build_objective(
-        plan,
-        codec_of(case.run),
-        SKELETON,
-        teacher,
-        partial(engine.full_values, accelerator, network),
+    setup = teacher and TeacherSetup(
+        average=teacher,
+        student_parameters=partial(engine.full_values, accelerator, network),
         num_steps=SCHEDULE,
         gather=lambda tensor: tensor,
         autocast=distributed.autocast_dtype(accelerator),
     )
+    objective = build_objective(plan, codec_of(case.run), SKELETON, setup)
     config = StepConfig(
         accumulation=case.accumulation, optim=plan.optim, num_steps=SCHEDULE, offload=case.offload_activations
     )

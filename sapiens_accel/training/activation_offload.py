@@ -1,4 +1,4 @@
-"""What a forward saves for its backward waits in host memory; on a GPU the copies overlap with the arithmetic.
+"""Offload the activations that a forward saves for its backward to host memory; copies overlap with compute.
 
 With checkpointed blocks, what is saved are the blocks' inputs: 2 * tokens * width bytes a person and block in 16 bits.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-SMALLEST = 2**20  # bytes; less is not worth a copy
-LEAVING = 2  # tensors on their way to the host before the arithmetic waits for the first of them
+MIN_BYTES = 2**20  # smaller tensors stay on the device
+MAX_OUTGOING = 2  # copies to the host in flight before compute waits for the oldest
 
 
 def offloaded(device: torch.device, *, wanted: bool) -> AbstractContextManager:
@@ -23,7 +23,7 @@ def offloaded(device: torch.device, *, wanted: bool) -> AbstractContextManager:
 
 
 @dataclass(kw_only=True)
-class _Waiting:
+class _OffloadedTensor:
     """A saved tensor on the host, and on the device again once it has been fetched."""
 
     index: int
@@ -35,32 +35,32 @@ class _Waiting:
 
 
 class _Offload(saved_tensors_hooks):
-    """The hooks hold the copies and the copies nothing: all is free as soon as the backward has been."""
+    """The hooks own the copies; there is no reference cycle, so memory is free as soon as the backward has run."""
 
     def __init__(self, device: torch.device) -> None:
         copies = _Copies(device)
         super().__init__(copies.pack, copies.unpack)
-        self.waiting = copies.waiting
+        self.tensors = copies.tensors
 
 
 class _Copies:
-    """Copies on a stream of their own, and in the backward one tensor ahead of what is asked for.
+    """Copies on a stream of their own, in the backward one tensor ahead.
 
-    A parameter is not moved (it stays on the device anyway), nor is what is small. All device memory is the compute
-    stream's: it waits for a copy before memory that the copy reads or writes is used again, so no more than LEAVING
-    tensors are on their way out and one on its way in, however far Python runs ahead of the device.
+    Parameters and small tensors stay on the device. All device memory belongs to the compute stream: it waits for a
+    copy before memory that the copy reads or writes is used again, so at most MAX_OUTGOING tensors are being copied out
+    and one is being copied in, however far Python runs ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = _stream(device) if device.type == "cuda" else None
-        self.waiting: list[_Waiting] = []
-        self.leaving: deque[tuple[Tensor, Any]] = deque()
-        self.ahead: _Waiting | None = None
+        self.tensors: list[_OffloadedTensor] = []
+        self.outgoing: deque[tuple[Tensor, Any]] = deque()
+        self.prefetched: _OffloadedTensor | None = None
 
-    def pack(self, tensor: Tensor) -> "Tensor | _Waiting":
-        whole = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
-        if isinstance(whole, torch.nn.Parameter) or tensor.nbytes < SMALLEST or tensor.device.type != self.device.type:
+    def pack(self, tensor: Tensor) -> "Tensor | _OffloadedTensor":
+        base = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
+        if isinstance(base, torch.nn.Parameter) or tensor.nbytes < MIN_BYTES or tensor.device.type != self.device.type:
             return tensor
         if self.stream is None:
             host = tensor.clone()
@@ -70,33 +70,33 @@ class _Copies:
             self.stream.wait_stream(compute)
             with torch.cuda.stream(self.stream):
                 host.copy_(tensor, non_blocking=True)
-            self.leaving.append((tensor, self.stream.record_event()))
-            if len(self.leaving) > LEAVING:
-                compute.wait_event(self.leaving.popleft()[1])
-        item = _Waiting(index=len(self.waiting), host=host, device=tensor.device)
-        self.waiting.append(item)
+            self.outgoing.append((tensor, self.stream.record_event()))
+            if len(self.outgoing) > MAX_OUTGOING:
+                compute.wait_event(self.outgoing.popleft()[1])
+        item = _OffloadedTensor(index=len(self.tensors), host=host, device=tensor.device)
+        self.tensors.append(item)
         return item
 
-    def unpack(self, item: "Tensor | _Waiting") -> Tensor:
+    def unpack(self, item: "Tensor | _OffloadedTensor") -> Tensor:
         if isinstance(item, Tensor):
             return item
         if self.stream is None:
             return item.host
         compute = torch.cuda.current_stream(self.device)
-        while self.leaving:
-            compute.wait_event(self.leaving.popleft()[1])
-        if self.ahead is not None and self.ahead is not item:  # fetched, and not asked for
-            compute.wait_event(self.ahead.arrived)
-            self.ahead.on_device = None
+        while self.outgoing:
+            compute.wait_event(self.outgoing.popleft()[1])
+        if self.prefetched is not None and self.prefetched is not item:  # prefetched in vain
+            compute.wait_event(self.prefetched.arrived)
+            self.prefetched.on_device = None
         tensor = self._fetch(item)
         compute.wait_event(item.arrived)
-        item.on_device, item.used, self.ahead = None, True, None
-        if item.index and not self.waiting[item.index - 1].used:  # the backward goes from the last to the first
-            self.ahead = self.waiting[item.index - 1]
-            self._fetch(self.ahead)
+        item.on_device, item.used, self.prefetched = None, True, None
+        if item.index and not self.tensors[item.index - 1].used:  # the backward goes from the last to the first
+            self.prefetched = self.tensors[item.index - 1]
+            self._fetch(self.prefetched)
         return tensor
 
-    def _fetch(self, item: _Waiting) -> Tensor:
+    def _fetch(self, item: _OffloadedTensor) -> Tensor:
         if item.on_device is None:
             assert self.stream is not None
             item.on_device = torch.empty_like(item.host, device=item.device, pin_memory=False)

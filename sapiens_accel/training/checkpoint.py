@@ -105,7 +105,7 @@ def save(saver: Saver, step: int) -> Path | None:
         shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(folder)
         whole = f"; {earlier[-1]} is whole" if earlier else ""
-        print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training goes on", flush=True)
+        print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training continues", flush=True)
     accelerator.wait_for_everyone()
     return None
 

@@ -1,4 +1,4 @@
-"""MovingAverage: the fp32 moving average of a network's parameters, where it is kept, and the network that runs it."""
+"""MovingAverage: the fp32 moving average of a network's parameters, on the device, sharded or in host memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from sapiens_accel.config.schema import Place
 from sapiens_accel.runtime import distributed, launch
 
-PIECE = 2**22  # elements that are worked on at a time: what is allocated on the way does not grow with the network
-ALIGN = 64  # elements: in the flat copy every tensor begins where the fast kernels want it
+PIECE = 2**22  # elements processed at a time: temporary memory does not grow with the network
+ALIGN = 64  # elements: alignment of every tensor in the flat copy, as the fast kernels need it
 
 
 class Ranks(NamedTuple):
-    """The ranks among which an average is shared; one of its own by default.
+    """The ranks that share an average; by default this one alone.
 
     Attributes:
-        share: fills a flat tensor of one equal part for each rank, of which each has written its own, on all of them.
+        share: completes, on all ranks, a flat tensor of one equal part a rank, of which each rank has written its own.
     """
 
     rank: int = 0
@@ -28,10 +28,10 @@ class Ranks(NamedTuple):
     share: Callable[[Tensor], None] = lambda whole: None
 
 
-class Cut(NamedTuple):
-    """A run of elements of one parameter: where it is in there, its average, and its copy for the forward if any."""
+class Segment(NamedTuple):
+    """Consecutive elements of one parameter, their average, and their copy for the forward, if there is one."""
 
-    of: slice
+    elements: slice
     mean: Float[Tensor, "n"]
     copy: Tensor | None
 
@@ -77,12 +77,14 @@ class MovingAverage:
         if place == "device":
             network.to(device)
             flat = [parameter.detach().view(-1) for parameter in network.parameters()]
-            self._cuts = [[Cut(of, values[of], None) for of in _pieces(0, len(values))] for values in flat]
+            self._segments = [
+                [Segment(piece, values[piece], None) for piece in _pieces(0, len(values))] for values in flat
+            ]
         else:
-            self._cuts = self._split(device, torch.device("cpu") if place == "host" else device, dtype)
+            self._segments = self._split(device, torch.device("cpu") if place == "host" else device, dtype)
 
-    def _split(self, device: torch.device, place: torch.device, dtype: torch.dtype) -> list[list[Cut]]:
-        """Lay the parameters out one behind the other, and take this rank's part of them."""
+    def _split(self, device: torch.device, place: torch.device, dtype: torch.dtype) -> list[list[Segment]]:
+        """Lay the parameters out one after the other in a flat buffer, and take this rank's part of it."""
         parameters = list(self.network.parameters())
         starts, total = [], 0
         for parameter in parameters:
@@ -94,63 +96,63 @@ class MovingAverage:
         self._copy = copy = torch.zeros(self.ranks.num * part, dtype=dtype, device=device)
         if place != device:
             self._up = torch.empty(min(PIECE, part), dtype=dtype, pin_memory=True)
-        cuts = []
+        segments = []
         for start, parameter in zip(starts, parameters, strict=True):
             values = parameter.detach().flatten()
             end = start + len(values)
             copy[start:end].copy_(values)
-            # Tensor by tensor: the fp32 one goes as its copy comes.
+            # Tensor by tensor: each fp32 tensor is freed as soon as it is copied.
             parameter.data = copy[start:end].view(parameter.shape)
             mine = _pieces(max(start, first), min(end, first + part))
-            cuts.append(
+            segments.append(
                 [
-                    Cut(slice(at.start - start, at.stop - start), own[at.start - first : at.stop - first], copy[at])
+                    Segment(slice(at.start - start, at.stop - start), own[at.start - first : at.stop - first], copy[at])
                     for at in mine
                 ]
             )
-            for cut in cuts[-1]:
-                cut.mean.copy_(values[cut.of])
+            for segment in segments[-1]:
+                segment.mean.copy_(values[segment.elements])
         for name, buffer in self.network.named_buffers():
             owner, _, last = name.rpartition(".")
             self.network.get_submodule(owner)._buffers[last] = buffer.to(device)
-        return cuts
+        return segments
 
     @torch.no_grad()
     def update(self, student: Iterable[Tensor], decay: float) -> None:
         """Move towards the student's whole parameters, given in the network's order. All ranks must call it."""
-        for cuts, values in zip(self._cuts, student, strict=True):
-            for cut in cuts:
-                change = self._beside(values.detach().flatten()[cut.of]) - cut.mean
-                cut.mean.add_(change.mul_(1 - decay))
-                self._forward(cut)
+        for segments, values in zip(self._segments, student, strict=True):
+            for segment in segments:
+                change = self._move_to_average(values.detach().flatten()[segment.elements]) - segment.mean
+                segment.mean.add_(change.mul_(1 - decay))
+                self._copy_to_network(segment)
         if self._copy is not None:
             self.ranks.share(self._copy)
 
-    def _beside(self, values: Tensor) -> Tensor:
-        """The student's values where the average is."""
+    def _move_to_average(self, values: Tensor) -> Tensor:
+        """The student's values on the device of the average."""
         if self._up is None:
             return values
         if self._down is None:
             self._down = torch.empty(len(self._up), dtype=values.dtype, pin_memory=True)
         return self._down[: len(values)].copy_(values)
 
-    def _forward(self, cut: Cut) -> None:
-        """Let the network follow the average."""
-        if cut.copy is not None:
-            cut.copy.copy_(cut.mean if self._up is None else self._up[: len(cut.mean)].copy_(cut.mean))
+    def _copy_to_network(self, segment: Segment) -> None:
+        """Copy the new average into the network."""
+        if segment.copy is not None:
+            segment.copy.copy_(segment.mean if self._up is None else self._up[: len(segment.mean)].copy_(segment.mean))
 
     def sample(self) -> Float[Tensor, "n"]:
-        """Up to 64 fp32 values of each of up to 64 places, spread over this rank's part; to see whether they move."""
-        cuts = [cut.mean for cuts in self._cuts for cut in cuts]
-        cuts = cuts[:: max(1, len(cuts) // 64)]
-        return torch.cat([mean[:: max(1, len(mean) // 64)][:64] for mean in cuts])
+        """Up to 64 x 64 fp32 values, spread over this rank's part, to see whether the average moves."""
+        segments = [segment.mean for segments in self._segments for segment in segments]
+        segments = segments[:: max(1, len(segments) // 64)]
+        return torch.cat([mean[:: max(1, len(mean) // 64)][:64] for mean in segments])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, whole, in fp32, and the network's buffers, on the CPU of rank 0 (empty elsewhere).
 
-        All ranks must call it. To be written before the next update: what is there already is not copied.
+        All ranks must call it. Use it before the next update: tensors on the CPU are not copied.
         """
-        whole = self._gathered()
+        whole = self._gather()
         if self.ranks.rank:
             return {}
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
@@ -160,7 +162,7 @@ class MovingAverage:
                 state[name] = whole[start : start + parameter.numel()].view(parameter.shape)
         return state
 
-    def _gathered(self) -> Tensor | None:
+    def _gather(self) -> Tensor | None:
         """The flat average of all ranks on the CPU of rank 0."""
         if self._own is None or self._copy is None:
             return None
@@ -179,15 +181,15 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """What `state_dict` gave on rank 0, on every rank; kept in any place, among any number of ranks.
+        """Load the `state_dict()` of any placement and any number of ranks. Every rank needs the whole state.
 
         Raises:
             RuntimeError: other names or shapes.
         """
         self.network.load_state_dict(state)
-        for cuts, (name, _) in zip(self._cuts, self.network.named_parameters(), strict=True):
-            for cut in cuts:
-                cut.mean.copy_(state[name].flatten()[cut.of])
+        for segments, (name, _) in zip(self._segments, self.network.named_parameters(), strict=True):
+            for segment in segments:
+                segment.mean.copy_(state[name].flatten()[segment.elements])
 
 
 def _rounded(num: int, unit: int) -> int:
@@ -199,7 +201,7 @@ def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
 
 
 def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
-    """The average of what `network` begins with, shared among the ranks where it is not kept whole on the device."""
+    """A moving average that starts at the values of `network`, sharded over the ranks unless its place is `device`."""
     if place == "host":
         launch.use_all_cores()
     several = accelerator.num_processes > 1

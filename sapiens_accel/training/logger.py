@@ -124,7 +124,7 @@ class StageLogger:
         self._resume_state()
 
     def _open_holdout(self, augmenter: Augmenter) -> Holdout | None:
-        """Labeled people to measure pseudo-labels on, for a stage that makes some."""
+        """Labeled people to measure pseudo-labels on, for a stage with pseudo-labels."""
         teacher = self.context.config.teacher
         if teacher is None or not teacher.ratio:
             return None
@@ -145,7 +145,7 @@ class StageLogger:
             self.board = SummaryWriter(str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first + 1)
 
     def _resume_state(self) -> None:
-        """The alarms, with the values that the stage began with; which weights were kept. All ranks must call it."""
+        """Restore the alarms' first values, and which weights the stage has handed over. All ranks must call it."""
         folder, start, teacher = self.context.folder, self.context.start, self.context.config.teacher
         resumes = self.first and self.accelerator.is_main_process
         earlier = _first_values(self.run_folder / "metrics.jsonl", self.stage) if resumes else {}
@@ -159,9 +159,9 @@ class StageLogger:
             self.kept = Evaluated(**kept)
 
     @property
-    def sick(self) -> bool:
-        """Whether the state of now must not be saved: it is in trouble, and a checkpoint would replace a better one."""
-        return self.alarms.sick or self.skipped > 0
+    def unhealthy(self) -> bool:
+        """Whether the present state must not be saved: a checkpoint of it would replace a better one."""
+        return self.alarms.unhealthy or self.skipped > 0
 
     def step(self, done: Step) -> None:
         """Count a step; of a skipped one, name the people. All ranks must call it.
@@ -214,7 +214,7 @@ class StageLogger:
         self.progress.set_postfix({short: f"{means[name]:.3g}" for short, name in shown.items() if name in means})
 
     def mark_kept(self, weights: Path) -> None:
-        """Note that the weights that were evaluated last are written: they are what the stage hands over for now."""
+        """Record that the weights that were evaluated last are written as the stage's weights."""
         assert self.evaluated
         self.kept = self.evaluated
         self.alarms.good = f"in {weights}"
@@ -259,16 +259,16 @@ class StageLogger:
             self._on_disk(lambda: file.write(line) and file.flush())
 
     def _on_disk(self, action: Callable[[], object]) -> None:
-        """Write something that training does not depend on: a full disk is one warning, and training goes on."""
+        """Write something that training does not depend on: a full disk is one warning, and training continues."""
         try:
             action()
         except OSError as error:
             if not self.disk_failed:
-                self.progress.write(f"{self.stage}: warning: {error}; log lines or images are lost, training goes on")
+                self.progress.write(f"{self.stage}: warning: {error}; log lines or images are lost, training continues")
             self.disk_failed = True
 
     def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
-        """Write the metrics that a stage with a teacher begins with; the alarms compare with them. For all ranks.
+        """Write the first metrics of a stage with a teacher; the alarms compare with them. All ranks must call it.
 
         After the first step: before it, the teacher has no reference for the confidence of a keypoint.
         """
@@ -309,7 +309,7 @@ class StageLogger:
 
     def _probe(self, step: int, objective: Objective) -> dict[str, float]:
         assert isinstance(objective, MeanTeacher) and self.holdout
-        values, seen = holdout.probe(
+        values, shown_people = holdout.probe(
             objective,
             self.holdout,
             batch_size=self.run.eval.batch_size,
@@ -318,7 +318,7 @@ class StageLogger:
             gather=partial(distributed.gather, self.accelerator),
         )
         if self.writes:
-            self._picture("panel", holdout.panel(seen, self.skeleton), step, numbered=f"_{step}")
+            self._picture("panel", holdout.panel(shown_people, self.skeleton), step, numbered=f"_{step}")
         return values
 
     def draw_crops(self, people: TrainingPeople, codec: Codec) -> None:

@@ -5,7 +5,8 @@ precision of the network.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -31,35 +32,35 @@ CUTOUT_NOISE = 0.05  # of the input's width
 CUTOUT_HALF_SIDE = (0.05, 0.10)  # of the input's width
 
 
-def build_objective(
-    stage: StageConfig,
-    codec: Codec,
-    skeleton: Skeleton,
-    average: MovingAverage | None,
-    student_parameters: Callable[[], Iterator[Tensor]],
-    num_steps: int,
-    gather: Callable[[Tensor], Tensor],
-    autocast: torch.dtype | None,
-) -> Objective:
-    """The objective of a stage; the arguments after `skeleton` are those of a mean teacher."""
+@dataclass(frozen=True, kw_only=True)
+class TeacherSetup:
+    """How a launch runs a mean teacher.
+
+    Attributes:
+        average: the moving average of the student; its first values are the student's.
+        student_parameters: the student's whole parameters, in the average's order, at each call.
+        num_steps: length of the stage; decay and ramp follow from it.
+        gather: concatenates a tensor over all ranks along its first dimension.
+        autocast: dtype of the teacher's forward; None for fp32.
+    """
+
+    average: MovingAverage
+    student_parameters: Callable[[], Iterable[Tensor]]
+    num_steps: int
+    gather: Callable[[Tensor], Tensor]
+    autocast: torch.dtype | None = None
+
+
+def build_objective(stage: StageConfig, codec: Codec, skeleton: Skeleton, setup: TeacherSetup | None) -> Objective:
+    """The objective of a stage; one with a teacher needs `setup`."""
     supervised = Supervised(codec=codec, loss_weight=stage.loss_weight)
-    if stage.teacher is None or average is None:
+    if stage.teacher is None or setup is None:
         return supervised
-    return MeanTeacher(
-        supervised,
-        average,
-        student_parameters,
-        stage.teacher,
-        skeleton.mirror,
-        names=skeleton.names,
-        num_steps=num_steps,
-        gather=gather,
-        autocast=autocast,
-    )
+    return MeanTeacher(supervised, setup, stage.teacher, skeleton.mirror, skeleton.names)
 
 
-class Taught(NamedTuple):
-    """What the teacher says of pairs.
+class TeacherPrediction(NamedTuple):
+    """The teacher's keypoints for a batch of pairs.
 
     Attributes:
         points_xy: keypoints in the strong view, input px, in the strong view's order of left and right.
@@ -79,9 +80,9 @@ class Taught(NamedTuple):
 
 
 class PseudoLabels(NamedTuple):
-    """What the student is to agree with: the teaching, its weights (0 = not learned from), the view with cutouts."""
+    """The target of the student: prediction, weights (0 = not learned from), and its input image, with cutouts."""
 
-    taught: Taught
+    prediction: TeacherPrediction
     weights: Float[Tensor, "u k"]
     image: UInt8[Tensor, "u 3 H W"]
     scale: Float[Tensor, ""]
@@ -96,33 +97,23 @@ class MeanTeacher:
 
     Args:
         supervised: the labeled loss.
-        teacher: the moving average of the student, beginning as the student does.
-        student_parameters: the student's whole parameters, in the teacher's order, whenever it is called.
         mirror: the skeleton's mirror order.
         names: of the keypoints, in the logs.
-        num_steps: length of the stage; decay and ramp follow from it.
-        gather: concatenates a tensor over all ranks along its first dimension.
-        autocast: dtype of the teacher's forward; None for fp32.
     """
 
     def __init__(
         self,
         supervised: Supervised,
-        teacher: MovingAverage,
-        student_parameters: Callable[[], Iterable[Tensor]],
+        setup: TeacherSetup,
         config: TeacherConfig,
         mirror: Sequence[int],
-        *,
         names: Sequence[str],
-        num_steps: int,
-        gather: Callable[[Tensor], Tensor],
-        autocast: torch.dtype | None = None,
     ) -> None:
         self.supervised, self.codec = supervised, supervised.codec
-        self.average, self.teacher = teacher, teacher.network
-        self.student_parameters, self.config = student_parameters, config
-        self.num_steps, self.gather, self.autocast = num_steps, gather, autocast
-        self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(num_steps)
+        self.average, self.teacher = setup.average, setup.average.network
+        self.student_parameters, self.config = setup.student_parameters, config
+        self.num_steps, self.gather, self.autocast = setup.num_steps, setup.gather, setup.autocast
+        self.decay = config.ema_decay if config.ema_decay is not None else ema_decay(setup.num_steps)
         device = next(self.teacher.parameters()).device
         self.names, self.mirror = names, torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
@@ -134,24 +125,27 @@ class MeanTeacher:
         """Pseudo-labels of all micro-batches of a step: their weights share one denominator over all ranks."""
         if self.config.ratio == 0:
             return [None] * len(batches)
-        views = [(batch.pair, *self._teach(batch.pair)) for batch in batches if batch.pair]
+        views = [(batch.pair, *self._predict(batch.pair)) for batch in batches if batch.pair]
         self._update_reference(self.gather(torch.cat([scores for _, _, scores, _ in views])))
-        taught = [self._judged(*view) for view in views]
-        kept = torch.stack([labels.kept.sum() for labels in taught]).sum().reshape(1)
+        predictions = [self._select(*view) for view in views]
+        kept = torch.stack([labels.kept.sum() for labels in predictions]).sum().reshape(1)
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
         factor = self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept)
-        scale, logs = factor / num_kept.sum().clamp_min(1), self._logs(taught, [batch.labeled for batch in batches])
+        scale, logs = (
+            factor / num_kept.sum().clamp_min(1),
+            self._logs(predictions, [batch.labeled for batch in batches]),
+        )
         return [
             PseudoLabels(labels, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs)
-            for batch, labels in zip(batches, taught, strict=True)
+            for batch, labels in zip(batches, predictions, strict=True)
             if batch.pair
         ]
 
     @torch.no_grad()
-    def pseudo_labels(self, pair: Pair) -> Taught:
-        """What the teacher says of pairs now; nothing is learned or remembered."""
-        return self._judged(pair, *self._teach(pair))
+    def pseudo_labels(self, pair: Pair) -> TeacherPrediction:
+        """The teacher's current prediction for pairs; no state changes."""
+        return self._select(pair, *self._predict(pair))
 
     def loss(
         self, model: nn.Module, batch: Batch, prepared: PseudoLabels | None
@@ -186,19 +180,19 @@ class MeanTeacher:
         }
 
     def _agreement(self, heatmaps: Float[Tensor, "n k h w"], labels: PseudoLabels, people: slice) -> Float[Tensor, ""]:
-        weights, taught, config = labels.weights[people], labels.taught, self.config
-        if taught.maps is None:
-            target, _ = self.codec.encode(taught.points_xy[people], weights)
+        weights, prediction, config = labels.weights[people], labels.prediction, self.config
+        if prediction.maps is None:
+            target, _ = self.codec.encode(prediction.points_xy[people], weights)
         else:
-            target = taught.maps[people]
+            target = prediction.maps[people]
         if config.loss == "mse":
             error = (heatmaps.float() - target).square().mean(dim=(2, 3))
         elif config.loss == "literal":
             error = literal_kl(heatmaps, target, config.temperature)
         else:
-            # Where the map is the teacher's own, its peak says by how much doubt has widened it: T * peak undoes that.
-            peak = taught.scores[people].clamp(*PEAK_RANGE)
-            sharper = 1.0 if taught.maps is None else peak[..., None]
+            # A low peak of the teacher's own map means that uncertainty has widened it: T * peak undoes that.
+            peak = prediction.scores[people].clamp(*PEAK_RANGE)
+            sharper = 1.0 if prediction.maps is None else peak[..., None]
             error = heatmap_kl(heatmaps, target, self.codec.sigma, config.temperature, sharper)
         return labels.scale * (weights * error).sum()
 
@@ -206,7 +200,7 @@ class MeanTeacher:
         self.average.update(self.student_parameters(), self.decay)
 
     def health(self) -> dict[str, Tensor]:
-        """ema_moved: the share of some of the average's values that changed since it was asked last."""
+        """ema_moved: the share of a sample of the average's values that changed since the last call."""
         before, self.sample = self.sample, self.average.sample()
         return {"ema_moved": (self.sample != before).float().mean()}
 
@@ -225,17 +219,17 @@ class MeanTeacher:
         self.average.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
         self.sample = self.average.sample()
 
-    def _teach(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
+    def _predict(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
         """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
         device = pair.weak.image.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             heatmaps = self.teacher(pair.weak.image)
         return *self.codec.decode(heatmaps), heatmaps if self.config.compares_maps else None
 
-    def _judged(
+    def _select(
         self, pair: Pair, weak_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"], maps: Tensor | None
-    ) -> Taught:
-        """Into the strong view's frame and order, and which of it is learned from."""
+    ) -> TeacherPrediction:
+        """Transform the prediction into the strong view's frame and order, and select the keypoints to learn from."""
         matrices = geometry.strong_from_weak(pair.strong.matrix, pair.weak.matrix)
         swapped = pair.weak.flipped != pair.strong.flipped
         points_xy = self._swap(geometry.apply_batch(matrices, weak_xy), swapped)
@@ -245,14 +239,14 @@ class MeanTeacher:
         confidence, scores = (self._swap(values, swapped) for values in (self._confidence(scores), scores))
         kept = (confidence > self.config.threshold) & self._inside(points_xy)
         kept &= kept.sum(dim=1, keepdim=True) >= min(MIN_KEPT, kept.shape[1])
-        return Taught(points_xy, scores, confidence, kept, weak_xy, maps)
+        return TeacherPrediction(points_xy, scores, confidence, kept, weak_xy, maps)
 
     def _swap(self, values: Float[Tensor, "u k *rest"], swapped: Bool[Tensor, "u"]) -> Float[Tensor, "u k *rest"]:
         return torch.where(swapped.view(-1, *[1] * (values.ndim - 1)), values[:, self.mirror], values)
 
     def _update_reference(self, scores: Float[Tensor, "n k"]) -> None:
         high = torch.quantile(scores.float(), CONFIDENCE_QUANTILE, dim=0)
-        # A peak that is no number (fp16 on one image) must not stay in it.
+        # A non-finite peak (fp16 on one image) must not stay in the average.
         high = torch.where(high.isfinite(), high, self.reference)
         mean = torch.lerp(self.reference, high, 1 - CONFIDENCE_MOMENTUM)
         self.reference = torch.where(self.reference == 0, high, mean)
@@ -270,11 +264,13 @@ class MeanTeacher:
         done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
         return self.config.weight * math.exp(-5 * (1 - done) ** 2)
 
-    def _logs(self, taught: Sequence[Taught], labeled: Sequence[Labeled]) -> dict[str, Tensor]:
-        scores, kept = (torch.cat([getattr(labels, name) for labels in taught]).float() for name in ("scores", "kept"))
+    def _logs(self, predictions: Sequence[TeacherPrediction], labeled: Sequence[Labeled]) -> dict[str, Tensor]:
+        scores, kept = (
+            torch.cat([getattr(labels, name) for labels in predictions]).float() for name in ("scores", "kept")
+        )
         points_xy, labels_xy = (
             geometry.relative_positions(torch.cat(points), self.codec.input_hw)
-            for points in ([labels.weak_xy for labels in taught], [people.points_xy for people in labeled])
+            for points in ([labels.weak_xy for labels in predictions], [people.points_xy for people in labeled])
         )
         weights = torch.cat([people.weights for people in labeled])
         each = kept.mean(dim=0)

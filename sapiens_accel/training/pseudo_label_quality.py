@@ -1,4 +1,4 @@
-"""Labeled people put through the unlabeled path of stage ssl: what its pseudo-labels are worth, and images.
+"""Labeled people put through the unlabeled path of stage ssl: the quality of its pseudo-labels, and images of them.
 
 Shape letters: b people, k keypoints, H W the input.
 """
@@ -25,14 +25,14 @@ from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.training.mean_teacher import MeanTeacher, Taught, cut_out
+from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, cut_out
 
-NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, and they take seconds
+NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is labeled_pair to +-0.01, and they take seconds
 NUM_SHOWN = 6
 NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint is right
 
 
-class Known(NamedTuple):
+class LabeledPair(NamedTuple):
     """A pair of a labeled person, with the truth in the strong view: input px, in its left/right order."""
 
     pair: Pair
@@ -41,10 +41,10 @@ class Known(NamedTuple):
     area: Float[Tensor, "*b"]  # of the person, input px^2
 
 
-Seen = Sequence[tuple[Known, Taught]]  # of one person each
+ShownPeople = Sequence[tuple[LabeledPair, TeacherPrediction]]  # of one person each
 
 
-class Holdout(Dataset[Known]):
+class Holdout(Dataset[LabeledPair]):
     """Up to 256 labeled people, evenly spread over a set; their views are the same each time."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Holdout(Dataset[Known]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> Known:
+    def __getitem__(self, index: int) -> LabeledPair:
         row = self.people.rows[self.chosen[index]]
         rng = default_rng([self.seed, zlib.crc32(b"holdout"), index])
         base = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
@@ -68,7 +68,7 @@ class Holdout(Dataset[Known]):
         truth = seen_in(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
         area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
         points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))
-        return Known(pair, points_xy, torch.from_numpy(truth[:, 2] > 0), torch.tensor(area, dtype=torch.float64))
+        return LabeledPair(pair, points_xy, torch.from_numpy(truth[:, 2] > 0), torch.tensor(area, dtype=torch.float64))
 
 
 def probe(
@@ -79,8 +79,8 @@ def probe(
     rank: int = 0,
     num_ranks: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> tuple[dict[str, float], Seen]:
-    """What the teacher's labels of the hold-out are worth (the same on all ranks), and some of this rank's people.
+) -> tuple[dict[str, float], ShownPeople]:
+    """The quality of the pseudo-labels of the hold-out (the same on all ranks), and some of this rank's people.
 
     `pseudo_precision`: the share of its keypoints with a label of both kinds that lie within 5 % of the crop's diagonal
     of the truth. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
@@ -98,45 +98,56 @@ def probe(
         num_workers=holdout.config.num_workers,
         collate_fn=default_collate,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # its own: the draws of this process stay what they are without a hold-out
+        generator=torch.Generator(),  # so that the global random state is the same with and without a hold-out
     )
-    sums, seen, position = torch.zeros(6, dtype=torch.float64), [], 0
-    for known in plainly(loader):
-        taught: Taught = _map(Tensor.cpu, objective.pseudo_labels(to_device(known.pair, device)))
-        sums += _sums(known, taught, holdout)
-        for row in range(len(known.area)):
+    sums, shown_people, position = torch.zeros(6, dtype=torch.float64), [], 0
+    for labeled_pair in plainly(loader):
+        prediction: TeacherPrediction = _map(Tensor.cpu, objective.pseudo_labels(to_device(labeled_pair.pair, device)))
+        sums += _sums(labeled_pair, prediction, holdout)
+        for row in range(len(labeled_pair.area)):
             if position + row in shown:
-                seen.append(_map(lambda tensor, row=row: tensor[row : row + 1], (known, taught)))
-        position += len(known.area)
-    right, judged, kept, true, similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
-    ratios = {"precision": (right, judged), "coverage": (kept, true), "oks": (similarity, people)}
-    return {f"pseudo_{name}": a / b if b else math.nan for name, (a, b) in ratios.items()}, seen
+                shown_people.append(_map(lambda tensor, row=row: tensor[row : row + 1], (labeled_pair, prediction)))
+        position += len(labeled_pair.area)
+    right, compared, kept, true, similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
+    ratios = {"precision": (right, compared), "coverage": (kept, true), "oks": (similarity, people)}
+    return {f"pseudo_{name}": a / b if b else math.nan for name, (a, b) in ratios.items()}, shown_people
 
 
-def _sums(known: Known, taught: Taught, holdout: Holdout) -> Float[Tensor, "6"]:
+def _sums(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Holdout) -> Float[Tensor, "6"]:
     """Numerators and denominators of precision, coverage and OKS."""
     height, width = holdout.config.input_hw
-    x, y = known.truth_xy.unbind(-1)
-    true = known.labeled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
-    judged = known.labeled & taught.kept
-    right = judged & near(taught.points_xy, known.truth_xy, holdout.config.input_hw)
+    x, y = labeled_pair.truth_xy.unbind(-1)
+    true = labeled_pair.labeled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
+    compared = labeled_pair.labeled & prediction.kept
+    right = compared & is_near(prediction.points_xy, labeled_pair.truth_xy, holdout.config.input_hw)
     sigmas = holdout.augmenter.skeleton.sigmas
     similarities = [
-        oks(truth, found[None].numpy(), area[None].numpy(), sigmas, counted.numpy())[0]
-        for truth, found, area, counted in zip(
-            known.truth_xy.double().numpy(), taught.points_xy.double(), known.area, judged, strict=True
+        oks(truth, predicted[None].numpy(), area[None].numpy(), sigmas, counted.numpy())[0]
+        for truth, predicted, area, counted in zip(
+            labeled_pair.truth_xy.double().numpy(),
+            prediction.points_xy.double(),
+            labeled_pair.area,
+            compared,
+            strict=True,
         )
         if counted.any()
     ]
-    counts = [right.sum(), judged.sum(), (true & taught.kept).sum(), true.sum(), sum(similarities), len(similarities)]
+    counts = [
+        right.sum(),
+        compared.sum(),
+        (true & prediction.kept).sum(),
+        true.sum(),
+        sum(similarities),
+        len(similarities),
+    ]
     return torch.tensor([float(count) for count in counts], dtype=torch.float64)
 
 
-def near(
-    found_xy: Float[Tensor, "*b k 2"], true_xy: Float[Tensor, "*b k 2"], input_hw: tuple[int, int]
+def is_near(
+    predicted_xy: Float[Tensor, "*b k 2"], true_xy: Float[Tensor, "*b k 2"], input_hw: tuple[int, int]
 ) -> Bool[Tensor, "*b k"]:
     """Whether a point is within 5 % of the crop's diagonal of the true one."""
-    return (found_xy - true_xy).norm(dim=-1) <= NEAR * math.hypot(*input_hw)
+    return (predicted_xy - true_xy).norm(dim=-1) <= NEAR * math.hypot(*input_hw)
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -149,38 +160,40 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
 
 
-def panel(seen: Seen, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
+def panel(shown_people: ShownPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     """One person a column: the teacher's view and points (hollow: not kept), what the student learns, and the errors.
 
     The student's view has its squares of the mean color; lines go from what it learns to the truth, red where they
     are longer than 5 % of the diagonal.
     """
-    columns = [_column(known, taught, skeleton) for known, taught in seen]
+    columns = [_column(labeled_pair, prediction, skeleton) for labeled_pair, prediction in shown_people]
     return draw.arrange_grid([cell for row in zip(*columns, strict=True) for cell in row], columns=len(columns))
 
 
-def _column(known: Known, taught: Taught, skeleton: Skeleton) -> list[UInt8[Array, "h w 3"]]:
-    pair, kept = known.pair, taught.kept[0].numpy()
+def _column(
+    labeled_pair: LabeledPair, prediction: TeacherPrediction, skeleton: Skeleton
+) -> list[UInt8[Array, "h w 3"]]:
+    pair, kept = labeled_pair.pair, prediction.kept[0].numpy()
     weak, strong, cut = (
         image[0].permute(1, 2, 0).numpy()
-        for image in (pair.weak.image, pair.strong.image, cut_out(pair, taught.points_xy))
+        for image in (pair.weak.image, pair.strong.image, cut_out(pair, prediction.points_xy))
     )
     input_hw = (strong.shape[0], strong.shape[1])
     swapped = bool(pair.weak.flipped[0] != pair.strong.flipped[0])
     order = list(skeleton.mirror) if swapped else list(range(skeleton.num_keypoints))
     weak_from_strong = geometry.strong_from_weak(pair.weak.matrix, pair.strong.matrix)
-    weak_xy = geometry.apply_batch(weak_from_strong, taught.points_xy)[0].numpy()[order]
-    found_xy, true_xy = taught.points_xy[0].numpy(), known.truth_xy[0].numpy()
-    right = near(taught.points_xy, known.truth_xy, input_hw)[0].numpy()
-    judged = kept & known.labeled[0].numpy()
+    weak_xy = geometry.apply_batch(weak_from_strong, prediction.points_xy)[0].numpy()[order]
+    predicted_xy, true_xy = prediction.points_xy[0].numpy(), labeled_pair.truth_xy[0].numpy()
+    right = is_near(prediction.points_xy, labeled_pair.truth_xy, input_hw)[0].numpy()
+    compared = kept & labeled_pair.labeled[0].numpy()
     turned = " (mirrored)" if swapped else ""
     return [
         draw.add_title(
             draw.draw_person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton), f"keeps {kept.sum()}"
         ),
-        draw.add_title(draw.draw_person(cut, found_xy, kept.astype(float), skeleton), f"to learn{turned}"),
+        draw.add_title(draw.draw_person(cut, predicted_xy, kept.astype(float), skeleton), f"to learn{turned}"),
         draw.add_title(
-            draw.draw_errors(strong, found_xy, true_xy, judged, right),
-            f"{(judged & ~right).sum()} of {judged.sum()} far",
+            draw.draw_errors(strong, predicted_xy, true_xy, compared, right),
+            f"{(compared & ~right).sum()} of {compared.sum()} far",
         ),
     ]

@@ -1,4 +1,4 @@
-"""When stage ssl is in trouble: what its logs and evaluations say, which of it is told and which stops the stage."""
+"""Alarms of stage ssl: rules on its logs and evaluations that warn, or stop the stage."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,24 +19,30 @@ STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what 
 AP_LOST = 0.005
 
 
-class Stopped(UserError):  # noqa: N818  (no mistake of the program's)
-    """Going on would spoil what the stage has learned."""
+class Stopped(UserError):  # noqa: N818  (not an error of the program)
+    """More steps would undo what the stage has learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Something that is wrong while `holds(values, first values)` does, for so many values in a row and so many steps.
+    """A condition on logged values that warns, or stops the stage, while `holds(values, first values)` is true.
 
-    Without the values it needs nothing is known, and nothing changes.
+    Attributes:
+        needs: names of the values; a log line without one of them changes nothing.
+        says: the message: what is wrong, what it means and what to change; a format of the values and of `first`.
+        in_a_row: values in a row for which the condition must hold.
+        steps: steps for which it must hold.
+        stops: the rule stops the stage.
+        harms: the weights that were handed over earlier are better than the present ones.
     """
 
     needs: tuple[str, ...]
     holds: Callable[[Mapping[str, float], Mapping[str, float]], bool]
-    says: str  # what it is, what it means and what to change; a format of the values and of `first`
+    says: str
     in_a_row: int = 1
     steps: int = 0
     stops: bool = False
-    harms: bool = False  # what is kept is better than what is there now
+    harms: bool = False
 
 
 RULES = (
@@ -51,24 +57,24 @@ RULES = (
     Rule(
         needs=("teacher_peak_p99",),
         holds=lambda now, _: now["teacher_peak_p99"] > INFLATED,
-        says="teacher_peak_p99 {teacher_peak_p99:.2f} is above 1.2, where targets end at 1: what is learned lifts the "
-        "peaks that it is taken from; lower --ssl.teacher.weight, and use no loss that sharpens the teacher alone "
-        "(--ssl.teacher.loss literal)",
+        says="teacher_peak_p99 {teacher_peak_p99:.2f} is above 1.2, where targets end at 1: the pseudo-labels raise "
+        "the peaks that they are made from; lower --ssl.teacher.weight, and use no loss that sharpens the teacher "
+        "alone (--ssl.teacher.loss literal)",
         in_a_row=IN_A_ROW,
         stops=True,
     ),
     Rule(
         needs=("spread",),
         holds=lambda now, first: now["spread"] < SPREAD * first["spread"],
-        says="the teacher's points spread over {spread:.3f} of the crop, at first over {first[spread]:.3f}: it says "
-        "the same of everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
+        says="the teacher's points spread over {spread:.3f} of the crop, at first over {first[spread]:.3f}: it "
+        "predicts the same pose for everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
         in_a_row=IN_A_ROW,
         stops=True,
     ),
     Rule(
         needs=("not_finite",),
         holds=lambda now, _: now["not_finite"] > 0,
-        says="the loss or the teacher's peaks are no numbers; lower --ssl.optim.lr, or launch with bf16 or fp32",
+        says="the loss or the teacher's peaks are not finite; lower --ssl.optim.lr, or launch with bf16 or fp32",
         in_a_row=IN_A_ROW,
         stops=True,
     ),
@@ -125,12 +131,12 @@ RULES = (
 
 @dataclass(kw_only=True)
 class Alarms:
-    """What the values of one stage say about its health. Equal values on all ranks: all of them stop together.
+    """The state of all rules of one stage. All ranks pass equal values, so all of them stop together.
 
     Attributes:
-        good: where the last good weights are, for the message.
-        stops: whether what would stop the stage does, or is only told.
-        first: the first value of each name, of this run or of the one that it goes on from.
+        good: where the last good weights are, for messages.
+        stops: whether rules that stop the stage do so, or only warn.
+        first: the first value of each name, of this run or of the one that it resumes.
     """
 
     good: str
@@ -140,23 +146,23 @@ class Alarms:
     said: set[Rule] = field(default_factory=set, init=False)
 
     @property
-    def sick(self) -> bool:
-        """Whether something is going on that stops a stage if it lasts."""
+    def unhealthy(self) -> bool:
+        """Whether a rule holds that stops the stage if it lasts."""
         return self.stops and any(rule.stops for rule in self.held)
 
     @property
     def healthy(self) -> bool:
-        """Whether the weights are worth keeping in place of earlier ones."""
-        return not (self.sick or any(rule.harms for rule in self.held))
+        """Whether the present weights may replace those that were handed over earlier."""
+        return not (self.unhealthy or any(rule.harms for rule in self.held))
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Warnings that these values give rise to, each said once until it clears.
+        """Warnings about these values; each is given once until its condition no longer holds.
 
         Raises:
             Stopped: with what to change, and where the last good weights are.
         """
         known = {name: value for name, value in values.items() if math.isfinite(value)}
-        if "teacher_peak" in values and not values.get("skipped"):  # a step that was left out is told of by itself
+        if "teacher_peak" in values and not values.get("skipped"):  # skipped steps have a warning of their own
             known["not_finite"] = float(not {"loss", "teacher_peak"} <= known.keys())
         self.first = known | self.first
         said = []

@@ -23,7 +23,7 @@ from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver
 from sapiens_accel.training.logger import StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
-from sapiens_accel.training.mean_teacher import build_objective
+from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
 
 
@@ -154,7 +154,10 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     num_steps = sampling.num_steps(config, len(context.sets.train))
     parameters = partial(engine.full_values, accelerator, network)
     gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
-    objective = build_objective(config, codec, skeleton, teacher, parameters, num_steps, gather, autocast)
+    setup = teacher and TeacherSetup(
+        average=teacher, student_parameters=parameters, num_steps=num_steps, gather=gather, autocast=autocast
+    )
+    objective = build_objective(config, codec, skeleton, setup)
     first = resume.load(accelerator, objective) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")

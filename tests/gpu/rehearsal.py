@@ -20,7 +20,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.loop import Step, StepConfig, steps
-from sapiens_accel.training.mean_teacher import build_objective
+from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
 
 META = torch.device("meta")
@@ -91,9 +91,13 @@ def rehearse(
         optim.param_groups(model.layer_groups(), stage.optim), stage.optim, torch.device("cuda")
     )
     optimizer.step_was_skipped = False
-    objective = build_objective(
-        stage, codec, COCO17, teacher, lambda: (p.data for p in model.parameters()), 100, lambda t: t, None
+    setup = teacher and TeacherSetup(
+        average=teacher,
+        student_parameters=lambda: (p.data for p in model.parameters()),
+        num_steps=100,
+        gather=lambda tensor: tensor,
     )
+    objective = build_objective(stage, codec, COCO17, setup)
     config = StepConfig(accumulation=accumulation, optim=stage.optim, num_steps=100)
     engine: Any = Engine(accumulation)
     batches = repeat(batch(MICRO_BATCH, MICRO_BATCH * stage.ratio))

@@ -15,7 +15,7 @@ from sapiens_accel.models.sapiens import SIZES, HeatmapHead, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, Taught
+from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherPrediction, TeacherSetup
 from sapiens_accel.training.objectives import Supervised, heatmap_kl
 
 NUM = 7  # people
@@ -287,8 +287,8 @@ def _batch() -> tuple[Batch, PseudoLabels]:
     strong = _view(6, 9)
     labeled = Labeled(_view(5, 8), points_xy[:5], weights[:5], torch.arange(5))
     ones = torch.ones_like(weights[5:])
-    taught = Taught(points_xy[5:], ones, ones, ones > 0, points_xy[5:], None)
-    prepared = PseudoLabels(taught, weights[5:], strong.image, torch.tensor(0.02), {})
+    prediction = TeacherPrediction(points_xy[5:], ones, ones, ones > 0, points_xy[5:], None)
+    prepared = PseudoLabels(prediction, weights[5:], strong.image, torch.tensor(0.02), {})
     return Batch(labeled, Pair(strong, strong, torch.zeros(6, 0, 4))), prepared
 
 
@@ -316,7 +316,7 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     """The border between labeled and unlabeled people lies between two chunks (1, 5), or within one."""
     batch, prepared = _batch()
     heatmaps = tiny(torch.cat([batch.labeled.view.image, prepared.image]))
-    target, _ = CODEC.encode(prepared.taught.points_xy, prepared.weights)
+    target, _ = CODEC.encode(prepared.prediction.points_xy, prepared.weights)
     kl = prepared.weights * heatmap_kl(heatmaps[5:], target, 1.0, 0.5)
     labeled, unlabeled = _labeled_loss(heatmaps[:5], batch), 0.02 * kl.sum()
     (labeled + unlabeled).backward()
@@ -325,10 +325,8 @@ def test_mean_teacher_is_the_same_in_every_chunk_size(tiny: SapiensPose, chunk: 
     tiny.lay_out(Layout(head_chunk=chunk))
     config = TeacherConfig(temperature=0.5)
     supervised = Supervised(codec=CODEC, loss_weight=2.0)
-    average = MovingAverage(nn.Linear(1, 1))
-    objective = MeanTeacher(
-        supervised, average, list, config, COCO17.mirror, names=COCO17.names, num_steps=1, gather=list
-    )
+    setup = TeacherSetup(average=MovingAverage(nn.Linear(1, 1)), student_parameters=list, num_steps=1, gather=list)
+    objective = MeanTeacher(supervised, setup, config, COCO17.mirror, COCO17.names)
     loss, logs = objective.loss(tiny, batch, prepared)
     loss.backward()
     torch.testing.assert_close(logs["loss_labelled"], labeled.detach(), rtol=1e-6, atol=0)

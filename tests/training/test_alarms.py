@@ -68,7 +68,7 @@ def test_a_warning_is_said_once_until_it_clears(sick: dict, well: dict, others: 
         said = [alarms.check(start + 20 * i, others | sick) for i in range(times + 2)]
         assert [len(lines) for lines in said] == [0] * (times - 1) + [1, 0, 0]
         assert knob in said[times - 1][0] and "\n" not in said[times - 1][0]
-        assert not alarms.sick, "it does not stop the stage"
+        assert not alarms.unhealthy, "it does not stop the stage"
         assert alarms.healthy == ("AP" not in sick), "but what does harm is not kept"
         for i in range(5):
             assert alarms.check(start + 500 + 20 * i, others | well) == []
@@ -100,7 +100,7 @@ def test_a_network_that_never_knew_more_than_the_mean_pose_goes_on() -> None:
 def test_one_overflow_is_no_end(name: str) -> None:
     alarms = _alarms()
     for step in range(20, 400, 60):
-        assert len(alarms.check(step, LOGGED | {name: math.inf})) == 1 and alarms.sick
+        assert len(alarms.check(step, LOGGED | {name: math.inf})) == 1 and alarms.unhealthy
         assert alarms.check(step + 20, LOGGED | {"grad_norm": math.nan}) == [] and alarms.healthy
 
 
@@ -108,7 +108,7 @@ def test_warnings_alone_never_stop() -> None:
     alarms = Alarms(good="", stops=False)
     said = [alarms.check(step, LOGGED | {"teacher_peak_p99": 7.5}) for step in range(20, 400, 20)]
     assert [len(lines) for lines in said] == [1] + [0] * 18 and "logs of this" not in said[0][0]
-    assert alarms.healthy and not alarms.sick
+    assert alarms.healthy and not alarms.unhealthy
 
 
 def test_a_resumed_stage_is_held_against_where_it_began() -> None:

@@ -144,7 +144,7 @@ def test_ranks_that_keep_a_part_each_have_the_whole(place: Place, num: int) -> N
 @pytest.mark.parametrize("after", PLACES)
 @pytest.mark.parametrize("before", PLACES)
 def test_it_goes_on_bit_for_bit_in_any_place(before: Place, after: Place, tmp_path: Path) -> None:
-    """Cut in the middle, written, read, and kept by another number of ranks."""
+    """Segment in the middle, written, read, and kept by another number of ranks."""
     students, cpu = walk(40), torch.device("cpu")
     _, reference = averaged("device", students, cpu, None, torch.float32)
 

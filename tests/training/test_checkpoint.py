@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_the_one_before_it(run: Run, capsys) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
-    assert "step 2 could not be saved" in said and "step_1 is whole; training goes on" in said
+    assert "step 2 could not be saved" in said and "step_1 is whole; training continues" in said
     assert names(run) == ["latest", "step_1"]
     found = run.resume()
     assert found is not None and found.position.step == 1
@@ -354,7 +354,7 @@ def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "step 1 could not be saved" in done.stdout and "step 40 could not be saved" in done.stdout
-    assert "log lines or images are lost, training goes on" in done.stdout + done.stderr
+    assert "log lines or images are lost, training continues" in done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "make room" in done.stderr
 
 

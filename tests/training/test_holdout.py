@@ -28,7 +28,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, cut_out
+from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out
 from sapiens_accel.training.objectives import Supervised
 from sapiens_accel.training.pseudo_label_quality import Holdout, panel, probe
 
@@ -142,10 +142,10 @@ class Knowing(nn.Module):
 
 def _objective(answers: Answers) -> MeanTeacher:
     supervised, teacher = Supervised(codec=CODEC), Knowing(answers)
-    average, names = MovingAverage(teacher), COCO17.names
-    objective = MeanTeacher(
-        supervised, average, list, TeacherConfig(), MIRROR, names=names, num_steps=100, gather=lambda tensor: tensor
+    setup = TeacherSetup(
+        average=MovingAverage(teacher), student_parameters=list, num_steps=100, gather=lambda tensor: tensor
     )
+    objective = MeanTeacher(supervised, setup, TeacherConfig(), MIRROR, COCO17.names)
     objective.reference = torch.ones(17)
     return objective
 
@@ -223,9 +223,9 @@ def test_a_panel_has_a_column_for_each_person_and_shows_what_the_student_sees(ho
     picture = panel(seen, COCO17)
     height, width = 384, 288
     assert picture.shape == (3 * height, 6 * width, 3) and picture.dtype == np.uint8
-    for column, (known, taught) in enumerate(seen):
+    for column, (known, prediction) in enumerate(seen):
         cells = [picture[r * height : (r + 1) * height, column * width : (column + 1) * width] for r in range(3)]
-        images = known.pair.weak.image, cut_out(known.pair, taught.points_xy), known.pair.strong.image
+        images = known.pair.weak.image, cut_out(known.pair, prediction.points_xy), known.pair.strong.image
         for cell, image in zip(cells, images, strict=True):
             alike = cv2.resize(image[0].permute(1, 2, 0).numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
             different = np.abs(cell.astype(int) - alike).max(axis=-1)[20:] > 40

@@ -19,7 +19,7 @@ from sapiens_accel.pose.geometry import Crop, apply
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, cut_out, ema_decay
+from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out, ema_decay
 from sapiens_accel.training.objectives import Supervised, heatmap_kl, literal_kl
 
 SIZES = [((64, 48), 2), ((128, 96), 3), ((256, 192), 6)]
@@ -189,8 +189,10 @@ def _mean_teacher(
 ) -> MeanTeacher:
     config = TeacherConfig(**changes)  # pyright: ignore[reportArgumentType]
     supervised = Supervised(codec=codec)
-    average, names = MovingAverage(teacher), COCO17.names
-    return MeanTeacher(supervised, average, lambda: student, config, MIRROR, names=names, num_steps=1000, gather=gather)
+    setup = TeacherSetup(
+        average=MovingAverage(teacher), student_parameters=lambda: student, num_steps=1000, gather=gather
+    )
+    return MeanTeacher(supervised, setup, config, MIRROR, COCO17.names)
 
 
 def _same_views(points_xy: Tensor, codec: Codec) -> Batch:
@@ -222,7 +224,7 @@ def test_unlabeled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ra
     objective = _mean_teacher(Oracle(CODEC, points_xy), weight=0.5)
     (prepared,) = objective.prepare([batch], step)
     _, logs = objective.loss(wrong, batch, prepared)
-    target, _ = CODEC.encode(prepared.taught.points_xy, torch.ones(4, 17))
+    target, _ = CODEC.encode(prepared.prediction.points_xy, torch.ones(4, 17))
     student = wrong(batch.labeled.view.image).detach()
     kl = _reference_kl(student.numpy(), target.numpy(), 2.0, 0.5)
     weights = prepared.weights.numpy()
@@ -269,7 +271,7 @@ def test_the_teachers_points_are_the_true_ones_in_the_strong_view() -> None:
     (prepared,) = _mean_teacher(Oracle(CODEC, weak_xy)).prepare([batch], step=500)
     kept = prepared.weights > 0
     heatmap_px = torch.tensor([47 / 191, 63 / 255])
-    error = ((prepared.taught.points_xy - strong_xy) * heatmap_px).abs().amax(dim=-1)
+    error = ((prepared.prediction.points_xy - strong_xy) * heatmap_px).abs().amax(dim=-1)
     assert error[kept].max() < 0.01
     last = torch.tensor([191.0, 255.0])
     outside = ((strong_xy < -0.5) | (strong_xy > last + 0.5)).any(dim=-1)
@@ -334,7 +336,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     teacher, student = Oracle(CODEC, points_xy), Oracle(CODEC, points_xy + 5)
     objective, batch = _mean_teacher(teacher), _same_views(points_xy, CODEC)
     (prepared,) = objective.prepare([batch], step=500)
-    tensors = [value for value in (*prepared, *prepared.taught) if isinstance(value, Tensor)]
+    tensors = [value for value in (*prepared, *prepared.prediction) if isinstance(value, Tensor)]
     assert tensors and not any(value.requires_grad for value in tensors)
     objective.loss(student, batch, prepared)[0].backward()
     assert teacher.gain.grad is None and not teacher.gain.requires_grad and not teacher.training
@@ -449,7 +451,7 @@ def test_other_losses_are_their_formulas(changes: dict[str, str]) -> None:
     _, logs = objective.loss(student, batch, prepared)
     image = batch.labeled.view.image
     h_s, h_t = (network(image).detach().double().numpy() for network in (student, objective.teacher))
-    points = prepared.taught.points_xy
+    points = prepared.prediction.points_xy
     drawn = CODEC.encode(points, torch.ones(4, 17))[0].double().numpy()
     if changes.get("loss") == "mse":
         expected = ((h_s - (h_t if "target" in changes else drawn)) ** 2).mean(axis=(2, 3))
@@ -496,14 +498,14 @@ def test_the_teachers_map_moves_as_its_points_do() -> None:
     batch, weak_xy, _, _ = _affine_pairs(40)
     objective = _mean_teacher(Oracle(CODEC, weak_xy), target="heatmap")
     (prepared,) = objective.prepare([batch], step=500)
-    taught = prepared.taught
-    assert taught.maps is not None
-    found, _ = CODEC.decode(taught.maps)
+    prediction = prepared.prediction
+    assert prediction.maps is not None
+    found, _ = CODEC.decode(prediction.maps)
     last = torch.tensor([191.0, 255.0])
-    well_inside = ((taught.points_xy > 24) & (taught.points_xy < last - 24)).all(dim=-1) & taught.kept
-    well_inside &= (taught.scores > 0.9) & _swapped(((weak_xy > 24) & (weak_xy < last - 24)).all(dim=-1), batch)
+    well_inside = ((prediction.points_xy > 24) & (prediction.points_xy < last - 24)).all(dim=-1) & prediction.kept
+    well_inside &= (prediction.scores > 0.9) & _swapped(((weak_xy > 24) & (weak_xy < last - 24)).all(dim=-1), batch)
     heatmap_px = torch.tensor([47 / 191, 63 / 255])
-    error = ((found - taught.points_xy) * heatmap_px).abs().amax(dim=-1)[well_inside]
+    error = ((found - prediction.points_xy) * heatmap_px).abs().amax(dim=-1)[well_inside]
     assert len(error) > 200 and error.max() < 0.3
 
 
@@ -518,7 +520,7 @@ def test_raw_confidence_is_the_peak_itself() -> None:
     heights = torch.linspace(0.3, 1.4, 6)[:, None].expand(6, 17)
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights), confidence="raw")
     (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=500)
-    scores = prepared.taught.scores
+    scores = prepared.prediction.scores
     torch.testing.assert_close(prepared.weights, scores.clamp(max=1) * (scores > 0.7))
     assert prepared.logs["keep"].item() == pytest.approx((scores > 0.7).float().mean().item())
 
@@ -557,7 +559,7 @@ def test_a_step_says_how_its_teacher_is() -> None:
     heights[0, 0] = 1.3
     batch = _same_views(points_xy, CODEC)
     (prepared,) = _mean_teacher(Oracle(CODEC, points_xy, heights)).prepare([batch], step=500)
-    logs, scores = prepared.logs, prepared.taught.scores.numpy()
+    logs, scores = prepared.logs, prepared.prediction.scores.numpy()
     assert logs[f"keep/{COCO17.names[3]}"].item() == pytest.approx(0.8)
     assert logs["keep"].item() == pytest.approx(1 - 0.2 / 17)
     assert logs["teacher_peak"].item() == pytest.approx(scores.mean(), rel=1e-5)
@@ -649,7 +651,7 @@ def test_state_round_trip_is_exact(tiny: SapiensPose) -> None:
     assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
     for one, other in zip(objective.prepare([batch], 3), resumed.prepare([batch], 3), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[1:4], other[1:4], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(one.taught[:5], other.taught[:5], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.prediction[:5], other.prediction[:5], strict=True))
     assert torch.equal(objective.reference, resumed.reference)
     network = _mean_teacher(copy.deepcopy(tiny), TINY_CODEC)
     again = _mean_teacher(SapiensPose(tiny.name, 17, (64, 48)), TINY_CODEC)

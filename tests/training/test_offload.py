@@ -23,7 +23,7 @@ ALL = Layout(checkpointed_blocks=4, head_chunk=2)
 @pytest.fixture
 def everything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny network saves no tensor of the size from which a copy is worth it."""
-    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
 
 
 def _criterion(heatmaps: Tensor, people: slice) -> Tensor:
@@ -65,10 +65,10 @@ def test_gradients_are_equal_to_the_last_bit(tiny: SapiensPose, checkpointed: in
     tiny(IMAGE, _criterion)[0].backward()
     expected, context = _gradients(tiny), _context()
     loss = _loss(tiny, context)
-    num = len(context.waiting)
+    num = len(context.tensors)
     loss.backward()
     _assert_equal(_gradients(tiny), expected)
-    assert num > 4 and len(context.waiting) == num, "what the backward computes again stays where it is"
+    assert num > 4 and len(context.tensors) == num, "what the backward computes again stays where it is"
 
 
 @pytest.mark.usefixtures("everything_moves")
@@ -108,12 +108,12 @@ def test_block_inputs_wait_and_hardly_anything_else(tiny: SapiensPose, monkeypat
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
     tiny.lay_out(ALL)
     tiny(IMAGE, _criterion)
-    monkeypatch.setattr(offload, "SMALLEST", inputs[0].nbytes)
+    monkeypatch.setattr(offload, "MIN_BYTES", inputs[0].nbytes)
     inputs.clear()
     context = _context()
     loss = _loss(tiny, context)
     assert len(inputs) == 4
-    hosts = [item.host for item in context.waiting]
+    hosts = [item.host for item in context.tensors]
     for tokens in inputs:
         assert sum(host.shape == tokens.shape and torch.equal(host, tokens) for host in hosts) == 1
     others = [host.shape for host in hosts if not any(torch.equal(host, tokens) for tokens in inputs)]
@@ -158,7 +158,7 @@ def test_no_parameter_waits(tiny: SapiensPose, checkpointed: int) -> None:
     tiny.lay_out(Layout(checkpointed_blocks=checkpointed, head_chunk=2))
     context = _context()
     loss = _loss(tiny, context)
-    moved = [item.host.shape for item in context.waiting if _is_parameter(item.host, tiny)]
+    moved = [item.host.shape for item in context.tensors if _is_parameter(item.host, tiny)]
     assert loss.requires_grad and moved == []
 
 
@@ -169,10 +169,10 @@ def test_the_heads_chunks_are_not_touched(tiny: SapiensPose) -> None:
     tiny.head.chunk = 2
     with context:
         loss, _ = tiny.head(features, _criterion)
-    assert loss.requires_grad and not context.waiting
+    assert loss.requires_grad and not context.tensors
     with plain:
         maps = tiny.head(features)
-    assert maps.requires_grad and len(plain.waiting) > 5, "without a criterion they are"
+    assert maps.requires_grad and len(plain.tensors) > 5, "without a criterion they are"
 
 
 def test_a_mebibyte_waits_and_a_byte_less_does_not() -> None:
@@ -182,7 +182,7 @@ def test_a_mebibyte_waits_and_a_byte_less_does_not() -> None:
         context = _context()
         with context:
             product = x * y
-        assert product.requires_grad and len(context.waiting) == waiting
+        assert product.requires_grad and len(context.tensors) == waiting
 
 
 @pytest.mark.usefixtures("everything_moves")
@@ -192,7 +192,7 @@ def test_tensors_of_another_device_stay_where_they_are() -> None:
     with context:
         y = (2 * x).square().sum()
     y.backward()
-    assert not context.waiting and x.grad is not None and x.grad.tolist() == [16.0, 24.0]
+    assert not context.tensors and x.grad is not None and x.grad.tolist() == [16.0, 24.0]
 
 
 @pytest.mark.usefixtures("everything_moves")
@@ -215,7 +215,7 @@ def test_host_memory_is_free_after_the_backward(tiny: SapiensPose) -> None:
     tiny.lay_out(ALL)
     context = _context()
     loss = _loss(tiny, context)
-    hosts = [weakref.ref(item.host) for item in context.waiting]
+    hosts = [weakref.ref(item.host) for item in context.tensors]
     gc.collect()
     gc.disable()
     try:
