@@ -5,12 +5,34 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TextIO, cast
+
+
+def escape(text: str, keep: str = "\n\t") -> str:
+    """Text that a terminal only shows: control codes, invisible marks and halves of characters as their escapes.
+
+    A name in a file may hold codes that recolor, move or retitle a terminal, turn the order of letters around, or
+    that no encoding can print. Text that was escaped before stays as it is.
+
+    Args:
+        keep: characters that are left alone.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class UserError(Exception):
     """Something the user can mend. Its text is one line: the culprit, what was expected, what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(escape(text, keep=""))
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
@@ -20,19 +42,34 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 
-    A run that was asked to stop leaves with exit code 0, and says how to go on.
+    A run that was asked to stop leaves with exit code 0, and says how to go on. What is printed is escaped.
     """
     try:
-        main(sys.argv[1:])
+        with redirect_stdout(cast(TextIO, _EscapedOutput(sys.stdout))):
+            main(sys.argv[1:])
     except Interrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{interrupted}; go on with the same launch and: {_resume_command(sys.argv)}", flush=True)
+            print(escape(f"{interrupted}; go on with the same launch and: {_resume_command(sys.argv)}"), flush=True)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(10)  # rank 0 mostly says the same; its exit ends this process before the line is said again
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+class _EscapedOutput:
+    """A stream whose text is escaped; stderr has none, since progress bars move the cursor."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(escape(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _resume_command(words: Sequence[str]) -> str:
