@@ -39,6 +39,29 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
     """The run was asked to stop and did, with everything saved. Its text says where."""
 
 
+def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
+    """The keys and values that a small text file holds.
+
+    Args:
+        parse: `json.loads`, `yaml.safe_load`: what it raises means that the file is not of its form, whatever it is
+            (of an odd file: ValueError, RecursionError, KeyError, AttributeError and more).
+        form: what to call that.
+
+    Raises:
+        UserError: it cannot be read, is not of that form, or holds something else than keys and values.
+    """
+    try:
+        tree = parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{file}: not {form}: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: expected keys and values ({form}), found {type(tree).__name__}")
+    return tree
+
+
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 

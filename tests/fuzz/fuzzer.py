@@ -158,7 +158,8 @@ def _quiet(stderr: Path) -> None:
 
 
 def _data_size() -> int:
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
 
 
 def _resident() -> int:
@@ -267,7 +268,7 @@ def main() -> None:
             return
         began = time.monotonic()
         outcomes = run(targets, work, seed=asked.seed, num=asked.mutants, seconds=asked.seconds, jobs=asked.jobs)
-        print(f"{outcomes}\n{time.monotonic() - began:.0f} s")
+        print(f"{outcomes}\nseed {asked.seed}, {time.monotonic() - began:.0f} s")
         sys.exit(bool(outcomes.failures))
 
 

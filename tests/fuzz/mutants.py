@@ -19,19 +19,31 @@ import yaml
 
 Mutate = Callable[[random.Random, bytes], bytes]
 DEEP = 3_000
-NOT_JSON = ["1e400", "-1e400", "NaN", "-Infinity", "01", "+1", ".5", "1_000", "0x10", "'text'", "nul", "", '"\\ud800"',
-            '"\\u0000"', "[" * 100_000, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "9" * 5_000,
-            "1e308", "-0", "1.0", "// comment"]  # fmt: skip
-NOT_YAML = [".nan", ".inf", "-.inf", "1e308", "1e-400", "~", "!!python/object/apply:os.system [exit]", "&a [*a]", "*b",
-            "2020-01-01", "2020-13-45", "yes", "0x10", "1_000", "!!binary ABC", "!!set {a}", "!!timestamp x", "|", "? a",
-            "[", "{", "- a", "a: b: c", "\t", "%TAG", "@", "`", "12:30:45", "!!float x", "!!int 1.5", "{[1]: 2}", "{1: 2}",
-            "&a [&b [&c [*a, *b, *c]]]", "!!omap [a: 1]", "[" * DEEP + "]" * DEEP, "9" * 5_000, "'\\0'", '"\\0"', '"\\e[2J"',
-            "{a: &x [1,1,1,1,1,1,1,1,1], b: &y [*x,*x,*x,*x,*x,*x,*x,*x,*x], c: &z [*y,*y,*y,*y,*y,*y,*y,*y,*y],"
-            " d: &u [*z,*z,*z,*z,*z,*z,*z,*z,*z], e: &v [*u,*u,*u,*u,*u,*u,*u,*u,*u], f: [*v,*v,*v,*v,*v,*v,*v,*v]}"]  # fmt: skip
-NUMBERS = [0, -1, 1, 2, 17, 2**31, -(2**31) - 1, 2**53 + 1, 2**63, -(2**63) - 1, 2**64, 10**30, 10**400, math.nan, math.inf,
-           -math.inf, 1e308, -1e308, 5e-324, 0.5, -0.0, 1e-9, 1e9, 65_500, 1_000_000]  # fmt: skip
-TEXTS = ["", " ", "text", "1", "-1.5", "nan", "1e5", "true", "null", "\0", "a\nb", "\x1b[2J", "\u202eabc", "é", "../../x", "/dev/zero",
-         "/dev/null", "/", ".", "~", "a" * 10_000, "C:\\x", "file://x", "https://x.invalid/x.jpg", "%s%n", "{0}", "<b>|</b>"]  # fmt: skip
+NOT_JSON = [
+    "1e400", "-1e400", "NaN", "-Infinity", "01", "+1", ".5", "1_000", "0x10", "'text'", "nul", "", '"\\ud800"',
+    '"\\u0000"', "[" * 100_000, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "9" * 5_000, "1e308", "-0",
+    "1.0", "// comment",
+]  # fmt: skip
+LAUGHS = "".join(  # each list has nine of the one before
+    f"{name}: &{name} [{', '.join([value] * 9)}], "
+    for name, value in zip("abcdef", ["1", "*a", "*b", "*c", "*d", "*e"], strict=True)
+)
+NOT_YAML = [
+    ".nan", ".inf", "-.inf", "1e308", "1e-400", "~", "!!python/object/apply:os.system [exit]", "&a [*a]", "*b", "@",
+    "2020-01-01", "2020-13-45", "yes", "0x10", "1_000", "!!binary ABC", "!!set {a}", "!!timestamp x", "|", "? a", "[",
+    "{", "- a", "a: b: c", "\t", "%TAG", "`", "12:30:45", "!!float x", "!!int 1.5", "!!bool x", "{[1]: 2}", "{1: 2}",
+    "&a [&b [&c [*a, *b, *c]]]", "!!omap [a: 1]", "[" * DEEP + "]" * DEEP, "9" * 5_000, "'\\0'", '"\\0"', '"\\e[2J"',
+    "{" + LAUGHS + "}",
+]  # fmt: skip
+NUMBERS = [
+    0, -1, 1, 2, 17, 2**31, -(2**31) - 1, 2**53 + 1, 2**63, -(2**63) - 1, 2**64, 10**30, 10**400, math.nan, math.inf,
+    -math.inf, 1e308, -1e308, 5e-324, 0.5, -0.0, 1e-9, 1e9, 65_500, 1_000_000,
+]  # fmt: skip
+TEXTS = [
+    "", " ", "text", "1", "-1.5", "nan", "1e5", "true", "null", "\0", "a\nb", "\x1b[2J", "\u202eabc", "é", "../../x",
+    "/dev/zero", "/dev/null", "/", ".", "~", "a" * 10_000, "C:\\x", "file://x", "https://x.invalid/x.jpg", "%s%n",
+    "{0}", "<b>|</b>",
+]  # fmt: skip
 
 
 class Raw(str):
@@ -168,14 +180,15 @@ def _number_or_text(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
+def _odd_json(rng: random.Random) -> Any:
+    return Raw(rng.choice(NOT_JSON)) if rng.random() < 0.15 else odd_value(rng)
+
+
 def of_json(rng: random.Random, data: bytes) -> bytes:
     """A JSON with odd values, or with its bytes damaged."""
     if rng.random() < 0.15:
         return of_bytes(rng, data)
-    raw: Callable[[random.Random], Any] = lambda rng: (
-        Raw(rng.choice(NOT_JSON)) if rng.random() < 0.15 else odd_value(rng)
-    )
-    text = as_json(of_tree(rng, json.loads(data), raw), rng)
+    text = as_json(of_tree(rng, json.loads(data), _odd_json), rng)
     return b"\xef\xbb\xbf" + text if rng.random() < 0.01 else text
 
 
@@ -236,9 +249,11 @@ def of_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 def _odd_tensor(rng: random.Random) -> Any:
     some = torch.arange(6.0).reshape(2, 3)
-    tensors = [some.to(torch.complex64), some.to_sparse(), some.bool(), some.long(), some[:0], torch.tensor(math.nan),
-               some.half(), some.expand(5, 2, 3), torch.full((2, 3), math.inf), some.to("meta"), some.t(), torch.zeros(0),
-               torch.quantize_per_tensor(some, 1.0, 0, torch.qint8), torch.nn.Parameter(some), torch.zeros([1] * 20)]  # fmt: skip
+    tensors = [
+        some.to(torch.complex64), some.to_sparse(), some.bool(), some.long(), some[:0], torch.tensor(math.nan),
+        some.half(), some.expand(5, 2, 3), torch.full((2, 3), math.inf), some.to("meta"), some.t(), torch.zeros(0),
+        torch.quantize_per_tensor(some, 1.0, 0, torch.qint8), torch.nn.Parameter(some), torch.zeros([1] * 20),
+    ]  # fmt: skip
     return rng.choice(tensors) if rng.random() < 0.6 else odd_value(rng)
 
 

@@ -1,0 +1,7 @@
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz_seconds", type=float, default=None, help="pytest tests/fuzz: how long; default 3,000 mutants"
+    )
