@@ -391,6 +391,9 @@ class Config:
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder. Of another number of processes everything is carried over (not in ZeRO-3), of
     another ZeRO stage or precision: weights, step and teacher."""
+    trust_checkpoint: bool = False
+    """Unpickle whatever the checkpoint holds. Without it, only tensors, numbers and DeepSpeed's own few classes: a
+    checkpoint of somebody else could run any code. Needed for one that another version of DeepSpeed wrote."""
     dry_run: bool = False
     """Build and check everything, take one step of the first stage, write no weights."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"

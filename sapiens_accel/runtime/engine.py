@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -170,10 +173,96 @@ def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[E
     return " ".join(str(problems[0]).split())[:200] if problems else None
 
 
-def load_universal(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what another number of processes saved under the same ZeRO stage (1 or 2). All ranks must call it.
+# Conversion in a process of its own, where no pickle may create anything but what `safe_classes` names.
+CONVERT = """
+import multiprocessing, torch
+from deepspeed.checkpoint import ds_to_universal
+from sapiens_accel.runtime.engine import safe_classes
+multiprocessing.set_start_method("fork")
+torch.serialization.add_safe_globals(safe_classes(True))
+ds_to_universal.main(ds_to_universal.parse_arguments())
+"""
+FORCE_SAFE, FORCE_UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+PICKLES = (".pt", ".bin", ".pkl")
 
-    DeepSpeed's own converter writes the state parameter by parameter; each rank reads its part; the copy is removed.
+
+def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = False, trusted: bool = False) -> None:
+    """Restore what `save_state` wrote, all but the optimizer's settings: those stay this run's. All ranks must call it.
+
+    A state dict brings the parameter groups of the run that saved it back: its betas, weight decay and layer-wise
+    rates; DeepSpeed's also its gradient clipping. What a run does is decided by its options alone.
+
+    Args:
+        universal: another number of processes saved it, under the same ZeRO stage (1 or 2).
+        trusted: unpickle whatever is in it. Otherwise only tensors, numbers and the classes that a checkpoint needs.
+
+    Raises:
+        UserError: a file holds other classes or functions; DeepSpeed could not convert the checkpoint.
+    """
+    optimizers: list[Any] = accelerator._optimizers
+    groups = [_settings(group) for optimizer in optimizers for group in optimizer.param_groups]
+    zero: Any = _engine(accelerator).optimizer if is_deepspeed(accelerator) else None
+    clip_norm = getattr(zero, "clip_grad", None)
+    with _safe_unpickling(accelerator, folder, trusted):
+        _load_universal(accelerator, folder, trusted) if universal else accelerator.load_state(str(folder))
+    for group, settings in zip((g for o in optimizers for g in o.param_groups), groups, strict=True):
+        group.update(settings)
+    if clip_norm is not None:
+        zero.clip_grad = clip_norm
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a parameter group; "step" is state, which some of DeepSpeed's optimizers keep there."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def safe_classes(deepspeed: bool) -> list[Any]:
+    """What the pickles of a checkpoint create beside tensors; none of them runs anything of the file's choice."""
+    if not deepspeed:
+        return list(TORCH_SAFE_GLOBALS)
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [*TORCH_SAFE_GLOBALS, LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
+def _safe_unpickling(accelerator: Accelerator, folder: Path, trusted: bool) -> Iterator[None]:
+    """Let every `torch.load`, DeepSpeed's too, create only `safe_classes`."""
+    if trusted:
+        yield
+        return
+    before = {name: os.environ.pop(name, None) for name in (FORCE_SAFE, FORCE_UNSAFE)}
+    try:
+        with torch.serialization.safe_globals(safe_classes(is_deepspeed(accelerator))):
+            unsafe = [_find_unsafe(folder) if accelerator.is_main_process else None]
+            if found := broadcast_object_list(unsafe)[0]:
+                raise UserError(
+                    f"{found}; a checkpoint needs none, and loading it may run anything. "
+                    "If you trust whoever wrote it, add --trust_checkpoint"
+                )
+            os.environ[FORCE_SAFE] = "1"
+            yield
+    finally:
+        os.environ.pop(FORCE_SAFE, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _find_unsafe(folder: Path) -> str | None:
+    """The first file with classes or functions that are not safe, and which; nothing of it is run."""
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in PICKLES):
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception as error:  # whatever a damaged or a hostile pickle makes of the parser
+            names = [f"a file that is not one of torch.save ({type(error).__name__})"]
+        if names:
+            return f"{file}: classes or functions that are not known as safe (found {', '.join(sorted(names)[:3])})"
+    return None
+
+
+def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> None:
+    """DeepSpeed's own converter writes the state parameter by parameter; each rank reads its part; the copy is removed.
 
     Raises:
         UserError: the conversion failed.
@@ -182,25 +271,26 @@ def load_universal(accelerator: Accelerator, folder: Path) -> None:
     failed = 0.0
     if accelerator.is_main_process:
         shutil.rmtree(converted, ignore_errors=True)
-        words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        converter = ["-m", "deepspeed.checkpoint.ds_to_universal"] if trusted else ["-c", CONVERT]
+        words = [sys.executable, *converter, "--inject_missing_state"]
         words += ["--input_folder", str(folder / "pytorch_model"), "--output_folder", str(converted / "pytorch_model")]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+        )
         failed = float(done.returncode != 0)
         if failed:
             print(done.stderr[-2000:], file=sys.stderr, flush=True)
         for extra in folder.glob("random_states_*.pkl") if not failed else ():
-            (converted / extra.name).symlink_to(extra.resolve())
+            shutil.copyfile(extra, converted / extra.name)
     if least(accelerator, -failed) < 0:
         raise UserError(f"{folder}: DeepSpeed could not convert it for {accelerator.num_processes} process(es)")
     engine = _engine(accelerator)
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         accelerator.load_state(str(converted))
     finally:
         engine._config.load_universal_checkpoint = False
-    for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
-        group.update(settings)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(converted)

@@ -237,12 +237,15 @@ class Resume:
         }
         return f"goes on from {self.folder}{said[self.way]}"
 
-    def load(self, accelerator: Accelerator, objective: Objective) -> int:
-        """Restore what can be restored into what was built; returns the step. All ranks must call it."""
-        if self.way == "whole":
-            accelerator.load_state(str(self.folder / STATE))
-        elif self.way == "universal":
-            engine.load_universal(accelerator, self.folder / STATE)
+    def load(self, accelerator: Accelerator, objective: Objective, *, trusted: bool = False) -> int:
+        """Restore what can be restored into what was built; returns the step. All ranks must call it.
+
+        Raises:
+            UserError: as `engine.load_state`.
+        """
+        if self.way != "weights":
+            universal = self.way == "universal"
+            engine.load_state(accelerator, self.folder / STATE, universal=universal, trusted=trusted)
         # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
         accelerator.step = 0
         objective.load_state_dict(load_file(self.folder / OBJECTIVE))

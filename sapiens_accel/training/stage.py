@@ -158,7 +158,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
         average=teacher, student_parameters=parameters, num_steps=num_steps, gather=gather, autocast=autocast
     )
     objective = build_objective(config, codec, skeleton, setup)
-    first = resume.load(accelerator, objective) if resume else 0
+    first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from planted import Planted, redescribe
 from safetensors.torch import load_file
 from torch import nn
 
@@ -96,6 +97,35 @@ def test_weights_moments_and_random_numbers_come_back(run: Run) -> None:
         run.step()
     for value, before in zip(run.network.state_dict().values(), expected, strict=True):
         assert torch.equal(value, before)
+
+
+def test_a_resumed_optimizer_has_the_settings_that_are_asked_for(run: Run) -> None:
+    """Its state dict holds the old ones; the moments alone come from it."""
+    run.step()
+    run.save(1)
+    moments = run.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    asked = {"betas": (0.5, 0.6), "weight_decay": 0.3, "lr": 0.01, "eps": 1e-3}
+    run.optimizer.param_groups[0].update(asked)
+    run.step()
+    found = run.resume()
+    assert found and found.load(run.accelerator, run.objective) == 1
+    assert torch.equal(run.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    (group,) = run.optimizer.param_groups
+    assert {name: group[name] for name in asked} == asked
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
+def test_a_planted_pickle_is_not_executed(run: Run, tmp_path: Path, file: str) -> None:
+    saved, trace = run.save(1), tmp_path / "trace"
+    assert saved
+    torch.save({"state": Planted(trace)}, saved / "state" / file)
+    redescribe(saved)
+    found = run.resume()
+    assert found
+    with pytest.raises(UserError, match=rf"{file}: .*mkdir.*--trust_checkpoint"):
+        found.load(run.accelerator, run.objective)
+    assert not trace.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:

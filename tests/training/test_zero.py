@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted import Planted, redescribe
 from safetensors.torch import load_file
+
+from sapiens_accel.runtime import engine
 
 ROOT = Path(__file__).parents[2]
 REAL = (ROOT / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "coco_mini").resolve()
@@ -186,6 +190,60 @@ def test_a_run_goes_on_in_another_world(cache, reference):
     found, expected = losses(fresh, "ssl"), losses(reference, "ssl")[8:]
     assert len(found) == STEPS - 8 and found[0] == pytest.approx(expected[0], rel=RELATIVE)
     assert not list(cache.glob("*/*/checkpoints/*/universal.tmp"))
+
+
+@pytest.mark.slow
+def test_other_settings_of_the_optimizer_apply_on_every_path(cache, reference):
+    """Resumed with other betas, decays and clipping: ZeRO 1 to 3 and a universal checkpoint do as a plain run does."""
+    start = [f"--weights={reference / 'phase1' / 'weights'}"]
+    cut, again = [*start, "--max_steps=8", "--save_every=8"], [*start, "--resume_from_checkpoint=latest"]
+    other = {"optim.betas": "[0.5,0.9]", "optim.weight_decay": 20, "optim.layer_decay": 0.4, "optim.clip_norm": 0.02}
+    again += [f"--phase2.{name}={value}" for name, value in other.items()]
+    plain = cache / "other-plain"
+    run = {"stage": "phase2", "micro_batch": 2}
+    whole = {"stage": "phase2", "micro_batch": GLOBAL_BATCH}
+    jobs = [job(plain, **whole, extra=cut), job(plain, **whole, extra=again)]
+    launch(jobs, cache, processes=1, deepspeed=False)
+    folders = {zero: cache / f"other-z{zero}" for zero in (1, 2, 3)}
+    jobs = [job(folder, **run, zero=zero, extra=extra) for zero, folder in folders.items() for extra in (cut, again)]
+    down = cache / "other-down"
+    launch([*jobs, job(down, **run, zero=2, extra=cut)], cache, processes=2, deepspeed=True)
+    launch([job(down, **run, zero=2, extra=again)], cache, processes=1, deepspeed=True)
+    for folder in (*folders.values(), down):
+        assert_same(folder, plain, "phase2")
+    unchanged, changed = losses(reference, "phase2")[8:], losses(plain, "phase2")[8:]
+    assert abs(changed[-1] / unchanged[-1] - 1) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_planted_pickle_of_deepspeed_is_not_executed(cache, reference, tmp_path):
+    """Each file of a ZeRO-2 checkpoint in turn, by the scan; one of them, by a whole launch."""
+    folder, trace = cache / "planted", tmp_path / "trace"
+    run = {"stage": "phase2", "micro_batch": 2, "zero": 2}
+    start = [f"--weights={reference / 'phase1' / 'weights'}"]
+    cut = job(folder, **run, extra=[*start, "--max_steps=2", "--save_every=2"])
+    launch([cut], cache, processes=2, deepspeed=True)
+    saved = folder / "phase2" / "checkpoints" / "step_2"
+    files = [path for path in (saved / "state").rglob("*") if path.suffix in engine.PICKLES]
+    assert len(files) == 5
+    with torch.serialization.safe_globals(engine.safe_classes(True)):
+        assert engine._find_unsafe(saved / "state") is None
+        for file in files:
+            whole = file.read_bytes()
+            torch.save({"optimizer_state_dict": Planted(trace)}, file)
+            assert f"{file}: " in str(engine._find_unsafe(saved / "state"))
+            file.write_bytes(pickle.dumps(Planted(trace)))  # not a file of torch.save
+            assert f"{file}: " in str(engine._find_unsafe(saved / "state"))
+            file.write_bytes(whole)
+    torch.save(
+        {"optimizer_state_dict": Planted(trace)}, saved / "state" / "pytorch_model" / "mp_rank_00_model_states.pt"
+    )
+    redescribe(saved)
+    for processes in (1, 2):  # by the universal checkpoint's converter, and as it is
+        again = job(folder, **run, extra=[*start, "--resume_from_checkpoint=latest"])
+        with pytest.raises(AssertionError, match=r"mp_rank_00_model_states.pt: .*mkdir.*--trust_checkpoint"):
+            launch([again], cache, processes=processes, deepspeed=True)
+        assert not trace.exists()
 
 
 def test_a_step_without_numbers_changes_nothing(cache, reference):
