@@ -43,7 +43,7 @@ Pass = Callable[
 ]  # the round -> seconds of one pass over all people: on the core, by the wall
 BARS = {"ratio_mmpose": 2.5}
 PUBLISHED = AugmentConfig(coarse_dropout_p=1.0)  # as the peer's recipe; the rest of ours is the same
-PARTS = ("read_picture", "geometry.warp", "change_pixels", "_channels_first", "collate")
+PARTS = ("read_reduced_image", "geometry.warp", "change_pixels", "_channels_first", "collate")
 GPUS = (5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
@@ -209,7 +209,7 @@ def parts(sets: Sets, settings: DataConfig, asked: argparse.Namespace) -> Row:
     finally:
         for owner, name in originals.values():
             setattr(owner, name, getattr(owner, name).__wrapped__)
-    names = {"read_picture": "decode", "geometry.warp": "warp", "_channels_first": "channels_first"}
+    names = {"read_reduced_image": "decode", "geometry.warp": "warp", "_channels_first": "channels_first"}
     timed = [*PARTS, "rest", "all"]
     ms = {part: [1000 * row.get(part, 0.0) / len(sets.train) for row in rounds[1:]] for part in timed}
     return {names.get(part, part): round(statistics.median(values), 4) for part, values in ms.items()}

@@ -1,9 +1,11 @@
-"""Which annotations a run learns from, and what is wrong with the others: of COCO's JSON, and of shards as columns.
+"""The rules of annotations: which of them a run learns from, and what is wrong with the others.
 
-The rules either raise at the first fault, or collect every fault for the doctor.
+Each rule stands here twice: for one annotation of a JSON, whose values may be of any type, and for columns, which are
+read at a million people a second. `tests/data/test_annotation_rules.py` proves both equal. The rules of single
+annotations either raise at the first fault, or collect every fault for the doctor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import BROKEN, image_names, parsed, reason, shown, whole_number
-from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, count, pc
+from sapiens_accel.sources.coco import BROKEN, image_names, reason, shown, whole_number
+from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
+from sapiens_accel.sources.source import open_source
 
 NUMBERS = {int, float, bool}
+NUM_WHOLE_BODY = sum(WHOLE_BODY.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class PeopleColumns:
     """n people, neither crowds nor with empty boxes, in the order of their images.
 
     Attributes:
-        place: which annotation of the whole JSON it was.
+        place: which annotation of the whole file it was.
         labeled: whether a keypoint has v > 0.
     """
 
@@ -39,23 +42,37 @@ class PeopleColumns:
     keypoints: Float[Array, "n k 3"]
     place: Int[Array, "n"]
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[dict[str, Any]], num_keypoints: int) -> "PeopleColumns":
+        """Rows of `people`."""
+        num = len(rows)
+        return cls(
+            file_name=pa.array([row["file_name"] for row in rows], pa.string()),
+            image_id=np.array([row["image_id"] for row in rows], np.int64),
+            ann_id=np.array([row["ann_id"] for row in rows], np.int64),
+            box_xywh=np.array([row["box_xywh"] for row in rows], np.float64).reshape(num, 4),
+            area=np.array([row["area"] for row in rows], np.float64),
+            keypoints=np.array([row["keypoints"] for row in rows], np.float64).reshape(num, num_keypoints, 3),
+            place=np.arange(num),
+        )
+
     def __len__(self) -> int:
         return len(self.image_id)
 
     @property
     def labeled(self) -> Bool[Array, "n"]:
-        return np.asarray((self.keypoints[..., 2] > 0).any(axis=-1))
+        return np.asarray(is_labeled(self.keypoints).any(axis=-1))
 
     def row(self, index: int) -> dict[str, Any]:
-        """As a row of `coco`."""
+        """As a row of `people`."""
         names = ("image_id", "ann_id", "box_xywh", "area", "keypoints")
         values = {name: getattr(self, name)[index].tolist() for name in names}
         return {"file_name": self.file_name[index].as_py(), **values}
 
     def table(self, schema: pa.Schema) -> pa.Table:
-        """As a table of `coco`'s schema."""
-        count = self.keypoints.shape[1]
-        triples = _lists(_lists(pa.array(self.keypoints.reshape(-1)), 3), count)
+        """As a table of the schema of `people`."""
+        num_keypoints = self.keypoints.shape[1]
+        triples = _to_lists(_to_lists(pa.array(self.keypoints.reshape(-1)), 3), num_keypoints)
         columns = {
             "file_name": self.file_name,
             "image_id": pa.array(self.image_id),
@@ -68,237 +85,331 @@ class PeopleColumns:
                                      columns[name] for name in schema.names], schema=schema)  # fmt: skip
 
 
-def _lists(values: pa.Array, length: int) -> pa.Array:
+def _to_lists(values: pa.Array, length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), values)
 
 
-def chunks(path: Path, prefix: str, num_keypoints: int, reading: Reading = PLAIN) -> Iterator[PeopleColumns]:
-    """The people of a manifest; `prefix` is what their images' names begin with.
+def is_labeled(keypoints: Float[Array, "*n 3"]) -> Bool[Array, "*n"]:
+    """Whether each keypoint has a label: v > 0."""
+    return np.asarray(keypoints[..., 2] > 0)
 
-    Images of a split in which nobody is marked are one unlabeled person each, whose box is the image.
 
-    Raises:
-        UserError: the annotation that has no box, or another number of keypoints.
+def category_ids(categories: Sequence[dict[str, Any]], reading: Reading) -> list[Any]:
+    """The ids of the categories that count; empty: all annotations do."""
+    names = reading.categories or ("person",)
+    return [category.get("id") for category in categories if category.get("name") in names]
+
+
+def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
+    """The category_id of people in a file: that of the name, else the first one; 1 where it does not say."""
+    categories = open_source(annotations).categories
+    return next(iter(category_ids(categories, reading) or [category.get("id") for category in categories]), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeopleReader:
+    """Reads the people of a source.
+
+    An annotation is taken if it is of a category that counts, no crowd, and its box has a width and a height. It must
+    then have: a box of four numbers, an image, as many keypoints as the reading says or none, an area from 0 up, no
+    number above FARTHEST, and as v of a keypoint no number between 0 and 1, as a detector's scores are (COCO-WholeBody
+    has such in its five lists).
+
+    Attributes:
+        prefix: what the names of its images begin with.
+        reading: None (for `rows` alone): it is not known how its keypoints become the run's; another number of them is
+            then no fault of each annotation.
     """
-    manifest, record, person = shards.read(path), 0, 0
-    marked = any(count(table) for table in shards.records(manifest, ("people",)))
-    for table in shards.records(manifest, COLUMNS):
-        yield (
-            people_of(table, path, prefix, num_keypoints, (record, person), reading)
-            if marked
-            else whole(table, path, prefix, num_keypoints, record)
+
+    source: Source
+    prefix: str
+    num_keypoints: int
+    reading: Reading | None = PLAIN
+
+    @property
+    def known_reading(self) -> Reading:
+        return self.reading or PLAIN
+
+    @property
+    def num_in_file(self) -> int:
+        """Keypoints of an annotation."""
+        return self.known_reading.count or self.num_keypoints
+
+    def chunks(self, *, needs_keypoints: bool) -> Iterator[PeopleColumns]:
+        """The people, in columns.
+
+        Of shards in which nobody is annotated, each image is one unlabeled person whose box is the image.
+
+        Args:
+            needs_keypoints: whether a JSON without any keypoints is refused.
+
+        Raises:
+            UserError: the annotation against the rules.
+        """
+        if (tables := self.source.tables(COLUMNS)) is None:
+            yield self._columns_of_rows(needs_keypoints=needs_keypoints)
+            return
+        is_annotated = any(count_people(table) for table in self.source.tables(("people",)) or ())
+        num_images = num_people = 0
+        for table in tables:
+            first = num_images, num_people
+            yield self.columns(table, *first) if is_annotated else self.whole_images(table, num_images)
+            num_images, num_people = num_images + table.num_rows, num_people + count_people(table)
+
+    # ---- One annotation of a JSON
+
+    def _columns_of_rows(self, *, needs_keypoints: bool) -> PeopleColumns:
+        tree = self.source.read()
+        if needs_keypoints and not any("keypoints" in annotation for annotation in tree["annotations"]):
+            raise UserError(f"{self.source.file}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
+        return PeopleColumns.of_rows(list(self.rows()), self.num_keypoints)
+
+    def rows(self, collect: list[Fault] | None = None, tree: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """The people, one by one, as rows of `people`.
+
+        Args:
+            collect: gets every fault, and every annotation that is left out; None: the first fault is raised.
+            tree: what `source.read` gave.
+
+        Raises:
+            UserError: the first annotation against the rules.
+        """
+        tree = tree or self.source.read()
+        names = image_names(tree, self.source.file)
+        ids = category_ids(tree.get("categories") or (), self.known_reading)
+        for index, annotation in enumerate(tree["annotations"]):
+            try:
+                if ids and annotation.get("category_id", ids[0]) not in ids:
+                    row, check = None, "kind"
+                else:
+                    is_other = self.reading is None and _is_other_number(annotation, self.num_keypoints)
+                    row = self._row(annotation | {"keypoints": []} if is_other else annotation, names)
+                    check = "crowd" if annotation.get("iscrowd") else "boxes"
+            except BROKEN as error:
+                text = f"{_name_of(annotation, index)}: {reason(error)}"
+                if collect is None:
+                    raise UserError(f"{self.source.file}: {text}") from None
+                collect.append(Fault("annotations", text))
+                continue
+            if row is None and collect is not None:
+                collect.append(Fault(check, _name_of(annotation, index)))
+            elif row is not None:
+                if collect is not None:
+                    collect += _wrong_count(annotation, index)
+                yield row
+
+    def _row(self, annotation: dict[str, Any], names: dict[Any, str]) -> dict[str, Any] | None:
+        """The row of one COCO annotation; None for a crowd or an empty box.
+
+        Raises:
+            one of BROKEN: it is against the rules.
+        """
+        if annotation.get("iscrowd", 0) not in (0, 1, None):
+            raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(annotation['iscrowd'])}")
+        if annotation.get("iscrowd"):
+            return None
+        box = box_of(annotation)
+        if box[2] <= 0 or box[3] <= 0:
+            return None
+        if annotation.get("image_id") not in names:
+            raise ValueError(f"its image {annotation.get('image_id')} is not among 'images'")
+        numbers = keypoint_numbers(annotation, self.num_keypoints, self.known_reading)
+        points = _numbers(numbers or [0] * 3 * self.num_keypoints)
+        if points.shape != (3 * self.num_keypoints,):
+            raise ValueError(f"expected {3 * self.num_keypoints} keypoint numbers, found {points.size}")
+        if not np.isfinite(points).all():
+            raise ValueError(f"expected {3 * self.num_keypoints} finite keypoint numbers, found NaN or infinity")
+        if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
+            raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
+        v = points[2::3]
+        if (is_score := (v > 0) & (v < 1)).any() and not self._is_in_lists(annotation):
+            raise ValueError(_describe_score(v[is_score][0]))
+        area = annotation.get("area", float(box[2] * box[3]))
+        if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
+            raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
+        return {
+            "file_name": f"{self.prefix}/{names[annotation['image_id']]}",
+            "image_id": id_of(annotation["image_id"]),
+            "ann_id": id_of(annotation["id"]),
+            "box_xywh": box.tolist(),
+            "area": float(area),
+            "keypoints": points.reshape(self.num_keypoints, 3),
+        }
+
+    def _is_in_lists(self, annotation: dict[str, Any]) -> bool:
+        return self.num_in_file == NUM_WHOLE_BODY and all(key in annotation for key in WHOLE_BODY)
+
+    # ---- The same rules for columns
+
+    def columns(self, table: pa.Table, first_image: int, first_person: int) -> PeopleColumns:
+        """The people of some images.
+
+        Args:
+            first_image, first_person: how many images and people of the source lie before them.
+
+        Raises:
+            UserError: the annotation against the rules.
+        """
+        table = table.combine_chunks()
+        lists = _column(table, "people")
+        image = np.repeat(np.arange(table.num_rows), _lengths(lists))
+        people = lists.flatten()
+        numbers = first_person + np.arange(len(people))
+        check = _ColumnCheck(people, _field(people, "id", numbers), self.source.file)
+        if ids := category_ids(self.source.categories, self.known_reading):
+            check.taken &= np.isin(_field(people, "category_id", np.full(len(people), ids[0])), np.array(ids))
+        crowd = _field(people, "iscrowd", np.zeros(len(people), np.int64))
+        check.expect((crowd == 0) | (crowd == 1), crowd, "'iscrowd' of 0 or 1")
+        check.taken &= crowd == 0
+        boxes, has_box = check.vectors("bbox", 4)
+        if not has_box[check.taken].all():
+            raise check.error(check.taken & ~has_box, "it has no 'bbox' (x, y, width, height)")
+        check.taken &= (boxes[:, 2:] > 0).all(axis=1) | ~np.isfinite(boxes).all(axis=1)
+        check.expect(
+            np.asarray((np.abs(boxes) <= FARTHEST).all(axis=1)), boxes, f"numbers of at most {FARTHEST:g} in 'bbox'"
         )
-        record, person = record + table.num_rows, person + count(table)
+        points = self._keypoints(check)
+        area = _field(people, "area", boxes[:, 2] * boxes[:, 3])
+        check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
+        chosen = np.flatnonzero(check.taken)
+        return PeopleColumns(
+            file_name=_names(table, self.prefix, first_image).take(pa.array(image[chosen])),
+            image_id=_image_ids(table, first_image)[image[chosen]],
+            ann_id=check.ann_id[chosen],
+            box_xywh=boxes[chosen],
+            area=area[chosen],
+            keypoints=points[chosen],
+            place=_field(people, "place", numbers)[chosen],
+        )
+
+    def _keypoints(self, check: "_ColumnCheck") -> Float[Array, "n k 3"]:
+        """The run's keypoints of all that there are; zeros for who has none, and for those that are not there."""
+        count, source = self.num_in_file, self.known_reading.source
+        in_lists = np.zeros(len(check.ann_id), bool)
+        if count == NUM_WHOLE_BODY:
+            in_lists = np.all([check.lengths(name) > 0 for name in WHOLE_BODY], axis=0)
+        points, _ = check.vectors("keypoints", 3 * count, ~in_lists)
+        if in_lists.any():
+            parts = [check.vectors(name, 3 * number, in_lists)[0] for name, number in WHOLE_BODY.items()]
+            points = np.where(in_lists[:, None], np.concatenate(parts, axis=1), points)
+        points = points.reshape(-1, count, 3)
+        if source is not None:
+            points = np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
+        is_near = np.asarray((np.abs(points) <= FARTHEST).all(axis=(1, 2)))
+        check.expect(is_near, points, f"numbers of at most {FARTHEST:g} in 'keypoints'")
+        is_score = (points[..., 2] > 0) & (points[..., 2] < 1) & ~in_lists[:, None]
+        if (odd := check.taken & is_score.any(axis=1)).any():
+            raise check.error(odd, _describe_score(points[odd][0, is_score[odd][0], 2][0]))
+        return points
+
+    def whole_images(self, table: pa.Table, first_image: int) -> PeopleColumns:
+        """Each of some images as one unlabeled person."""
+        table = table.combine_chunks()
+        if not {"width", "height"} <= set(table.column_names):
+            raise UserError(f"{self.source.file}: images without people in them need columns 'width' and 'height' (px)")
+        sizes = np.stack([_fill(_column(table, name), 0) for name in ("width", "height")], axis=1).astype(np.float64)
+        numbers = first_image + np.arange(table.num_rows)
+        return PeopleColumns(
+            file_name=_names(table, self.prefix, first_image),
+            image_id=_image_ids(table, first_image),
+            ann_id=numbers,
+            box_xywh=np.concatenate([np.zeros_like(sizes), sizes], axis=1),
+            area=sizes.prod(axis=1),
+            keypoints=np.zeros((table.num_rows, self.num_keypoints, 3)),
+            place=numbers,
+        )
 
 
-def people_of(
-    table: pa.Table,
-    path: Path,
-    prefix: str,
-    num_keypoints: int,
-    first: tuple[int, int],
-    reading: Reading = PLAIN,
-) -> PeopleColumns:
-    """The people of some images.
+class _ColumnCheck:
+    """Annotations as columns, and which of them are still taken: of the others nothing is asked."""
 
-    Args:
-        first: which record of the manifest `path` the first image is, and which of its people their first.
+    def __init__(self, people: pa.StructArray, ann_id: Int[Array, "n"], file: Path) -> None:
+        self.people, self.ann_id, self.file = people, ann_id, file
+        self.taken = np.ones(len(people), bool)
 
-    Raises:
-        UserError: as `chunks`.
-    """
-    first_record, first_person = first
-    table = table.combine_chunks()
-    column = _one(table, "people")
-    lengths = _ints(pc.list_value_length(column))
-    record = np.repeat(np.arange(table.num_rows), lengths)
-    flat = column.flatten()
-    ann_id = _field(flat, "id", first_person + np.arange(len(flat)))
-    place = _field(flat, "place", first_person + np.arange(len(flat)))
-    wanted = reading.categories or ("person",)
-    kinds = [kind.get("id") for kind in shards.read(path).categories if kind.get("name") in wanted]
-    crowd = _field(flat, "iscrowd", np.zeros(len(flat), np.int64))
-    _expect((crowd == 0) | (crowd == 1), crowd, "'iscrowd' of 0 or 1", ann_id, path)
-    kept = crowd == 0
-    if kinds:
-        kept &= np.isin(_field(flat, "category_id", np.full(len(flat), kinds[0])), np.array(kinds))
-    boxes, has_box = _vectors(flat, "bbox", 4, kept, ann_id, path)
-    if not has_box[kept].all():
-        raise UserError(f"{path}: annotation {ann_id[kept & ~has_box][0]}: it has no 'bbox' (x, y, width, height)")
-    kept &= (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
-    num_theirs = reading.count or num_keypoints
-    points = _keypoints(flat, num_theirs, kept, ann_id, path)
-    area = _field(flat, "area", boxes[:, 2] * boxes[:, 3])
-    _expect((area >= 0) & (area <= FARTHEST**2) | ~kept, area, "'area' of a number from 0 up", ann_id, path)
-    chosen = record[kept]
-    return PeopleColumns(
-        file_name=_names(table, prefix, first_record).take(pa.array(chosen)),
-        image_id=_image_ids(table, first_record)[chosen],
-        ann_id=ann_id[kept],
-        box_xywh=boxes[kept],
-        area=area[kept],
-        keypoints=_by_name(points[kept].reshape(-1, num_theirs, 3), reading.source),
-        place=place[kept],
-    )
+    def error(self, odd: Bool[Array, "n"], text: str) -> UserError:
+        return UserError(f"{self.file}: annotation {self.ann_id[odd][0]}: {text}")
+
+    def expect(self, is_fine: Bool[Array, "n"], values: Array, expected: str) -> None:
+        if (odd := self.taken & ~is_fine).any():
+            raise self.error(odd, f"expected {expected}, found {str(values[odd][0].tolist())[:60]}")
+
+    def lengths(self, name: str) -> Int[Array, "n"]:
+        """Of each person's list of this name."""
+        has_field = self.people.type.get_field_index(name) >= 0
+        return _lengths(self.people.field(name)) if has_field else np.zeros(len(self.people), np.int64)
+
+    def vectors(
+        self, name: str, length: int, asked: Bool[Array, "n"] | None = None
+    ) -> tuple[Float[Array, "n length"], Bool[Array, "n"]]:
+        """A list of `length` numbers for each person who is taken, and who has one; zeros for the others.
+
+        Args:
+            asked: whose lists these are; None: everybody's.
+        """
+        lengths = self.lengths(name)
+        odd = self.taken & (lengths != 0) & (lengths != length) & (True if asked is None else asked)
+        if odd.any():
+            raise self.error(odd, f"expected {length} numbers in '{name}', found {lengths[odd][0]}")
+        values, has = np.zeros((len(lengths), length)), lengths == length
+        if has.any():
+            flat = _variable_lists(self.people.field(name)).flatten().to_numpy(zero_copy_only=False)
+            values[has] = np.asarray(flat, dtype=np.float64)[np.repeat(has, lengths)].reshape(-1, length)
+        return values, has
 
 
-def _by_name(points: Float[Array, "n m 3"], source: tuple[int, ...] | None) -> Float[Array, "n k 3"]:
-    """The run's keypoints of all that there are; zeros for those that are not."""
-    return points if source is None else np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
-
-
-def whole(table: pa.Table, path: Path, prefix: str, num_keypoints: int, first: int) -> PeopleColumns:
-    table = table.combine_chunks()
-    if not {"width", "height"} <= set(table.column_names):
-        raise UserError(f"{path}: images without people in them need columns 'width' and 'height' (px)")
-    sizes = np.stack([_ints(_one(table, name)) for name in ("width", "height")], axis=1).astype(np.float64)
-    numbers = first + np.arange(table.num_rows)
-    return PeopleColumns(
-        file_name=_names(table, prefix, first),
-        image_id=_image_ids(table, first),
-        ann_id=numbers,
-        box_xywh=np.concatenate([np.zeros_like(sizes), sizes], axis=1),
-        area=sizes.prod(axis=1),
-        keypoints=np.zeros((table.num_rows, num_keypoints, 3)),
-        place=numbers,
-    )
-
-
-def _one(table: pa.Table, name: str) -> pa.Array:
+def _column(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name)
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
-def _ints(array: pa.Array) -> Int[Array, "n"]:
-    return pc.fill_null(array, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+def _variable_lists(column: pa.Array) -> pa.Array:
+    is_fixed = pa.types.is_fixed_size_list(column.type)
+    return column.cast(pa.list_(column.type.value_type)) if is_fixed else column
+
+
+def _lengths(column: pa.Array) -> Int[Array, "n"]:
+    return _fill(pc.list_value_length(_variable_lists(column)), 0).astype(np.int64)
+
+
+def _fill(array: pa.Array, default: int) -> Array:
+    return pc.fill_null(array, default).to_numpy(zero_copy_only=False)
+
+
+def _field(people: pa.StructArray, name: str, default: Array) -> Array:
+    return _fill_from(people.field(name), default) if people.type.get_field_index(name) >= 0 else default
+
+
+def _fill_from(array: pa.Array, default: Array) -> Array:
+    """Values, and the default where there are none."""
+    values = _fill(array, 0).astype(default.dtype)
+    return np.where(pc.is_null(array).to_numpy(zero_copy_only=False), default, values)
 
 
 def _image_ids(table: pa.Table, first: int) -> Int[Array, "n"]:
     numbers = first + np.arange(table.num_rows)
-    return _or(_one(table, "image_id"), numbers) if "image_id" in table.column_names else numbers
+    return _fill_from(_column(table, "image_id"), numbers) if "image_id" in table.column_names else numbers
 
 
 def _names(table: pa.Table, prefix: str, first: int) -> pa.Array:
     numbers = pa.array(np.arange(first, first + table.num_rows)).cast(pa.string())
-    present = "file_name" in table.column_names
-    names = pc.coalesce(_one(table, "file_name").cast(pa.string()), numbers) if present else numbers
+    has_names = "file_name" in table.column_names
+    names = pc.coalesce(_column(table, "file_name").cast(pa.string()), numbers) if has_names else numbers
     return pc.binary_join_element_wise(prefix, numbers, names, "/")
 
 
-def _field(flat: pa.StructArray, name: str, default: Array) -> Array:
-    return _or(flat.field(name), default) if flat.type.get_field_index(name) >= 0 else default
+# ---- Values of one annotation
 
 
-def _or(array: pa.Array, default: Array) -> Array:
-    """Values, and the default where there are none."""
-    values = pc.fill_null(array, 0).to_numpy(zero_copy_only=False).astype(default.dtype)
-    return np.where(pc.is_null(array).to_numpy(zero_copy_only=False), default, values)
-
-
-def _vectors(
-    flat: pa.StructArray, name: str, length: int, kept: Bool[Array, "n"], ann_id: Int[Array, "n"], path: Path
-) -> tuple[Float[Array, "n length"], Bool[Array, "n"]]:
-    """A list of `length` numbers for each person, and who has one; of those not kept nothing is asked."""
-    found, has = np.zeros((len(flat), length)), np.zeros(len(flat), bool)
-    if flat.type.get_field_index(name) < 0:
-        return found, has
-    column = flat.field(name)
-    if pa.types.is_fixed_size_list(column.type):
-        column = column.cast(pa.list_(column.type.value_type))
-    lengths = _ints(pc.list_value_length(column))
-    odd = kept & (lengths != 0) & (lengths != length)
-    if odd.any():
-        who, count = ann_id[odd][0], lengths[odd][0]
-        raise UserError(f"{path}: annotation {who}: expected {length} numbers in '{name}', found {count}")
-    has = lengths == length
-    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
-    found[has] = values[np.repeat(has, lengths)].reshape(-1, length)
-    fine = (np.abs(found) <= FARTHEST).all(axis=1)
-    _expect(fine | ~kept, found, f"numbers of at most {FARTHEST:g} in '{name}'", ann_id, path)
-    return found, has
-
-
-def _expect(fine: Bool[Array, "n"], values: Array, expected: str, ann_id: Int[Array, "n"], path: Path) -> None:
-    """The rules of `row_of`, for columns."""
-    if not fine.all():
-        at = int(np.argmin(fine))
-        raise UserError(f"{path}: annotation {ann_id[at]}: expected {expected}, found {str(values[at].tolist())[:60]}")
-
-
-def _keypoints(
-    flat: pa.StructArray, num_keypoints: int, kept: Bool[Array, "n"], ann_id: Int[Array, "n"], path: Path
-) -> Float[Array, "n 3k"]:
-    """x, y, v, ...; zeros for those who have none."""
-    in_parts = (
-        flat.type.get_field_index("foot_kpts") >= 0 and _ints(pc.list_value_length(flat.field("foot_kpts"))).any()
+def _describe_score(v: float) -> str:
+    return (
+        f"expected v of 0 (unlabeled), 1 (hidden) or 2 (visible) for each keypoint, found {v:g}, as a detector's "
+        f"scores are; write 2 where a keypoint counts and 0 where not"
     )
-    if num_keypoints != sum(WHOLE_BODY.values()) or not in_parts:
-        return _vectors(flat, "keypoints", 3 * num_keypoints, kept, ann_id, path)[0]
-    parts = [_vectors(flat, name, 3 * count, kept, ann_id, path) for name, count in WHOLE_BODY.items()]
-    points, has = np.concatenate([part for part, _ in parts], axis=1), np.all([has for _, has in parts], axis=0)
-    return np.where(has[:, None], points, 0.0)
 
 
-def category_ids(tree: dict[str, Any], reading: Reading) -> list[Any]:
-    """A JSON of many kinds of things names those that count among them; empty: all count."""
-    wanted = reading.categories or ("person",)
-    return [kind.get("id") for kind in tree.get("categories") or () if kind.get("name") in wanted]
-
-
-def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
-    """The category_id of people in their COCO JSON: that of the name, else the only one; 1 where it does not tell."""
-    tree = parsed(annotations)
-    listed = [kind.get("id") for kind in tree.get("categories") or ()]
-    return next(iter(category_ids(tree, reading) or listed), 1)
-
-
-def rows_of(
-    tree: dict[str, Any],
-    path: Path,
-    images: str,
-    num_keypoints: int,
-    reading: Reading | None = PLAIN,
-    collect: list[Fault] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """The rows of the annotations that a run learns from, of a tree of `coco.read_json`.
-
-    Args:
-        images: the folder of its images, relative to the root.
-        reading: None: it is not known how its keypoints become the run's; another number of them is then no fault of
-            each annotation.
-        collect: gets every fault, and every annotation that is left out; None: the first fault is raised.
-
-    Raises:
-        UserError: the first annotation that is not what it should be.
-    """
-    names = image_names(tree, path)
-    known = reading or PLAIN
-    kinds = category_ids(tree, known)
-    for index, annotation in enumerate(tree["annotations"]):
-        try:
-            if kinds and annotation.get("category_id", kinds[0]) not in kinds:
-                row, check = None, "kind"
-            else:
-                without = reading is None and _is_other_number(annotation, num_keypoints)
-                taken = annotation | {"keypoints": []} if without else annotation
-                row = row_of(taken, names, images, num_keypoints, known)
-                check = "crowd" if annotation.get("iscrowd") else "boxes"
-        except BROKEN as error:
-            text = f"{_who(annotation, index)}: {reason(error)}"
-            if collect is None:
-                raise UserError(f"{path}: {text}") from None
-            collect.append(Fault("annotations", text))
-            continue
-        if row is None and collect is not None:
-            collect.append(Fault(check, _who(annotation, index)))
-        elif row is not None:
-            if collect is not None:
-                collect += _wrong_count(annotation, index)
-            yield row
-
-
-def _who(annotation: Any, index: int) -> str:
+def _name_of(annotation: Any, index: int) -> str:
     is_object = isinstance(annotation, dict)
     return f"annotation {shown(annotation.get('id'))}" if is_object else f"entry {index}, {shown(annotation)}"
 
@@ -310,46 +421,11 @@ def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
 
 def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
     """Of the five lists of a whole body the count is of the first."""
-    told = annotation.get("num_keypoints")
+    count = annotation.get("num_keypoints")
     labeled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
-    if told is not None and told != labeled:
-        text = f"{_who(annotation, index)}: num_keypoints {shown(told)}, labeled {labeled}"
+    if count is not None and count != labeled:
+        text = f"{_name_of(annotation, index)}: num_keypoints {shown(count)}, labeled {labeled}"
         yield Fault("num_keypoints", text)
-
-
-def row_of(
-    person: dict[str, Any], names: dict[Any, str], images: str, num_keypoints: int, reading: Reading = PLAIN
-) -> dict[str, Any] | None:
-    """The row of one COCO annotation; None for a crowd or an empty box.
-
-    Raises:
-        one of BROKEN: something in it is not what it should be.
-    """
-    if person.get("iscrowd", 0) not in (0, 1, None):
-        raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(person['iscrowd'])}")
-    if person.get("iscrowd"):
-        return None
-    box = box_of(person)
-    if box[2] <= 0 or box[3] <= 0:
-        return None
-    if person.get("image_id") not in names:
-        raise ValueError(f"its image {person.get('image_id')} is not among 'images'")
-    points = _numbers(keypoint_numbers(person, num_keypoints, reading) or [0] * 3 * num_keypoints)
-    if points.shape != (3 * num_keypoints,) or not np.isfinite(points).all():
-        raise ValueError(f"expected {3 * num_keypoints} keypoint numbers, found {points.size}")
-    if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
-        raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
-    area = person.get("area", float(box[2] * box[3]))
-    if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
-        raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
-    return {
-        "file_name": f"{images}/{names[person['image_id']]}",
-        "image_id": id_of(person["image_id"]),
-        "ann_id": id_of(person["id"]),
-        "box_xywh": box.tolist(),
-        "area": float(area),
-        "keypoints": points.reshape(num_keypoints, 3),
-    }
 
 
 def id_of(value: Any) -> int:
@@ -362,7 +438,7 @@ def id_of(value: Any) -> int:
     return number
 
 
-def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
+def keypoint_numbers(annotation: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
     """An annotation's x, y, v, x, y, v, ... for the run's keypoints; None where it has none.
 
     COCO-WholeBody's five lists are taken as one where 133 are asked for.
@@ -370,9 +446,9 @@ def keypoint_numbers(person: dict[str, Any], num_keypoints: int, reading: Readin
     Raises:
         ValueError: those that the run's are to be taken from are more or fewer than they should be.
     """
-    count, numbers = reading.count or num_keypoints, person.get("keypoints")
-    if count == 133 and all(key in person for key in WHOLE_BODY):
-        numbers = [number for key in WHOLE_BODY for number in person[key]]
+    count, numbers = reading.count or num_keypoints, annotation.get("keypoints")
+    if count == NUM_WHOLE_BODY and all(key in annotation for key in WHOLE_BODY):
+        numbers = [number for key in WHOLE_BODY for number in annotation[key]]
     if not numbers or reading.source is None:
         return numbers
     if not isinstance(numbers, list) or len(numbers) != 3 * count:

@@ -10,22 +10,20 @@ import datasets
 import numpy as np
 
 from sapiens_accel.config.schema import DataConfig, MoreData
-from sapiens_accel.data import keypoint_mapping as category
-from sapiens_accel.data import leakage, sampling
-from sapiens_accel.data import people as coco
-from sapiens_accel.data import streaming as stream
-from sapiens_accel.data import unlabeled as pool
+from sapiens_accel.data import keypoint_mapping, leakage, sampling, streaming
+from sapiens_accel.data import people as people_tables
+from sapiens_accel.data import unlabeled as unlabeled_data
+from sapiens_accel.data.annotation_rules import PeopleReader, is_labeled
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.data.sampling import Mixture
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose import geometry
-from sapiens_accel.pose import infer_skeleton as custom
+from sapiens_accel.pose import geometry, infer_skeleton
 from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources import discover as sources
-from sapiens_accel.sources import shards, synthetic
+from sapiens_accel.sources import discover, synthetic
 from sapiens_accel.sources.coco import release_large_trees
+from sapiens_accel.sources.source import open_source
 
 CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
 UNCOMPARED = "streaming: the images of training were not compared with those of validation"
@@ -35,12 +33,12 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     """What the keypoints of a run are, and what to say about it: as its training sets and `data.skeleton` tell.
 
     Raises:
-        UserError: they do not tell; as `category.described`, `custom.given` and `custom.skeleton`.
+        UserError: they do not tell; as `keypoint_mapping.describe_keypoints` and `infer_skeleton`.
     """
     config = located(config)
     root, cache = places(config)
-    asked = custom.load_skeleton(config.skeleton, root) if config.skeleton else None
-    return custom.infer_skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
+    asked = infer_skeleton.load_skeleton(config.skeleton, root) if config.skeleton else None
+    return infer_skeleton.infer_skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
@@ -57,65 +55,79 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         return _open_streams(config, skeleton, unlabeled=unlabeled)
     root, cache = places(config)
     first, *others = train_sets(config)
-    train, told = _labeled_people(first, config, skeleton, root, cache)
-    labeled = pool.labeled_places(config, train)
-    val, told_of_val = _labeled_people(val_set(config), config, skeleton, root, cache)
-    found = {"train": coco.chosen_of(train, labeled), "val": val}
-    warnings = [told, told_of_val]
+    train, warning = _labeled_people(first, config, skeleton, root, cache)
+    labeled = unlabeled_data.labeled_places(config, train)
+    val, val_warning = _labeled_people(val_set(config), config, skeleton, root, cache)
+    people_of = {"train": people_tables.select_people(train, labeled), "val": val}
+    warnings = [warning, val_warning]
     if unlabeled:
-        found["unlabelled"], more = pool.gather(root, config, skeleton.num_keypoints, cache, train, labeled)
+        gathered = unlabeled_data.gather(root, config, skeleton.num_keypoints, cache, train, labeled)
+        people_of["unlabelled"], more = gathered
         warnings += more
-    checked = {n: coco.checked(p, config.on_bad_image, config.check_images) for n, p in found.items()}
-    several = [checked["train"]]
+    checked = {name: _check(people, config) for name, people in people_of.items()}
+    parts = [checked["train"]]
     for one in others:
-        people, told = _labeled_people(one, config, skeleton, root, cache)
-        several.append(coco.checked(people, config.on_bad_image, config.check_images))
-        warnings.append(told)
-    for people in several:
+        people, warning = _labeled_people(one, config, skeleton, root, cache)
+        parts.append(_check(people, config))
+        warnings.append(warning)
+    for people in parts:
         check_targets(people, config)
-    num_skipped = sum(people.num_skipped for people in several)
+    num_skipped = sum(people.num_skipped for people in parts)
     sets = Sets(
-        train=dataclasses.replace(coco.together(several), num_skipped=num_skipped) if others else several[0],
+        train=dataclasses.replace(people_tables.join_people(parts), num_skipped=num_skipped) if others else parts[0],
         val=checked["val"],
         unlabeled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
         skeleton=skeleton,
-        mixture=_mixture(config, [len(people) for people in several]) if others else None,
+        mixture=_mixture(config, [len(people) for people in parts]) if others else None,
     )
     if sets.unlabeled:
-        told = leakage.refuse_leaks(sets.val, sets.train, sets.unlabeled)
-        sets = sets._replace(warnings=(*sets.warnings, *told))
+        more = leakage.refuse_leaks(sets.val, sets.train, sets.unlabeled)
+        sets = sets._replace(warnings=(*sets.warnings, *more))
     release_large_trees()
     return sets
 
 
+def _check(people: People, config: DataConfig) -> People:
+    return people_tables.check_people(people, config.on_bad_image, config.check_images)
+
+
 def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
     """The same, of images that are read when they are needed; those of validation are few, and opened as always."""
-    for knob in ("labels", "on_bad_image", "more"):
-        if getattr(config, knob) != getattr(DataConfig, knob):
+    for option in ("labels", "on_bad_image", "more"):
+        if (value := getattr(config, option)) != getattr(DataConfig, option):
             raise UserError(
-                f"--data.{knob} {getattr(config, knob)}: not with --data.streaming true; convert what is meant"
+                f"--data.{option} {value}: not with --data.streaming true; leave one of them out, or convert what is "
+                f"meant to a set of its own"
             )
     root, cache = places(config)
-    k, of_train = skeleton.num_keypoints, (root / config.train_annotations, config.train_images)
-    if not shards.is_manifest(of_train[0]):
+    train_source = open_source(root / config.train_annotations)
+    if not train_source.groups():
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
-    reading, told = category.reading(category_of(train_sets(config)[0], config, root, cache), skeleton.names)
-    train = stream.people(root, [stream.StreamSource(*of_train, stream.labeled, reading)], k, cache)
-    first = datasets.Dataset.from_list(list(stream.sample(train, 100)), features=coco.features_of(k))
+    keypoints = category_of(train_sets(config)[0], config, root, cache)
+    reading, warning = keypoint_mapping.choose_reading(keypoints, skeleton.names)
+    reader = PeopleReader(source=train_source, prefix=config.train_images, num_keypoints=skeleton.num_keypoints,
+                          reading=reading)  # fmt: skip
+    train = streaming.open_streams(root, [streaming.StreamSource(reader, streaming.labeled)], cache)
+    features = people_tables.features_of(skeleton.num_keypoints)
+    first = datasets.Dataset.from_list(list(streaming.sample(train, 100)), features=features)
     check_targets(dataclasses.replace(train, rows=first), config)
     val = open_split(config, skeleton, "val")
-    others = None
-    if unlabeled:
-        chosen = stream.Unlabeled(config.unlabelled_min_side)
-        given = root / (config.unlabelled_annotations or "")
-        places_of = [(given, config.unlabelled_images)] * shards.is_manifest(given)
-        places_of += [(*of_train, reading)] * config.unlabelled_train_people
-        if not places_of:
-            raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
-        found = [stream.StreamSource(path, images, chosen, *how) for path, images, *how in places_of]
-        others = stream.people(root, found, k, cache)
-    return Sets(train, val, others, tuple(line for line in (told, UNCOMPARED) if line), skeleton)
+    others = _open_unlabeled_streams(config, reader, root, cache) if unlabeled else None
+    return Sets(train, val, others, tuple(line for line in (warning, UNCOMPARED) if line), skeleton)
+
+
+def _open_unlabeled_streams(config: DataConfig, train: PeopleReader, root: Path, cache: Path) -> People:
+    readers = []
+    if config.unlabelled_annotations and (source := open_source(root / config.unlabelled_annotations)).groups():
+        prefix = config.unlabelled_images
+        readers.append(PeopleReader(source=source, prefix=prefix, num_keypoints=train.num_keypoints))
+    if config.unlabelled_train_people:
+        readers.append(train)
+    if not readers:
+        raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
+    chosen = streaming.Unlabeled(config.unlabelled_min_side)
+    return streaming.open_streams(root, [streaming.StreamSource(reader, chosen) for reader in readers], cache)
 
 
 def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "train"]) -> People:
@@ -129,8 +141,8 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     one = val_set(config) if split == "val" else train_sets(config)[0]
     people, _ = _labeled_people(one, config, skeleton, root, cache)
     if split == "train":
-        people = coco.chosen_of(people, pool.labeled_places(config, people))
-    return coco.checked(people, config.on_bad_image, config.check_images)
+        people = people_tables.select_people(people, unlabeled_data.labeled_places(config, people))
+    return _check(people, config)
 
 
 def train_sets(config: DataConfig) -> tuple[MoreData, ...]:
@@ -149,42 +161,42 @@ def files_of(one: MoreData, root: Path, cache: Path) -> tuple[str, str]:
     """The annotations and the folder of images of a set, relative to the root, or absolute where it has its own.
 
     Raises:
-        UserError: its own root is no folder; as `sources.folder`.
+        UserError: its own root is no folder; as `discover.find_folder`.
     """
     if one.root is None:
         return one.train_annotations, one.train_images
-    own = sources.folder(one.root, cache, streaming=False, columns=one.columns).resolve()
+    own = discover.find_folder(one.root, cache, streaming=False, columns=one.columns).resolve()
     if not own.is_dir():
         raise UserError(f"--data.more: root {one.root}: no such folder")
-    if (manifest := own / f"train{shards.SUFFIX}").is_file():
-        return str(manifest), str(manifest)
-    return str(own / one.train_annotations), str(own / one.train_images)
+    return discover.train_files(own, one.train_annotations, one.train_images)
 
 
 def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
     """What the JSON of a set tells of its keypoints.
 
     Raises:
-        UserError: as `category.described`.
+        UserError: as `keypoint_mapping.describe_keypoints`.
     """
-    file = coco.annotation_file(root, files_of(one, root, cache)[0])
-    return category.described(file, one.category or config.category, cache)
+    file = people_tables.annotation_file(root, files_of(one, root, cache)[0])
+    return keypoint_mapping.describe_keypoints(file, one.category or config.category, cache)
 
 
 def _labeled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
     """The labeled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
-    reading, told = category.reading(category_of(one, config, root, cache), skeleton.names)
-    return coco.labeled_people(root, *files_of(one, root, cache), skeleton.num_keypoints, cache, reading), told
+    reading, warning = keypoint_mapping.choose_reading(category_of(one, config, root, cache), skeleton.names)
+    annotations, images = files_of(one, root, cache)
+    people = people_tables.labeled_people(root, annotations, images, skeleton.num_keypoints, cache, reading)
+    return people, warning
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
-    given = [one.weight for one in train_sets(config)]
+    weights = [one.weight for one in train_sets(config)]
     try:
-        return Mixture(sizes=tuple(sizes), weights=sampling.weights_of(sizes, given))
+        return Mixture(sizes=tuple(sizes), weights=sampling.weights_of(sizes, weights))
     except ValueError as error:
-        raise UserError(f"--data.weight and the weights of --data.more, {given}: {error}") from None
+        raise UserError(f"--data.weight and the weights of --data.more, {weights}: {error}") from None
 
 
 def located(config: DataConfig) -> DataConfig:
@@ -193,7 +205,7 @@ def located(config: DataConfig) -> DataConfig:
     Raises:
         UserError: as `places`.
     """
-    return sources.named(config, places(config)[0])
+    return discover.name_files(config, places(config)[0])
 
 
 def places(config: DataConfig) -> tuple[Path, Path]:
@@ -211,7 +223,7 @@ def places(config: DataConfig) -> tuple[Path, Path]:
 
 
 def _folder(config: DataConfig, cache: Path) -> Path:
-    return sources.folder(str(config.root), cache, streaming=config.streaming, columns=config.columns)
+    return discover.find_folder(str(config.root), cache, streaming=config.streaming, columns=config.columns)
 
 
 def _drawn(config: DataConfig, cache: Path) -> Path:
@@ -226,16 +238,16 @@ def check_targets(people: People, config: DataConfig) -> None:
     Raises:
         UserError: with an annotation for which it is so.
     """
-    people = dataclasses.replace(people, rows=coco.some_of(people.rows, CHECKED))
+    people = dataclasses.replace(people, rows=people_tables.some_of(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
-    labeled = keypoints[..., 2] > 0
+    labeled = is_labeled(keypoints)
     inside = geometry.in_crop(boxes, keypoints, config.box_padding, config.input_hw)
     tiny = np.median(boxes[:, 2:]) < 2  # boxes in fractions of the image, not in pixels
     if inside.sum() < labeled.sum() / 2 or tiny:
-        told = f"{'nearly ' if inside.any() else ''}all targets are zero"
+        what = f"{'nearly ' if inside.any() else ''}all targets are zero"
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labeled.sum(axis=1), 1)))
         raise UserError(
-            f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else told}: {inside.sum()} of "
+            f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else what}: {inside.sum()} of "
             f"{labeled.sum()} labeled keypoints lie in their person's box (annotation "
             f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the image"
         )

@@ -23,15 +23,15 @@ from torch.utils.data import Dataset
 
 from sapiens_accel.config.schema import DataConfig, StageConfig
 from sapiens_accel.data import sampling
-from sapiens_accel.data import streaming as stream
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.people import People, Rows
 from sapiens_accel.data.sampling import Mixture
+from sapiens_accel.data.streaming import OrderKey, StreamRows
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
-from sapiens_accel.sources.images import Picture, read_picture
+from sapiens_accel.sources.images import DecodedImage, read_reduced_image
 
 
 class View(NamedTuple):
@@ -90,16 +90,16 @@ class Sets(NamedTuple):
 
     def split(self, name: Literal["val", "train"]) -> People:
         """The people of one split to judge by: of several training sets the first's, whose JSON is the truth."""
-        train = self.train.sources[0] if self.mixture else self.train
+        train = self.train.parts[0] if self.mixture else self.train
         return self.val if name == "val" else train
 
     def __str__(self) -> str:
-        named = [("train", self.train), ("val", self.val), ("unlabelled", self.unlabeled)]
-        skipped = sum(people.num_skipped for _, people in named if people)
-        counts = ", ".join(f"{len(people)} {name}" for name, people in named if people)
+        splits = [("train", self.train), ("val", self.val), ("unlabeled", self.unlabeled)]
+        skipped = sum(people.num_skipped for _, people in splits if people)
+        counts = ", ".join(f"{len(people)} {name}" for name, people in splits if people)
         left_out = f" ({skipped} skipped: their images do not decode)" if skipped else ""
-        mixed = [str(self.mixture)] if self.mixture else []
-        return "\n".join([f"people: {counts}{left_out}", *mixed, *self.warnings])
+        mixture = [str(self.mixture)] if self.mixture else []
+        return "\n".join([f"people: {counts}{left_out}", *mixture, *self.warnings])
 
 
 class TrainingPeople(Dataset[Labeled | Pair]):
@@ -137,9 +137,9 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         return self._pair(int(chosen[key.position]), rng)
 
     def _order(self, people: People, name: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
-        if isinstance(people.rows, stream.StreamRows):
+        if isinstance(people.rows, StreamRows):
             parts, window = self.config.stream_parts, self.config.stream_window
-            return people.rows.order(self.seed, name, step, global_batch, parts, window)
+            return people.rows.order(OrderKey(self.seed, name, global_batch, parts, window), step)
         if self.mixture and people is self.labeled:
             return self.mixture.order(self.seed, name, step, global_batch)
         return sampling.order(self.seed, name, step, len(people), global_batch)
@@ -148,8 +148,8 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         row = self.labeled_rows[index]
         keypoints = np.asarray(row["keypoints"])
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
-        picture = read_for([crop], self.labeled.root / row["file_name"], self.config)
-        view = _view(picture, crop, self.config.input_hw, partial(self.changes, rng=rng))
+        image = read_for([crop], self.labeled.root / row["file_name"], self.config)
+        view = _view(image, crop, self.config.input_hw, partial(self.changes, rng=rng))
         return _with_labels(view, keypoints, crop, row, self.config, self.augmenter.skeleton)
 
     def _pair(self, index: int, rng: Generator) -> Pair:
@@ -163,8 +163,8 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         return geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
 
 
-def _rows_of(people: People) -> Rows | stream.StreamRows:
-    return people.rows if isinstance(people.rows, stream.StreamRows) else Rows(people.rows)
+def _rows_of(people: People) -> Rows | StreamRows:
+    return people.rows if isinstance(people.rows, StreamRows) else Rows(people.rows)
 
 
 class EvaluationPeople(Dataset[Labeled]):
@@ -179,7 +179,7 @@ class EvaluationPeople(Dataset[Labeled]):
     def __getitem__(self, index: int) -> Labeled:
         row = self.people.rows[index]
         crop = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-        view = _view(read_picture(self.people.root / row["file_name"]), crop, self.config.input_hw)
+        view = _view(read_reduced_image(self.people.root / row["file_name"]), crop, self.config.input_hw)
         return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
 
 
@@ -197,28 +197,28 @@ def pair_of(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> t
     augmenter, config, changes, num_cutouts = settings
     weak = augmenter.weak_crop(base, rng)
     strong = augmenter.strong_crop(weak, rng)
-    picture = read_for([weak, strong], path, config)
-    weak_view = _view(picture, weak, augmenter.input_hw)
-    strong_view = _view(picture, strong, augmenter.input_hw, partial(changes, rng=rng))
+    image = read_for([weak, strong], path, config)
+    weak_view = _view(image, weak, augmenter.input_hw)
+    strong_view = _view(image, strong, augmenter.input_hw, partial(changes, rng=rng))
     cutout = torch.from_numpy(rng.random((num_cutouts, 4), dtype=np.float32))
     return Pair(weak_view, strong_view, cutout), strong
 
 
-def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> Picture:
+def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> DecodedImage:
     """The image that the crops are cut from, as small as shows all that is seen in each of them.
 
     Raises:
         UserError: it does not decode.
     """
     at_most = min(geometry.choose_reduction(crop, config.input_hw) for crop in crops) if config.reduced_decode else 1
-    return read_picture(path, at_most)
+    return read_reduced_image(path, at_most)
 
 
-def _view(picture: Picture, crop: Crop, input_hw: tuple[int, int], changes: Callable | None = None) -> View:
+def _view(image: DecodedImage, crop: Crop, input_hw: tuple[int, int], changes: Callable | None = None) -> View:
     matrix = crop.matrix(input_hw)
-    image = geometry.warp(picture.pixels, geometry.adjust_to_reduction(matrix, picture.reduction), input_hw)
-    image = changes(image) if changes else image
-    return View(_channels_first(image), torch.from_numpy(matrix.astype(np.float32)), _scalar(crop.flip))
+    pixels = geometry.warp(image.pixels, geometry.adjust_to_reduction(matrix, image.reduction), input_hw)
+    pixels = changes(pixels) if changes else pixels
+    return View(_channels_first(pixels), torch.from_numpy(matrix.astype(np.float32)), _scalar(crop.flip))
 
 
 def _channels_first(image: UInt8[Array, "h w 3"]) -> UInt8[Tensor, "3 h w"]:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from sapiens_accel.data import annotation_rules
-from sapiens_accel.data import people as coco
+from sapiens_accel.data import people as people_tables
+from sapiens_accel.data.people import People, PeopleFiles
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources import coco
 
 
 class Found(NamedTuple):
@@ -68,7 +69,7 @@ def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: it is not there, or one of them lacks what is needed.
     """
-    tree = coco_json.parsed(file)
+    tree = coco.parsed(file)
     things = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(things, list):
         raise UserError(f"{file}: no list {key!r} in it; expected a COCO annotation file")
@@ -120,7 +121,7 @@ def read_detections(file: Path, needed: Sequence[str] = ("image_id", "bbox", "sc
     Raises:
         UserError: no list, or one of them that lacks something or is no box.
     """
-    things = coco_json.parsed(file)
+    things = coco.parsed(file)
     if not isinstance(things, list):
         raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
     return [_detection(file, index, thing, needed) for index, thing in enumerate(things)]
@@ -129,21 +130,21 @@ def read_detections(file: Path, needed: Sequence[str] = ("image_id", "bbox", "sc
 def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Detection:
     try:
         if not isinstance(thing, dict):
-            raise ValueError(f"expected image_id, category_id, bbox, score; found {coco_json.shown(thing)}")
+            raise ValueError(f"expected image_id, category_id, bbox, score; found {coco.shown(thing)}")
         for key in needed:
             if key not in thing:
                 raise ValueError(f"it has no {key!r}; expected image_id, bbox and score")
         if not {"image_id", "file_name"} & set(thing):
-            raise ValueError(f"expected image_id, bbox and score, found {coco_json.shown(thing)}")
+            raise ValueError(f"expected image_id, bbox and score, found {coco.shown(thing)}")
         if isinstance(thing.get("image_id"), int):
             annotation_rules.id_of(thing["image_id"])
         score = thing.get("score", 1.0)
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
         if not is_number or not abs(score) <= sys.float_info.max:
-            raise ValueError(f"expected a number as 'score', found {coco_json.shown(score)}")
+            raise ValueError(f"expected a number as 'score', found {coco.shown(score)}")
         box = annotation_rules.box_of(thing)
-    except coco_json.BROKEN as error:
-        raise UserError(f"{file}: detection {index}: {coco_json.reason(error)}") from None
+    except coco.BROKEN as error:
+        raise UserError(f"{file}: detection {index}: {coco.reason(error)}") from None
     names = thing.get("image_id"), thing.get("file_name"), thing.get("category_id", 1)
     return Detection(index, *names, box, float(score))
 
@@ -167,7 +168,7 @@ class BoxesFile:
             raise UserError(
                 f"--eval.boxes {file}: no such file; expected whole, a JSON of boxes, detector, or one's name"
             )
-        found = list(self._detections() if coco_json.is_detections(file) else self._annotations())
+        found = list(self._detections() if coco.is_detections(file) else self._annotations())
         if not found:
             raise UserError(f"{file}: no box in it; expected a list of detections or a COCO annotation file")
         self._of: dict[str, list[tuple[Any, float]]] = {}
@@ -216,56 +217,47 @@ def _places(names: Sequence[str]) -> dict[Any, str]:
     return found | dict(zip(ids_of(names), names, strict=True)) | {name: name for name in names}
 
 
-def detected_people(
-    root: Path, files: tuple[str, str], num_keypoints: int, min_side: float, min_score: float, cache: Path
-) -> coco.People:
+def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> People:
     """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
 
     Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
     The image of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
 
-    Args:
-        files: the JSON and the folder of its images, relative to `root`.
-
     Raises:
         UserError: no list of detections, or an image that is not in the folder.
     """
-    detections, images = files
-    file = root / detections
+    file, folder = files.root / files.annotations, files.root / files.images
     # Names that have come or gone change which image is whose.
-    names = coco.image_names(root / images)
-    digest = coco.digest_of(file.read_bytes(), "detections", images, str(min_score), *names)
-    source = {"detections": str(file), "folder": str(root / images), "min_score": min_score, "names": names}
-    people = coco.People(
-        rows=coco.cached_table(_detected_rows, digest, num_keypoints, cache, **source, images=images),
-        root=root,
-        annotations=file,
+    names = people_tables.list_image_names(folder)
+    digest = people_tables.digest_of(file.read_bytes(), "detections", files.images, str(min_score), *names)
+    table = people_tables.cached_table(
+        lambda: _detected_rows(files, names, min_score), digest, files.num_keypoints, files.cache
     )
-    sides = coco.boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
+    people = People(rows=table, root=files.root, annotations=file)
+    sides = people_tables.boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
     return replace(people, rows=people.rows.select(np.flatnonzero(sides >= min_side)))
 
 
-def _detected_rows(
-    num_keypoints: int, detections: str, images: str, folder: str, min_score: float, names: list[str]
-) -> Iterator[dict[str, Any]]:
-    there, of_stem = set(names), {Path(name).stem: name for name in names}
-    of_number = {coco_json.whole_number(stem): name for stem, name in of_stem.items()}
+def _detected_rows(files: PeopleFiles, names: list[str], min_score: float) -> Iterator[dict[str, Any]]:
+    file = files.root / files.annotations
+    name_of_stem = {Path(name).stem: name for name in names}
+    name_of_number = {coco.whole_number(stem): name for stem, name in name_of_stem.items()}
     place = {name: index for index, name in enumerate(names)}
-    for index, key, _, category_id, box, score in read_detections(Path(detections)):
+    for index, key, _, category_id, box, score in read_detections(file):
         if score < min_score or category_id != 1 or box[2] <= 0 or box[3] <= 0:
             continue
         padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
-        name = padded if padded in there else of_stem.get(str(key), of_number.get(coco_json.whole_number(key)))
+        name = padded if padded in place else name_of_stem.get(str(key), name_of_number.get(coco.whole_number(key)))
         if name is None:
             raise UserError(
-                f"{detections}: detection {index}: its image, {padded or key} or {key}.*, is not in {folder}; "
-                f"give the folder by --data.unlabelled_images"
+                f"{file}: detection {index}: its image, {padded or key} or {key}.*, is not in "
+                f"{files.root / files.images}; give the folder by --data.unlabelled_images"
             )
         yield {
-            "file_name": f"{images}/{name}",
+            "file_name": f"{files.images}/{name}",
             "image_id": key if isinstance(key, int) else place[name],
             "ann_id": index,
             "box_xywh": box.tolist(),
             "area": float(box[2] * box[3]),
-            "keypoints": np.zeros((num_keypoints, 3)),
+            "keypoints": np.zeros((files.num_keypoints, 3)),
         }

@@ -1,6 +1,5 @@
 """What a COCO JSON tells of its keypoints, and how they are read, by name, as those of a run."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -11,14 +10,13 @@ from typing import Any
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, nearest, short
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
-from sapiens_accel.sources import coco as coco_json
-from sapiens_accel.sources import shards
-from sapiens_accel.sources.schema import WHOLE_BODY, Reading
+from sapiens_accel.sources.schema import WHOLE_BODY, Reading, Source
+from sapiens_accel.sources.source import open_source
 
 SUMMARY_VERSION = 1
 
 
-def described(file: Path, wanted: str | None, cache: Path) -> Category:
+def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
     """What a COCO JSON tells of its keypoints.
 
     Args:
@@ -29,17 +27,17 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
     Raises:
         UserError: no COCO JSON; no such category, or none to be preferred; names that are no names or not unique.
     """
-    tree = _summary(file, cache)
-    every = [kind for kind in tree["categories"] if isinstance(kind, dict)]
-    kinds = _chosen(file, every, wanted)
+    summary = _summary(open_source(file), cache)
+    every = summary["categories"]
+    kinds = _choose_categories(file, every, wanted)
     one = kinds[0] if kinds else {}
     names = check_names(one.get("keypoints") or None, f"{file}: category {one.get('name')!r}: keypoints")
-    firsts = tree["first"]
+    firsts = summary["first"]
     first = next((firsts[str(kind.get("id"))] for kind in kinds if str(kind.get("id")) in firsts), None)
     if not kinds or first is None:
         first = firsts.get("None") or (None if kinds else next(iter(firsts.values()), None))
     count, whole = first or (None, False)
-    edges, told = _edges(file, one.get("skeleton") if names else None, names or ())
+    edges, warnings = _named_edges(file, one.get("skeleton") if names else None, names or ())
     if whole and (not names or len(names) != 133):
         names, edges = WHOLEBODY133.names, edge_names(WHOLEBODY133)
     listed = {str(kind.get("name")) for kind in every}
@@ -53,50 +51,33 @@ def described(file: Path, wanted: str | None, cache: Path) -> Category:
         edges=edges,
         count=133 if whole else len(names) if names else count,
         whole=whole,
-        told=told,
+        told=warnings,
     )
 
 
-def _summary(file: Path, cache: Path) -> dict[str, Any]:
+def _summary(source: Source, cache: Path) -> dict[str, Any]:
     """The categories, and of each the count of the first annotation with keypoints and whether it has five lists."""
-    if shards.is_manifest(file):
-        return {"categories": shards.read(file).categories, "first": _firsts(_people_in(file))}
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-    kept = cache / "people" / f"{digest}-categories-v{SUMMARY_VERSION}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    tree = coco_json.read_json(file)
-    categories = tree.get("categories") or []
-    if not isinstance(categories, list):
-        raise UserError(f"{file}: categories: expected a list, found {type(categories).__name__}")
-    summary = {"categories": categories, "first": _firsts(tree["annotations"])}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+    file = cache / "people" / f"{source.digest}-categories-v{SUMMARY_VERSION}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    summary = {"first": _first_counts(source.some_annotations()), "categories": source.categories}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(summary))
-    temporary.replace(kept)
+    temporary.replace(file)
     return summary
 
 
-def _firsts(people: Iterable[Any]) -> dict[str, tuple[int, bool]]:
+def _first_counts(annotations: Iterable[Any]) -> dict[str, tuple[int, bool]]:
     first: dict[str, tuple[int, bool]] = {}
-    for person in people:
-        if isinstance(person, dict) and isinstance(person.get("keypoints"), list) and person["keypoints"]:
-            kind, whole = str(person.get("category_id")), all(person.get(key) is not None for key in WHOLE_BODY)
-            first.setdefault(kind, (len(person["keypoints"]) // 3, whole))
+    for annotation in annotations:
+        if isinstance(annotation, dict) and isinstance(annotation.get("keypoints"), list) and annotation["keypoints"]:
+            kind, whole = str(annotation.get("category_id")), all(annotation.get(key) is not None for key in WHOLE_BODY)
+            first.setdefault(kind, (len(annotation["keypoints"]) // 3, whole))
     return first
 
 
-def _people_in(manifest: Path) -> list[Any]:
-    """The people of the first images of shards in which anybody has keypoints: a file of its own is of one kind."""
-    for table in shards.records(shards.read(manifest), ("people",)):
-        if "people" in table.column_names:
-            people = [person for several in table.column("people").to_pylist() for person in several or ()]
-            if any(person.get("keypoints") for person in people):
-                return people
-    return []
-
-
-def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
+def _choose_categories(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
     """The categories whose annotations count; none where there is nothing to choose by."""
     names = [str(kind.get("name")) for kind in kinds]
     if wanted is not None:
@@ -113,7 +94,7 @@ def _chosen(file: Path, kinds: list[dict[str, Any]], wanted: str | None) -> list
     return able or [kind for kind in kinds if kind.get("name") == "person"] or kinds[: len(kinds) == 1]
 
 
-def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def _named_edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only images need it."""
     fine: list[list[int]] = []
     odd: list[Any] = []
@@ -124,13 +105,13 @@ def _edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tuple[st
     if not from_zero:
         odd += [pair for pair in fine if 0 in pair]
         fine = [pair for pair in fine if 0 not in pair]
-    told = [f"warning: {file}: skeleton: {len(odd)} edges left out, such as {odd[0]}"] if odd else []
-    told += [f"warning: {file}: skeleton: its edges count from 0; COCO's count from 1"] if from_zero else []
+    warnings = [f"warning: {file}: skeleton: {len(odd)} edges left out, such as {odd[0]}"] if odd else []
+    warnings += [f"warning: {file}: skeleton: its edges count from 0; COCO's count from 1"] if from_zero else []
     named = ["", *names] if not from_zero else list(names)
-    return tuple((named[pair[0]], named[pair[1]]) for pair in fine), tuple(told)
+    return tuple((named[pair[0]], named[pair[1]]) for pair in fine), tuple(warnings)
 
 
-def reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]:
+def choose_reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]:
     """How a JSON's annotations become the run's keypoints, by name, and a line about those that it lacks ("" if none).
 
     Raises:

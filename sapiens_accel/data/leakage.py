@@ -9,13 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from sapiens_accel.data import people as coco
-from sapiens_accel.data.people import People
+from sapiens_accel.data.people import People, some_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import images as photo
-from sapiens_accel.sources import shards
+from sapiens_accel.sources import images
 
-COMPARED = 20_000  # people, of more than coco.LOOK_AT_ALL
+COMPARE_ALL = 1_000_000  # people; of more, COMPARED are
+COMPARED = 20_000
 HEAD_BYTES = 1 << 14
 LOOKED_AT = 200
 ALIKE_GRAY_LEVELS = 6.0
@@ -29,19 +28,21 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
     Raises:
         UserError: with the first such image and the validation image that it is.
     """
-    told = []
+    warnings = []
     for people, kind in ((unlabeled, "unlabelled"), (train, "training")):
-        some = coco.some_of(people.rows, COMPARED if len(people) > coco.LOOK_AT_ALL else len(people))
+        some = some_of(people.rows, COMPARED if len(people) > COMPARE_ALL else len(people))
         if len(some) < len(people):
-            told.append(f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation")
-        found = leaks(_pictures_of(replace(people, rows=some)), _pictures_of(val))
+            warnings.append(
+                f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation"
+            )
+        found = leaks(_image_ids_of(replace(people, rows=some)), _image_ids_of(val))
         if found:
             ours, theirs = next(iter(found.items()))
             raise UserError(
                 f"{ours}: this {kind} image is the validation image {theirs} ({len(found)} such in "
                 f"all): scores would be of what was learned; take them out, or validate on others (--data.val_images)"
             )
-    return tuple(told)
+    return tuple(warnings)
 
 
 def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
@@ -62,14 +63,14 @@ def _look_alike(path: Path, other: Path) -> bool:
     """
     small = []
     for file in (path, other):
-        image = photo.decoded(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        image = images.read_unchecked_image(file, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if image is None:
             return False
         small.append(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64))
     return bool(np.abs(small[0] - small[1]).mean() < ALIKE_GRAY_LEVELS)
 
 
-def _pictures_of(people: People) -> dict[Path, int]:
+def _image_ids_of(people: People) -> dict[Path, int]:
     names, ids = people.rows["file_name"][:], people.rows["image_id"][:]
     return {people.root / name: image_id for name, image_id in dict(zip(names, ids, strict=True)).items()}
 
@@ -80,7 +81,7 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
     Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
     """
     ours, theirs = list(files), list(others)
-    for look in (shards.size_of, _head):
+    for look in (images.size_of, _head):
         seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
         common = set(seen[0].values()) & set(seen[1].values())
         ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
@@ -89,9 +90,8 @@ def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path
 
 
 def _head(path: Path) -> bytes:
-    with shards.opened(path) as file:
-        return file.read(HEAD_BYTES)
+    return images.read_head(path, HEAD_BYTES)
 
 
 def _content(path: Path) -> bytes:
-    return hashlib.blake2b(shards.content(path)).digest()
+    return hashlib.blake2b(images.read_bytes(path)).digest()

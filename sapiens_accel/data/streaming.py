@@ -21,25 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Bool, Int
 from numpy import ndarray as Array
 from numpy.random import default_rng
 from tqdm import tqdm
 
-from sapiens_accel.data import annotation_rules as roster
+from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import schema, shards
-from sapiens_accel.sources.schema import PLAIN, Reading
+from sapiens_accel.sources import schema
+from sapiens_accel.sources.schema import PLAIN
 
 PHASES = 4
 READERS = 16  # files of which people are counted at a time
-HELD_GROUPS = 256  # of people, without images: some 0.1 MB each
+CACHED_GROUPS = 256  # of people, without images: some 0.1 MB each
 
-Chosen = Callable[[roster.PeopleColumns], Bool[Array, "n"]]
+Chosen = Callable[[PeopleColumns], Bool[Array, "n"]]
 
 
-def labeled(people: roster.PeopleColumns) -> Bool[Array, "n"]:
+def labeled(people: PeopleColumns) -> Bool[Array, "n"]:
     return people.labeled
 
 
@@ -49,37 +50,45 @@ class Unlabeled:
 
     min_side: float
 
-    def __call__(self, people: roster.PeopleColumns) -> Bool[Array, "n"]:
+    def __call__(self, people: PeopleColumns) -> Bool[Array, "n"]:
         return ~people.labeled & (people.box_xywh[:, 2:].min(axis=1, initial=np.inf) >= self.min_side)
 
 
 class StreamSource(NamedTuple):
-    """A manifest, what its images' names begin with, which of its people are meant, and how they are read."""
+    """A reader of people, and which of them are taken."""
 
-    path: Path
-    prefix: str
+    reader: PeopleReader
     chosen: Chosen
-    reading: Reading = PLAIN
+
+    @property
+    def file(self) -> Path:
+        return self.reader.source.file
 
 
 class Group(NamedTuple):
-    """Images that are read together."""
+    """Images that are read together; `is_annotated`: whether anybody is, in the whole source."""
 
     source: StreamSource
     first: int
     num: int
     first_person: int
-    is_marked: bool  # whether anybody is, in the manifest
+    is_annotated: bool
+
+    def read_people(self, table: pa.Table) -> PeopleColumns:
+        reader = self.source.reader
+        if not self.is_annotated:
+            return reader.whole_images(table, self.first)
+        return reader.columns(table, self.first, self.first_person)
 
 
 class StreamRows:
     """Rows of people by number, as of a `datasets` table; a row group is read when one of its people is asked for."""
 
-    def __init__(self, groups: Sequence[Group], counts: Sequence[int], num_keypoints: int) -> None:
-        self.groups, self.num_keypoints = list(groups), num_keypoints
+    def __init__(self, groups: Sequence[Group], counts: Sequence[int]) -> None:
+        self.groups = list(groups)
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._held: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        self._cached: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -91,32 +100,39 @@ class StreamRows:
         return self._people(group)[index - int(self.starts[group])]
 
     def _people(self, number: int) -> list[dict[str, Any]]:
-        if number not in self._held:
+        if number not in self._cached:
             group = self.groups[number]
-            table = shards.group(group.source.path, group.first, group.num)
-            people = _people_of(group, table, self.num_keypoints)
+            people = group.read_people(group.source.reader.source.read_group(group.first, group.num))
             rows = [people.row(i) for i in np.flatnonzero(group.source.chosen(people)).tolist()]
             if len(rows) != self.counts[number]:
                 raise UserError(
-                    f"{group.source.path}: images from {group.first} on: {len(rows)} people where there were "
+                    f"{group.source.file}: images from {group.first} on: {len(rows)} people where there were "
                     f"{self.counts[number]}: the shards have changed while they were read; start again"
                 )
-            self._held[number] = rows
-            while len(self._held) > HELD_GROUPS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(number)
-        return self._held[number]
+            self._cached[number] = rows
+            while len(self._cached) > CACHED_GROUPS:
+                self._cached.popitem(last=False)
+        self._cached.move_to_end(number)
+        return self._cached[number]
 
-    def order(
-        self, seed: int, stream: str, step: int, global_batch: int, parts: int, window: int
-    ) -> Int[Array, "global_batch"]:
-        """Which people the global batch of a step holds.
+    def order(self, key: "OrderKey", step: int) -> Int[Array, "global_batch"]:
+        """Which people the global batch of a step holds."""
+        return _order(_Counts(self.counts), key, step)
 
-        Args:
-            stream: the name of the sequence (a stage, labeled or not), part of the seed.
-            parts, window: see the module, and `DataConfig`.
-        """
-        return _order(_Counts(self.counts), seed, stream, step, global_batch, (parts, window))
+
+class OrderKey(NamedTuple):
+    """What the order of people depends on, beside the step.
+
+    Attributes:
+        stream: the name of the sequence (a stage, labeled or not), part of the seed.
+        parts, window: see the module, and `DataConfig`.
+    """
+
+    seed: int
+    stream: str
+    global_batch: int
+    parts: int
+    window: int
 
 
 def places(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Array, "global_batch"]:
@@ -172,10 +188,9 @@ def _sequence(counts: _Counts, window: int, *key: int) -> _Sequence:
 
 
 @lru_cache(maxsize=8)
-def _order(
-    counts: _Counts, seed: int, stream: str, step: int, global_batch: int, lanes: tuple[int, int]
-) -> Int[Array, "global_batch"]:
-    (parts, window), num_people = lanes, int(counts.values.sum())
+def _order(counts: _Counts, key: OrderKey, step: int) -> Int[Array, "global_batch"]:
+    seed, stream, global_batch, parts, window = key
+    num_people = int(counts.values.sum())
     num_steps = max(1, num_people // global_batch)
     epoch, step = divmod(step, num_steps)
     place = places(step, num_steps, global_batch, min(parts, global_batch))
@@ -191,41 +206,43 @@ def _order(
 # ---- Opening
 
 
-def people(root: Path, sources: Sequence[StreamSource], num_keypoints: int, cache: Path) -> People:
-    """The chosen people of several manifests of one root; who is where is read once and kept in the cache.
+def open_streams(root: Path, sources: Sequence[StreamSource], cache: Path) -> People:
+    """The chosen people of several sources of one root; who is where is read once and kept in the cache.
 
     Raises:
         UserError: nobody is, a shard cannot be read, or an annotation in it is broken.
     """
     groups, counts = [], []
     for source in sources:
-        told = _counted(source, num_keypoints, cache)
-        starts = np.concatenate([[0], np.cumsum(told[:, 1])])
-        spans = shards.groups(shards.read(source.path))
-        for (first, count), (chosen, _), before in zip(spans, told, starts[:-1], strict=True):
-            groups.append(Group(source, first, count, int(before), bool(starts[-1])))
+        counted = _counted(source, cache)
+        starts = np.concatenate([[0], np.cumsum(counted[:, 1])])
+        spans = source.reader.source.groups()
+        for span, (chosen, _), before in zip(spans, counted, starts[:-1], strict=True):
+            groups.append(Group(source, span.first, span.num, int(before), bool(starts[-1])))
             counts.append(int(chosen))
     if not sum(counts):
-        raise UserError(f"{sources[0].path}: none of its people is {_words(sources[0].chosen)}")
-    rows: Any = StreamRows(groups, counts, num_keypoints)
-    return People(rows=rows, root=root, annotations=sources[0].path, reading=sources[0].reading)
+        raise UserError(f"{sources[0].file}: none of its people is {_describe_choice(sources[0].chosen)}")
+    rows: Any = StreamRows(groups, counts)
+    reading = sources[0].reader.known_reading
+    return People(rows=rows, root=root, annotations=sources[0].file, reading=reading)
 
 
-def _words(chosen: Chosen) -> str:
+def _describe_choice(chosen: Chosen) -> str:
     return "without keypoints and large enough" if isinstance(chosen, Unlabeled) else "labeled (v > 0)"
 
 
-def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array, "groups 2"]:
+def _counted(source: StreamSource, cache: Path) -> Int[Array, "groups 2"]:
     """For each group its chosen people and all people, read from the columns beside the images."""
-    manifest = shards.read(source.path)
+    reader = source.reader
+    digest, reading = reader.source.digest, reader.known_reading
     chosen = repr(source.chosen) if isinstance(source.chosen, Unlabeled) else "labelled"
-    how = "" if source.reading == PLAIN else f"-{source.reading!r}"
-    name = f"{manifest.digest}-k{num_keypoints}-{chosen}{how}"
-    file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{manifest.digest}.npy"
+    how = "" if reading == PLAIN else f"-{reading!r}"
+    name = f"{digest}-k{reader.num_keypoints}-{chosen}{how}"
+    file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{digest}.npy"
     if not file.is_file():
-        counted = _count(source, num_keypoints, is_marked=True)
-        if not counted[:, 1].any():  # nobody is told: each image is somebody
-            counted = _count(source, num_keypoints, is_marked=False)
+        counted = _count(source, is_annotated=True)
+        if not counted[:, 1].any():  # nobody is annotated: each image is somebody
+            counted = _count(source, is_annotated=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.stem}.{os.getpid()}.npy")
         np.save(temporary, counted)
@@ -233,37 +250,26 @@ def _counted(source: StreamSource, num_keypoints: int, cache: Path) -> Int[Array
     return np.load(file)
 
 
-def _count(source: StreamSource, num_keypoints: int, *, is_marked: bool) -> Int[Array, "groups 2"]:
+def _count(source: StreamSource, *, is_annotated: bool) -> Int[Array, "groups 2"]:
     """Several files at a time, each read by one thread: from another machine the time is latency."""
 
-    def of_file(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [_number(Group(source, *span, 0, is_marked), num_keypoints) for span in spans]
+    def count_file(spans: Sequence[schema.Span]) -> list[tuple[int, int]]:
+        return [_count_group(Group(source, span.first, span.num, 0, is_annotated)) for span in spans]
 
-    manifest = shards.read(source.path)
-    file_of = lambda span: manifest.parts[manifest.part_of(span[0])][0]  # noqa: E731
-    by_file = [list(spans) for _, spans in groupby(shards.groups(manifest), key=file_of)]
+    by_file = [list(spans) for _, spans in groupby(source.reader.source.groups(), key=lambda span: span.file)]
     with ThreadPoolExecutor(READERS) as pool:
-        found = tqdm(pool.map(of_file, by_file), total=len(by_file), desc="counting", disable=None, leave=False)
-        counted = [two for of in found for two in of]
+        counts = tqdm(pool.map(count_file, by_file), total=len(by_file), desc="counting", disable=None, leave=False)
+        counted = [pair for of_file in counts for pair in of_file]
     return np.array(counted, dtype=np.int64).reshape(-1, 2)
 
 
-def _number(group: Group, num_keypoints: int) -> tuple[int, int]:
+def _count_group(group: Group) -> tuple[int, int]:
     """How many of the group's people are chosen, and how many there are."""
-    source = group.source
-    table = shards.group(source.path, group.first, group.num, columns=schema.COLUMNS)
-    everybody = schema.count(table)
-    if group.is_marked and not everybody:
+    table = group.source.reader.source.read_group(group.first, group.num, columns=schema.COLUMNS)
+    everybody = schema.count_people(table)
+    if group.is_annotated and not everybody:
         return 0, 0
-    return int(source.chosen(_people_of(group, table, num_keypoints)).sum()), everybody
-
-
-def _people_of(group: Group, table: Any, num_keypoints: int) -> roster.PeopleColumns:
-    source = group.source
-    if not group.is_marked:
-        return roster.whole(table, source.path, source.prefix, num_keypoints, group.first)
-    known = (source.path, source.prefix, num_keypoints, (group.first, group.first_person), source.reading)
-    return roster.people_of(table, *known)
+    return int(group.source.chosen(group.read_people(table)).sum()), everybody
 
 
 def sample(people: People, number: int) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Which training people keep their labels, the pool of people without, and what must never be in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ from numpy.random import default_rng
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data import detections
-from sapiens_accel.data import people as coco
-from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.data import people as people_tables
+from sapiens_accel.data.people import People, PeopleFiles, boxes_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources.coco import is_detections
 
 ASPECT_FACTOR = 2.0
 COMPARED = 20_000
@@ -32,7 +33,7 @@ def labeled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
     if num == len(people):
         return np.arange(num)
     if config.labels_by == "first":
-        return np.sort(coco.by_picture(people, config.train_images)[:num])
+        return np.sort(people_tables.order_by_image(people, config.train_images)[:num])
     return np.sort(default_rng(config.labels_seed).choice(len(people), num, replace=False))
 
 
@@ -66,14 +67,16 @@ def gather(
     Raises:
         UserError: there is nobody, or what was asked for is missing or broken.
     """
-    sources = [pictures(root, config, num_keypoints, cache)]
+    sources = [unlabeled_images(root, config, num_keypoints, cache)]
     withheld = np.setdiff1d(np.arange(len(train)), labeled) if len(labeled) < len(train) else labeled[:0]
     if len(withheld):
         min_side = config.unlabelled_min_side
-        sources.append(coco.withheld_people(train, config.train_images, withheld, min_side, cache))
+        sources.append(people_tables.withheld_people(train, config.train_images, withheld, min_side, cache))
     if config.unlabelled_train_people:
         min_side = config.unlabelled_min_side
-        sources.append(coco.unlabeled_beside(train, config.train_images, min_side, cache))
+        files = people_tables.files_of(train, config.train_images, cache)
+        people = people_tables.unlabeled_people(files, min_side)
+        sources.append(replace(people, annotations=train.annotations))
     found = [people for people in sources if people]
     if not found:
         raise UserError(
@@ -81,28 +84,29 @@ def gather(
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
         )
-    said = (_another_aspect(people, train) for people in found)
-    return coco.together(found), tuple(line for line in said if line)
+    warnings = (_warn_of_other_aspect(people, train) for people in found)
+    return people_tables.join_people(found), tuple(line for line in warnings if line)
 
 
-def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
+def unlabeled_images(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:
     """The people of the folder of images without labels; None where there is no such folder.
 
     Raises:
         UserError: what was asked for is missing or broken.
     """
-    folder, given, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
-    if not (root / folder).exists() and (given or folder != DataConfig.unlabelled_images):
+    folder, annotations, min_side = config.unlabelled_images, config.unlabelled_annotations, config.unlabelled_min_side
+    if not (root / folder).exists() and (annotations or folder != DataConfig.unlabelled_images):
         raise UserError(f"--data.unlabelled_images {root / folder}: no such folder")
-    boxes = given or f"annotations/person_boxes_{folder}.json"
-    if coco_json.is_detections(root / boxes):
+    boxes = annotations or f"annotations/person_boxes_{folder}.json"
+    if is_detections(root / boxes):
         min_score = config.unlabelled_min_score
-        people = detections.detected_people(root, (boxes, folder), num_keypoints, min_side, min_score, cache)
-    elif given or (root / boxes).is_file():
-        people = coco.people_with_boxes(root, boxes, folder, num_keypoints, min_side, cache)
+        files = PeopleFiles(root, boxes, folder, num_keypoints, cache)
+        people = detections.detected_people(files, min_side, min_score)
+    elif annotations or (root / boxes).is_file():
+        people = people_tables.unlabeled_people(PeopleFiles(root, boxes, folder, num_keypoints, cache), min_side)
     else:
-        return coco.whole_pictures(root, folder, num_keypoints, cache) if (root / folder).is_dir() else None
-    if given and not len(people):
+        return people_tables.whole_images(root, folder, num_keypoints, cache) if (root / folder).is_dir() else None
+    if annotations and not len(people):
         raise UserError(
             f"{people.annotations}: no unlabeled person in it has a box of at least {min_side:g} px (a detection: and "
             f"category 1 and a score of at least {config.unlabelled_min_score:g}); see --data.unlabelled_min_side"
@@ -110,11 +114,11 @@ def pictures(root: Path, config: DataConfig, num_keypoints: int, cache: Path) ->
     return people
 
 
-def _another_aspect(people: People, labeled: People) -> str | None:
+def _warn_of_other_aspect(people: People, labeled: People) -> str | None:
     """A line about boxes of another shape than the labeled people's; whole images are allowed, so no error."""
     theirs, ours = (
         float(np.median(boxes[:, 2] / boxes[:, 3]))
-        for boxes in (boxes_of(coco.some_of(of.rows, COMPARED)) for of in (people, labeled))
+        for boxes in (boxes_of(people_tables.some_of(of.rows, COMPARED)) for of in (people, labeled))
     )
     if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
         return None

@@ -10,68 +10,72 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapiens_accel.data import annotation_rules
-from sapiens_accel.data import people as coco
+from sapiens_accel.data.annotation_rules import PeopleReader
+from sapiens_accel.data.people import DECODE_AT_MOST, People, annotation_file, decodes
 from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import coco as coco_json
-from sapiens_accel.sources import images as photo
-from sapiens_accel.sources import shards
+from sapiens_accel.sources import images
 from sapiens_accel.sources.schema import FARTHEST, PLAIN, Fault, Reading
+from sapiens_accel.sources.source import open_source
 
-EIGHTH = 8  # `photo.looks` tells sizes to this many px
+EIGHTH = 8  # `images.check_images` gives sizes to this many px
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
+class ReadAnnotations:
     """What could be read of an annotation file.
 
     Attributes:
         labels: the people that a run would take, those without labeled keypoints included.
-        images: the names of their images, below the root, with their ids.
-        sizes_wh: of those of them whose size the JSON tells.
-        most_looked_at: as `coco.most_looked_at`.
+        image_ids: the names of their images, below the root, with their ids.
+        sizes_wh: of those of them whose size the file gives.
+        max_looked_at: as `Source.max_looked_at`.
         findings: what could not be read, and what is left out.
     """
 
     labels: Labels
-    pictures: Mapping[str, int] = field(default_factory=dict)
+    image_ids: Mapping[str, int] = field(default_factory=dict)
     sizes_wh: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    most_looked_at: int = coco.LOOK_AT_ALL
+    max_looked_at: int = 0
     findings: Sequence[Finding] = ()
 
 
-def read(root: Path, annotations: str, images: str, num_keypoints: int, reading: Reading | None = PLAIN) -> Read:
+def read_annotations(
+    root: Path, annotations: str, folder: str, num_keypoints: int, reading: Reading | None = PLAIN
+) -> ReadAnnotations:
     """Read what can be read, by the rules of a run.
 
     Args:
-        annotations, images: the JSON (or manifest of shards) and the folder of its images, relative to `root`.
+        annotations, folder: the file of annotations and the folder of its images, relative to `root`.
         reading: how its annotations become the run's keypoints; None: that is not known, and another number of them is
             no fault of each annotation.
     """
-    path = root / annotations
     faults: list[Fault] = []
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such annotation file; see --data.root and --data.*_annotations")
-        listed = coco_json.parsed(path)
-        tree = coco_json.read_json(path, faults)
+        source = open_source(annotation_file(root, annotations))
+        tree = source.read(faults)
     except (UserError, OSError) as error:
-        return Read(labels=_labels([], {}, num_keypoints), findings=[_error("json", str(error), str(path))])
-    rows = list(annotation_rules.rows_of(tree, path, images, num_keypoints, reading, faults))
-    sizes = _told_sizes(tree["images"], images)
-    pictures = {row["file_name"]: row["image_id"] for row in rows}
-    return Read(
+        finding = _error("json", str(error), str(root / annotations))
+        return ReadAnnotations(labels=_labels([], {}, num_keypoints), findings=[finding])
+    reader = PeopleReader(source=source, prefix=folder, num_keypoints=num_keypoints, reading=reading)
+    num_images = len(tree["images"]) + sum(fault.check in ("images", "ids") for fault in faults)
+    rows = list(reader.rows(faults, tree))
+    sizes = _sizes_in_file(tree["images"], folder)
+    image_ids = {row["file_name"]: row["image_id"] for row in rows}
+    return ReadAnnotations(
         labels=_labels(rows, sizes, num_keypoints),
-        pictures=pictures,
+        image_ids=image_ids,
         sizes_wh=sizes,
-        most_looked_at=coco.most_looked_at(path),
-        findings=[*_findings(faults, listed), *_unknown_sizes(pictures, sizes)],
+        max_looked_at=source.max_looked_at,
+        findings=[
+            *_findings(faults, num_images, len(tree["annotations"])),
+            *_note_unknown_sizes(image_ids, sizes),
+        ],
     )
 
 
-def _told_sizes(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, tuple[float, float]]:
-    """Width and height by name below the root, of those of the JSON's images that tell them."""
+def _sizes_in_file(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, tuple[float, float]]:
+    """Width and height by name below the root, of those of the file's images that have them."""
     sizes: dict[str, tuple[float, float]] = {}
     for image in listed:
         size = tuple(s for key in ("width", "height") if isinstance(s := image.get(key), int | float))
@@ -80,12 +84,12 @@ def _told_sizes(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, tupl
     return sizes
 
 
-def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding]:
+def _findings(faults: Sequence[Fault], num_images: int, num_annotations: int) -> Iterator[Finding]:
     """The faults by their kind, each with all whom it is about."""
     texts: dict[str, tuple[Level, str]] = {
-        "images": ("error", f"of {len(tree['images'])} images in the JSON cannot be taken"),
+        "images": ("error", f"of {num_images} images in the JSON cannot be taken"),
         "ids": ("error", "image ids that are of two images"),
-        "annotations": ("error", f"of {len(tree['annotations'])} annotations cannot be read"),
+        "annotations": ("error", f"of {num_annotations} annotations cannot be read"),
         "boxes": ("warning", "annotations are left out: their boxes have no width or no height"),
         "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labeled keypoints"),
         "crowd": ("note", "annotations are crowds: left out"),
@@ -97,17 +101,17 @@ def _findings(faults: Sequence[Fault], tree: dict[str, Any]) -> Iterator[Finding
             yield Finding(level=level, check=check, text=f"{len(culprits)} {text}", culprits=culprits)
 
 
-def ground_truth_boxes(people: coco.People) -> Read:
+def read_unlabeled(people: People) -> ReadAnnotations:
     """The images of people without labels."""
-    pictures = dict(zip(people.rows["file_name"][:], people.rows["image_id"][:], strict=True))
+    image_ids = dict(zip(people.rows["file_name"][:], people.rows["image_id"][:], strict=True))
     labels = _labels([], {}, people.rows.features["keypoints"].shape[0])
-    return Read(labels=labels, pictures=pictures, most_looked_at=coco.most_looked_at(people.annotations))
+    return ReadAnnotations(labels=labels, image_ids=image_ids, max_looked_at=people.source.max_looked_at)
 
 
-def _unknown_sizes(pictures: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    unknown = tuple(name for name in pictures if name not in sizes)
+def _note_unknown_sizes(image_ids: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    unknown = tuple(name for name in image_ids if name not in sizes)
     if unknown:
-        text = f"{len(unknown)} of {len(pictures)} images have no width and height in the JSON: whether boxes and "
+        text = f"{len(unknown)} of {len(image_ids)} images have no width and height in the JSON: whether boxes and "
         text += "keypoints lie outside of them was not looked at"
         yield Finding(level="note", check="size", text=text, culprits=unknown)
 
@@ -125,40 +129,41 @@ def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, flo
     )
 
 
-def pictures(
-    root: Path, found: Read, check: Literal["auto", "ends", "decode"], on_bad_image: Literal["stop", "skip"]
+def check_images(
+    root: Path, read: ReadAnnotations, check: Literal["auto", "ends", "decode"], on_bad_image: Literal["stop", "skip"]
 ) -> list[Finding]:
-    """Images that are not there, that do not decode, or that have another size than the JSON says."""
-    outside = [name for name in found.pictures if not shards.inside(root / name)]
-    there = {folder: photo.listing(folder) for folder in {(root / name).parent for name in outside}}
-    missing = [name for name in outside if (root / name).name not in there[(root / name).parent]]
-    names = sorted(set(found.pictures) - set(missing))
+    """Images that are not there, that do not decode, or that have another size than the file says."""
+    missing = images.find_missing(root, list(read.image_ids))
+    names = sorted(set(read.image_ids) - set(missing))
     findings = []
-    if check == "auto" and len(names) > found.most_looked_at:
-        text = f"{coco.DECODE_AT_MOST} of {len(names)} images were looked at; all by --data.check_images ends"
+    if check == "auto" and len(names) > read.max_looked_at:
+        text = f"{DECODE_AT_MOST} of {len(names)} images were looked at; all by --data.check_images ends"
         findings.append(Finding(level="note", check="unreadable", text=text))
-        names = [names[place] for place in np.linspace(0, len(names) - 1, coco.DECODE_AT_MOST).astype(int)]
-    looks = photo.looks(root, names, coco.decodes(check, len(names)))
-    corrupt = [name for name, hw in looks.items() if hw is None]
+        names = [names[place] for place in np.linspace(0, len(names) - 1, DECODE_AT_MOST).astype(int)]
+    looks = images.check_images(root, names, decodes(check, len(names)))
+    reasons = {name: look for name, look in looks.items() if isinstance(look, str)}
+    corrupt = tuple(name if reason == images.UNDECODABLE else f"{name} {reason}" for name, reason in reasons.items())
     if missing:
-        findings.append(_error("missing", f"{len(missing)} of {len(found.pictures)} images are not there", *missing))
+        findings.append(_error("missing", f"{len(missing)} of {len(read.image_ids)} images are not there", *missing))
     if corrupt:
         level: Level = "error" if on_bad_image == "stop" else "warning"
         text = f"{len(corrupt)} images do not decode; mend them, or --data.on_bad_image skip"
-        findings.append(Finding(level=level, check="unreadable", text=text, culprits=tuple(corrupt)))
-    return [*findings, *_sizes(found.sizes_wh, looks)]
+        findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
+    return [*findings, *_compare_sizes(read.sizes_wh, looks)]
 
 
-def _sizes(told: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[int, int] | None]) -> Iterator[Finding]:
+def _compare_sizes(
+    sizes_wh: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[int, int] | str]
+) -> Iterator[Finding]:
     turned, other = [], []
     for name, hw in looks.items():
-        if not hw or not any(hw) or name not in told:
+        if isinstance(hw, str) or not any(hw) or name not in sizes_wh:
             continue
-        (width, height), (seen_h, seen_w) = told[name], (EIGHTH * side for side in hw)
+        (width, height), (seen_h, seen_w) = sizes_wh[name], (EIGHTH * side for side in hw)
         if abs(seen_w - width) >= EIGHTH or abs(seen_h - height) >= EIGHTH:
             is_turned = abs(seen_w - height) < EIGHTH and abs(seen_h - width) < EIGHTH
-            shown = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
-            (turned if is_turned else other).append(shown)
+            culprit = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
+            (turned if is_turned else other).append(culprit)
     if turned:
         text = f"{len(turned)} images lie on their side when read: by their EXIF data (were they labeled so?), or "
         text += "width and height are exchanged in the JSON"

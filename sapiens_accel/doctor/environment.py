@@ -28,12 +28,12 @@ from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.runtime.launch import find_json
-from sapiens_accel.sources import coco as coco_json
+from sapiens_accel.sources.coco import parsed, shown
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
 DRIVER = Path("/proc/driver/nvidia/version")
-# Keys of accelerate's deepspeed_config, and the variables that tell them to the processes of a launch.
-TOLD_BY = {
+# Keys of accelerate's deepspeed_config, and the variables that pass them to the processes of a launch.
+VARIABLES = {
     "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
     "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
     "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
@@ -53,7 +53,7 @@ class Launch:
     zero: Mapping[str, Any] = field(default_factory=dict)
 
 
-def launch_of(file: str | None) -> Launch:
+def read_launch(file: str | None) -> Launch:
     """The launch of an accelerate config; without one, of the launch that this process is in.
 
     Raises:
@@ -62,7 +62,7 @@ def launch_of(file: str | None) -> Launch:
     if file is None:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        told = {key: os.environ.get(variable) for key, variable in TOLD_BY.items()}
+        told = {key: os.environ.get(variable) for key, variable in VARIABLES.items()}
         zero = _zero(told, "the launch") if with_deepspeed else {}
         ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
         return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
@@ -75,9 +75,7 @@ def launch_of(file: str | None) -> Launch:
         raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
     of_deepspeed = tree.get("deepspeed_config") or {}
     if not isinstance(of_deepspeed, dict):
-        raise UserError(
-            f"{where}: deepspeed_config: expected keys as accelerate's, found {coco_json.shown(of_deepspeed)}"
-        )
+        raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {shown(of_deepspeed)}")
     return Launch(
         name=f"accelerate launch --config_file {file}",
         precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
@@ -91,7 +89,7 @@ def _processes(told: Any, where: str) -> int:
     try:
         return int(told)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: expected the number of processes, found {coco_json.shown(told)}") from None
+        raise UserError(f"{where}: expected the number of processes, found {shown(told)}") from None
 
 
 def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
@@ -101,7 +99,7 @@ def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
         places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
         return {name: {"device": str(place)} for name, place in places.items()}
     file = find_json(str(name), of)
-    tree = coco_json.parsed(file)
+    tree = parsed(file)
     zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
     if not all(isinstance(part, dict) for part in parts):
@@ -111,7 +109,7 @@ def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
     return zero
 
 
-def examine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
+def check_machine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
     """What is there for this run, and what is missing."""
     return [
         _packages(),
@@ -125,13 +123,13 @@ def examine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Finding]:
     ]
 
 
-def _found(level: Any, check: str, text: str, *culprits: str) -> Finding:
+def _finding(level: Any, check: str, text: str, *culprits: str) -> Finding:
     return Finding(level=level, check=check, text=text, culprits=culprits)
 
 
 def _packages() -> Finding:
     told = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
-    return _found("note", "packages", f"Python {sys.version.split()[0]}, {told}")
+    return _finding("note", "packages", f"Python {sys.version.split()[0]}, {told}")
 
 
 def _version(package: str) -> str | None:
@@ -145,29 +143,29 @@ def _devices() -> Iterator[Finding]:
     driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
     told = f"NVIDIA driver {driver[1]}" if driver else "no NVIDIA driver"
     if not torch.cuda.is_available():
-        yield _found("note", "gpu", f"none; training would run on {os.cpu_count()} CPU cores")
+        yield _finding("note", "gpu", f"none; training would run on {os.cpu_count()} CPU cores")
         if driver:
             build = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '-'}"
-            yield _found("warning", "gpu", f"{told} is here, but {build}, sees no GPU; install a build that fits it")
+            yield _finding("warning", "gpu", f"{told} is here, but {build}, sees no GPU; install a build that fits it")
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory_told = f"{device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
-        yield _found("note", "gpu", f"{index}: {device.name}, {memory_told}; {told}, CUDA {torch.version.cuda}")
+        yield _finding("note", "gpu", f"{index}: {device.name}, {memory_told}; {told}, CUDA {torch.version.cuda}")
         if problem := problem_of_device(index):
-            yield _found("error", "gpu", problem)
+            yield _finding("error", "gpu", problem)
 
 
 def _precision(launch: Launch) -> Iterator[Finding]:
     asked, cuda = launch.precision, torch.cuda.is_available()
     if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
-        yield _found("note", "precision", "bf16 is asked for; this GPU has none: fp16 with loss scaling")
+        yield _finding("note", "precision", "bf16 is asked for; this GPU has none: fp16 with loss scaling")
     elif asked == "fp16" and not cuda:
-        yield _found("note", "precision", "fp16 is asked for; a CPU has none: bf16")
+        yield _finding("note", "precision", "fp16 is asked for; a CPU has none: bf16")
     elif asked == "no" and cuda:
-        yield _found("warning", "precision", "fp32 on a GPU: a launch with bf16 or fp16 halves time and memory")
+        yield _finding("warning", "precision", "fp32 on a GPU: a launch with bf16 or fp16 halves time and memory")
     else:
-        yield _found("note", "precision", {"no": "fp32"}.get(asked, asked))
+        yield _finding("note", "precision", {"no": "fp32"}.get(asked, asked))
 
 
 def _attention(run: Config, launch: Launch) -> Iterator[Finding]:
@@ -187,7 +185,7 @@ def _attention(run: Config, launch: Launch) -> Iterator[Finding]:
         text = f"{run.model.name} on {name}: torch's {kernel} kernel{filled}{repeated}"
         if kernel == "math":
             text += ": slow, and it keeps maps of tokens x tokens that the memory plan does not know"
-        yield _found("warning" if kernel == "math" else "note", "attention", text)
+        yield _finding("warning" if kernel == "math" else "note", "attention", text)
 
 
 def _dtype(launch: Launch, capability: tuple[int, int]) -> torch.dtype:
@@ -211,23 +209,23 @@ def _operations(launch: Launch) -> Iterator[Finding]:
     if not launch.deepspeed:
         return
     if _version("deepspeed") is None:
-        yield _found("error", "deepspeed", f"{launch.name} needs DeepSpeed: pip install deepspeed")
+        yield _finding("error", "deepspeed", f"{launch.name} needs DeepSpeed: pip install deepspeed")
         return
     needed = needed_operations(launch, torch.cuda.is_available())
     for lock, age in extensions.find_stale_locks(needed).items():
         text = f"{lock}: {age:.0f} s old, and no process here holds it; a launch would wait for it. Delete it"
-        yield _found("warning", "deepspeed lock", text, str(lock))
+        yield _finding("warning", "deepspeed lock", text, str(lock))
     missing = [name for name in needed if not extensions.is_built(name)]
     if not missing:
         built = f"{', '.join(needed)}: built already" if needed else "nothing"
-        yield _found("note", "deepspeed", f"to compile for {launch.name}: {built}")
+        yield _finding("note", "deepspeed", f"to compile for {launch.name}: {built}")
         return
     lacks = list(extensions.missing_tools())
     text = f"{launch.name}: compiles {', '.join(missing)} on first use ({extensions.BUILD_TIME})"
     if lacks:
-        yield _found("error", "deepspeed", f"{text}, and {', '.join(lacks)} missing", *missing)
+        yield _finding("error", "deepspeed", f"{text}, and {', '.join(lacks)} missing", *missing)
     else:
-        yield _found(
+        yield _finding(
             "note",
             "deepspeed",
             f"{text} with {extensions.compiler()}; CUDA_HOME {_cuda_home() or 'is not set'}",
@@ -251,9 +249,9 @@ def _disk(run: Config, skeleton: Skeleton) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     needs = disk_bytes(run, skeleton)
     text = f"{free / GIB:.1f} GiB free in {folder}; the run writes about {needs / GIB:.1f} GiB"
-    yield _found("note" if free > 1.1 * needs else "error", "disk", text)
+    yield _finding("note" if free > 1.1 * needs else "error", "disk", text)
     if not os.access(folder, os.W_OK):
-        yield _found("error", "disk", f"{folder} may not be written to; give another --output_dir")
+        yield _finding("error", "disk", f"{folder} may not be written to; give another --output_dir")
 
 
 def disk_bytes(run: Config, skeleton: Skeleton) -> float:
@@ -276,17 +274,17 @@ def _host(run: Config) -> Iterator[Finding]:
     workers = run.data.num_workers
     cores = host.usable_cores()
     text = f"{host.free_bytes() / GIB:.1f} GiB of memory free, {cores} CPU cores for {workers} loading processes"
-    yield _found("note" if workers <= cores else "warning", "host", text)
+    yield _finding("note" if workers <= cores else "warning", "host", text)
     if workers and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < workers * SHARED_FOR_EACH:
         text = f"{free / 2**20:.0f} MiB of shared memory for {workers} loading processes; docker run --shm-size 4g"
-        yield _found("warning", "host", text)
+        yield _finding("warning", "host", text)
 
 
 def _hub(run: Config) -> Iterator[Finding]:
     """Whether there is a token; never the token."""
     if get_token():
-        yield _found("note", "hub", "a token of the Hugging Face Hub is here (not shown)")
+        yield _finding("note", "hub", "a token of the Hugging Face Hub is here (not shown)")
     elif run.push_to_hub:
-        yield _found("error", "hub", "--push_to_hub needs a token: hf auth login, or set HF_TOKEN")
+        yield _finding("error", "hub", "--push_to_hub needs a token: hf auth login, or set HF_TOKEN")
     else:
-        yield _found("note", "hub", "no token of the Hugging Face Hub; only pushing and gated weights need one")
+        yield _finding("note", "hub", "no token of the Hugging Face Hub; only pushing and gated weights need one")

@@ -68,26 +68,26 @@ class Labels:
     def labeled(self) -> Bool[Array, "n k"]:
         return np.asarray(self.keypoints[..., 2] > 0)
 
-    def named(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
-        return _named(self.ann_ids[chosen], self.file_names[chosen])
+    def names(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
+        return _annotation_names(self.ann_ids[chosen], self.file_names[chosen])
 
     def at(self, places: Int[Array, "m"]) -> "Labels":
         """The people at these places."""
         return Labels(**{column.name: getattr(self, column.name)[places] for column in dataclasses.fields(self)})
 
 
-def joined(several: Sequence[Labels]) -> Labels:
+def join_labels(several: Sequence[Labels]) -> Labels:
     """The people of several files, one after another."""
     columns = [column.name for column in dataclasses.fields(Labels)]
     return Labels(**{name: np.concatenate([getattr(one, name) for one in several]) for name in columns})
 
 
-def portrait(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
+def describe_people(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
     """How many people, the share in whom each keypoint is visible and occluded, and percentiles of sizes (px)."""
     v, num = labels.keypoints[..., 2], max(len(labels), 1)
     sides = {"box_width": labels.boxes_xywh[:, 2], "box_height": labels.boxes_xywh[:, 3], "area": labels.areas}
     shares = {"visible": v >= 2, "occluded": (v > 0) & (v < 2)}
-    by_joint = {
+    by_keypoint = {
         name: dict(zip(skeleton.names, (which.sum(axis=0) / num).round(4).tolist(), strict=True))
         for name, which in shares.items()
     }
@@ -95,44 +95,54 @@ def portrait(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
         "people": len(labels),
         "pictures": len(set(labels.file_names)),
         "joints_labelled": float(labels.labeled.sum() / num),
-        **by_joint,
+        **by_keypoint,
         "percentiles": list(PERCENTILES),
         **{name: np.percentile(of, PERCENTILES).round(1).tolist() if len(of) else [] for name, of in sides.items()},
     }
 
 
-def faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
+def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
     """Every fault of the labels.
 
     Args:
         scored: whether AP is computed of these people: some faults spoil it that do not matter to learning.
     """
-    checks: tuple[Callable[..., Iterator[Finding]], ...] = (_boxes, _areas, _joints, _visibility)
+    checks: tuple[Callable[..., Iterator[Finding]], ...] = (
+        _check_boxes,
+        _check_areas,
+        _check_keypoints,
+        _check_visibility,
+    )
     found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
-    found += repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
-    return [*found, *_never_labeled(labels, skeleton), *swapped_pairs(labels, skeleton), *mirrored(labels, skeleton)]
+    found += find_repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
+    return [
+        *found,
+        *_find_never_labeled(labels, skeleton),
+        *find_swapped_pairs(labels, skeleton),
+        *find_mirrored(labels, skeleton),
+    ]
 
 
-def repeated(ids: Int[Array, "n"]) -> Bool[Array, "n"]:
+def is_repeated(ids: Int[Array, "n"]) -> Bool[Array, "n"]:
     """Which are there more than once."""
     distinct, counts = np.unique(ids, return_counts=True)
     return np.isin(ids, distinct[counts > 1])
 
 
-def repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool) -> Iterator[Finding]:
+def find_repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool) -> Iterator[Finding]:
     """Annotations that share their id with another one."""
-    again = repeated(ann_ids)
+    again = is_repeated(ann_ids)
     if again.any():
         text = f"{again.sum()} annotations share their id with another one"
         yield Finding(
             level="error" if scored else "warning",
             check="ids",
             text=text + ("; COCO's evaluation takes one of each" if scored else ""),
-            culprits=_named(ann_ids[again], file_names[again]),
+            culprits=_annotation_names(ann_ids[again], file_names[again]),
         )
 
 
-def _boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
+def _check_boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
     x, y, w, h = labels.boxes_xywh.T
     width, height = labels.size_wh.T
     with np.errstate(invalid="ignore"):
@@ -141,52 +151,52 @@ def _boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
         share = inside_w * inside_h / (w * h)
     gone = share == 0
     if gone.any():
-        text = f"{_num(gone, 'box', 'boxes')} outside of the image"
-        yield Finding(level="error", check="boxes", text=text, culprits=labels.named(gone))
+        text = f"{_count(gone, 'box', 'boxes')} outside of the image"
+        yield Finding(level="error", check="boxes", text=text, culprits=labels.names(gone))
     partly = (share > 0) & (share < 0.9)
     if partly.any():
-        text = f"{_num(partly, 'box', 'boxes')} with more than a tenth outside of the image"
-        yield Finding(level="warning", check="boxes", text=text, culprits=labels.named(partly))
+        text = f"{_count(partly, 'box', 'boxes')} with more than a tenth outside of the image"
+        yield Finding(level="warning", check="boxes", text=text, culprits=labels.names(partly))
 
 
-def _areas(labels: Labels, scored: bool) -> Iterator[Finding]:
+def _check_areas(labels: Labels, scored: bool) -> Iterator[Finding]:
     none = labels.areas <= 0
     if none.any():
-        text = f"{_num(none, 'person', 'people')} of area 0" + ("; they count as missed, always" if scored else "")
-        yield Finding(level="warning", check="area", text=text, culprits=labels.named(none))
+        text = f"{_count(none, 'person', 'people')} of area 0" + ("; they count as missed, always" if scored else "")
+        yield Finding(level="warning", check="area", text=text, culprits=labels.names(none))
     large = labels.areas > 1.1 * labels.boxes_xywh[:, 2] * labels.boxes_xywh[:, 3]
     if large.any():
-        text = f"{_num(large, 'area')} larger than the person's box"
-        yield Finding(level="warning", check="area", text=text, culprits=labels.named(large))
+        text = f"{_count(large, 'area')} larger than the person's box"
+        yield Finding(level="warning", check="area", text=text, culprits=labels.names(large))
 
 
-def _joints(labels: Labels, scored: bool) -> Iterator[Finding]:
+def _check_keypoints(labels: Labels, scored: bool) -> Iterator[Finding]:
     points = labels.keypoints[..., :2]
     with np.errstate(invalid="ignore"):
         beyond = (points > labels.size_wh[:, None] - 1 + SLACK) | (points < -SLACK)
     outside = beyond.any(axis=-1) & labels.labeled
     people = np.asarray(outside.any(axis=1))
     if people.any():
-        text = f"{_num(outside, 'labelled joint')} outside of the image"
-        yield Finding(level="warning", check="joints", text=text, culprits=labels.named(people))
+        text = f"{_count(outside, 'labeled keypoint')} outside of the image"
+        yield Finding(level="warning", check="joints", text=text, culprits=labels.names(people))
 
 
-def _visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
+def _check_visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
     v = labels.keypoints[..., 2]
     odd = np.asarray((~np.isin(v, (0, 1, 2))).any(axis=1))
     if odd.any():
-        text = f"{_num(odd, 'person', 'people')} with a v that is not 0, 1 or 2; above 2 it counts as 2, else as none"
-        yield Finding(level="warning", check="visibility", text=text, culprits=labels.named(odd))
+        text = f"{_count(odd, 'person', 'people')} with a v that is not 0, 1 or 2; above 2 it counts as 2, else as none"
+        yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(odd))
 
 
-def _never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+def _find_never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     never = [name for k, name in enumerate(skeleton.names) if not labels.labeled[:, k].any()]
     if never and len(labels):
         text = f"{len(never)} of {skeleton.num_keypoints} keypoints have no label in any person"
         yield Finding(level="warning", check="joints", text=text, culprits=tuple(never))
 
 
-def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+def find_swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     """Left and right keypoints that lie the other way round than the other pairs of the same person, in most people.
 
     From right to left a pair points into the same half-plane as the sum of the others, whichever way a person faces.
@@ -208,16 +218,16 @@ def swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     for pair, (a, b) in enumerate(pairs):
         votes = int(asked[:, pair].sum())
         share = against[:, pair].sum() / max(votes, 1)
-        if share > DOUBTFUL and _no_chance(share, votes):
+        if share > DOUBTFUL and _is_significant(share, votes):
             text = (
                 f"{skeleton.names[a]} and {skeleton.names[b]} lie the other way round than the person's other pairs in "
                 f"{share:.0%} of {votes} people: swapped?"
             )
             level: Level = "error" if share > SWAPPED else "warning"
-            yield Finding(level=level, check="mirror", text=text, culprits=labels.named(against[:, pair]))
+            yield Finding(level=level, check="mirror", text=text, culprits=labels.names(against[:, pair]))
 
 
-def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+def find_mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     """All of left and right exchanged: who shows a face has their left shoulder to the right, seen with the head up.
 
     No error: who calls left what lies left in the image, in all files, learns that as well.
@@ -241,15 +251,15 @@ def mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     wrong = shown & (turn > 0)
     votes = int(shown.sum())
     share = wrong.sum() / max(votes, 1)
-    if share > DOUBTFUL and _no_chance(share, votes):
+    if share > DOUBTFUL and _is_significant(share, votes):
         text = (
             f"{share:.0%} of {votes} people who show their face have the left shoulder on the left as one sees them: "
             f"left and right exchanged, or images mirrored?"
         )
-        yield Finding(level="warning", check="mirror", text=text, culprits=labels.named(wrong))
+        yield Finding(level="warning", check="mirror", text=text, culprits=labels.names(wrong))
 
 
-def _no_chance(share: float, votes: int) -> bool:
+def _is_significant(share: float, votes: int) -> bool:
     """Whether more than half by so much is no chance: of a hundred pairs tossed like coins none is told."""
     return votes >= LEAST_VOTES and (share - 0.5) * 2 * votes**0.5 > UNLIKELY
 
@@ -260,7 +270,7 @@ def _sides(skeleton: Skeleton) -> list[tuple[int, int]]:
     return [(b, a) if skeleton.sides[b] == "left" else (a, b) for a, b in pairs]
 
 
-def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
+def check_lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> Finding:
     """The share of labeled keypoints that lie outside of their person's upright crop: nothing is learned of them."""
     lost = labels.labeled & ~geometry.in_crop(labels.boxes_xywh, labels.keypoints, padding, input_hw)
     share = lost.sum() / max(labels.labeled.sum(), 1)
@@ -269,11 +279,11 @@ def lost_by_crop(labels: Labels, padding: float, input_hw: tuple[int, int]) -> F
         level="warning" if share > MOST_LOST else "note",
         check="crop",
         text=text + (f"; boxes too tight for --data.box_padding {padding:g}?" if share > MOST_LOST else ""),
-        culprits=labels.named(np.asarray(lost.any(axis=1))),
+        culprits=labels.names(np.asarray(lost.any(axis=1))),
     )
 
 
-def sigma_of(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
+def check_sigma(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
     """Whether the targets' width suits the heatmap's."""
     low, high = (share * heatmap_hw[1] for share in SIGMA_SHARES)
     text = (
@@ -284,10 +294,10 @@ def sigma_of(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
     return Finding(level="note" if fine else "warning", check="sigma", text=text + ("" if fine else expected))
 
 
-def _named(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
+def _annotation_names(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
     return tuple(f"annotation {i} ({name})" for i, name in zip(ann_ids.tolist(), file_names, strict=True))
 
 
-def _num(which: Bool[Array, "*any"], one: str, more: str | None = None) -> str:
+def _count(which: Bool[Array, "*any"], one: str, more: str | None = None) -> str:
     number = int(which.sum())
     return f"{number} {one if number == 1 else more or one + 's'}"

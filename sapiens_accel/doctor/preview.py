@@ -9,7 +9,7 @@ from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
-from sapiens_accel.doctor import labels as examine
+from sapiens_accel.doctor import labels as label_checks
 from sapiens_accel.doctor.labels import PERCENTILES, Finding, Labels
 from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw, geometry
@@ -23,18 +23,18 @@ MOST_CODEC_ERROR = 0.5  # input px in the mean
 MOST_ENLARGED = 4.0
 
 
-def findings(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding]:
+def check_crops(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding]:
     """Keypoints lost, resolution, sigma and codec, for the run's crops."""
     config = run.data
     heatmap_hw = model.named(run.model.name).heatmap_hw(config.input_hw)
     codec = Codec(input_hw=config.input_hw, heatmap_hw=heatmap_hw, sigma=config.sigma)
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=config.input_hw)
     return [
-        examine.lost_by_crop(labels, config.box_padding, config.input_hw),
-        lost_by_augmentation(labels, augmenter, config, run.seed),
-        enlargement(labels, config),
-        examine.sigma_of(config.sigma, heatmap_hw),
-        round_trip(labels, codec, config.box_padding),
+        label_checks.check_lost_by_crop(labels, config.box_padding, config.input_hw),
+        check_lost_by_augmentation(labels, augmenter, config, run.seed),
+        check_enlargement(labels, config),
+        label_checks.check_sigma(config.sigma, heatmap_hw),
+        check_codec(labels, codec, config.box_padding),
     ]
 
 
@@ -45,9 +45,9 @@ def first_stage(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
     return TrainingPeople(sets, augmenter, run.data, run.of(stage), seed=run.seed, stage=stage)
 
 
-def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
+def draw_grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     """The first 16 crops of a stage, 4 in a row, each 512 px high, with the keypoints that are learned from them."""
-    pictures = []
+    crops = []
     for number in range(NUM_CROPS):
         step, position = divmod(number, people.global_batch)
         sample = people[Key(step, position, False)]
@@ -59,11 +59,11 @@ def grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
         text = f"annotation {int(sample.ann_id)}: {seen.sum()} of {labeled.sum()} keypoints{mirrored}"
         person = draw.draw_person(image, points, sample.weights.numpy(), skeleton)
         titled = draw.add_title(person, text, CROP_HEIGHT)
-        pictures.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
-    return draw.arrange_grid(pictures, columns=COLUMNS)
+        crops.append(np.pad(titled, ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=128))
+    return draw.arrange_grid(crops, columns=COLUMNS)
 
 
-def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfig, seed: int) -> Finding:
+def check_lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfig, seed: int) -> Finding:
     """The share of labeled keypoints that training crops leave out, of a sample of people."""
     rng = np.random.default_rng(seed)
     lost = total = 0
@@ -82,7 +82,7 @@ def lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: DataConfi
     return Finding(level="note", check="augmentation", text=text)
 
 
-def enlargement(labels: Labels, config: DataConfig) -> Finding:
+def check_enlargement(labels: Labels, config: DataConfig) -> Finding:
     """How much larger the network sees people than the images show them."""
     height, width = config.input_hw
     sides = labels.boxes_xywh[:, 2:] * config.box_padding
@@ -93,7 +93,7 @@ def enlargement(labels: Labels, config: DataConfig) -> Finding:
     return Finding(level="warning", check="resolution", text=f"{text}; a smaller --data.input_hw would show as much")
 
 
-def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
+def check_codec(labels: Labels, codec: Codec, padding: float) -> Finding:
     """What encoding keypoints as heatmaps and decoding them again loses, in a sample of upright crops."""
     some = labels.at(_spread(len(labels), NUM_ENCODED))
     inside = geometry.in_crop(some.boxes_xywh, some.keypoints, padding, codec.input_hw)
@@ -117,8 +117,8 @@ def round_trip(labels: Labels, codec: Codec, padding: float) -> Finding:
 
 def _codec_errors(codec: Codec, points: Float[Array, "n k 2"], inside: Bool[Array, "n k"]) -> Float[Array, "n k"]:
     """How far from each point (input px) the decoded one is."""
-    given, weights = torch.from_numpy(points).float(), torch.from_numpy(inside).float()
-    parts = zip(given.split(ENCODED_AT_ONCE), weights.split(ENCODED_AT_ONCE), strict=True)
+    points_xy, weights = torch.from_numpy(points).float(), torch.from_numpy(inside).float()
+    parts = zip(points_xy.split(ENCODED_AT_ONCE), weights.split(ENCODED_AT_ONCE), strict=True)
     return torch.cat([(codec.decode(codec.encode(p, w)[0])[0] - p).norm(dim=-1) for p, w in parts]).numpy()
 
 

@@ -21,23 +21,21 @@ import numpy as np
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.commands import doctor_parser
 from sapiens_accel.config.schema import Config, DataConfig, MoreData
-from sapiens_accel.data import build, leakage
-from sapiens_accel.data import keypoint_mapping as category
-from sapiens_accel.data import people as coco
-from sapiens_accel.data import streaming as stream
-from sapiens_accel.data import unlabeled as pool
+from sapiens_accel.data import build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of
-from sapiens_accel.doctor import annotations as lenient
+from sapiens_accel.data.keypoint_mapping import choose_reading
+from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, some_of
+from sapiens_accel.data.unlabeled import unlabeled_images
+from sapiens_accel.doctor import annotations as annotation_checks
 from sapiens_accel.doctor import environment, preview
-from sapiens_accel.doctor import labels as examine
+from sapiens_accel.doctor import labels as label_checks
+from sapiens_accel.doctor.annotations import ReadAnnotations
 from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
-from sapiens_accel.sources import shards
-from sapiens_accel.sources.images import is_file
+from sapiens_accel.sources import images
 
 SHOWN = 4  # culprits of a check in the text; the JSON has all
 BRIEF_PEOPLE = 10_000  # spread over the set: shares are known to a percent, in a fraction of a second
@@ -47,7 +45,7 @@ SIZES_TOLD = ("box_width", "box_height", "area")
 
 
 @dataclass(kw_only=True)
-class Report:
+class DoctorReport:
     """What the doctor found.
 
     Attributes:
@@ -61,7 +59,7 @@ class Report:
     people: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: str | None = None
 
-    def count(self, level: examine.Level) -> int:
+    def count(self, level: Level) -> int:
         return sum(finding.level == level for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def main(words: Sequence[str]) -> None:
     asked, rest = doctor_parser().parse_known_args(words)
     run = config.load(rest, prog="python -m sapiens_accel.doctor")
     try:
-        report = examined(run, environment.launch_of(asked.launch), asked.out or Path(run.output_dir) / "doctor")
+        report = examine(run, environment.read_launch(asked.launch), asked.out or Path(run.output_dir) / "doctor")
         as_json = json.dumps(report.as_json(), indent=2)
         if asked.json and asked.json != "-":
             Path(asked.json).write_text(as_json + "\n")
@@ -84,23 +82,23 @@ def main(words: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def examined(run: Config, launch: environment.Launch, out: Path) -> Report:
+def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
     """Everything that the doctor looks at; the grid of crops goes into `out`.
 
     Raises:
         UserError: there is no data root.
     """
-    report, train, skeleton = looked_over(run)
+    report, train, skeleton = check_data(run)
     if report.count("error"):
         text = "not looked at: what training would make of these data; mend the errors first"
         report.findings.append(Finding(level="note", check="crops/grid", text=text))
     else:
         report.findings += _under("crops", _crops(run, train, skeleton, report, out))
-    report.findings += _under("machine", environment.examine(run, launch, skeleton))
+    report.findings += _under("machine", environment.check_machine(run, launch, skeleton))
     return report
 
 
-def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
+def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
     """What is wrong with labels and images; the training people with keypoints; and what the keypoints are.
 
     Raises:
@@ -108,40 +106,40 @@ def looked_over(run: Config) -> tuple[Report, Labels, Skeleton]:
     """
     config = build.located(run.data)
     root, cache = build.places(config)
-    report = Report(recipe=run.recipe, root=str(root))
+    report = DoctorReport(recipe=run.recipe, root=str(root))
     skeleton, report.findings = _skeleton(config)
-    found = {}
+    read_of = {}
     known = not report.count("error")
     for name, one in _sets(config).items():
-        read = found[name] = _read(one, config, skeleton if known else None, root, cache)
-        labels = _with_joints(read.labels)
-        report.people[name] = examine.portrait(labels, skeleton)
-        of_set = [*read.findings, *examine.faults(labels, skeleton, scored=name == "val")]
+        read = read_of[name] = _read_set(one, config, skeleton if known else None, root, cache)
+        labels = _with_keypoints(read.labels)
+        report.people[name] = label_checks.describe_people(labels, skeleton)
+        of_set = [*read.findings, *label_checks.find_faults(labels, skeleton, scored=name == "val")]
         if not config.streaming:
-            of_set += lenient.pictures(root, read, config.check_images, config.on_bad_image)
+            of_set += annotation_checks.check_images(root, read, config.check_images, config.on_bad_image)
         report.findings += _under(name, of_set)
-    val = found.pop("val")
+    val = read_of.pop("val")
     if config.streaming:
         text = "--data.streaming: images of training were neither looked at nor compared with those of validation"
         report.findings.append(Finding(level="note", check="train/pictures", text=text))
     else:
-        for name, train in found.items():
+        for name, train in read_of.items():
             report.findings += _under(f"{name} and val", _leaks(root, train, val))
         if any(run.of(stage).ratio for stage in run.stages):
             report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
-    return report, examine.joined([_with_joints(train.labels) for train in found.values()]), skeleton
+    return report, label_checks.join_labels([_with_keypoints(train.labels) for train in read_of.values()]), skeleton
 
 
 def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:
     """What the keypoints are; COCO's 17 where the files do not tell, so that the rest can be looked at."""
     try:
-        skeleton, told = build.open_skeleton(config)
+        skeleton, lines = build.open_skeleton(config)
     except UserError as error:
         return COCO17, [Finding(level="error", check="joints/names", text=str(error))]
-    return skeleton, _under("joints", _of_lines("names", told))
+    return skeleton, _under("joints", _findings_of_lines("names", lines))
 
 
-def _of_lines(check: str, lines: Sequence[str]) -> list[Finding]:
+def _findings_of_lines(check: str, lines: Sequence[str]) -> list[Finding]:
     """What the run would print, as findings."""
     mark = "warning: "
     levels: list[tuple[Level, str]] = [
@@ -157,50 +155,50 @@ def _sets(config: DataConfig) -> dict[str, MoreData]:
     return {"train": first, **more, "val": build.val_set(config)}
 
 
-def _read(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Path, cache: Path) -> lenient.Read:
+def _read_set(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Path, cache: Path) -> ReadAnnotations:
     """A set, its keypoints taken by name where they can be; None: it is not known what they are."""
     reading, wrong = None, []
     try:
         files = build.files_of(one, root, cache)
-        told = build.category_of(one, config, root, cache)
+        keypoints = build.category_of(one, config, root, cache)
         if skeleton:
-            reading, _ = category.reading(told, skeleton.names)
+            reading, _ = choose_reading(keypoints, skeleton.names)
     except UserError as error:
         files = one.train_annotations, one.train_images
         wrong = [Finding(level="error", check="keypoints", text=str(error))]
-    read = lenient.read(root, *files, (skeleton or COCO17).num_keypoints, reading)
+    read = annotation_checks.read_annotations(root, *files, (skeleton or COCO17).num_keypoints, reading)
     of_file = [finding for finding in read.findings if finding.check in ("json", "categories")]
     return read if of_file else dataclasses.replace(read, findings=[*wrong, *read.findings])
 
 
-def _unlabeled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: lenient.Read) -> list[Finding]:
+def _unlabeled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, val: ReadAnnotations) -> list[Finding]:
     """What is wrong with the images without labels that stage ssl learns from."""
     try:
-        people = pool.pictures(root, config, skeleton.num_keypoints, cache)
+        people = unlabeled_images(root, config, skeleton.num_keypoints, cache)
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     if people is None:
         return []
-    read = lenient.ground_truth_boxes(people)
+    read = annotation_checks.read_unlabeled(people)
     leaks = [finding for finding in _leaks(root, read, val) if finding.check == "leaks"]
-    return [*lenient.pictures(root, read, config.check_images, config.on_bad_image), *leaks]
+    return [*annotation_checks.check_images(root, read, config.check_images, config.on_bad_image), *leaks]
 
 
-def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: Report, out: Path) -> list[Finding]:
+def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport, out: Path) -> list[Finding]:
     """What the run's own reader says, and what the network would see."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what it skips has been told, and stdout may be JSON
+        with contextlib.redirect_stdout(sys.stderr):  # what it skips has been said, and stdout may be JSON
             sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     report.grid = str(
-        draw.save_image(preview.grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png")
+        draw.save_image(preview.draw_grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png")
     )
-    told = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
+    text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
-        *_of_lines("reader", sets.warnings),
-        *preview.findings(run, labels, skeleton),
-        Finding(level="note", check="grid", text=told),
+        *_findings_of_lines("reader", sets.warnings),
+        *preview.check_crops(run, labels, skeleton),
+        Finding(level="note", check="grid", text=text),
     ]
 
 
@@ -208,16 +206,16 @@ def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
     return [dataclasses.replace(finding, check=f"{group}/{finding.check}") for finding in findings]
 
 
-def _with_joints(labels: Labels) -> Labels:
+def _with_keypoints(labels: Labels) -> Labels:
     """Those with at least one labeled keypoint."""
     return labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
 
 
-def _leaks(root: Path, train: lenient.Read, val: lenient.Read) -> list[Finding]:
+def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations) -> list[Finding]:
     """Validation images that are learned from; and ids that are in both files, which harms nobody here."""
     ours, theirs = (
-        {path: i for n, i in r.pictures.items() if shards.inside(path := root / n) or is_file(path)}
-        for r in (train, val)
+        {path: image_id for name, image_id in read.image_ids.items() if images.exists(path := root / name)}
+        for read in (train, val)
     )
     leaks = leakage.leaks(ours, theirs)
     findings = []
@@ -239,22 +237,22 @@ def _below(root: Path, path: Path) -> Path:
 # ---- Before every training
 
 
-def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequence[str] = ()) -> None:
+def briefly(say: Callable[[object], object], sets: Sets, run: Config, lines: Sequence[str] = ()) -> None:
     """Say who a run learns from and what is wrong with their labels, in a few lines; no image is opened.
 
     Args:
-        told: what there is to say about their keypoints.
+        lines: what there is to say about their keypoints.
 
     Raises:
         UserError: labels that spoil the run.
     """
-    for line in (*told, sets):
+    for line in (*lines, sets):
         say(line)
-    found = []
+    findings = []
     for name, people in _opened(sets).items():
-        found += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
-    found.append(examine.sigma_of(run.data.sigma, model.named(run.model.name).heatmap_hw(run.data.input_hw)))
-    worst = [finding for level in LEVELS[:2] for finding in found if finding.level == level]
+        findings += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
+    findings.append(label_checks.check_sigma(run.data.sigma, model.named(run.model.name).heatmap_hw(run.data.input_hw)))
+    worst = [finding for level in LEVELS[:2] for finding in findings if finding.level == level]
     for finding in worst[:BRIEF_LINES]:
         say(f"{finding.level}: {_line(finding, shown=1)}")
     if worst:
@@ -268,23 +266,23 @@ def briefly(say: Callable[[object], object], sets: Sets, run: Config, told: Sequ
 
 def _opened(sets: Sets) -> dict[str, People]:
     """The sets of `_sets` as they were opened. Ids of one may be ids of another."""
-    first, *others = sets.train.sources if sets.mixture else (sets.train,)
+    first, *others = sets.train.parts if sets.mixture else (sets.train,)
     return {"train": first, **{f"train {number}": one for number, one in enumerate(others, start=2)}, "val": sets.val}
 
 
 def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
     """Repeated ids among all, and what else is wrong with a sample of the people."""
-    if isinstance(people.rows, stream.StreamRows):
-        some, features = list(stream.sample(people, STREAMED_PEOPLE)), coco.features_of(skeleton.num_keypoints)
+    if isinstance(people.rows, streaming.StreamRows):
+        some, features = list(streaming.sample(people, STREAMED_PEOPLE)), features_of(skeleton.num_keypoints)
         rows, again = datasets.Dataset.from_list(some, features=features), []
     else:
-        rows = coco.some_of(people.rows, BRIEF_PEOPLE)
+        rows = some_of(people.rows, BRIEF_PEOPLE)
         ids = column_of(people.rows, "ann_id")
         twice = np.flatnonzero(
-            examine.repeated(ids)
+            label_checks.is_repeated(ids)
         )  # names are read of these alone: all may be more than memory holds
         names = column_of(people.rows.select(twice), "file_name")
-        again = list(examine.repeated_ids(ids[twice], names, scored=scored))
+        again = list(label_checks.find_repeated_ids(ids[twice], names, scored=scored))
     labels = Labels(
         ann_ids=column_of(rows, "ann_id"),
         file_names=column_of(rows, "file_name"),
@@ -293,14 +291,14 @@ def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[F
         keypoints=keypoints_of(rows),
         size_wh=np.full((len(rows), 2), np.nan),
     )
-    found = examine.faults(labels, skeleton, scored=scored)
-    return [*again, *(finding for finding in found if finding.check != "ids")]
+    faults = label_checks.find_faults(labels, skeleton, scored=scored)
+    return [*again, *(finding for finding in faults if finding.check != "ids")]
 
 
 # ---- As text
 
 
-def text_of(report: Report) -> str:
+def text_of(report: DoctorReport) -> str:
     """Grouped by what was looked at, the worst first."""
     lines = [f"{report.recipe}, {report.root}", "", *_people_lines(report.people)]
     groups = dict.fromkeys(finding.check.split("/")[0] for finding in report.findings)
@@ -330,8 +328,8 @@ def _people_lines(people: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if of["people"]:
             sizes = (f"{key.replace('_', ' ')} {' | '.join(f'{size:.0f}' for size in of[key])}" for key in SIZES_TOLD)
             lines.append(f"  px, 5 % | median | 95 %: {'; '.join(sizes)}")
-    lines += ["", f"{'joint':26}" + "".join(f"{f'{name} visible':>16}{'occluded':>10}" for name in people)]
-    for joint in next(iter(people.values()))["visible"]:
-        shares = "".join(f"{of['visible'][joint]:16.0%}{of['occluded'][joint]:10.0%}" for of in people.values())
-        lines.append(f"{joint:26}{shares}")
+    lines += ["", f"{'keypoint':26}" + "".join(f"{f'{name} visible':>16}{'occluded':>10}" for name in people)]
+    for name in next(iter(people.values()))["visible"]:
+        shares = "".join(f"{of['visible'][name]:16.0%}{of['occluded'][name]:10.0%}" for of in people.values())
+        lines.append(f"{name:26}{shares}")
     return lines

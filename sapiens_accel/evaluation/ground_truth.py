@@ -6,7 +6,6 @@ from typing import Any
 
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People
-from sapiens_accel.sources import coco as coco_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,10 @@ class GroundTruth:
 @lru_cache(maxsize=1)
 def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     """Read the annotation file of the people; once, as long as it is asked for the same ones."""
-    tree, rows = coco_json.parsed(people.annotations), set(people.rows["ann_id"][:])
+    tree, rows = people.source.read(), set(people.rows["ann_id"][:])
     zeros = [0.0] * (3 * num_keypoints)
-    category_ids = annotation_rules.category_ids(tree, people.reading) if people.reading.categories else ()
+    categories = people.source.categories if people.reading.categories else ()
+    category_ids = annotation_rules.category_ids(categories, people.reading)
     annotations, unmeasured = [], []
     for person in tree["annotations"]:
         if category_ids and person.get("category_id", category_ids[0]) not in category_ids:
@@ -56,9 +56,8 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
             }
         )
     images = [{"id": image["id"]} for image in tree["images"]]
-    categories = [{"id": 1, "name": "person"}]
     return GroundTruth(
-        dataset={"info": {}, "images": images, "annotations": annotations, "categories": categories},
+        dataset={"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]},
         category_id=annotation_rules.person_category(people.annotations, people.reading),
         unmeasured_ids=tuple(unmeasured),
     )
@@ -67,4 +66,4 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
 @lru_cache(maxsize=1)
 def read_images(people: People) -> dict[Any, dict[str, Any]]:
     """The `images` of the annotation file by their ids; the people after them are not parsed, on any rank."""
-    return {image["id"]: image for image in coco_json.pictures_of(people.annotations)}
+    return {image["id"]: image for image in people.source.images()}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from sapiens_accel.config.schema import Config, EvalConfig
-from sapiens_accel.data.keypoint_mapping import described
+from sapiens_accel.data.keypoint_mapping import describe_keypoints
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.predict import PoseNetwork
 from sapiens_accel.models import checkpoint_formats as published
@@ -144,7 +144,7 @@ def choose_skeleton(
     Raises:
         UserError: weights of other keypoints, or without any.
     """
-    there = described(annotations, category, cache)
+    there = describe_keypoints(annotations, category, cache)
     options = _options(there)
     for candidate in several:
         names, count = _keypoints_of(candidate)

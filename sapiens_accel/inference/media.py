@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images as photo
-from sapiens_accel.sources.images import PICTURES
+from sapiens_accel.sources.images import IMAGE_SUFFIXES
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 JPEG_QUALITY = 95
@@ -42,8 +42,8 @@ def find_images(path: Path) -> Pictures:
         UserError: no such path, no image or video by its ending, a folder without images.
     """
     if path.is_file():
-        if path.suffix.lower() not in PICTURES:
-            raise UserError(f"{path}: neither an image ({', '.join(PICTURES)}) nor a video ({', '.join(VIDEOS)})")
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserError(f"{path}: neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a video ({', '.join(VIDEOS)})")
         return Pictures(root=path.parent, names=[path.name])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; expected an image, a folder of images or a video")
@@ -53,11 +53,11 @@ def find_images(path: Path) -> Pictures:
     # Nor is what was drawn of an earlier look, in a folder that is looked at again.
     drawn = {file.parent / "drawn" for file in files if file.name == "keypoints.json"}
     shown = sorted(file.as_posix() for file in files if not drawn & set(file.parents))
-    names = [name for name in shown if Path(name).suffix.lower() in PICTURES]
+    names = [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     videos = [name for name in shown if Path(name).suffix.lower() in VIDEOS]
     if not names:
         hint = f"; it has videos, give one of them: {path / videos[0]}" if videos else ""
-        raise UserError(f"{path}: no images ({', '.join(PICTURES)}) in or below it{hint}")
+        raise UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) in or below it{hint}")
     told = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
     return Pictures(root=path, names=names, told=told if videos else "")
 

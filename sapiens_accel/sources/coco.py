@@ -1,19 +1,20 @@
-"""COCO's annotation JSON: what is read of it, and what is refused, by name.
+"""COCO's annotation JSON as a source: what is read of it, and what is refused, by name."""
 
-Of a manifest of shards it is the JSON that its rows would be.
-"""
-
+import hashlib
 import json
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import shards
-from sapiens_accel.sources.schema import Fault
+from sapiens_accel.sources.schema import Fault, Span
 
 MAX_TREES = 2  # parsed files that are held: of training and of validation
 MAX_ANNOTATIONS_HELD = 100_000  # COCO's validation has 11,000; the 262,000 of its training take 2 GB as objects
@@ -25,7 +26,7 @@ _trees: OrderedDict[tuple[Path, int, int, int], Any] = OrderedDict()
 
 
 def parsed(path: Path) -> Any:
-    """A JSON file's content; of a manifest of shards, the COCO JSON that its rows would be.
+    """A JSON file's content.
 
     A file is parsed once while it does not change, so callers must not change what they get. Ids of images and
     annotations are whole numbers however they are written ("000000000785", 5.0), so that whoever compares them (Arrow's
@@ -34,10 +35,9 @@ def parsed(path: Path) -> Any:
     Raises:
         UserError: it is not JSON.
     """
-    stat = path.stat()
-    key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    key = _version(path)
     if key not in _trees:
-        tree = shards.tree(path) if shards.is_manifest(path) else _load(path)
+        tree = _load(path)
         if isinstance(tree, dict):
             _normalize_ids(tree)
         _trees[key] = tree
@@ -45,6 +45,11 @@ def parsed(path: Path) -> Any:
             _trees.popitem(last=False)
     _trees.move_to_end(key)
     return _trees[key]
+
+
+def _version(path: Path) -> tuple[Path, int, int, int]:
+    stat = path.stat()
+    return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load(path: Path) -> Any:
@@ -60,6 +65,55 @@ def release_large_trees() -> None:
         annotations = tree.get("annotations") if isinstance(tree, dict) else tree
         if isinstance(annotations, list) and len(annotations) > MAX_ANNOTATIONS_HELD:
             del _trees[key]
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """A COCO annotation JSON; also a folder or a detector's results, as far as no more than their name is asked for."""
+
+    file: Path
+    max_looked_at: int = 1_000_000
+
+    @property
+    def digest(self) -> str:
+        """
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            return _digest_of(*_version(self.file))
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        tree = parsed(self.file)
+        categories = tree.get("categories") if isinstance(tree, dict) else None
+        return [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
+
+    def images(self) -> list[dict[str, Any]]:
+        return read_image_list(self.file)
+
+    def read(self, collect: list[Fault] | None = None) -> dict[str, Any]:
+        return read_json(self.file, collect)
+
+    def some_annotations(self) -> Sequence[Any]:
+        return read_json(self.file)["annotations"]
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table] | None:
+        return None
+
+    def groups(self) -> list[Span]:
+        return []
+
+    def read_group(self, first: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
+        raise NotImplementedError(f"{self.file}: a JSON has no groups")
+
+
+@lru_cache(maxsize=16)
+def _digest_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def whole_number(value: Any) -> Any:
@@ -153,10 +207,8 @@ def fault_of(image: dict[str, Any]) -> str | None:
     return None
 
 
-def pictures_of(path: Path) -> list[dict[str, Any]]:
+def read_image_list(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
-    if shards.is_manifest(path):
-        return shards.pictures(path)
     if any(key[0] == path for key in _trees):
         return parsed(path)["images"]
     text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
@@ -170,8 +222,8 @@ def pictures_of(path: Path) -> list[dict[str, Any]]:
 
 def reason(error: Exception) -> str:
     """Why an annotation is BROKEN, in one line; our own words stand for themselves."""
-    told = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-    return " ".join(told.split())[:200]
+    text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200]
 
 
 def shown(value: Any) -> str:

@@ -47,7 +47,7 @@ NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "a
 
 
 @dataclass(frozen=True)
-class Layout:
+class ColumnMapping:
     """Where a table has what.
 
     Attributes:
@@ -62,15 +62,15 @@ class Layout:
     fields: dict[str, str]
     is_ours: bool
 
-    def needed(self, ours: tuple[str, ...] | list[str], there: list[str]) -> list[str]:
+    def columns_for(self, ours: list[str], present: list[str]) -> list[str]:
         """The columns of a file that hold these of ours."""
         beside = [] if "people" in self.columns or "people" not in ours else list(self.fields.values())
         wanted = [self.columns[name] for name in ours if name in self.columns] + beside
-        return [name for name in there if name in wanted]
+        return [name for name in present if name in wanted]
 
 
-def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labeled: bool) -> Layout:
-    """The layout of a table.
+def infer_mapping(schema: pa.Schema, given: Mapping[str, str], where: str, *, labeled: bool) -> ColumnMapping:
+    """How the columns of a table map to the image table.
 
     Args:
         given: ours to theirs, where they are not called as others are.
@@ -82,26 +82,26 @@ def found(schema: pa.Schema, given: Mapping[str, str], where: str, *, labeled: b
     for name in given:
         if name not in COLUMNS | PERSON:
             raise UserError(f"--data.columns: no such name {name!r}; there are: {', '.join(COLUMNS | PERSON)}")
-    columns = _named(COLUMNS, schema.names, given)
+    columns = _match_names(COLUMNS, schema.names, given)
     if "image" not in columns:
-        raise _missing(where, "image", "the picture's bytes", schema, given)
-    form, kinds = _people_in(schema, columns.get("people"), where)
-    fields = _named(PERSON, list(kinds), given)
+        raise _missing_column(where, "image", "the bytes of the image", schema, given)
+    form, kinds = _find_people(schema, columns.get("people"), where)
+    fields = _match_names(PERSON, list(kinds), given)
     if form == "none" and "bbox" in fields:
         form = "lists" if _depth(kinds[fields["bbox"]]) > 1 else "rows"
     plain = form == "ours" and all(_depth(kinds[fields[name]]) == 1 for name in fields if name not in NUMBERS)
     lacks = [name for name in NEEDED if name not in fields]
     if labeled and lacks:
-        raise _missing(where, lacks[0], "of each person", schema, given)
+        raise _missing_column(where, lacks[0], "of each person", schema, given)
     lost = [f"{ours}: {name}" for ours, name in given.items() if name not in (columns | fields).values()]
     if labeled and lost:
-        raise UserError(f"{where}: --data.columns {{{lost[0]}}}: no such column; it has: {_shown(schema)}")
+        raise UserError(f"{where}: --data.columns {{{lost[0]}}}: no such column; it has: {_list_columns(schema)}")
     fields = {} if form == "none" else fields
     renamed = any(ours != theirs for ours, theirs in (columns | fields).items())
-    return Layout(form, columns, fields, is_ours=(plain or form == "none") and not renamed)
+    return ColumnMapping(form, columns, fields, is_ours=(plain or form == "none") and not renamed)
 
 
-def _people_in(schema: pa.Schema, people: str | None, where: str) -> tuple[Form, dict[str, pa.DataType]]:
+def _find_people(schema: pa.Schema, people: str | None, where: str) -> tuple[Form, dict[str, pa.DataType]]:
     """The form of a column of people, and its fields; without one, the columns themselves."""
     if people is None:
         return "none", {field.name: field.type for field in schema}
@@ -114,9 +114,10 @@ def _people_in(schema: pa.Schema, people: str | None, where: str) -> tuple[Form,
     return "lists" if inside is kind else "ours", fields
 
 
-def _named(known: Mapping[str, tuple[str, ...]], there: list[str], given: Mapping[str, str]) -> dict[str, str]:
-    tries = {ours: (given[ours],) if ours in given else names for ours, names in known.items()}
-    first = {ours: next((name for name in names if name in there), None) for ours, names in tries.items()}
+def _match_names(known: Mapping[str, tuple[str, ...]], present: list[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Ours to theirs: the name that is given, else the first known one that is there."""
+    candidates = {ours: (given[ours],) if ours in given else names for ours, names in known.items()}
+    first = {ours: next((name for name in names if name in present), None) for ours, names in candidates.items()}
     return {ours: name for ours, name in first.items() if name is not None}
 
 
@@ -131,16 +132,17 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _missing(where: str, name: str, what: str, schema: pa.Schema, given: Mapping[str, str]) -> UserError:
+def _missing_column(where: str, name: str, what: str, schema: pa.Schema, given: Mapping[str, str]) -> UserError:
     known = (given[name],) if name in given else (COLUMNS | PERSON)[name]
     inside = " (a column, or in 'people' or 'objects')" if name in PERSON else ""
     return UserError(
-        f"{where}: no column '{name}', {what}; looked for {' or '.join(known)}{inside}, found: {_shown(schema)}; "
-        f"say what it is called by --data.columns '{{{name}: THEIR_NAME}}', or convert the set, see README"
+        f"{where}: no column '{name}', {what}; looked for {' or '.join(known)}{inside}, found: "
+        f"{_list_columns(schema)}; say what it is called by --data.columns '{{{name}: THEIR_NAME}}', "
+        f"or convert the set, see README"
     )
 
 
-def _shown(schema: pa.Schema) -> str:
+def _list_columns(schema: pa.Schema) -> str:
     """The columns, and what is in those of several fields."""
     words = []
     for field in schema:
@@ -152,10 +154,10 @@ def _shown(schema: pa.Schema) -> str:
     return ", ".join(words)[:300]
 
 
-def categories(schema: pa.Schema, layout: Layout) -> list[dict[str, Any]]:
+def read_categories(schema: pa.Schema, mapping: ColumnMapping) -> list[dict[str, Any]]:
     """COCO's categories from the names that `datasets` keeps of a ClassLabel; none where it has none."""
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = _class_names(told.get("info", {}).get("features"), layout.fields.get("category_id", ""))
+    names = _class_names(told.get("info", {}).get("features"), mapping.fields.get("category_id", ""))
     return [{"id": index, "name": name} for index, name in enumerate(names or ())]
 
 
@@ -173,59 +175,59 @@ def _class_names(tree: Any, key: str) -> list[str] | None:
 # ---- Tables as ours
 
 
-def ours(table: pa.Table, layout: Layout) -> pa.Table:
+def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
     """The table's columns but for the image, as far as it has them, by our names; `people` as a list of structs.
 
     Raises:
         UserError: fields of a person that are not numbers, or lists of one image that differ in length.
     """
-    if layout.is_ours:
+    if mapping.is_ours:
         return table
-    made = {name: _one(table, theirs) for name, theirs in layout.columns.items() if theirs in table.column_names}
+    made = {name: _column(table, theirs) for name, theirs in mapping.columns.items() if theirs in table.column_names}
     nested = made.pop("people", None)
     made.pop("image", None)
     if "image_id" in made and not pa.types.is_integer(made["image_id"].type):
         del made["image_id"]
-    if nested is not None or (layout.fields and set(layout.fields.values()) <= set(table.column_names)):
-        made["people"] = _people(table, layout, nested)
+    if nested is not None or (mapping.fields and set(mapping.fields.values()) <= set(table.column_names)):
+        made["people"] = _build_people(table, mapping, nested)
     return pa.table(made) if made else table.select([])
 
 
-def _people(table: pa.Table, layout: Layout, nested: pa.Array | None) -> pa.Array:
-    if layout.form == "ours":
+def _build_people(table: pa.Table, mapping: ColumnMapping, nested: pa.Array | None) -> pa.Array:
+    if mapping.form == "ours":
         assert nested is not None
         lengths, flat = _lengths(nested), nested.flatten()
-        fields = {name: _child(flat, theirs) for name, theirs in layout.fields.items()}
-        return _listed(lengths, fields)
+        fields = {name: _child(flat, theirs) for name, theirs in mapping.fields.items()}
+        return _list_people(lengths, fields)
     if nested is not None:
-        given = {name: _child(nested, theirs) for name, theirs in layout.fields.items()}
+        given = {name: _child(nested, theirs) for name, theirs in mapping.fields.items()}
     else:
-        given = {name: _one(table, theirs) for name, theirs in layout.fields.items()}
-    if layout.form == "rows":
+        given = {name: _column(table, theirs) for name, theirs in mapping.fields.items()}
+    if mapping.form == "rows":
         has = given["bbox"].is_valid()
-        return _listed(has.cast(pa.int64()).to_numpy(), {name: one.filter(has) for name, one in given.items()})
+        return _list_people(has.cast(pa.int64()).to_numpy(), {name: one.filter(has) for name, one in given.items()})
     lengths = _lengths(given["bbox"])
     for name, values in given.items():
         if (_lengths(values) != lengths).any():
             row = int(np.flatnonzero(_lengths(values) != lengths)[0])
             raise UserError(
-                f"column {layout.fields[name]!r} has {_lengths(values)[row]} entries where "
-                f"{layout.fields['bbox']!r} has {lengths[row]}; expected one for each person of an image"
+                f"column {mapping.fields[name]!r} has {_lengths(values)[row]} entries where "
+                f"{mapping.fields['bbox']!r} has {lengths[row]}; expected one for each person of an image"
             )
-    return _listed(lengths, {name: _variable(values).flatten() for name, values in given.items()})
+    return _list_people(lengths, {name: _to_variable_list(values).flatten() for name, values in given.items()})
 
 
-def _listed(lengths: Int[Array, "n"], fields: dict[str, pa.Array]) -> pa.Array:
-    made = {name: _field(name, values) for name, values in fields.items()}
+def _list_people(lengths: Int[Array, "n"], fields: dict[str, pa.Array]) -> pa.Array:
+    made = {name: _convert_field(name, values) for name, values in fields.items()}
     kept = {name: values for name, values in made.items() if values is not None}
     people = pa.StructArray.from_arrays(list(kept.values()), names=list(kept))
     return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), people)
 
 
-def _field(name: str, values: pa.Array) -> pa.Array | None:
+def _convert_field(name: str, values: pa.Array) -> pa.Array | None:
     """One number, or one flat list of numbers, for each person; None for ids that are no numbers."""
     if name not in NUMBERS:
-        return _flat(values, name)
+        return _flatten_numbers(values, name)
     if name == "id" and not pa.types.is_integer(values.type):
         return None
     if not _is_number(values.type):
@@ -240,30 +242,30 @@ def _is_number(kind: pa.DataType) -> bool:
     )
 
 
-def _flat(values: pa.Array, name: str) -> pa.Array:
+def _flatten_numbers(values: pa.Array, name: str) -> pa.Array:
     """[[x, y, v], ...] as [x, y, v, ...]."""
     kind = values.type
     if not _is_list(kind):
         raise UserError(f"column '{name}' is {kind}; expected a list of numbers for each person")
-    lengths, inner = _lengths(values), _variable(values).flatten()
+    lengths, inner = _lengths(values), _to_variable_list(values).flatten()
     while _is_list(inner.type):
         if name != "bbox" and (odd := _lengths(inner)[_lengths(inner) != 3]).size:
             raise UserError(
                 f"column '{name}' has points of {odd[0]} numbers; expected x, y, v (v: 0 unlabeled, 1 hidden, 2 seen)"
             )
         ends = _offsets(_lengths(inner))[_offsets(lengths)]
-        lengths, inner = np.diff(ends), _variable(inner).flatten()
+        lengths, inner = np.diff(ends), _to_variable_list(inner).flatten()
     if not _is_number(inner.type):
         raise UserError(f"column '{name}' holds {inner.type}; expected numbers")
     return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), inner.cast(pa.float64()))
 
 
 def _lengths(values: pa.Array) -> Int[Array, "n"]:
-    lengths = pc.fill_null(pc.list_value_length(_variable(values)), 0)
+    lengths = pc.fill_null(pc.list_value_length(_to_variable_list(values)), 0)
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _variable(values: pa.Array) -> pa.Array:
+def _to_variable_list(values: pa.Array) -> pa.Array:
     """A list of lists of one length as one of any lengths: a null then takes no room."""
     is_fixed = pa.types.is_fixed_size_list(values.type)
     return values.cast(pa.list_(values.type.value_type)) if is_fixed else values
@@ -278,6 +280,6 @@ def _child(values: pa.StructArray, name: str) -> pa.Array:
     return values.flatten()[values.type.get_field_index(name)]
 
 
-def _one(table: pa.Table, name: str) -> pa.Array:
+def _column(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name).combine_chunks()
     return column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)

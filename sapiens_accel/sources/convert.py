@@ -30,7 +30,7 @@ from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.schema import PERSON, WHOLE_BODY, person
+from sapiens_accel.sources.schema import PERSON, WHOLE_BODY, annotation_to_person
 
 GROUP_BYTES = 8 << 20  # of a row group: what streaming reads at a time
 FOLDERS = {"train": "train", "val": "validation", "unlabelled": "unlabelled"}
@@ -144,11 +144,11 @@ def _tree(split: Split) -> dict[str, Any]:
     if not split.optional:
         raise UserError(f"{split.annotations}: expected a COCO annotation file; see --{split.name}_annotations")
     images = []
-    for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in photo.PICTURES)):
-        picture = photo.decoded(path, cv2.IMREAD_COLOR)
-        if picture is None:
+    for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in photo.IMAGE_SUFFIXES)):
+        image = photo.read_unchecked_image(path, cv2.IMREAD_COLOR)
+        if image is None:
             raise UserError(f"{path}: does not decode; mend it or move it away")
-        sizes = {"width": picture.shape[1], "height": picture.shape[0]}
+        sizes = {"width": image.shape[1], "height": image.shape[0]}
         images.append({"id": index, "file_name": path.name, **sizes})
     return {"images": images, "annotations": [], "categories": []}
 
@@ -158,7 +158,7 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     people: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for place, annotation in enumerate(tree["annotations"]):
         try:
-            people[annotation["image_id"]].append(person(annotation, place))
+            people[annotation["image_id"]].append(annotation_to_person(annotation, place))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{split.annotations}: annotations[{place}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]

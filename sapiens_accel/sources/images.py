@@ -1,6 +1,9 @@
-"""Images of files and of shards as pixels: whole, smaller where that decodes sooner, or told to be broken."""
+"""Images of files and of shards: their bytes, their pixels (whole, or smaller where that decodes sooner), their faults.
 
-import os
+An image in shards has a path below the manifest, as if that were a folder: SPLIT.shards/RECORD/FILE_NAME."""
+
+import io
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
 from jaxtyping import UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
@@ -27,106 +31,181 @@ REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+UNDECODABLE = "does not decode"
+IMAGE_SUFFIXES = shards.SUFFIXES
+MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses as well: 540 MB of colors; cameras make up to 151 million
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # half of that is fine
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image. One of its pixels stands for reduction x reduction of the file's, and lies amid them."""
 
     pixels: UInt8[Array, "h w 3"]
     reduction: int
 
 
+class BadImageError(ValueError):
+    """Why an image cannot be had, in a few words."""
+
+
+def read_bytes(path: Path) -> shards.Bytes:
+    """An image file's bytes, wherever it is."""
+    record = shards.find_record(path)
+    return path.read_bytes() if record is None else shards.read_record(*record)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if shards.find_record(path) is None else len(read_bytes(path))
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """The first so many bytes of an image file."""
+    if shards.find_record(path) is not None:
+        return bytes(read_bytes(path)[:count])
+    with path.open("rb") as file:
+        return file.read(count)
+
+
 def read_image(path: Path) -> UInt8[Array, "h w 3"]:
     """An RGB image, turned as its EXIF data says.
 
     Raises:
-        UserError: the file does not decode.
+        UserError: the file does not decode, or has more than MAX_PIXELS.
     """
-    return read_picture(path).pixels
+    return read_reduced_image(path).pixels
 
 
-def read_picture(path: Path, at_most: int = 1) -> Picture:
+def read_reduced_image(path: Path, at_most: int = 1) -> DecodedImage:
     """`read_image`, smaller where that decodes sooner.
 
     Args:
         at_most: the largest reduction that may be made, 1, 2, 4 or 8.
 
     Raises:
-        UserError: the file does not decode.
+        UserError: the file does not decode, or has more than MAX_PIXELS.
     """
+    content = _read_if_file(path)
+    frame = _find_jpeg_frame(content)
+    reduction = at_most if at_most > 1 and frame and frame.is_reducible(at_most) else 1
     try:
-        content = shards.content(path)
-    except OSError:
-        content = b""
-    reduction = at_most if at_most > 1 and _reducible(content, at_most) else 1
-    pixels = _decoded(content, REDUCED[reduction])
-    if pixels is None:
-        raise UserError(f"{path}: does not decode; mend it, or run with --data.check_images decode")
-    return Picture(pixels, reduction)
+        check_size(content)
+        pixels = _decode_rgb(content, REDUCED[reduction])
+    except BadImageError as error:
+        raise UserError(f"{path}: {error}; mend it, or run with --data.check_images decode") from None
+    return DecodedImage(pixels, reduction)
 
 
-def _decoded(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"] | None:
-    image = _imdecode(content, size | (RGB or cv2.IMREAD_COLOR))
-    return image if image is None or RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:
+    image = _decode(content, size | (RGB or cv2.IMREAD_COLOR))
+    return image if RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _imdecode(content: shards.Bytes, how: int) -> Array | None:
+def _decode(content: shards.Bytes, how: int) -> Array:
     try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
     except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None
-        return None
+        image = None
+    if image is None:
+        raise BadImageError(UNDECODABLE)
+    return image
 
 
-def _reducible(content: shards.Bytes, reduction: int) -> bool:
-    """Whether the decoder itself reduces the image, and its pixels then lie amid those that they stand for.
+class JpegFrame(NamedTuple):
+    """What the header of a JPEG says; `may_turn`: EXIF data may have it turned round afterwards."""
 
-    That holds for JPEG, counted from the corner where the file begins. EXIF may have the image turned round
-    afterwards: if the sides are no multiples of the reduction, that corner's opposite would be taken for it.
-    """
+    height: int
+    width: int
+    may_turn: bool
+
+    def is_reducible(self, reduction: int) -> bool:
+        """Whether the pixels of an image that the decoder itself reduces lie amid those that they stand for.
+
+        They are counted from the corner where the file begins. If the image is turned afterwards and its sides are no
+        multiples of the reduction, that corner's opposite would be taken for it.
+        """
+        return not self.may_turn or (self.height % reduction == 0 and self.width % reduction == 0)
+
+
+def _find_jpeg_frame(content: shards.Bytes) -> JpegFrame | None:
     at, may_turn = 2, False
     while content[:2] == b"\xff\xd8" and at + 9 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
         if marker in JPEG_START_OF_FRAME:
             sides = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
-            return not may_turn or all(side % reduction == 0 for side in sides)
+            return JpegFrame(*sides, may_turn)
         may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return False
+    return None
+
+
+def check_size(content: shards.Bytes) -> None:
+    """Look at an image's header before it is decoded: a few kB may claim billions of pixels.
+
+    Raises:
+        BadImageError: it has more than MAX_PIXELS.
+    """
+    if frame := _find_jpeg_frame(content):
+        height, width = frame.height, frame.width
+    else:
+        try:
+            width, height = PIL.Image.open(io.BytesIO(content)).size
+        except PIL.Image.DecompressionBombError:
+            raise BadImageError(f"has more than {MAX_PIXELS:,} px, the most that is decoded") from None
+        except Exception:  # no format that Pillow knows, or broken: whether it decodes is seen by decoding it
+            return
+    if height * width > MAX_PIXELS:
+        raise BadImageError(f"has {width} x {height} px, more than {MAX_PIXELS:,}, the most that is decoded")
 
 
 def whole_image(path: Path) -> Array | None:
-    """The image as `read_image` has it; None if it is cut short or does not decode."""
-    return _decoded(_content(path), REDUCED[1]) if _whole(path) else None
+    """The image as `read_image` has it; None if it is cut short, does not decode, or has more than MAX_PIXELS."""
+    try:
+        content = _read_whole_file(path)
+        check_size(content)
+        return _decode_rgb(content, REDUCED[1])
+    except BadImageError:
+        return None
 
 
-def decoded(path: Path, how: int) -> Array | None:
-    """What OpenCV makes of an image, BGR; None if it does not decode, is larger than OpenCV may read, or is no file.
+def read_unchecked_image(path: Path, how: int) -> Array | None:
+    """What OpenCV makes of an image, BGR; None if it does not decode, has more than MAX_PIXELS, or is no file.
 
     Args:
         how: cv2.IMREAD_COLOR (gray, 16 bits, alpha and CMYK become 8-bit colors) or one of its reduced sizes.
     """
-    return _imdecode(_content(path), how)
+    try:
+        content = _read_if_file(path)
+        check_size(content)
+        return _decode(content, how)
+    except BadImageError:
+        return None
 
 
-def _content(path: Path) -> shards.Bytes:
+def _read_if_file(path: Path) -> shards.Bytes:
     """An image's bytes; none of what cannot be read."""
     try:
-        return shards.content(path) if shards.inside(path) or is_file(path) else b""
+        return read_bytes(path) if exists(path) else b""
     except OSError:
         return b""
 
 
-def is_file(path: Path) -> bool:
-    """Whether it can be opened as a file: no folder, no named pipe (opening it would wait for whoever writes into it),
-    no link to nothing or to itself, no name that no file can have."""
+def exists(path: Path) -> bool:
+    """Whether an image can be opened: it is in shards, or a file; no folder, no named pipe (opening it would wait for
+    whoever writes into it), no link to nothing or to itself, no name that no file can have."""
     try:
-        return path.is_file()
+        return shards.find_record(path) is not None or path.is_file()
     except OSError:
         return False
 
 
-def listing(folder: Path) -> set[str]:
+def find_missing(root: Path, names: Sequence[str]) -> list[str]:
+    """The images that are not there. Whole folders are listed: asking for each file costs more."""
+    outside = [name for name in names if shards.find_record(root / name) is None]
+    present = {folder: list_names(folder) for folder in {(root / name).parent for name in outside}}
+    return [name for name in outside if (root / name).name not in present[(root / name).parent]]
+
+
+def list_names(folder: Path) -> set[str]:
     """What is in a folder, by name; nothing in one that is not there."""
     try:
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -134,36 +213,40 @@ def listing(folder: Path) -> set[str]:
         return set()
 
 
-def looks(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int, int] | None]:
-    """Each image's height and width in eighths, rounded either way; 0, 0 if not decoded; None if it is corrupt."""
+def check_images(root: Path, names: Sequence[str], decode: bool) -> dict[str, tuple[int, int] | str]:
+    """Each image's height and width in eighths, rounded either way (0, 0 if not decoded), or what is wrong with it."""
 
-    def look(name: str) -> tuple[int, int] | None:
-        path = root / name
-        if not _whole(path):
-            return None
-        image = decoded(path, cv2.IMREAD_REDUCED_COLOR_8) if decode else np.empty((0, 0))
-        return None if image is None else image.shape[:2]
+    def check(name: str) -> tuple[int, int] | str:
+        try:
+            content = _read_whole_file(root / name)
+            check_size(content)
+            height, width = _decode(content, cv2.IMREAD_REDUCED_COLOR_8).shape[:2] if decode else (0, 0)
+        except BadImageError as error:
+            return str(error)
+        return height, width
 
     with ThreadPoolExecutor(8) as pool:
-        progress = tqdm(pool.map(look, names), total=len(names), desc="checking images", disable=None, leave=False)
+        progress = tqdm(pool.map(check, names), total=len(names), desc="checking images", disable=None, leave=False)
         return dict(zip(names, progress, strict=True))
 
 
-def _whole(path: Path) -> bool:
-    """Whether a JPEG or PNG begins and ends as it must. OpenCV fills what a cut JPEG lacks with gray, silently."""
-    try:
-        if not shards.inside(path) and not is_file(path):
-            return False
-        with shards.opened(path) as file:
-            head = file.read(8)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-            tail = file.read()
-    except OSError:
-        return False
-    if head[:2] == b"\xff\xd8":
+def _read_whole_file(path: Path) -> shards.Bytes:
+    """The bytes of a JPEG or PNG that begins and ends as it must. OpenCV fills what a cut JPEG lacks with gray,
+    silently.
+
+    Raises:
+        BadImageError: it does not.
+    """
+    content = _read_if_file(path)
+    tail = bytes(content[-64:])
+    if content[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
-        return JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(shards.content(path)))
-    return b"IEND" in tail if head == b"\x89PNG\r\n\x1a\n" else len(head) == 8
+        is_whole = JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(content))
+    else:
+        is_whole = b"IEND" in tail if content[:8] == b"\x89PNG\r\n\x1a\n" else len(content) >= 8
+    if not is_whole:
+        raise BadImageError(UNDECODABLE)
+    return content
 
 
 def _jpeg_scan(content: bytes) -> bytes:

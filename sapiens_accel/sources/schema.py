@@ -1,11 +1,13 @@
-"""The image table: one row an image, with the annotations in it as a list of structs; COCO's names and units.
+"""What a source of annotated images is, and its image table: one row an image, with a list of its annotations.
 
 A COCO annotation is `PERSON`: id, place (its index in the JSON), category_id, iscrowd, area (px^2), bbox (x, y, width,
 height) and keypoints (x, y, v, ...) in px of the image.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute
@@ -35,7 +37,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which annotations of a JSON count, and which of their keypoints are the run's; see `category.reading`.
+    """Which annotations of a JSON count, and which of their keypoints are the run's; see `keypoint_mapping`.
 
     Attributes:
         categories: the names of those that count; empty: person where there is one, else all.
@@ -52,23 +54,93 @@ class Reading:
 PLAIN = Reading()
 
 
-def person(annotation: dict[str, Any], place: int | None) -> dict[str, Any]:
+class Span(NamedTuple):
+    """Images that lie one after another in one file (its number)."""
+
+    first: int
+    num: int
+    file: int
+
+
+class Source(Protocol):
+    """One split of annotated images: a COCO JSON (`coco.CocoFile`), also of drawn people, or shards
+    (`shards.ShardedSource`) from a folder, an address or the Hub. `source.open_source` tells which.
+
+    Attributes:
+        file: what messages name.
+        max_looked_at: of more people the check `auto` looks at some of the images.
+    """
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def max_looked_at(self) -> int: ...
+
+    @property
+    def digest(self) -> str:
+        """Changes with the content; caches are named by it."""
+        ...
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """COCO's, as far as they are objects."""
+        ...
+
+    def images(self) -> list[dict[str, Any]]:
+        """COCO's `images`, of a file that `read` has accepted, without the annotations where that is quicker."""
+        ...
+
+    def read(self, collect: list[Fault] | None = None) -> dict[str, Any]:
+        """COCO's three lists: images and categories checked, annotations not, in the order of the file.
+
+        Args:
+            collect: gets every fault of images and categories, which are then left out; None: the first one is raised.
+        """
+        ...
+
+    def some_annotations(self) -> Sequence[Any]:
+        """Enough annotations, not checked, to see what keypoints each category has."""
+        ...
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table] | None:
+        """The image table, some thousand images at a time: these of its COLUMNS that there are. None where values are
+        kept without types, as in JSON: then annotations are checked one by one."""
+        ...
+
+    def groups(self) -> list[Span]:
+        """What is read together while streaming, in order; empty: this source cannot be streamed."""
+        ...
+
+    def read_group(self, first: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """One of `groups`: these COLUMNS of the image table, or all that the file has."""
+        ...
+
+
+def annotation_to_person(annotation: dict[str, Any], place: int | None) -> dict[str, Any]:
     """A COCO annotation as PERSON; what it does not say is None.
 
     Raises:
         ValueError: an id that is no whole number.
     """
-    told = {key: annotation.get(key) for key in ("id", "category_id")}
-    for key, value in told.items():
+    ids = {key: annotation.get(key) for key in ("id", "category_id")}
+    for key, value in ids.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"expected a whole number as {key!r}, found {value!r}")
     area, lists = annotation.get("area"), {name: annotation.get(name) for name in ("bbox", *WHOLE_BODY)}
     numbers = {name: [float(number) for number in value] if value else None for name, value in lists.items()}
-    crowd, size = int(bool(annotation.get("iscrowd"))), None if area is None else float(area)
-    return {**told, "place": place, "iscrowd": crowd, "area": size, **numbers}
+    is_crowd, size = int(bool(annotation.get("iscrowd"))), None if area is None else float(area)
+    return {**ids, "place": place, "iscrowd": is_crowd, "area": size, **numbers}
 
 
-def count(table: pa.Table) -> int:
+def person_to_annotation(person: dict[str, Any], index: int) -> dict[str, Any]:
+    """A PERSON as a COCO annotation: what it does not say is left out, but the id, which is then the index."""
+    lists = ("bbox", *WHOLE_BODY)
+    present = {key: value for key, value in person.items() if value is not None and not (key in lists and not value)}
+    return {"id": index, **present}
+
+
+def count_people(table: pa.Table) -> int:
     if "people" not in table.column_names:
         return 0
     return int(pc.sum(pc.list_value_length(table.column("people"))).as_py() or 0)

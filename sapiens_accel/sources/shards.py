@@ -6,7 +6,6 @@ SPLIT.shards/RECORD/FILE_NAME, so that whatever takes an image's path takes thes
 """
 
 import bisect
-import io
 import json
 import mmap
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -27,20 +26,19 @@ import pyarrow.parquet as pq
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
-from sapiens_accel.sources import columns as layout
-from sapiens_accel.sources import schema
-from sapiens_accel.sources.columns import Layout
+from sapiens_accel.sources import columns, schema
+from sapiens_accel.sources.columns import ColumnMapping
+from sapiens_accel.sources.schema import Fault, Span
 
 SUFFIX = ".shards"
 CATEGORIES = "categories.json"  # the same beside tar shards
 METADATA = b"sapiens_accel"  # key of the categories in a shard's schema, as JSON
 GROUP = 100  # images read together where files do not say which
-HELD_BYTES = 512 << 20  # row groups of images that one process keeps
+CACHED_BYTES = 512 << 20  # row groups of images that one process keeps
 INSIDE = re.compile(rf"(.*{re.escape(SUFFIX)})/(\d+)/.*", re.DOTALL)
-LISTS = ("bbox", "keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
 Kind = Literal["arrow", "tar", "parquet"]
 Bytes = bytes | memoryview | mmap.mmap
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # of images
 INDEX = pa.schema(
     [
         *((name, pa.int64()) for name in ("file", "offset", "size", "image_id", "width", "height")),
@@ -60,7 +58,7 @@ class Manifest:
         categories: COCO's, with the names and edges of keypoints.
         index: for tar, the Arrow file of its records.
         digest: of names, sizes and times of the files that were given.
-        columns: a Layout's fields, where the files' columns are not ours.
+        columns: a ColumnMapping's fields, where the files' columns are not those of the image table.
     """
 
     kind: Kind
@@ -85,23 +83,23 @@ class Manifest:
         return np.cumsum([0, *(count for counts in self.rows for count in counts)]).tolist()
 
     @cached_property
-    def layout(self) -> Layout | None:
-        return Layout(**self.columns) if self.columns else None
+    def mapping(self) -> ColumnMapping | None:
+        return ColumnMapping(**self.columns) if self.columns else None
 
-    def needed(self, columns: Sequence[str], there: Sequence[str]) -> list[str]:
-        """The files' columns that hold these of ours, as far as they have them."""
-        if self.layout:
-            return self.layout.needed(list(columns), list(there))
-        return [name for name in columns if name in there]
+    def columns_for(self, columns: Sequence[str], present: Sequence[str]) -> list[str]:
+        """The files' columns that hold these of the image table, as far as they have them."""
+        if self.mapping:
+            return self.mapping.columns_for(list(columns), list(present))
+        return [name for name in columns if name in present]
 
-    def ours(self, table: pa.Table) -> pa.Table:
-        """A table of the files' columns by our names.
+    def to_image_table(self, table: pa.Table) -> pa.Table:
+        """A table of the files' columns as the image table.
 
         Raises:
-            UserError: as `layout.ours`.
+            UserError: as `columns.to_image_table`.
         """
         try:
-            return layout.ours(table, self.layout) if self.layout else table
+            return columns.to_image_table(table, self.mapping) if self.mapping else table
         except UserError as error:
             raise UserError(f"{self.files[0]}: {error}") from None
 
@@ -109,61 +107,50 @@ class Manifest:
         return bisect.bisect_right(self.starts, record, hi=len(self.parts)) - 1
 
 
-def write(manifest: Manifest, path: Path) -> None:
+def write_manifest(manifest: Manifest, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(asdict(manifest)))
     temporary.replace(path)
 
 
 @lru_cache(maxsize=16)
-def read(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
     return Manifest(**json.loads(path.read_text()))
-
-
-def is_manifest(path: Path) -> bool:
-    return path.suffix == SUFFIX
-
-
-def inside(path: Path) -> bool:
-    """Whether a path is of an image in shards."""
-    return INSIDE.fullmatch(str(path)) is not None
 
 
 # ---- Images
 
 
-def content(path: Path) -> Bytes:
-    """An image file's bytes, wherever it is; those in Arrow files are not copied."""
-    found = INSIDE.fullmatch(str(path))
-    if found is None:
-        return path.read_bytes()
-    manifest, record = read(Path(found[1])), int(found[2])
+def find_record(path: Path) -> tuple[Path, int] | None:
+    """The manifest and the number of an image in shards; None for the path of a file."""
+    match = INSIDE.fullmatch(str(path))
+    return (Path(match[1]), int(match[2])) if match else None
+
+
+def read_record(path: Path, record: int) -> Bytes:
+    """The bytes of an image of a manifest; those in Arrow files are not copied.
+
+    Raises:
+        UserError: there are none.
+    """
+    manifest = read_manifest(path)
     part = manifest.part_of(record)
     row = record - manifest.starts[part]
     if manifest.kind == "tar":
-        return _in_tar(manifest, record)
-    table = _group(Path(found[1]), part) if manifest.kind == "parquet" else mapped(manifest.files[part])
-    image = table.column(manifest.layout.columns["image"] if manifest.layout else "image")[row]
+        return _read_tar(manifest, record)
+    table = _cached_row_group(path, part) if manifest.kind == "parquet" else mapped(manifest.files[part])
+    image = table.column(manifest.mapping.columns["image"] if manifest.mapping else "image")[row]
     value = image["bytes"] if pa.types.is_struct(image.type) else image
     if not value.is_valid:
-        raise UserError(f"{path}: no bytes in its row; expected the image itself in column 'image'")
+        raise UserError(f"{path}: image {record}: no bytes in its row; expected the image itself in column 'image'")
     return memoryview(value.as_buffer()).cast("B")  # pyarrow counts bytes from -128
 
 
-def opened(path: Path) -> BinaryIO:
-    """An image file for reading, wherever it is."""
-    return io.BytesIO(content(path)) if inside(path) else path.open("rb")
-
-
-def size_of(path: Path) -> int:
-    return len(content(path)) if inside(path) else path.stat().st_size
-
-
-def _in_tar(manifest: Manifest, record: int) -> bytes:
+def _read_tar(manifest: Manifest, record: int) -> bytes:
     row = mapped(str(manifest.index)).slice(record, 1)
-    place = {name: row.column(name)[0].as_py() for name in ("file", "offset", "size")}
+    file, offset, size = (row.column(name)[0].as_py() for name in ("file", "offset", "size"))
     # pread: processes that were forked share a handle's position, not its file.
-    return os.pread(_handle(manifest.files[place["file"]], os.getpid()), place["size"], place["offset"])
+    return os.pread(_handle(manifest.files[file], os.getpid()), size, offset)
 
 
 @lru_cache(maxsize=256)
@@ -174,10 +161,10 @@ def _handle(file: str, _: int) -> int:
 @lru_cache(maxsize=1024)
 def mapped(file: str) -> pa.Table:
     """An Arrow file, memory-mapped."""
-    return _reader(file).read_all()
+    return _open_arrow(file).read_all()
 
 
-def _reader(file: str) -> Any:
+def _open_arrow(file: str) -> Any:
     source = pa.memory_map(file)
     try:
         return pa.ipc.open_stream(source)
@@ -188,37 +175,36 @@ def _reader(file: str) -> Any:
 # ---- Row groups, also from another machine
 
 
-_held: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+_cached: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
 
 
-def _group(manifest: Path, part: int) -> pa.Table:
-    """All columns of a row group; those used last are kept, up to HELD_BYTES."""
+def _cached_row_group(manifest: Path, part: int) -> pa.Table:
+    """All columns of a row group; those used last are kept, up to CACHED_BYTES."""
     key = (manifest, part)
-    if key not in _held:
-        file, group = read(manifest).parts[part]
-        name = read(manifest).files[file]
-        _held[key] = _row_group(name, group)
-        while sum(table.nbytes for table in _held.values()) > HELD_BYTES and len(_held) > 1:
-            _held.popitem(last=False)
-    _held.move_to_end(key)
-    return _held[key]
+    if key not in _cached:
+        file, group = read_manifest(manifest).parts[part]
+        _cached[key] = _read_row_group(read_manifest(manifest).files[file], group)
+        while sum(table.nbytes for table in _cached.values()) > CACHED_BYTES and len(_cached) > 1:
+            _cached.popitem(last=False)
+    _cached.move_to_end(key)
+    return _cached[key]
 
 
-def _row_group(file: str, number: int, columns: list[str] | None = None) -> pa.Table:
+def _read_row_group(file: str, number: int, columns: list[str] | None = None) -> pa.Table:
     try:
-        return parquet(file).read_row_group(number, columns=columns)
+        return open_parquet(file).read_row_group(number, columns=columns)
     except Exception as error:  # of the file, of the network, of whatever client reads the address
         reason = without_token(why(error, file))
         raise UserError(f"{file}: row group {number} cannot be read: {reason}") from None
 
 
-def parquet(file: str) -> pq.ParquetFile:
+def open_parquet(file: str) -> pq.ParquetFile:
     """A parquet file, by its path or address; every process and thread has a handle of its own."""
-    return _parquet(file, os.getpid(), threading.get_ident())
+    return _open_parquet(file, os.getpid(), threading.get_ident())
 
 
 @lru_cache(maxsize=64)
-def _parquet(file: str, *_: int) -> pq.ParquetFile:
+def _open_parquet(file: str, *_: int) -> pq.ParquetFile:
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.core.url_to_fs(file)
@@ -226,146 +212,162 @@ def _parquet(file: str, *_: int) -> pq.ParquetFile:
     return pq.ParquetFile(system.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
-def groups(manifest: Manifest) -> list[tuple[int, int]]:
-    """First record and number of records of what is read together: row groups of parquet, else GROUP images."""
-    spans = zip(manifest.starts, (count for counts in manifest.rows for count in counts), strict=False)
-    if manifest.kind == "parquet":
-        return list(spans)
-    return [(first + at, min(GROUP, count - at)) for first, count in spans for at in range(0, count, GROUP)]
+def _column_names(file: str) -> list[str]:
+    return open_parquet(file).schema_arrow.names
 
 
-def group(path: Path, first: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """One of the manifest's groups: all columns, or what it has of these."""
-    manifest = read(path)
-    part = manifest.part_of(first)
-    if manifest.kind == "parquet" and columns is None:
-        return manifest.ours(_group(path, part))
-    if manifest.kind == "parquet":
-        file, number = manifest.parts[part]
-        present = manifest.needed(columns or (), _names_in(manifest.files[file]))
-        return manifest.ours(_row_group(manifest.files[file], number, present))
-    if manifest.index:
-        return mapped(manifest.index).slice(first, count)
-    return manifest.ours(mapped(manifest.files[part]).slice(first - manifest.starts[part], count))
+# ---- The source
 
 
-def _names_in(file: str) -> list[str]:
-    return parquet(file).schema_arrow.names
+@dataclass(frozen=True)
+class ShardedSource:
+    """The split that a manifest stands for."""
+
+    file: Path
+    max_looked_at: int = 5000  # shards are whole if their ends are there: few of their images will do
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.file)
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        return self.manifest.categories
+
+    def images(self) -> list[dict[str, Any]]:
+        """COCO's `images`; file_name is the name within the manifest."""
+        images: list[dict[str, Any]] = []
+        for table in self.tables(("image_id", "file_name", "width", "height")):
+            for row in table.to_pylist() if table.num_columns else [{}] * table.num_rows:
+                record, image_id = len(images), row.get("image_id")
+                name = f"{record}/{row.get('file_name') or record}"
+                sizes = {key: row[key] for key in ("width", "height") if row.get(key)}
+                images.append({"id": record if image_id is None else image_id, "file_name": name, **sizes})
+        return images
+
+    def read(self, collect: list[Fault] | None = None) -> dict[str, Any]:
+        """COCO's lists that the rows were, or would be: annotations in their first order."""
+        images, people = self.images(), []
+        ids = (image["id"] for image in images)
+        for table in self.tables(("image_id", "people")):
+            lists = table.column("people").to_pylist() if "people" in table.column_names else [[]] * table.num_rows
+            for several, image_id in zip(lists, ids, strict=False):
+                people += [{**person, "image_id": image_id} for person in several or ()]
+        places = [person.pop("place", None) for person in people]
+        if all(place is not None for place in places):
+            people = [people[index] for index in np.argsort(places, kind="stable")]
+        annotations = [schema.person_to_annotation(person, index) for index, person in enumerate(people)]
+        return {"images": images, "annotations": annotations, "categories": self.categories}
+
+    def some_annotations(self) -> list[dict[str, Any]]:
+        """Those of the first images in which anybody has keypoints: a file of its own is of one kind."""
+        for table in self.tables(("people",)):
+            if "people" in table.column_names:
+                people = [person for several in table.column("people").to_pylist() for person in several or ()]
+                if any(person.get("keypoints") for person in people):
+                    return people
+        return []
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        manifest = self.manifest
+        if manifest.kind == "parquet":
+            for file in manifest.files:
+                present = manifest.columns_for(columns, _column_names(file))
+                for batch in open_parquet(file).iter_batches(columns=present):
+                    yield manifest.to_image_table(pa.Table.from_batches([batch]))
+            return
+        for file in [manifest.index] if manifest.index else manifest.files:
+            for batch in _record_batches(str(file)):
+                present = manifest.columns_for(columns, batch.schema.names)
+                yield manifest.to_image_table(pa.Table.from_batches([batch]).select(present))
+
+    def groups(self) -> list[Span]:
+        """Row groups of parquet, else GROUP images."""
+        manifest, spans = self.manifest, []
+        for (file, part), first in zip(manifest.parts, manifest.starts, strict=False):
+            num = manifest.rows[file][part]
+            step = max(num, 1) if manifest.kind == "parquet" else GROUP
+            spans += [Span(first + at, min(step, num - at), file) for at in range(0, num, step)]
+        return spans
+
+    def read_group(self, first: int, count: int, columns: Sequence[str] | None = None) -> pa.Table:
+        manifest = self.manifest
+        part = manifest.part_of(first)
+        if manifest.kind == "parquet" and columns is None:
+            return manifest.to_image_table(_cached_row_group(self.file, part))
+        if manifest.kind == "parquet":
+            file, number = manifest.parts[part]
+            present = manifest.columns_for(columns or (), _column_names(manifest.files[file]))
+            return manifest.to_image_table(_read_row_group(manifest.files[file], number, present))
+        if manifest.index:
+            return mapped(manifest.index).slice(first, count)
+        return manifest.to_image_table(mapped(manifest.files[part]).slice(first - manifest.starts[part], count))
 
 
-# ---- What is known of the images, without their bytes
+def _record_batches(file: str) -> Iterator[pa.RecordBatch]:
+    reader = _open_arrow(file)
+    if hasattr(reader, "read_next_batch"):
+        yield from reader
+    else:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
-def records(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """These columns of all images, as far as the files have them, some thousand images at a time."""
-    if manifest.kind == "parquet":
-        for file in manifest.files:
-            for batch in parquet(file).iter_batches(columns=manifest.needed(columns, _names_in(file))):
-                yield manifest.ours(pa.Table.from_batches([batch]))
-        return
-    for file in [manifest.index] if manifest.index else manifest.files:
-        reader = _reader(str(file))
-        several = (
-            reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
-        )
-        for batch in several:
-            yield manifest.ours(pa.Table.from_batches([batch]).select(manifest.needed(columns, batch.schema.names)))
+# ---- Tar
 
 
-def pictures(path: Path) -> list[dict[str, Any]]:
-    """The manifest's images as COCO's `images`; file_name is the name within the manifest."""
-    found, record = [], 0
-    for table in records(read(path), ("image_id", "file_name", "width", "height")):
-        for row in table.to_pylist() if table.num_columns else [{}] * table.num_rows:
-            sizes = {key: row[key] for key in ("width", "height") if row.get(key)}
-            found.append(
-                {"id": number(row, "image_id", record), "file_name": f"{record}/{_name(row, record)}", **sizes}
-            )
-            record += 1
-    return found
-
-
-def number(row: dict[str, Any], key: str, default: int) -> int:
-    value = row.get(key)
-    return default if value is None else value
-
-
-def _name(row: dict[str, Any], record: int) -> str:
-    return row.get("file_name") or str(record)
-
-
-def tree(path: Path) -> dict[str, Any]:
-    """The COCO JSON that the manifest's rows were, or would be: annotations in their first order."""
-    placed, manifest = [], read(path)
-    images = pictures(path)
-    ids = iter(images)
-    for table in records(manifest, ("image_id", "people")):
-        present = "people" in table.column_names
-        for people in table.column("people").to_pylist() if present else [[]] * table.num_rows:
-            image_id = next(ids)["id"]
-            placed += [{**person, "image_id": image_id} for person in people or ()]
-    places = [person.pop("place", None) for person in placed]
-    if all(place is not None for place in places):
-        placed = [placed[index] for index in np.argsort(places, kind="stable")]
-    annotations = [_annotation(person, index) for index, person in enumerate(placed)]
-    return {"images": images, "annotations": annotations, "categories": manifest.categories}
-
-
-def _annotation(person: dict[str, Any], index: int) -> dict[str, Any]:
-    """What was not there is not there again."""
-    kept = {key: value for key, value in person.items() if value is not None and not (key in LISTS and not value)}
-    return {"id": index, **kept}
-
-
-def index_of(name: str, number: int) -> pa.Table:
+def index_tar(name: str, number: int) -> pa.Table:
     """Where each image of a tar is, and what its JSON says; reading it goes over the whole file, once.
 
     Raises:
         UserError: no tar, or compressed; a JSON without an image, or of other content.
     """
-    found: dict[str, dict[str, Any]] = {}
+    members: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(name, "r:") as tar:
             for member in tar:
-                key, ending = _key(member.name)
-                if member.isfile() and ending in PICTURES:
-                    place = {"file": number, "offset": member.offset_data, "size": member.size}
-                    found.setdefault(key, {}).update(place, picture=member.name)
+                key, ending = _split_key(member.name)
+                if member.isfile() and ending in SUFFIXES:
+                    span = {"file": number, "offset": member.offset_data, "size": member.size}
+                    members.setdefault(key, {}).update(span, member=member.name)
                 elif member.isfile() and ending == ".json":
                     content = tar.extractfile(member)
-                    found.setdefault(key, {})["json"] = content.read() if content else b""
+                    members.setdefault(key, {})["json"] = content.read() if content else b""
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{name}: no uncompressed tar that can be read: {' '.join(str(error).split())[:300]}") from None
-    if not _ends(Path(name)):
+    if not _has_end(Path(name)):
         raise UserError(f"{name}: cut off: it lacks the 512 zero bytes that a tar ends with; copy or write it again")
-    rows = [_indexed(name, key, row) for key, row in found.items()]
+    rows = [_index_row(name, key, row) for key, row in members.items()]
     return pa.Table.from_pylist(rows, schema=INDEX)
 
 
-def _ends(path: Path) -> bool:
+def _has_end(path: Path) -> bool:
     """Whether a tar has its end: one that is cut between two members reads as a shorter one."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 512))
         return file.read() == bytes(512)
 
 
-def _key(member: str) -> tuple[str, str]:
+def _split_key(member: str) -> tuple[str, str]:
     """WebDataset's: the key ends at the first dot of the last part."""
     folder, _, base = member.rpartition("/")
     key, _, ending = base.partition(".")
     return f"{folder}/{key}", f".{ending.lower()}"
 
 
-def _indexed(name: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
+def _index_row(name: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
     if "offset" not in row:
         raise UserError(f"{name}: {key}.json has no image {key}.jpg beside it")
     try:
-        told = json.loads(row.get("json", "{}"))
-        people = told.get("people", told.get("annotations")) or []
-        marked = [schema.person(one, one.get("place")) for one in people]
-        about = {key: told.get(key) for key in ("image_id", "file_name", "width", "height")}
-        about["file_name"] = about["file_name"] or row["picture"].rpartition("/")[2]
-        pa.Table.from_pylist([about | {"people": marked}], schema=INDEX)
+        tree = json.loads(row.get("json", "{}"))
+        annotations = tree.get("people", tree.get("annotations")) or []
+        people = [schema.annotation_to_person(one, one.get("place")) for one in annotations]
+        image = {key: tree.get(key) for key in ("image_id", "file_name", "width", "height")}
+        image["file_name"] = image["file_name"] or row["member"].rpartition("/")[2]
+        pa.Table.from_pylist([image | {"people": people}], schema=INDEX)
     except (ValueError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"{name}: {key}.json: {' '.join(str(error).split())[:300]}") from None
-    return {**{name: row[name] for name in ("file", "offset", "size")}, **about, "people": marked}
+    return {**{name: row[name] for name in ("file", "offset", "size")}, **image, "people": people}

@@ -82,7 +82,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
 @with_real_data
 @pytest.mark.parametrize(("source", "num"), [(TRAIN, 86), (VAL, 68)])
 def test_coco_mini_has_so_many_labeled_people(source: tuple[str, str], num: int, cache: Path) -> None:
-    people = coco.checked(_labeled(REAL, cache, source), "stop", "decode")
+    people = coco.check_people(_labeled(REAL, cache, source), "stop", "decode")
     assert len(people) == num
     _assert_rows_are_pycocotools(people, REAL, source)
 
@@ -120,7 +120,7 @@ def test_columns_lose_no_digit(drawn: Path, cache: Path) -> None:
 @with_real_data
 @pytest.mark.parametrize("min_side", [0.0, 12.0, 40.0, 64.0])
 def test_unlabeled_people_of_coco_mini_are_no_crowds_and_not_too_small(min_side: float, cache: Path) -> None:
-    people = coco.people_with_boxes(REAL, *TRAIN, K, min_side, cache)
+    people = coco.unlabeled_people(coco.PeopleFiles(REAL, *TRAIN, K, cache), min_side)
     unlabeled = [a for a in _tree(REAL)["annotations"] if not a["iscrowd"] and max(a["keypoints"][2::3]) == 0]
     expected = [a["id"] for a in unlabeled if min(a["bbox"][2:]) >= min_side]
     assert list(people.rows["ann_id"]) == expected
@@ -141,12 +141,12 @@ def test_crowds_empty_boxes_and_small_boxes_are_left_out(root: Path, cache: Path
     _write(root, tree)
     left = {person["id"] for person in (crowd, empty, large, small)}
     assert list(_labeled(root, cache).rows["ann_id"]) == [p["id"] for p in people if p["id"] not in left]
-    unlabeled = coco.people_with_boxes(root, *TRAIN, K, 40.0, cache)
+    unlabeled = coco.unlabeled_people(coco.PeopleFiles(root, *TRAIN, K, cache), 40.0)
     assert list(unlabeled.rows["ann_id"]) == [large["id"]]
 
 
 def test_boxes_without_keypoints_are_unlabeled_people(drawn: Path, cache: Path) -> None:
-    people = coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
+    people = coco.unlabeled_people(coco.PeopleFiles(drawn, *BOXES, K, cache), 0.0)
     annotations = _tree(drawn, BOXES)["annotations"]
     assert not any("keypoints" in a for a in annotations)
     assert list(people.rows["ann_id"]) == [a["id"] for a in annotations]
@@ -158,13 +158,13 @@ def test_a_json_of_crowds_alone_has_nobody_whenever_it_is_read(root: Path, cache
     tree = _tree(root, BOXES)
     _write(root, tree | {"annotations": [a | {"iscrowd": 1} for a in tree["annotations"]]}, BOXES)
     for _ in range(2):
-        people = coco.people_with_boxes(root, *BOXES, K, 0.0, cache)
+        people = coco.unlabeled_people(coco.PeopleFiles(root, *BOXES, K, cache), 0.0)
         assert len(people) == 0 and coco.keypoints_of(people.rows).shape == (0, K, 3)
 
 
 def test_sources_are_joined_in_order(drawn: Path, cache: Path) -> None:
-    first, second = _labeled(drawn, cache), coco.people_with_boxes(drawn, *BOXES, K, 0.0, cache)
-    joined = coco.together([first, second])
+    first, second = _labeled(drawn, cache), coco.unlabeled_people(coco.PeopleFiles(drawn, *BOXES, K, cache), 0.0)
+    joined = coco.join_people([first, second])
     assert len(joined) == 30
     assert list(joined.rows["ann_id"]) == [*first.rows["ann_id"], *second.rows["ann_id"]]
     assert all((joined.root / name).is_file() for name in joined.rows["file_name"])
@@ -177,19 +177,19 @@ def test_whole_pictures_are_boxes_of_their_own_size(tmp_path: Path, cache: Path)
     for name, hw in sizes.items():
         (folder / name).write_bytes(cv2.imencode(Path(name).suffix.lower(), np.full((*hw, 3), 90, np.uint8))[1])
     (folder / "notes.txt").write_text("not an image")
-    people = coco.whole_pictures(tmp_path / "data", "loose", K, cache)
+    people = coco.whole_images(tmp_path / "data", "loose", K, cache)
     assert list(people.rows["file_name"]) == ["loose/a.JPG", "loose/b.png", "loose/c.jpeg"]
     assert coco.boxes_of(people.rows).tolist() == [[0, 0, 33, 25], [0, 0, 41, 30], [0, 0, 19, 17]]
     assert list(people.rows["area"]) == [33 * 25, 41 * 30, 19 * 17]
     assert not coco.keypoints_of(people.rows).any()
-    assert len(coco.checked(people, "stop", "decode")) == 3
+    assert len(coco.check_people(people, "stop", "decode")) == 3
     (tmp_path / "data" / "empty").mkdir()
-    _error(lambda: coco.whole_pictures(tmp_path / "data", "empty", K, cache), tmp_path / "data" / "empty", ".jpg")
+    _error(lambda: coco.whole_images(tmp_path / "data", "empty", K, cache), tmp_path / "data" / "empty", ".jpg")
 
 
 @with_real_data
 def test_whole_pictures_of_coco_mini(cache: Path) -> None:
-    people = coco.whole_pictures(REAL, "unlabeled2017", K, cache)
+    people = coco.whole_images(REAL, "unlabeled2017", K, cache)
     assert len(people) == 10
     for name, box in zip(people.rows["file_name"], coco.boxes_of(people.rows), strict=True):
         height, width = cv2.imread(str(REAL / name)).shape[:2]
@@ -244,7 +244,7 @@ def test_a_table_is_made_once_for_each_content(root: Path, cache: Path) -> None:
 
 
 def test_the_number_of_keypoints_and_what_is_asked_for_are_part_of_the_key(root: Path, cache: Path) -> None:
-    assert len(coco.people_with_boxes(root, *TRAIN, K, 0.0, cache)) == 0
+    assert len(coco.unlabeled_people(coco.PeopleFiles(root, *TRAIN, K, cache), 0.0)) == 0
     assert len(_labeled(root, cache)) == 24
     _error(lambda: coco.labeled_people(root, *TRAIN, 5, cache), root / TRAIN[0], "15", "51")
 
@@ -253,7 +253,7 @@ def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, 
     _labeled(root, cache)
     before = _files(cache)
     moved = root.rename(tmp_path / "elsewhere")
-    people = coco.checked(_labeled(moved, cache), "stop", "decode")
+    people = coco.check_people(_labeled(moved, cache), "stop", "decode")
     assert _files(cache) == before
     assert people.root == moved
     assert people.annotations == moved / TRAIN[0]
@@ -263,7 +263,7 @@ def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, 
 
 def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
     _labeled(drawn, cache)
-    coco.whole_pictures(drawn, "train2017", K, cache)
+    coco.whole_images(drawn, "train2017", K, cache)
     contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
     pictures = [path.read_bytes() for path in (drawn / "train2017").iterdir()]
     # The body of an image, without the header that all JPEGs share, occurs nowhere.
@@ -280,7 +280,7 @@ def test_a_missing_picture_is_named_with_its_annotation_and_never_skipped(root: 
     first = next(a["id"] for a in _tree(root)["annotations"] if a["image_id"] == row["image_id"])
     for policy in ("stop", "skip"):
         named = (root / TRAIN[0], f"annotation {first}:", root / row["file_name"])
-        _error(lambda policy=policy: coco.checked(people, policy, "auto"), *named)
+        _error(lambda policy=policy: coco.check_people(people, policy, "auto"), *named)
 
 
 def _cut(path: Path) -> None:
@@ -317,20 +317,45 @@ def test_a_picture_that_does_not_decode_stops_or_is_skipped(
     bad = next(name for name in names if names.count(name) > 1)
     spoil(root / bad)
     for check in ("auto", "decode"):
-        _error(lambda check=check: coco.checked(people, "stop", check), root / bad, "--data.on_bad_image skip")
-    left = coco.checked(people, "skip", "auto")
+        _error(lambda check=check: coco.check_people(people, "stop", check), root / bad, "--data.on_bad_image skip")
+    left = coco.check_people(people, "skip", "auto")
     assert left.num_skipped == names.count(bad) == len(people) - len(left)
     kept = [i for name, i in zip(names, people.rows["ann_id"], strict=True) if name != bad]
     assert list(left.rows["ann_id"]) == kept
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped:")]
-    assert said == [f"skipped: {root / bad} does not decode"]
+    reason = "has more than 178,956,970 px, the most that is decoded" if spoil is _huge_png else "does not decode"
+    assert said == [f"skipped: {root / bad} {reason}"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_small_file_of_billions_of_pixels_is_named_everywhere_before_it_is_decoded(
+    root: Path, cache: Path, suffix: str
+) -> None:
+    """4.9 kB decode at an eighth, as images are checked, and need 12.9 GB as a whole, as evaluation wants them."""
+    people = _labeled(root, cache)
+    names = list(people.rows["file_name"])
+    path = root / names[0]
+    content = bytearray(cv2.imencode(suffix, np.zeros((16, 16, 3), np.uint8))[1].tobytes())
+    side = struct.pack(">H", 65_500)
+    if suffix == ".jpg":
+        at = content.index(b"\xff\xc0") + 5
+        content[at : at + 4] = side + side
+    else:
+        content[16:24] = (b"\0\0" + side) * 2
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    _error(lambda: coco.check_people(people, "stop", "decode"), path, "px", "178,956,970", "--data.on_bad_image skip")
+    assert coco.check_people(people, "skip", "decode").num_skipped == names.count(names[0])
+    for at_most in (1, 8):  # evaluation, training
+        _error(lambda at_most=at_most: photo.read_reduced_image(path, at_most), path, "178,956,970")
+    assert photo.whole_image(path) is None, "--images counts it among those that do not decode"
 
 
 @pytest.mark.parametrize("spoil", [_cut, _emptied, _cut_png])
 def test_a_cut_picture_is_seen_by_its_ends_alone(root: Path, cache: Path, spoil: Callable[[Path], None]) -> None:
     people = _labeled(root, cache)
     spoil(root / people.rows[3]["file_name"])
-    _error(lambda: coco.checked(people, "stop", "ends"), root / people.rows[3]["file_name"])
+    _error(lambda: coco.check_people(people, "stop", "ends"), root / people.rows[3]["file_name"])
 
 
 @pytest.mark.parametrize("num_bytes", [1, 63, 64, 500])
@@ -339,14 +364,14 @@ def test_a_jpeg_with_bytes_after_its_end_is_whole(root: Path, cache: Path, num_b
     path = root / people.rows[0]["file_name"]
     path.write_bytes(path.read_bytes() + b"\0" * num_bytes)
     for check in ("auto", "ends", "decode"):
-        checked = coco.checked(people, "stop", check)
+        checked = coco.check_people(people, "stop", check)
         assert (len(checked), checked.num_skipped) == (24, 0)
 
 
 def test_whole_pictures_pass_unchanged(drawn: Path, cache: Path) -> None:
     people = _labeled(drawn, cache)
     for check in ("auto", "ends", "decode"):
-        assert coco.checked(people, "stop", check) is people
+        assert coco.check_people(people, "stop", check) is people
 
 
 # ---- Broken JSON
@@ -425,15 +450,15 @@ def test_a_cut_jpeg_with_a_thumbnail_is_seen(root: Path, cache: Path) -> None:
     thumbnail = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(path)), (160, 120)))[1].tobytes()
     header = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
     path.write_bytes(whole[:2] + header + whole[2:])
-    assert len(coco.checked(people, "stop", "auto")) == 24
+    assert len(coco.check_people(people, "stop", "auto")) == 24
     path.write_bytes(path.read_bytes()[: int(1.6 * len(header))])
-    _error(lambda: coco.checked(people, "stop", "auto"), path)
+    _error(lambda: coco.check_people(people, "stop", "auto"), path)
 
 
 def test_a_broken_whole_picture_can_be_skipped(root: Path, cache: Path) -> None:
     pictures = sorted((root / "unlabeled2017").iterdir())
     _emptied(pictures[1])
-    people = coco.checked(coco.whole_pictures(root, "unlabeled2017", K, cache), "skip", "auto")
+    people = coco.check_people(coco.whole_images(root, "unlabeled2017", K, cache), "skip", "auto")
     assert (len(people), people.num_skipped) == (len(pictures) - 1, 1)
 
 
@@ -441,5 +466,5 @@ def test_a_picture_that_was_replaced_has_its_new_size(tmp_path: Path, cache: Pat
     (tmp_path / "loose").mkdir()
     for hw in ((20, 30), (50, 40)):
         cv2.imwrite(str(tmp_path / "loose" / "a.png"), np.zeros((*hw, 3), np.uint8))
-        boxes = coco.boxes_of(coco.whole_pictures(tmp_path, "loose", K, cache).rows)
+        boxes = coco.boxes_of(coco.whole_images(tmp_path, "loose", K, cache).rows)
         assert boxes.tolist() == [[0, 0, hw[1], hw[0]]]

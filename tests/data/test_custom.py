@@ -368,7 +368,7 @@ def _described(tmp_path: Path, *kinds: dict[str, Any], wanted: str | None = None
     people = [{"id": 1, "image_id": 1, "category_id": kinds[0]["id"] if kinds else 1, **person}] if person else []
     file = tmp_path / "some.json"
     file.write_text(json.dumps({"images": [], "annotations": people, "categories": kinds}))
-    return category.described(file, wanted, tmp_path / "cache")
+    return category.describe_keypoints(file, wanted, tmp_path / "cache")
 
 
 def test_categories_are_chosen(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_built_in_skeletons_by_their_names(tmp_path: Path) -> None:
     lists = {"keypoints": [0] * 51, "foot_kpts": [], "face_kpts": [], "lefthand_kpts": [], "righthand_kpts": []}
     whole = _described(tmp_path, {"id": 1, "name": "person", "keypoints": list(COCO17.names)}, **lists)
     assert infer_skeleton.infer_skeleton([whole], None)[0] is WHOLEBODY133
-    assert category.reading(whole, COCO17.names) == category.reading(whole, WHOLEBODY133.names)
+    assert category.choose_reading(whole, COCO17.names) == category.choose_reading(whole, WHOLEBODY133.names)
     assert infer_skeleton.infer_skeleton([whole], infer_skeleton.load_skeleton("coco17", tmp_path))[0] is COCO17
-    some = category.reading(whole, ("left_wrist", "left_hand_root", "tail"))
+    some = category.choose_reading(whole, ("left_wrist", "left_hand_root", "tail"))
     assert some[0].source == (9, 91, -1) and "tail" in some[1]

@@ -432,13 +432,13 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
 ) -> None:
     """A crop of twice as many pixels as it shows: the same draws, points and matrices; pixels as good as the same."""
     known: list[tuple[int, int]] = []
-    read = data.read_picture
+    read = data.read_reduced_image
 
-    def told(path: Path, at_most: int = 1) -> photo.Picture:
+    def told(path: Path, at_most: int = 1) -> photo.DecodedImage:
         known.append((at_most, read(path, at_most).reduction))
         return read(path, at_most)
 
-    monkeypatch.setattr(data, "read_picture", told)
+    monkeypatch.setattr(data, "read_reduced_image", told)
     whole = replace(run, config=replace(run.config, reduced_decode=False))
     ours, theirs = (_samples(r.people(augment=SAME_PIXELS, global_batch=20), 20) for r in (run, whole))
     assert known[40:] == [(1, 1)] * 40, "one image for the two views of a pair; whole where that is asked for"

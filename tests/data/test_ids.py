@@ -90,7 +90,7 @@ def test_a_file_is_parsed_once_until_it_changes(drawn: Path, tmp_path: Path, mon
     real = json.loads
     monkeypatch.setattr(coco_json.json, "loads", lambda text: loads.append(1) or real(text))
     first = coco_json.read_json(file)
-    assert coco_json.read_json(file) is first and coco_json.pictures_of(file) is first["images"] and len(loads) == 1
+    assert coco_json.read_json(file) is first and coco_json.read_image_list(file) is first["images"] and len(loads) == 1
     file.write_text(json.dumps(first | {"annotations": []}))
     assert coco_json.read_json(file)["annotations"] == [] and len(loads) == 2
     monkeypatch.setattr(coco_json, "MAX_ANNOTATIONS_HELD", -1)

@@ -343,7 +343,7 @@ def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypat
     for picture in (copies / "val2017").iterdir():
         picture.write_bytes(picture.read_bytes() + b"more")
     copied = dataclasses.replace(val, root=copies)
-    assert leakage.leaks(leakage._pictures_of(copied), leakage._pictures_of(val)) == {}
+    assert leakage.leaks(leakage._image_ids_of(copied), leakage._image_ids_of(val)) == {}
     assert len(looked) == 2 < len(list((copies / "val2017").iterdir()))
 
 

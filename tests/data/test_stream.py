@@ -24,6 +24,7 @@ from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
+from sapiens_accel.sources import images as photo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def _flat(lists: Iterable[list[Any]]) -> list[Any]:
 
 def test_everybody_is_in_an_epoch_once(root: Path, sets: Sets) -> None:
     """Over 1, 2 and 4 processes, 1 and 2 accumulated micro-batches, 0, 1 and 3 workers; and all see one order."""
-    everybody = sorted(person["id"] for person in shards.tree(sets.train.annotations)["annotations"])
+    everybody = sorted(person["id"] for person in sets.train.source.read()["annotations"])
     assert len(everybody) == PEOPLE and PEOPLE % BATCH == 0
     steps = range(PEOPLE // BATCH)
     whole = _ids(sets, _config(root), steps)
@@ -111,7 +112,7 @@ def test_epochs_seeds_and_stages_have_orders_of_their_own(sets: Sets) -> None:
 
     def epoch(number: int, seed: int = 0, name: str = "phase2") -> list[int]:
         steps = range(number * per_epoch, (number + 1) * per_epoch)
-        return np.concatenate([rows.order(seed, name, step, BATCH, 8, 2) for step in steps]).tolist()
+        return np.concatenate([rows.order(stream.OrderKey(seed, name, BATCH, 8, 2), step) for step in steps]).tolist()
 
     orders = [epoch(0), epoch(1), epoch(0, seed=1), epoch(0, name="ssl")]
     assert all(sorted(order) == list(range(PEOPLE)) for order in orders)
@@ -126,11 +127,11 @@ def test_nobody_twice_for_any_numbers(people: int, batch: int, parts: int) -> No
     """Whole batches of an epoch are of different people; those who are left over are fewer than a batch."""
     rng = np.random.default_rng(people)
     counts = np.bincount(rng.integers(0, 9, people), minlength=9)  # some groups may be of nobody
-    rows = stream.StreamRows([], counts, 17)
+    rows = stream.StreamRows([], counts)
     per_epoch = max(1, people // batch)
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        found = np.concatenate([rows.order(0, "ssl", step, batch, parts, 2) for step in steps])
+        found = np.concatenate([rows.order(stream.OrderKey(0, "ssl", batch, parts, 2), step) for step in steps])
         times = np.bincount(found, minlength=people)
         assert len(times) == people
         if people >= batch:
@@ -142,11 +143,11 @@ def test_nobody_twice_for_any_numbers(people: int, batch: int, parts: int) -> No
 def test_a_process_reads_its_own_groups_alone() -> None:
     """8 processes of 4 workers: no row group is read by more than two, those at the ends of lanes; and in a row."""
     counts, batch, ranks, workers = np.full(3200, 10), 64, 8, 4
-    rows = stream.StreamRows([], counts, 17)
+    rows = stream.StreamRows([], counts)
     read: dict[int, set[tuple[int, int]]] = {}
     turns: dict[tuple[int, int], list[int]] = {}
     for step in range(counts.sum() // batch):
-        groups = rows.order(0, "x", step, batch, 8, 2) // 10
+        groups = rows.order(stream.OrderKey(0, "x", batch, 8, 2), step) // 10
         for rank in range(ranks):
             for group in groups[rank * batch // ranks : (rank + 1) * batch // ranks].tolist():
                 read.setdefault(group, set()).add((rank, step % workers))
@@ -170,9 +171,9 @@ def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Set
         for index in range(len(ours)):
             row = ours.rows[index]
             assert row == known[row["ann_id"]]
-            a, b = (bytes(shards.content(people.root / row["file_name"])) for people in (ours, theirs))
+            a, b = (bytes(photo.read_bytes(people.root / row["file_name"])) for people in (ours, theirs))
             assert a == b
-    manifest = shards.read(sets.train.annotations)
+    manifest = shards.read_manifest(sets.train.annotations)
     assert manifest.kind == "parquet" and all(Path(file).parent == root / "data" for file in manifest.files)
 
 
@@ -188,7 +189,7 @@ def test_addresses_are_read_where_they_are(root: Path, sets: Sets) -> None:
     """Another machine's shards, here by fsspec's file://: parquet, read by row groups."""
     config = replace(_config(root), root=f"file://{root}")
     found = build.open_people(config, COCO17, unlabeled=True)
-    assert all(file.startswith("file://") for file in shards.read(found.train.annotations).files)
+    assert all(file.startswith("file://") for file in shards.read_manifest(found.train.annotations).files)
     steps = range(PEOPLE // BATCH)
     assert _ids(found, config, steps, workers=2) == _ids(sets, _config(root), steps)
 
@@ -202,7 +203,7 @@ def test_pairs_are_streamed(root: Path, sets: Sets) -> None:
 
 def test_shards_that_changed_under_a_run_are_told(root: Path, sets: Sets) -> None:
     rows: Any = sets.train.rows
-    fewer = stream.StreamRows(rows.groups, rows.counts + 1, 17)
+    fewer = stream.StreamRows(rows.groups, rows.counts + 1)
     with pytest.raises(UserError, match=r"train\.shards: .*have changed"):
         fewer[0]
 

@@ -72,7 +72,7 @@ def _refused(run: Config, *named: str, **changes: Any) -> None:
 
 def _told(run: Config, level: str, name: str) -> None:
     """The doctor has a finding of this level that names it."""
-    report, _, _ = doctor.looked_over(run)
+    report, _, _ = doctor.check_data(run)
     found = [" ".join([f.text, *f.culprits]) for f in report.findings if f.level == level]
     assert any(name in text for text in found), report.findings
     json.dumps(report.as_json())
@@ -211,7 +211,7 @@ def test_who_is_left_out_is_named_by_the_doctor(run: Config, root: Path, case: s
     change, named = LEFT_OUT[case]
     (root / TRAIN).write_text(json.dumps(change(json.loads((root / TRAIN).read_text()))))
     assert list(_open(run).train.rows["ann_id"]) == [1, 2, 4, 5, 6]
-    report, _, _ = doctor.looked_over(run)
+    report, _, _ = doctor.check_data(run)
     assert [f.check for f in report.findings if named in f.culprits] != []
     assert report.count("error") == 0
 
@@ -230,7 +230,7 @@ def test_an_odd_annotation_file_is_read(run: Config, root: Path, case: str) -> N
     tree = READ[case](json.loads((root / TRAIN).read_text()))
     (root / TRAIN).write_text(json.dumps(tree), encoding="utf-8-sig")  # with a byte order mark
     assert _open(run).train.rows.to_list() == before
-    assert doctor.looked_over(run)[0].count("error") == 0
+    assert doctor.check_data(run)[0].count("error") == 0
 
 
 def test_nothing_outside_of_the_root_is_opened(run: Config, root: Path, drawn: Path) -> None:
@@ -357,7 +357,7 @@ def test_every_kind_of_picture_is_read_as_8_bit_colors(run: Config, root: Path, 
     found = photo.read_image(path)
     assert found.dtype == np.uint8 and found.shape == (160, 240, 3)
     assert np.abs(found - expected).mean() < 4, "JPEG loses as much of the drawings' noise"
-    assert doctor.looked_over(run)[0].count("error") == 0
+    assert doctor.check_data(run)[0].count("error") == 0
 
 
 @pytest.mark.parametrize("name", ["Zoë 人物.jpg", "a b (1) %20#?.jpg", "🤸.JPG", "sub folder/c.jpg"])
@@ -367,7 +367,7 @@ def test_any_name_is_read(run: Config, root: Path, name: str) -> None:
     (root / TRAIN).write_text(json.dumps(_picture(file_name=name)(json.loads((root / TRAIN).read_text()))))
     sets = _open(run)
     assert len(sets.train) == NUM and f"train2017/{name}" in sets.train.rows["file_name"]
-    assert doctor.looked_over(run)[0].count("error") == 0
+    assert doctor.check_data(run)[0].count("error") == 0
 
 
 def test_links_that_the_user_made_may_lead_out_of_the_root(run: Config, root: Path) -> None:
@@ -378,7 +378,7 @@ def test_links_that_the_user_made_may_lead_out_of_the_root(run: Config, root: Pa
     single.rename(root.parent / "elsewhere.jpg")
     single.symlink_to(root.parent / "elsewhere.jpg")
     assert len(_open(run).train) == NUM
-    assert doctor.looked_over(run)[0].count("error") == 0
+    assert doctor.check_data(run)[0].count("error") == 0
 
 
 def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not(run: Config, root: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not
     assert len(_open(run).train) == NUM
     _told(run, "error", "train2017/000000000002.jpg: 240 x 160 in the JSON, about 160 x 240 as read")
     (root / TRAIN).write_text(json.dumps(_picture(width=160, height=240)(json.loads((root / TRAIN).read_text()))))
-    report, _, _ = doctor.looked_over(run)
+    report, _, _ = doctor.check_data(run)
     assert not [f for f in report.findings if f.check == "train/size"], "labeled as it is shown"
 
 
@@ -408,15 +408,15 @@ def test_100_megapixels_are_read(run: Config, root: Path) -> None:
 def test_a_name_that_is_no_text_is_refused_in_a_folder_of_pictures(root: Path, tmp_path: Path) -> None:
     (root / "unlabeled2017" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(UserError, match=r"caf\\udce9\.jpg"):
-        coco.whole_pictures(root, "unlabeled2017", 17, tmp_path / "cache")
+        coco.whole_images(root, "unlabeled2017", 17, tmp_path / "cache")
 
 
 def test_a_link_to_nothing_among_whole_pictures_is_named(root: Path, tmp_path: Path) -> None:
     (root / "unlabeled2017" / "gone.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(root / "unlabeled2017" / "pipe.jpg")  # to open it would wait for ever
-    people = coco.whole_pictures(root, "unlabeled2017", 17, tmp_path / "cache")
+    people = coco.whole_images(root, "unlabeled2017", 17, tmp_path / "cache")
     with pytest.raises(UserError, match=r"gone\.jpg"):
-        coco.checked(people, "stop", "auto")
+        coco.check_people(people, "stop", "auto")
 
 
 @pytest.mark.parametrize(
@@ -427,8 +427,9 @@ def test_a_link_to_nothing_among_whole_pictures_is_named(root: Path, tmp_path: P
 def test_a_broken_detection_is_refused(root: Path, tmp_path: Path, change: dict[str, Any], named: str) -> None:
     thing = {"image_id": 10_000_001, "category_id": 1, "bbox": [1, 1, 50, 50], "score": 0.9} | change
     (root / "found.json").write_text(json.dumps([thing]))
+    files = coco.PeopleFiles(root, "found.json", "unlabeled2017", 17, tmp_path / "cache")
     with pytest.raises(UserError, match=named) as caught:
-        detections.detected_people(root, ("found.json", "unlabeled2017"), 17, 1, 0.5, tmp_path / "cache")
+        detections.detected_people(files, 1, 0.5)
     assert "\n" not in str(caught.value)
 
 

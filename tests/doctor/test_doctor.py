@@ -67,14 +67,14 @@ def _change(root: Path, change: Callable[[list[Tree]], object], file: str = TRAI
 
 
 def _found(run: Config, check: str) -> list[Finding]:
-    return [finding for finding in doctor.looked_over(run)[0].findings if finding.check == check]
+    return [finding for finding in doctor.check_data(run)[0].findings if finding.check == check]
 
 
 # ---- Nothing, where nothing is
 
 
 def test_drawn_people_are_fine(drawn: Path) -> None:
-    report, labels, _ = doctor.looked_over(_run(drawn))
+    report, labels, _ = doctor.check_data(_run(drawn))
     assert [f for f in report.findings if f.level != "note"] == []
     assert len(labels) == report.people["train"]["people"] == 120 and report.people["val"]["people"] == 40
     tree = json.loads((drawn / VAL).read_text())["annotations"]
@@ -85,7 +85,7 @@ def test_drawn_people_are_fine(drawn: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 def test_real_people_are_fine() -> None:
-    report, _, _ = doctor.looked_over(Config(data=DataConfig(root=str(REAL))))
+    report, _, _ = doctor.check_data(Config(data=DataConfig(root=str(REAL))))
     expected = {(check, "note") for check in ("joints/names", "train/crowd", "val/crowd")}
     assert {(f.check, f.level) for f in report.findings} == expected
 
@@ -99,7 +99,7 @@ def test_whole_bodies_are_looked_at_with_all_their_joints(tmp_path: Path) -> Non
     file = "annotations/coco_wholebody_val_v1.0.json"
     names = {"train_annotations": file, "val_annotations": file, "train_images": "val2017"}
     run = Config(data=DataConfig(root=str(WHOLE), cache_dir=str(tmp_path), **names))
-    report, labels, skeleton = doctor.looked_over(run)
+    report, labels, skeleton = doctor.check_data(run)
     told = {finding.check: finding for finding in report.findings if finding.level != "note"}
     assert skeleton.num_keypoints == 133 and labels.keypoints.shape[1:] == (133, 3)
     assert set(told) == {"train/visibility", "val/visibility", "train and val/leaks"}
@@ -149,7 +149,7 @@ def test_left_and_right_are_seen_with_the_head_up(degrees: float) -> None:
 def _mirrored(labels: Labels, points: np.ndarray, degrees: float) -> list[Finding]:
     turned = points.copy()
     turned[..., :2] = points[..., :2] @ _rotation(degrees)
-    return list(examine.mirrored(dataclasses.replace(labels, keypoints=turned), COCO17))
+    return list(examine.find_mirrored(dataclasses.replace(labels, keypoints=turned), COCO17))
 
 
 def _rotation(degrees: float) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_animals_that_trot_past_have_no_swapped_pairs() -> None:
     x = np.stack([ahead, -ahead], axis=-1).reshape(200, 12) + rng.normal(0, 4, (200, 12))
     keypoints = np.stack([x, rng.normal(100, 4, (200, 12)), np.full((200, 12), 2)], axis=-1)
     labels = dataclasses.replace(_labels(200), keypoints=keypoints)
-    assert list(examine.swapped_pairs(labels, TROT)) == []
+    assert list(examine.find_swapped_pairs(labels, TROT)) == []
 
 
 def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_pairs_that_chance_decides_are_not_told_of() -> None:
         x = rng.choice([-9.0, 9.0], (35, pairs))
         x[:, :40] = 9  # these are clear, and the others are held against them
         keypoints = np.stack([x, -x], axis=-1).reshape(35, 2 * pairs, 1) * [1, 0, 0] + [100, 100, 2]
-        assert list(examine.swapped_pairs(dataclasses.replace(_labels(35), keypoints=keypoints), face)) == []
+        assert list(examine.find_swapped_pairs(dataclasses.replace(_labels(35), keypoints=keypoints), face)) == []
 
 
 def test_people_who_lie_or_turn_vote_alike() -> None:
@@ -210,7 +210,7 @@ def test_people_who_lie_or_turn_vote_alike() -> None:
     for degrees in (0, 90, 200):
         turned = points.copy()
         turned[..., :2] = points[..., :2] @ _rotation(degrees)
-        (finding,) = examine.swapped_pairs(dataclasses.replace(labels, keypoints=turned), COCO17)
+        (finding,) = examine.find_swapped_pairs(dataclasses.replace(labels, keypoints=turned), COCO17)
         assert finding.text.startswith("left_wrist and right_wrist") and len(finding.culprits) == 60
 
 
@@ -249,23 +249,23 @@ def _with(labels: Labels, name: str, place: int, value: Any) -> Labels:
 @pytest.mark.parametrize("case", FAULTS)
 def test_one_person_of_many_is_named(case: str) -> None:
     change, check, level = FAULTS[case]
-    assert examine.faults(_labels(60), COCO17, scored=True) == []
-    (finding,) = examine.faults(change(_labels(60)), COCO17, scored=True)
+    assert examine.find_faults(_labels(60), COCO17, scored=True) == []
+    (finding,) = examine.find_faults(change(_labels(60)), COCO17, scored=True)
     assert (finding.check, finding.level) == (check, level)
     assert finding.culprits == ("annotation 7 (train2017/7.jpg)",)
 
 
 def test_within_a_pixel_of_the_border_is_inside() -> None:
     inside = _with(_labels(60), "keypoints", 7, [[240.0, -1.0, 2], *_labels(1).keypoints[0, 1:]])
-    assert examine.faults(inside, COCO17, scored=True) == []
+    assert examine.find_faults(inside, COCO17, scored=True) == []
     unseen = _with(_labels(60), "keypoints", 7, [[900.0, -50.0, 0], *_labels(1).keypoints[0, 1:]])
-    assert examine.faults(unseen, COCO17, scored=True) == [], "not labeled: it may be anywhere"
+    assert examine.find_faults(unseen, COCO17, scored=True) == [], "not labeled: it may be anywhere"
 
 
 @pytest.mark.parametrize(("scored", "level"), [(True, "error"), (False, "warning")])
 def test_ids_of_two_are_all_named(scored: bool, level: str) -> None:
     labels = _with(_with(_labels(60), "ann_ids", 7, 9), "ann_ids", 20, 9)
-    (finding,) = examine.faults(labels, COCO17, scored=scored)
+    (finding,) = examine.find_faults(labels, COCO17, scored=scored)
     assert finding.level == level
     assert finding.culprits == tuple(f"annotation 9 (train2017/{i}.jpg)" for i in (7, 9, 20))
 
@@ -293,7 +293,7 @@ def test_all_faults_are_told_at_once(root: Path) -> None:
     missing.unlink()
     cut.write_bytes(cut.read_bytes()[:400])
     shutil.copy(root / "val2017" / "000020000003.jpg", root / "train2017" / "000000000040.jpg")
-    found = {f.check: f for f in doctor.looked_over(_run(root))[0].findings}
+    found = {f.check: f for f in doctor.check_data(_run(root))[0].findings}
     assert [c.split(":")[0] for c in found["train/annotations"].culprits] == ["annotation 2", "annotation 6"]
     assert found["train/crowd"].culprits == ("annotation 10",)
     assert found["train/boxes"].culprits == ("annotation 12",)
@@ -341,7 +341,7 @@ def test_joints_of_other_names_are_told_of_by_their_names(root: Path, tmp_path: 
     _renamed(root, names, range(17), TRAIN)
     _renamed(root, names, range(16, -1, -1), VAL)
     _change(root, lambda people: _swap(people, 11, 12))
-    report, labels, skeleton = doctor.looked_over(_run(root))
+    report, labels, skeleton = doctor.check_data(_run(root))
     assert skeleton.names == tuple(names) and labels.keypoints.shape == (120, 17, 3)
     (swapped,) = [finding for finding in report.findings if finding.level == "error"]
     assert swapped.check == "train/mirror" and swapped.text.startswith("L_11 and R_11 "), "in val, read by name, not"
@@ -357,7 +357,7 @@ def test_joints_that_cannot_be_told_are_an_error_among_the_others(root: Path) ->
     _renamed(root, ["nose", "nose", *COCO17.names[2:]], range(17), TRAIN)
     missing = root / "val2017" / "000020000003.jpg"
     missing.unlink()
-    report, _, skeleton = doctor.looked_over(_run(root))
+    report, _, skeleton = doctor.check_data(_run(root))
     errors = {finding.check: finding.text for finding in report.findings if finding.level == "error"}
     assert set(errors) == {"joints/names", "train/keypoints", "val/missing"} and skeleton is COCO17
     assert all("'nose' is there twice" in errors[check] for check in ("joints/names", "train/keypoints"))
@@ -376,7 +376,7 @@ def test_joints_without_names_are_one_error_and_no_fault_of_each_person(root: Pa
         _of_21(tree)
         tree["annotations"][4].update(bbox=[1, 2, 3], num_keypoints=0)
         (root / file).write_text(json.dumps(tree))
-    report, _, _ = doctor.looked_over(_run(root))
+    report, _, _ = doctor.check_data(_run(root))
     errors = {finding.check: finding for finding in report.findings if finding.level == "error"}
     assert set(errors) == {"joints/names", "train/annotations", "val/annotations"}
     assert "names its 21 keypoints" in errors["joints/names"].text
@@ -388,7 +388,7 @@ def test_other_joints_in_validation_are_one_error_of_its_file(root: Path) -> Non
     tree = json.loads((root / VAL).read_text())
     _of_21(tree)
     (root / VAL).write_text(json.dumps(tree))
-    report, _, _ = doctor.looked_over(_run(root))
+    report, _, _ = doctor.check_data(_run(root))
     (error,) = [finding for finding in report.findings if finding.level == "error"]
     assert error.check == "val/keypoints" and "have 21 keypoints" in error.text
 
@@ -440,11 +440,11 @@ def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> 
     shutil.copy(next((root / "unlabeled2017").iterdir()), folder / "c.jpg")
     for name in ("cut.jpg", "empty.jpg"):
         (folder / name).write_bytes((folder / "c.jpg").read_bytes()[: 400 * (name == "cut.jpg")])
-    report, _, _ = doctor.looked_over(_ssl(root, unlabelled_images="found"))
+    report, _, _ = doctor.check_data(_ssl(root, unlabelled_images="found"))
     told = {finding.check: finding.culprits for finding in report.findings if finding.level == "error"}
     leaks = tuple(f"found/{name}.jpg is val2017/000020000003.jpg" for name in "ab")
     assert told == {"unlabelled/unreadable": ("found/cut.jpg", "found/empty.jpg"), "unlabelled/leaks": leaks}
-    report, _, _ = doctor.looked_over(config.load([*_words(root), "--data.unlabelled_images", "found"]))
+    report, _, _ = doctor.check_data(config.load([*_words(root), "--data.unlabelled_images", "found"]))
     assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learned from them"
 
 
@@ -475,7 +475,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     shutil.copy(root / "val2017" / "000020000003.jpg", other / "train2017" / "000000000040.jpg")
     more = schema.MoreData(root=str(other), train_annotations=TRAIN, train_images="train2017")
     run = _run(root, more=(more,))
-    report, labels, _ = doctor.looked_over(run)
+    report, labels, _ = doctor.check_data(run)
     told = {finding.check: finding for finding in report.findings if finding.level != "note"}
     leak = f"{other / 'train2017/000000000040.jpg'} is val2017/000020000003.jpg"
     assert told.pop("train 2 and val/leaks").culprits == (leak,)
@@ -501,7 +501,7 @@ def shards(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming: bool) -> None:
-    report, labels, _ = doctor.looked_over(_run(shards, streaming=streaming, unlabelled_min_side=1))
+    report, labels, _ = doctor.check_data(_run(shards, streaming=streaming, unlabelled_min_side=1))
     told = {finding.check: finding.culprits for finding in report.findings if finding.level != "note"}
     assert set(told) == {"train/area", "train/boxes"} and report.people["train"]["people"] == len(labels) == 120
     assert told["train/area"][0].startswith("annotation 6 (")
@@ -544,11 +544,11 @@ def test_in_crop_is_what_the_crop_holds() -> None:
 
 def test_joints_lost_by_the_crop_are_counted_and_named() -> None:
     far = _with(_labels(10), "keypoints", 7, [[5.0, 250.0, 2], *_labels(1).keypoints[0, 1:]])
-    finding = examine.lost_by_crop(far, 1.0, (200, 40))
+    finding = examine.check_lost_by_crop(far, 1.0, (200, 40))
     assert finding.level == "note" and finding.text.startswith("1 of 170 labeled keypoints (0.59%)")
     assert finding.culprits == ("annotation 7 (train2017/7.jpg)",)
     tight = dataclasses.replace(far, boxes_xywh=far.boxes_xywh * [1, 1, 1, 0.5])
-    assert examine.lost_by_crop(tight, 1.0, (200, 40)).level == "warning"
+    assert examine.check_lost_by_crop(tight, 1.0, (200, 40)).level == "warning"
 
 
 @pytest.mark.parametrize(
@@ -557,12 +557,12 @@ def test_joints_lost_by_the_crop_are_counted_and_named() -> None:
      (6, (128, 96), "warning"), (1, (128, 96), "warning"), (0.5, (16, 12), "warning")],
 )  # fmt: skip
 def test_sigma_is_held_against_the_heatmap(sigma: float, hw: tuple[int, int], level: str) -> None:
-    assert examine.sigma_of(sigma, hw).level == level
+    assert examine.check_sigma(sigma, hw).level == level
 
 
 def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = Codec(input_hw=(128, 96), heatmap_hw=(32, 24), sigma=1)
-    good = preview.round_trip(_labels(20), codec, 1.25)
+    good = preview.check_codec(_labels(20), codec, 1.25)
     assert good.level == "note" and "off by 0.0" in good.text and "340 keypoints" in good.text
     decode = Codec.decode
 
@@ -571,7 +571,7 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return points + torch.tensor([3.0, 4.0]), scores
 
     monkeypatch.setattr(Codec, "decode", off)
-    bad = preview.round_trip(_labels(20), codec, 1.25)
+    bad = preview.check_codec(_labels(20), codec, 1.25)
     # 200 px of box, times the padding, are 128 px of input.
     assert bad.level == "warning" and "off by 5.0" in bad.text and f"({5 * 250 / 128:.3f} " in bad.text
 
@@ -581,7 +581,7 @@ def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
     sets = build.open_people(run.data, COCO17, unlabeled=False)
     people = preview.first_stage(run, sets, COCO17)
-    picture = preview.grid(people, COCO17)
+    picture = preview.draw_grid(people, COCO17)
     tile_h, tile_w = 512 + 4, 384 + 4
     assert picture.shape == (4 * tile_h, 4 * tile_w, 3)
     colors = {"left": draw.LEFT, "right": draw.RIGHT}
@@ -604,7 +604,7 @@ def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
 
 def test_what_deepspeed_would_compile_is_what_its_config_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     def needed(name: str, cuda: bool = True) -> Sequence[str]:
-        return environment.needed_operations(environment.launch_of(f"accelerate_configs/{name}.yaml"), cuda)
+        return environment.needed_operations(environment.read_launch(f"accelerate_configs/{name}.yaml"), cuda)
 
     monkeypatch.chdir(REPOSITORY)
     offloading = ("zero2_offload", "zero3_offload")
@@ -625,15 +625,15 @@ def test_a_launch_from_another_folder_has_the_json_that_train_finds(
     (configs / "a.yaml").write_text(
         f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {json_name}\n"
     )
-    assert environment.launch_of(str(REPOSITORY / "accelerate_configs" / "zero2.yaml")).zero["stage"] == 2
+    assert environment.read_launch(str(REPOSITORY / "accelerate_configs" / "zero2.yaml")).zero["stage"] == 2
     (tmp_path / "mine" / "ds_configs").mkdir()
     (tmp_path / "mine" / json_name).write_text('{"zero_optimization": {"stage": 1}}')
     monkeypatch.chdir(tmp_path if given == "absolute" else configs)
-    launch = environment.launch_of(str(configs / "a.yaml") if given == "absolute" else "a.yaml")
+    launch = environment.read_launch(str(configs / "a.yaml") if given == "absolute" else "a.yaml")
     assert launch.zero == {"stage": 1}
     (configs / "a.yaml").write_text((configs / "a.yaml").read_text().replace(json_name, "ds_configs/gone.json"))
     with pytest.raises(UserError, match=r"a\.yaml: deepspeed_config_file: ds_configs/gone.json is not there"):
-        environment.launch_of(str(configs / "a.yaml"))
+        environment.read_launch(str(configs / "a.yaml"))
 
 
 def test_fp16_without_a_gpu_is_a_note_as_train_runs_it_in_bf16() -> None:
@@ -643,7 +643,7 @@ def test_fp16_without_a_gpu_is_a_note_as_train_runs_it_in_bf16() -> None:
 
 
 def _machine(launch: Launch) -> dict[str, Finding]:
-    return {f.check: f for f in environment.examine(Config(), launch, COCO17)}
+    return {f.check: f for f in environment.check_machine(Config(), launch, COCO17)}
 
 
 def test_a_missing_compiler_is_an_error_where_one_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -665,7 +665,7 @@ def test_a_launch_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("just text")
     for file in ("nowhere.yaml", "a.yaml"):
         with pytest.raises(UserError, match="--launch") as caught:
-            environment.launch_of(str(tmp_path / file))
+            environment.read_launch(str(tmp_path / file))
         assert "\n" not in str(caught.value)
 
 
@@ -683,7 +683,7 @@ ODD_LAUNCHES = {
 def test_a_launch_of_odd_types_is_one_line(tmp_path: Path, case: str) -> None:
     text, told = ODD_LAUNCHES[case]
     with pytest.raises(UserError, match=told) as caught:
-        environment.launch_of(_launch(tmp_path, text))
+        environment.read_launch(_launch(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
@@ -698,20 +698,20 @@ def _launch(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("zero", ["null", "{}", '{"offload_optimizer": null, "offload_param": {"device": null}}'])
 def test_a_json_that_offloads_nothing_has_nothing_to_compile(tmp_path: Path, zero: str) -> None:
-    launch = environment.launch_of(_launch(tmp_path, f'{{"zero_optimization": {zero}}}'))
+    launch = environment.read_launch(_launch(tmp_path, f'{{"zero_optimization": {zero}}}'))
     assert launch.deepspeed and environment.needed_operations(launch, cuda=True) == []
 
 
 def test_what_accelerate_config_writes_itself_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offloading told by accelerate's own keys, in the file and to the processes; a `no` that YAML takes for false."""
     told = "distributed_type: DEEPSPEED\nmixed_precision: no\ndeepspeed_config:\n  zero_stage: 2\n"
-    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: cpu\n"))
+    launch = environment.read_launch(_launch(tmp_path, f"{told}  offload_optimizer_device: cpu\n"))
     assert launch.precision == "no" and environment.needed_operations(launch, cuda=True) == ["cpu_adam"]
-    launch = environment.launch_of(_launch(tmp_path, f"{told}  offload_optimizer_device: none\n"))
+    launch = environment.read_launch(_launch(tmp_path, f"{told}  offload_optimizer_device: none\n"))
     assert environment.needed_operations(launch, cuda=True) == []
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme")
-    assert environment.needed_operations(environment.launch_of(None), cuda=True) == ["cpu_adam", "async_io"]
+    assert environment.needed_operations(environment.read_launch(None), cuda=True) == ["cpu_adam", "async_io"]
 
 
 def test_too_little_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -770,9 +770,9 @@ def test_what_the_reader_alone_refuses_is_an_error_too(root: Path, capsys: pytes
 
 
 def test_the_text_names_a_few_and_counts_the_rest(drawn: Path) -> None:
-    report = doctor.Report(recipe="r", root=str(drawn))
+    report = doctor.DoctorReport(recipe="r", root=str(drawn))
     report.findings = [Finding(level="error", check="train/missing", text="6 gone", culprits=tuple("abcdef"))]
-    report.people = {"train": examine.portrait(_labels(3), COCO17)}
+    report.people = {"train": examine.describe_people(_labels(3), COCO17)}
     assert "  error   missing: 6 gone: a, b, c, d and 2 more" in doctor.text_of(report).splitlines()
 
 

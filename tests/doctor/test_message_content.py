@@ -20,7 +20,7 @@ CASES = {**REFUSED, **LEFT_OUT, **WARNED}
 
 
 def _findings(run: Config) -> list[str]:
-    report, _, _ = doctor.looked_over(run)
+    report, _, _ = doctor.check_data(run)
     folder = f"{run.data.root}/"
     return [f"{f.level}: {': '.join([f.text, *f.culprits])}".replace(folder, "") for f in report.findings]
 

@@ -225,7 +225,7 @@ def test_a_dot_in_a_jpeg_is_found_at_every_reduction(
         path = Path(folder) / "dot.jpg"
         image = image_of(dot_xy, sigma, size_wh)
         path.write_bytes(turned_jpeg(image, orientation) if exif else jpeg(image))
-        picture = photo.read_picture(path, factor)
+        picture = photo.read_reduced_image(path, factor)
         assert np.abs(photo.read_image(path).astype(int) - image).max() < 12
     divisible = all(side % factor == 0 for side in size_wh)
     assert picture.reduction == (factor if divisible or not exif else 1)
@@ -272,10 +272,10 @@ def test_only_a_jpegs_own_decoder_reduces(tmp_path: Path, factor: int) -> None:
     """By what is in the file: of others, OpenCV would make a smaller image after decoding them whole."""
     for name, kind in (("a.png", ".png"), ("b.jpg", ".png"), ("c.jpg", ".bmp"), ("d.jpg", ".webp")):
         (tmp_path / name).write_bytes(cv2.imencode(kind, _noise())[1].tobytes())
-        assert photo.read_picture(tmp_path / name, factor).reduction == 1
-        assert photo.read_picture(tmp_path / name, factor).pixels.shape == _noise().shape
+        assert photo.read_reduced_image(tmp_path / name, factor).reduction == 1
+        assert photo.read_reduced_image(tmp_path / name, factor).pixels.shape == _noise().shape
     progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
     for name, options in (("e.png", []), ("f.jpg", progressive)):
         (tmp_path / name).write_bytes(cv2.imencode(".jpg", _noise(), options)[1].tobytes())
-        reduced = photo.read_picture(tmp_path / name, factor)
+        reduced = photo.read_reduced_image(tmp_path / name, factor)
         assert reduced.reduction == factor and reduced.pixels.shape[:2] == (-(-61 // factor), -(-83 // factor))

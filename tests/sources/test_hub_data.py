@@ -24,6 +24,7 @@ from sapiens_accel import errors
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import build, loader
 from sapiens_accel.data import streaming as stream
+from sapiens_accel.data.annotation_rules import PeopleReader
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.data.sampling import Share
@@ -31,6 +32,8 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
+from sapiens_accel.sources import images as photo
+from sapiens_accel.sources.source import open_source
 
 ROOT = Path(__file__).parents[2]
 NAME, REPO = "me/people", "datasets/me/people"
@@ -65,8 +68,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         HfFileSystem.clear_instance_cache()  # it remembers what is where, on another server
-        shards.read.cache_clear()
-        shards._held.clear()
+        shards.read_manifest.cache_clear()
+        shards._cached.clear()
         yield running
 
 
@@ -132,10 +135,10 @@ def test_a_run_reads_the_commit_that_it_began_with(filled: Server, tmp_path: Pat
     sets = build.open_people(found, COCO17, unlabeled=False)
     filled.repos[REPO].commit({path: b"?" for path in filled.repos[REPO].files if path.startswith("data/")})
     HfFileSystem.clear_instance_cache()
-    shards._parquet.cache_clear()
-    shards._held.clear()
+    shards._open_parquet.cache_clear()
+    shards._cached.clear()
     names = [sets.train.rows[index]["file_name"] for index in range(PEOPLE)]
-    assert all(bytes(shards.content(sets.train.root / name))[:2] == b"\xff\xd8" for name in names)
+    assert all(bytes(photo.read_bytes(sets.train.root / name))[:2] == b"\xff\xd8" for name in names)
 
 
 # ---- What goes wrong
@@ -260,7 +263,9 @@ def _reference(parquet: Path, cache: Path, steps: range, **changes: Any) -> list
     found = _config(parquet, cache, streaming=True, **changes)
     sets = build.open_people(found, COCO17, unlabeled=False)
     rows: Any = sets.train.rows
-    orders = [rows.order(0, "phase2", step, BATCH, found.stream_parts, found.stream_window) for step in steps]
+    orders = [
+        rows.order(stream.OrderKey(0, "phase2", BATCH, found.stream_parts, found.stream_window), step) for step in steps
+    ]
     return [[rows[int(index)]["ann_id"] for index in order] for order in orders]
 
 
@@ -329,16 +334,15 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
     server.add(REPO, _files(tmp_path / "out"))
     found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)
     root = build.places(found)[0]
-    people = stream.people(
-        root, [stream.StreamSource(root / "train.shards", "train.shards", stream.labeled)], 17, tmp_path
-    )
+    reader = PeopleReader(source=open_source(root / "train.shards"), prefix="train.shards", num_keypoints=17)
+    people = stream.open_streams(root, [stream.StreamSource(reader, stream.labeled)], tmp_path)
     assert len(people) == PEOPLE
     name = next(path for path in server.repos[REPO].files if "/train-" in path)
     size = len(server.repos[REPO].files[name])
     opened = server.sent[f"{REPO}/{name}"]
     read = len(opened)
     assert size > 400_000 and _covered(opened) < 0.25 * size, "64 kB of its end, and the columns of people"
-    shards.content(root / people.rows[0]["file_name"])
+    photo.read_bytes(root / people.rows[0]["file_name"])
     one = [part for part in server.sent[f"{REPO}/{name}"][read:] if part[1] < size]
     assert 0 < _covered(one) < 0.2 * size, "one row group"
 
@@ -356,11 +360,11 @@ def test_memory_does_not_grow_with_the_data_set(parquet: Path, tmp_path: Path, m
         people = build.open_people(found, COCO17, unlabeled=False).train
         rows: Any = people.rows
         assert len(rows) == times * PEOPLE
-        shards._held.clear()
+        shards._cached.clear()
         before, held = pa.total_allocated_bytes(), []
         for step in range(len(rows) // BATCH):
-            for index in rows.order(0, "x", step, BATCH, 1, 2):
-                shards.content(people.root / rows[int(index)]["file_name"])
+            for index in rows.order(stream.OrderKey(0, "x", BATCH, 1, 2), step):
+                photo.read_bytes(people.root / rows[int(index)]["file_name"])
                 held.append(pa.total_allocated_bytes() - before)
         peaks.append(max(held))
     assert 200_000 < peaks[0] < 600_000 and peaks[1] < 1.2 * peaks[0], peaks

@@ -26,7 +26,8 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import columns as layout
-from sapiens_accel.sources import shards, synthetic
+from sapiens_accel.sources import images as photo
+from sapiens_accel.sources import synthetic
 
 FILES = {"train": "annotations/person_keypoints_train2017.json", "val": "annotations/person_keypoints_val2017.json"}
 Rows = list[dict[str, Any]]
@@ -186,7 +187,7 @@ def test_pictures_are_theirs(theirs: tuple[str, Path], drawn: Path, tmp_path: Pa
         for index in range(len(people)):
             row = people.rows[index]
             expected = (drawn / "train2017" / names[row["image_id"]]).read_bytes()
-            assert bytes(shards.content(people.root / row["file_name"])) == expected
+            assert bytes(photo.read_bytes(people.root / row["file_name"])) == expected
 
 
 # ---- What is refused
@@ -237,7 +238,7 @@ def test_what_has_our_names_is_not_touched() -> None:
     """Our own shards are read without a copy: also what no layout knows of."""
     person = pa.struct([("bbox", pa.list_(pa.float64())), ("keypoints", pa.list_(pa.float64())), ("place", pa.int64())])
     schema = pa.schema([("image", pa.binary()), ("people", pa.list_(person))])
-    found = layout.found(schema, {}, "x", labeled=True)
+    found = layout.infer_mapping(schema, {}, "x", labeled=True)
     assert found.is_ours and found.form == "ours"
     table = pa.Table.from_pylist([{"image": b"", "people": [{"bbox": [1.0], "keypoints": [], "place": 3}]}], schema)
-    assert layout.ours(table, found) is table
+    assert layout.to_image_table(table, found) is table

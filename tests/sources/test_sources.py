@@ -34,7 +34,6 @@ from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
-from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import convert, shards, synthetic
 from sapiens_accel.sources import images as photo
 
@@ -113,7 +112,7 @@ def test_rows_and_pictures_are_those_of_the_folder(
     for mine, other in ((ours.train, theirs.train), (ours.val, theirs.val), (ours.unlabeled, theirs.unlabeled)):
         assert _marks(mine) == _marks(other) and len(mine) > 4
         for a, b in zip(mine.rows["file_name"], other.rows["file_name"], strict=True):
-            assert bytes(shards.content(mine.root / a)) == (other.root / b).read_bytes()
+            assert bytes(photo.read_bytes(mine.root / a)) == (other.root / b).read_bytes()
     if not changes:
         ids = [person["id"] for person in json.loads((drawn / TRAIN).read_text())["annotations"]]
         assert ours.train.rows["ann_id"][:] == [one for i, one in enumerate(ids) if i not in (1, 2)]
@@ -149,11 +148,11 @@ def test_ap_is_the_same_to_the_last_digit(drawn: Path, shard: dict[str, Path], t
 def test_the_json_comes_back(drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str) -> None:
     """All that AP needs: ids, crowds, areas and their absence, boxes, sizes, in the order of the file."""
     people = build.open_split(_config(shard[form], tmp_path), COCO17, "val")
-    ours, theirs = coco_json.parsed(people.annotations), json.loads((drawn / VAL).read_text())
+    ours, theirs = people.source.read(), json.loads((drawn / VAL).read_text())
     kept = ("id", "image_id", "category_id", "iscrowd", "area", "bbox", "keypoints")
     assert ours["annotations"] == [{"iscrowd": 0} | {k: p[k] for k in kept if k in p} for p in theirs["annotations"]]
     assert [i | {"file_name": Path(i["file_name"]).name} for i in ours["images"]] == theirs["images"]
-    assert coco_json.pictures_of(people.annotations) == ours["images"]
+    assert people.source.images() == ours["images"]
     assert ours["categories"] == theirs["categories"]
     copies = [replace(people, annotations=file) for file in (people.annotations, drawn / VAL)]
     truth = [read_ground_truth(copy, 17).dataset for copy in copies]
@@ -166,7 +165,7 @@ def test_a_detector_s_boxes_are_looked_for_in_shards(drawn: Path, shard: dict[st
     (tmp_path / "boxes.json").write_text(json.dumps(found))
     people = build.open_split(_config(shard["parquet"], tmp_path), COCO17, "val")
     boxes = detections.load_boxes(str(tmp_path / "boxes.json"), people)
-    assert len(boxes) == len(found) and all(shards.inside(boxes.root / name) for name in boxes.file_names)
+    assert len(boxes) == len(found) and all(shards.find_record(boxes.root / name) for name in boxes.file_names)
     assert photo.read_image(boxes.root / boxes.file_names[0]).shape[2] == 3
 
 
