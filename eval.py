@@ -84,7 +84,7 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
         evaluate.save_metrics(folder / "eval.json", results, configs, skeleton)
         summary = evaluate.format_summary(results, run.eval, skeleton)
         print(f"\n{summary}", *figures.format_worst_people(analyses), sep="\n\n")
-        print("\npictures:", *images, sep="\n  ")
+        print("\nimages:", *images, sep="\n  ")
         if run.eval.html:
             weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
             about, file = [f"people of {people.annotations}", *weights], html_report.report_path(run.eval.html, folder)

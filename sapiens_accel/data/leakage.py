@@ -29,7 +29,7 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
         UserError: with the first such image and the validation image that it is.
     """
     warnings = []
-    for people, kind in ((unlabeled, "unlabelled"), (train, "training")):
+    for people, kind in ((unlabeled, "unlabeled"), (train, "training")):
         some = some_of(people.rows, COMPARED if len(people) > COMPARE_ALL else len(people))
         if len(some) < len(people):
             warnings.append(

@@ -82,7 +82,7 @@ def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list
 def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
     """OKS and PCK of each keypoint as text, and how sure the network is of them."""
     width = max(len(name) for name in ("all keypoints", *skeleton.names))
-    head = f"{'':<{width}}{'labelled':>10}{'OKS':>7}{'PCK@0.2':>9}"
+    head = f"{'':<{width}}{'labeled':>10}{'OKS':>7}{'PCK@0.2':>9}"
     rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
     rows.append(("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck))
     lines = [f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]

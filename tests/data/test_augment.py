@@ -127,7 +127,7 @@ def _is(crop: Crop, expected: Crop) -> bool:
     return bool(np.allclose([*crop.center_xy, *crop.size_wh], [*expected.center_xy, *expected.size_wh], rtol=1e-12))
 
 
-@pytest.mark.parametrize("labelled", [list(range(17)), [0, 1, 5, 6, 7, 8, 9, 11, 12, 13]])
+@pytest.mark.parametrize("labeled", [list(range(17)), [0, 1, 5, 6, 7, 8, 9, 11, 12, 13]])
 def test_half_body_is_the_upper_or_lower_keypoints_box(labeled: list[int]) -> None:
     keypoints = _person(labeled)
     upper, lower = _expected_half(keypoints, UPPER), _expected_half(keypoints, LOWER)

@@ -140,7 +140,7 @@ def test_no_byte_depends_on_what_this_process_did_before(run: Run, reference: li
 def test_another_seed_stage_or_step_gives_other_bytes(run: Run, reference: list[Batch]) -> None:
     for other in (_batches(run.people(seed=1)), _batches(run.people(stage="phase2"))):
         for ours, theirs in zip(reference, other, strict=True):
-            for part in ("labelled", "pair"):
+            for part in ("labeled", "pair"):
                 a, b = (list(_tensors(getattr(batch, part))) for batch in (ours, theirs))
                 assert not torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
     assert len({_bytes(batch.labeled) for batch in reference}) == len(reference)
@@ -576,7 +576,7 @@ def test_without_unlabeled_people_nothing_can_be_learnt_from_them(drawn: Path, t
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
     shutil.rmtree(root / "unlabeled2017")
     (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()
-    with pytest.raises(UserError, match="unlabelled") as caught:
+    with pytest.raises(UserError, match="unlabeled") as caught:
         _open(root, tmp_path / "cache")
     assert str(root / "unlabeled2017") in str(caught.value) and "\n" not in str(caught.value)
     config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"))

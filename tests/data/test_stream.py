@@ -164,7 +164,7 @@ def test_a_process_reads_its_own_groups_alone() -> None:
 
 def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Sets) -> None:
     opened = build.open_people(_config(root, streaming=False), COCO17, unlabeled=True)
-    for name in ("train", "unlabelled"):
+    for name in ("train", "unlabeled"):
         ours, theirs = getattr(sets, name), getattr(opened, name)
         known = {row["ann_id"]: row for row in theirs.rows}
         assert len(ours) == len(theirs) == len(known)

@@ -237,11 +237,11 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     script = (
         "import json, sys\n"
         "from sapiens_accel.data import build\n"
-        "from sapiens_accel.sources import images as image\n"
+        "from sapiens_accel.sources.images import read_image\n"
         "from sapiens_accel.config.schema import DataConfig\n"
         "from sapiens_accel.pose.skeleton import COCO17\n"
         "people = build.open_split(DataConfig(root=sys.argv[1]), COCO17, 'val')\n"
-        "image = photo.read_image(people.root / people.rows[0]['file_name'])\n"
+        "image = read_image(people.root / people.rows[0]['file_name'])\n"
         "print(json.dumps([people.rows['ann_id'][:], len(image)]))"
     )
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
