@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+LONGEST = 2_000
+
 
 def escape(text: str, keep: str = "\n\t") -> str:
     """Text that a terminal only shows: control codes, invisible marks and halves of characters as their escapes.
@@ -29,10 +31,14 @@ def escape(text: str, keep: str = "\n\t") -> str:
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: the culprit, what was expected, what to do."""
+    """Something the user can mend. Its text is one line: the culprit, what was expected, what to do.
+
+    A value that is quoted in it may be of any size: of a text of more than LONGEST letters the middle is left out.
+    """
 
     def __init__(self, text: str) -> None:
-        super().__init__(escape(text, keep=""))
+        text = escape(text, keep="")
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-500:]}")
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)

@@ -30,6 +30,12 @@ def test_a_user_error_is_one_line() -> None:
     assert str(UserError(f"a\nb\n{HOSTILE}")) == rf"a\nb\n{SHOWN}"
 
 
+def test_a_quoted_value_does_not_drown_what_is_said_of_it() -> None:
+    text = str(UserError(f"skeleton.yaml: names: {'a' * 100_000} is no keypoint"))
+    assert len(text) < 2_100 and text.startswith("skeleton.yaml: names: aaa") and text.endswith("aaa is no keypoint")
+    assert str(UserError("a" * 2_000)) == "a" * 2_000
+
+
 def test_a_program_prints_no_control_code(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(

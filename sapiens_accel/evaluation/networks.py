@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import describe_keypoints
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation.predict import PoseNetwork
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights
@@ -211,11 +211,14 @@ def _stored(candidate: Candidate) -> Skeleton | None:
     if not file.is_file():
         return None
     try:
-        tree = json.loads(file.read_text())
+        tree = read_tree(file, json.loads, "JSON")
         lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
         return Skeleton(**lists, edges=tuple((a, b) for a, b in tree["edges"]))
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError):
-        raise UserError(f"{file}: not the skeleton of weights; mend it or move the weights away from it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{file}: not the skeleton of weights: {reason}; mend it or move the weights away from it"
+        ) from None
 
 
 def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
@@ -245,7 +248,8 @@ def build_network(
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    return PoseNetwork(model=model.to(device).eval(), codec=codec, autocast=autocast), str(report)
+    network = model.to(device).eval()
+    return PoseNetwork(model=network, codec=codec, autocast=autocast, name=str(candidate.weights)), str(report)
 
 
 def build_networks(

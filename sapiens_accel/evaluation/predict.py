@@ -47,11 +47,17 @@ class PoseNetwork:
 
     Attributes:
         autocast: the dtype of mixed precision; None where the module sees to its own.
+        name: what messages call it.
     """
 
     model: nn.Module
     codec: Codec
     autocast: torch.dtype | None = None
+    name: str = "the network"
+
+
+class Diverged(UserError):  # noqa: N818  (a state of the network)
+    """A network whose heatmaps are not numbers."""
 
 
 class NetworkInput(NamedTuple):
@@ -140,6 +146,8 @@ def predict(
         gather: concatenates a tensor of equal shape on all ranks along its first dimension.
 
     Raises:
+        Diverged: on all ranks: heatmaps that are not numbers. Nothing that follows could use them: no metric, and no
+            drawing, which writes beyond its memory when it is given such points.
         UserError: an image that does not decode; scales that are the same; another scale of a sharded network.
     """
     # Every rank takes as many boxes as the others (a sharded model's forward is a collective); the last ones again.
@@ -167,7 +175,9 @@ def predict(
     image_xy = torch.stack([_to_image(m, p) for m, p in zip(frames, points_xy, strict=True)])
     rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
     index = torch.tensor(mine, device=device)
-    return _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
+    found = _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
+    _check_finite(found, boxes, networks)
+    return found
 
 
 @torch.no_grad()
@@ -258,6 +268,18 @@ def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: ScaledNetwork) -> Floa
 
 def _to_image(matrix: Float[Tensor, "2 3"], points_xy: Float[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:
     return torch.from_numpy(geometry.apply(geometry.invert(matrix.numpy()), points_xy.numpy()))
+
+
+def _check_finite(found: Predictions, boxes: Boxes, networks: Sequence[PoseNetwork]) -> None:
+    finite = np.isfinite(found.points_xy).all(axis=(1, 2)) & np.isfinite(found.scores).all(axis=1)
+    bad = np.flatnonzero(~finite)
+    if len(bad):
+        names = " and ".join(dict.fromkeys(network.name for network in networks))
+        raise Diverged(
+            f"{names}: heatmaps are not numbers (nan or inf) for {len(bad)} of {len(boxes)} people, the first in "
+            f"{boxes.file_names[bad[0]]}; the training diverged (take weights of an earlier step, train with a lower "
+            f"learning rate), or the weights are damaged"
+        )
 
 
 def _assemble(index: Int[Array, "m"], rows: Float[Array, "m k 3"], num_boxes: int) -> Predictions:

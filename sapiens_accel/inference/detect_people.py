@@ -42,19 +42,39 @@ class Partial:
         self.done: list[list[Found | None]] = []
         lines = self.file.read_bytes().splitlines(keepends=True) if self.file.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        if whole and json.loads(whole[0]) != about:
-            was = json.loads(whole[0])
+        was, *batches = self._read(whole) or [about]
+        if was != about:
             other = ", ".join(
                 f"{key} {was.get(key)} is now {about[key]}" for key in about if was.get(key) != about[key]
             )
             raise UserError(f"{self.file}: begun with other settings: {other}; delete it to start anew")
-        self.done = [[_found(people) for people in json.loads(line)] for line in whole[1:]]
+        self.done = [[_found(people) for people in batch] for batch in batches]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.file.open("r+b" if whole else "wb")
         self._stream.seek(sum(map(len, whole)))
         self._stream.truncate()
         if not whole:
             self._write(about)
+
+    def _read(self, lines: Sequence[bytes]) -> list[Any]:
+        """The settings and the batches.
+
+        Raises:
+            UserError: they are something else.
+        """
+        try:
+            settings, *batches = things = [json.loads(line) for line in lines] or [{}]
+            for batch in batches:
+                for boxes, scores in filter(None, batch):
+                    values = np.array([*scores, *(side for box in boxes for side in box)], dtype=np.float64)
+                    if {len(box) for box in boxes} - {4} or len(boxes) != len(scores) or not np.isfinite(values).all():
+                        raise ValueError("expected four numbers and a score of each person")
+            settings.get("detector")
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise UserError(
+                f"{self.file}: not what a detector that was stopped left: {error}; delete it to start anew"
+            ) from None
+        return things[: len(lines)]
 
     def add(self, batch: list[Found | None]) -> None:
         """Note a batch; it counts once it is on the disk."""

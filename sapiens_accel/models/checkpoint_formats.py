@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.pose.skeleton import PUBLISHED
 
 State = dict[str, Tensor]
@@ -24,6 +24,7 @@ Family = Literal["sapiens", "sapiens2"]
 FILE = "model.safetensors"
 SKELETON_FILE = "skeleton.json"
 INDEX = f"{FILE}.index.json"
+LARGEST_SIDE = 16_384  # px of a crop that a config.json may ask for
 
 # Published key -> ours, tried in order; `qkv` and `gate_up` are split afterwards.
 _V1_KEYS = (
@@ -196,8 +197,15 @@ def _tensors(file: Path) -> tuple[State, Any]:
 
 def _shards(index: Path) -> State:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError):
+        names = sorted(
+            {
+                str(name)
+                for name in read_tree(index, json.loads, "an index of shards with a 'weight_map'")[
+                    "weight_map"
+                ].values()
+            }
+        )
+    except (KeyError, AttributeError, TypeError):
         raise UserError(f"--weights {index}: not an index of shards; expected a 'weight_map' in it") from None
     found: State = {}
     for name in names:
@@ -251,15 +259,21 @@ def _config(file: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
     config = file.parent / "config.json"
     if not config.is_file():
         return {}, None
-    try:
-        tree = json.loads(config.read_text())
-        ours = tree.get("sapiens_accel", {})
-        names = tuple(ours["keypoints"]) if "keypoints" in ours else _in_order(tree.get("id2label"))
-    except (ValueError, AttributeError, TypeError):
+    tree = read_tree(config, json.loads, "JSON")
+    ours = tree.get("sapiens_accel", {})
+    names = ours.get("keypoints", _in_order(tree.get("id2label"))) if isinstance(ours, dict) else ours
+    input_hw = ours.get("input_hw", [1, 1]) if isinstance(ours, dict) else ours
+    sides = input_hw if isinstance(input_hw, list) else ()
+    if not (
+        (names is None or (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)))
+        and len(sides) == 2
+        and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+    ):
         raise UserError(
-            f"{config}: not the description of a network; mend it or move the weights away from it"
-        ) from None
-    return ours, names
+            f"{config}: not the description of a network (sapiens_accel: keypoints are names, input_hw two sizes in "
+            f"px of up to {LARGEST_SIDE}); mend it or move the weights away from it"
+        )
+    return ours, None if names is None else tuple(names)
 
 
 def _in_order(choose_name: Any) -> tuple[str, ...] | None:

@@ -73,7 +73,7 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
 
     Raises:
         UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is not there
-            or does not fit.
+            or does not fit; values that are not numbers.
     """
     found, own = published.read(reference), model.state_dict()
     _check_size(found, model)
@@ -84,6 +84,7 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
     _check_backbone(found, state, own, absent, model)
+    _check_values(found, fitting, own)
     model.load_state_dict(fitting, strict=False)
     return Report(
         source=str(found.file),
@@ -151,6 +152,22 @@ def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[s
         f"--weights {found.file}: {first!r} {what}, {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
         f"{expected} ({len(lost)} backbone tensors lack or do not fit); fetch the file again, or other weights"
     )
+
+
+def _check_values(found: Weights, fitting: State, own: State) -> None:
+    """Refuse tensors that hold something else than numbers, in one pass that allocates nothing."""
+    for key, value in fitting.items():
+        values = (
+            value if value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else value.float()
+        )
+        most = torch.finfo(own[key].dtype).max
+        low, high = (float(bound) for bound in torch.aminmax(values.detach()))
+        if not (-most <= low and high <= most):
+            bad = int((~(values.double().abs() <= most)).sum())
+            raise UserError(
+                f"--weights {found.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
+                f"(nan, inf); the training that wrote it diverged: take weights of an earlier step"
+            )
 
 
 # ---- Positions

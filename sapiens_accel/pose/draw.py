@@ -19,6 +19,7 @@ SHORT = 8  # px: a bone shorter than this has no rim, and no keypoints larger th
 SCALE_TO = 384  # images are enlarged to about this height, so that keypoints can be told apart
 MANY = 40  # keypoints: more are drawn smaller
 DOT = 1  # px: radius of a keypoint that is close to others
+FARTHEST = 2.0**24  # a coordinate that cv2 is given
 STRIP, INK, PAPER = 20, (235, 235, 235), (24, 24, 24)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 Color = tuple[int, int, int]
@@ -191,7 +192,17 @@ def _enlarged(
     factor = max(1, round(SCALE_TO / image.shape[0]))
     canvas = np.ascontiguousarray(cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR))
     # Enlarging keeps the corners of pixels in place, points name their centers.
-    return canvas, [(round((float(x) + 0.5) * factor), round((float(y) + 0.5) * factor)) for x, y in points_xy]
+    return canvas, [
+        (round(x), round(y)) for x, y in _drawable((np.asarray(points_xy, np.float64) + 0.5) * factor).tolist()
+    ]
+
+
+def _drawable(points: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
+    """The points within what cv2 can count, far outside of any image where they are not numbers.
+
+    Of NaN a cast makes the least integer, by which cv2 writes beyond the image's memory.
+    """
+    return np.nan_to_num(points, nan=-FARTHEST).clip(-FARTHEST, FARTHEST)
 
 
 def _text(canvas: UInt8[Array, "h w 3"], text: str, x: int, color: Color) -> int:
@@ -248,9 +259,10 @@ def draw_people(
 def _one_on(
     canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], seen: Bool[Array, "k"], skeleton: Skeleton
 ) -> None:
+    points_xy = _drawable(points_xy * 16) / 16
     extent = float(np.ptp(points_xy[seen], axis=0).max())
     thickest = int(np.clip(round(extent / 90), 1, max(1, max(canvas.shape[:2]) // 160)))
-    fixed = (points_xy * 16).round().clip(-(2**24), 2**24).astype(int).tolist()  # 4 bits of a pixel, cv2's way
+    fixed = (points_xy * 16).round().astype(int).tolist()  # 4 bits of a pixel, cv2's way
     bones = [(a, b, float(np.hypot(*(points_xy[a] - points_xy[b])))) for a, b in skeleton.edges if seen[a] and seen[b]]
     reach = {
         k: max((length for a, b, length in bones if k in (a, b)), default=0.0) for k in np.flatnonzero(seen).tolist()

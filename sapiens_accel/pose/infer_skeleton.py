@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
     COCO17,
@@ -96,12 +96,7 @@ def load_skeleton(text: str, root: Path) -> Skeleton | Given:
     if file is None:
         there = ", ".join(BUILT_IN)
         raise UserError(f"--data.skeleton {text}: no such file{nearest(text, BUILT_IN)}; expected a YAML, or {there}")
-    try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: expected keys ({', '.join(KEYS)}), found {type(tree).__name__}")
+    tree = read_tree(file, lambda text: yaml.safe_load(text) or {}, f"a YAML of {', '.join(KEYS)}")
     for key in tree:
         if key not in KEYS:
             raise UserError(f"{file}: no such key {key!r}{nearest(str(key), KEYS)}; there are: {', '.join(KEYS)}")

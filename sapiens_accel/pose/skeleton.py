@@ -17,6 +17,9 @@ class Skeleton:
         sigmas: the K per-keypoint constants of object keypoint similarity (OKS), as fractions of sqrt(area).
         upper: indices of the upper body, for the half-body crop.
         edges: pairs of indices to join with a line in images.
+
+    Raises:
+        ValueError: names that are none or stand twice, indices of other keypoints, sigmas outside of (0, 1].
     """
 
     names: tuple[str, ...]
@@ -27,8 +30,17 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         k = len(self.names)
-        assert len(self.mirror) == len(self.sigmas) == k
-        assert all(self.mirror[self.mirror[i]] == i for i in range(k)), "mirroring twice must change nothing"
+        if not all(isinstance(name, str) for name in self.names) or len(set(self.names)) != k:
+            raise ValueError("names: expected different names")
+        indices = (*self.mirror, *self.upper, *(index for edge in self.edges for index in edge))
+        if not all(type(index) is int and 0 <= index < k for index in indices):
+            raise ValueError(f"mirror, upper and edges: expected whole numbers from 0 to {k - 1}")
+        if len(self.mirror) != k or not all(self.mirror[self.mirror[i]] == i for i in range(k)):
+            raise ValueError("mirror: mirroring twice must change nothing")
+        # NaN is in no interval. A sigma of 0 divides by zero, a negative one makes AP of a useless network 50.
+        wrong = [sigma for sigma in self.sigmas if type(sigma) not in (int, float) or not 0 < sigma <= 1]
+        if len(self.sigmas) != k or wrong:
+            raise ValueError(f"sigmas: expected {k} numbers above 0 and up to 1, found {(wrong or self.sigmas)[:3]}")
 
     @property
     def num_keypoints(self) -> int:

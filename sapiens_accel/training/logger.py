@@ -24,6 +24,7 @@ from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.evaluation import evaluate, figures, tables
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
+from sapiens_accel.evaluation.predict import Diverged
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.heatmap import Codec
@@ -291,7 +292,7 @@ class StageLogger:
         if self.writes:
             self._on_disk(lambda: checkpoint.record_score(self.context.folder, step, metrics["AP"]))
         self.evaluated = Evaluated(step, metrics, predictions)
-        if self.writes:
+        if self.writes and predictions:
             self._worst(step, predictions)
         self.write(step, metrics)
         self.restart_clock(step)
@@ -300,11 +301,16 @@ class StageLogger:
         """The AP of a step's weights, if they were evaluated."""
         return self.evaluated.metrics["AP"] if self.evaluated and self.evaluated.step == step else None
 
-    def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions]:
+    def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions | None]:
+        """Metrics and predictions; of a network that has diverged zeros and none, so that the run is not lost."""
         network = evaluate.wrap_network(self.accelerator, model, codec)
-        result = evaluate.evaluate_networks(
-            self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
-        )
+        try:
+            result = evaluate.evaluate_networks(
+                self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
+            )
+        except Diverged as error:
+            self.accelerator.print(f"{self.stage}: warning: AP counts as 0: {error}")
+            return dict.fromkeys(evaluate.METRICS, 0.0), None
         return result.metrics, result.predictions
 
     def _probe(self, step: int, objective: Objective) -> dict[str, float]:

@@ -353,8 +353,8 @@ def _refusal(action: Callable[[], object]) -> str:
         ("names: [palm, palm]", "names: 'palm' is there twice"),
         ("names: [palm, thum_tip]", "names: no such keypoint 'thum_tip' in the data; did you mean thumb_tip?"),
         ("names: 3", "expected a list of names"),
-        ("[palm]", "expected keys (names, mirror, sigmas, upper, edges), found list"),
-        ("{", "not YAML"),
+        ("[palm]", "expected keys and values (a YAML of names, mirror, sigmas, upper, edges), found list"),
+        ("{", "not a YAML"),
     ],
 )
 def test_a_yaml_that_is_wrong_is_refused(tmp_path: Path, text: str, expected: str) -> None:
