@@ -42,16 +42,16 @@ def main(argv: Sequence[str]) -> None:
         sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
     doctor.briefly(accelerator.print, sets, run, note)
     lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
-    plans = planner.plans(accelerator, run, argv, skeleton.num_keypoints)
+    plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
     done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)
     run_folder.begin_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
-    with uploads, distributed.lost_ranks_named(accelerator):
+    with uploads, distributed.explain_lost_ranks(accelerator):
         for name in run.stages:
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name]
             )
-            with StopRequest() as stop, planner.out_of_memory_told(accelerator, name, plans[name]):
+            with StopRequest() as stop, planner.explain_out_of_memory(accelerator, name, plans[name]):
                 table[name] = done.get(name) or train(
                     build_stage(context, given if name == run.stages[0] else None), plans[name], uploads, stop
                 )
@@ -81,7 +81,7 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
         return stage.save(done) if done > stage.context.first else None
 
     # ---- Train
-    with planner.out_of_memory_told(accelerator, name, plan, stage.drop_gradients, save_last_whole_step):
+    with planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, save_last_whole_step):
         for step in stage.steps():
             done = step.number
             log.step(step)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Stage, fit, need, stage_of
+from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Room, Stage, fit, measure_stage, predict
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import host
@@ -53,12 +53,12 @@ class Planned:
         Weights, the blocks' inputs, one block computed again, one chunk of the head. None where no block learns.
         """
         layout = Layout(checkpointed_blocks=self.stage.depth, head_chunk=self.plan.layout.head_chunk)
-        plan = need(self.stage, self.plan.way, self.plan.share, layout, None, None, cuda=self.on_gpu)
+        plan = predict(self.stage, self.plan.way, self.plan.share, layout, Room(cuda=self.on_gpu))
         strategy, people = plan.way.strategy, plan.share.micro_batch * (1 + self.stage.ratio)
         parts = {**plan.later, **plan.gpu}
         if "block_working_set" not in parts:
             return None
-        kept = self.stage.prints(strategy.zero == 0 and strategy.half).kept(people)
+        kept = self.stage.footprint_of(strategy.zero == 0 and strategy.half).kept(people)
         inputs = kept * (min(IN_FLIGHT, self.stage.depth) if plan.way.offload_activations else self.stage.depth)
         return parts.get("weights", 0.0) + inputs + parts["block_working_set"] + parts["head_chunk"]
 
@@ -77,7 +77,7 @@ class Wanted:
         for model in self.models:
             for name in self.stages:
                 run = run_of(model, name, self.input_hw, self.batch)
-                yield model, name, stage_of(run, name, half, padded=padded)
+                yield model, name, measure_stage(run, name, half, padded=padded)
 
 
 def on_gpu(wanted: Wanted, limit: int, capability: tuple[int, int]) -> Iterator[Planned]:
@@ -85,7 +85,7 @@ def on_gpu(wanted: Wanted, limit: int, capability: tuple[int, int]) -> Iterator[
     precision = half_precision(capability)
     for model, name, stage in wanted.stage_by_stage(padded=attention.needs_padding(capability)):
         for way in wanted.ways:
-            plan = fit(stage, name, way_of(way, precision), limit, host.free_bytes())
+            plan = fit(stage, name, way_of(way, precision), Room(device=limit, host=host.free_bytes()))
             yield Planned(case=case_of_plan(model, name, wanted.input_hw, plan), stage=stage, plan=plan, on_gpu=True)
 
 
@@ -95,7 +95,7 @@ def on_cpu(wanted: Wanted, precision: str) -> Iterator[Planned]:
         for way in wanted.ways:
             for layout, times in _layouts(stage, name):
                 share = Share(rank=0, num_ranks=1, micro_batch=wanted.batch // times, accumulation=times)
-                plan = need(stage, way_of(way, precision), share, layout, None, None, cuda=False)
+                plan = predict(stage, way_of(way, precision), share, layout, Room(cuda=False))
                 case = case_of_plan(model, name, wanted.input_hw, plan)
                 yield Planned(case=case, stage=stage, plan=plan, on_gpu=False)
 
@@ -103,8 +103,8 @@ def on_cpu(wanted: Wanted, precision: str) -> Iterator[Planned]:
 def on_a_missing_gpu(limit: int) -> Iterator[Planned]:
     """The cases of `REAL` for a GPU with `limit` bytes for torch, whatever the host has."""
     for model, name, way in REAL:
-        stage = stage_of(run_of(model, name, REAL_HW, REAL_BATCH), name)
-        plan = fit(stage, name, way_of(way), limit, None)
+        stage = measure_stage(run_of(model, name, REAL_HW, REAL_BATCH), name)
+        plan = fit(stage, name, way_of(way), Room(device=limit))
         yield Planned(case=case_of_plan(model, name, REAL_HW, plan), stage=stage, plan=plan, on_gpu=True)
 
 

@@ -77,7 +77,7 @@ def options(words: Sequence[str], cuda: bool) -> argparse.Namespace:
     parser.add_argument("--measured_only", action="store_true", help="on a CPU: predict nothing for a GPU")
     parser.add_argument("--out", help="the JSON (benchmarks/results/memory_DEVICE_DATE.json)")
     asked = parser.parse_args(words)
-    asked.limit, asked.input_hw = int(memory.bytes_of("limit", asked.limit)), tuple(asked.input_hw)
+    asked.limit, asked.input_hw = int(memory.parse_bytes("limit", asked.limit)), tuple(asked.input_hw)
     for name in asked.ways:
         way_of(name)
     if asked.batch < 2 or asked.batch % 2:

@@ -70,7 +70,7 @@ def options(words: Sequence[str], accelerator: Accelerator) -> argparse.Namespac
     parser.add_argument("--min_ratio", type=float, default=0.0, help="exit with 1 if ours/peer is below")
     parser.add_argument("--out", help="the JSON (benchmarks/results/throughput_DEVICE_DATE.json)")
     asked = parser.parse_args(words)
-    asked.limit, asked.input_hw = int(memory.bytes_of("limit", asked.limit)), tuple(asked.input_hw)
+    asked.limit, asked.input_hw = int(memory.parse_bytes("limit", asked.limit)), tuple(asked.input_hw)
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes: the peer has one; take --num_processes 1")
     if distributed.is_deepspeed(accelerator) and len(asked.models) > 1:

@@ -1,6 +1,6 @@
 """Real training steps and what the allocator gave them at most, beside what the plan predicts.
 
-    python tests/peaks.py CASES.json        CASES: a list of keyword arguments for `measure`; prints a list of results
+    python tests/peaks.py CASES.json        CASES: a list of the fields of `Case`; prints a list of results
 
 How it is launched (accelerate launch, ACCELERATE_*) is the strategy that is measured.
 """
@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate import Accelerator
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import OptimConfig, StageConfig
+from sapiens_accel.config.schema import OptimConfig, StageConfig, StageName
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory import estimate as plan
+from sapiens_accel.memory.estimate import Room, measure_stage, predict
+from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
@@ -49,21 +51,31 @@ def batch(num: int, num_unlabelled: int) -> Batch:
     return Batch(labeled, Pair(view(num_unlabelled), view(num_unlabelled), torch.rand(num_unlabelled, 5, 4)))
 
 
-def measure(
-    accelerator: Accelerator, name: str, stage: str, micro_batch: int, accumulation: int, checkpointed: int, chunk: int
-) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A stage of a network, and how its step is taken."""
+
+    name: str
+    stage: StageName
+    micro_batch: int
+    accumulation: int
+    checkpointed: int
+    chunk: int
+
+
+def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     """Bytes that two steps of a run take at most, everything but the batches counted, and what was predicted."""
-    words = [f"--model.name={name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
-    run = config.load([*words, f"--{stage}.global_batch={micro_batch * accumulation}"])
-    counted = plan.stage_of(run, stage, accelerator.mixed_precision != "no")
-    way = plan.Way(name="here", launch="", strategy=distributed.strategy(accelerator))
-    share = Share(rank=0, num_ranks=1, micro_batch=micro_batch, accumulation=accumulation)
-    layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk)
-    predicted = plan.need(counted, way, share, layout, None, None, cuda=False)
-    batches = [batch(micro_batch, micro_batch * counted.ratio) for _ in range(2 * accumulation)]
+    words = [f"--model.name={case.name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
+    run = config.load([*words, f"--{case.stage}.global_batch={case.micro_batch * case.accumulation}"])
+    counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
+    way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
+    share = Share(rank=0, num_ranks=1, micro_batch=case.micro_batch, accumulation=case.accumulation)
+    layout = Layout(checkpointed_blocks=case.checkpointed, head_chunk=case.chunk)
+    predicted = predict(counted, way, share, layout, Room(cuda=False))
+    batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]
     # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.
     outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
-    most = peak(accelerator, name, run.of(stage), share, layout, batches)
+    most = peak(accelerator, case.name, run.of(case.stage), share, layout, batches)
     return {"predicted": predicted.gpu_peak - outside, "measured": most}
 
 
@@ -121,5 +133,5 @@ def _objective(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     launched = distributed.start()
-    print(json.dumps([measure(launched, **case) for case in json.loads(Path(sys.argv[1]).read_text())]))
+    print(json.dumps([measure(launched, Case(**case)) for case in json.loads(Path(sys.argv[1]).read_text())]))
     distributed.stop()

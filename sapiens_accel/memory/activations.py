@@ -70,26 +70,39 @@ class Footprint:
     head_flops: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkShape:
+    """The network whose step is measured.
+
+    Attributes:
+        name: a key of `SIZES`.
+        input_hw: px.
+        sigma: of the target heatmaps, heatmap px.
+        padded: attention is that of GPUs where no flash kernel runs.
+    """
+
+    name: str
+    num_keypoints: int
+    input_hw: tuple[int, int]
+    sigma: float
+    padded: bool = False
+
+
 @lru_cache(maxsize=32)
-def footprint(
-    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, half: bool, cast: bool,
-    padded: bool = False,
-) -> Footprint:  # fmt: skip
+def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) -> Footprint:
     """Measure a stage's step.
 
     Args:
-        name: a key of `SIZES`.
         half: the arithmetic is in 16 bits ...
         cast: ... by autocast over weights in fp32, and not in weights of 16 bits.
-        padded: attention is that of GPUs where no flash kernel runs.
     """
     # transformers remembers the patch coordinates that it computed first: they must not be fake ones.
-    size = SIZES[name]
-    grid = [pixels // size.patch for pixels in input_hw]
+    size = SIZES[network.name]
+    grid = [pixels // size.patch for pixels in network.input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
-    probe = partial(_probe, name, num_keypoints, input_hw, sigma, plan, half=half, cast=cast, padded=padded)
+    precision = _Precision(half=half, cast=cast)
     group = 1 + plan.ratio
-    small, large, chunked = (probe(p=p * group, n=n) for p, n in ((2, 1), (4, 1), (4, 2)))
+    small, large, chunked = (_probe(network, plan, precision, p * group, n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
         part: _line(small[part], large[part], chunked[part], 2 * group)
         for part in ("stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
@@ -107,34 +120,38 @@ def _line(small: float, large: float, chunked: float, p: int) -> Linear:
     return Linear((small - per_person * p - per_chunk, per_person, per_chunk))
 
 
-def _probe(
-    name: str, num_keypoints: int, input_hw: tuple[int, int], sigma: float, plan: StageConfig, *,
-    half: bool, cast: bool, padded: bool, p: int, n: int,
-) -> dict[str, float]:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class _Precision:
+    half: bool
+    cast: bool
+
+
+def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: int, n: int) -> dict[str, float]:
     """One step of a network of two blocks, the first checkpointed and the second whole, p people in chunks of n."""
     with torch.device("meta"):
-        model = SapiensPose(name, num_keypoints, input_hw, depth=2).train()
-    model.backbone.config._attn_implementation = PADDED if padded else "sdpa"
+        model = SapiensPose(network.name, network.num_keypoints, network.input_hw, depth=2).train()
+    model.backbone.config._attn_implementation = PADDED if network.padded else "sdpa"
     if "block_*" in plan.frozen:  # the others are taken to learn: what is frozen beside it saves little
         model.freeze(("embeddings", "block_*", "norm"))
     model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
-    objective = _objective(model, plan, sigma)
+    objective = _objective(model, plan, network.sigma)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill(model, torch.bfloat16 if half and not cast else torch.float32)
+        _fill(model, torch.bfloat16 if precision.half and not precision.cast else torch.float32)
         live = LiveBytes(model.parameters(), model.buffers())
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half and cast, cache_enabled=False)
+        casts = precision.half and precision.cast
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts, cache_enabled=False)
         step = _step(model, objective, plan, p)
         with live:
-            found = _phases(model, live, step, autocast)
+            sizes = _phases(model, live, step, autocast)
         with live, autocast, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            image = torch.zeros(p, 3, *input_hw, dtype=torch.uint8)
+            image = torch.zeros(p, 3, *network.input_hw, dtype=torch.uint8)
             before = live.mark()
             model(image)
-            found["forward"] = live.peak - before
+            sizes["forward"] = live.peak - before
     counts = flops.get_flop_counts()
-    found["head_flops"] = sum(counts["SapiensPose.head"].values())
-    found["block_flops"] = (flops.get_total_flops() - found["head_flops"]) / 2  # the patches' share is small
-    return found
+    sizes["head_flops"] = sum(counts["SapiensPose.head"].values())
+    sizes["block_flops"] = (flops.get_total_flops() - sizes["head_flops"]) / 2  # the patches' share is small
+    return sizes
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
@@ -184,7 +201,7 @@ def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -
 
 
 def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], autocast: Any) -> dict[str, float]:
-    """Run a step, and see what is alive where one phase ends and the next begins."""
+    """Run a step, and note the bytes alive where one phase ends and the next begins."""
     at: dict[str, int] = {}
     peak: dict[str, int] = {}
 

@@ -4,26 +4,21 @@ The state (weights, gradients, masters, Adam, teacher, buckets) is counted from 
 allocates; the activations are measured on fake tensors (`footprint`).
 """
 
-import json
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageConfig, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory.activations import Footprint, footprint
+from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
+from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.attention import padded_dim
 from sapiens_accel.models.sapiens import Layout, SapiensPose
-from sapiens_accel.runtime import distributed
-from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.training import optim
 
@@ -43,23 +38,6 @@ SPENT = 0.5
 
 # To rank strategies only: rates of a 16 GB card and its host.
 FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10  # 16-bit arithmetic, bytes of PCIe, bytes of host memory, each per second
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """A way to run a stage: a launch, and the options that go with it; `fit` chooses where a teacher is kept."""
-
-    name: str
-    launch: str
-    strategy: Strategy
-    offload_activations: bool = False
-    adam_8bit: bool = False
-    teacher: Place = "device"
-
-    def options(self) -> list[str]:
-        """What train.py has to be told beside the launch."""
-        flags = {"offload_activations": self.offload_activations, "adam_8bit": self.adam_8bit}
-        return [f"--memory.{name}" for name, wanted in flags.items() if wanted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +108,14 @@ class Stage:
     queries: int  # elements of all heads' queries of a person, as attention gets them
     map_bytes: int
     num_workers: int
-    prints: Callable[[bool], Footprint]  # of whether the arithmetic is cast from fp32 weights
+    footprint_of: Callable[[bool], Footprint]  # of whether the arithmetic is cast from fp32 weights
 
     @property
     def ratio(self) -> int:
         return self.plan.ratio
 
 
-def stage_of(
+def measure_stage(
     run: Config, name: StageName, half: bool = True, num_keypoints: int = 17, *, padded: bool = False
 ) -> Stage:
     """Count a stage's parameters and measure its step.
@@ -157,7 +135,13 @@ def stage_of(
     groups = optim.param_groups(layers, plan.optim)
     (height, width), size = run.data.input_hw, model.size
     dim = size.width // size.heads
-    arguments = (run.model.name, num_keypoints, run.data.input_hw, run.data.sigma, plan, half)
+    network = NetworkShape(
+        name=run.model.name,
+        num_keypoints=num_keypoints,
+        input_hw=run.data.input_hw,
+        sigma=run.data.sigma,
+        padded=padded,
+    )
     return Stage(
         plan=plan,
         memory=run.memory,
@@ -173,91 +157,202 @@ def stage_of(
         queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),
         map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
         num_workers=run.data.num_workers,
-        prints=partial(footprint, *arguments, padded=padded),
+        footprint_of=partial(footprint, network, plan, half),
     )
 
 
-def need(
-    stage: Stage, way: Way, share: Share, layout: Layout, room: float | None, host_room: float | None, cuda: bool = True
-) -> Plan:
-    """Count everything for one way, micro-batch and layout.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory that a plan may use.
 
-    Args:
-        room: bytes of a device that may be used.
-        host_room: bytes of this machine's memory that may be used.
-        cuda: with what only CUDA's kernels take.
+    Attributes:
+        device: bytes of a GPU; None where its memory does not limit.
+        host: bytes of this machine's memory; likewise.
+        cuda: the device is a GPU: count what only CUDA's kernels take.
     """
+
+    device: float | None = None
+    host: float | None = None
+    cuda: bool = True
+
+
+UNLIMITED = Room()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A micro-batch in numbers, from which each phase of a step is counted; sizes in bytes of one device.
+
+    The first `checkpointed` blocks keep their input alone, and the `whole` ones after them keep everything.
+
+    Attributes:
+        people: labeled and unlabeled ones of the micro-batch; `chunk` of them go through the head at a time.
+        on_device: checkpointed blocks whose input is on the device at a time.
+        stem, neck, kept, saved: see `Footprint`; of all people.
+        attention: both fused kernels sum the queries' gradient in fp32.
+        gradients: of all parameters that learn.
+        gradients_forward: of them, those that exist during a forward.
+        gradients_early: those that exist while the last blocks' backward runs.
+        alone: one process without DeepSpeed or accumulation, whose gradients come one by one, block after block.
+    """
+
+    people: int
+    chunk: int
+    footprint: Footprint
+    checkpointed: int
+    whole: int
+    on_device: int
+    stem: float
+    neck: float
+    kept: float
+    saved: float
+    attention: float
+    gradients: float
+    gradients_forward: float
+    gradients_early: float
+    alone: bool
+
+
+def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = UNLIMITED) -> Plan:
+    """Count everything for one way, micro-batch and layout."""
     strategy, accumulates = way.strategy, share.accumulation > 1
-    plain = strategy.zero == 0
-    prints = stage.prints(plain and strategy.half)
-    p = share.micro_batch * (1 + stage.ratio)
-    n = min(p, layout.head_chunk or p)
+    footprint = stage.footprint_of(strategy.zero == 0 and strategy.half)
     state = state_bytes(stage, way, accumulates)
     gradients = state.pop("gradients")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
-    # A gradient exists from its backward to the optimizer's step; ZeRO-3's buffer of them is there all the time, and
-    # ZeRO-1 and 2 make theirs for all of them when the first bucket is full, early in the backward.
-    forward = gradients if accumulates or strategy.zero == 3 else 0.0
-    early = 0.0 if plain and not accumulates else gradients
-    ranks, four = strategy.num_ranks, 4.0
-    if plain and ranks > 1:
-        state["zero_buckets"] = four * stage.num_learning  # DistributedDataParallel's
-
-    checkpointed, whole = layout.checkpointed_blocks, stage.depth - layout.checkpointed_blocks
-    on_device = min(checkpointed, IN_FLIGHT) if way.offload_activations else checkpointed
-    attention = 4.0 * p * stage.queries if cuda else 0.0  # both fused kernels sum the queries' gradient in fp32
-    stem, kept, saved = prints.stem(p), prints.kept(p), prints.saved(p)
-    left = prints.gradient(p)
-    phases: dict[str, dict[str, float]] = {
-        "head": {
-            "features": stem + prints.neck(p),
-            "block_checkpoints": on_device * kept,
-            "whole_blocks": whole * saved,
-            "head_chunk": prints.head(p, n),
-            "gradients": forward,
-        }
-    }
-    if whole and saved:
-        phases["whole"] = {
-            "features": stem + prints.neck(p) + left,
-            "block_checkpoints": on_device * kept,
-            "whole_blocks": whole * saved,
-            "block_working_set": prints.whole(p) + attention,
-            "gradients": early,
-        }
-    if checkpointed and kept:
-        block = {"features": stem, "block_working_set": prints.again(p) + attention}
-        met = float(prints.gradient[0]) + four * whole * stage.block_learning if plain and not accumulates else early
-        phases["first"] = {**block, "block_checkpoints": max(0, on_device - 1) * kept, "gradients": met}
-        ending = gradients - four * stage.stem_learning if plain and not accumulates else gradients
-        phases["last"] = {**block, "gradients": ending}
-    if not saved:
-        phases["forward"] = {"features": prints.forward(p), "gradients": forward}
-    if stage.ratio:
-        u = share.micro_batch * stage.ratio
-        decoding = 5 * u * stage.map_bytes  # in fp32: the maps, blurred along each axis, padded, and their logarithm
-        phases["teacher"] = {"features": max(prints.forward(u), u * stage.map_bytes + decoding), "gradients": forward}
+    if strategy.zero == 0 and strategy.num_ranks > 1:
+        state["zero_buckets"] = 4.0 * stage.num_learning  # DistributedDataParallel's
+    step = _describe_step(stage, way, share, layout, gradients, cuda=room.cuda)
+    phases = _phases(stage, share, step)
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
     moving = {part: size for part, size in phases[name].items() if part != "gradients"}
     gpu = {**state, **phases[name]}
     later = {
-        "head_chunk": prints.head(p, n),
+        "head_chunk": footprint.head(step.people, step.chunk),
         "block_working_set": phases.get("first", {}).get("block_working_set", 0.0),
     }
-    workspace = WORKSPACE + FRAGMENTATION * sum(moving.values()) + (NCCL if ranks > 1 else 0.0) if cuda else 0.0
-    waiting = _pinned([kept]) * checkpointed if way.offload_activations else 0.0
+    communication = NCCL if strategy.num_ranks > 1 else 0.0
+    allowance = WORKSPACE + FRAGMENTATION * sum(moving.values()) + communication if room.cuda else 0.0
+    offloaded = _pinned([step.kept]) * step.checkpointed if way.offload_activations else 0.0
     return Plan(
         way=way,
         share=share,
         layout=layout,
         gpu={part: size for part, size in gpu.items() if size},
         later={part: size for part, size in later.items() if size and not gpu.get(part)},
-        host=_host(stage, way, accumulates, waiting),
-        allowance=workspace,
-        seconds=_seconds(stage, way, share, layout, prints),
-        room=room,
-        host_room=host_room,
+        host=_host(stage, way, accumulates, offloaded),
+        allowance=allowance,
+        seconds=_seconds(stage, way, share, layout, footprint),
+        room=room.device,
+        host_room=room.host,
     )
+
+
+def _describe_step(stage: Stage, way: Way, share: Share, layout: Layout, gradients: float, *, cuda: bool) -> _Step:
+    plain, accumulates = way.strategy.zero == 0, share.accumulation > 1
+    footprint = stage.footprint_of(plain and way.strategy.half)
+    people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
+    return _Step(
+        people=people,
+        chunk=min(people, layout.head_chunk or people),
+        footprint=footprint,
+        checkpointed=checkpointed,
+        whole=stage.depth - checkpointed,
+        on_device=min(checkpointed, IN_FLIGHT) if way.offload_activations else checkpointed,
+        stem=footprint.stem(people),
+        neck=footprint.neck(people),
+        kept=footprint.kept(people),
+        saved=footprint.saved(people),
+        attention=4.0 * people * stage.queries if cuda else 0.0,
+        gradients=gradients,
+        # A gradient exists from its backward to the optimizer's step; ZeRO-3's buffer of them is there all the time,
+        # and ZeRO-1 and 2 make theirs for all of them when the first bucket is full, early in the backward.
+        gradients_forward=gradients if accumulates or way.strategy.zero == 3 else 0.0,
+        gradients_early=0.0 if plain and not accumulates else gradients,
+        alone=plain and not accumulates,
+    )
+
+
+def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, float]]:
+    """Bytes of the moments of a step that can be its peak, by part, in the order of the backward."""
+    phases = {"head": _head_phase(step)}
+    if step.whole and step.saved:
+        phases["whole"] = _whole_blocks_phase(step)
+    if step.checkpointed and step.kept:
+        phases["first"] = _first_recomputed_phase(stage, step)
+        phases["last"] = _last_recomputed_phase(stage, step)
+    if not step.saved:
+        phases["forward"] = _forward_phase(step)
+    if stage.ratio:
+        phases["teacher"] = _teacher_phase(stage, share, step)
+    return phases
+
+
+def _head_phase(step: _Step) -> dict[str, float]:
+    """The end of the forward: all blocks have kept what they keep, and one chunk of people is in the head.
+
+    The chunked head takes its gradient num_local, in the forward, so the loss adds nothing later.
+    """
+    return {
+        "features": step.stem + step.neck,
+        "block_checkpoints": step.on_device * step.kept,
+        "whole_blocks": step.whole * step.saved,
+        "head_chunk": step.footprint.head(step.people, step.chunk),
+        "gradients": step.gradients_forward,
+    }
+
+
+def _whole_blocks_phase(step: _Step) -> dict[str, float]:
+    """The backward of the last block, a whole one: nothing has been freed yet but the head's chunk."""
+    return {
+        "features": step.stem + step.neck + step.footprint.gradient(step.people),
+        "block_checkpoints": step.on_device * step.kept,
+        "whole_blocks": step.whole * step.saved,
+        "block_working_set": step.footprint.whole(step.people) + step.attention,
+        "gradients": step.gradients_early,
+    }
+
+
+def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
+    """The first block that is computed again: the whole ones are freed, most inputs of checkpointed ones are kept.
+
+    One process alone has the gradients of the head and of the whole blocks by now.
+    """
+    gradients = step.gradients_early
+    if step.alone:
+        gradients = float(step.footprint.gradient[0]) + 4.0 * step.whole * stage.block_learning
+    return {
+        "features": step.stem,
+        "block_working_set": step.footprint.again(step.people) + step.attention,
+        "block_checkpoints": max(0, step.on_device - 1) * step.kept,
+        "gradients": gradients,
+    }
+
+
+def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
+    """The last block of the backward, the network's first: no input of a block is kept, all gradients are there.
+
+    One process alone lacks those of this block and of the embeddings before it.
+    """
+    return {
+        "features": step.stem,
+        "block_working_set": step.footprint.again(step.people) + step.attention,
+        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients,
+    }
+
+
+def _forward_phase(step: _Step) -> dict[str, float]:
+    """A frozen backbone: its forward keeps nothing, so one block's forward can be the peak."""
+    return {"features": step.footprint.forward(step.people), "gradients": step.gradients_forward}
+
+
+def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
+    """The teacher's forward on the unlabeled people, and the decoding of its heatmaps, before the student's step."""
+    unlabeled = share.micro_batch * stage.ratio
+    maps = unlabeled * stage.map_bytes
+    # In fp32: the maps, blurred along each axis, padded, and their logarithm.
+    decoding = 5 * unlabeled * stage.map_bytes
+    return {"features": max(step.footprint.forward(unlabeled), maps + decoding), "gradients": step.gradients_forward}
 
 
 def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
@@ -304,26 +399,26 @@ def _teacher_bytes(stage: Stage, way: Way) -> float:
     return {"device": average, "sharded": average / way.strategy.num_ranks + copy, "host": copy}[way.teacher]
 
 
-def _host(stage: Stage, way: Way, accumulates: bool, waiting: float) -> dict[str, float]:
+def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[str, float]:
     """Bytes of the machine's memory at the worst moment: all ranks load, or the state has been built."""
-    strategy, ranks, here = way.strategy, way.strategy.num_ranks, way.strategy.num_local
-    always = {"process": PROCESS * here, "workers": WORKER * stage.num_workers * here}
-    loading = 8.0 * stage.num_parameters * here  # the network and the file, in fp32, on every rank
+    strategy, ranks, num_local = way.strategy, way.strategy.num_ranks, way.strategy.num_local
+    always = {"process": PROCESS * num_local, "workers": WORKER * stage.num_workers * num_local}
+    loading = 8.0 * stage.num_parameters * num_local  # the network and the file, in fp32, on every rank
     state: dict[str, float] = {}
     if strategy.offload:
         groups = [size / ranks for size in stage.groups]
-        state["masters"] = here * _pinned([4 * size for size in groups])
-        state["gradients"] = here * _pinned([4 * size for size in groups])
-        state["adam"] = here * sum(8 * size for size in groups)
-        state["weights"] = here * _pinned([2 * size for size in groups])
+        state["masters"] = num_local * _pinned([4 * size for size in groups])
+        state["gradients"] = num_local * _pinned([4 * size for size in groups])
+        state["adam"] = num_local * sum(8 * size for size in groups)
+        state["weights"] = num_local * _pinned([2 * size for size in groups])
         if accumulates and (strategy.zero == 3 or not strategy.bf16):
-            state["gradients"] += 4.0 * stage.num_learning * here / ranks
+            state["gradients"] += 4.0 * stage.num_learning * num_local / ranks
     if strategy.offload_weights:
-        state["weights"] = 2.0 * stage.num_parameters * here / ranks
+        state["weights"] = 2.0 * stage.num_parameters * num_local / ranks
     if stage.plan.teacher and way.teacher == "host":
-        state["ema_teacher"] = 4.0 * stage.num_parameters * here / ranks
-    if waiting:
-        state["block_checkpoints"] = here * waiting
+        state["ema_teacher"] = 4.0 * stage.num_parameters * num_local / ranks
+    if offloaded:
+        state["block_checkpoints"] = num_local * offloaded
     saving = 4.0 * stage.num_parameters * (2 if stage.plan.teacher else 1)  # rank 0 collects the weights
     return {**always, **state, "loading_and_saving": max(saving, loading - sum(state.values()))}
 
@@ -333,14 +428,14 @@ def _pinned(sizes: Sequence[float]) -> float:
     return float(sum(2 ** math.ceil(math.log2(size)) for size in sizes if size > 0))
 
 
-def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, prints: Footprint) -> float:
+def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, footprint: Footprint) -> float:
     """A rough time of one optimizer step, which ranks the ways; nobody has measured it."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     p, steps = share.micro_batch * (1 + stage.ratio), share.accumulation
     learns = stage.num_learning > stage.head_learning
     passes = (3 if learns else 1) * stage.depth + (layout.checkpointed_blocks if learns else 0)
-    flops = p * (passes * prints.block_flops + 3 * prints.head_flops)
-    flops += share.micro_batch * stage.ratio * (stage.depth * prints.block_flops + prints.head_flops)
+    flops = p * (passes * footprint.block_flops + 3 * footprint.head_flops)
+    flops += share.micro_batch * stage.ratio * (stage.depth * footprint.block_flops + footprint.head_flops)
     # Casts between fp32 and 16 bits; hooks at every layer.
     overhead = {0: 1.1, 3: 1.05}.get(strategy.zero, 1.0)
     few = 1 + 1 / p  # launches and small matrices
@@ -351,7 +446,7 @@ def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, prints: Footp
     if strategy.zero == 3:
         copies += steps * 3 * 2 * stage.num_parameters / BUS * 0.5
     if way.offload_activations:
-        copies += steps * 2 * layout.checkpointed_blocks * prints.kept(p) / BUS * 0.3
+        copies += steps * 2 * layout.checkpointed_blocks * footprint.kept(p) / BUS * 0.3
     if strategy.zero and ranks > 1:
         copies += 4 * stage.num_learning / BUS * 0.5
     if strategy.zero == 0 and ranks > 1:
@@ -363,9 +458,7 @@ def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, prints: Footp
     return compute + copies + (0.002 if way.adam_8bit else 0.0)
 
 
-def fit(
-    stage: Stage, name: str, way: Way, room: float | None, host_room: float | None, rank: int = 0, cuda: bool = True
-) -> Plan:
+def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0) -> Plan:
     """The largest micro-batch that fits, with the fewest checkpointed blocks; if none does, what needs the least.
 
     A larger micro-batch with the teacher's average elsewhere comes before a smaller one with it on the device.
@@ -382,9 +475,9 @@ def fit(
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
     # A whole block of ZeRO-3 would keep its gathered weights; and what is offloaded should be little.
     every = way.offload_activations or way.strategy.zero == 3
-    all_blocks = [stage.depth] if every and room is not None else list(range(stage.depth + 1))
+    all_blocks = [stage.depth] if every and room.device is not None else list(range(stage.depth + 1))
     blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
-    if room is None:  # memory does not limit: nothing is computed twice
+    if room.device is None:  # memory does not limit: nothing is computed twice
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
         return Plan(way=replace(way, teacher=places[0]), share=share, layout=layout)
@@ -394,10 +487,10 @@ def fit(
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
         for checkpointed in blocks:
             last = checkpointed == blocks[-1]
-            for chunk in _chunks(stage, way, share, checkpointed, room, cuda, smallest=last):
+            for chunk in _chunks(stage, way, share, checkpointed, cuda=room.cuda, smallest=last):
                 layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk, compiled=asked.compile_blocks)
-                plan = need(stage, way, share, layout, room, host_room, cuda)
-                spends = not last and plan.gpu_peak + plan.allowance > SPENT * room
+                plan = predict(stage, way, share, layout, room)
+                spends = not last and plan.gpu_peak + plan.allowance > SPENT * room.device
                 if plan.fits and not spends:
                     return plan
                 tried.append(plan)
@@ -414,9 +507,7 @@ def _places(stage: Stage, ranks: int) -> list[Place]:
     return [asked] if asked else ["device", "sharded", "host"] if ranks > 1 else ["device", "host"]
 
 
-def _chunks(
-    stage: Stage, way: Way, share: Share, checkpointed: int, room: float, cuda: bool, *, smallest: bool
-) -> Sequence[int]:
+def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, *, cuda: bool, smallest: bool) -> Sequence[int]:
     """Chunks of the head to try: the largest that does not raise the peak, but not so few that the GPU waits.
 
     Args:
@@ -427,7 +518,8 @@ def _chunks(
     p = share.micro_batch * (1 + stage.ratio)
     free = 1
     for n in range(1, min(p, MOST_CHUNK) + 1):
-        plan = need(stage, way, share, Layout(checkpointed_blocks=checkpointed, head_chunk=n), room, None, cuda)
+        layout = Layout(checkpointed_blocks=checkpointed, head_chunk=n)
+        plan = predict(stage, way, share, layout, Room(cuda=cuda))
         if "head_chunk" in plan.gpu:
             break
         free = n
@@ -447,38 +539,3 @@ def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int 
             + (f" x micro-batch {micro_batch} (--memory.micro_batch)" if micro_batch else "")
         )
     return plan.global_batch // ranks
-
-
-# ---- The ways
-
-
-def ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
-    """Every way that `accelerate_configs/` launches, for this many GPUs of one machine, in the precision they have."""
-    folder = Path(__file__).parent.parent.parent
-    found = []
-
-    def add(name: str, launch: str, **options: Any) -> None:
-        file = folder / "ds_configs" / f"{launch}.json"
-        zero = json.loads(file.read_text())["zero_optimization"] if launch.startswith("zero") else {}
-        strategy = distributed.strategy_of(zero, num_ranks=num_ranks, num_local=num_ranks, precision=precision)
-        found.append(Way(name=name, launch=launch, strategy=strategy, **options))
-
-    plain = "single_gpu" if num_ranks == 1 else "multi_gpu"
-    add("plain", plain)
-    add("8bit", plain, adam_8bit=True)
-    add("8bit+activations", plain, adam_8bit=True, offload_activations=True)
-    if not (folder / "ds_configs").is_dir():
-        raise UserError(f"no ds_configs in {folder}: the plan needs a checkout of the repository, as train.py does")
-    for launch in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
-        if launch != "zero1" or num_ranks > 1:
-            add(launch, launch)
-        if launch.endswith("offload"):
-            add(f"{launch}+activations", launch, offload_activations=True)
-    return found
-
-
-def command(way: Way, words: Sequence[str]) -> str:
-    """The launch of train.py in this way, with these arguments."""
-    ranks = way.strategy.num_ranks
-    launch = f"accelerate launch --config_file accelerate_configs/{way.launch}.yaml --num_processes {ranks} train.py"
-    return " ".join([launch, shlex.join(words), *way.options()])

@@ -2,7 +2,7 @@
 
     python -m sapiens_accel.memory --recipe sapiens_1b_coco --stage phase2 --gpu_memory 16GiB --host_memory 64GiB
 
-Nothing is allocated and no GPU is needed. All of it is predicted (`plan`).
+Nothing is allocated and no GPU is needed. All of it is predicted (`estimate`).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from sapiens_accel.config.commands import memory_parser
 from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory.estimate import CONTEXT, Plan, Stage, Way, command, fit, need, stage_of, ways
+from sapiens_accel.memory.estimate import CONTEXT, Plan, Room, Stage, fit, measure_stage, predict
+from sapiens_accel.memory.strategies import Way, command, list_ways
 from sapiens_accel.models import attention
+from sapiens_accel.models.load import starting_point
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.device import LEAST_CAPABILITY
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
+
+COLUMNS = """
+way: ZeRO stage and what waits on the host; micro-batch: people of one forward; checkpointed: blocks computed again in
+the backward, to save memory; head chunk: people in the head at a time; GPU peak: of each GPU; host: memory of the
+machine; time: of an optimizer step, as a multiple of the fastest way that fits."""
 
 UNITS = {
     "B": 1,
@@ -49,59 +57,74 @@ UNITS = {
 Table = Mapping[StageName, Sequence[Plan]]
 
 
-def plans(
+@dataclass(frozen=True, kw_only=True)
+class LaunchInfo:
+    """What the plan of a run has to know of its launch.
+
+    Attributes:
+        capability: compute capability of the GPUs; None on CPUs.
+        rank: of this process.
+        words: the command line, to print the one that would fit.
+    """
+
+    strategy: Strategy
+    room: Room
+    words: Sequence[str]
+    rank: int = 0
+    capability: tuple[int, int] | None = None
+
+
+def plan_run(
     accelerator: Accelerator, run: Config, words: Sequence[str], num_keypoints: int = 17
 ) -> dict[StageName, Plan]:
-    """This launch's plan of each stage of the run, for what its devices have free; see `planned`."""
-    room = distributed.free_bytes(accelerator)
-    host_room = None if room is None else distributed.least(accelerator, host.free_bytes())
-    strategy = distributed.strategy(accelerator)
-    card = attention.capability_on(accelerator.device)
-    return planned(run, strategy, room, host_room, words, accelerator.process_index, num_keypoints, capability=card)
+    """The plan of each stage of this launch, for the memory that its devices have free; see `plan_stages`."""
+    free = distributed.free_bytes(accelerator)
+    free_host = None if free is None else distributed.least(accelerator, host.free_bytes())
+    launch = LaunchInfo(
+        strategy=distributed.strategy(accelerator),
+        room=Room(device=free, host=free_host),
+        words=words,
+        rank=accelerator.process_index,
+        capability=attention.capability_on(accelerator.device),
+    )
+    return plan_stages(run, launch, num_keypoints)
 
 
-def planned(
-    run: Config, strategy: Strategy, room: float | None, host_room: float | None, words: Sequence[str], rank: int = 0,
-    num_keypoints: int = 17, *, capability: tuple[int, int] | None = None,
-) -> dict[StageName, Plan]:  # fmt: skip
+def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dict[StageName, Plan]:
     """The plan of each stage, made before the first of them, so that the last is not refused after days.
-
-    Args:
-        room: bytes of a device that may be used; None where memory does not limit.
-        host_room: likewise of the host.
-        words: the command line, to say which one would fit.
-        capability: compute capability of the GPUs; None on CPUs.
 
     Raises:
         UserError: a stage that does not fit (not with --memory.force); options that do not go together.
     """
-    memory = run.memory
+    memory, strategy = run.memory, launch.strategy
     if memory.adam_8bit and strategy.zero:
         raise UserError("--memory.adam_8bit is for launches without DeepSpeed, such as single_gpu.yaml")
     if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
         raise UserError("--memory.adam_8bit needs torchao: pip install torchao")
     if memory.compile_blocks and strategy.zero == 3:
-        raise UserError("--memory.compile_blocks does not go with ZeRO-3, whose weights come by while a block runs")
+        raise UserError(
+            "--memory.compile_blocks does not go with ZeRO-3, which gathers a block's weights while it runs"
+        )
     offloads, eight_bit = memory.offload_activations, memory.adam_8bit
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
-    padded = attention.needs_padding(capability, half=strategy.half)
+    padded = attention.needs_padding(launch.capability, half=strategy.half)
     chosen = {}
     for name in run.stages:
-        stage = stage_of(run, name, strategy.half, num_keypoints, padded=padded)
-        plan = fit(stage, name, way, room, host_room, rank)
-        chosen[name] = dataclasses.replace(plan, otherwise=_otherwise(stage, plan))
+        stage = measure_stage(run, name, strategy.half, num_keypoints, padded=padded)
+        plan = fit(stage, name, way, launch.room, launch.rank)
+        chosen[name] = dataclasses.replace(plan, otherwise=_smaller_options(stage, plan))
         if not plan.fits and not memory.force:
-            way_out = _way_out(run, plan, words, num_keypoints, capability)
-            raise UserError(f"{name}: {_shortage(plan)}; {way_out}, or --memory.force to try")
+            suggestion = _suggest_launch(run, plan, launch, num_keypoints)
+            raise UserError(f"{name}: {_describe_shortage(plan)}; {suggestion}, or --memory.force to try")
     return chosen
 
 
-def _otherwise(stage: Stage, plan: Plan) -> str:
-    """What takes less than this plan, should it be too much: nearest first, by the plan's own count."""
+def _smaller_options(stage: Stage, plan: Plan) -> str:
+    """The options that need less memory than this plan, should it run out: the nearest, by the plan's own count."""
     part = plan.share.micro_batch * plan.share.accumulation
     for size in (n for n in range(plan.share.micro_batch - 1, 0, -1) if part % n == 0):
         share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
-        if plan.room is None or need(stage, plan.way, share, plan.layout, None, None).gpu_peak < 0.95 * plan.gpu_peak:
+        if plan.room is None or predict(stage, plan.way, share, plan.layout).gpu_peak < 0.95 * plan.gpu_peak:
             # Planned anew, blocks would be kept whole in the room that this makes.
             blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {plan.layout.checkpointed_blocks}"
             # ... and a teacher would come back to the device.
@@ -112,7 +135,7 @@ def _otherwise(stage: Stage, plan: Plan) -> str:
     return "another launch: `python -m sapiens_accel.memory` lists them"
 
 
-def _shortage(plan: Plan) -> str:
+def _describe_shortage(plan: Plan) -> str:
     needs = plan.gpu_peak + plan.allowance
     if plan.room is not None and needs > plan.room:
         where = f"needs {needs / GIB:.1f} GiB of GPU memory (predicted), {max(plan.room, 0) / GIB:.1f} GiB can be used"
@@ -122,35 +145,30 @@ def _shortage(plan: Plan) -> str:
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
-def _way_out(
-    run: Config, plan: Plan, words: Sequence[str], num_keypoints: int, capability: tuple[int, int] | None
-) -> str:
+def _suggest_launch(run: Config, plan: Plan, launch: LaunchInfo, num_keypoints: int) -> str:
     """The nearest launch that fits all stages, of the same GPUs."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "take a launch with more ZeRO or offload on these machines"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
-    table = _table(free, plan.way.strategy.num_ranks, plan.room, plan.host_room, num_keypoints, capability)
-    best = _fastest(table)
+    table = _plan_all_ways(free, plan.way.strategy.num_ranks, launch.room, num_keypoints, launch.capability)
+    best = _choose_fastest(table)
     if best is None:
-        return _nothing_fits(table)
-    return f"the nearest that fits: {command(best[0].way, _without(words, '--memory.'))}"
+        return _describe_nothing_fits(table)
+    return f"the nearest that fits: {command(best[0].way, _without(launch.words, '--memory.'))}"
 
 
-def _table(
-    run: Config, gpus: int, room: float | None, host_room: float | None, num_keypoints: int,
-    capability: tuple[int, int] | None,
-) -> Table:  # fmt: skip
+def _plan_all_ways(run: Config, gpus: int, room: Room, num_keypoints: int, capability: tuple[int, int] | None) -> Table:
     """Every stage by every way, in 16 bits; GPUs without a flash kernel for those have no bf16 either."""
     padded = attention.needs_padding(capability)
-    every = ways(gpus, "fp16" if padded else "bf16")
+    every = list_ways(gpus, "fp16" if padded else "bf16")
     stages: dict[StageName, Stage] = {
-        name: stage_of(run, name, num_keypoints=num_keypoints, padded=padded) for name in run.stages
+        name: measure_stage(run, name, num_keypoints=num_keypoints, padded=padded) for name in run.stages
     }
-    return {name: [fit(stage, name, way, room, host_room) for way in every] for name, stage in stages.items()}
+    return {name: [fit(stage, name, way, room) for way in every] for name, stage in stages.items()}
 
 
-def _fastest(table: Table) -> list[Plan] | None:
+def _choose_fastest(table: Table) -> list[Plan] | None:
     """The plans of the way that fits all stages and takes the least time over them.
 
     Moments in 8 bits change the losses a little: they are for where nothing else fits.
@@ -160,7 +178,7 @@ def _fastest(table: Table) -> list[Plan] | None:
     return min(fitting, key=lambda p: (p[0].way.adam_8bit, sum(plan.seconds for plan in p)), default=None)
 
 
-def _nothing_fits(table: Table) -> str:
+def _describe_nothing_fits(table: Table) -> str:
     for name, plans in table.items():
         if not any(plan.fits for plan in plans):
             least = min(plans, key=lambda plan: plan.gpu_peak + plan.allowance)
@@ -186,7 +204,7 @@ def _without(words: Sequence[str], *options: str) -> list[str]:
 
 
 @contextmanager
-def out_of_memory_told(
+def explain_out_of_memory(
     accelerator: Accelerator,
     name: StageName,
     plan: Plan,
@@ -195,7 +213,7 @@ def out_of_memory_told(
 ) -> Iterator[None]:
     """Turn running out of memory into one line that says what to do, after what was trained has been saved.
 
-    Of several processes only some may have come here, and saving needs all: then the last checkpoint has to do.
+    Of several processes only some may have failed, and saving needs all: then the last checkpoint has to do.
 
     Args:
         drop: forgets the gradients of the step that was cut off.
@@ -210,7 +228,7 @@ def out_of_memory_told(
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        said = str(error).split(". ")[0].splitlines()[0]
+        reason = str(error).split(". ")[0].splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold the activations
     gc.collect()
     if torch.cuda.is_available():
@@ -221,13 +239,13 @@ def out_of_memory_told(
     predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
     again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
     tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
-    raise UserError(f"{name}: {tried}; {again} {plan.otherwise} [{said}]")
+    raise UserError(f"{name}: {tried}; {again} {plan.otherwise} [{reason}]")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Of a device, of cuBLAS and cuDNN on it, of pinned memory, or of the host under a run on the CPU."""
-    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 # ---- python -m sapiens_accel.memory
@@ -237,48 +255,63 @@ def main(words: Sequence[str]) -> None:
     asked, rest = memory_parser().parse_known_args(words)
     if asked.gpus < 1:
         raise UserError(f"--gpus {asked.gpus}: expected 1 or more")
-    room, host_room = bytes_of("gpu_memory", asked.gpu_memory) - CONTEXT, bytes_of("host_memory", asked.host_memory)
+    room = Room(
+        device=parse_bytes("gpu_memory", asked.gpu_memory) - CONTEXT, host=parse_bytes("host_memory", asked.host_memory)
+    )
     run = config.load(rest, prog="python -m sapiens_accel.memory")
-    table = _table(run, asked.gpus, room, host_room, _num_keypoints(run), capability_of(asked.capability))
-    best = _fastest(table)
-    words = _without(rest, "--memory.offload_activations", "--memory.adam_8bit")  # each way says for itself
+    table = _plan_all_ways(run, asked.gpus, room, _num_keypoints(run), parse_capability(asked.capability))
+    best = _choose_fastest(table)
+    # Each way names these options itself.
+    words = _with_placeholders(run, _without(rest, "--memory.offload_activations", "--memory.adam_8bit"))
     if asked.json:
         print(json.dumps(_as_json(table, best, words), indent=2))
     else:
         _show(run, table, best, words, asked)
     if best is None:
-        raise UserError(_nothing_fits(table))
+        raise UserError(_describe_nothing_fits(table))
+
+
+def _with_placeholders(run: Config, words: Sequence[str]) -> list[str]:
+    """The arguments of a launch, with `--data.root DIR` and `--weights WEIGHTS` where a run has neither.
+
+    The demo needs none: its tiny network learns people that are drawn, from random weights.
+    """
+    if run.recipe == "demo":
+        return list(words)
+    data = ["--data.root", "DIR"] if run.data.root is None else []
+    begins_anew = run.weights is None and starting_point(Path(run.output_dir), run.stages[0]) is None
+    return [*words, *data, *(["--weights", "WEIGHTS"] if begins_anew else [])]
 
 
 def _num_keypoints(run: Config) -> int:
     """Of the data where it is there, else COCO's 17."""
-    found = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
-    return build.open_skeleton(run.data)[0].num_keypoints if found else 17
+    exists = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
+    return build.open_skeleton(run.data)[0].num_keypoints if exists else 17
 
 
-def capability_of(text: str) -> tuple[int, int]:
+def parse_capability(text: str) -> tuple[int, int]:
     """A compute capability.
 
     Raises:
         UserError: not one of a GPU that can be trained on.
     """
-    found = re.fullmatch(r"(\d+)\.(\d)", text)
-    if not found or (int(found[1]), int(found[2])) < LEAST_CAPABILITY:
+    match = re.fullmatch(r"(\d+)\.(\d)", text)
+    if not match or (int(match[1]), int(match[2])) < LEAST_CAPABILITY:
         raise UserError(f"--capability {text}: expected the compute capability of a GPU, 7.0 or newer, such as 7.5")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def bytes_of(option: str, text: str) -> float:
+def parse_bytes(option: str, text: str) -> float:
     """A size with its unit, in bytes.
 
     Raises:
         UserError: no number, no unit or one that is not known.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = UNITS.get(found[2].upper()) if found else None
-    if not found or unit is None or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if not match or unit is None or float(match[1]) == 0:
         raise UserError(f"--{option} {text}: expected a size with its unit, such as 16GiB, 24GB or 15360MiB")
-    return float(found[1]) * unit
+    return float(match[1]) * unit
 
 
 def _as_json(table: Table, best: list[Plan] | None, words: Sequence[str]) -> dict[str, Any]:
@@ -316,9 +349,10 @@ def _parts(plan: Plan) -> dict[str, Mapping[str, float]]:
 def _show(run: Config, table: Table, best: list[Plan] | None, words: Sequence[str], asked: Any) -> None:
     print(f"{run.recipe} ({run.model.name}, {run.data.input_hw[0]}x{run.data.input_hw[1]}), predicted, in GiB")
     cuda = f"of which {CONTEXT / GIB:g} GiB are CUDA's"
-    padded = attention.needs_padding(capability_of(asked.capability))
+    padded = attention.needs_padding(parse_capability(asked.capability))
     arithmetic = "fp16, memory-efficient attention" if padded else "bf16, flash attention"
     print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; {arithmetic}; host {asked.host_memory}")
+    print(COLUMNS)
     for name, plans in table.items():
         print(f"\n{name}, global batch {run.of(name).global_batch}")
         layout = f"{'micro-batch':>12}{'checkpointed':>14}{'head chunk':>12}"

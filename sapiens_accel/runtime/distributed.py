@@ -1,4 +1,4 @@
-"""The launch of this process: Accelerator, device, precision, ZeRO stage, and what the ranks tell each other."""
+"""The launch of this process: Accelerator, device, precision, ZeRO stage, and what the ranks send each other."""
 
 import os
 import re
@@ -140,7 +140,7 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 
 @contextmanager
-def lost_ranks_named(accelerator: Accelerator) -> Iterator[None]:
+def explain_lost_ranks(accelerator: Accelerator) -> Iterator[None]:
     """Where a collective fails because another process has ended: one line in place of a traceback.
 
     Raises:
@@ -164,7 +164,7 @@ def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     return torch.as_tensor(accelerator.gather(tensor))
 
 
-def share_parts(whole: Tensor) -> None:
+def gather_parts(whole: Tensor) -> None:
     """Fill a flat tensor of one equal part for each rank, of which each has written its own, on all of them.
 
     In place: neither side allocates anything. All ranks must call it.
@@ -238,9 +238,9 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     """Whether it holds on any rank: all of them act alike. Over the hosts, so that no device is waited for."""
     if accelerator.num_processes == 1:
         return flag
-    told = torch.tensor(int(flag))
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=_host_group())
-    return bool(told)
+    flags = torch.tensor(int(flag))
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return bool(flags)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""DeepSpeed's C++ extensions, which torch compiles on first use: what a launch needs, what lacks, and stale locks.
+"""DeepSpeed's C++ extensions, which torch compiles on first use: what a launch needs, what is missing, and stale locks.
 
 torch lets one process build and the others wait on a file `lock`, without a limit: a build that was killed would block
 every later launch, in silence.
@@ -42,8 +42,8 @@ def needed_operations(zero: Mapping[str, Any], *, cuda: bool) -> list[str]:
 
 def folder() -> Path:
     """Where torch builds extensions; one subfolder each."""
-    if told := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(told)
+    if configured := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(configured)
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{cuda}"
@@ -62,7 +62,7 @@ def is_built(operation: str) -> bool:
 
 
 def missing_tools() -> Iterator[str]:
-    """What torch's builder of extensions needs and is not here."""
+    """What torch's builder of extensions needs and this machine lacks."""
     if not compiler():
         yield "a C++ compiler (apt-get install g++, or CXX) is"
     if not shutil.which("ninja"):
@@ -90,13 +90,13 @@ def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
 
 def _open_files() -> set[str]:
     """Files that processes of this machine have open, of those that may be asked."""
-    found = set()
+    files = set()
     for process in psutil.process_iter():
         with suppress(OSError):  # it has ended, or is another user's
             for link in Path(f"/proc/{process.pid}/fd").iterdir():
                 with suppress(OSError):  # closed meanwhile
-                    found.add(str(link.readlink()))
-    return found
+                    files.add(str(link.readlink()))
+    return files
 
 
 def check_builds(operations: list[str]) -> None:

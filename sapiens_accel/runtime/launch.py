@@ -7,7 +7,7 @@ own options, is refused there in one line, so that nothing that a config file sa
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ OURS = {
     "sparse_gradients": "--STAGE.optim",
 }
 OFFLOADS = ("offload_optimizer", "offload_param")
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
+SCRIPTS = ("accelerate", "accelerate-launch", "torchrun")
+FILES = ("accelerate/commands/launch.py", "torch/distributed/run.py")
+MODULES = ("accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch")
 NOT_SUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -71,7 +73,7 @@ def use_all_cores() -> int:
     Launchers set it to 1. torch's threads follow at once, and DeepSpeed's Adam with them (its extension has OpenMP
     from torch); the variable is for libraries that are loaded later.
     """
-    if not _threads_are_the_users():
+    if not _user_set_threads():
         cores = min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, host.usable_cores())
         num = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         os.environ["OMP_NUM_THREADS"] = str(num)
@@ -79,8 +81,8 @@ def use_all_cores() -> int:
     return torch.get_num_threads()
 
 
-def _threads_are_the_users() -> bool:
-    """Whether OMP_NUM_THREADS was there before the launcher: its own environment tells."""
+def _user_set_threads() -> bool:
+    """Whether OMP_NUM_THREADS was there before the launcher: its own environment shows it."""
     launcher = _launcher()
     if launcher is None:
         return "OMP_NUM_THREADS" in os.environ
@@ -96,12 +98,26 @@ def _launcher() -> psutil.Process | None:
     """The process that launched this one, if it is accelerate or torchrun."""
     for process in psutil.Process().parents()[:3]:
         try:
-            program = process.cmdline()[:3]
+            if is_launcher(process.cmdline()):
+                return process
         except psutil.Error:
             return None
-        if any(Path(word).name in LAUNCHERS or word.endswith("commands/launch.py") for word in program):
-            return process
     return None
+
+
+def is_launcher(words: Sequence[str]) -> bool:
+    """Whether a process with this command line is accelerate's launcher or torchrun.
+
+    What counts is the program itself: its own arguments, or the folder it is in, may well be called accelerate.
+    """
+    words = list(words)
+    if words and re.fullmatch(r"python[\d.]*", Path(words[0]).name):
+        del words[0]
+        while words and words[0].startswith("-") and words[0] != "-m":  # the interpreter's own options
+            del words[: 2 if words[0] in ("-X", "-W") else 1]
+    if words[:1] == ["-m"]:
+        return any(word in MODULES for word in words[1:2])
+    return any(Path(word).name in SCRIPTS or word.endswith(FILES) for word in words[:1])
 
 
 def config_file() -> Path | None:
@@ -245,11 +261,11 @@ def _check_json(file: Path, where: Path | str) -> None:
     for name in ("bf16", "fp16"):
         enabled = (tree.get(name) or {}).get("enabled", "auto")
         if enabled != "auto" and enabled != (asked == name):
-            said = f"mixed_precision is {asked} in {where}"
-            raise UserError(f'{file}: {name}.enabled is {json.dumps(enabled)}, and {said} (expected "auto")')
-    for key, said, found in _said_twice(where, zero):
-        if said != found:
-            raise UserError(f"{where}: {key} is {said}, and {found} in {file}. Change one of them")
+            elsewhere = f"mixed_precision is {asked} in {where}"
+            raise UserError(f'{file}: {name}.enabled is {json.dumps(enabled)}, and {elsewhere} (expected "auto")')
+    for key, value, in_json in _options_in_both(where, zero):
+        if value != in_json:
+            raise UserError(f"{where}: {key} is {value}, and {in_json} in {file}. Change one of them")
 
 
 def check_enabled(precision: str) -> None:
@@ -269,8 +285,8 @@ def check_enabled(precision: str) -> None:
             )
 
 
-def _said_twice(where: Path | str, zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """What an accelerate config says beside a DeepSpeed JSON: key, value, and the JSON's value."""
+def _options_in_both(where: Path | str, zero: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Options that an accelerate config sets beside a DeepSpeed JSON: key, value, and the JSON's value."""
     fields = os.environ.get(FIELDS_VARIABLE, "").split(",")
     variables = {"zero_stage": "DEEPSPEED_ZERO_STAGE"}
     variables |= {
@@ -279,7 +295,7 @@ def _said_twice(where: Path | str, zero: Mapping[str, Any]) -> Iterator[tuple[st
     for key, variable in variables.items():
         if key in fields:
             part = zero.get(key.removesuffix("_device")) or {}
-            found = zero["stage"] if key == "zero_stage" else part.get("device", "none")
-            yield key, os.environ.get(f"ACCELERATE_{variable}", ""), str(found)
+            in_json = zero["stage"] if key == "zero_stage" else part.get("device", "none")
+            yield key, os.environ.get(f"ACCELERATE_{variable}", ""), str(in_json)
     if isinstance(where, Path) and (named := re.match(r"zero(\d)(?!\d)", where.stem)):
         yield "the ZeRO stage of its name", named[1], str(zero["stage"])

@@ -10,6 +10,8 @@ from types import FrameType
 
 import psutil
 
+from sapiens_accel.runtime import launch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher that gets a signal passes it, or another one, on: that is one request, not a second one.
 ECHO_SECONDS = 2.0
@@ -59,10 +61,7 @@ class StopRequest:
 def _hear_of_launcher() -> None:
     """A launcher of one process dies of a signal and tells nobody: let its end be a SIGTERM here (Linux)."""
     parent = psutil.Process().parent()
-    launched = parent and any(
-        name in " ".join(parent.cmdline()) for name in ("accelerate", "torchrun", "torch.distributed")
-    )
-    if launched and sys.platform == "linux":
+    if parent and launch.is_launcher(parent.cmdline()) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

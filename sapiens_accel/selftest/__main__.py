@@ -35,32 +35,31 @@ def checks_for(machine: Machine, out: Path, scratch: Path) -> list[Check]:
         *(_probe(name, machine, out) for name in ("attention", "fp16", "waits", "offload")),
         *_memory(machine, out),
         *_speed(machine, out),
-        _module("epochs", "epochs", "throughput", ["--epochs", str(out)], 60, out, None if machine.gpu else NO_GPU),
+        _run_module("epochs", "epochs", ["throughput", "--epochs", str(out)], 60, out, None if machine.gpu else NO_GPU),
     ]
 
 
 NO_GPU = "needs a GPU"
 
 
-def _module(
-    name: str, group: str, module: str, words: Sequence[str], limit: float, out: Path, skip: str | None
-) -> Check:
-    """A check that a module of this package makes in a process of its own."""
+def _run_module(name: str, group: str, words: Sequence[str], limit: float, out: Path, skip: str | None = None) -> Check:
+    """A check that a module of this package makes in a process of its own: `words` are the module and its arguments."""
+    module, *arguments = words
     result = str(checks.folder_of(out, name) / "result.json")
-    command = [sys.executable, "-m", f"sapiens_accel.selftest.{module}", result, *words]
+    command = [sys.executable, "-m", f"sapiens_accel.selftest.{module}", result, *arguments]
     return Check(name=name, group=group, commands=[command], limit=limit, read=checks.read_result, skip=skip)
 
 
 def _probe(name: str, machine: Machine, out: Path) -> Check:
     skip = NO_GPU if not machine.gpu and name in ("waits", "offload") else None
-    return _module(name, name, "probes", [name], 60, out, skip)
+    return _run_module(name, name, ["probes", name], 60, out, skip)
 
 
 def _memory(machine: Machine, out: Path) -> list[Check]:
     """1B and 2B in 15 GiB; on a CPU a tiny network, by torch's profiler."""
     if not machine.gpu:
-        words = ["sapiens_tiny", "phase2", "plain", "--hw", "256", "192", "--batch", "4"]
-        return [_module("memory sapiens_tiny phase2", "memory", "peak_memory", words, 60, out, None)]
+        words = ["peak_memory", "sapiens_tiny", "phase2", "plain", "--hw", "256", "192", "--batch", "4"]
+        return [_run_module("memory sapiens_tiny phase2", "memory", words, 60, out)]
     cases = [
         ("sapiens_1b", "phase2", "zero2_offload"),
         ("sapiens_1b", "ssl", "zero2_offload+activations"),
@@ -71,20 +70,20 @@ def _memory(machine: Machine, out: Path) -> list[Check]:
     if machine.capability:
         card += ["--capability", ".".join(map(str, machine.capability))]
     return [
-        _module(f"memory {' '.join(case[:2])}", "memory", "peak_memory", [*case, *card], limit, out, skip)
+        _run_module(f"memory {' '.join(case[:2])}", "memory", ["peak_memory", *case, *card], limit, out, skip)
         for case, limit in zip(cases, (90, 100, 150), strict=True)
     ]
 
 
 def _speed(machine: Machine, out: Path) -> list[Check]:
     if not machine.gpu:
-        words = ["sapiens_tiny", "--hw", "128", "96", "--batch", "4"]
-        return [_module("speed sapiens_tiny", "speed", "throughput", words, 60, out, None)]
+        words = ["throughput", "sapiens_tiny", "--hw", "128", "96", "--batch", "4"]
+        return [_run_module("speed sapiens_tiny", "speed", words, 60, out)]
     words = ["--batch", "32" if machine.gpu_bytes >= LARGE else "8", "--compile"]
     skip = None if machine.gpu_bytes >= LARGE else "its 16 bytes a parameter, and a peer's, need a card of 40 GiB"
     return [
-        _module("speed sapiens_0.3b", "speed", "throughput", ["sapiens_0.3b", *words], 110, out, None),
-        _module("speed sapiens_1b", "speed", "throughput", ["sapiens_1b", *words], 150, out, skip),
+        _run_module("speed sapiens_0.3b", "speed", ["throughput", "sapiens_0.3b", *words], 110, out),
+        _run_module("speed sapiens_1b", "speed", ["throughput", "sapiens_1b", *words], 150, out, skip),
     ]
 
 

@@ -37,7 +37,7 @@ class Skipped(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class Result:
-    """The rows of a check, written after each: what a killed process had found is not lost."""
+    """The rows of a check, written after each: the rows of a process that is killed are not lost."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,8 +221,10 @@ def error_line(log: Path) -> str:
     """The line of a log that says most about why its process failed: the last one that names an error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # The launcher's own report of a failed worker comes last, and says nothing of the reason.
-    said = [line for line in lines[1:] if re.search(r"\b\w*(Error|error)\b: ", line) and "ChildFailedError" not in line]
-    return (said or lines)[-1][:300]
+    errors = [
+        line for line in lines[1:] if re.search(r"\b\w*(Error|error)\b: ", line) and "ChildFailedError" not in line
+    ]
+    return (errors or lines)[-1][:300]
 
 
 # ---- The machine
@@ -260,16 +262,18 @@ def describe_machine() -> Machine:
     """This machine, by a small product on its GPU."""
     import torch
 
-    here = {"driver": driver(), "has_repository": has_repository()}
+    known = {"driver": driver(), "has_repository": has_repository()}
     if not torch.cuda.is_available():
-        seen = f"driver {here['driver']} is here, but torch {torch.__version__} sees no GPU" if here["driver"] else None
-        return Machine(**here, problem=seen)
+        seen = (
+            f"driver {known['driver']} is here, but torch {torch.__version__} sees no GPU" if known["driver"] else None
+        )
+        return Machine(**known, problem=seen)
     device = torch.cuda.get_device_properties(0)
     product = torch.ones(64, 64, device="cuda:0") @ torch.ones(64, 64, device="cuda:0")
     if float(product[0, 0]) != 64:
         raise RuntimeError(f"{device.name} multiplies wrongly: 64 x 1 x 1 is {float(product[0, 0])} there")
     return Machine(
-        **here,
+        **known,
         gpu=device.name,
         num_gpus=torch.cuda.device_count(),
         gpu_bytes=device.total_memory,
@@ -279,8 +283,8 @@ def describe_machine() -> Machine:
 
 def driver() -> str | None:
     """Version of NVIDIA's driver, if there is one."""
-    found = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
-    return found[1] if found else None
+    match = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
+    return match[1] if match else None
 
 
 def has_repository() -> bool:
@@ -290,8 +294,8 @@ def has_repository() -> bool:
 def cpu_name() -> str:
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -124,5 +124,5 @@ def losses_of(lines: Sequence[str]) -> dict[int, float]:
 
 def first_line(folder: Path) -> str:
     """What train.py says of processes, device, ZeRO stage and precision."""
-    found = re.search(r"^demo: (.+)$", (folder / "log_0.txt").read_text(errors="replace"), re.MULTILINE)
-    return found[1] if found else "started"
+    match = re.search(r"^demo: (.+)$", (folder / "log_0.txt").read_text(errors="replace"), re.MULTILINE)
+    return match[1] if match else "started"

@@ -21,7 +21,8 @@ from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner
-from sapiens_accel.memory.estimate import Plan, Stage, Way, fit, need, stage_of, ways
+from sapiens_accel.memory.estimate import Plan, Room, Stage, fit, measure_stage, predict
+from sapiens_accel.memory.strategies import Way, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import distributed, host
@@ -45,7 +46,7 @@ def way_of(name: str, precision: str = "bf16") -> Way:
     Raises:
         UserError: there is none.
     """
-    known = {way.name: way for way in ways(1, precision)}
+    known = {way.name: way for way in list_ways(1, precision)}
     if name not in known:
         raise UserError(f"--ways {name}: no such way; there are: {', '.join(known)}")
     return known[name]
@@ -58,8 +59,8 @@ def half_precision(capability: tuple[int, int]) -> str:
 
 def plan_for_gpu(run: Config, name: StageName, way: str, limit: float, capability: tuple[int, int]) -> Plan:
     """A stage planned for `limit` bytes of a GPU of this compute capability, as train.py would plan it there."""
-    stage = stage_of(run, name, padded=attention.needs_padding(capability))
-    return fit(stage, name, way_of(way, half_precision(capability)), limit, host.free_bytes())
+    stage = measure_stage(run, name, padded=attention.needs_padding(capability))
+    return fit(stage, name, way_of(way, half_precision(capability)), Room(device=limit, host=host.free_bytes()))
 
 
 def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> TrainingCase:
@@ -112,11 +113,11 @@ def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
             f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB of the GPU, {plan.host_peak / GIB:.0f} GiB of the host"
         )
         raise Skipped(f"predicted not to fit ({needs})")
-    found = launch_case(case, limit)
-    row = compare(f"{case.model} {case.stage} {case.way}", plan.gpu_peak, found)
-    if found["measured"] is not None:
-        rate = case.share.global_batch / found["seconds_per_step"]
-        context = found["device_used"] - found["reserved"]
+    measurement = launch_case(case, limit)
+    row = compare(f"{case.model} {case.stage} {case.way}", plan.gpu_peak, measurement)
+    if measurement["measured"] is not None:
+        rate = case.share.global_batch / measurement["seconds_per_step"]
+        context = measurement["device_used"] - measurement["reserved"]
         row["text"] += f", CUDA's context {context / GIB:.2f} GiB, {rate:.1f} people/s"
         row |= {"people_per_second": round(rate, 3), "context_bytes": context}
         if case.stage == "phase2":  # for the hours of an epoch, where the plain launch does not fit
@@ -127,23 +128,23 @@ def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
 def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
     """As `compare_on_gpu` for a tiny network on the CPU: what torch's profiler saw allocated."""
     layout = Layout(checkpointed_blocks=case.checkpointed_blocks, head_chunk=case.head_chunk)
-    plan = need(stage, way_of(case.way, "no"), case.share, layout, None, None, cuda=False)
-    found = measure_on_cpu(start_accelerator("no"), case)
-    return compare(f"{case.model} {case.stage}, fp32 on the CPU", plan.gpu_peak - bytes_made_before(case), found)
+    plan = predict(stage, way_of(case.way, "no"), case.share, layout, Room(cuda=False))
+    measurement = measure_on_cpu(start_accelerator("no"), case)
+    return compare(f"{case.model} {case.stage}, fp32 on the CPU", plan.gpu_peak - bytes_made_before(case), measurement)
 
 
-def compare(name: str, predicted: float, found: Measurement) -> Row:
+def compare(name: str, predicted: float, measurement: Measurement) -> Row:
     """A row with the error of a prediction in per cent of what was measured."""
-    if found["measured"] is None:
-        return {"name": name, "status": "failed", "text": found["outcome"], "predicted_bytes": round(predicted)}
-    error = predicted / found["measured"] - 1
+    if measurement["measured"] is None:
+        return {"name": name, "status": "failed", "text": measurement["outcome"], "predicted_bytes": round(predicted)}
+    error = predicted / measurement["measured"] - 1
     return {
         "name": name,
         "status": "passed" if abs(error) <= TOLERANCE else "warning",
-        "text": f"predicted {_size(predicted)}, measured {_size(found['measured'])}: {100 * error:+.1f} %",
+        "text": f"predicted {_size(predicted)}, measured {_size(measurement['measured'])}: {100 * error:+.1f} %",
         "predicted_bytes": round(predicted),
         "error_percent": round(100 * error, 2),
-        **found,
+        **measurement,
     }
 
 
@@ -154,7 +155,7 @@ def _size(num: float) -> str:
 def _capability(asked: str | None) -> tuple[int, int]:
     """The one that the command line names, or the GPU's, which another process looks up."""
     if asked:
-        return planner.capability_of(asked)
+        return planner.parse_capability(asked)
     with tempfile.TemporaryDirectory() as folder:
         machine = look_at_machine(Path(folder))
     if machine.capability is None:
@@ -173,7 +174,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
     parser.add_argument("--batch", type=int, default=32)
     asked: Any = parser.parse_args(words)
-    result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.bytes_of("limit", asked.limit))
+    result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.parse_bytes("limit", asked.limit))
     # torch.cuda is not asked for more here: a context of this process would take memory from the case's.
     cuda = torch.cuda.is_available()
     with result.guard(f"{asked.model} {asked.stage} {asked.way}"):
@@ -182,7 +183,7 @@ def main(words: Sequence[str]) -> None:
             plan = plan_for_gpu(run, asked.stage, asked.way, limit, _capability(asked.capability))
             result.add(compare_on_gpu(case_of_plan(asked.model, asked.stage, hw, plan), plan, limit))
         else:
-            stage, way = stage_of(run, asked.stage, half=False), way_of(asked.way, "no")
+            stage, way = measure_stage(run, asked.stage, half=False), way_of(asked.way, "no")
             share = Share(rank=0, num_ranks=1, micro_batch=asked.batch, accumulation=1)
             plan = Plan(way=way, share=share, layout=Layout(checkpointed_blocks=stage.depth, head_chunk=2))
             result.add(compare_on_cpu(stage, case_of_plan(asked.model, asked.stage, hw, plan)))

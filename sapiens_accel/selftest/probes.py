@@ -100,9 +100,9 @@ def attention(device: torch.device) -> Iterator[Row]:
             kernel = attention_kernel(model.to(dtype), image)
             case = f"head dim {size.width // size.heads}{', grouped queries' * grouped}, {str(dtype)[6:]}"
             times = {backend.name: time_attention(name, dtype, backend, device) for backend in BACKENDS} if cuda else {}
-            told = "; ".join(f"{key.split('_')[0].lower()} {value}" for key, value in times.items())
+            timings = "; ".join(f"{key.split('_')[0].lower()} {value}" for key, value in times.items())
             status = "warning" if cuda and kernel == "MATH" else "passed"
-            text = f"{kernel}{f' ({told})' if told else ''}"
+            text = f"{kernel}{f' ({timings})' if timings else ''}"
             yield {"name": f"{name}, {case}", "status": status, "text": text, "kernel": kernel, "backends": times}
         del model
 
@@ -228,7 +228,7 @@ def synchronizations(work: Callable[[], Any]) -> Counter[str]:
 def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) -> Iterator[Row]:
     """Time and peak of a step with the blocks' inputs on the device and on the host, and how the copies overlap."""
     precision = best_precision(device)
-    found: dict[bool, dict[str, Any]] = {}
+    measured: dict[bool, dict[str, Any]] = {}
     for offloads in (False, True):
         accelerator = start_accelerator(precision)
         case = replace(
@@ -245,12 +245,12 @@ def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) 
             batch, 0, case.input_hw, accelerator.device
         )  # after the seed of the network: the same ones
         stream = take_steps(accelerator, case, network, itertools.repeat(people))
-        found[offloads] = {"loss": float(next(stream).logs["loss"])} | timed_steps(stream, accelerator.device)
+        measured[offloads] = {"loss": float(next(stream).logs["loss"])} | timed_steps(stream, accelerator.device)
         events = traced_events(lambda stream=stream: next(stream)) if offloads else ()
         accelerator.free_memory()
         del stream, network
         torch.cuda.empty_cache()
-    plain, offloaded = found[False], found[True]
+    plain, offloaded = measured[False], measured[True]
     slower = offloaded["seconds"] / plain["seconds"]
     same = abs(offloaded["loss"] - plain["loss"]) <= 1e-5 * abs(plain["loss"])
     text = f"a step takes {slower:.2f} x the time, its peak {offloaded['peak'] / 2**30:.2f} instead of "

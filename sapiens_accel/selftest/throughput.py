@@ -32,7 +32,8 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory.estimate import FEW, Plan, Way, fit, need, stage_of
+from sapiens_accel.memory.estimate import FEW, Plan, Room, fit, measure_stage, predict
+from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
 from sapiens_accel.pose.heatmap import Codec
@@ -62,7 +63,7 @@ PEAK_TFLOPS = {
     "V100-SXM2": 125.0,
     "Tesla T4": 65.0,
 }
-TOLD = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
+SETTINGS = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
 COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
 Runner = tuple[Callable[[], None], Iterator[Any]]  # what sets the layout of a runner, and its steps
 
@@ -199,14 +200,14 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
     others: dict[str, Runner] = {} if theirs is None else {"peer": (lambda: None, theirs)}
     flops = 3 * forward_flops(name, SKELETON.num_keypoints, timing.input_hw)
     losses = {"ours": loss, "peer": loss_of_peer}
-    told = {key: value for key, value in case.as_json().items() if key in TOLD}
+    settings = {key: value for key, value in case.as_json().items() if key in SETTINGS}
     taken = seconds_of({**runners, **others}, timing, device)
-    yield {**told, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+    yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
     if timing.compiled:
         compiled = partial(model.lay_out, replace(plan.layout, compiled=True))
         again = seconds_of({"ours_compiled": (compiled, ours), **others}, timing, device)
         taken |= {"ours_compiled": again["ours_compiled"], "peer_again": again.get("peer", [])}
-        yield {**told, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+        yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
 
 
 def start_peer(
@@ -237,8 +238,8 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
     strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
     name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
     padded = attention.needs_padding(attention.capability_on(accelerator.device), half=strategy.half)
-    stage = stage_of(run, "phase2", strategy.half, padded=padded)
-    plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), room, None)
+    stage = measure_stage(run, "phase2", strategy.half, padded=padded)
+    plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), Room(device=room))
     if not plan.fits:
         needs = f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB beside the peer's state"
         raise UserError(
@@ -249,7 +250,7 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
 
 def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
     """Ours as planned; with all blocks checkpointed, as the peer has it; with the head the other way."""
-    stage = stage_of(run, "phase2", plan.way.strategy.half)
+    stage = measure_stage(run, "phase2", plan.way.strategy.half)
     num, chunk = plan.share.micro_batch, plan.layout.head_chunk
     chunked = chunk is not None and chunk < num
     other = {"ours_one_chunk": None} if chunked else {"ours_chunked": FEW if num > FEW else 1}
@@ -260,7 +261,7 @@ def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
     }
     if plan.room is None:
         return wanted
-    needs = partial(need, stage, plan.way, plan.share, room=plan.room, host_room=None)
+    needs = partial(predict, stage, plan.way, plan.share, room=Room(device=plan.room))
     return {key: layout for key, layout in wanted.items() if key == "ours" or needs(layout).fits}
 
 
@@ -322,8 +323,8 @@ def over(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, lowest and highest."""
-    found = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-    return {name: round(value, 4) for name, value in found.items()}
+    summary = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(value, 4) for name, value in summary.items()}
 
 
 # ---- How long an epoch would take
@@ -381,7 +382,7 @@ def measured_rates(out: Path) -> tuple[dict[str, float], tuple[int, int]]:
 
 
 def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
-    """What `compare` found, a row for ours as planned, one for compiled blocks."""
+    """The result of `compare`: a row for ours as planned, one for compiled blocks."""
     for key, name in (("ours", row["model"]), ("ours_compiled", f"{row['model']}, compiled blocks")):
         if key not in row["people_per_second"]:
             continue
@@ -389,9 +390,9 @@ def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
         versus = f"{ratio['median']:.2f} x the plain transformers loop" if ratio else "the plain loop ran out of memory"
         used = f"MFU {mfu[key]:.1%}" if mfu else f"{rate * row['tflops_per_person']:.2f} TFLOP/s (no peak known)"
         planned = f"{row['micro_batch']} people, {row['checkpointed_blocks']} blocks checkpointed, {row['precision']}"
-        found = {"phase2_rate": rate, "input_hw": list(hw), "comparison": row} if key == "ours" else {}
+        more = {"phase2_rate": rate, "input_hw": list(hw), "comparison": row} if key == "ours" else {}
         text = f"{rate:.2f} people/s, {versus}, {used} ({planned})"
-        yield {"name": name, "model": row["model"], "status": "passed", "text": text, **found}
+        yield {"name": name, "model": row["model"], "status": "passed", "text": text, **more}
 
 
 def main(words: Sequence[str]) -> None:
@@ -423,8 +424,8 @@ def main(words: Sequence[str]) -> None:
         try:
             for row in compare(distributed.start(), asked.model, timing, peak):
                 rows = list(rows_of(row, hw))
-                for found in rows[done:]:
-                    result.add(found)
+                for row in rows[done:]:
+                    result.add(row)
                 done = len(rows)
         except UserError as error:  # it does not fit
             raise Skipped(str(error)) from error

@@ -47,7 +47,7 @@ class TrainingCase:
 
     Attributes:
         model: a key of `SIZES`.
-        way: its name in `memory.estimate.ways`.
+        way: its name in `memory.strategies.list_ways`.
         launch: its file in accelerate_configs/.
         precision: "no", "bf16" or "fp16", as the launch files say it.
         input_hw: of the crop, px.

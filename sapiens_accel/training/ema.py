@@ -205,6 +205,8 @@ def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -
     if place == "host":
         launch.use_all_cores()
     several = accelerator.num_processes > 1
-    ranks = Ranks(accelerator.process_index, accelerator.num_processes, distributed.share_parts) if several else Ranks()
+    ranks = (
+        Ranks(accelerator.process_index, accelerator.num_processes, distributed.gather_parts) if several else Ranks()
+    )
     dtype = distributed.autocast_dtype(accelerator) or torch.float32
     return MovingAverage(network, place, device=accelerator.device, dtype=dtype, ranks=ranks)

@@ -48,7 +48,7 @@ KEPT = "kept.json"
 
 
 class Placement(Protocol):
-    """Where a stage keeps its teacher (`memory.estimate.Way` is one)."""
+    """Where a stage keeps its teacher (`memory.strategies.Way` is one)."""
 
     @property
     def teacher(self) -> Place: ...

@@ -38,6 +38,8 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import predict
 from sapiens_accel.inference import detect_people
 from sapiens_accel.memory import planner
+from sapiens_accel.memory.estimate import Room
+from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.models import attention
 from sapiens_accel.runtime import device, distributed, engine
 from sapiens_accel.training import activation_offload, optim
@@ -58,7 +60,7 @@ COVERED = {
     "doctor/environment.py::_operations": "test_the_doctor_knows_what_a_gpu_compiles",
     "evaluation/predict.py::predict": "test_crops_to_predict_are_pinned_for_a_gpu",
     "inference/detect_people.py::_device": "test_people_are_looked_for_on_the_gpu",
-    "memory/planner.py::out_of_memory_told": "test_running_out_of_memory_frees_what_torch_keeps",
+    "memory/planner.py::explain_out_of_memory": "test_running_out_of_memory_frees_what_torch_keeps",
     "models/attention.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
@@ -259,7 +261,7 @@ def test_running_out_of_memory_frees_what_torch_keeps(monkeypatch: pytest.Monkey
     drop = lambda: order.append(("gradients", list(driver.done)))  # noqa: E731
     with (
         pytest.raises(UserError, match=r"phase2: out of memory with micro-batch 8; try --memory.x 1"),
-        planner.out_of_memory_told(accelerator, "phase2", plan, drop),
+        planner.explain_out_of_memory(accelerator, "phase2", plan, drop),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     assert order == [("gradients", ["cache emptied"])]
@@ -459,13 +461,15 @@ def test_a_run_in_fp32_is_planned_with_padded_attention(
 ) -> None:
     run = config.load(["--model.name=sapiens2_tiny", "--data.input_hw=[64,48]", "--stage=phase2"])
     asked: list[bool] = []
-    known = planner.stage_of
-    monkeypatch.setattr(planner, "stage_of", lambda *_, padded: asked.append(padded) or known(*_, padded=padded))
+    known = planner.measure_stage
+    monkeypatch.setattr(planner, "measure_stage", lambda *_, padded: asked.append(padded) or known(*_, padded=padded))
     strategy = distributed.strategy_of({}, num_ranks=1, num_local=1, precision=precision)
-    planner.planned(run, strategy, 40e9, 500e9, [], capability=A100.capability)
+    room = Room(device=40e9, host=500e9)
+    launch = LaunchInfo(strategy=strategy, room=room, words=[], capability=A100.capability)
+    planner.plan_stages(run, launch)
     assert asked == [padded]
     asked.clear()
-    planner.planned(run, strategy, None, None, [])
+    planner.plan_stages(run, LaunchInfo(strategy=strategy, room=Room(), words=[]))
     assert asked == [False], "a CPU"
 
 

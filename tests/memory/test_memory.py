@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, MemoryConfig, Place
+from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory.estimate import Plan, Way
+from sapiens_accel.memory import strategies
+from sapiens_accel.memory.estimate import Plan, Room
+from sapiens_accel.memory.planner import LaunchInfo
+from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
@@ -32,17 +37,17 @@ def recipe(name: str, *words: str) -> Config:
 
 
 @lru_cache
-def counted(name: str, stage: str, *words: str) -> plan.Stage:
-    return plan.stage_of(recipe(name, *words), stage)
+def counted(name: str, stage: StageName, *words: str) -> plan.Stage:
+    return plan.measure_stage(recipe(name, *words), stage)
 
 
 def way(name: str, ranks: int = 1) -> Way:
-    return next(one for one in plan.ways(ranks) if one.name == name)
+    return next(one for one in strategies.list_ways(ranks) if one.name == name)
 
 
 @lru_cache
-def fitted(name: str, stage: str, by: str, room: float = ROOM, ranks: int = 1) -> Plan:
-    return plan.fit(counted(name, stage), stage, way(by, ranks), room, 1000 * GIB)
+def fitted(name: str, stage: StageName, by: str, room: float = ROOM, ranks: int = 1) -> Plan:
+    return plan.fit(counted(name, stage), stage, way(by, ranks), Room(device=room, host=1000 * GIB))
 
 
 # ---- Against real steps
@@ -54,6 +59,12 @@ CASES = [
     {"stage": "phase1", "micro_batch": 8, "accumulation": 1, "checkpointed": 4, "chunk": 4},
     {"stage": "ssl", "micro_batch": 4, "accumulation": 1, "checkpointed": 4, "chunk": 2},
 ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def peaks(cases: list[dict], folder: Path, **env: str) -> list[dict[str, float]]:
@@ -87,7 +98,7 @@ def test_the_predicted_peak_under_zero_is_the_allocators(zero: int, case: dict, 
     tree["zero_optimization"]["reduce_bucket_size"] = 200_000  # a part of the network, as for large ones
     (tmp_path / "zero.json").write_text(json.dumps(tree))
     env = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731",
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
     }  # fmt: skip
@@ -151,10 +162,10 @@ def test_bytes_of_a_teacher(place: Place, strategy: Strategy, gpu: float, host: 
     stage = counted("sapiens_0.3b_coco", "ssl")
     share = Share(rank=0, num_ranks=strategy.num_ranks, micro_batch=1, accumulation=1)
     by = Way(name="", launch="", strategy=strategy, teacher=place)
-    found = plan.need(stage, by, share, Layout(checkpointed_blocks=stage.depth), None, None)
+    found = plan.predict(stage, by, share, Layout(checkpointed_blocks=stage.depth))
     assert found.gpu["ema_teacher"] == pytest.approx(gpu * stage.num_parameters, rel=1e-9)
     assert found.host.get("ema_teacher", 0.0) == pytest.approx(host * stage.num_parameters, rel=1e-9)
-    without = plan.need(counted("sapiens_0.3b_coco", "phase2"), by, share, Layout(), None, None)
+    without = plan.predict(counted("sapiens_0.3b_coco", "phase2"), by, share, Layout())
     assert "ema_teacher" not in without.gpu and "ema_teacher" not in without.host
 
 
@@ -170,7 +181,7 @@ def test_the_chunked_head_saves_what_an_independent_prediction_says(
     share = Share(rank=0, num_ranks=1, micro_batch=32, accumulation=1)
     for chunk, expected in ((4, chunked), (32, whole)):
         layout = Layout(checkpointed_blocks=stage.depth, head_chunk=chunk)
-        found = plan.need(stage, way("zero2_offload"), share, layout, None, None, cuda=False)
+        found = plan.predict(stage, way("zero2_offload"), share, layout, Room(cuda=False))
         taken = (found.gpu_peak - found.gpu["zero_buckets"]) / GIB
         if expected:
             assert expected * 0.87 < taken < expected * 1.02, chunk
@@ -183,7 +194,8 @@ def test_the_chunked_head_saves_what_an_independent_prediction_says(
 def test_padded_attention_needs_little_more_and_the_math_kernel_far_more(name: str, math: float) -> None:
     """A checkpointed block at 32 people, GiB; `math` was measured on fake tensors with torch's MATH kernel."""
     plain, padded = (
-        plan.stage_of(recipe(name), "phase2", padded=padded).prints(False).again(32) / GIB for padded in (False, True)
+        plan.measure_stage(recipe(name), "phase2", padded=padded).footprint_of(False).again(32) / GIB
+        for padded in (False, True)
     )
     assert plain <= padded < 1.25 * plain and padded < 0.6 * math
 
@@ -218,7 +230,7 @@ def test_batch_32_fits_a_16_gb_card_as_one_micro_batch(name: str, by: str, most:
     assert found.fits and found.share.micro_batch == 32 and found.share.accumulation == 1
     assert found.gpu_peak / GIB <= most
     parts = {**found.later, **found.gpu}
-    kept = found.layout.checkpointed_blocks * counted(name, "phase2").prints(by == "plain").kept(32)
+    kept = found.layout.checkpointed_blocks * counted(name, "phase2").footprint_of(by == "plain").kept(32)
     working = parts.get("block_working_set", 0.0) + parts["head_chunk"]
     state = sum(found.gpu.get(part, 0.0) for part in ("weights", "masters", "adam", "gradients"))
     assert found.gpu_peak <= 1.15 * (state + kept + working)
@@ -234,11 +246,11 @@ def test_a_teacher_makes_way_for_a_larger_micro_batch_only() -> None:
     stage, seen = counted("sapiens_0.3b_coco", "ssl"), []
     for tenths in (160, 120, 100, 90, 80, 75, 70):
         room = tenths / 10 * GIB
-        alone, together = (plan.fit(stage, "ssl", way("zero2", ranks), room, None) for ranks in (1, 4))
+        alone, together = (plan.fit(stage, "ssl", way("zero2", ranks), Room(device=room)) for ranks in (1, 4))
         assert alone.way.teacher != "sharded"
         for found in (alone, together):
             held = {
-                place: plan.fit(_keeping(stage, place), "ssl", found.way, room, None)
+                place: plan.fit(_keeping(stage, place), "ssl", found.way, Room(device=room))
                 for place in ("device", "sharded", "host")
                 if place != "sharded" or found is together
             }
@@ -259,16 +271,16 @@ def _keeping(stage: plan.Stage, place: str) -> plan.Stage:
 
 def test_where_a_whole_teacher_does_not_fit_the_host_keeps_it() -> None:
     stage, by = counted("sapiens_1b_coco", "ssl"), way("zero2_offload+activations")
-    least = plan.fit(_keeping(stage, "device"), "ssl", by, 0.1 * GIB, None)
+    least = plan.fit(_keeping(stage, "device"), "ssl", by, Room(device=0.1 * GIB))
     room = least.gpu_peak + least.allowance - 0.1 * GIB
-    assert not plan.fit(_keeping(stage, "device"), "ssl", by, room, 1000 * GIB).fits
-    found = plan.fit(stage, "ssl", by, room, 1000 * GIB)
+    assert not plan.fit(_keeping(stage, "device"), "ssl", by, Room(device=room, host=1000 * GIB)).fits
+    found = plan.fit(stage, "ssl", by, Room(device=room, host=1000 * GIB))
     assert found.fits and found.way.teacher == "host" and "teacher kept on the host" in str(found)
     assert found.host["ema_teacher"] == 4 * stage.num_parameters
     rest = found.host_peak - 0.1 * GIB
-    assert not plan.need(stage, found.way, found.share, found.layout, room, rest).fits
-    assert plan.fit(stage, "ssl", by, 139 * GIB, 1000 * GIB).way.teacher == "device"
-    assert found.seconds > plan.need(stage, by, found.share, found.layout, None, None).seconds
+    assert not plan.predict(stage, found.way, found.share, found.layout, Room(device=room, host=rest)).fits
+    assert plan.fit(stage, "ssl", by, Room(device=139 * GIB, host=1000 * GIB)).way.teacher == "device"
+    assert found.seconds > plan.predict(stage, by, found.share, found.layout).seconds
 
 
 def test_a_teacher_cannot_be_shared_among_one() -> None:
@@ -277,7 +289,7 @@ def test_a_teacher_cannot_be_shared_among_one() -> None:
     assert planned("demo", 15, "--stage", "ssl", "--memory.teacher", "host")["ssl"].way.teacher == "host"
     assert planned("demo", 15, "--stage", "phase2", "--memory.teacher", "sharded")["phase2"].way.teacher == "device"
     stage = counted("demo", "ssl", "--memory.teacher=sharded")
-    assert plan.fit(stage, "ssl", way("zero2", 2), None, None).way.teacher == "sharded"
+    assert plan.fit(stage, "ssl", way("zero2", 2)).way.teacher == "sharded"
 
 
 def test_a_large_gpu_computes_nothing_twice() -> None:
@@ -302,13 +314,13 @@ def test_more_room_is_never_worse() -> None:
 def test_what_is_asked_for_is_not_chosen() -> None:
     words = ("--memory.micro_batch=4", "--memory.checkpointed_blocks=7", "--memory.head_chunk=3")
     stage = counted("sapiens_0.3b_coco", "phase2", *words)
-    found = plan.fit(stage, "phase2", way("zero2"), ROOM, None)
+    found = plan.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
     assert (found.share.micro_batch, found.share.accumulation) == (4, 8)
     assert found.layout == Layout(checkpointed_blocks=7, head_chunk=3)
 
 
 def test_where_memory_does_not_limit_nothing_is_spared() -> None:
-    found = plan.fit(counted("demo", "phase2"), "phase2", way("plain"), None, None)
+    found = plan.fit(counted("demo", "phase2"), "phase2", way("plain"))
     assert found.layout == Layout() and found.share.micro_batch == 32 and found.fits
 
 
@@ -318,7 +330,8 @@ def test_where_memory_does_not_limit_nothing_is_spared() -> None:
 def planned(name: str, room_gib: float, *words: str, strategy: Strategy | None = None) -> dict:
     words = ("--recipe", name, *words)
     strategy = strategy or way("zero2").strategy
-    return memory.planned(config.load(words), strategy, room_gib * GIB, HOST, words)
+    launch = LaunchInfo(strategy=strategy, room=Room(device=room_gib * GIB, host=HOST), words=words)
+    return memory.plan_stages(config.load(words), launch)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_nearest_that_can() -> None:
@@ -344,7 +357,9 @@ def test_a_gpu_too_small_for_anything_is_said() -> None:
 def test_host_memory_short_for_offload_is_said() -> None:
     words = ("--recipe", "sapiens_2b_coco", "--stage", "phase2")
     with pytest.raises(UserError, match=r"phase2: needs \d+\.\d GiB of host memory \(predicted\), 16\.0 GiB are free"):
-        memory.planned(config.load(words), way("zero2_offload").strategy, ROOM, 16 * GIB, words)
+        room = Room(device=ROOM, host=16 * GIB)
+        launch = LaunchInfo(strategy=way("zero2_offload").strategy, room=room, words=words)
+        memory.plan_stages(config.load(words), launch)
 
 
 def test_what_to_try_next_takes_less() -> None:
@@ -353,7 +368,7 @@ def test_what_to_try_next_takes_less() -> None:
     assert chosen.share.micro_batch == 32 and chosen.otherwise == "--memory.offload_activations"
     chosen = planned("sapiens_0.3b_coco", 15, "--stage=phase2")["phase2"]
     stage = counted("sapiens_0.3b_coco", "phase2", *chosen.otherwise.split())
-    smaller = plan.fit(stage, "phase2", way("zero2"), ROOM, None)
+    smaller = plan.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
     assert smaller.share.micro_batch < 32 and smaller.gpu_peak < 0.95 * chosen.gpu_peak
 
 
@@ -361,7 +376,7 @@ def test_a_chunk_holds_no_more_people_than_there_are() -> None:
     stage = counted("sapiens_0.3b_coco", "phase2")
     share = Share(rank=0, num_ranks=1, micro_batch=4, accumulation=8)
     peaks = [
-        plan.need(stage, way("zero2"), share, Layout(checkpointed_blocks=24, head_chunk=chunk), None, None).gpu_peak
+        plan.predict(stage, way("zero2"), share, Layout(checkpointed_blocks=24, head_chunk=chunk)).gpu_peak
         for chunk in (4, 64)
     ]
     assert peaks[0] == peaks[1]
@@ -371,7 +386,9 @@ def test_the_command_is_what_a_shell_takes() -> None:
     words = ["--stage", "phase2", "--memory.adam_8bit", "true", "--output_dir", "a b", "--memory.offload_activations"]
     kept = memory._without(words, "--memory.offload_activations", "--memory.adam_8bit")
     assert kept == ["--stage", "phase2", "--output_dir", "a b"]
-    assert plan.command(way("8bit"), kept).endswith("train.py --stage phase2 --output_dir 'a b' --memory.adam_8bit")
+    assert strategies.command(way("8bit"), kept).endswith(
+        "train.py --stage phase2 --output_dir 'a b' --memory.adam_8bit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -433,7 +450,7 @@ def test_the_command_prints_every_way_and_the_launch() -> None:
     best = found["recommended"]
     assert {"strategy", "micro_batch", "gpu_peak_gib", "host_gib", "command", "parts"} <= set(best)
     assert best in found["strategies"] and best["fits"]
-    assert [one["strategy"] for one in found["strategies"]] == [one.name for one in plan.ways(1)]
+    assert [one["strategy"] for one in found["strategies"]] == [one.name for one in strategies.list_ways(1)]
     for one in found["strategies"]:
         assert sum(one["parts"]["gpu"].values()) == pytest.approx(one["gpu_peak_gib"], abs=2e-3)
         assert sum(one["parts"]["host"].values()) == pytest.approx(one["host_gib"], abs=2e-3)
@@ -441,14 +458,35 @@ def test_the_command_prints_every_way_and_the_launch() -> None:
         assert one["fits"] == (total <= 16 and one["host_gib"] <= 64)
     words = "--recipe sapiens_0.3b_coco --stage phase2 --data.root DIR"
     launch = f"accelerate_configs/{best['strategy']}.yaml"
-    assert best["command"] == f"accelerate launch --config_file {launch} --num_processes 1 train.py {words}"
+    launched = f"accelerate launch --config_file {launch} --num_processes 1 train.py"
+    assert best["command"] == f"{launched} {words} --weights WEIGHTS"
     assert (ROOT / launch).is_file()
+
+
+def test_the_table_is_explained_and_the_command_names_what_it_still_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2"])
+    printed = capsys.readouterr().out
+    for column in ("way", "micro-batch", "checkpointed", "head chunk", "GPU peak", "host", "time"):
+        assert re.search(rf"(^|; ){column}: ", memory.COLUMNS.replace("\n", " ").strip()), column
+    assert memory.COLUMNS in printed
+    assert printed.endswith("--stage phase2 --data.root DIR --weights WEIGHTS\n")
+    # What phase1 left in the run directory is what phase2 begins with.
+    weights = tmp_path / "runs" / "sapiens_0.3b_coco" / "phase1" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "model.safetensors").touch()
+    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2"])
+    assert capsys.readouterr().out.endswith("--stage phase2 --data.root DIR\n")
+    memory.main(["--recipe", "demo"])
+    assert capsys.readouterr().out.endswith("train.py --recipe demo\n")
 
 
 def test_several_gpus_share_the_state() -> None:
     by_ranks = [fitted("sapiens_1b_coco", "phase2", "zero2", ranks=ranks) for ranks in (1, 2, 4)]
     assert [found.fits for found in by_ranks] == [False, True, True]
-    assert [one.launch for one in plan.ways(4) if one.name in ("plain", "zero1")] == ["multi_gpu", "zero1"]
+    assert [one.launch for one in strategies.list_ways(4) if one.name in ("plain", "zero1")] == ["multi_gpu", "zero1"]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +513,7 @@ def test_bad_input_is_one_line(words: list[str], expected: str, capsys: pytest.C
     ("text", "num"), [("16GiB", 2**34), ("16 gib", 2**34), ("24GB", 24e9), ("15360MiB", 15 * 2**30)]
 )
 def test_sizes(text: str, num: float) -> None:
-    assert memory.bytes_of("gpu_memory", text) == num
+    assert memory.parse_bytes("gpu_memory", text) == num
 
 
 def test_the_5b_is_planned_without_its_20_gb() -> None:

@@ -72,7 +72,7 @@ def test_the_ranks_share_the_cores_of_the_quota(
     write(JOB, cpu_max=f"{quota} 100000")
     taken: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(launch, "_threads_are_the_users", lambda: False)
+    monkeypatch.setattr(launch, "_user_set_threads", lambda: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch.use_all_cores()

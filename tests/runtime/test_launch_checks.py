@@ -92,3 +92,24 @@ def test_extensions_are_where_torch_builds_them(tmp_path: Path, monkeypatch: pyt
         else:
             monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         assert str(extensions.folder().parent) == cpp_extension.get_default_build_root()
+
+
+@pytest.mark.parametrize(
+    ("command", "launches"),
+    [
+        ("/usr/bin/python3 /usr/local/bin/accelerate launch train.py", True),
+        ("/v/bin/python3.11 -u -X dev -m accelerate.commands.launch train.py", True),
+        ("/v/bin/python /v/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("python /v/lib/site-packages/accelerate/commands/launch.py train.py", True),
+        ("python -m torch.distributed.run train.py", True),
+        ("bash -c accelerate launch train.py", False),
+        ("vim accelerate", False),
+        ("python train.py --output_dir accelerate", False),
+        ("/home/accelerate/bin/python train.py", False),
+        ("python -m pytest accelerate", False),
+        ("tmux new -s torchrun", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_program_alone(command: str, launches: bool) -> None:
+    assert launch.is_launcher(command.split()) == launches

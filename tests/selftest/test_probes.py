@@ -13,6 +13,8 @@ import torch
 from gpu.pretended_driver import A100, T4, Card, pretend
 
 from sapiens_accel.memory import planner
+from sapiens_accel.memory.estimate import Room
+from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest import __main__ as selftest
@@ -70,13 +72,13 @@ def test_a_planned_case_is_launched_as_its_plan_says(monkeypatch: pytest.MonkeyP
     found = {"measured": 7 * GIB, "seconds_per_step": 4.0, "device_used": 9 * GIB, "reserved": 8 * GIB}
     monkeypatch.setattr(peak_memory, "launch_case", lambda case, limit: found)
     run = training_step.run_of("sapiens_tiny", "phase2", (64, 48), 8)
-    stage = peak_memory.stage_of(run, "phase2")
-    plan = peak_memory.fit(stage, "phase2", peak_memory.way_of("zero2"), 15 * GIB, 64 * GIB)
+    stage = peak_memory.measure_stage(run, "phase2")
+    plan = peak_memory.fit(stage, "phase2", peak_memory.way_of("zero2"), Room(device=15 * GIB, host=64 * GIB))
     case = peak_memory.case_of_plan("sapiens_tiny", "phase2", (64, 48), plan)
     row = peak_memory.compare_on_gpu(case, plan, 15 * GIB)
     assert row["phase2_rate"] == row["people_per_second"] == 2.0 and row["context_bytes"] == GIB
     assert "CUDA's context 1.00 GiB, 2.0 people/s" in row["text"] and row["input_hw"] == [64, 48]
-    plan = peak_memory.fit(stage, "phase2", peak_memory.way_of("zero2"), 0.01 * GIB, 64 * GIB)
+    plan = peak_memory.fit(stage, "phase2", peak_memory.way_of("zero2"), Room(device=0.01 * GIB, host=64 * GIB))
     with pytest.raises(Skipped, match="predicted not to fit"):
         peak_memory.compare_on_gpu(case, plan, 15 * GIB)
 
@@ -101,7 +103,9 @@ def test_a_peak_is_planned_for_the_precision_and_the_attention_of_the_card(
 
     zero = json.loads((checks.REPOSITORY / "ds_configs/zero2_offload.json").read_text())["zero_optimization"]
     strategy = distributed.strategy_of(zero, num_ranks=1, num_local=1, precision=precision)
-    plan = planner.planned(run, strategy, limit, 500 * GIB, [], capability=card.capability)["phase2"]
+    room = Room(device=limit, host=500 * GIB)
+    launch = LaunchInfo(strategy=strategy, room=room, words=[], capability=card.capability)
+    plan = planner.plan_stages(run, launch)["phase2"]
     (row,) = json.loads((tmp_path / "result.json").read_text())
     assert plan.share.accumulation == 2 and ("gradients" in plan.gpu) == (precision == "bf16")
     assert row["predicted_bytes"] == round(plan.gpu_peak)
