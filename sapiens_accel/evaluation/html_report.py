@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, escape
 from sapiens_accel.evaluation import coco_metrics, figures, tables
 from sapiens_accel.evaluation.coco_metrics import METRICS, Curves
 from sapiens_accel.evaluation.error_analysis import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliability
@@ -102,7 +103,9 @@ def render_report(
 ) -> str:
     """The page as text."""
     loader = PackageLoader("sapiens_accel.evaluation", package_path="")
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(TEMPLATE)
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_visible).get_template(
+        TEMPLATE
+    )
     lines = tables.table_rows({name: judged.metrics for name, judged in rows.items()})
     costs = tables.format_costs(
         {n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()}
@@ -120,6 +123,11 @@ def render_report(
         good_from=f"{GOOD_FROM:g}",
         near_from=f"{NEAR_FROM:g}",
     )
+
+
+def _visible(value: Any) -> Any:
+    """Text with its control codes shown; what is markup already stays so."""
+    return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _settings(name: str, judged: EvaluationResult, how: EvalConfig) -> list[str]:

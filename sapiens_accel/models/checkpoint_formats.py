@@ -108,7 +108,8 @@ def read(reference: str) -> Weights:
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
     family = _known_family(file, tensors)
     state = renamed(tensors, family)
-    ours, names_from_config = _config(file)
+    config = file.parent / "config.json"
+    ours, names_from_config = read_config(config) if config.is_file() else ({}, None)
     names, names_from = _meta_names(meta), "the file"
     if names is None:
         names, names_from = names_from_config, "config.json"
@@ -254,11 +255,12 @@ def _meta_names(meta: Any) -> tuple[str, ...] | None:
     return _in_order(meta)
 
 
-def _config(file: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
-    """What config.json beside the file tells: what we wrote there, and the keypoints' names (also transformers')."""
-    config = file.parent / "config.json"
-    if not config.is_file():
-        return {}, None
+def read_config(config: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """What the config.json beside weights tells: what we wrote there, and the keypoints' names (also transformers').
+
+    Raises:
+        UserError: it describes no network.
+    """
     tree = read_tree(config, json.loads, "JSON")
     ours = tree.get("sapiens_accel", {})
     names = ours.get("keypoints", _in_order(tree.get("id2label"))) if isinstance(ours, dict) else ours

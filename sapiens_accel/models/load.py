@@ -1,6 +1,5 @@
 """Weights in: a file's tensors fitted to the network, with a report of every one."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -116,10 +115,10 @@ def description(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; expected a weights folder")
-    tree = json.loads(file.read_text())
-    if "sapiens_accel" not in tree:
-        raise UserError(f"{file}: no 'sapiens_accel' in it; expected a weights folder of this project")
-    return tree["sapiens_accel"]
+    about, _ = published.read_config(file)
+    if not isinstance(about.get("name"), str):
+        raise UserError(f"{file}: no 'sapiens_accel' with a name in it; expected a weights folder of this project")
+    return about
 
 
 # ---- Whose weights they are

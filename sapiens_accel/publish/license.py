@@ -15,7 +15,9 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from sapiens_accel.config.schema import STAGES
+from sapiens_accel.errors import read_tree
 from sapiens_accel.hub.download import LICENSE_FILES, parse_reference
+from sapiens_accel.publish.markdown import REPOSITORY, repository_link
 
 OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's license is one that was derived here
 BY_A_RUN = ", by way of an earlier run"
@@ -134,13 +136,14 @@ def _of_weights(text: str, name: str, seen: tuple[Path, ...]) -> Origin:
         return _of_repo(wanted.repo, name, None)
     for pattern, repo in _PUBLISHED:
         if found := re.fullmatch(pattern, path.name):
-            return _by_family(name, found.expand(repo), path, f"`{path.name}`")
+            return _by_family(name, found.expand(repo), path, f"`{path.name}`")  # the pattern has no mark of Markdown
     folder = path if path.is_dir() else path.parent
     for run_folder in (folder, *folder.resolve().parents[:2]):
         file = run_folder / "config.yaml"
         if file.is_file() and run_folder not in seen and path.exists():
-            tree = yaml.safe_load(file.read_text())
-            if isinstance(tree, Mapping) and "name" in (tree.get("model") or {}):
+            tree = read_tree(file, yaml.safe_load, "YAML")
+            model = tree.get("model")
+            if isinstance(model, Mapping) and isinstance(model.get("name"), str):
                 earlier = of(tree, folder.parent.name, (*seen, run_folder))
                 told = earlier.told.removesuffix(BY_A_RUN) + BY_A_RUN
                 return replace(earlier, place=earlier.place or path, told=told)
@@ -149,9 +152,9 @@ def _of_weights(text: str, name: str, seen: tuple[Path, ...]) -> Origin:
 
 def _of_repo(repo: str, name: str, path: Path | None) -> Origin:
     if repo.split("/")[0] in _PUBLISHERS:
-        return _by_family(name, repo, path, f"[{repo}](https://huggingface.co/{repo})")
+        return _by_family(name, repo, path, repository_link(repo))
     card = try_to_load_from_cache(repo, "README.md")
-    told = f"[{repo}](https://huggingface.co/{repo})"
+    told = repository_link(repo)
     return (_by_card(Path(card), name, repo, path) if isinstance(card, str) else None) or _by_family(
         name, repo, path, told
     )
@@ -169,9 +172,9 @@ def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Or
     if not found:
         return None
     above = data.get("base_model")
-    above = above if isinstance(above, str) else None
+    above = above if isinstance(above, str) and REPOSITORY.fullmatch(above) else None
     base = repo or above
-    told = f"[{base}](https://huggingface.co/{base})" if base else "weights of an earlier run of sapiens_accel"
+    told = repository_link(base) if base else "weights of an earlier run of sapiens_accel"
     terms = tuple(repo for repo in (repo, above, _published_repo(name)) if repo)
     return Origin(license=found[0], base=base, place=path, told=told, terms=terms)
 

@@ -6,27 +6,28 @@ All of it is read from the run folder; nothing is promised beyond what eval.json
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import cv2
 import numpy as np
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jaxtyping import UInt8
 from numpy import ndarray as Array
 
 import sapiens_accel
+from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import STAGES, EvalConfig
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import METRICS
+from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import SAPIENS2, Origin
-from sapiens_accel.runtime import files
+from sapiens_accel.publish.markdown import literal
 
 LICENSE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 DRAWN = "drawn people"
@@ -37,6 +38,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 900, 220, 80, 24, 36, 44
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GRAY, INK = (225, 225, 225), (40, 40, 40)
 Points = list[tuple[float, float]]
+MOST = 2**53  # of a number in a card; beyond it steps are not exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +83,15 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
         step: the one whose weights these are; of other weights no score is taken. Default: whatever was written last.
 
     Raises:
-        UserError: no run folder, or without this stage's weights.
+        UserError: no run folder, or without this stage's weights; a file of it that is broken.
     """
     file, weights = run_folder / "config.yaml", (folder or run_folder / stage / "weights") / "config.json"
     if not file.is_file():
         raise UserError(f"{run_folder}: no config.yaml in it; expected a run folder of train.py")
     if not weights.is_file():
         raise UserError(f"{run_folder}: no {stage}/weights in it; nothing was trained there, or not that stage")
-    run, lines = yaml.safe_load(file.read_text()), lines_of(run_folder)
+    run = asdict(config.load([], prog="the model card", base=file))
+    lines = lines_of(run_folder)
     steps = {name: step if name == stage else None for name in _trained(run, stage)}
     scores = {name: _score(run_folder / name, run, lines, steps[name]) for name in steps}
     picture, labeled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
@@ -96,11 +99,11 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
     return Facts(
         run=run,
         stage=stage,
-        network=json.loads(weights.read_text()).get("sapiens_accel", {}),
+        network=read_config(weights)[0],
         scores={name: score for name, score in scores.items() if score},
         lines=lines,
         picture=picture.read_bytes() if shows_these else None,
-        num_labeled=len(json.loads(labeled.read_text()).get("ann_ids", ())) if labeled.is_file() else None,
+        num_labeled=_num_labeled(labeled) if labeled.is_file() else None,
         has_code=any(weights.parent.glob("*.py")),
         origin=origin.of(run, stage),
     )
@@ -111,9 +114,30 @@ def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
 
 
 def _judged(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
-    """What eval.json says, if it speaks of this step's weights."""
-    found = files.read_json(stage_folder / "eval.json")
-    return found if found and step in (None, found.get("weights_step", found.get("step"))) else None
+    """What eval.json says, if it speaks of this step's weights.
+
+    Raises:
+        UserError: it is no evaluation.
+    """
+    file = stage_folder / "eval.json"
+    if not file.is_file():
+        return None
+    found = read_tree(file, json.loads, "JSON")
+    kinds = {"split": str, "boxes": str, "flip": bool}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(
+            f"{file}: not an evaluation: expected {', '.join(kinds)} in it; move it away, or evaluate again"
+        )
+    if found["split"] not in ("train", "val"):
+        raise UserError(f"{file}: split: expected train or val, found {found['split']!r}")
+    return found if step in (None, found.get("weights_step", found.get("step"))) else None
+
+
+def _num_labeled(file: Path) -> int:
+    ids = read_tree(file, json.loads, "JSON").get("ann_ids", [])
+    if not isinstance(ids, list):
+        raise UserError(f"{file}: ann_ids: expected a list, found {type(ids).__name__}")
+    return len(ids)
 
 
 def _score(
@@ -125,19 +149,25 @@ def _score(
     at_step = [line for line in mine if "AP" in line]
     if not at_step:
         return None
-    known = {spec.name for spec in fields(EvalConfig)}
-    config = EvalConfig(**{name: value for name, value in run["eval"].items() if name in known})
-    return {**at_step[-1], **evaluate.protocol_settings(config)}
+    return {**at_step[-1], **evaluate.protocol_settings(EvalConfig(**run["eval"]))}
 
 
 def lines_of(run_folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds."""
+    """What metrics.jsonl holds.
+
+    Raises:
+        UserError: a line of it is of no stage or step.
+    """
     file, found = run_folder / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # the run was cut off while it wrote this one
+        entry = entry if isinstance(entry, dict) else {}
+        if not isinstance(entry.get("stage"), str) or type(entry.get("step")) is not int or abs(entry["step"]) > MOST:
+            raise UserError(f"{file}: line {number}: expected a stage and a step; remove the line")
+        found.append(entry)
     return found
 
 
@@ -161,7 +191,7 @@ def write(folder: Path, facts: Facts, repo_id: str, license: Path | None) -> Non
 
 
 def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) -> str:
-    """The card as Markdown, with its metadata in front."""
+    """The card as Markdown, with its metadata in front. Whatever came from a file is literal in it."""
     family = "sapiens2" if facts.run["model"]["name"].startswith("sapiens2") else "sapiens"
     height, width = facts.network.get("input_hw") or facts.run["data"]["input_hw"]
     keypoints = facts.network.get("keypoints") or []
@@ -183,7 +213,7 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
         f"![Above as labeled, below as predicted]({PICTURE_NAME})" if facts.picture else "",
         "## Training\n\n" + _training(facts),
         f"![Loss and AP over the steps]({CURVE_NAME})" if has_curve else "",
-        "## Keypoints\n\n" + ", ".join(f"{k} {name}" for k, name in enumerate(keypoints)) if keypoints else "",
+        "## Keypoints\n\n" + ", ".join(f"{k} {literal(name)}" for k, name in enumerate(keypoints)) if keypoints else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -242,9 +272,11 @@ def _results(facts: Facts) -> str:
     rows = [["weights", "people", "boxes", "flip test", *METRICS]]
     for stage, score in facts.scores.items():
         cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
-        rows.append([f"`{stage}`", score["split"], score["boxes"], "yes" if score["flip"] else "no", *cells])
+        rows.append([f"`{stage}`", score["split"], literal(score["boxes"]), "yes" if score["flip"] else "no", *cells])
     splits = dict.fromkeys(score["split"] for score in facts.scores.values())
-    said = f"COCO keypoint metrics x 100, on {'; '.join(f'{name}: {_people(facts, name)}' for name in splits)}."
+    said = (
+        f"COCO keypoint metrics x 100, on {'; '.join(f'{name}: {literal(_people(facts, name))}' for name in splits)}."
+    )
     if any(score["boxes"] == "ground truth" for score in facts.scores.values()):
         said += " With ground-truth boxes numbers are higher than with a detector's, as most published ones are."
     return f"{said}\n\n{_table(rows)}"
@@ -258,10 +290,10 @@ def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> str:
     names = dict.fromkeys(key.split("/")[0] for key in flat if "/" in key and key.split("/", 1)[1] in keypoints)
     if not names:
         return ""
-    rows = [["keypoint", *names]]
+    rows = [["keypoint", *map(literal, names)]]
     for keypoint in keypoints:
         values = [flat.get(f"{name}/{keypoint}") for name in names]
-        rows.append([keypoint, *(f"{v:.3f}" if isinstance(v, float | int) else "-" for v in values)])
+        rows.append([literal(keypoint), *(f"{v:.3f}" if _is_finite(v) else "-" for v in values)])
     return f"### By keypoint\n\n{_table(rows)}"
 
 
@@ -270,7 +302,7 @@ def _training(facts: Facts) -> str:
     if facts.run.get("stage") not in ("all", facts.stage):
         return "A later run in the same folder wrote its own settings over those that these weights were trained with."
     count = f"{facts.num_labeled}" if facts.num_labeled is not None else "the"
-    said = f"On {count} labeled people of {_people(facts, 'train')}."
+    said = f"On {count} labeled people of {literal(_people(facts, 'train'))}."
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
     rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
     teacher = facts.run[facts.stage].get("teacher") if facts.stage == "ssl" else None
@@ -315,7 +347,11 @@ def _how(score: Mapping[str, Any]) -> str:
 def _measured(score: Mapping[str, Any], name: str) -> bool:
     # pycocotools says -1 where there is nobody to measure.
     value = score.get(name)
-    return isinstance(value, float | int) and math.isfinite(value) and value >= 0
+    return _is_finite(value) and value >= 0
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < MOST
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -336,9 +372,13 @@ def draw_curve(lines: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> UIn
     for stage in stages:
         mine = [line for line in lines if line.get("stage") == stage and "step" in line]
         losses[stage] = [
-            (first + line["step"], math.log10(line["loss"])) for line in mine if (line.get("loss") or 0) > 0
+            (first + line["step"], math.log10(line["loss"]))
+            for line in mine
+            if _is_finite(line.get("loss")) and line["loss"] > 0
         ]
-        scores[stage] = [(first + line["step"], 100 * max(line["AP"], 0.0)) for line in mine if _is_number(line, "AP")]
+        scores[stage] = [
+            (first + line["step"], 100 * max(line["AP"], 0.0)) for line in mine if _is_finite(line.get("AP"))
+        ]
         first += max((line["step"] for line in mine), default=0)
     if not any(losses.values()):
         return None
@@ -382,10 +422,6 @@ def _panel(
         if title != "loss" or len(where) == 1:  # evaluations are few
             for point in where:
                 cv2.circle(canvas, point, 4, STAGE_COLORS[stage], -1, cv2.LINE_AA)
-
-
-def _is_number(line: Mapping[str, Any], name: str) -> bool:
-    return isinstance(line.get(name), float | int) and math.isfinite(line[name])
 
 
 def _write_text(canvas: np.ndarray, text: str, at: tuple[int, int], color: tuple[int, int, int] = INK) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.commands import push_parser
 from sapiens_accel.config.schema import STAGES, Config
-from sapiens_accel.errors import Interrupted, UserError
+from sapiens_accel.errors import Interrupted, UserError, escape
 from sapiens_accel.hub.download import FILE, WEIGHTS_ENDINGS, fetch
 from sapiens_accel.hub.errors import is_final, status_of, why, without_token
 from sapiens_accel.publish import license as origin
@@ -113,7 +113,7 @@ def refuse_public(info: Any, repo_id: str) -> None:
 def say(text: str, error: bool = False) -> None:
     """Print a line on stdout or stderr."""
     # Between the lines of a progress bar, not across it.
-    tqdm.write(f"hub: {text}", file=sys.stderr if error else sys.stdout)
+    tqdm.write(f"hub: {escape(text)}", file=sys.stderr if error else sys.stdout)
     (sys.stderr if error else sys.stdout).flush()
 
 

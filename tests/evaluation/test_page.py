@@ -235,9 +235,12 @@ def test_bars_are_the_numbers(judged: EvaluationResult, found: ErrorAnalysis) ->
 
 def test_whatever_a_name_is_it_stays_a_name(judged: EvaluationResult, found: ErrorAnalysis) -> None:
     name = "<script>alert(\"1\")</script> & 'net'"
+    odd = "<b onclick=x>\x1b[2J\u202eeye</b>"
+    skeleton = replace(COCO17, names=(odd, *COCO17.names[1:]))
     bad = replace(found.cases[0], file_name='val/"><img src=http://a.b/c.jpg>.jpg')
-    text = html_report.render_report({name: judged}, {name: HOW}, {name: replace(found, cases=(bad,))}, COCO17)
+    text = html_report.render_report({name: judged}, {name: HOW}, {name: replace(found, cases=(bad,))}, skeleton)
     read = _fetches_nothing(text)
+    assert r"<b onclick=x>\x1b[2J\u202eeye</b>" in read.text and "\x1b" not in text and "\u202e" not in text
     assert name in read.text and bad.file_name in read.text
     assert "a note of <this> & that" in read.text
 
