@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from sapiens_accel.errors import UserError, read_tree
+from sapiens_accel.pose.sides import mirror_of, words
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
     COCO17,
@@ -26,8 +27,6 @@ from sapiens_accel.pose.skeleton import (
     SAPIENS308,
     WHOLEBODY133,
     Skeleton,
-    mirror_of,
-    words,
 )
 
 KEYS = ("names", "mirror", "sigmas", "upper", "edges")

@@ -1,10 +1,11 @@
 """What a set of keypoints means: names, mirror order, OKS sigmas, body halves, drawing edges."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+
+from sapiens_accel.pose.sides import mirror_by_name, side_of, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Skeleton:
     @cached_property  # of 10,000 names; it is asked for at each keypoint that is drawn
     def sides(self) -> tuple[str | None, ...]:
         """Left or right of each keypoint whose name tells; None on the midline, and of what has no partner."""
-        return tuple(_side(name, self.names[self.mirror[k]]) for k, name in enumerate(self.names))
+        return tuple(side_of(name, self.names[self.mirror[k]]) for k, name in enumerate(self.names))
 
     @property
     def lower(self) -> tuple[int, ...]:
@@ -67,69 +68,6 @@ class Skeleton:
             upper=tuple(sorted(new[k] for k in self.upper if k in new)),
             edges=tuple((new[a], new[b]) for a, b in self.edges if a in new and b in new),
         )
-
-
-def mirror_by_name(names: Sequence[str]) -> tuple[int, ...]:
-    """The mirror order that the sides in the names imply; see `mirror_of`.
-
-    Raises:
-        ValueError: a left keypoint has no right partner of the same name.
-    """
-    mirror, lonely = mirror_of(names)
-    if lonely:
-        partner = re.sub(r"left|right|(?<![a-zA-Z0-9])[lr](?![a-zA-Z0-9])", lambda s: _OTHER_SIDE[s[0]], lonely[0])
-        raise ValueError(f"keypoint {lonely[0]!r} has no mirror partner {partner!r}")
-    return mirror
-
-
-def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The mirror order that the sides in the names imply, and the names that have a side and no partner.
-
-    A side is a word left, right, l or r anywhere in a name: left_eye, eye_left, L_Eye, leftEye, l-eye. Where a name has
-    no such word, a left or right within a word (leftear), or an l or r that a word begins with (lshoulder), is a side
-    if the partner is there.
-    """
-    place = {words(name): k for k, name in reversed(list(enumerate(names)))}
-    low = {name.lower(): k for k, name in reversed(list(enumerate(names)))}
-    mirror, lonely = list(range(len(names))), []
-    for k, name in enumerate(names):
-        here = words(name)
-        if any(word in _SIDES for word in here):
-            other = place.get(tuple(_OTHER_SIDE.get(word, word) for word in here))
-            lonely += [name] * (other is None)
-        else:
-            other = next((low[one] for one in _hidden_sides(name.lower()) if one in low), None)
-        mirror[k] = k if other is None else other
-    # Of two names that mean the same only one has a partner.
-    lonely += [names[k] for k in range(len(names)) if mirror[mirror[k]] != k]
-    return tuple(o if mirror[o] == k else k for k, o in enumerate(mirror)), tuple(lonely)
-
-
-def words(name: str) -> tuple[str, ...]:
-    """A name's words in lower case, l and r as left and right: equal for left_eye, L_Eye, leftEye and 'Left eye'."""
-    found: list[str] = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[0-9]+|[^\W\d_]+", name)
-    return tuple(_LONG.get(word.lower(), word.lower()) for word in found) or (name,)
-
-
-_SIDES = ("left", "right")
-_LONG = {"l": "left", "r": "right"}
-_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
-
-
-def _side(name: str, partner: str) -> str | None:
-    if name == partner:
-        return None
-    found = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
-    if not found and partner.lower() in _hidden_sides(name.lower()):  # lshoulder and rshoulder
-        found = {side for side in _SIDES if name.lower().startswith(side[0])}
-    return found.pop() if len(found) == 1 else None
-
-
-def _hidden_sides(name: str) -> list[str]:
-    """What a name of lower case becomes if left or right within its words, or the first letter of one, is a side."""
-    patterns = (r"left|right", r"(?<![a-z])[lr](?=[a-z])")
-    changed = [re.sub(pattern, lambda side: _OTHER_SIDE[side[0]], name, count=1) for pattern in patterns]
-    return [other for other in changed if other != name]
 
 
 _COCO17_NAMES = (

@@ -7,15 +7,13 @@ import pytest
 
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.infer_skeleton import Category
+from sapiens_accel.pose.sides import mirror_by_name, mirror_of, words
 from sapiens_accel.pose.skeleton import (
     COCO17,
     PUBLISHED,
     SAPIENS308,
     WHOLEBODY133,
     Skeleton,
-    mirror_by_name,
-    mirror_of,
-    words,
 )
 
 ALL = pytest.mark.parametrize("skeleton", [COCO17, WHOLEBODY133, SAPIENS308], ids=lambda one: str(one.num_keypoints))
