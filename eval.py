@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
 def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> None:
     """Evaluate each network, and the ensemble of all where that is asked for, on the same people."""
     people, skeleton = open_people(accelerator, candidates, run)
+    run = run if skeleton.mirror_known else run.without_mirroring()
     results: dict[str, EvaluationResult] = {}
     configs: dict[str, EvalConfig] = {}
     analyses: dict[str, ErrorAnalysis] = {}

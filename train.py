@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     with accelerator.main_process_first():
         given = uploader.fetch(run.weights) if run.weights else None
         skeleton, note = build.open_skeleton(run.data)
+        run = run if skeleton.mirror_known else run.without_mirroring()
         sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
     doctor.briefly(accelerator.print, sets, run, note)
     lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}

@@ -7,7 +7,7 @@ the values stay plain numbers, which YAML writes and a type checker understands.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
@@ -429,3 +429,7 @@ class Config:
 
     def of(self, stage: StageName) -> StageConfig:
         return getattr(self, stage)
+
+    def without_mirroring(self) -> "Config":
+        """For keypoints of which left and right are not known: no mirrored images, no flip test."""
+        return replace(self, augment=replace(self.augment, flip_p=0.0), eval=replace(self.eval, flip=False))

@@ -89,6 +89,7 @@ def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
         UserError: there is no data root.
     """
     report, train, skeleton = check_data(run)
+    run = run if skeleton.mirror_known else run.without_mirroring()
     if report.count("error"):
         text = "not looked at: what training would make of these data; mend the errors first"
         report.findings.append(Finding(level="note", check="crops/grid", text=text))

@@ -213,7 +213,8 @@ def _stored(candidate: Candidate) -> Skeleton | None:
     try:
         tree = read_tree(file, json.loads, "JSON")
         lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
-        return Skeleton(**lists, edges=tuple((a, b) for a, b in tree["edges"]))
+        edges = tuple((a, b) for a, b in tree["edges"])
+        return Skeleton(**lists, edges=edges, mirror_known=bool(tree.get("mirror_known", True)))
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(

@@ -73,6 +73,7 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
     if told:
         accelerator.print(told)
     skeleton = candidates.infer_weights_skeleton(several)
+    run = run if skeleton.mirror_known else run.without_mirroring()
     where, boxes = _where(accelerator, evaluation, names, run.data.num_workers)
     for group in groups:
         networks = candidates.build_networks(accelerator, group, run, skeleton)

@@ -37,10 +37,13 @@ GUESSED_SIGMA = 0.05
 PARTS = ("eye", "ear", "nose", "shoulder", "elbow", "wrist", "hip", "knee", "ankle", "toe", "heel", "thumb",
          "forefinger", "middle", "ring", "pinky")  # fmt: skip
 SAME = {"index": "forefinger", "little": "pinky"}
+HAND = {"hand", "palm", "finger", "wrist", "thumb", "forefinger", "middle", "ring", "pinky"}
 FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside one of them is a middle or a ring a finger
 LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
          "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
+# Categories whose nameless 17, 133 or 308 keypoints are taken for those of people; things: the JSON has none.
+PEOPLE = {"person", "people", "persons", "human", "humans", "pedestrian", "things"}
 SHOWN = 6
 
 
@@ -154,10 +157,13 @@ def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) 
     built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
     if built_in and asked is None:
         other = "" if built_in.names == names else f" (here spelt otherwise: {short(names, 3)})"
-        whose = next(name for name, one in BUILT_IN.items() if one is built_in)
-        return built_in, (*told, f"keypoints: {len(names)}, {whose}{other}")
+        return built_in, (*told, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
     found, lines = _made(names, several, asked or Given(file=""), built_in)
     return found, (*told, *lines)
+
+
+def _name_of(built_in: Skeleton) -> str:
+    return next(name for name, one in BUILT_IN.items() if one is built_in)
 
 
 def _wanted(asked: Given, several: Sequence[Category]) -> tuple[str, ...]:
@@ -176,10 +182,11 @@ def _together(several: Sequence[Category]) -> tuple[str, ...]:
     lists = []
     for one in several:
         known = PUBLISHED.get(17 if one.count is None else one.count)  # without any the reader says what is missing
-        if one.names is None and known is None:
+        if one.names is None and (known is None or not PEOPLE & set(words(one.kind))):
+            a_person = f" ({_name_of(known)} if this {one.kind} has a person's, in that order)" if known else ""
             raise UserError(
                 f"{one.file}: no category names its {one.count} keypoints: expected 'keypoints' in it, or names in a "
-                f"YAML (--data.skeleton FILE)"
+                f"YAML (--data.skeleton FILE){a_person}"
             )
         lists.append(one.names or (known.names if known else ()))
     if len(lists) == 1:
@@ -210,7 +217,10 @@ def _made(
     edges = [(a, b) for a, b in found if a is not None and b is not None]
     if asked.edges is not None:
         edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
-    made = Skeleton(names=names, mirror=mirror, sigmas=sigmas, upper=upper, edges=tuple(dict.fromkeys(edges)))
+    made = Skeleton(
+        names=names, mirror=mirror, sigmas=sigmas, upper=upper, edges=tuple(dict.fromkeys(edges)),
+        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror),
+    )  # fmt: skip
     return made, _lines(made, several, asked, lonely, guesses, guessed, num_given)
 
 
@@ -221,6 +231,13 @@ def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     place = {name: k for k, name in enumerate(names)}
     order = [place.get(face.get(name, name), k) if mirror[k] == k else mirror[k] for name, k in place.items()]
     return tuple(order), tuple(name for name in lonely if order[place[name]] == place[name])
+
+
+def _tells_mirror(names: Sequence[str], mirror: Sequence[int]) -> bool:
+    """Whether the names say what a mirrored image swaps: a pair, or a single hand, which becomes the other hand."""
+    if len(names) == 1 or any(k != other for k, other in enumerate(mirror)):
+        return True
+    return all(HAND & {SAME.get(word, word) for word in words(name)} for name in names)
 
 
 def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Given) -> tuple[int, ...]:
@@ -302,6 +319,12 @@ def _lines(
         f"{len(pairs)} pairs{shown}; {halves}; {len(made.edges)} edges; OKS sigmas: "
         + ", ".join(f"{count} {how}" for how, count in whence.items() if count)
     ]
+    if not made.mirror_known:
+        lines.append(
+            f"warning: left and right of the keypoints are not known ({short(made.names)}): training mirrors no image "
+            f"(augment.flip_p is 0) and evaluation has no flip test (eval.flip is false). Give the pairs that a mirror "
+            f"swaps as mirror: [[NAME, NAME], ...] in --data.skeleton FILE; mirror: [] if it swaps none"
+        )
     if lonely:
         lines.append(
             f"warning: {len(lonely)} keypoints have a side in their name and no partner ({short(lonely)}): a mirrored "

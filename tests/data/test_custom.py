@@ -194,6 +194,34 @@ def test_an_animal_trains_and_its_weights_alone_are_judged(
     assert "5 of its 6 keypoints are known to all of the weights" in told
 
 
+def test_keypoints_without_sides_are_not_mirrored(
+    tmp_path: Path, train: Callable[..., Any], judge: Callable[..., Any]
+) -> None:
+    """As CVAT numbers them: the run, its record, its weights and evaluation mirror nothing until pairs are given."""
+    root = _write(tmp_path / "animal", _animal, {"id": 1, "name": "goat", "keypoints": [*"12345"], "skeleton": []})
+    said, _, found = train(root, tmp_path / "run", 2)
+    assert "warning: left and right of the keypoints are not known (1, 2, 3, 4, 5)" in said
+    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (record["augment"]["flip_p"], record["eval"]["flip"], found["flip"]) == (0.0, False, False)
+    (tmp_path / "run/phase2/weights").rename(tmp_path / "given")
+    judge("given", "--data.root", root, "--data.input_hw", "[96,96]", "--data.sigma", "1")
+    assert json.loads((tmp_path / "evaluations/given/eval.json").read_text())["given"]["flip"] is False
+    for pairs in ([["2", "3"]], []):
+        (tmp_path / "goat.yaml").write_text(yaml.safe_dump({"mirror": pairs}))
+        skeleton, lines = build.open_skeleton(DataConfig(root=str(root), skeleton=str(tmp_path / "goat.yaml")))
+        assert skeleton.mirror_known and "left and right of the keypoints are not known" not in "".join(lines)
+
+
+def test_nameless_keypoints_are_those_of_people_only(tmp_path: Path) -> None:
+    def read(name: str) -> None:
+        root = _write(tmp_path / name, lambda _, rng: rng.uniform(20, 80, (17, 2)), {"id": 1, "name": name})
+        assert build.open_skeleton(DataConfig(root=str(root)))[0] is COCO17
+
+    read("person")
+    with pytest.raises(UserError, match=r"names its 17 keypoints: .*\(coco17 if this dog has a person's"):
+        read("dog")
+
+
 @with_whole_body
 def test_whole_body_trains_and_is_judged_with_133(tmp_path: Path, train: Callable[..., Any]) -> None:
     # The images to train on are those to validate on: only the way is tried.

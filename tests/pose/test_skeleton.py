@@ -134,7 +134,8 @@ def test_a_side_without_a_partner_is_told_and_stays() -> None:
     assert (mirror, lonely) == ((0, 2, 1, 5, 4, 3), ("l_eye", "left foot"))
     found, told = custom.infer_skeleton([_category("l_eye", "nose", "r_ear")], None)
     assert found.mirror == (0, 1, 2)
-    assert "warning: 2 keypoints have a side in their name and no partner (l_eye, r_ear)" in told[1]
+    assert not found.mirror_known and "warning: left and right of the keypoints are not known" in told[1]
+    assert "warning: 2 keypoints have a side in their name and no partner (l_eye, r_ear)" in told[2]
 
 
 def test_words_of_a_name() -> None:
@@ -187,6 +188,25 @@ def test_a_yaml_goes_before_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "z.yaml").write_text("sigmas: {nose: 0.5}")
     found, _ = custom.infer_skeleton([_category(*COCO17.names)], custom.load_skeleton("z.yaml", tmp_path))
     assert found.sigmas == (0.5, *COCO17.sigmas[1:]) and found.mirror == COCO17.mirror and found.upper == COCO17.upper
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        (COCO17.names[:5], True),
+        (("nez", "oeil_gauche", "oeil_droit"), True),
+        (("wrist", "thumb_tip", "index_tip"), True),  # a mirrored hand is the other hand
+        (("center",), True),
+        (("base", "tip"), False),
+        (tuple("123456"), False),
+        (("paw1LH_top", "paw4RH_top", "nose_top"), False),
+    ],
+)
+def test_whether_left_and_right_are_known(names: tuple[str, ...], known: bool) -> None:
+    one = Category(file=Path("a.json"), categories=("mouse",), kind="mouse", names=names)
+    skeleton, lines = custom.infer_skeleton([one], None)
+    assert skeleton.mirror_known is known and skeleton.of(names[:1]).mirror_known is known
+    assert any("left and right of the keypoints are not known" in line for line in lines) is not known
 
 
 def test_some_of_a_skeleton() -> None:
