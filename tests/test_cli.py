@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import numpy as np
 import pytest
 import torch
@@ -63,9 +63,7 @@ def main(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Seq
 
 
 def _launch(program: str, cache: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"SAPIENS_ACCEL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / program), *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return forks.run([program, *words], env=os.environ | {"SAPIENS_ACCEL_CACHE": str(cache)})
 
 
 def _run(program: str, cache: Path, *words: object) -> str:

@@ -3,14 +3,13 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import numpy as np
 import pytest
 import torch
@@ -99,11 +98,9 @@ def _words(root: Path, output: Path, steps: int, recipe: str = "demo") -> list[s
 
 def _train(root: Path, output: Path, steps: int, *more: object) -> tuple[str, list[float], dict[str, Any]]:
     """Train in a process of its own; what it said, its losses, and the eval.json of the stage."""
-    environment = {"SAPIENS_ACCEL_CACHE": str(output.parent / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / "train.py"), *_words(root, output, steps), *map(str, more)]
-    done = subprocess.run(
-        command, cwd=output.parent, env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
+    environment = os.environ | {"SAPIENS_ACCEL_CACHE": str(output.parent / "cache")}
+    command = [REPOSITORY / "train.py", *_words(root, output, steps), *more]
+    done = forks.run(command, cwd=output.parent, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout, *_results(output)
 

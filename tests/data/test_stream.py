@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -217,9 +216,7 @@ def test_columns_of_all_people_are_refused(sets: Sets) -> None:
 
 
 def _run(cache: Path, *words: object) -> str:
-    environment = {**os.environ, "SAPIENS_ACCEL_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "train.py", *map(str, words)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(["train.py", *words], env={**os.environ, "SAPIENS_ACCEL_CACHE": str(cache)})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -12,13 +12,13 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -460,9 +460,7 @@ def test_a_user_sees_one_line_and_exit_code_2(root: Path, tmp_path: Path) -> Non
     tree = _picture(file_name="../../outside/secret.jpg")(json.loads((root / TRAIN).read_text()))
     (root / TRAIN).write_text(json.dumps(tree))
     words = _words(root, tmp_path / "cache", tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = forks.run(["train.py", *words])
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and "../../outside/secret.jpg" in errors[0] and "Traceback" not in done.stderr

@@ -6,12 +6,11 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from networks import untrained
@@ -193,12 +192,8 @@ def _launch(
     folder.mkdir()
     words = ["--data.root", root, "--data.num_workers", 0, "--batch_size", batch_size, "--boxes", "detector.json"]
     words += ["--scales", "1.0", "1.5", "--save_predictions", folder / "results.json", "--pictures", 0]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"] if num > 1 else []
-    command = [sys.executable, *torchrun, REPOSITORY / "eval.py", weights, *words]
-    environment = {"SAPIENS_ACCEL_CACHE": str(root.parent / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
+    environment = os.environ | {"SAPIENS_ACCEL_CACHE": str(root.parent / "cache")}
+    done = forks.run([REPOSITORY / "eval.py", weights, *words], cwd=folder, env=environment, processes=num)
     assert done.returncode == 0, done.stderr
     row = json.loads((folder / "evaluations" / "first" / "eval.json").read_text())["first"]
     row.pop("seconds")

@@ -1,14 +1,12 @@
 """Boxes by a detector: what transformers computes by itself, resumed as unresumed, read by ssl and by evaluation."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import numpy as np
 import pytest
 import torch
@@ -265,9 +263,7 @@ def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) 
 
 
 def _run(*words: object) -> str:
-    command = [sys.executable, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    done = forks.run(words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

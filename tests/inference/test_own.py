@@ -4,13 +4,12 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import numpy as np
 import pytest
 import torch
@@ -256,13 +255,8 @@ def test_processes_change_nothing(weights: Path, root: Path, detector: Path, tmp
     for num in (1, 2):
         folder = tmp_path / str(num)
         folder.mkdir()
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num}"] if num > 1 else []
-        command = [sys.executable, *torchrun, REPOSITORY / "eval.py", weights, "--images", tmp_path / "clip.avi",
-                   "--boxes", detector, "--data.num_workers", 0, *ALL]  # fmt: skip
-        done = subprocess.run(
-            list(map(str, command)), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-            text=True, timeout=300,
-        )  # fmt: skip
+        words = [weights, "--images", tmp_path / "clip.avi", "--boxes", detector, "--data.num_workers", 0, *ALL]
+        done = forks.run([REPOSITORY / "eval.py", *words], cwd=folder, processes=num)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("people in 5 frames") == 1
         trees.append(json.loads((folder / "evaluations" / "mine" / "images" / "clip" / "keypoints.json").read_text()))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+import forks
 import pytest
 
 from sapiens_accel.config import parse as config
@@ -71,10 +72,7 @@ def peaks(cases: list[dict], folder: Path, **env: str) -> list[dict[str, float]]
     """tests/peaks.py in a process of its own: what the allocator holds there is of these steps alone."""
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, "tests/peaks.py", str(listing)], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+    done = forks.run(["tests/peaks.py", listing], env={**os.environ, **env})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -439,8 +437,7 @@ def test_running_out_of_memory_in_a_run_saves_the_last_step(tmp_path: Path) -> N
 
 
 def said(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sapiens_accel.memory", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return forks.run(["-m", "sapiens_accel.memory", *words])
 
 
 def test_the_command_prints_every_way_and_the_launch() -> None:

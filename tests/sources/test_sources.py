@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import cv2
 import datasets
+import forks
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -261,9 +261,7 @@ def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
 
 
 def _run(program: list[str], cache: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SAPIENS_ACCEL_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, *program, *map(str, words)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return forks.run([*program, *words], env={**os.environ, "SAPIENS_ACCEL_CACHE": str(cache)})
 
 
 def test_a_run_from_parquet_has_the_losses_of_the_folder(drawn: Path, shard: dict[str, Path], tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """The moving average against its closed formula in float64, kept in every place, alone and among ranks."""
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -189,14 +188,8 @@ def test_under_zero_it_is_the_formula_of_the_students_own_values(tmp_path: Path)
     """bf16 engines, two processes: 3,000 steps under ZeRO-2, and some under ZeRO-3, whose students are gathered."""
     configs = {"zero2": STEPS, "zero3": 60}
     runs = [word for name, num in configs.items() for word in (f"ds_configs/{name}.json", str(num))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "true"
-    }  # fmt: skip
-    done = subprocess.run(
-        [*torchrun, "tests/averages.py", str(tmp_path), str(DECAY), *runs],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    env = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "true"}
+    done = forks.run(["tests/averages.py", tmp_path, DECAY, *runs], env=env, processes=2)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for name, num in configs.items():
         zero, one = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))

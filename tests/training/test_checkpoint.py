@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from accelerate import Accelerator
@@ -314,10 +315,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     kills = os.environ.get("SAPIENS_ACCEL_TEST_KILLS", "6")
     words = [*WORDS, "--stage=ssl", "--keep_checkpoints=1", "--ssl.teacher.on_alarm=warn"]
     folder = tmp_path / "killed"
-    done = subprocess.run(
-        [sys.executable, "tests/killed.py", kills, "0", str(folder), *words, f"--output_dir={folder}"],
-        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    program = ["tests/killed.py", kills, "0", folder, *words, f"--output_dir={folder}"]
+    done = forks.run(program, env=_environment(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     moments = done.stdout.splitlines()[-int(kills) :]
     assert all(moment.startswith("after step ") for moment in moments)
@@ -326,10 +325,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert done.stdout.count("goes on from") == int(kills) - 1
     found = _losses(folder)
     whole = tmp_path / "whole"
-    subprocess.run(
-        [sys.executable, "train.py", *words, f"--output_dir={whole}", f"--max_steps={len(found)}"],
-        cwd=ROOT, env=_environment(tmp_path), capture_output=True, check=True,
-    )  # fmt: skip
+    again = [*words, f"--output_dir={whole}", f"--max_steps={len(found)}"]
+    assert forks.run(["train.py", *again], env=_environment(tmp_path)).returncode == 0
     assert len(found) >= int(kills) and found == _losses(whole)
 
 
@@ -339,15 +336,12 @@ def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Pat
     """Sent to the whole process group, as Ctrl-C and batch systems do, with loading processes in it."""
     words = [word for word in WORDS if word not in ("--data.num_workers=0", "--save_every=1")]
     words += ["--stage=phase2", "--save_every=100000", "--data.num_workers=2", f"--output_dir={tmp_path}/run"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=_environment(tmp_path), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    process = forks.Fork(["train.py", *words], ROOT, _environment(tmp_path))
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while process.poll() is None and not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, getattr(signal, name))
-    said = process.communicate(timeout=200)[0]
+    process.send_signal(getattr(signal, name))
+    said = "".join(process.communicate(timeout=200))
     assert process.returncode == 0, said
     assert f"{name}: stopping after this step" in said and "Traceback" not in said
     assert "--resume_from_checkpoint latest" in said
@@ -357,10 +351,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Pat
     assert checkpoint._broken(whole) is None
     # The command that was printed is taken at its word.
     again = said.split("the same launch and: ")[1].splitlines()[0]
-    done = subprocess.run(
-        [sys.executable, *shlex.split(again), f"--max_steps={step + 2}"],
-        cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = forks.run([*shlex.split(again), f"--max_steps={step + 2}"], env=_environment(tmp_path))
     assert done.returncode == 0, done.stderr
     assert len(_losses(tmp_path / "run")) == step + 2
 
@@ -369,10 +360,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_with_0(name: str, tmp_path: Pat
 def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path) -> None:
     """Files may not grow beyond 8 kB: no checkpoint, few lines; without room for the end's weights it is one line."""
     words = [*WORDS, "--stage=phase2", f"--output_dir={tmp_path}/run", "--max_steps=40", "--eval_every=100"]
-    subprocess.run(
-        [sys.executable, "train.py", *words, "--dry_run"],
-        cwd=ROOT, env=_environment(tmp_path), capture_output=True, check=True,
-    )  # fmt: skip
+    assert forks.run(["train.py", *words, "--dry_run"], env=_environment(tmp_path)).returncode == 0
     runner = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY));"
         "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
@@ -414,10 +402,7 @@ def test_weights_in_a_checkpoint_start_another_run(tmp_path: Path) -> None:
         [f"--output_dir={tmp_path}/two", "--max_steps=1", f"--weights={tmp_path}/one/phase2/checkpoints/latest/weights",
          "--weights_dtype=bfloat16"],
     ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "train.py", *words, *more],
-            cwd=ROOT, env=_environment(tmp_path), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = forks.run(["train.py", *words, *more], env=_environment(tmp_path))
         assert done.returncode == 0, done.stderr
     saved = load_file(tmp_path / "one" / "phase2" / "checkpoints" / "step_2" / "weights" / "model.safetensors")
     kept = load_file(tmp_path / "one" / "phase2" / "weights" / "model.safetensors")

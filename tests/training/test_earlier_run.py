@@ -1,11 +1,10 @@
 """A run directory that version 0.1 wrote before the package was divided: it is still resumed, and its weights load."""
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
+import forks
 import pytest
 
 from sapiens_accel.models import load
@@ -33,9 +32,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.launch
 def test_a_run_of_the_earlier_version_is_resumed(run: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *WORDS], cwd=run.parent, capture_output=True, text=True, check=False
-    )
+    done = forks.run([ROOT / "train.py", *WORDS], cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert "STARTS ANEW" not in done.stdout
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +25,8 @@ def test_86_real_people_are_learnt_by_heart(tmp_path: Path) -> None:
         # Each person always the same crop.
         **{f"--augment.{knob}": "0" for knob in ("flip_p", "rotation", "scale", "shift")},
     }  # fmt: skip
-    words = [str(word) for option in options.items() for word in option]
-    env = {**os.environ, "SAPIENS_ACCEL_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    words = [word for option in options.items() for word in option]
+    done = forks.run(["train.py", *words], env={**os.environ, "SAPIENS_ACCEL_CACHE": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = json.loads((tmp_path / "run" / "phase2" / "eval.json").read_text())
     assert metrics["split"] == "train" and metrics["AP"] >= 0.90

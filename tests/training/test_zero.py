@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from planted import Planted, redescribe
@@ -64,13 +65,10 @@ def launch(jobs: list[dict], cache: Path, *, processes: int, deepspeed: bool) ->
     env = {
         **os.environ,
         "SAPIENS_ACCEL_CACHE": str(cache),
-        "OMP_NUM_THREADS": "1",
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_USE_DEEPSPEED": str(deepspeed).lower(),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(torchrun if deepspeed or processes > 1 else [sys.executable]), "tests/parity.py", str(listing)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = forks.run(["tests/parity.py", listing], env=env, processes=processes, grouped=deepspeed)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
