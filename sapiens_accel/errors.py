@@ -30,6 +30,11 @@ def escape(text: str, keep: str = "\n\t") -> str:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 processes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 class UserError(Exception):
     """Something the user can mend. Its text is one line: the culprit, what was expected, what to do.
 
@@ -83,8 +88,14 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(10)  # rank 0 mostly says the same; its exit ends this process before the line is said again
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{_program()}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _program() -> str:
+    """The running program as it was called: `train.py`, `sapiens-accel doctor`, `python -m sapiens_accel.doctor`."""
+    file = Path(sys.argv[0])
+    return f"python -m sapiens_accel.{file.parent.name}" if file.name == "__main__.py" else file.name
 
 
 class _EscapedOutput:

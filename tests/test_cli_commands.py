@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from sapiens_accel import cli
@@ -32,6 +33,11 @@ def test_an_unknown_command_is_one_line() -> None:
         UserError, match=r"^docter: no such command \(expected one of doctor, .*\)\. Did you mean doctor\?$"
     ):
         cli.run(["docter"])
+
+
+def test_an_error_names_the_command_that_was_called() -> None:
+    done = forks.run(["-m", "sapiens_accel.doctor", "--nope"])
+    assert done.returncode == 2 and done.stderr == "python -m sapiens_accel.doctor: error: no such option --nope\n"
 
 
 def test_each_command_is_a_main_that_takes_words() -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -110,7 +110,10 @@ def _type_fault(said: str, words: Sequence[str], path: Path, tree: Mapping[str, 
     if key is None or found is None:
         return said
     value = found.group(1) or found.group(2)
-    return f"{_where(key, words, path, tree)}: another type (expected {describe(options()[key])}, found {value})"
+    choices = [str(choice) for choice in get_args(options()[key])] if get_origin(options()[key]) is Literal else []
+    wrong = "no such value" if choices else "another type"
+    where = _where(key, words, path, tree)
+    return f"{where}: {wrong} (expected {describe(options()[key])}, found {value}){_nearest(value, choices)}"
 
 
 def _where(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
@@ -141,7 +144,8 @@ def recipe_path(recipe: str) -> Path:
     folder = Path(str(resources.files("sapiens_accel.recipes")))
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if recipe not in names:
-        raise UserError(f"--recipe {recipe}: no such recipe{_nearest(recipe, names)}. There are: {', '.join(names)}")
+        expected = f"expected one of {', '.join(names)}"
+        raise UserError(f"--recipe {recipe}: no such recipe ({expected}){_nearest(recipe, names)}")
     return folder / f"{recipe}.yaml"
 
 

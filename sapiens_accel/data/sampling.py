@@ -16,6 +16,7 @@ from numpy import ndarray as Array
 from numpy.random import default_rng
 
 from sapiens_accel.config.schema import StageConfig
+from sapiens_accel.errors import count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class Share:
         return self.num_ranks * self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
-        parts = f"{self.num_ranks} process(es) x {self.micro_batch} x {self.accumulation} accumulated"
+        parts = f"{count(self.num_ranks, 'process')} x {self.micro_batch} x {self.accumulation} accumulated"
         return f"{self.global_batch} people a step = {parts}"
 
     def positions(self, micro_step: int) -> range:

@@ -38,6 +38,7 @@ from sapiens_accel.runtime import distributed, engine
 __all__ = ["METRICS", "Metrics", "Predictions", "format_protocol", "format_table", "oks", "protocol_settings"]
 
 MAX_SHOWN_KEYPOINTS = 40
+NO_NUMBER = "nothing to measure: '-' in tables, and, as by pycocotools, -1 in files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +176,12 @@ def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton
     lines = []
     for name, sizes in (("AP_M", "32^2 to 96^2"), ("AP_L", "above 96^2")):
         if metrics[name] < 0 <= metrics["AP"]:
-            lines.append(f"{name}: no labeled person has an area of {sizes} px; COCO's -1")
+            lines.append(f"{name}: no labeled person has an area of {sizes} px, so there is {NO_NUMBER}")
     for part in (*coco_metrics.body_parts(skeleton), "whole"):
         if metrics.get(f"{part}/AP", metrics["AP"]) < 0:
             which = "keypoint" if part == "whole" else f"keypoint of part {part}"
-            lines.append(f"{part} AP: nobody in {people.annotations.name} has a labeled {which} in range; COCO's -1")
+            where = f"nobody in {people.annotations.name} has a labeled {which} in range"
+            lines.append(f"{part} AP: {where}, so there is {NO_NUMBER}")
     if metrics["AP"] == 0:
         lines.append(f"AP 0: {_why_nothing_fits(own, people, skeleton)}")
     return lines

@@ -1,7 +1,5 @@
 """What eval.py is asked to judge: a run's stages, weights of any layout, or a name on the Hub, as networks."""
 
-import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,10 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from sapiens_accel.config.schema import Config, EvalConfig
+from sapiens_accel.config.schema import STAGES, Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import describe_keypoints
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation.predict import PoseNetwork
+from sapiens_accel.hub import download
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.checkpoint_formats import FILE, SKELETON_FILE, Weights
@@ -91,9 +90,11 @@ def resolve_path(reference: str) -> Path:
     """
     if Path(reference).exists():
         return Path(reference)
-    if importlib.util.find_spec("sapiens_accel.hub.download"):
-        return Path(importlib.import_module("sapiens_accel.hub.download").fetch(reference))
-    raise UserError(f"{reference}: no such file or folder; expected a run folder, or a file or folder of weights")
+    try:
+        return Path(download.fetch(reference))
+    except UserError as error:
+        on_hub = str(error).removeprefix(f"--weights {reference}: ")
+        raise UserError(f"{reference}: no such run directory or weights here. On the Hub: {on_hub}") from None
 
 
 def find_run_config(path: Path) -> Path | None:
@@ -116,7 +117,9 @@ def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate
         return [Candidate(name=name, weights=path, folder=output or Path("evaluations") / name)]
     stages = [stage for stage in run.stages if (path / stage / "weights" / FILE).is_file()]
     if not stages:
-        raise UserError(f"{path}: no weights of {run.stage} in it; expected STAGE/weights/{FILE}")
+        trained = [stage for stage in STAGES if (path / stage / "weights" / FILE).is_file()]
+        of_others = f"; it has those of {', '.join(trained)}" if trained else ""
+        raise UserError(f"{path}: no weights of {run.stage} in it (expected STAGE/weights/{FILE}){of_others}")
     return [Candidate(name=stage, weights=path / stage / "weights", folder=output or path) for stage in stages]
 
 

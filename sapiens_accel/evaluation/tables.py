@@ -86,7 +86,10 @@ def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
     rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
     rows.append(("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck))
     lines = [f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]
-    calibration = f"expected calibration error of the scores: {_percent(values.ece, 0)} (right: OKS above 0.5)"
+    calibration = (
+        f"expected calibration error (ECE) of the scores: {_percent(values.ece, 0)} points, by which on average a "
+        "score differs from the share of keypoints with about that score whose OKS is above 0.5"
+    )
     return "\n".join([head, *lines, calibration])
 
 

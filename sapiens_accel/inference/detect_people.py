@@ -151,7 +151,7 @@ def main(words: Sequence[str]) -> None:
     try:
         num, bad = detect(seen, ids, category, finder, asked.out, asked.batch_size, asked.num_workers)
     except KeyboardInterrupt:
-        print(f"stopped; {asked.out}.partial keeps what is done, the same command goes on from there", file=sys.stderr)
+        print(f"stopped; {asked.out}.partial keeps what is done, the same command resumes there", file=sys.stderr)
         sys.exit(130)
     told = [seen.told, *(f"skipped: {seen.root / name} does not decode" for name in bad)]
     looked = f"{len(seen.names) - len(bad)} images of {seen.root}" + f", {len(bad)} skipped" * bool(bad)

@@ -15,7 +15,7 @@ from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
 
-FROM_RANDOM = "starts from RANDOM weights; the published ones, or a stage of an earlier run, come in by --weights"
+FROM_RANDOM = "starts from RANDOM weights; to start from published ones, or from an earlier run's, give --weights"
 POSITIONS = "backbone.embeddings.position_embeddings"
 
 

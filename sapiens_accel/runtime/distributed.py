@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.runtime import launch
 from sapiens_accel.runtime.device import check_device
 
@@ -117,7 +117,8 @@ def description(accelerator: Accelerator) -> str:
         why = " (fp16 was asked for; a CPU has none)"
     elif precision == "no" and accelerator.device.type == "cuda":
         why = " (mixed_precision is 'no'; an accelerate config with bf16 or fp16 halves time and memory)"
-    return f"{accelerator.num_processes} process(es) on {device}{zero}, {launch.PRECISIONS[precision]}{why}"
+    processes = count(accelerator.num_processes, "process")
+    return f"{processes} on {device}{zero}, {launch.PRECISIONS[precision]}{why}"
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

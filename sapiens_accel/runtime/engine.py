@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.runtime.distributed import deepspeed_config, is_deepspeed, least, overlaps, zero_stage
 
 
@@ -284,7 +284,7 @@ def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> No
         for extra in folder.glob("random_states_*.pkl") if not failed else ():
             shutil.copyfile(extra, converted / extra.name)
     if least(accelerator, -failed) < 0:
-        raise UserError(f"{folder}: DeepSpeed could not convert it for {accelerator.num_processes} process(es)")
+        raise UserError(f"{folder}: DeepSpeed could not convert it for {count(accelerator.num_processes, 'process')}")
     engine = _engine(accelerator)
     engine._config.load_universal_checkpoint = True
     try:

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.runtime.files import (
     CORRUPT,
@@ -229,13 +229,14 @@ class Resume:
         return None if self.way != "weights" else str(student if student.is_dir() else self.folder / "weights")
 
     def __str__(self) -> str:
-        then = f"{self.position.num_processes} process(es), {_kind(self.position.zero_stage, self.position.precision)}"
+        processes = count(self.position.num_processes, "process")
+        then = f"{processes}, {_kind(self.position.zero_stage, self.position.precision)}"
         said = {
             "whole": "",
             "universal": f"; written by {then}, and read through a universal checkpoint",
             "weights": f"; written by {then}: weights, step and teacher are taken, and the optimizer STARTS ANEW",
         }
-        return f"goes on from {self.folder}{said[self.way]}"
+        return f"resumes from {self.folder}{said[self.way]}"
 
     def load(self, accelerator: Accelerator, objective: Objective, *, trusted: bool = False) -> int:
         """Restore what can be restored into what was built; returns the step. All ranks must call it.
@@ -253,7 +254,7 @@ class Resume:
 
 
 def to_resume(accelerator: Accelerator, run_folder: Path, asked: str | None, stage: str) -> Resume | None:
-    """The checkpoint that a stage goes on from, if any: its last whole one, or the folder asked for if its own.
+    """The checkpoint that a stage resumes from, if any: its last whole one, or the folder asked for if its own.
 
     A truncated or corrupt one is named and set aside, and the one before it is taken. All ranks must call it.
 

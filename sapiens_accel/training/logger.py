@@ -45,6 +45,7 @@ MAX_SKIPPED = 20  # steps in a row: a network that has diverged that far does no
 SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while it searches its loss scale
 MAX_SHOWN_IDS = 40
 KEPT = "kept.json"
+PRINT_SECONDS = 30
 
 
 class Placement(Protocol):
@@ -117,7 +118,7 @@ class StageLogger:
         self.evaluated: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.skipped, self.disk_failed = 0, False
-        self.since, self.since_step = time.perf_counter(), self.first
+        self.since, self.since_step, self.printed = time.perf_counter(), self.first, -math.inf
         self.writes = self.accelerator.is_main_process and not self.run.dry_run
         gpu.reset_peak(self.accelerator.device)
         self.holdout = self._open_holdout(augmenter)
@@ -212,7 +213,13 @@ class StageLogger:
                 f"{self.stage}: GPU memory {measured:.2f} GiB measured, {predicted:.2f} GiB predicted"
             )
         shown = {"loss": "loss", "keep": "keep", "peak": "teacher_peak", "people/s": "people_per_second"}
-        self.progress.set_postfix({short: f"{means[name]:.3g}" for short, name in shown.items() if name in means})
+        texts = {short: f"{means[name]:.3g}" for short, name in shown.items() if name in means}
+        self.progress.set_postfix(texts)
+        # Without a terminal there is no progress bar: a log file gets a line now and then.
+        if self.progress.disable and (now - self.printed > PRINT_SECONDS or step == self.last):
+            self.printed = now
+            numbers = ", ".join(f"{short} {value}" for short, value in texts.items())
+            self.accelerator.print(f"{self.stage}: step {step} of {self.last}, {numbers}", flush=True)
 
     def mark_kept(self, weights: Path) -> None:
         """Record that the weights that were evaluated last are written as the stage's weights."""

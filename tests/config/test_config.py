@@ -227,9 +227,15 @@ def test_a_file_that_is_not_a_tree_of_keys_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_recipe_names_the_nearest_and_all(recipes: dict[str, Config]) -> None:
     text = _error(["--recipe", "sapiens_1b_cocoo"])
-    assert "did you mean sapiens_1b_coco?" in text
+    assert text.endswith("); did you mean sapiens_1b_coco?")
     assert all(name in text for name in recipes)
     assert "did you mean" not in _error(["--recipe", "xyz"])
+
+
+def test_a_stage_that_does_not_exist_lists_those_that_do() -> None:
+    expected = "--stage: no such value (expected one of phase1, phase2, ssl, all, found "
+    assert _error(["--stage", "phase3"]) in (f"{expected}phase3); did you mean phase{n}?" for n in (1, 2))
+    assert _error(["--stage", "fine"]) == f"{expected}fine)"
 
 
 # ---- Who owns which knob

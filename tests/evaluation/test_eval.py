@@ -149,7 +149,9 @@ def _refused(main: Main, *words: object) -> str:
 
 def test_wrong_options_are_refused(main: Main, weights: Path) -> None:
     assert "expected what to judge first" in _refused(main)
-    assert "/no/such/folder" in _refused(main, "/no/such/folder")
+    for name in ("/no/such/folder", "runs/nope"):
+        said = _refused(main, name)
+        assert said.startswith(f"{name}: no such run directory or weights here") and "--weights" not in said
     assert "several networks" in _refused(main, weights, "--ensemble")
     assert "nothing to compare" in _refused(main, weights, "--compare", "--flip", "false")
     assert "--eval.scales 1 1" in _refused(main, weights, "--scales", "1", "1")

@@ -139,7 +139,7 @@ def test_a_launch_on_one_card_gets_its_index_and_precision(
     assert accelerator.mixed_precision == expected
     assert (accelerator.scaler is not None) == (expected == "fp16")
     said = distributed.description(accelerator)
-    assert said.startswith(f"1 process(es) on {card.name}, {expected.replace('no', 'fp32')}")
+    assert said.startswith(f"1 process on {card.name}, {expected.replace('no', 'fp32')}")
     assert ("bf16 was asked for" in said) == (expected != asked)
 
 

@@ -429,7 +429,7 @@ def test_running_out_of_memory_in_a_run_saves_the_last_step(tmp_path: Path) -> N
     done = run([sys.executable, "train.py", *again])
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert "phase2: steps 3 to 4, 2 people a step = 1 process(es) x 1 x 2 accumulated" in done.stdout
+    assert "phase2: steps 3 to 4, 2 people a step = 1 process x 1 x 2 accumulated" in done.stdout
     assert lines[-1]["step"] == 4
 
 

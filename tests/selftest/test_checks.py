@@ -207,7 +207,7 @@ def run_folder(tmp_path: Path, *lines: dict[str, object]) -> tuple[Path, Path]:
     (run / "phase2" / "weights" / "model.safetensors").touch()
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     folder.mkdir(exist_ok=True)
-    (folder / "log_0.txt").write_text("$ x\ndemo: 1 process(es) on CPU, ZeRO-2, fp32\n")
+    (folder / "log_0.txt").write_text("$ x\ndemo: 1 process on CPU, ZeRO-2, fp32\n")
     return run, folder
 
 
@@ -219,7 +219,7 @@ def test_a_launch_is_judged_by_what_it_left(tmp_path: Path) -> None:
     lines = [metric(1, 2.0), metric(2, 1.5), {"stage": "phase2", "step": 2, "AP": 0.0}]
     run, folder = run_folder(tmp_path, *lines)
     (row,) = launches.read_start(run, "accelerate launch ...", folder)
-    assert row["text"] == "1 process(es) on CPU, ZeRO-2, fp32; loss 2 to 1.5, saved"
+    assert row["text"] == "1 process on CPU, ZeRO-2, fp32; loss 2 to 1.5, saved"
     more = [*lines[:2], metric(3, 1.4), metric(4, 1.3)]
     run_folder(tmp_path, *more)
     (row,) = launches.read_resumed(run, folder, folder)

@@ -322,7 +322,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert all(moment.startswith("after step ") for moment in moments)
     print(*moments, sep="\n")
     assert "is not whole" not in done.stdout
-    assert done.stdout.count("goes on from") == int(kills) - 1
+    assert done.stdout.count("resumes from") == int(kills) - 1
     found = _losses(folder)
     whole = tmp_path / "whole"
     again = [*words, f"--output_dir={whole}", f"--max_steps={len(found)}"]

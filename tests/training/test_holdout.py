@@ -278,6 +278,9 @@ def test_a_stage_is_seen_while_it_runs(cache: Path, peaked: Path) -> None:
     folder = cache / "seen"
     done = _train(cache, folder, f"--weights={peaked}", "--ssl.steps=5", "--eval_every=2", "--ssl.teacher.threshold=0")
     assert done.returncode == 0, done.stderr
+    # Without a terminal, the first and the last step at least, however soon they come.
+    assert re.search(r"^ssl: step 1 of 5, loss \S+, keep \S+, peak \S+, people/s \S+$", done.stdout, re.MULTILINE)
+    assert "ssl: step 5 of 5, loss " in done.stdout
     judged = {line["step"]: line for line in _lines(folder) if "pseudo_coverage" in line}
     assert list(judged) == [1, 2, 4, 5]
     for step, line in judged.items():

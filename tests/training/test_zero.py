@@ -177,10 +177,10 @@ def test_a_run_goes_on_in_another_world(cache, reference):
     jobs += [job(ssl_down, **ssl, extra=[*after(reference), *again])]
     jobs += [job(fresh, **ssl, extra=[*after(reference), f"--resume_from_checkpoint={plain}"])]
     said = launch(jobs, cache, processes=1, deepspeed=True)
-    assert said.count("written by 2 process(es), ZeRO-2, fp32, and read through a universal checkpoint") == 2
-    assert "written by 1 process(es), no ZeRO, fp32: weights, step and teacher are taken, and the optimizer" in said
+    assert said.count("written by 2 processes, ZeRO-2, fp32, and read through a universal checkpoint") == 2
+    assert "written by 1 process, no ZeRO, fp32: weights, step and teacher are taken, and the optimizer" in said
     said = launch([job(up, **run, extra=[*heavy, *again])], cache, processes=2, deepspeed=True)
-    assert "written by 1 process(es), ZeRO-2, fp32, and read through a universal checkpoint" in said
+    assert "written by 1 process, ZeRO-2, fp32, and read through a universal checkpoint" in said
     for folder in (down, up):
         assert_same(folder, whole, "phase2")
     assert_same(ssl_down, reference, "ssl")
@@ -343,7 +343,7 @@ def test_the_shipped_launch_trains_real_people_on_a_cpu(cache):
         cwd=ROOT, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "2 process(es) on CPU, ZeRO-2, fp32" in done.stdout
+    assert "2 processes on CPU, ZeRO-2, fp32" in done.stdout
     assert "people: 86 train, 68 val, " in done.stdout
     for stage in ("phase1", "phase2", "ssl"):
         assert len(losses(folder, stage)) == 2
