@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
