@@ -12,6 +12,7 @@ REAL = (ROOT / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "co
 
 pytestmark = [
     pytest.mark.launch,
+    pytest.mark.slow,  # by default tests/test_cli.py learns drawn people by heart
     pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)"),
 ]
 
