@@ -142,7 +142,7 @@ def choose_skeleton(
     Their meaning (sigmas, mirror order, edges) is what lies beside the first weights, else what is built in.
 
     Args:
-        category, cache: as in `category.described`.
+        category, cache: as in `keypoint_mapping.describe_keypoints`.
 
     Raises:
         UserError: weights of other keypoints, or without any.
