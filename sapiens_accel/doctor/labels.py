@@ -4,6 +4,7 @@ Shape letters: n people, k keypoints. All coordinates are image px.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
-from sapiens_accel.pose import geometry
+from sapiens_accel.pose import geometry, mirror_pairs
 from sapiens_accel.pose.skeleton import Skeleton
 
 Level = Literal["error", "warning", "note"]
@@ -257,6 +258,18 @@ def find_mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
             f"left and right exchanged, or images mirrored?"
         )
         yield Finding(level="warning", check="mirror", text=text, culprits=labels.names(wrong))
+
+
+def propose_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
+    """The pairs that the shapes of the people suggest, as the line of a skeleton file."""
+    pairs = mirror_pairs.find_pairs(labels.keypoints)
+    if pairs:
+        named = json.dumps([[skeleton.names[pair.first], skeleton.names[pair.second]] for pair in pairs])
+        text = (
+            f"left and right as the shapes of the labeled people suggest: {len(pairs)} pairs; look at each, add what "
+            f"is missing, and put it into --data.skeleton FILE:  mirror: {named}"
+        )
+        yield Finding(level="note", check="pairs", text=text)
 
 
 def _is_significant(share: float, votes: int) -> bool:

@@ -89,7 +89,9 @@ def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
         UserError: there is no data root.
     """
     report, train, skeleton = check_data(run)
-    run = run if skeleton.mirror_known else run.without_mirroring()
+    if not skeleton.mirror_known:
+        run = run.without_mirroring()
+        report.findings += _under("joints", [*label_checks.propose_pairs(train, skeleton)])
     if report.count("error"):
         text = "not looked at: what training would make of these data; mend the errors first"
         report.findings.append(Finding(level="note", check="crops/grid", text=text))

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config import schema
@@ -212,6 +213,17 @@ def test_people_who_lie_or_turn_vote_alike() -> None:
         turned[..., :2] = points[..., :2] @ _rotation(degrees)
         (finding,) = examine.find_swapped_pairs(dataclasses.replace(labels, keypoints=turned), COCO17)
         assert finding.text.startswith("left_wrist and right_wrist") and len(finding.culprits) == 60
+
+
+def test_pairs_are_proposed_as_a_line_to_paste() -> None:
+    labels = _labels(60)
+    points = labels.keypoints.copy()
+    points[:, 2::2, 1] = points[:, 1::2, 1]  # both sides at one height
+    (finding,) = examine.propose_pairs(dataclasses.replace(labels, keypoints=points), COCO17)
+    proposed = yaml.safe_load(finding.text.partition("FILE:")[2])
+    pairs = [[COCO17.names[a], COCO17.names[b]] for a, b in enumerate(COCO17.mirror) if a < b]
+    assert (proposed, finding.level) == ({"mirror": pairs}, "note")
+    assert list(examine.propose_pairs(_labels(9), COCO17)) == []
 
 
 def _labels(num: int) -> Labels:
