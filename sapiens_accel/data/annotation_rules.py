@@ -460,13 +460,18 @@ def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
     """The `bbox` of an annotation or a detection.
 
     Raises:
-        ValueError: there is none, or it is not four finite numbers.
+        ValueError: there is none, or it is not four finite numbers, or of no pixels that an image can have: a crop of
+            such a box has no matrix.
     """
     if "bbox" not in thing:
         raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the image")
     box = _numbers(thing["bbox"])
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")
+    if np.abs(box).max() > FARTHEST or ((box[2:] > 0) & (box[2:] < 1 / FARTHEST)).any():
+        raise ValueError(
+            f"expected pixels of an image, found {thing['bbox']!r} (sides of {1 / FARTHEST:g} to {FARTHEST:g})"
+        )
     return box
 
 

@@ -1,5 +1,6 @@
 """Where evaluation looks for people: the labeled people's own boxes, or a detector's, checked against the images."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,10 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     rows: list[Row] = [
         (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.position) for one in found
     ]
-    here = [row for row in rows if row[0] in pictures]
+    here = [row for row in rows if isinstance(row[0], int | str) and row[0] in pictures]
     if not here:
         raise UserError(
-            f"{file}: of another image set: none of its {len({row[0] for row in rows})} images (the first is "
+            f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
             f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
         )
     person = annotation_rules.person_category(people.annotations, people.reading)
@@ -140,8 +141,10 @@ def _check(file: Path, rows: list[Row], pictures: dict[Any, dict[str, Any]], fol
 def _outside(box: Float[Array, "4"], picture: dict[str, Any]) -> bool:
     """Whether nothing of the box is in the image, as far as its size is told."""
     x, y, w, h = box
-    width, height = picture.get("width"), picture.get("height")
-    return x + w <= 0 or y + h <= 0 or bool(width and x >= width) or bool(height and y >= height)
+    sizes = (picture.get(name) for name in ("width", "height"))
+    # What is no number does not tell.
+    width, height = (size if isinstance(size, int | float) and size > 0 else math.inf for size in sizes)
+    return bool(x + w <= 0 or y + h <= 0 or x >= width or y >= height)
 
 
 def _beyond(box: Float[Array, "4"], picture: dict[str, Any]) -> str:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import train
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
+from sapiens_accel.data.detections import BoxesFile
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation import evaluate, networks
+from sapiens_accel.evaluation import boxes, evaluate, networks
 from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import Diverged
 from sapiens_accel.inference import predict_media
@@ -109,6 +110,33 @@ def test_a_skeleton_that_is_none_is_refused(tmp_path: Path, run: Config, key: st
     annotations = Path(str(run.data.root)) / run.data.val_annotations
     with pytest.raises(UserError, match=named):
         networks.choose_skeleton([_candidate(tmp_path / "w")], annotations, None, tmp_path)
+
+
+@pytest.mark.parametrize("side", [NAN, INF, -INF, 1e308, 1e8, 5e-324, 1e-9, 0, -3, None, "5", [5]])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_box_that_is_none_is_refused(tmp_path: Path, people: People, side: object, place: int) -> None:
+    """A crop of a box of 1e308 px was a division by zero."""
+    if place == 0 and side in (5e-324, 1e-9, 0, -3):
+        return  # a place of an image
+    box: list[object] = [10.0, 10.0, 30.0, 40.0]
+    box[place] = side
+    whole = {"category_id": 1, "bbox": [5.0, 5.0, 20.0, 20.0], "score": 0.9}
+    names = [str(row["image_id"]) for row in people.rows]
+    found = [{**whole, "image_id": int(names[0])}, {**whole, "image_id": int(names[1]), "bbox": box}]
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"boxes\.json: detection 1: "):
+        boxes.load_boxes(str(file), people)
+    if side not in (0, -3):  # those are left out
+        with pytest.raises(UserError, match=r"boxes\.json: detection 1: "):
+            BoxesFile(file, [f"{int(name):012d}.jpg" for name in names], 0.3)
+
+
+@pytest.mark.parametrize("size", [[], "big", None, 0, -5, {}])
+def test_a_size_that_is_none_tells_nothing(people: People, size: object) -> None:
+    box = np.array([10.0, 10.0, 5.0, 5.0])
+    assert not boxes._outside(box, {"width": size, "height": size})
+    assert boxes._outside(box, {"width": 9, "height": size}) and not boxes._outside(box, {"width": 11, "height": size})
 
 
 def _overflowing(folder: Path) -> Path:

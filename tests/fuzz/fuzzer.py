@@ -30,6 +30,7 @@ from sapiens_accel.errors import UserError
 
 HANG, MEMORY = 30.0, 2 << 30
 BATCH = 25
+WHOLE = -1
 
 
 @dataclass(frozen=True, order=True)
@@ -75,11 +76,12 @@ class Outcomes:
 
 
 def mutant(target: Target, number: int, seed: int, folder: Path) -> Path:
-    """Write a mutant's folder; returns the damaged file."""
+    """Write a mutant's folder; returns the damaged file. The mutant WHOLE is the seed itself."""
     rng = random.Random(f"{seed}/{target.name}/{number}")
     shutil.copytree(target.seed, folder, symlinks=True)
     file = folder / rng.choice(list(target.files))
-    file.write_bytes(target.mutate(rng, file.read_bytes()))
+    if number != WHOLE:
+        file.write_bytes(target.mutate(rng, file.read_bytes()))
     return file
 
 
@@ -135,6 +137,8 @@ def start(jobs: list[tuple[Target, int]], seed: int, work: Path) -> Child:
             folder.mkdir()
             mutant(target, number, seed, place)
             outcome, text = read(target, place)
+            if number == WHOLE and outcome == "refused":
+                outcome = "a whole file is refused"
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
             if grown > MEMORY:
                 outcome, text = "memory", f"{grown / 2**30:.1f} GiB; {outcome}: {text}"
@@ -207,6 +211,8 @@ def _queue(targets: Sequence[Target], num: int, *, endless: bool) -> Iterator[li
     whole = sum(target.share for target in targets)
     counts = [max(1, round(num * target.share / whole)) for target in targets]
     first = [0] * len(targets)
+    # What cannot read a whole file finds no fault with a broken one.
+    yield from ([(target, WHOLE)] for target in targets)
     while True:
         batches = []
         for index, target in enumerate(targets):

@@ -27,7 +27,7 @@ from fuzz import mutants
 from fuzz.mutants import Mutate
 from sapiens_accel.config import parse
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
-from sapiens_accel.data import annotation_rules, build, detections
+from sapiens_accel.data import annotation_rules, build, detections, unlabeled
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, TrainingPeople
 from sapiens_accel.data.people import People
@@ -98,7 +98,7 @@ def begin_training(folder: Path) -> None:
 
 def examine_data(folder: Path) -> None:
     """The doctor's report of labels and images."""
-    found, _, _ = report.looked_over(config_of(folder, folder))
+    found, _, _ = report.check_data(config_of(folder, folder))
     json.dumps(found.as_json())
     report.text_of(found)
 
@@ -134,7 +134,7 @@ def unlabeled_boxes(folder: Path) -> None:
     run = config_of(folder, folder)
     skeleton, _ = build.open_skeleton(run.data)
     root, cache = build.places(run.data)
-    people = build.pool.pictures(root, run.data, skeleton.num_keypoints, cache)
+    people = unlabeled.unlabeled_images(root, run.data, skeleton.num_keypoints, cache)
     assert people is not None
     crop_all(people, run)
 
@@ -176,7 +176,7 @@ def read_images(folder: Path) -> None:
 
 def ids_of_annotations(folder: Path) -> None:
     """sapiens-accel detect --annotations."""
-    detections.ids_in(folder / VAL, ["000000000001.jpg"])
+    detections.ids_in(folder / VAL, [sorted(path.name for path in (DATA[0] / "val2017").iterdir())[0]])
     annotation_rules.person_category(folder / VAL)
 
 
@@ -197,7 +197,7 @@ def read_recipe(folder: Path) -> None:
 
 def read_launch(folder: Path) -> None:
     """The doctor's --launch, with its DeepSpeed JSON."""
-    environment.launch_of(str(folder / "launch.yaml"))
+    environment.read_launch(str(folder / "launch.yaml"))
 
 
 def read_zero(folder: Path) -> None:
@@ -244,10 +244,10 @@ def draw_own_images(folder: Path) -> None:
     predict_media.predict_media(accelerator(), networks.list_weights(folder / "w", run, folder / "out"), run)
 
 
-def start_from_weights(folder: Path) -> None:
+def start_from_weights(folder: Path, size: str = "sapiens_tiny") -> None:
     """--weights of a training."""
     file = next((folder / "w").iterdir()) if len(list((folder / "w").iterdir())) == 1 else folder / "w"
-    load.load(SapiensPose("sapiens_tiny", 17, INPUT_HW), str(file), COCO17.names)
+    load.load(SapiensPose(size, 17, INPUT_HW), str(file), COCO17.names)
 
 
 # ---- Run directories
@@ -463,7 +463,7 @@ def all_targets(work: Path) -> list[Target]:
             weights["sapiens2_tiny"],
             ["w/model.safetensors"],
             m.of_safetensors,
-            start_from_weights,
+            partial(start_from_weights, size="sapiens2_tiny"),
             0.5,
         ),
         Target(
