@@ -1,6 +1,7 @@
 """What a user can act on, a run that was asked to stop, and how a program ends with either. Standard library alone."""
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -17,11 +18,12 @@ def escape(text: str, keep: str = "\n\t") -> str:
     """Text that a terminal only shows: control codes, invisible marks and halves of characters as their escapes.
 
     A name in a file may hold codes that recolor, move or retitle a terminal, turn the order of letters around, or
-    that no encoding can print. Text that was escaped before stays as it is.
+    that no encoding can print. Text that was escaped before stays as it is. Credentials in addresses are left out.
 
     Args:
         keep: characters that are left alone.
     """
+    text = hide_credentials(text)
     if text.isprintable():
         return text
     return "".join(
@@ -33,6 +35,14 @@ def escape(text: str, keep: str = "\n\t") -> str:
 def count(number: int, noun: str) -> str:
     """`1 image`, `2 images`, `2 processes`."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def hide_credentials(text: str) -> str:
+    """Text with *** for user and password of the addresses in it (scheme://USER:PASSWORD@host), and for their keys."""
+    if "://" not in text:
+        return text
+    text = re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
+    return re.sub(r"(?i)([?&][\w-]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+", r"\1***", text)
 
 
 class UserError(Exception):

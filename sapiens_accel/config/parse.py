@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from sapiens_accel.config import credentials
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
 from sapiens_accel.config.schema import STAGES, Config, TeacherConfig
 from sapiens_accel.errors import UserError, run_main
@@ -57,7 +58,8 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise UserError(_type_fault(" ".join(str(error).split()), words, path, tree)) from None
-    config = dataclasses.replace(config, output_dir=config.output_dir.replace("{recipe}", _recipe_name(config.recipe)))
+    output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
+    config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir))
     for key, limits, value in range_faults(config, Config):
         where = _where(key, words, path, tree)
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")

@@ -8,10 +8,13 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import datasets
@@ -19,6 +22,7 @@ import fsspec
 import pyarrow as pa
 from tqdm import tqdm
 
+from sapiens_accel.config import credentials
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
@@ -54,6 +58,7 @@ def find_folder(root: str, cache: Path, *, streaming: bool, columns: Mapping[str
     Raises:
         UserError: no such root, no shards in it or of no split, a broken one; a root that cannot be streamed.
     """
+    root = credentials.take(root)
     local = Path(root).expanduser()
     is_remote = "://" in root
     if not is_remote and (not local.is_dir() or any(local.glob(f"*{shards.SUFFIX}"))):
@@ -133,14 +138,14 @@ def _list_local(root: Path, *, deep: bool) -> Iterator[ShardFile]:
 
 def _list_remote(root: str, listed: str) -> Iterator[ShardFile]:
     try:
-        system, path = fsspec.core.url_to_fs(listed)
+        system, path = fsspec.core.url_to_fs(credentials.put_back(listed))
         files = system.find(path, detail=True)
     except Exception as error:
         raise UserError(f"--data.root {root}: {without_token(why(error, root))}") from None
     for name, details in sorted(files.items()):
         if name.endswith(tuple(KINDS)):
             version = [details.get(key) for key in ("size", "blob_id", "ETag", "etag", "LastModified", "mtime")]
-            yield ShardFile(system.unstrip_protocol(name), repr(version))
+            yield ShardFile(credentials.take(system.unstrip_protocol(name)), repr(version))
 
 
 def _one_line(error: BaseException) -> str:
@@ -174,7 +179,10 @@ def _make_manifest(
     categories = _own_categories(inspected[0].schema) or read_categories(inspected[0].schema, mapping)
     theirs = None if mapping.is_ours else dataclasses.asdict(mapping)
     if kind == "parquet" and not in_place:
-        names, kind = _convert_to_arrow(split, [download.download_file(name) for name in names], cache), "arrow"
+        names, kind = (
+            _convert_to_arrow(split, [download.download_file(name) for name in names], cache),
+            "arrow",
+        )
         return Manifest(kind, names, [[_count_rows(name)] for name in names], categories, digest, columns=theirs)
     return Manifest(kind, names, [one.rows for one in inspected], categories, digest, columns=theirs)
 
@@ -230,10 +238,26 @@ def _count_rows(name: str) -> int:
 def _convert_to_arrow(split: str, names: list[str], cache: Path) -> list[str]:
     """Parquet as Arrow files that can be memory-mapped, by `datasets` and in a cache of ours."""
     try:
-        rows = datasets.load_dataset(
-            "parquet", data_files={split: names}, split=split, cache_dir=str(cache / "datasets")
-        )
+        with _copy_locked(names, cache) as copies:
+            rows = datasets.load_dataset(
+                "parquet", data_files={split: copies}, split=split, cache_dir=str(cache / "datasets")
+            )
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"{Path(names[0]).parent}: {split} shards cannot be read: {_one_line(cause)}") from None
     return [file["filename"] for file in rows.cache_files]
+
+
+@contextmanager
+def _copy_locked(names: list[str], cache: Path) -> Iterator[list[str]]:
+    """The files, or copies of those that need credentials: `datasets` writes what it opens to its cache."""
+    with ExitStack() as stack:
+        copies = []
+        for number, name in enumerate(names):
+            if (address := credentials.put_back(name)) != name:
+                folder = Path(stack.enter_context(TemporaryDirectory(dir=cache)))
+                name = str(folder / f"{number:05d}.parquet")
+                with fsspec.open(address, "rb") as source, Path(name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 24)  # pyright: ignore[reportArgumentType]
+            copies.append(name)
+        yield copies

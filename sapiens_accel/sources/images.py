@@ -3,6 +3,7 @@
 An image in shards has a path below the manifest, as if that were a folder: SPLIT.shards/RECORD/FILE_NAME."""
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,10 @@ REDUCED = {
 }
 UNDECODABLE = "does not decode"
 IMAGE_SUFFIXES = shards.SUFFIXES
-MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses as well: 540 MB of colors; cameras make up to 151 million
-warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # half of that is fine
+# OpenCV keeps to this limit as well, but not of what it decodes at an eighth of the size. Pillow's own is above it.
+MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
+TOO_LARGE = f"has more than {MAX_PIXELS:,} px (OPENCV_IO_MAX_IMAGE_PIXELS)"
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class DecodedImage(NamedTuple):
@@ -150,11 +153,11 @@ def check_size(content: shards.Bytes) -> None:
         try:
             width, height = PIL.Image.open(io.BytesIO(content)).size
         except PIL.Image.DecompressionBombError:
-            raise BadImageError(f"has more than {MAX_PIXELS:,} px, the most that is decoded") from None
+            raise BadImageError(TOO_LARGE) from None
         except Exception:  # no format that Pillow knows, or broken: whether it decodes is seen by decoding it
             return
     if height * width > MAX_PIXELS:
-        raise BadImageError(f"has {width} x {height} px, more than {MAX_PIXELS:,}, the most that is decoded")
+        raise BadImageError(f"{TOO_LARGE}: {width} x {height}")
 
 
 def whole_image(path: Path) -> Array | None:

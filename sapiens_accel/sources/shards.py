@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sapiens_accel.config import credentials
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns, schema
@@ -207,7 +208,7 @@ def open_parquet(file: str) -> pq.ParquetFile:
 def _open_parquet(file: str, *_: int) -> pq.ParquetFile:
     if "://" not in file:
         return pq.ParquetFile(file)
-    system, path = fsspec.core.url_to_fs(file)
+    system, path = fsspec.core.url_to_fs(credentials.put_back(file))
     # Of what is asked for, all at once and nothing else: to read ahead is to fetch images where people are counted.
     return pq.ParquetFile(system.open(path, "rb", cache_type="none"), pre_buffer=True)
 

@@ -323,7 +323,7 @@ def test_a_picture_that_does_not_decode_stops_or_is_skipped(
     kept = [i for name, i in zip(names, people.rows["ann_id"], strict=True) if name != bad]
     assert list(left.rows["ann_id"]) == kept
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped:")]
-    reason = "has more than 178,956,970 px, the most that is decoded" if spoil is _huge_png else "does not decode"
+    reason = "has more than 134,217,728 px (OPENCV_IO_MAX_IMAGE_PIXELS)" if spoil is _huge_png else "does not decode"
     assert said == [f"skipped: {root / bad} {reason}"]
 
 
@@ -344,10 +344,10 @@ def test_a_small_file_of_billions_of_pixels_is_named_everywhere_before_it_is_dec
         content[16:24] = (b"\0\0" + side) * 2
         content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
-    _error(lambda: coco.check_people(people, "stop", "decode"), path, "px", "178,956,970", "--data.on_bad_image skip")
+    _error(lambda: coco.check_people(people, "stop", "decode"), path, "px", "134,217,728", "--data.on_bad_image skip")
     assert coco.check_people(people, "skip", "decode").num_skipped == names.count(names[0])
     for at_most in (1, 8):  # evaluation, training
-        _error(lambda at_most=at_most: photo.read_reduced_image(path, at_most), path, "178,956,970")
+        _error(lambda at_most=at_most: photo.read_reduced_image(path, at_most), path, "134,217,728")
     assert photo.whole_image(path) is None, "--images counts it among those that do not decode"
 
 

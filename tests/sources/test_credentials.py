@@ -1,0 +1,86 @@
+"""User and password in the address of data: used to read it, and in no file, name or message."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+from fsspec.implementations.local import LocalFileSystem
+
+from sapiens_accel.config import parse
+from sapiens_accel.data import build
+from sapiens_accel.errors import UserError
+from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.sources import convert, synthetic
+
+SECRET = "PASS-word1"
+
+
+class _Locked(fsspec.AbstractFileSystem):
+    """Another machine's files under /, for whoever has the password, which its addresses repeat as HTTP's do."""
+
+    protocol = "locked"
+    folder = Path()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return [cls._strip_protocol(one) for one in path] if isinstance(path, list) else str(path)
+
+    def unstrip_protocol(self, name: str) -> str:
+        return name
+
+    def _local(self, path: str) -> str:
+        if not path.startswith(f"locked://user:{SECRET}@host"):
+            raise PermissionError(f"no access to {path}")
+        return f"{self.folder}/{path.split('@host', 1)[1].strip('/')}"
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        base = path.split("@host")[0] + "@host"
+        names = LocalFileSystem().ls(self._local(path), detail=True)
+        found = [one | {"name": base + one["name"].removeprefix(str(self.folder))} for one in names]
+        return found if detail else [one["name"] for one in found]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return LocalFileSystem().info(self._local(path)) | {"name": path}
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        return Path(self._local(path)).open(mode)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    base = tmp_path_factory.mktemp("served")
+    root = synthetic.write(base / "drawn", num_train=6, num_unlabelled=1, num_val=3)
+    convert.main(["convert", "coco", str(root), str(base / "shards")])
+    _Locked.folder = base / "shards"
+    fsspec.register_implementation("locked", _Locked, clobber=True)
+    yield "host"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_password_opens_the_data_and_is_written_nowhere(address: str, tmp_path: Path, streaming: bool) -> None:
+    words = ["--recipe", "demo", "--data.root", f"locked://user:{SECRET}@{address}/data/"]
+    words += ["--data.cache_dir", str(tmp_path / "cache"), "--data.streaming", str(streaming).lower()]
+    run = parse.load([*words, "--data.input_hw", "[64,48]"])
+    assert run.data.root == f"locked://{address}/data/"
+    sets = build.open_people(run.data, COCO17, unlabeled=False)
+    assert len(sets.train) and sets.train.rows[0]["ann_id"] is not None
+    parse.save(run, tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["root"] == f"locked://{address}/data/"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 2
+    assert [path for path in files if SECRET in str(path) or SECRET.encode() in path.read_bytes()] == []
+
+
+def test_no_message_has_a_password(address: str, tmp_path: Path) -> None:
+    for root in (f"locked://user:{SECRET}@{address}/nothing", f"s3://user:{SECRET}@bucket/data", f"odd://{SECRET}@x"):
+        run = parse.load(["--data.root", root, "--data.cache_dir", str(tmp_path)])
+        with pytest.raises(UserError, match=r"--data\.root") as caught:
+            build.open_people(run.data, COCO17, unlabeled=False)
+        assert SECRET not in str(caught.value)
+    shown = str(UserError(f"https://u:{SECRET}@host/a?X-Amz-Signature={SECRET}&b=1: gone; hf://me/data@{'0' * 40}"))
+    assert shown == f"https://***@host/a?X-Amz-Signature=***&b=1: gone; hf://me/data@{'0' * 40}"
+    more = parse.load(["--data.root", "x", "--data.more", f'[{{root: "https://u:{SECRET}@host/d"}}]'])
+    assert more.data.more[0].root == "https://host/d"
