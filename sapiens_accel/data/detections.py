@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,12 @@ def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     if not isinstance(things, list):
         raise UserError(f"{file}: no list {key!r} in it; expected a COCO annotation file")
     for thing in things:
-        if not isinstance(thing, dict) or any(name not in thing for name in needed):
+        is_named = isinstance(thing, dict) and all(name in thing for name in needed)
+        if (
+            not is_named
+            or not isinstance(thing.get("file_name"), str | None)
+            or not isinstance(thing.get("id"), Hashable)
+        ):
             raise UserError(f"{file}: {key}: expected {' and '.join(needed)}, found {str(thing)[:80]}")
     return things
 
@@ -136,8 +141,11 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
                 raise ValueError(f"it has no {key!r}; expected image_id, bbox and score")
         if not {"image_id", "file_name"} & set(thing):
             raise ValueError(f"expected image_id, bbox and score, found {coco.shown(thing)}")
-        if isinstance(thing.get("image_id"), int):
-            annotation_rules.id_of(thing["image_id"])
+        image_id, name = thing.get("image_id"), thing.get("file_name")
+        if not isinstance(image_id, str | None):
+            image_id = annotation_rules.id_of(image_id)
+        if not isinstance(name, str | None):
+            raise ValueError(f"expected a text as 'file_name', found {coco.shown(name)}")
         score = thing.get("score", 1.0)
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
         if not is_number or not abs(score) <= sys.float_info.max:
@@ -145,8 +153,7 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
         box = annotation_rules.box_of(thing)
     except coco.BROKEN as error:
         raise UserError(f"{file}: detection {index}: {coco.reason(error)}") from None
-    names = thing.get("image_id"), thing.get("file_name"), thing.get("category_id", 1)
-    return Detection(index, *names, box, float(score))
+    return Detection(index, image_id, name, thing.get("category_id", 1), box, float(score))
 
 
 class BoxesFile:

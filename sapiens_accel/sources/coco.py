@@ -37,7 +37,7 @@ def parsed(path: Path) -> Any:
     """
     key = _version(path)
     if key not in _trees:
-        tree = _load(path)
+        tree = load_json(path)
         if isinstance(tree, dict):
             _normalize_ids(tree)
         _trees[key] = tree
@@ -52,9 +52,15 @@ def _version(path: Path) -> tuple[Path, int, int, int]:
     return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _load(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    """
+    Raises:
+        UserError: the file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
 

@@ -44,6 +44,9 @@ PERSON = {
 Form = Literal["ours", "lists", "rows", "none"]
 NEEDED = ("bbox", "keypoints")
 NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "area": pa.float64()}
+# What the columns of the image table may be of.
+TYPES = {"image_id": pa.types.is_integer, "file_name": pa.types.is_string,
+         "width": pa.types.is_integer, "height": pa.types.is_integer}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ def infer_mapping(schema: pa.Schema, given: Mapping[str, str], where: str, *, la
     for name in given:
         if name not in COLUMNS | PERSON:
             raise UserError(f"--data.columns: no such name {name!r}; there are: {', '.join(COLUMNS | PERSON)}")
+    _refuse_repeated(schema.names, where)
     columns = _match_names(COLUMNS, schema.names, given)
     if "image" not in columns:
         raise _missing_column(where, "image", "the bytes of the image", schema, given)
+    _check_image(schema.field(columns["image"]), where)
     form, kinds = _find_people(schema, columns.get("people"), where)
     fields = _match_names(PERSON, list(kinds), given)
     if form == "none" and "bbox" in fields:
@@ -97,8 +102,25 @@ def infer_mapping(schema: pa.Schema, given: Mapping[str, str], where: str, *, la
     if labeled and lost:
         raise UserError(f"{where}: --data.columns {{{lost[0]}}}: no such column; it has: {_list_columns(schema)}")
     fields = {} if form == "none" else fields
+    of_people = form == "none" or (plain and all(_is_our_number(kinds[fields[k]], k) for k in NUMBERS if k in fields))
+    is_typed = of_people and all(
+        test(schema.field(columns[name]).type) for name, test in TYPES.items() if name in columns
+    )
     renamed = any(ours != theirs for ours, theirs in (columns | fields).items())
-    return ColumnMapping(form, columns, fields, is_ours=(plain or form == "none") and not renamed)
+    return ColumnMapping(form, columns, fields, is_ours=is_typed and not renamed)
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{where}: several columns are called {again!r}; rename all but one")
+
+
+def _check_image(field: pa.Field, where: str) -> None:
+    kind = field.type
+    if pa.types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0:
+        kind = kind.field(index).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(f"{where}: column {field.name!r} is {field.type}; expected the bytes of an image in each row")
 
 
 def _find_people(schema: pa.Schema, people: str | None, where: str) -> tuple[Form, dict[str, pa.DataType]]:
@@ -110,6 +132,7 @@ def _find_people(schema: pa.Schema, people: str | None, where: str) -> tuple[For
         inside = kind.value_type
     if not pa.types.is_struct(inside):
         raise UserError(f"{where}: column {people!r} is {kind}; expected fields in it, such as bbox and keypoints")
+    _refuse_repeated([inside.field(i).name for i in range(inside.num_fields)], f"{where}: column {people!r}")
     fields = {inside.field(i).name: inside.field(i).type for i in range(inside.num_fields)}
     return "lists" if inside is kind else "ours", fields
 
@@ -156,9 +179,19 @@ def _list_columns(schema: pa.Schema) -> str:
 
 def read_categories(schema: pa.Schema, mapping: ColumnMapping) -> list[dict[str, Any]]:
     """COCO's categories from the names that `datasets` keeps of a ClassLabel; none where it has none."""
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = _class_names(told.get("info", {}).get("features"), mapping.fields.get("category_id", ""))
+    info = read_metadata(schema, b"huggingface").get("info")
+    features = info.get("features") if isinstance(info, dict) else None
+    names = _class_names(features, mapping.fields.get("category_id", ""))
     return [{"id": index, "name": name} for index, name in enumerate(names or ())]
+
+
+def read_metadata(schema: pa.Schema, key: bytes) -> dict[str, Any]:
+    """Keys and values that a table has beside its columns; none if they are no such."""
+    try:
+        tree = json.loads((schema.metadata or {}).get(key, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _class_names(tree: Any, key: str) -> list[str] | None:
@@ -167,7 +200,8 @@ def _class_names(tree: Any, key: str) -> list[str] | None:
     label = tree.get(key)
     while isinstance(label, dict):
         if label.get("_type") == "ClassLabel":
-            return label.get("names")
+            names = label.get("names")
+            return names if isinstance(names, list) else None
         label = label.get("feature")
     return next((names for one in tree.values() if (names := _class_names(one, key))), None)
 
@@ -186,8 +220,14 @@ def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
     made = {name: _column(table, theirs) for name, theirs in mapping.columns.items() if theirs in table.column_names}
     nested = made.pop("people", None)
     made.pop("image", None)
-    if "image_id" in made and not pa.types.is_integer(made["image_id"].type):
-        del made["image_id"]
+    for name in set(made) & set(TYPES):
+        kind = made[name].type
+        if name == "file_name" and (pa.types.is_integer(kind) or pa.types.is_large_string(kind)):
+            made[name] = _cast(made[name], pa.string(), mapping.columns[name])
+        elif name in ("width", "height") and _is_number(kind):
+            made[name] = _cast(made[name], pa.int64(), mapping.columns[name])
+        elif not TYPES[name](kind):
+            del made[name]  # ids that are texts: images are then numbered, and named, as their rows
     if nested is not None or (mapping.fields and set(mapping.fields.values()) <= set(table.column_names)):
         made["people"] = _build_people(table, mapping, nested)
     return pa.table(made) if made else table.select([])
@@ -232,7 +272,18 @@ def _convert_field(name: str, values: pa.Array) -> pa.Array | None:
         return None
     if not _is_number(values.type):
         raise UserError(f"column '{name}' is {values.type}; expected numbers, as a ClassLabel has them")
-    return values.cast(NUMBERS[name])
+    return _cast(values, NUMBERS[name], name)
+
+
+def _cast(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+    try:
+        return values.cast(kind)
+    except pa.ArrowException as error:
+        raise UserError(f"column '{name}' is {values.type}; expected {kind}: {error}") from None
+
+
+def _is_our_number(kind: pa.DataType, name: str) -> bool:
+    return pa.types.is_floating(kind) if name == "area" else pa.types.is_integer(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -257,7 +308,7 @@ def _flatten_numbers(values: pa.Array, name: str) -> pa.Array:
         lengths, inner = np.diff(ends), _to_variable_list(inner).flatten()
     if not _is_number(inner.type):
         raise UserError(f"column '{name}' holds {inner.type}; expected numbers")
-    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), inner.cast(pa.float64()))
+    return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), _cast(inner, pa.float64(), name))
 
 
 def _lengths(values: pa.Array) -> Int[Array, "n"]:

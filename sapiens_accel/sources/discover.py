@@ -6,7 +6,6 @@ written to the cache, and from then on named in place of the COCO JSON and of th
 
 import dataclasses
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,8 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.columns import ColumnMapping, infer_mapping, read_categories
+from sapiens_accel.sources.coco import load_json, shown
+from sapiens_accel.sources.columns import ColumnMapping, infer_mapping, read_categories, read_metadata
 from sapiens_accel.sources.shards import Kind, Manifest
 
 SPLITS = {
@@ -37,7 +37,7 @@ SPLITS = {
     "unlabelled": {"unlabelled", "unlabeled"},
 }
 KINDS: dict[str, Kind] = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
-VERSION = 2  # of manifests
+VERSION = 3  # of manifests
 READERS = 16  # files whose ends are read at a time: from another machine the time is latency
 
 
@@ -148,10 +148,6 @@ def _list_remote(root: str, listed: str) -> Iterator[ShardFile]:
             yield ShardFile(credentials.take(system.unstrip_protocol(name)), repr(version))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 # ---- Manifests
 
 
@@ -161,6 +157,7 @@ def _make_manifest(
     versions = [(Path(file.name).name, file.version) for file in files]
     digest = hashlib.sha256(repr((versions, sorted(columns.items()))).encode()).hexdigest()[:32]
     names = [file.name for file in files]
+    origin = names[0]
     kind: Kind = KINDS[PurePosixPath(names[0]).suffix]
     if kind == "tar":
         index, rows = path.with_suffix(".index.arrow"), []
@@ -169,7 +166,8 @@ def _make_manifest(
                 table = shards.index_tar(name, number)
                 writer.write_table(table)
                 rows.append([table.num_rows])
-        return Manifest(kind, names, rows, _categories_beside(names[0], split), digest, str(index))
+        categories = _categories_beside(names[0], split)
+        return Manifest(kind, names, rows, categories, digest, str(index), origin=origin)
     with ThreadPoolExecutor(READERS) as pool:
         progress = tqdm(pool.map(partial(_inspect, kind=kind), names), total=len(names), desc="reading shards",
                         disable=None, leave=False)  # fmt: skip
@@ -183,8 +181,10 @@ def _make_manifest(
             _convert_to_arrow(split, [download.download_file(name) for name in names], cache),
             "arrow",
         )
-        return Manifest(kind, names, [[_count_rows(name)] for name in names], categories, digest, columns=theirs)
-    return Manifest(kind, names, [one.rows for one in inspected], categories, digest, columns=theirs)
+        return Manifest(
+            kind, names, [[_count_rows(name)] for name in names], categories, digest, columns=theirs, origin=origin
+        )
+    return Manifest(kind, names, [one.rows for one in inspected], categories, digest, columns=theirs, origin=origin)
 
 
 class Inspected(NamedTuple):
@@ -207,7 +207,7 @@ def _inspect(name: str, kind: Kind) -> Inspected:
             return Inspected(file.schema_arrow, parts)
         return Inspected(shards.mapped(name).schema, [_count_rows(name)])
     except Exception as error:
-        reason = without_token(_one_line(error))
+        reason = without_token(shards.one_line(error))
         raise UserError(f"{name}: no {kind} file that can be read: {reason}") from None
 
 
@@ -220,15 +220,17 @@ def _common_mapping(schemas: Mapping[str, pa.Schema], columns: Mapping[str, str]
 
 
 def _own_categories(schema: pa.Schema) -> list[dict[str, Any]]:
-    content = (schema.metadata or {}).get(shards.METADATA)
-    return json.loads(content)["categories"] if content else []
+    content = read_metadata(schema, shards.METADATA).get("categories")
+    return [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
 
 
 def _categories_beside(name: str, split: str) -> list[dict[str, Any]]:
     """Those of the split in categories.json, which `convert` writes above the tar shards."""
     file = Path(name).parent.parent / shards.CATEGORIES
-    every = json.loads(file.read_text()) if file.is_file() else []
-    return [{k: v for k, v in one.items() if k != "split"} for one in every if one.get("split") in SPLITS[split]]
+    every = load_json(file) if file.is_file() else []
+    if not isinstance(every, list) or not all(isinstance(one, dict) for one in every):
+        raise UserError(f"{file}: expected a list of categories with their split, found {shown(every)}")
+    return [{k: v for k, v in one.items() if k != "split"} for one in every if str(one.get("split")) in SPLITS[split]]
 
 
 def _count_rows(name: str) -> int:
@@ -244,7 +246,7 @@ def _convert_to_arrow(split: str, names: list[str], cache: Path) -> list[str]:
             )
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{Path(names[0]).parent}: {split} shards cannot be read: {_one_line(cause)}") from None
+        raise UserError(f"{Path(names[0]).parent}: {split} shards cannot be read: {shards.one_line(cause)}") from None
     return [file["filename"] for file in rows.cache_files]
 
 

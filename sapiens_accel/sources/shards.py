@@ -28,6 +28,7 @@ from sapiens_accel.config import credentials
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import columns, schema
+from sapiens_accel.sources.coco import BROKEN
 from sapiens_accel.sources.columns import ColumnMapping
 from sapiens_accel.sources.schema import Fault, Span
 
@@ -60,6 +61,7 @@ class Manifest:
         index: for tar, the Arrow file of its records.
         digest: of names, sizes and times of the files that were given.
         columns: a ColumnMapping's fields, where the files' columns are not those of the image table.
+        origin: what messages name: the first file that was given, of which `files` may be a copy.
     """
 
     kind: Kind
@@ -69,6 +71,7 @@ class Manifest:
     digest: str
     index: str | None = None
     columns: dict[str, Any] | None = None
+    origin: str = ""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -101,11 +104,15 @@ class Manifest:
         """
         try:
             return columns.to_image_table(table, self.mapping) if self.mapping else table
-        except UserError as error:
-            raise UserError(f"{self.files[0]}: {error}") from None
+        except (UserError, pa.ArrowException, TypeError, ValueError) as error:
+            raise UserError(f"{self.origin}: {one_line(error)}") from None
 
     def part_of(self, record: int) -> int:
         return bisect.bisect_right(self.starts, record, hi=len(self.parts)) - 1
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
@@ -274,6 +281,16 @@ class ShardedSource:
         return []
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """
+        Raises:
+            UserError: a file cannot be read.
+        """
+        try:
+            yield from self._read_tables(columns)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.manifest.origin} or one beside it: {without_token(one_line(error))}") from None
+
+    def _read_tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         manifest = self.manifest
         if manifest.kind == "parquet":
             for file in manifest.files:
@@ -338,7 +355,7 @@ def index_tar(name: str, number: int) -> pa.Table:
                     content = tar.extractfile(member)
                     members.setdefault(key, {})["json"] = content.read() if content else b""
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{name}: no uncompressed tar that can be read: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{name}: no uncompressed tar that can be read: {one_line(error)}") from None
     if not _has_end(Path(name)):
         raise UserError(f"{name}: cut off: it lacks the 512 zero bytes that a tar ends with; copy or write it again")
     rows = [_index_row(name, key, row) for key, row in members.items()]
@@ -369,6 +386,6 @@ def _index_row(name: str, key: str, row: dict[str, Any]) -> dict[str, Any]:
         image = {key: tree.get(key) for key in ("image_id", "file_name", "width", "height")}
         image["file_name"] = image["file_name"] or row["member"].rpartition("/")[2]
         pa.Table.from_pylist([image | {"people": people}], schema=INDEX)
-    except (ValueError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise UserError(f"{name}: {key}.json: {' '.join(str(error).split())[:300]}") from None
+    except (*BROKEN, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{name}: {key}.json: {one_line(error)}") from None
     return {**{name: row[name] for name in ("file", "offset", "size")}, **image, "people": people}

@@ -349,7 +349,7 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
 
 def test_memory_does_not_grow_with_the_data_set(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch of the images, and one of four times as many, by address: Arrow holds no more at its peak."""
-    monkeypatch.setattr(shards, "HELD_BYTES", 400_000)
+    monkeypatch.setattr(shards, "CACHED_BYTES", 400_000)
     train, peaks = sorted((parquet / "data").glob("train-*")), []
     for times in (1, 4):
         folder = Path(shutil.copytree(parquet, tmp_path / f"times{times}"))

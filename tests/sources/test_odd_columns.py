@@ -1,0 +1,84 @@
+"""Parquet whose columns are of other types than ours: each file opens, or is refused in one line."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.data import build
+from sapiens_accel.errors import UserError
+from sapiens_accel.pose.skeleton import COCO17
+
+IMAGE = cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
+PERSON: dict[str, Any] = {"id": 3, "category_id": 1, "iscrowd": 0, "area": 400.0, "bbox": [4.0, 4.0, 40.0, 40.0],
+                          "keypoints": [20.0, 20.0, 2.0] * 17}  # fmt: skip
+ROW: dict[str, Any] = {"image": {"bytes": IMAGE, "path": "a.jpg"}, "image_id": 7, "file_name": "a.jpg", "width": 64,
+                       "height": 48}  # fmt: skip
+ODD: dict[str, Any] = {
+    "text": "000000000012", "words": "img_7", "float": 12.0, "half": 0.5, "nan": float("nan"), "true": True,
+    "none": None, "list": [1, 2], "texts": ["1", "2"], "struct": {"a": 1}, "bytes": b"\x00\xff", "large": 2**62,
+    "negative": -5, "decimal": Decimal("1.5"), "time": np.datetime64("2020-01-01", "s"), "empty list": [],
+    "list of lists": [[1.0], [2.0]], "list of structs": [{"a": 1}],
+}  # fmt: skip
+TYPED = {
+    "int8": pa.array([7], pa.int8()), "uint64": pa.array([2**64 - 1], pa.uint64()),
+    "large text": pa.array(["7"], pa.large_string()), "dictionary": pa.array(["7"]).dictionary_encode(),
+    "fixed list": pa.array([[1.0] * 4], pa.list_(pa.float32(), 4)), 
+    "large list": pa.array([[1, 2]], pa.large_list(pa.int16())),
+}  # fmt: skip
+
+
+def _tables() -> Iterator[tuple[str, pa.Table]]:
+    forms = {
+        "ours": {**ROW, "people": [PERSON]},
+        "lists": {**ROW, "objects": {key: [value] for key, value in PERSON.items()}},
+        "rows": {**ROW, **PERSON},
+    }
+    for form, row in forms.items():
+        for name, (kind, value) in itertools.product(row, ODD.items()):
+            yield f"{form}, {name}: {kind}", pa.Table.from_pylist([row | {name: value}])
+        for name, (kind, column) in itertools.product(row, TYPED.items()):
+            table = pa.Table.from_pylist([row])
+            yield f"{form}, {name}: {kind}", table.set_column(table.column_names.index(name), name, column)
+    for name, (kind, value) in itertools.product(PERSON, ODD.items()):
+        person = PERSON | {name: value}
+        yield f"a person's {name}: {kind}", pa.Table.from_pylist([{**ROW, "people": [person]}])
+        objects = {key: [one] for key, one in person.items()}
+        yield f"a list of {name}: {kind}", pa.Table.from_pylist([{**ROW, "objects": objects}])
+    table = pa.Table.from_pylist([forms["ours"]])
+    yield "the same column twice", table.append_column("people", table.column("people"))
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 7))])
+def test_each_opens_or_is_one_line(tmp_path: Path, part: int) -> None:
+    opened, refused, failed = 0, 0, []
+    for number, (name, table) in enumerate(itertools.islice(_tables(), part, None, 7)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for split in ("train", "val"):
+            pq.write_table(table, folder / f"{split}.parquet")
+        config = DataConfig(root=str(folder), cache_dir=str(tmp_path / "cache"), input_hw=(64, 48))
+        config = dataclasses.replace(config, streaming=number % 5 == 0)
+        try:
+            sets = build.open_people(config, COCO17, unlabeled=False)
+            assert np.isfinite(np.asarray(sets.train.rows[0]["box_xywh"])).all()
+            opened += 1
+        except UserError as error:
+            assert "\n" not in str(error) and (str(tmp_path) in str(error) or "--data" in str(error)), (
+                name,
+                str(error),
+            )
+            refused += 1
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}"[:300])
+    assert not failed, "\n".join([f"{len(failed)} of {opened + refused + len(failed)}", *failed])
+    assert opened > 20 and refused > 20, (opened, refused)
