@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sapiens_accel.config import parse as config
@@ -13,6 +14,9 @@ from sapiens_accel.config import parse as config
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "train.py")  # before imports that take seconds
 
+from accelerate import Accelerator
+
+from sapiens_accel.config.schema import Config
 from sapiens_accel.data import build, sampling
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import Interrupted, UserError, run_main
@@ -35,6 +39,12 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
+    with run_folder.lock_run(accelerator, run):
+        train_stages(accelerator, run, argv)
+
+
+def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> None:
+    """Open the data, decide what the run does with its directory, and train the stages that are not finished."""
     uploads = uploader.uploads(run, accelerator.is_main_process)
     with accelerator.main_process_first():
         given = uploader.fetch(run.weights) if run.weights else None
@@ -45,13 +55,14 @@ def main(argv: Sequence[str]) -> None:
     lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
     done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)
-    run_folder.begin_run(accelerator, run, sets, done)
+    record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
     with uploads, distributed.explain_lost_ranks(accelerator):
         for name in run.stages:
             context = StageContext(
-                accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name]
-            )
+                accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name],
+                begin=partial(record.begin, accelerator, sets),
+            )  # fmt: skip
             with StopRequest() as stop, planner.explain_out_of_memory(accelerator, name, plans[name]):
                 table[name] = done.get(name) or train(
                     build_stage(context, given if name == run.stages[0] else None), plans[name], uploads, stop

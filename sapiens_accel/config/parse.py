@@ -185,7 +185,12 @@ def save(config: Config, path: Path) -> None:
 
 
 def _as_yaml(config: Config) -> str:
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(as_tree(config), sort_keys=False)
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """The whole tree as dictionaries, lists and plain values."""
+    return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:

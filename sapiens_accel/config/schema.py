@@ -149,6 +149,8 @@ class DataConfig:
     """Target weight of a labeled but occluded keypoint (v=1). Published: 1.0. Unlabeled is 0 and visible is 1."""
     num_workers: Count = 4
     """Decoding processes for each rank; the batches are the same bytes for any number."""
+    allow_other: bool = False
+    """Resume although the people of training or validation are others than those of the run that is resumed."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about an image that does not decode: stop and name it, or name it and leave its people out."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
@@ -370,7 +372,8 @@ class Config:
     stage: Literal[StageName, "all"] = "all"
     """What to train; each stage starts from the weights of the one before it."""
     output_dir: str = "runs/{recipe}"
-    """Run folder."""
+    """Run directory. A stage that is trained again in it begins a new run: the whole old one is moved to
+    OUTPUT_DIR.1, and the stages before that one are carried over."""
     seed: Seed = 0
     """Seed of the weights, the batches and the augmentation."""
     weights: str | None = None

@@ -37,6 +37,8 @@ from sapiens_accel.training.objectives import Objective
 
 POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
 STATE = "state"
+# torch's and DeepSpeed's words for a state that does not fit what was built.
+OTHER_STATE = re.compile(r"parameter group|size mismatch|Error\(s\) in loading state_dict")
 SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -246,7 +248,16 @@ class Resume:
         """
         if self.way != "weights":
             universal = self.way == "universal"
-            engine.load_state(accelerator, self.folder / STATE, universal=universal, trusted=trusted)
+            try:
+                engine.load_state(accelerator, self.folder / STATE, universal=universal, trusted=trusted)
+            except (ValueError, RuntimeError) as error:
+                if not OTHER_STATE.search(str(error)):
+                    raise
+                said = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"{self.folder}: its state is of another network or optimizer ({said}). "
+                    "Give the options of the run that saved it (model, frozen, crop), or begin a new run"
+                ) from None
         # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
         accelerator.step = 0
         objective.load_state_dict(load_file(self.folder / OBJECTIVE))

@@ -76,6 +76,7 @@ class StageContext:
         start: the weights that the stage begins with; None for random ones.
         first: steps that are done already.
         last: the step that the stage ends with.
+        begin: called by all ranks with `first` when the stage is built, before anything is written.
     """
 
     accelerator: Accelerator
@@ -86,6 +87,7 @@ class StageContext:
     last: int
     start: str | None = None
     first: int = 0
+    begin: Callable[[int], None] = lambda first: None
 
     @property
     def config(self) -> StageConfig:

@@ -1,48 +1,356 @@
 """The run directory: which stages are finished in it, what a new run moves out of its way, and what it records.
 
-RUN_DIR/config.yaml is what the run is, labelled_ann_ids.json which people it learns from, STAGE/ what a stage writes.
+RUN_DIR/config.yaml is what the run is, data.json and labelled_ann_ids.json which people it learns from, STAGE/ what a
+stage writes. One rule: a stage that left nothing there is added to the run; a stage that is trained again begins a new
+run, and the whole old one is moved to RUN_DIR.1; with `--resume_from_checkpoint` the run that is there is continued.
 """
 
-import dataclasses
+import contextlib
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, DataConfig
+from sapiens_accel.config import record
+from sapiens_accel.config.record import Continuation
+from sapiens_accel.config.schema import STAGES, Config, DataConfig, StageName
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People
+from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, some_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.models.load import FILE
-from sapiens_accel.runtime.files import read_json, set_aside
+from sapiens_accel.models.load import FILE, starting_point
+from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json
+from sapiens_accel.runtime.lock import LOCK, lock_directory
+from sapiens_accel.runtime.versions import describe_versions
 from sapiens_accel.training.checkpoint import list_checkpoints, position, step_of
 
-MAX_RECORDED_PEOPLE = 1_000_000  # of more, the ids of labeled people are not recorded
+MAX_RECORDED_PEOPLE = 1_000_000  # of more, the ids of labeled people are not recorded, and so many make the digest
+METRICS, DATA, LABELED_IDS = "metrics.jsonl", "data.json", "labelled_ann_ids.json"
 
 
-def begin_run(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[str]) -> None:
-    """Make the run directory ready for a run and write its records; a dry run writes nothing. All ranks must call it.
+@contextlib.contextmanager
+def lock_run(accelerator: Accelerator, run: Config) -> Iterator[None]:
+    """Hold the lock of the run directory, by rank 0, while entered; a dry run takes none. All ranks must call it.
+
+    Raises:
+        UserError: on all ranks: another run is writing in it.
+    """
+    with contextlib.ExitStack() as held:
+        if not run.dry_run:
+            _on_main(accelerator, lambda: held.enter_context(lock_directory(Path(run.output_dir))))
+        yield
+
+
+def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """What rank 0's action returns, on all ranks.
+
+    Raises:
+        UserError: as the action, on all ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+@dataclass(kw_only=True)
+class RunPlan:
+    """What a run does with its directory; decided before anything is written in it.
+
+    Attributes:
+        run: the options.
+        data: what data.json is going to say.
+        resumed: the stage that is resumed, if one, ...
+        checkpoint: ... from this checkpoint, if one was named.
+        replaces: the directory holds a run that is moved aside as a whole.
+        retrained: stages of a run that is continued, which begin again.
+        changes: the differences from the record that apply.
+        sections: the recorded options of stages that are not trained.
+        weights: the weights that a run that is resumed began with.
+    """
+
+    run: Config
+    data: dict[str, Any]
+    resumed: str | None = None
+    checkpoint: Path | None = None
+    replaces: bool = False
+    retrained: Sequence[str] = ()
+    changes: Sequence[str] = ()
+    sections: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    has_begun: bool = False
+
+    def begin(self, accelerator: Accelerator, sets: Sets, first: int) -> None:
+        """Make room in the directory and write the records, once, when it is known that the run can start.
+
+        A dry run writes nothing. All ranks must call it.
+
+        Args:
+            first: the step that the first stage starts after.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.has_begun or self.run.dry_run:
+            return
+        self.has_begun = True
+        _on_main(accelerator, lambda: self._write(sets, first))
+        accelerator.wait_for_everyone()
+
+    def _write(self, sets: Sets, first: int) -> None:
+        folder = Path(self.run.output_dir)
+        try:
+            if self.replaces:
+                _move_run_aside(folder, STAGES[: STAGES.index(self.run.stages[0])])
+            for stage in self.retrained:
+                _set_stage_aside(folder, stage)
+            if self.checkpoint and self.resumed:
+                _forget_after(folder / self.resumed, first)
+            where = f"{self.resumed or self.run.stages[0]} from step {first + 1} on"
+            kept = self.sections | ({"weights": self.weights} if self.resumed else {})
+            changes = [f"{where}: {change}" for change in self.changes]
+            record.write_record(folder / record.FILE, self.run, kept, made_by=describe_versions(), changes=changes)
+            write_json(folder / DATA, self.data)
+            write_labeled_ids(folder / LABELED_IDS, sets.train, self.run.data)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {folder}: cannot be written ({error}). Make room, or give another one"
+            ) from None
+
+
+def plan_run(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[str]) -> RunPlan:
+    """Decide what a run does with its directory, and print how it differs from what is recorded there.
+
+    All ranks must call it. Nothing is written.
 
     Args:
-        done: the stages that are not trained again.
+        done: the stages that are finished, and not trained again.
+
+    Raises:
+        UserError: what is recorded cannot be continued by these options or on these data; the weights to start from
+            are in a folder that is moved.
     """
-    if accelerator.is_main_process and not run.dry_run:
-        folder = Path(run.output_dir)
-        checkpoints = [list_checkpoints(folder / stage / "checkpoints") for stage in run.stages]
-        if run.resume_from_checkpoint == "latest" and not done and not any(checkpoints):
+    return _on_main(accelerator, lambda: _plan(run, sets, list(done)))
+
+
+def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
+    folder, asked = Path(run.output_dir), run.resume_from_checkpoint
+    trained: list[StageName] = [stage for stage in run.stages if stage not in done]
+    plan = RunPlan(run=run, data=describe_data(sets))
+    begun = find_begun(folder)
+    starts_there = bool(trained) and starting_point(folder, trained[0]) is not None
+    checkpoints = [path for stage in trained[:1] for path in list_checkpoints(folder / stage / "checkpoints")]
+    source, step = folder, 0
+    if asked == "latest":
+        if checkpoints:
+            plan.resumed, step = trained[0], step_of(checkpoints[-1])
+        elif not done:
             print(f"warning: --resume_from_checkpoint latest: no checkpoint in {folder}; training starts at step 1")
-        make_way(folder, run.stages, run.weights, run.resume_from_checkpoint, done)
-        if run.resume_from_checkpoint and not run.weights and (folder / "config.yaml").is_file():
-            # The license of what is pushed follows from the weights that the run began with.
-            earlier = yaml.safe_load((folder / "config.yaml").read_text()).get("weights")
-            run = dataclasses.replace(run, weights=earlier)
-        config.save(run, folder / "config.yaml")
-        write_labeled_ids(folder / "labelled_ann_ids.json", sets.train, run.data)
-    accelerator.wait_for_everyone()
+    elif asked:
+        there = position(Path(asked))
+        plan.resumed, step, source = there.stage, there.step, Path(asked).resolve().parents[2]
+    is_continued = asked == "latest" or (asked is not None and source == folder.resolve())
+    if is_continued:
+        plan.retrained = [stage for stage in trained[1:] if stage in begun]
+        plan.checkpoint = Path(str(asked)) if asked != "latest" else None
+    else:
+        plan.replaces = any(stage in begun for stage in trained)
+    _refuse_weights_that_move(run, plan)
+    if not trained:
+        print(f"nothing is trained: {', '.join(done)} reached the last step in {folder}; give more steps, or another "
+              "--output_dir")  # fmt: skip
+    how = Continuation(
+        file=source / record.FILE,
+        trained=trained,
+        resumed=plan.resumed,
+        step=step,
+        finished=done,
+        begun=find_begun(source) if plan.resumed else () if plan.replaces else begun,
+        from_earlier=starts_there and not (run.weights or plan.resumed),
+    )
+    _compare(plan, how)
+    return plan
+
+
+def _compare(plan: RunPlan, how: Continuation) -> None:
+    """Compare the options and the data with what is recorded, and print each difference."""
+    if not (how.resumed or how.from_earlier or how.finished):
+        return
+    if tree := record.read_record(how.file):
+        there = find_begun(how.file.parent)
+        kept = [stage for stage in STAGES if stage in tree and stage in there and stage not in how.trained]
+        plan.sections = {stage: tree[stage] for stage in kept}
+        plan.weights = tree.get("weights")
+        lines = record.judge_differences(record.find_differences(tree, plan.run), how)
+    else:
+        lines = []
+    if earlier := read_json(how.file.with_name(DATA)):
+        lines += _judge_data(earlier, plan, how)
+    for line in lines:
+        print(line, flush=True)
+    plan.changes = [line.rpartition(": applied")[0].partition(": ")[2] for line in lines if ": applied" in line]
+
+
+def _judge_data(earlier: Mapping[str, Any], plan: RunPlan, how: Continuation) -> list[str]:
+    """Lines about people who are others than those that are recorded.
+
+    Raises:
+        UserError: so it is in a stage that is resumed, and that was not allowed.
+    """
+    if not how.trained:
+        return []
+    file, names, lines = how.file.with_name(DATA), plan.data["keypoints"], []
+    if how.resumed and earlier.get("keypoints", names) != names:
+        raise UserError(
+            f"{file}: {how.resumed} is resumed with other keypoints (expected {', '.join(earlier['keypoints'])}, found "
+            f"{', '.join(names)}). Begin a new run: another --output_dir, and no --resume_from_checkpoint"
+        )
+    for split in ("train", "val", "unlabelled"):
+        before, now = earlier.get(split), plan.data.get(split)
+        if not (isinstance(before, dict) and now) or before.get("digest") == now["digest"]:
+            continue
+        what = f"{file}: other people of {split} (expected {_count(before)}, found {_count(now)})"
+        if how.resumed and not plan.run.data.allow_other:
+            raise UserError(
+                f"{what}, and {how.resumed} is resumed. Give the data of before, add --data.allow_other, or begin a "
+                "new run: another --output_dir"
+            )
+        lines.append(f"{what}: applied in {how.trained[0]}")
+    return lines
+
+
+def _count(people: Mapping[str, Any]) -> str:
+    return f"{people.get('num_people')} of {people.get('annotations')}, digest {str(people.get('digest'))[:8]}"
+
+
+def describe_data(sets: Sets) -> dict[str, Any]:
+    """What data.json says: of each split the file, the number of people and a digest of them; the keypoints."""
+    splits = {"train": sets.train, "val": sets.val, "unlabelled": sets.unlabeled}
+    described = {
+        name: {"annotations": people.annotations.name, "num_people": len(people), "digest": digest_people(people)}
+        for name, people in splits.items()
+        if people is not None
+    }
+    return {**described, "keypoints": list(sets.skeleton.names)}
+
+
+def digest_people(people: People) -> str:
+    """A digest of ids, boxes and keypoints, wherever the files lie; of a stream, of how many people its parts have."""
+    digest = hashlib.sha256(str(len(people)).encode())
+    counts = getattr(people.rows, "counts", None)
+    if counts is not None:
+        digest.update(np.ascontiguousarray(counts).tobytes())
+        return digest.hexdigest()
+    rows = some_of(people.rows, MAX_RECORDED_PEOPLE)
+    for values in (boxes_of(rows), keypoints_of(rows), *(column_of(rows, name) for name in ("ann_id", "image_id"))):
+        numbers = values if values.dtype.kind in "fiu" else values.astype(str)
+        digest.update(np.ascontiguousarray(numbers).tobytes())
+    return digest.hexdigest()
+
+
+def find_begun(folder: Path) -> list[str]:
+    """The stages that have left anything in a run directory."""
+    logged = set()
+    with contextlib.suppress(OSError):
+        logged = {stage for stage in STAGES for line in _lines(folder / METRICS) if _stage_of(line) == stage}
+    return [stage for stage in STAGES if (folder / stage).exists() or stage in logged]
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="replace").splitlines() if file.is_file() else []
+
+
+def _stage_of(line: str) -> str | None:
+    """The stage of a line of metrics.jsonl; None of a line that a killed run left."""
+    try:
+        tree = json.loads(line)
+    except ValueError:
+        return None
+    return tree.get("stage") if isinstance(tree, dict) else None
+
+
+def _refuse_weights_that_move(run: Config, plan: RunPlan) -> None:
+    start, folder = run.weights and Path(run.weights).expanduser().resolve(), Path(run.output_dir).resolve()
+    moved = STAGES[STAGES.index(run.stages[0]) :] if plan.replaces else plan.retrained
+    for stage in moved:
+        if start and folder / stage in start.parents:
+            raise UserError(
+                f"--weights {run.weights}: in {folder / stage}, which this run moves out of its way. Give another "
+                "--output_dir"
+            )
+
+
+def _move_run_aside(folder: Path, carried: Sequence[str]) -> None:
+    """RUN_DIR becomes the first free of RUN_DIR.1, ...; a new one has what these stages handed over, and the lock.
+
+    What is carried over are hard links (copies where there are none), without checkpoints.
+    """
+    folder = folder.resolve()
+    fresh, aside = folder.with_name(folder.name + UNFINISHED), _first_free(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    carried = [stage for stage in carried if stage in find_begun(folder)]
+    for stage in carried:
+        for part in (stage, f"tensorboard/{stage}"):
+            if (folder / part).is_dir():
+                shutil.copytree(
+                    folder / part, fresh / part, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints")
+                )
+        for picture in folder.glob(f"pictures/{stage}_*"):
+            (fresh / "pictures").mkdir(exist_ok=True)
+            _link(picture, fresh / "pictures" / picture.name)
+    if carried:
+        kept = [line + "\n" for line in _lines(folder / METRICS) if _stage_of(line) in carried]
+        (fresh / METRICS).write_text("".join(kept))
+        for file in folder.glob(f"{Path(LABELED_IDS).stem}*.json"):
+            shutil.copyfile(file, fresh / file.name)
+    if (folder / LOCK).is_file():
+        shutil.copyfile(folder / LOCK, fresh / LOCK)
+    folder.rename(aside)
+    fresh.rename(folder)
+    (aside / LOCK).unlink(missing_ok=True)
+    more = f"; {', '.join(carried)} carried over without checkpoints" if carried else ""
+    print(f"{folder}: holds an earlier run, which is now {aside}{more}", flush=True)
+
+
+def _first_free(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(source, target)
+
+
+def _set_stage_aside(folder: Path, stage: str) -> None:
+    """All that a stage left in a run that is continued goes to STAGE.1, ..., its log lines and images too."""
+    (folder / stage).mkdir(exist_ok=True)
+    aside = _first_free(folder / stage)
+    set_aside(folder / stage)
+    (aside / METRICS).write_text("".join(line + "\n" for line in _lines(folder / METRICS) if _stage_of(line) == stage))
+    for picture in folder.glob(f"pictures/{stage}_*"):
+        (aside / "pictures").mkdir(exist_ok=True)
+        picture.rename(aside / "pictures" / picture.name)
+    if (folder / "tensorboard" / stage).is_dir():
+        (folder / "tensorboard" / stage).rename(aside / "tensorboard")
 
 
 def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
@@ -81,38 +389,6 @@ def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
     if not (metrics and (stage_folder / "weights" / FILE).is_file()):
         return None
     return metrics if metrics.get("step", -1) >= last else None
-
-
-def make_way(
-    run_folder: Path, stages: Sequence[str], start: str | None, asked: str | None, done: Iterable[str] = ()
-) -> None:
-    """Rename what an earlier run left where this run writes: a stage that starts at step 0 becomes STAGE.1, ...
-
-    One stage may be resumed: the first that is not finished, or the stage of the checkpoint that was asked for. Of that
-    stage, only what is later than the checkpoint is renamed.
-
-    Args:
-        stages: the run's, in order.
-        start: the weights that the first of them begins with.
-        asked: `--resume_from_checkpoint`.
-        done: the stages that are not trained again.
-
-    Raises:
-        UserError: the weights to start from are in a folder that would be renamed.
-    """
-    anew = [stage for stage in stages if stage not in done]
-    if asked == "latest":
-        anew = anew[1:]
-    elif asked:
-        there = position(Path(asked))
-        anew.remove(there.stage)
-        _forget_after(run_folder / there.stage, there.step)
-    for old in (run_folder / stage for stage in anew):
-        if not old.exists():
-            continue
-        if start and old.resolve() in Path(start).expanduser().resolve().parents:
-            raise UserError(f"--weights {start}: in {old}, which this run writes again. Give another --output_dir")
-        set_aside(old)
 
 
 def _forget_after(stage_folder: Path, step: int) -> None:

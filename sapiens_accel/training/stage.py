@@ -160,6 +160,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     objective = build_objective(config, codec, skeleton, setup)
     first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
+    context.begin(first)
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)

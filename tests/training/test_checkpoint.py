@@ -1,5 +1,6 @@
 """State on disk: whole or not at all, checked before it is read, pruned but for the best; killed, stopped, full."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import forks
 import pytest
@@ -21,8 +23,12 @@ from planted import Planted, redescribe
 from safetensors.torch import load_file
 from torch import nn
 
+from sapiens_accel.config.schema import Config, DataConfig, SyntheticConfig
+from sapiens_accel.data import build
+from sapiens_accel.data.dataset import Sets
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training import checkpoint, run_folder
 from sapiens_accel.training.objectives import Supervised
 
@@ -75,6 +81,21 @@ def run(tmp_path: Path) -> Iterator[Run]:
     yield Run(tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    drawn = SyntheticConfig(num_train=8, num_unlabelled=0, num_val=2)
+    config = DataConfig(cache_dir=str(tmp_path_factory.mktemp("people")), synthetic=drawn, input_hw=(64, 48))
+    return build.open_people(config, COCO17, unlabeled=False)
+
+
+def _options(folder: Path, **changes: Any) -> Config:
+    return dataclasses.replace(Config(output_dir=str(folder)), **changes)
+
+
+def stages_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def names(run: Run) -> list[str]:
@@ -241,7 +262,7 @@ def test_a_torn_note_is_no_note(run: Run) -> None:
     assert run_folder.finished(run.folder, {STAGE: 1}, "latest") == {}
 
 
-def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None:
+def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run, sets: Sets) -> None:
     """phase1 is to be longer than it was: what phase2 and ssl made of it then is not what they would make now."""
     lasts = {"phase1": 4, "phase2": 4, "ssl": 4}
     for stage, step in (("phase1", 2), ("phase2", 4), ("ssl", 4)):
@@ -250,26 +271,30 @@ def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run) -> None
         (run.folder / stage / "eval.json").write_text(json.dumps({"step": step, "AP": 0.5}))
     done = run_folder.finished(run.folder, lasts, "latest")
     assert done == {}
-    run_folder.make_way(run.folder, list(lasts), None, "latest", done)
-    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", "phase2.1", "ssl.1"]
+    (run.folder / "phase1" / "checkpoints" / "step_2").mkdir(parents=True)
+    plan = run_folder._plan(_options(run.folder, stage="all", resume_from_checkpoint="latest"), sets, done)
+    assert plan.resumed == "phase1" and not plan.replaces
+    plan.begin(run.accelerator, sets, 2)
+    assert stages_of(run.folder) == ["phase1", "phase2.1", "ssl.1"]
     (run.folder / "phase1" / "eval.json").write_text(json.dumps({"step": 4, "AP": 0.5}))
     assert list(run_folder.finished(run.folder, lasts, "latest")) == ["phase1"]
 
 
-def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run) -> None:
+def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run, sets: Sets) -> None:
     for step in (2, 4, 6):
         run.save(step, keep=9)
     stage = run.folder / STAGE
     (stage / "eval.json").write_text("{}")
     (run.folder / "ssl").mkdir()
     (run.folder / "phase1").mkdir()
-    done = ["phase1"]
     asked = str(stage / "checkpoints" / "step_2")
-    run_folder.make_way(run.folder, ["phase1", STAGE, "ssl"], None, "latest", ["phase1", STAGE])
+    finished = _options(run.folder, stage="all", resume_from_checkpoint="latest")
+    run_folder._plan(finished, sets, ["phase1", STAGE, "ssl"])
     assert (run.folder / "ssl").is_dir() and names(run) == ["latest", "step_2", "step_4", "step_6"]
-    run_folder.make_way(run.folder, ["phase1", STAGE, "ssl"], None, asked, done)
+    plan = run_folder._plan(_options(run.folder, stage="all", resume_from_checkpoint=asked), sets, ["phase1"])
+    plan.begin(run.accelerator, sets, 2)
     assert names(run) == ["step_2", "step_4.1", "step_6.1"]
-    assert sorted(path.name for path in run.folder.iterdir()) == ["phase1", STAGE, "ssl.1"]
+    assert stages_of(run.folder) == ["phase1", STAGE, "ssl.1"]
     assert not (stage / "eval.json").exists(), "it must not look finished"
     found = run.resume()
     assert found is not None and found.position.step == 2

@@ -1,0 +1,183 @@
+"""The lock of a run directory: one run at a time, on one machine or on many that share the disk.
+
+The lock is a file that names its process. It is created by a hard link, or exclusively where there are none: both are
+atomic on NFS too. Its process touches it, so that other machines see that it lives.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sapiens_accel.errors import UserError
+
+LOCK = "run.lock"
+TOUCH_SECONDS = 30.0
+SILENT_SECONDS = 600.0  # after which a lock of a process that cannot be looked at is stale
+
+
+@contextmanager
+def lock_directory(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which is created if need be, while entered.
+
+    A lock whose process has ended is taken over, with a line: at once where that process was one of this machine (and
+    container), else when it was not touched for ten minutes.
+
+    Raises:
+        UserError: another run has it; the directory cannot be written.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = _acquire(folder / LOCK)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error}). Give another --output_dir") from None
+    ended = threading.Event()
+    threading.Thread(target=_touch, args=(folder / LOCK, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if _read(folder / LOCK) == own:
+            (folder / LOCK).unlink(missing_ok=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # something was written in it
+                folder.rmdir()
+
+
+def _acquire(lock: Path) -> str:
+    """Create the lock; returns what is in it."""
+    own = json.dumps(_describe_process(), indent=2)
+    draft = lock.with_name(f"{LOCK}.{socket.gethostname()}.{os.getpid()}")
+    draft.write_text(own)
+    try:
+        while not _create(lock, draft, own):
+            there = _read(lock)
+            if there is None:
+                continue  # it was released in between
+            if not _is_stale(lock, there, draft):
+                raise UserError(_explain(lock, there))
+            # By a rename, so that of two that take it over one moves it, and the other finds another one or none.
+            moved = draft.with_suffix(".stale")
+            with contextlib.suppress(FileNotFoundError):
+                lock.rename(moved)
+                if moved.read_text() != there:
+                    _create(lock, moved, moved.read_text())
+                else:
+                    print(f"{lock}: taken over; {_name(there)} has ended without releasing it", flush=True)
+                moved.unlink()
+    finally:
+        draft.unlink()
+    return own
+
+
+def _create(lock: Path, draft: Path, text: str) -> bool:
+    """Whether the lock could be created; not if there is one."""
+    try:
+        os.link(draft, lock)
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links on this file system
+        try:
+            with lock.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _describe_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time())),
+        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
+        "namespace": _pid_namespace(),
+        "start": _start_of(os.getpid()),
+    }
+
+
+def _start_of(pid: object) -> str | None:
+    """When a process began, so that a later one of the same number is another one; None if there is none."""
+    if not isinstance(pid, int):
+        return None
+    try:
+        # Clock ticks since boot (proc(5), field 22): the wall clock may be set meanwhile. The name may have blanks.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        with contextlib.suppress(psutil.Error):
+            return f"{psutil.Process(pid).create_time():.0f}"  # no Linux
+    return None
+
+
+def _pid_namespace() -> str:
+    """Containers of one machine number their processes apart, and may share its name."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _first_line(file: str) -> str:
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _read(lock: Path) -> str | None:
+    try:
+        return lock.read_text()
+    except OSError:
+        return None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _is_stale(lock: Path, text: str, draft: Path) -> bool:
+    """Whether the process of a lock has ended.
+
+    Args:
+        draft: a file that was written now, beside it: the file server's clock is compared with itself.
+    """
+    holder, here = _parse(text), _describe_process()
+    if all(holder.get(key) == here[key] for key in ("host", "namespace")):
+        alive = holder.get("boot") == here["boot"] and holder.get("start") == _start_of(holder.get("pid"))
+        return not alive
+    try:
+        os.utime(draft)
+        return draft.stat().st_mtime - lock.stat().st_mtime > SILENT_SECONDS
+    except OSError:
+        return False
+
+
+def _name(text: str) -> str:
+    holder = _parse(text)
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, started {holder.get('started', '?')},"
+
+
+def _explain(lock: Path, text: str) -> str:
+    return (
+        f"--output_dir {lock.parent}: another run is writing in it: {_name(text)} holds {lock.name}. Give another "
+        f"--output_dir, or wait; if that process no longer runs, delete {lock}"
+    )
+
+
+def _touch(lock: Path, ended: threading.Event) -> None:
+    while not ended.wait(TOUCH_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(lock)

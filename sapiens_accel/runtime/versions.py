@@ -1,0 +1,42 @@
+"""What a run is made by: versions of the libraries, and the commit of this package."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = (
+    "sapiens_accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "albumentations",
+    "opencv-python-headless", "numpy", "pycocotools", "torchao",
+)  # fmt: skip
+
+
+def describe_versions() -> str:
+    """One line: Python, the libraries that are installed, and the commit."""
+    found = [f"python {platform.python_version()}"]
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    commit = package_commit()
+    return ", ".join([*found, *([f"commit {commit}"] if commit else [])])
+
+
+def package_commit() -> str | None:
+    """The git commit that this package is of, with "-dirty" if files differ from it; None where it is not in git."""
+    package = Path(__file__).parents[1]
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *words], capture_output=True, text=True, check=False, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # Installed into an environment inside of somebody's repository, it is no file of that one.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

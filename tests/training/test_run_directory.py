@@ -1,0 +1,225 @@
+"""A run directory holds one run, and its record says what that run is: decided and compared before anything is written.
+
+Whole runs of train.main in this process, on a few drawn people.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+
+from sapiens_accel.config import parse, record
+from sapiens_accel.config.schema import STAGES
+from sapiens_accel.errors import UserError
+from sapiens_accel.runtime.lock import LOCK, lock_directory
+
+SMALL = [
+    "--model.name=sapiens_tiny", "--data.input_hw=[64,48]", "--data.sigma=1", "--data.synthetic.num_train=8",
+    "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=2", "--data.num_workers=0", "--log_every=1",
+    "--eval.num_pictures=0", "--eval.num_worst=0", "--save_every=2",
+    *(f"--{stage}.{option}" for stage in STAGES for option in ("steps=8", "global_batch=4")),
+]  # fmt: skip
+LATEST = "--resume_from_checkpoint=latest"
+Main = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Main]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.syspath_prepend(str(Path(__file__).parents[2]))
+        train, threads = importlib.import_module("train").main, torch.get_num_threads()
+
+        def run(folder: Path, *words: str) -> None:
+            try:
+                train([*SMALL, f"--output_dir={folder}", *words])
+            finally:
+                AcceleratorState._reset_state()
+                GradientState._reset_state()
+
+        yield run
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def phases(main: Main, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """phase1 finished, then phase2 added to it and cut after step 4 of 8."""
+    folder = tmp_path_factory.mktemp("phases") / "run"
+    main(folder, "--stage=phase1", "--max_steps=2")
+    main(folder, "--stage=phase2", "--max_steps=4")
+    return folder
+
+
+@pytest.fixture
+def run(phases: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(phases, tmp_path / "run", symlinks=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lines_of(folder: Path) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"]) for line in lines if "loss" in line]
+
+
+def test_a_stage_is_added_to_the_run(run: Path) -> None:
+    assert lines_of(run) == [("phase1", 1), ("phase1", 2), *(("phase2", step) for step in (1, 2, 3, 4))]
+    assert (run / "phase1" / "eval.json").is_file() and not run.with_name("run.1").exists()
+    assert not (run / LOCK).exists()
+    text = (run / "config.yaml").read_text()
+    assert text.startswith("# python ") and f"torch {torch.__version__}" in text.splitlines()[0]
+    assert parse.load([], base=run / "config.yaml").phase2.steps == 8, "comments are read over"
+
+
+def test_a_stage_that_is_trained_again_moves_the_whole_run_aside(
+    run: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    main(run, "--stage=phase2", "--max_steps=1", "--phase1.optim.lr=0.7")
+    aside = run.with_name("run.1")
+    assert contents(aside) == before, "all of it, byte for byte"
+    assert f"is now {aside}; phase1 carried over" in capsys.readouterr().out
+    assert lines_of(run) == [("phase1", 1), ("phase1", 2), ("phase2", 1)]
+    assert contents(run / "phase1").keys() == {n.removeprefix("phase1/") for n in before
+                                               if n.startswith("phase1/") and "checkpoints" not in n}  # fmt: skip
+    assert [path.name for path in (run / "pictures").iterdir()].count("phase1_crops.jpg") == 1
+    assert len(list((run / "tensorboard" / "phase2").iterdir())) == 1, "events of one run"
+    assert (run / "phase1" / "weights" / "model.safetensors").stat().st_nlink == 2
+    # phase1 is what it was trained with, not what this command would train it with.
+    old, new = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (aside, run))
+    assert new["phase1"] == old["phase1"] and new["max_steps"] == 1
+
+
+def test_every_stage_again_carries_nothing_over(run: Path, main: Main) -> None:
+    main(run, "--stage=phase1", "--max_steps=1")
+    assert lines_of(run) == [("phase1", 1)]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["phase1", "pictures", "tensorboard"]
+    main(run, "--stage=phase1", "--max_steps=1")
+    assert lines_of(run.with_name("run.2")) == [("phase1", 1)]
+
+
+def test_a_run_that_cannot_start_writes_nothing(run: Path, main: Main, tmp_path: Path) -> None:
+    """What is wrong here is seen when the network is built; config.yaml was overwritten before that."""
+    before = contents(run)
+    (tmp_path / "weights.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"weights\.safetensors"):
+        main(run, "--stage=phase2", f"--weights={tmp_path / 'weights.safetensors'}")
+    assert contents(run) == before and not run.with_name("run.1").exists()
+
+
+REFUSED = {
+    "model": (["--model.name=sapiens2_tiny"], ["model.name was sapiens_tiny, is sapiens2_tiny"]),
+    "crop": (["--data.input_hw=[96,64]"], ["data.input_hw was [64, 48], is [96, 64]"]),
+    "frozen": (["--phase2.frozen=[embeddings]"], ["phase2.frozen was [], is [embeddings]"]),
+    "teacher": (["--phase2.teacher.ratio=1"], ["phase2.teacher was null"]),
+    "two": (["--phase2.frozen=[head]", "--model.name=sapiens2_tiny"], ["phase2.frozen", "model.name"]),
+    "people": (["--data.synthetic.num_train=9"], ["data.json", "other people of train", "expected 8", "found 9",
+                                                  "--data.allow_other"]),
+    "other people, as many": (["--data.synthetic.seed=1"], ["other people of train", "expected 8", "found 8"]),
+    "labels": (["--data.labels=4"], ["other people of train", "found 4"]),
+    "validation": (["--data.synthetic.num_val=3"], ["other people of val"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_resumed_is_one_line_and_nothing_is_written(run: Path, main: Main, case: str) -> None:
+    words, named = REFUSED[case]
+    before = contents(run)
+    with pytest.raises(UserError) as raised:
+        main(run, "--stage=phase2", LATEST, *words)
+    assert [word for word in (*named, "phase2", "--output_dir") if word not in str(raised.value)] == []
+    assert "\n" not in str(raised.value) and contents(run) == before
+
+
+def test_what_is_applied_is_a_line_each_and_recorded(run: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--phase2.optim.betas=[0.5,0.6]", "--augment.flip_p=0.25", "--max_steps=5", "--data.synthetic.num_train=9"]
+    main(run, "--stage=phase2", LATEST, "--data.allow_other", *words, "--phase1.optim.lr=0.9")
+    said = [line for line in capsys.readouterr().out.splitlines() if ": applied" in line]
+    expected = {
+        "phase2.optim.betas was [0.9, 0.999], is [0.5, 0.6]", "augment.flip_p was 0.5, is 0.25",
+        "max_steps was 4, is 5", "data.synthetic.num_train was 8, is 9",
+    }  # fmt: skip
+    assert {line.removeprefix(f"{run / 'config.yaml'}: ") for line in said if "config.yaml" in line} == {
+        f"{one}: applied from step 5 of phase2 on" for one in expected
+    }
+    assert sum("other people of train" in line for line in said) == 1
+    tree, text = yaml.safe_load((run / "config.yaml").read_text()), (run / "config.yaml").read_text()
+    assert tree["phase2"]["optim"]["betas"] == [0.5, 0.6] and tree["phase1"]["optim"]["lr"] != 0.9
+    assert all(f"# changed: phase2 from step 5 on: {one}\n" in text for one in expected)
+    assert lines_of(run)[-1] == ("phase2", 5)
+    # The next one compares with that, keeps its lines, and says nothing where nothing differs.
+    main(run, "--stage=phase2", LATEST, *words)
+    assert ": applied" not in capsys.readouterr().out
+    assert (run / "config.yaml").read_text() == text, "nothing was trained"
+
+
+def test_a_finished_run_says_that_nothing_is_trained(run: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    main(run, "--stage=phase2", LATEST, "--max_steps=4", "--phase2.optim.lr=0.9", "--seed=5")
+    said = capsys.readouterr().out
+    assert "nothing is trained: phase2 reached the last step" in said
+    assert "phase2.optim.lr was 0.0025, is 0.9: not applied, phase2 is finished" in said
+    assert "seed was 0, is 5: not applied, nothing is trained" in said
+    assert contents(run) == before
+
+
+def test_another_model_does_not_start_from_earlier_weights_of_the_directory(run: Path, main: Main) -> None:
+    before = contents(run)
+    with pytest.raises(UserError, match=r"ssl starts from its weights.*model\.name was sapiens_tiny"):
+        main(run, "--stage=ssl", "--model.name=sapiens2_tiny")
+    assert contents(run) == before
+
+
+def test_a_dry_run_compares_and_writes_nothing(run: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    main(run, "--stage=phase2", LATEST, "--dry_run", "--seed=5")
+    assert "seed was 0, is 5: applied" in capsys.readouterr().out
+    assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_run_is_compared_with_its_own_record(run: Path, main: Main, tmp_path: Path) -> None:
+    asked = f"--resume_from_checkpoint={run / 'phase2' / 'checkpoints' / 'step_2'}"
+    with pytest.raises(UserError, match=rf"{run}/config\.yaml: step 2 of phase2"):
+        main(tmp_path / "other", "--stage=phase2", asked, "--phase2.frozen=[head]")
+    assert not (tmp_path / "other").exists()
+    main(tmp_path / "other", "--stage=phase2", asked, "--max_steps=3")
+    assert lines_of(tmp_path / "other") == [("phase2", 3)]
+    (run / "config.yaml").unlink()  # with nothing to compare with, the state itself says so
+    with pytest.raises(UserError, match=r"step_2: its state is of another network or optimizer"):
+        main(tmp_path / "third", "--stage=phase2", asked, "--phase2.frozen=[head]")
+    assert not (tmp_path / "third").exists()
+
+
+def test_stages_after_the_one_that_is_resumed_are_set_aside_with_all_of_theirs(run: Path, main: Main) -> None:
+    main(run, "--stage=ssl", "--max_steps=1")
+    main(run, "--stage=all", LATEST, "--max_steps=3")
+    # phase1 goes on from step 2 to 3; what phase2 and ssl made of the weights of step 2 is no part of this run.
+    assert lines_of(run) == [("phase1", 1), ("phase1", 2), ("phase1", 3),
+                             *((stage, step) for stage in ("phase2", "ssl") for step in (1, 2, 3))]  # fmt: skip
+    assert lines_of(run / "phase2.1") == [("phase2", step) for step in (1, 2, 3, 4)]
+    assert (run / "phase2.1" / "weights" / "model.safetensors").is_file()
+    assert (run / "phase2.1" / "pictures" / "phase2_crops.jpg").is_file()
+    assert lines_of(run / "ssl.1") == [("ssl", 1)]
+    assert all(len(list((run / "tensorboard" / stage).iterdir())) == 1 for stage in ("phase2", "ssl"))
+
+
+def test_a_second_run_in_the_directory_is_refused_before_anything_is_read(run: Path, main: Main) -> None:
+    before = contents(run)
+    with lock_directory(run), pytest.raises(UserError, match=r"another run is writing in it"):
+        main(run, "--stage=ssl", "--data.root=/no/such/folder")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "a: b: c", "\x00"])
+def test_a_record_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        record.read_record(tmp_path / "config.yaml")
