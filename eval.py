@@ -26,6 +26,7 @@ from sapiens_accel.evaluation import evaluate, figures, html_report, networks
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
 from sapiens_accel.evaluation.networks import Candidate
+from sapiens_accel.evaluation.predict import PredictionSetup
 from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
@@ -77,7 +78,10 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
                 grid = figures.draw_predictions(results[row].predictions, people, skeleton, run.eval.num_pictures)
                 images.append(draw.save_image(grid, folder / f"{stem}_predictions.jpg"))
             analyses[row] = figures.analyze_networks(
-                results[row], people, skeleton, loaded, run.data, configs[row], device=accelerator.device
+                results[row],
+                people,
+                loaded,
+                PredictionSetup(skeleton=skeleton, data=run.data, config=configs[row], device=accelerator.device),
             )
             images += figures.save_figures(analyses[row], folder, f"{stem}_worst")
     if accelerator.is_main_process:

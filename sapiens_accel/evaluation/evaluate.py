@@ -28,7 +28,7 @@ from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS, Metrics
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
-from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import KeypointQuality, measure_points, oks
@@ -72,6 +72,15 @@ def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> Po
     return PoseNetwork(model=model, codec=codec, autocast=autocast)
 
 
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes of a launch, which share the boxes."""
+    return Processes(
+        rank=accelerator.process_index,
+        num=accelerator.num_processes,
+        gather=partial(distributed.gather, accelerator),
+    )
+
+
 def evaluate_networks(
     accelerator: Accelerator,
     networks: Sequence[PoseNetwork],
@@ -89,10 +98,8 @@ def evaluate_networks(
     """
     boxes = load_boxes(config.boxes, people)
     started = time.perf_counter()
-    predictions = predict(
-        networks, boxes, skeleton, data, config, device=accelerator.device, rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes, gather=partial(distributed.gather, accelerator),
-    )  # fmt: skip
+    setup = PredictionSetup(skeleton=skeleton, data=data, config=config, device=accelerator.device)
+    predictions = predict(networks, boxes, setup, processes_of(accelerator))
     seconds = time.perf_counter() - started
     matches = None if boxes.labeled else match_boxes(predictions, boxes, people, skeleton)
     matched = predictions if matches is None else _select(predictions, matches)

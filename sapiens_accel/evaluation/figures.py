@@ -3,19 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 
-from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.evaluation import predict, tables
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.error_analysis import Diagnosis, Kind, Reason, diagnose
 from sapiens_accel.evaluation.evaluate import EvaluationResult
-from sapiens_accel.evaluation.predict import PoseNetwork, Predictions
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.draw import Color
 from sapiens_accel.pose.geometry import Crop
@@ -72,6 +71,22 @@ class ErrorAnalysis:
     cases: tuple[Case, ...]
 
 
+class LabeledPerson(NamedTuple):
+    """A person to draw: the panel's image, panel_from_image, the label, and the kind of error of each keypoint."""
+
+    image: Picture
+    panel: Float[Array, "2 3"]
+    label: Float[Array, "k 3"]
+    kinds: Int[Array, "k"]
+
+
+class PersonKeypoints(NamedTuple):
+    """What a network predicted of one person, in image px."""
+
+    points_xy: Float[Array, "k 2"]
+    scores: Float[Array, "k"]
+
+
 def format_worst_people(findings: dict[str, ErrorAnalysis]) -> list[str]:
     """The worst people of each row in words: a paragraph each, a line for a person."""
     return [
@@ -82,13 +97,7 @@ def format_worst_people(findings: dict[str, ErrorAnalysis]) -> list[str]:
 
 
 def analyze_networks(
-    judged: EvaluationResult,
-    people: People,
-    skeleton: Skeleton,
-    networks: Sequence[PoseNetwork],
-    data: DataConfig,
-    config: EvalConfig,
-    device: torch.device,
+    judged: EvaluationResult, people: People, networks: Sequence[PoseNetwork], setup: PredictionSetup
 ) -> ErrorAnalysis:
     """The worst `config.num_worst` of an evaluation, with heatmaps, which are computed again. On one rank.
 
@@ -101,18 +110,20 @@ def analyze_networks(
         image_ids=np.asarray(people.rows["image_id"][:]),
         boxes_xywh=judged.boxes_xywh,
         scores=np.ones(len(people)),
-        source=tables.describe_boxes(config),
+        source=tables.describe_boxes(setup.config),
         labeled=False,
     )
 
     def heatmaps(chosen: list[int]) -> tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]:
         few = _few(boxes, chosen)
-        maps = predict.predict_heatmaps(networks, few, skeleton, data, config, device=device)
-        crops = [geometry.crop_around_box(box, data.box_padding, networks[0].codec.input_hw) for box in few.boxes_xywh]
+        maps, padding = predict.predict_heatmaps(networks, few, setup), setup.data.box_padding
+        crops = [geometry.crop_around_box(box, padding, networks[0].codec.input_hw) for box in few.boxes_xywh]
         # The corners of a heatmap are those of the crop.
         return maps, np.stack([crop.matrix((maps.shape[2], maps.shape[3])) for crop in crops])
 
-    return analyze_predictions(judged.predictions, people, skeleton, config.num_worst, judged.boxes_xywh, heatmaps)
+    return analyze_predictions(
+        judged.predictions, people, setup.skeleton, setup.config.num_worst, judged.boxes_xywh, heatmaps
+    )
 
 
 def _few(boxes: Boxes, chosen: list[int]) -> Boxes:
@@ -152,7 +163,9 @@ def analyze_predictions(
         row = people.rows[index]
         panel = _frame(own[index], looked[index], labels[index], panel_hw)
         image = geometry.warp(read_image(people.root / row["file_name"]), panel, panel_hw)
-        panels = _panels(image, panel, labels[index], index, predictions, found, skeleton)
+        predicted = PersonKeypoints(predictions.points_xy[index], predictions.scores[index])
+        person = LabeledPerson(image=image, panel=panel, label=labels[index], kinds=found.kinds[index])
+        panels = _panels(person, predicted, bool(found.found[index]), skeleton)
         if heatmaps:
             panels.append(_heat(image, panel, maps.get(index)))
         cases.append(
@@ -179,21 +192,13 @@ def _frame(
     return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
 
 
-def _panels(
-    image: Picture,
-    panel: Float[Array, "2 3"],
-    label: Float[Array, "k 3"],
-    person: int,
-    predictions: Predictions,
-    found: Diagnosis,
-    skeleton: Skeleton,
-) -> list[Picture]:
-    width, scores, kinds = image.shape[1], predictions.scores[person], found.kinds[person]
-    true_xy, found_xy = geometry.apply(panel, label[:, :2]), geometry.apply(panel, predictions.points_xy[person])
-    there, labeled = bool(found.found[person]), label[:, 2] > 0
-    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * there
-    colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in kinds]
-    missed = found_xy if there else true_xy  # of nobody: a dot where each keypoint is
+def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, skeleton: Skeleton) -> list[Picture]:
+    image, label, scores = person.image, person.label, predicted.scores
+    true_xy, found_xy = geometry.apply(person.panel, label[:, :2]), geometry.apply(person.panel, predicted.points_xy)
+    width, labeled = image.shape[1], label[:, 2] > 0
+    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * is_found
+    colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in person.kinds]
+    missed = found_xy if is_found else true_xy  # of nobody: a dot where each keypoint is
     kind_of = [(kind.name.lower().replace("_", " "), color) for kind, color in ERROR_COLORS.items()]
     strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     pictures = [

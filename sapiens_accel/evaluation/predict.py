@@ -56,6 +56,37 @@ class PoseNetwork:
     name: str = "the network"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictionSetup:
+    """How networks look at boxes, whichever those are.
+
+    Attributes:
+        skeleton: the keypoints that the networks predict.
+        data: the padding of boxes, and the loading processes.
+        config: batch size, flip test and scales.
+    """
+
+    skeleton: Skeleton
+    data: DataConfig
+    config: EvalConfig
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes that share the work.
+
+    Attributes:
+        rank: this one.
+        num: all of them.
+        gather: concatenates a tensor of equal shape on all ranks along its first dimension.
+    """
+
+    rank: int = 0
+    num: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
 class Diverged(UserError):  # noqa: N818  (a state of the network)
     """A network whose heatmaps are not numbers."""
 
@@ -127,23 +158,14 @@ class Crops(Dataset[tuple[NetworkInput, ...]]):
         )
 
 
+ALONE = Processes()
+
+
 @torch.no_grad()
 def predict(
-    networks: Sequence[PoseNetwork],
-    boxes: Boxes,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    num_ranks: int = 1,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    networks: Sequence[PoseNetwork], boxes: Boxes, setup: PredictionSetup, processes: Processes = ALONE
 ) -> Predictions:
     """Predict each box once; all ranks return all predictions.
-
-    Args:
-        gather: concatenates a tensor of equal shape on all ranks along its first dimension.
 
     Raises:
         Diverged: on all ranks: heatmaps that are not numbers. Nothing that follows could use them: no metric, and no
@@ -151,81 +173,71 @@ def predict(
         UserError: an image that does not decode; scales that are the same; another scale of a sharded network.
     """
     # Every rank takes as many boxes as the others (a sharded model's forward is a collective); the last ones again.
+    rank, num_ranks, device = processes.rank, processes.num, setup.device
     mine = [index % len(boxes) for index in range(rank, -(-len(boxes) // num_ranks) * num_ranks, num_ranks)]
-    shown = list_views(networks, config.scales)
+    views = list_views(networks, setup.config.scales)
     loader = DataLoader(
-        Subset(Crops(boxes, shown, data.box_padding), mine),
-        batch_size=config.batch_size,
-        num_workers=data.num_workers,
+        Subset(Crops(boxes, views, setup.data.box_padding), mine),
+        batch_size=setup.config.batch_size,
+        num_workers=setup.data.num_workers,
         collate_fn=default_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=begin_worker,
     )
-    found = []
+    decoded = []
     with _evaluating([network.model for network in networks]), _progress(len(mine), rank) as progress:
         for batch in plainly(loader):
             crops = [NetworkInput(*crop) for crop in batch]
-            maps = _mean_maps(shown, crops, skeleton, config, device)
+            maps = _mean_maps(views, crops, setup)
             points_xy, scores = networks[0].codec.decode(maps)
-            found.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix))
+            decoded.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix))
             progress.update(len(points_xy))
-    points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    # The frame of the maps is the first network's own crop, whatever its first look was.
-    frames = _own_matrices(matrices, shown[0])
+    points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*decoded, strict=True))
+    # The frame of the maps is the first network's own crop, whatever its first view was.
+    frames = _own_matrices(matrices, views[0])
     image_xy = torch.stack([_to_image(m, p) for m, p in zip(frames, points_xy, strict=True)])
     rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
     index = torch.tensor(mine, device=device)
-    found = _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
-    _check_finite(found, boxes, networks)
-    return found
+    gather = processes.gather
+    predictions = _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
+    _check_finite(predictions, boxes, networks)
+    return predictions
 
 
 @torch.no_grad()
-def predict_heatmaps(
-    networks: Sequence[PoseNetwork],
-    boxes: Boxes,
-    skeleton: Skeleton,
-    data: DataConfig,
-    config: EvalConfig,
-    *,
-    device: torch.device,
-) -> Float[Array, "n k h w"]:
-    """What `predict` decodes, of a few boxes: the average of all looks, in the first network's own crop. On one rank.
+def predict_heatmaps(networks: Sequence[PoseNetwork], boxes: Boxes, setup: PredictionSetup) -> Float[Array, "n k h w"]:
+    """What `predict` decodes, of a few boxes: the average of all views, in the first network's own crop. On one rank.
 
     Raises:
         UserError: as `predict`.
     """
-    shown = list_views(networks, config.scales)
-    crops, found = Crops(boxes, shown, data.box_padding), []
+    views, batch_size = list_views(networks, setup.config.scales), setup.config.batch_size
+    crops, maps = Crops(boxes, views, setup.data.box_padding), []
     with _evaluating([network.model for network in networks]):
-        for first in range(0, len(boxes), config.batch_size):
-            several = [crops[index] for index in range(first, min(first + config.batch_size, len(boxes)))]
+        for first in range(0, len(boxes), batch_size):
+            several = [crops[index] for index in range(first, min(first + batch_size, len(boxes)))]
             batch = [NetworkInput(*crop) for crop in default_collate(several)]
-            found.append(_mean_maps(shown, batch, skeleton, config, device).cpu().numpy())
-    return np.concatenate(found)
+            maps.append(_mean_maps(views, batch, setup).cpu().numpy())
+    return np.concatenate(maps)
 
 
 def _mean_maps(
-    shown: Sequence[ScaledNetwork],
-    crops: Sequence[NetworkInput],
-    skeleton: Skeleton,
-    config: EvalConfig,
-    device: torch.device,
+    views: Sequence[ScaledNetwork], crops: Sequence[NetworkInput], setup: PredictionSetup
 ) -> Float[Tensor, "b k h w"]:
-    """The average of all looks, in the frame of the first network's own crop."""
+    """The average of all views, in the frame of the first network's own crop."""
     total, num = None, 0
-    frame, codec = _own_matrices(crops[0].matrix, shown[0]), shown[0].network.codec
-    for look, crop in zip(shown, crops, strict=True):
-        image = crop.image.to(device, non_blocking=True)
-        maps = _maps(look, image)
-        if config.flip:
-            maps = maps + heatmap.flip(_maps(look, image.flip(-1)), skeleton.mirror)
+    frame, codec = _own_matrices(crops[0].matrix, views[0]), views[0].network.codec
+    for view, crop in zip(views, crops, strict=True):
+        image = crop.image.to(setup.device, non_blocking=True)
+        maps = _maps(view, image)
+        if setup.config.flip:
+            maps = maps + heatmap.flip(_maps(view, image.flip(-1)), setup.skeleton.mirror)
         if not torch.equal(crop.matrix, frame) or tuple(maps.shape[-2:]) != codec.heatmap_hw:
-            frame_from_look = geometry.strong_from_weak(frame, crop.matrix).float().to(device)
+            frame_from_view = geometry.strong_from_weak(frame, crop.matrix).float().to(setup.device)
             maps = geometry.warp_maps(
-                maps, frame_from_look, look.input_hw, other_input_hw=codec.input_hw, other_hw=codec.heatmap_hw
+                maps, frame_from_view, view.input_hw, other_input_hw=codec.input_hw, other_hw=codec.heatmap_hw
             )
-        total, num = maps if total is None else total + maps, num + 1 + config.flip
+        total, num = maps if total is None else total + maps, num + 1 + setup.config.flip
     assert total is not None
     return total / num
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,26 @@ def _found(people: Any) -> Found | None:
 # ---- python -m sapiens_accel.boxes
 
 
-def detect(
-    seen: Pictures, ids: Sequence[Any], category: Any, finder: Detector, out: Path, batch_size: int, num_workers: int
-) -> tuple[int, list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class DetectionJob:
+    """Images to search, and the file to write.
+
+    Attributes:
+        ids: of the images.
+        category: the category_id of a person.
+        batch_size: images of one forward.
+        num_workers: reading processes.
+    """
+
+    images: Pictures
+    ids: Sequence[Any]
+    category: Any
+    out: Path
+    batch_size: int
+    num_workers: int
+
+
+def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
     """Write the detections of all images; how many there are, and the images that do not decode.
 
     What a killed run had done is used, batch by batch, so that the file is the same byte for byte.
@@ -109,24 +127,25 @@ def detect(
     Raises:
         UserError: as `Partial`; no image decodes.
     """
-    listing = "\n".join(f"{name} {(seen.root / name).stat().st_size}" for name in seen.names)
-    settings = {"detector": finder.name, "threshold": finder.threshold, "max_iou": finder.max_iou}
-    about = {**settings, "batch_size": batch_size, "pictures": hashlib.sha256(listing.encode()).hexdigest()[:16]}
+    images, out = job.images, job.out
+    listing = "\n".join(f"{name} {(images.root / name).stat().st_size}" for name in images.names)
+    settings = {"detector": detector.name, "threshold": detector.threshold, "max_iou": detector.max_iou}
+    about = {**settings, "batch_size": job.batch_size, "pictures": hashlib.sha256(listing.encode()).hexdigest()[:16]}
     kept = Partial(out, about)
     done = sum(map(len, kept.done))
     if done:
-        print(f"{kept.file}: goes on after {done} of {len(seen.names)} images", flush=True)
-    progress = tqdm(total=len(seen.names), initial=done, desc="boxes", unit="picture", disable=None, leave=False)
+        print(f"{kept.file}: resumes after {done} of {len(images.names)} images", flush=True)
+    progress = tqdm(total=len(images.names), initial=done, desc="boxes", unit="image", disable=None, leave=False)
     with progress:
-        for batch in finder.scan(seen.root, seen.names[done:], batch_size, num_workers):
+        for batch in detector.scan(images.root, images.names[done:], job.batch_size, job.num_workers):
             kept.add(batch)
             progress.update(len(batch))
     kept.close()
-    found = [people for batch in kept.done for people in batch]
-    bad = [name for name, people in zip(seen.names, found, strict=True) if people is None]
-    if len(bad) == len(found):
-        raise UserError(f"{seen.root}: none of its {len(bad)} images decodes ({bad[0]}, ...)")
-    written = boxes_json.rows(seen.names, ids, category, found)
+    detected = [people for batch in kept.done for people in batch]
+    bad = [name for name, people in zip(images.names, detected, strict=True) if people is None]
+    if len(bad) == len(detected):
+        raise UserError(f"{images.root}: none of its {len(bad)} images decodes ({bad[0]}, ...)")
+    written = boxes_json.rows(images.names, job.ids, job.category, detected)
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(json.dumps(written))
     temporary.replace(out)
@@ -144,24 +163,28 @@ def main(words: Sequence[str]) -> None:
             )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes: expected one, `python -m sapiens_accel.boxes` without a launcher")
-    seen = _pictures(asked)
-    ids = boxes_json.ids_in(asked.annotations, seen.names) if asked.annotations else boxes_json.ids_of(seen.names)
+    images = _find_images(asked)
+    ids = boxes_json.ids_in(asked.annotations, images.names) if asked.annotations else boxes_json.ids_of(images.names)
     category = annotation_rules.person_category(asked.annotations) if asked.annotations else 1
-    finder = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
+    detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
+    job = DetectionJob(
+        images=images, ids=ids, category=category, out=asked.out,
+        batch_size=asked.batch_size, num_workers=asked.num_workers,
+    )  # fmt: skip
     try:
-        num, bad = detect(seen, ids, category, finder, asked.out, asked.batch_size, asked.num_workers)
+        num, bad = detect(detector, job)
     except KeyboardInterrupt:
         print(f"stopped; {asked.out}.partial keeps what is done, the same command resumes there", file=sys.stderr)
         sys.exit(130)
-    told = [seen.told, *(f"skipped: {seen.root / name} does not decode" for name in bad)]
-    looked = f"{len(seen.names) - len(bad)} images of {seen.root}" + f", {len(bad)} skipped" * bool(bad)
-    print(*filter(None, told), f"{asked.out}: {num} people in {looked}", sep="\n")
-    folder, file = seen.root.resolve(), asked.out.resolve()
+    notes = [images.told, *(f"skipped: {images.root / name} does not decode" for name in bad)]
+    searched = f"{len(images.names) - len(bad)} images of {images.root}" + f", {len(bad)} skipped" * bool(bad)
+    print(*filter(None, notes), f"{asked.out}: {num} people in {searched}", sep="\n")
+    folder, file = images.root.resolve(), asked.out.resolve()
     print(f"stage ssl: --data.unlabelled_images {folder} --data.unlabelled_annotations {file}")
     print(f"eval.py: --boxes {file}")
 
 
-def _pictures(asked: Any) -> Pictures:
+def _find_images(asked: Any) -> Pictures:
     if not media.is_video(asked.pictures):
         if asked.frames or asked.every:
             raise UserError(f"{asked.pictures}: --every and --frames are of a video; this is none")

@@ -22,15 +22,15 @@ from sapiens_accel.data.detections import NOBODY, BoxesFile, Found
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
+from sapiens_accel.evaluation.evaluate import processes_of
 from sapiens_accel.evaluation.networks import Candidate
-from sapiens_accel.evaluation.predict import PoseNetwork, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup, predict
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
 from sapiens_accel.inference.outputs import MediaWriter, Person, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import distributed
 
 FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"
@@ -215,11 +215,8 @@ def _people(accelerator: Accelerator, piece: Piece, task: Task) -> list[list[Per
         boxes_xywh=np.concatenate([people.boxes_xywh for people in found]),
         scores=np.concatenate([people.scores for people in found]), source=task.boxes, labeled=False,
     )  # fmt: skip
-    gather = partial(distributed.gather, accelerator)
-    predictions = predict(
-        task.networks, boxes, task.skeleton, task.run.data, task.run.eval, device=accelerator.device,
-        rank=accelerator.process_index, num_ranks=accelerator.num_processes, gather=gather,
-    )  # fmt: skip
+    setup = PredictionSetup(skeleton=task.skeleton, data=task.run.data, config=task.run.eval, device=accelerator.device)
+    predictions = predict(task.networks, boxes, setup, processes_of(accelerator))
     scores = boxes.scores * person_scores(predictions.scores, task.run.eval.score_threshold)
     parts = (predictions.points_xy, predictions.scores, scores.tolist(), boxes.boxes_xywh, boxes.scores.tolist())
     everybody = [Person(*row) for row in zip(*parts, strict=True)]

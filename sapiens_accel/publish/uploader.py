@@ -128,8 +128,12 @@ class Uploads:
         strategy: see `Config.hub_strategy`.
         last_stage: the run's last one.
         best: the AP that weights must exceed to be the best.
+
+    Attributes:
         waits: seconds before each further try.
     """
+
+    waits: Sequence[float] = WAITS
 
     def __init__(
         self,
@@ -140,10 +144,9 @@ class Uploads:
         strategy: str = "end",
         last_stage: str = STAGES[-1],
         best: float = float("-inf"),
-        waits: Sequence[float] = WAITS,
     ) -> None:
         self.repo_id, self.run_folder, self.private = repo_id, run_folder, private
-        self.strategy, self.last_stage, self.best, self.waits = strategy, last_stage, best, tuple(waits)
+        self.strategy, self.last_stage, self.best = strategy, last_stage, best
         self.changed = threading.Condition()
         self.waiting: list[Push] = []
         self.running: Push | None = None

@@ -22,7 +22,7 @@ from sapiens_accel.data.people import People
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import METRICS, Predictions
-from sapiens_accel.evaluation.predict import PoseNetwork, predict
+from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup, Processes, predict
 from sapiens_accel.pose import heatmap
 from sapiens_accel.pose import oks as score
 from sapiens_accel.pose.heatmap import Codec
@@ -339,7 +339,8 @@ class Seer(nn.Module):
 
 def _predict(model: nn.Module, stage: Stage, config: EvalConfig = CONFIG, **ranks: Any) -> Predictions:
     network, boxes = PoseNetwork(model=model, codec=stage.codec), detections.ground_truth_boxes(stage.people)
-    return predict([network], boxes, COCO17, DATA, config, device=CPU, **ranks)
+    setup = PredictionSetup(skeleton=COCO17, data=DATA, config=config, device=CPU)
+    return predict([network], boxes, setup, Processes(**ranks))
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -421,7 +422,7 @@ def test_ranks_predict_everybody_once(stage: Stage, num_ranks: int) -> None:
     ranks = Ranks(num_ranks)
 
     def work(rank: int) -> None:
-        options = {"rank": rank, "num_ranks": num_ranks, "gather": ranks.gather(rank)}
+        options = {"rank": rank, "num": num_ranks, "gather": ranks.gather(rank)}
         found[rank] = _predict(models[rank], stage, replace(CONFIG, batch_size=2), **options)
 
     ranks.run(work)
@@ -438,7 +439,7 @@ def test_ranks_predict_everybody_once(stage: Stage, num_ranks: int) -> None:
 def test_an_even_share_is_not_padded(stage: Stage) -> None:
     model = Seer(stage)
     with pytest.raises(AssertionError, match="a person was lost"):
-        _predict(model, stage, rank=0, num_ranks=7)
+        _predict(model, stage, rank=0, num=7)
     assert sum(model.num_seen) == 2
 
 

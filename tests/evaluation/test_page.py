@@ -343,14 +343,18 @@ def test_heatmaps_lie_where_they_were_seen(people: People, judged: EvaluationRes
     assert np.abs(np.mean(apart, axis=0)).max() < 1.5, apart
 
 
+def _setup(config: EvalConfig) -> predict.PredictionSetup:
+    return predict.PredictionSetup(skeleton=COCO17, data=DATA, config=config, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("flip", "scales"), [(False, (1.0,)), (True, (1.0, 1.5))], ids=["plain", "augmented"])
 def test_heatmaps_of_a_few_are_those_that_were_decoded(people: People, flip: bool, scales: tuple[float, ...]) -> None:
     model = SapiensPose("sapiens_tiny", 17, SIZE)
     network = PoseNetwork(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
-    how, device = EvalConfig(flip=flip, scales=scales, batch_size=4), torch.device("cpu")
+    setup = _setup(EvalConfig(flip=flip, scales=scales, batch_size=4))
     boxes = detections.ground_truth_boxes(people)
-    predicted = predict.predict([network], boxes, COCO17, DATA, how, device=device)
-    maps = predict.predict_heatmaps([network], boxes, COCO17, DATA, how, device=device)
+    predicted = predict.predict([network], boxes, setup)
+    maps = predict.predict_heatmaps([network], boxes, setup)
     assert maps.shape == (24, 17, *model.heatmap_hw)
     points, scores = network.codec.decode(torch.from_numpy(maps))
     assert scores.numpy() == pytest.approx(predicted.scores, abs=1e-5)
@@ -365,16 +369,16 @@ def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged
     torch.manual_seed(0)
     model = SapiensPose("sapiens_tiny", 17, SIZE)
     network = PoseNetwork(model=model.eval(), codec=Codec(input_hw=SIZE, heatmap_hw=model.heatmap_hw, sigma=2.0))
-    how, device, boxes = replace(HOW, num_worst=3), torch.device("cpu"), detections.ground_truth_boxes(people)
+    setup, boxes = _setup(replace(HOW, num_worst=3)), detections.ground_truth_boxes(people)
     assert model.heatmap_hw != SIZE
     shrunk = np.diag([(small - 1) / (large - 1) for small, large in zip(model.heatmap_hw, SIZE, strict=True)][::-1])
 
     def heatmaps(chosen: list[int]) -> tuple[Array, Array]:
-        maps = predict.predict_heatmaps([network], boxes, COCO17, DATA, how, device=device)[chosen]
+        maps = predict.predict_heatmaps([network], boxes, setup)[chosen]
         crops = [geometry.crop_around_box(boxes.boxes_xywh[index], DATA.box_padding, SIZE) for index in chosen]
         return maps, np.stack([shrunk @ crop.matrix(SIZE) for crop in crops])
 
-    drawn = figures.analyze_networks(judged, people, COCO17, [network], DATA, how, device)
+    drawn = figures.analyze_networks(judged, people, [network], setup)
     expected = figures.analyze_predictions(judged.predictions, people, COCO17, 3, heatmaps=heatmaps)
     assert len(drawn.cases) == 3
     for case, other in zip(drawn.cases, expected.cases, strict=True):

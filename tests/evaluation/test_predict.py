@@ -16,12 +16,12 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import predict
 from sapiens_accel.evaluation.boxes import Boxes
-from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, ScaledNetwork
+from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, ScaledNetwork
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose, use_input_size
 from sapiens_accel.pose import geometry, heatmap
 from sapiens_accel.pose.heatmap import Codec
-from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
+from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import images as photo
 
 Array = np.ndarray
@@ -102,7 +102,11 @@ def _tiny(name: str, seed: int, input_hw: tuple[int, int] = (64, 48)) -> PoseNet
 
 
 def _predict(networks: list[PoseNetwork], boxes: Boxes, config: EvalConfig = CONFIG) -> Predictions:
-    return predict.predict(networks, boxes, COCO17, DATA, config, device=torch.device("cpu"))
+    return predict.predict(networks, boxes, _setup(COCO17, config))
+
+
+def _setup(skeleton: Skeleton, config: EvalConfig) -> PredictionSetup:
+    return PredictionSetup(skeleton=skeleton, data=DATA, config=config, device=torch.device("cpu"))
 
 
 # ---- Where it was taken
@@ -266,5 +270,5 @@ def test_more_keypoints_than_a_person_has_joints(boxes: Boxes, truth: Array) -> 
     many = boxes.boxes_xywh[:, None, :2] + rng.uniform(0, 1, (NUM, 133, 2)) * boxes.boxes_xywh[:, None, 2:]
     network = _seer(boxes, many)
     config = replace(CONFIG, scales=(1.0, 1.5))
-    found = predict.predict([network], boxes, WHOLEBODY133, DATA, config, device=torch.device("cpu"))
+    found = predict.predict([network], boxes, _setup(WHOLEBODY133, config))
     assert np.abs(found.points_xy - many).max() < 0.25

@@ -376,8 +376,9 @@ def test_crops_to_predict_are_pinned_for_a_gpu(where: torch.device, monkeypatch:
     monkeypatch.setattr(predict, "DataLoader", loader)
     config: Any = types.SimpleNamespace(box_padding=1.0, num_workers=0, scales=(1.0,), batch_size=1)
     nobody: Any = [None]
+    setup = predict.PredictionSetup(skeleton=nobody, data=config, config=config, device=where)
     with pytest.raises(LoaderAskedError, match=str(where.type == "cuda")):
-        predict.predict([], nobody, nobody, config, config, device=where)
+        predict.predict([], nobody, setup)
 
 
 def test_people_are_looked_for_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.networks import Candidate
-from sapiens_accel.evaluation.predict import predict
+from sapiens_accel.evaluation.predict import PredictionSetup, predict
 from sapiens_accel.inference import detect_people as boxes
 from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
@@ -96,9 +96,8 @@ def test_keypoints_are_those_of_evaluation(main: Main, weights: Path, root: Path
     network, _ = candidates.build_network(
         Candidate(name="mine", weights=weights, folder=tmp_path), run, COCO17, torch.device("cpu")
     )
-    theirs = predict(
-        [network], detections.ground_truth_boxes(people), COCO17, run.data, run.eval, device=torch.device("cpu")
-    )  # fmt: skip
+    setup = PredictionSetup(skeleton=COCO17, data=run.data, config=run.eval, device=torch.device("cpu"))
+    theirs = predict([network], detections.ground_truth_boxes(people), setup)
     assert len(tree["annotations"]) == len(people) == 9 and "9 people in" in said
     ours = _people(tree)
     for row, points_xy, scores in zip(people.rows, theirs.points_xy, theirs.scores, strict=True):
@@ -189,12 +188,15 @@ def _video(path: Path, root: Path, num: int) -> list[np.ndarray]:
     return frames
 
 
-@pytest.mark.parametrize("by", ["whole", "detector"])
-def test_a_video_is_its_frames(
-    main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
-) -> None:
-    """Frame by frame what the images of the frames give, in pieces of 3 frames; and a video of as many frames."""
+@pytest.fixture
+def pieces_of_3_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict_media, "FRAMES", 3)
+
+
+@pytest.mark.usefixtures("pieces_of_3_frames")
+@pytest.mark.parametrize("by", ["whole", "detector"])
+def test_a_video_is_its_frames(main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, by: str) -> None:
+    """Frame by frame what the images of the frames give, in pieces of 3 frames; and a video of as many frames."""
     frames = _video(tmp_path / "clip.avi", root, 8)
     folder = tmp_path / "frames"
     folder.mkdir()

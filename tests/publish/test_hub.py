@@ -93,7 +93,10 @@ def _write_weights(folder: Path, seed: int) -> None:
 
 
 def _uploads(run_folder: Path, **how: Any) -> hub.Uploads:
-    return hub.Uploads(REPO, run_folder, **{"waits": SOON, **how})
+    waits = how.pop("waits", SOON)
+    found = hub.Uploads(REPO, run_folder, **how)
+    found.waits = waits
+    return found
 
 
 # ---- Weights come

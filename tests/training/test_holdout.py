@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from sapiens_accel.training import run_folder
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out
 from sapiens_accel.training.objectives import Supervised
-from sapiens_accel.training.pseudo_label_quality import Holdout, panel, probe
+from sapiens_accel.training.pseudo_label_quality import Holdout, LabeledPair, panel, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT_HW = (128, 96)
@@ -77,8 +78,7 @@ class Answers:
             known = holdout[index]
             row = holdout.people.rows[holdout.chosen[index]]
             keypoints = np.array(row["keypoints"])
-            weak, strong = known.pair.weak, known.pair.strong
-            weak_matrix, strong_matrix = weak.matrix.double().numpy(), strong.matrix.double().numpy()
+            weak, weak_matrix = known.pair.weak, known.pair.weak.matrix.double().numpy()
             # The teacher names what it sees: in a mirrored image the left wrist looks like a right one.
             seen_weak = keypoints[MIRROR] if weak.flipped else keypoints
             weak_xy = _applied(weak_matrix, seen_weak[:, :2])
@@ -91,12 +91,14 @@ class Answers:
             self.images.append(weak.image)
             self.weak_xy.append(said[MIRROR] if swap else said)
             self.heights.append(np.where(sure[MIRROR] if swap else sure, 1.0, 0.1))
-            self._count(known.truth_xy.numpy(), keypoints, weak_matrix, strong_matrix, weak, strong, said, sure, row)
+            self._count(known, row, said, sure)
 
-    def _count(self, truth, keypoints, weak_matrix, strong_matrix, weak, strong, said, sure, row) -> None:
+    def _count(self, known: LabeledPair, row: Mapping[str, Any], said: np.ndarray, sure: np.ndarray) -> None:
+        keypoints, weak, strong = np.array(row["keypoints"]), known.pair.weak, known.pair.strong
+        weak_matrix, strong_matrix = weak.matrix.double().numpy(), strong.matrix.double().numpy()
         seen_strong = keypoints[MIRROR] if strong.flipped else keypoints
         true_xy = _applied(strong_matrix, seen_strong[:, :2])
-        np.testing.assert_allclose(truth, true_xy, atol=1e-2)
+        np.testing.assert_allclose(known.truth_xy.numpy(), true_xy, atol=1e-2)
         back = np.linalg.inv(np.vstack([weak_matrix, [0, 0, 1]]))
         found_xy = _applied(strong_matrix, _applied(back, said))
         if bool(weak.flipped) != bool(strong.flipped):
