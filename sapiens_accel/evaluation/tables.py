@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sapiens_accel.config.schema import EvalConfig
+from sapiens_accel.errors import escape
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.coco_metrics import METRICS, PARTS, Metrics
 from sapiens_accel.pose.oks import KeypointQuality
@@ -81,9 +82,10 @@ def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list
 
 def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
     """OKS and PCK of each keypoint as text, and how sure the network is of them."""
-    width = max(len(name) for name in ("all keypoints", *skeleton.names))
+    names = [escape(name, keep="") for name in skeleton.names]
+    width = max(len(name) for name in ("all keypoints", *names))
     head = f"{'':<{width}}{'labeled':>10}{'OKS':>7}{'PCK@0.2':>9}"
-    rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
+    rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(names)]
     rows.append(("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck))
     lines = [f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]
     calibration = (

@@ -27,7 +27,7 @@ PADDED = "sdpa_padded"
 BY_DEVICE = "sdpa_by_device"
 
 
-def padded_attention(
+def padded_attention(  # noqa: PLR0913  (what transformers calls an attention function with)
     module: nn.Module,
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b g n d"],

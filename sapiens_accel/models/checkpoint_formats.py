@@ -223,8 +223,11 @@ def _is_program(file: Path) -> bool:
         return True
     if file.suffix == ".safetensors" or not zipfile.is_zipfile(file):
         return False
-    with zipfile.ZipFile(file) as archive:
-        members = {member.rsplit("/", 1)[-1] for member in archive.namelist()}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = {member.rsplit("/", 1)[-1] for member in archive.namelist()}
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return False  # a zip by its end alone; whoever reads it says what is wrong
     return bool(members & {"constants.pkl", "archive_format", "serialized_exported_program.json"})
 
 

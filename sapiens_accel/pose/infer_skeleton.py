@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from sapiens_accel.errors import UserError, read_tree
+from sapiens_accel.errors import UserError, escape, read_tree
 from sapiens_accel.pose.sides import mirror_of, words
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
@@ -206,7 +206,7 @@ def _made(
     if asked.mirror is not None:
         pairs = [[_index(place, name, asked, "mirror") for name in pair] for pair in asked.mirror]
         mirror, lonely = _from_pairs(pairs, names, asked), ()
-    sigmas, guesses, guessed, num_given = _all_sigmas(names, mirror, asked, place)
+    sigmas = _all_sigmas(names, mirror, asked, place)
     upper = built_in.upper if built_in else tuple(k for k, name in enumerate(names) if not _is_lower(name))
     if asked.upper is not None:
         upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
@@ -218,10 +218,10 @@ def _made(
     if asked.edges is not None:
         edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
     made = Skeleton(
-        names=names, mirror=mirror, sigmas=sigmas, upper=upper, edges=tuple(dict.fromkeys(edges)),
+        names=names, mirror=mirror, sigmas=sigmas.values, upper=upper, edges=tuple(dict.fromkeys(edges)),
         mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror),
     )  # fmt: skip
-    return made, _lines(made, several, asked, lonely, guesses, guessed, num_given)
+    return made, _describe(made, several[0].kind if several else "a YAML", lonely, sigmas)
 
 
 def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -270,24 +270,31 @@ def _known_sigmas() -> dict[tuple[str, ...], float]:
     return known
 
 
-def _all_sigmas(
-    names: tuple[str, ...], mirror: tuple[int, ...], asked: Given, place: Mapping[str, int]
-) -> tuple[tuple[float, ...], list[str], list[str], int]:
-    """The sigmas; the names whose are estimates, and those whose are guesses; how many were given."""
+class Sigmas(NamedTuple):
+    """The OKS sigmas, the names whose are estimates and those whose are guesses, and how many were given."""
+
+    values: tuple[float, ...]
+    estimated: list[str]
+    guessed: list[str]
+    num_given: int
+
+
+def _all_sigmas(names: tuple[str, ...], mirror: tuple[int, ...], asked: Given, place: Mapping[str, int]) -> Sigmas:
     if isinstance(asked.sigmas, tuple):
         if len(asked.sigmas) != len(names):
             raise UserError(f"{asked.file}: sigmas: expected {len(names)} numbers, found {len(asked.sigmas)}")
-        return asked.sigmas, [], [], len(names)
+        return Sigmas(asked.sigmas, [], [], len(names))
     own = {_index(place, name, asked, "sigmas"): sigma for name, sigma in (asked.sigmas or {}).items()}
-    known, sigmas, estimated, guessed = _known_sigmas(), [], [], []
+    known, values, estimated, guessed = _known_sigmas(), [], [], []
     for k, name in enumerate(names):
         sigma = own.get(k, own.get(mirror[k], known.get(words(name))))
         if sigma is None:
             sigma = _of_part(name)
             estimated += [name] * (sigma is not None)
             guessed += [name] * (sigma is None)
-        sigmas.append(GUESSED_SIGMA if sigma is None else sigma)
-    return tuple(sigmas), estimated, guessed, sum(k in own or mirror[k] in own for k in range(len(names)))
+        values.append(GUESSED_SIGMA if sigma is None else sigma)
+    num_given = sum(k in own or mirror[k] in own for k in range(len(names)))
+    return Sigmas(tuple(values), estimated, guessed, num_given)
 
 
 def _of_part(name: str) -> float | None:
@@ -305,17 +312,16 @@ def _is_lower(name: str) -> bool:
     return bool(LOWER & here) and not FRONT & here
 
 
-def _lines(
-    made: Skeleton, several: Sequence[Category], asked: Given, lonely: Sequence[str], estimated: Sequence[str],
-    guessed: Sequence[str], num_given: int,
-) -> list[str]:  # fmt: skip
+def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) -> list[str]:
+    """What a run says of its keypoints; `lonely` have a side in their name and no partner."""
+    estimated, guessed = sigmas.estimated, sigmas.guessed
     k, pairs = made.num_keypoints, [(a, b) for a, b in enumerate(made.mirror) if a < b]
-    whence = {"given": num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
+    whence = {"given": sigmas.num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
     whence = {"known by name": k - sum(whence.values()), **whence}
     shown = f" ({short([f'{made.names[a]} - {made.names[b]}' for a, b in pairs], 3)})" if pairs else ""
     halves = f"{len(made.upper)} upper, {len(made.lower)} lower" if made.upper and made.lower else "no halves of a body"
     lines = [
-        f"keypoints: {k} of {several[0].kind if several else 'a YAML'} ({short(made.names, 3)}); left and right: "
+        f"keypoints: {k} of {kind} ({short(made.names, 3)}); left and right: "
         f"{len(pairs)} pairs{shown}; {halves}; {len(made.edges)} edges; OKS sigmas: "
         + ", ".join(f"{count} {how}" for how, count in whence.items() if count)
     ]
@@ -363,7 +369,7 @@ def check_names(found: Any, where: str) -> tuple[str, ...] | None:
 
 def short(names: Sequence[str], at_most: int = SHOWN) -> str:
     """The first of the names, for a line."""
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
+    return escape(", ".join(names[:at_most]), keep="") + (", ..." if len(names) > at_most else "")
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
