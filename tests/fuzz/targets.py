@@ -259,7 +259,7 @@ def resume_run(folder: Path) -> None:
     run = dataclasses.replace(run, output_dir=str(target), resume_from_checkpoint="latest")
     lasts = {"ssl": 4}
     done = run_folder.finished(target, lasts, "latest")
-    run_folder.begin_run(accelerator(), run, SETS[0], done)
+    run_folder.plan_run(accelerator(), run, SETS[0], done).begin(accelerator(), SETS[0], 2)
     found = checkpoint.to_resume(accelerator(), target, "latest", "ssl")
     if found and found.way == "whole":
         load_file(found.folder / checkpoint.OBJECTIVE)
@@ -496,7 +496,7 @@ def all_targets(work: Path) -> list[Target]:
         Target("tar: doctor", shards["webdataset"], tars, m.of_tar, examine_data, 0.5),
         Target("run directory: resumed", run, [*run_files, *state], of_run, resume_run, 2),
         Target("run directory: evaluated", run, ["config.yaml"], m.of_yaml, judge_run, 1),
-        Target("run directory: model card", run, [*run_files, "ssl/weights/config.json"], of_run, card_of_run, 2),
+        Target("run directory: model card", run, [*run_files, "ssl/weights/config.json"], of_run, card_of_run, 1),
     ]
 
 
