@@ -2,7 +2,8 @@
 
 Sapiens v1 is CC BY-NC 4.0 (https://github.com/facebookresearch/sapiens/blob/main/LICENSE): what is made from it stays
 non-commercial. Sapiens2 has a license of its own (https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md):
-what is made from it goes on under the same terms, with a copy of them. What cannot be told gets its family's license.
+what is made from it goes on under the same terms, with a copy of them. What is of unknown origin gets its
+family's license.
 """
 
 import re
@@ -31,20 +32,20 @@ _PUBLISHED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Licence:
+class LicenseTerms:
     """A license as a card's metadata name it, and what is said about it there."""
 
     metadata: Mapping[str, str]
     notice: str
 
 
-CC_BY_NC = Licence(
+CC_BY_NC = LicenseTerms(
     metadata={"license": "cc-by-nc-4.0"},
     notice="**Non-commercial.** These weights are adapted from [Sapiens](https://github.com/facebookresearch/sapiens) "
     "by Meta, which is licensed under [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), and are shared "
     "under the same license. They were changed: fine-tuned as described below.",
 )
-SAPIENS2 = Licence(
+SAPIENS2 = LicenseTerms(
     metadata={
         "license": "other",
         "license_name": "sapiens2-license",
@@ -54,7 +55,7 @@ SAPIENS2 = Licence(
     "shared under the Sapiens2 License. It asks to acknowledge Sapiens2 in publications and forbids a list of uses, "
     "surveillance and biometric processing among them: read it before you use them.",
 )
-APACHE = Licence(
+APACHE = LicenseTerms(
     metadata={"license": "apache-2.0"},
     notice="Trained from random weights; no published weights are in them. "
     "[Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0).",
@@ -69,14 +70,14 @@ class Origin:
         license: of what is made from them.
         base: their repository on the Hub, where it is known.
         place: the local file or folder that they were read from, where it is known.
-        told: the same for a reader.
-        terms: repositories that are known to hold the licence's text.
+        description: the same for a reader, as Markdown.
+        terms: repositories that are known to hold the license's text.
     """
 
-    license: Licence
+    license: LicenseTerms
     base: str | None
     place: Path | None
-    told: str
+    description: str
     terms: tuple[str, ...] = ()
 
 
@@ -94,12 +95,12 @@ def of(run: Mapping[str, Any], stage: str, seen: tuple[Path, ...] = ()) -> Origi
         return _of_weights(str(run["weights"]), name, seen)
     began = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
     if name.endswith("_tiny") or began:
-        return Origin(license=APACHE, base=None, place=None, told="random weights")
+        return Origin(license=APACHE, base=None, place=None, description="random weights")
     return _by_family(name, None, None, f"what was in the run folder when `{stage}` began; nothing tells what that was")
 
 
 def license_text(origin: Origin) -> Path | None:
-    """The licence's own text: beside the weights that it came with, in the Hub's cache, or downloaded. None: nowhere.
+    """The license's own text: beside the weights that it came with, in the Hub's cache, or downloaded. None: nowhere.
 
     Only Sapiens2's has to be passed on as a copy.
     """
@@ -145,8 +146,8 @@ def _of_weights(text: str, name: str, seen: tuple[Path, ...]) -> Origin:
             model = tree.get("model")
             if isinstance(model, Mapping) and isinstance(model.get("name"), str):
                 earlier = of(tree, folder.parent.name, (*seen, run_folder))
-                told = earlier.told.removesuffix(BY_A_RUN) + BY_A_RUN
-                return replace(earlier, place=earlier.place or path, told=told)
+                description = earlier.description.removesuffix(BY_A_RUN) + BY_A_RUN
+                return replace(earlier, place=earlier.place or path, description=description)
     return _by_card(folder / "README.md", name, None, path) or _by_family(name, None, path, "weights of unknown origin")
 
 
@@ -154,9 +155,9 @@ def _of_repo(repo: str, name: str, path: Path | None) -> Origin:
     if repo.split("/")[0] in _PUBLISHERS:
         return _by_family(name, repo, path, repository_link(repo))
     card = try_to_load_from_cache(repo, "README.md")
-    told = repository_link(repo)
+    description = repository_link(repo)
     return (_by_card(Path(card), name, repo, path) if isinstance(card, str) else None) or _by_family(
-        name, repo, path, told
+        name, repo, path, description
     )
 
 
@@ -174,15 +175,15 @@ def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Or
     above = data.get("base_model")
     above = above if isinstance(above, str) and REPOSITORY.fullmatch(above) else None
     base = repo or above
-    told = repository_link(base) if base else "weights of an earlier run of sapiens_accel"
+    description = repository_link(base) if base else "weights of an earlier run of sapiens_accel"
     terms = tuple(repo for repo in (repo, above, _published_repo(name)) if repo)
-    return Origin(license=found[0], base=base, place=path, told=told, terms=terms)
+    return Origin(license=found[0], base=base, place=path, description=description, terms=terms)
 
 
-def _by_family(name: str, repo: str | None, path: Path | None, told: str) -> Origin:
+def _by_family(name: str, repo: str | None, path: Path | None, description: str) -> Origin:
     license = SAPIENS2 if name.startswith("sapiens2") else CC_BY_NC
     terms = tuple(dict.fromkeys(other for other in (repo, _published_repo(name)) if other))
-    return Origin(license=license, base=repo, place=path, told=told, terms=terms)
+    return Origin(license=license, base=repo, place=path, description=description, terms=terms)
 
 
 def _published_repo(name: str) -> str | None:

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from jaxtyping import UInt8
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy import ndarray as Array
 
 import sapiens_accel
@@ -23,6 +24,7 @@ from sapiens_accel.config.schema import STAGES, EvalConfig
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import METRICS
+from sapiens_accel.models import export
 from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
 from sapiens_accel.publish import license as origin
@@ -30,6 +32,7 @@ from sapiens_accel.publish.license import SAPIENS2, Origin
 from sapiens_accel.publish.markdown import literal
 
 LICENSE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
+TEMPLATE = "card.md.jinja"
 DRAWN = "drawn people"
 STAGE_COLORS: dict[str, tuple[int, int, int]] = dict(
     zip(STAGES, cycle([(120, 120, 120), (90, 140, 200), (200, 90, 80), (90, 170, 110)]), strict=False)
@@ -51,7 +54,7 @@ class Facts:
         scores: by stage, METRICS (0..1) and how they were measured; only of weights that were evaluated.
         lines: of metrics.jsonl.
         image: JPEG of predictions.
-        num_labelled: training people with labels.
+        num_labeled: training people with labels.
         has_code: Python files lie beside the weights; they are ours.
     """
 
@@ -60,7 +63,7 @@ class Facts:
     network: Mapping[str, Any]
     scores: Mapping[str, Mapping[str, Any]]
     lines: Sequence[Mapping[str, Any]]
-    picture: bytes | None
+    image: bytes | None
     num_labeled: int | None
     has_code: bool
     origin: Origin
@@ -94,15 +97,15 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
     lines = lines_of(run_folder)
     steps = {name: step if name == stage else None for name in _trained(run, stage)}
     scores = {name: _score(run_folder / name, run, lines, steps[name]) for name in steps}
-    picture, labeled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
-    shows_these = picture.is_file() and _judged(run_folder / stage, step) is not None
+    image, labeled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
+    is_of_these = image.is_file() and _judged(run_folder / stage, step) is not None
     return Facts(
         run=run,
         stage=stage,
         network=read_config(weights)[0],
         scores={name: score for name, score in scores.items() if score},
         lines=lines,
-        picture=picture.read_bytes() if shows_these else None,
+        image=image.read_bytes() if is_of_these else None,
         num_labeled=_num_labeled(labeled) if labeled.is_file() else None,
         has_code=any(weights.parent.glob("*.py")),
         origin=origin.of(run, stage),
@@ -180,42 +183,49 @@ def write(folder: Path, facts: Facts, repo_id: str, license: Path | None) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     if license:
         (folder / LICENSE_NAME).write_bytes(license.read_bytes())
-    if facts.picture:
-        (folder / PICTURE_NAME).write_bytes(facts.picture)
-    picture = draw_curve(facts.lines, facts.stages)
-    if picture is not None:
-        draw.save_image(picture, folder / CURVE_NAME)
+    if facts.image:
+        (folder / PICTURE_NAME).write_bytes(facts.image)
+    curve = draw_curve(facts.lines, facts.stages)
+    if curve is not None:
+        draw.save_image(curve, folder / CURVE_NAME)
     (folder / "README.md").write_text(
-        render(facts, repo_id, has_license=license is not None, has_curve=picture is not None)
+        render(facts, repo_id, has_license=license is not None, has_curve=curve is not None)
     )
 
 
 def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) -> str:
-    """The card as Markdown, with its metadata in front. Whatever came from a file is literal in it."""
-    family = "sapiens2" if facts.run["model"]["name"].startswith("sapiens2") else "sapiens"
-    height, width = facts.network.get("input_hw") or facts.run["data"]["input_hw"]
-    keypoints = facts.network.get("keypoints") or []
-    about = (
-        f"2-D human pose: {facts.network.get('num_keypoints', len(keypoints))} keypoints of one person in a "
-        f"{height}x{width} crop. `{facts.run['model']['name']}`, starting from {facts.origin.told}, trained with "
-        f"sapiens_accel {sapiens_accel.__version__}; weights of stage `{facts.stage}`."
+    """The card as Markdown, with its metadata in front: card.md.jinja. Whatever came from a file is literal in it."""
+    loader = PackageLoader("sapiens_accel.publish", package_path="")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["literal"] = literal
+    run, keypoints = facts.run, facts.network.get("keypoints") or []
+    own_settings = run.get("stage") in ("all", facts.stage)
+    license_link = f"[{LICENSE_NAME}]({LICENSE_NAME})" if has_license else f"<{SAPIENS2.metadata['license_link']}>"
+    return environment.get_template(TEMPLATE).render(
+        facts=facts,
+        run=run,
+        origin=facts.origin,
+        metadata=metadata(facts, repo_id, has_license=has_license).to_yaml(),
+        name=repo_id.split("/")[-1],
+        version=sapiens_accel.__version__,
+        drawn=DRAWN,
+        num_keypoints=facts.network.get("num_keypoints", len(keypoints)),
+        input_hw=facts.network.get("input_hw") or run["data"]["input_hw"],
+        keypoints=keypoints,
+        license_link=license_link if facts.origin.license is SAPIENS2 else None,
+        has_license=has_license,
+        snippet=export.snippet(repo_id, run["model"]["name"].split("_")[0]).strip(),
+        results=_results(facts),
+        people_by_split={score["split"]: _people(facts, score["split"]) for score in facts.scores.values()},
+        from_labeled_boxes=any(score["boxes"] == "ground truth" for score in facts.scores.values()),
+        by_keypoint=_by_keypoint(facts, keypoints),
+        image_name=PICTURE_NAME,
+        training_people=_people(facts, "train"),
+        teacher=run[facts.stage].get("teacher") if facts.stage == "ssl" else None,
+        settings=_settings(facts) if own_settings else None,
+        has_curve=has_curve,
+        curve_name=CURVE_NAME,
     )
-    if facts.is_drawn:
-        about += f" **It has only seen {DRAWN}**: a test of the programme, of no use on photographs."
-    parts = [
-        f"---\n{metadata(facts, repo_id, has_license=has_license).to_yaml()}\n---",
-        f"# {repo_id.split('/')[-1]}",
-        about,
-        "## License\n\n" + _license(facts, has_license),
-        _use(repo_id, family),
-        "## Results\n\n" + _results(facts),
-        _by_keypoint(facts, keypoints),
-        f"![Above as labeled, below as predicted]({PICTURE_NAME})" if facts.picture else "",
-        "## Training\n\n" + _training(facts),
-        f"![Loss and AP over the steps]({CURVE_NAME})" if has_curve else "",
-        "## Keypoints\n\n" + ", ".join(f"{k} {literal(name)}" for k, name in enumerate(keypoints)) if keypoints else "",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
@@ -251,72 +261,35 @@ def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
     )
 
 
-def _use(repo_id: str, family: str) -> str:
-    from sapiens_accel.models import export
-
-    return f"## Use\n\n```python\n{export.snippet(repo_id, family).strip()}\n```"
-
-
-def _license(facts: Facts, has_license: bool) -> str:
-    text = facts.origin.license.notice + (" The Python files here are Apache-2.0." if facts.has_code else "")
-    if facts.origin.license is not SAPIENS2:
-        return text
-    link = f"[{LICENSE_NAME}]({LICENSE_NAME})" if has_license else f"<{SAPIENS2.metadata['license_link']}>"
-    missing = "" if has_license else " A copy was not at hand when this card was made and has to be added here."
-    return f"{text}\n\nIts text: {link}.{missing}"
-
-
-def _results(facts: Facts) -> str:
-    if not facts.scores:
-        return "These weights were not evaluated."
-    rows = [["weights", "people", "boxes", "flip test", *METRICS]]
+def _results(facts: Facts) -> list[list[str]]:
+    """The rows of the table: METRICS of each stage's weights, x 100, and how they were measured."""
+    rows = []
     for stage, score in facts.scores.items():
         cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
         rows.append([f"`{stage}`", score["split"], literal(score["boxes"]), "yes" if score["flip"] else "no", *cells])
-    splits = dict.fromkeys(score["split"] for score in facts.scores.values())
-    said = (
-        f"COCO keypoint metrics x 100, on {'; '.join(f'{name}: {literal(_people(facts, name))}' for name in splits)}."
-    )
-    if any(score["boxes"] == "ground truth" for score in facts.scores.values()):
-        said += " With ground-truth boxes numbers are higher than with a detector's, as most published ones are."
-    return f"{said}\n\n{_table(rows)}"
+    return [["weights", "people", "boxes", "flip test", *METRICS], *rows] if rows else []
 
 
-def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> str:
+def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
     """Numbers of single keypoints (NAME/KEYPOINT, or NAME with a value for each), where the evaluation has any."""
     flat: dict[str, Any] = {}
     for name, value in facts.scores.get(facts.stage, {}).items():
         flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
     names = dict.fromkeys(key.split("/")[0] for key in flat if "/" in key and key.split("/", 1)[1] in keypoints)
-    if not names:
-        return ""
     rows = [["keypoint", *map(literal, names)]]
     for keypoint in keypoints:
         values = [flat.get(f"{name}/{keypoint}") for name in names]
         rows.append([literal(keypoint), *(f"{v:.3f}" if _is_finite(v) else "-" for v in values)])
-    return f"### By keypoint\n\n{_table(rows)}"
+    return rows if names else []
 
 
-def _training(facts: Facts) -> str:
-    data = facts.run["data"]
-    if facts.run.get("stage") not in ("all", facts.stage):
-        return "A later run in the same folder wrote its own settings over those that these weights were trained with."
-    count = f"{facts.num_labeled}" if facts.num_labeled is not None else "the"
-    said = f"On {count} labeled people of {literal(_people(facts, 'train'))}."
+def _settings(facts: Facts) -> list[list[str]]:
+    """A column for each stage, and what it was trained with."""
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
-    rows += [[name, *(_knob(facts, stage, name) for stage in facts.stages)] for name in _KNOBS]
-    teacher = facts.run[facts.stage].get("teacher") if facts.stage == "ssl" else None
-    if teacher:
-        said += (
-            f" Stage `ssl` adds {teacher.get('ratio')} unlabeled for each labeled person by a mean teacher "
-            f"(threshold {teacher.get('threshold')}, weight {teacher.get('weight')}); these are the teacher's weights."
-        )
-    size = "x".join(str(pixels) for pixels in data["input_hw"])
-    said += f" Input {size}, target sigma {data['sigma']:g} heatmap px, AdamW, seed {facts.run['seed']}."
-    return f"{said}\n\n{_table(rows)}"
+    return rows + [[name, *(_setting(facts, stage, name) for stage in facts.stages)] for name in _SETTINGS]
 
 
-_KNOBS = {
+_SETTINGS = {
     "steps": lambda stage, last: str(last),
     "planned": lambda stage, last: f"{stage['steps']} steps" if stage.get("steps") else f"{stage['epochs']:g} epochs",
     "global batch": lambda stage, last: str(stage["global_batch"]),
@@ -327,9 +300,9 @@ _KNOBS = {
 }
 
 
-def _knob(facts: Facts, stage: str, name: str) -> str:
+def _setting(facts: Facts, stage: str, name: str) -> str:
     last = max((line["step"] for line in facts.lines if line.get("stage") == stage and "step" in line), default=0)
-    return _KNOBS[name](facts.run[stage], last)
+    return _SETTINGS[name](facts.run[stage], last)
 
 
 def _people(facts: Facts, split: str) -> str:
@@ -352,11 +325,6 @@ def _measured(score: Mapping[str, Any], name: str) -> bool:
 
 def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < MOST
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 # ---- The training curve: loss above, AP below, stage after stage

@@ -617,9 +617,9 @@ def test_numbers_of_keypoints_have_a_table_of_their_own(run_folder: Path) -> Non
 
 def test_a_card_promises_nothing_that_was_not_measured(run_folder: Path) -> None:
     facts = card.collect(run_folder, "ssl", step=5)
-    assert facts.scores["ssl"]["AP"] == 0.05 and facts.picture is None, "step 5's, not those of eval.json"
+    assert facts.scores["ssl"]["AP"] == 0.05 and facts.image is None, "step 5's, not those of eval.json"
     facts = card.collect(run_folder, "ssl", step=7)
-    assert "ssl" not in facts.scores and facts.picture is None
+    assert "ssl" not in facts.scores and facts.image is None
     file = run_folder / "config.yaml"
     file.write_text(file.read_text().replace("stage: all", "stage: ssl"))
     made = _card(run_folder, step=7)
