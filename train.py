@@ -87,7 +87,6 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
     """
     run, name, last, log = stage.context.run, stage.context.name, stage.context.last, stage.logger
     accelerator, done = stage.context.accelerator, stage.context.first
-    saved_at = done
 
     def save_last_whole_step() -> Path | None:
         return stage.save(done) if done > stage.context.first else None
@@ -99,14 +98,8 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
             log.step(step)
             if done % run.log_every == 0 or done == last:
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
-            saved = None
             # A save that is due while the state is in trouble, such as on a skipped step, comes once it is well again.
-            if (
-                run.save_every
-                and done // run.save_every > saved_at // run.save_every
-                and not (run.dry_run or log.unhealthy)
-            ):
-                saved, saved_at = stage.save(done), done
+            saved = None if run.dry_run or log.unhealthy else stage.save_if_due(done)
             if done < last and distributed.any_rank(accelerator, stop.asked):
                 log.close()
                 where = f"step {done} is in {saved or stage.save(done) or 'NO checkpoint'}"

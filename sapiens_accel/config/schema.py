@@ -384,7 +384,8 @@ class Config:
     log_every: PositiveCount = 20
     """Steps between log lines."""
     save_every: PositiveCount | None = None
-    """Steps between resumable checkpoints. Default: none but the stage's final weights."""
+    """Steps between resumable checkpoints. Default: at the end of each epoch, and half an hour after the one before;
+    where epochs are short, so often that saving takes at most a twentieth of the time."""
     keep_checkpoints: PositiveCount = 2
     """Checkpoints kept for each stage: the last ones, and beside them the best of those that were evaluated."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"

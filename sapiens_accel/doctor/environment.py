@@ -265,7 +265,7 @@ def disk_bytes(run: Config, skeleton: Skeleton) -> float:
     total = 0.0
     for stage in run.stages:
         networks = 2 if run.of(stage).teacher else 1
-        checkpoints = run.keep_checkpoints + 2 if run.save_every else 0
+        checkpoints = run.keep_checkpoints + 2
         total += 4 * networks + checkpoints * (12 + 8 * networks)
     return total * parameters
 

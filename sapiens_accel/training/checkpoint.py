@@ -6,22 +6,26 @@ and every file's size and checksum. It is written under another name and renamed
 checkpoints are links for people; this module derives both.
 """
 
+import hashlib
 import json
 import re
 import shutil
+import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sapiens_accel.errors import UserError, count
+from sapiens_accel.config.schema import STAGES
+from sapiens_accel.errors import UserError, count, read_tree
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.runtime.files import (
     CORRUPT,
@@ -35,10 +39,12 @@ from sapiens_accel.runtime.files import (
 )
 from sapiens_accel.training.objectives import Objective
 
+CHECKSUM = "checksum"
 POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
 STATE = "state"
 # torch's and DeepSpeed's words for a state that does not fit what was built.
 OTHER_STATE = re.compile(r"parameter group|size mismatch|Error\(s\) in loading state_dict")
+SAVE_SECONDS, SAVE_SHARE = 1800, 20  # between two checkpoints, at most; times what one costs, at least
 SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -72,6 +78,45 @@ class Saver:
     objective: Objective
     collect: Callable[[], Weights]
     write: Callable[[Path, Weights], None]
+
+
+@dataclass(kw_only=True)
+class SaveSchedule:
+    """When a checkpoint is due: after every so many steps, or by default by epochs and time.
+
+    By default: at the end of each epoch and of the stage, and half an hour after the one before; but at the end of an
+    epoch only so often that saving takes at most a twentieth of the time (small sets have epochs of a second).
+
+    Attributes:
+        every: steps, if asked for.
+        epoch: steps of an epoch.
+        last: the stage's last step.
+        saved_at: the step of the checkpoint before.
+        since, cost: when that was written (seconds), and how long it took.
+    """
+
+    every: int | None
+    epoch: float
+    last: int
+    saved_at: int = 0
+    since: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after this step is to be saved, by this process's clock."""
+        if self.every is not None:
+            return step // self.every > self.saved_at // self.every
+        passed = time.monotonic() - self.since
+        ends = step == self.last or step // self.epoch > self.saved_at // self.epoch
+        return step > self.saved_at and (passed >= SAVE_SECONDS or (ends and passed >= SAVE_SHARE * self.cost))
+
+    @contextmanager
+    def measured(self, step: int) -> Iterator[None]:
+        """Note a save and how long it takes."""
+        begun = time.monotonic()
+        yield
+        self.saved_at, self.since = step, time.monotonic()
+        self.cost = self.since - begun
 
 
 def save(saver: Saver, step: int) -> Path | None:
@@ -124,8 +169,11 @@ def _make_room(folder: Path, temporary: Path) -> str | None:
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
         temporary.mkdir(parents=True)
         checkpoints = list_checkpoints(folder)
-        earlier = read_json(checkpoints[-1] / POSITION) if checkpoints else None
-        needed = SPARE * sum(size for size, _ in earlier["files"].values()) if earlier else 0
+        try:
+            files = position(checkpoints[-1]).files if checkpoints else {}
+        except UserError:  # a damaged one says nothing of the room that the next one needs
+            files = {}
+        needed = SPARE * sum(size for size, _ in files.values())
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(f"{free / GIB:.1f} GiB are free in {folder}, {needed / GIB:.1f} GiB are needed")
@@ -147,8 +195,14 @@ def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> 
         raise problem
     if accelerator.is_main_process:
         world = distributed.world(accelerator)
-        whole = Position(stage=stage, step=step, files=dict(sorted(every)), **world)
-        (folder / POSITION).write_text(json.dumps(asdict(whole)))
+        whole = asdict(Position(stage=stage, step=step, files=dict(sorted(every)), **world))
+        (folder / POSITION).write_text(json.dumps(whole | {CHECKSUM: _checksum(whole)}))
+
+
+def _checksum(tree: Mapping[str, Any]) -> str:
+    """Of position.json itself, apart from this entry."""
+    rest = {name: value for name, value in tree.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:
@@ -346,10 +400,27 @@ def position(folder: Path) -> Position:
         raise UserError(
             f"--resume_from_checkpoint {folder}: not a checkpoint; expected latest or STAGE/checkpoints/step_N"
         )
+    tree = read_tree(file, json.loads, "JSON")
+    if CHECKSUM in tree and tree[CHECKSUM] != _checksum(tree):
+        raise UserError(f"{file}: not what was written (checksum); take another checkpoint")
     try:
-        return Position(**json.loads(file.read_text()))
+        found = Position(**{name: value for name, value in tree.items() if name != CHECKSUM})
+        _check_types(found)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: not a checkpoint's description: {error}") from None
+    return found
+
+
+def _check_types(found: Position) -> None:
+    """Raise ValueError or TypeError for a description that says nothing; those of version 0.1 have no checksum."""
+    numbers = (found.step, found.num_processes, found.zero_stage)
+    if found.stage not in STAGES or not isinstance(found.precision, str):
+        raise ValueError(f"stage {found.stage!r}, precision {found.precision!r}")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"step, processes and ZeRO stage {numbers}")
+    for name, (size, checksum) in found.files.items() if isinstance(found.files, dict) else [("files", (None, None))]:
+        if type(size) is not int or type(checksum) is not int or ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"file {name!r}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -4,11 +4,11 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,7 @@ from sapiens_accel.training.ssl_monitor import Alarms, Stopped
 NUM_CROPS = 8
 MAX_SKIPPED = 20  # steps in a row: a network that has diverged that far does not recover
 SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while it searches its loss scale
+NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
 KEPT = "kept.json"
 PRINT_SECONDS = 30
@@ -356,6 +357,7 @@ class StageLogger:
             self.accelerator.print(
                 f"{self.stage}: the weights of step {step} are kept; the last ones are worse ({worse})"
             )
+        self._conclude(metrics)
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.protocol_settings(self.run.eval)}
@@ -372,6 +374,36 @@ class StageLogger:
                     self._worst(step, predictions)
         self.close()
         return metrics
+
+    def _conclude(self, metrics: Metrics) -> None:
+        """Print what the stage as a whole did not do: raise the AP, or learn from unlabeled people."""
+        if not self.writes:
+            return
+        first = self._first_ap()
+        if first is not None and round(metrics["AP"], 3) < round(first, 3):
+            print(
+                f"{self.stage}: warning: AP {metrics['AP']:.3f}, and {first:.3f} for the weights that it began with: "
+                f"the stage made them worse. Lower --{self.stage}.optim.lr, or go on without this stage",
+                flush=True,
+            )
+        keeps = [entry["keep"] for entry in _entries(self.run_folder / "metrics.jsonl", self.stage) if "keep" in entry]
+        if keeps and max(keep or 0.0 for keep in keeps) < NOTHING_KEPT:
+            print(
+                f"{self.stage}: warning: keep was 0.00 from begin to end: nothing was learned from unlabeled people. "
+                f"Lower --{self.stage}.teacher.threshold, or begin with better weights",
+                flush=True,
+            )
+
+    def _first_ap(self) -> float | None:
+        """The AP of the weights that the stage began with, if it is known for the same protocol."""
+        if self.context.config.teacher:
+            return self.alarms.first.get("AP")
+        start = Path(self.context.start or "")
+        if self.run_folder.resolve() not in start.resolve().parents:
+            return None  # another run's: its people of validation may be others
+        earlier = files.read_json(start.parent / "eval.json") or {}
+        settings = evaluate.protocol_settings(self.run.eval)
+        return earlier.get("AP") if all(earlier.get(name) == value for name, value in settings.items()) else None
 
     def close(self) -> None:
         self.progress.close()
@@ -433,11 +465,17 @@ def _without_later_lines(file: Path, stage: str, step: int) -> Path:
 def _first_values(file: Path, stage: str) -> dict[str, float]:
     """The first number under each name in a stage's lines."""
     values: dict[str, float] = {}
+    for entry in _entries(file, stage):
+        values = {name: value for name, value in entry.items() if isinstance(value, float)} | values
+    return values
+
+
+def _entries(file: Path, stage: str) -> Iterator[dict[str, Any]]:
+    """A stage's lines of metrics.jsonl."""
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # the run was killed while it wrote this line
         if entry["stage"] == stage:
-            values = {name: value for name, value in entry.items() if isinstance(value, float)} | values
-    return values
+            yield entry

@@ -20,7 +20,7 @@ from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.runtime import distributed, engine, files
 from sapiens_accel.training import checkpoint, ema, optim
-from sapiens_accel.training.checkpoint import Saver
+from sapiens_accel.training.checkpoint import Saver, SaveSchedule
 from sapiens_accel.training.logger import StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
@@ -46,6 +46,7 @@ class TrainingStage:
     people: TrainingPeople
     logger: StageLogger
     num_steps: int
+    schedule: SaveSchedule
 
     def steps(self) -> Iterator[Step]:
         """Train from the first step that is not done to the last one; yields after each optimizer step."""
@@ -62,6 +63,16 @@ class TrainingStage:
         )
         return steps(accelerator, self.network, self.optimizer, self.objective, batches, config)
 
+    def save_if_due(self, step: int) -> Path | None:
+        """Write a checkpoint if one is due after this step; returns where. All ranks must call it.
+
+        Without `--save_every` that is a matter of time, which rank 0 measures: all ranks act on what it says.
+        """
+        is_due, accelerator = self.schedule.is_due(step), self.context.accelerator
+        if self.schedule.every is None:
+            is_due = distributed.any_rank(accelerator, is_due and accelerator.is_main_process)
+        return self.save(step) if is_due else None
+
     def save(self, step: int) -> Path | None:
         """Write a checkpoint; returns where, None if the disk is full. All ranks must call it."""
         saver = Saver(
@@ -72,7 +83,8 @@ class TrainingStage:
             collect=self._collect,
             write=self._write,
         )
-        saved = checkpoint.save(saver, step)
+        with self.schedule.measured(step):
+            saved = checkpoint.save(saver, step)
         self.logger.restart_clock(step)
         return saved
 
@@ -165,8 +177,10 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)
     logger = StageLogger(context, augmenter)
+    epoch = len(context.sets.train) / config.global_batch
+    schedule = SaveSchedule(every=run.save_every, epoch=epoch, last=context.last, saved_at=first)
     logger.draw_crops(people, codec)
     return TrainingStage(
         context=context, model=model, network=network, optimizer=optimizer, objective=objective, frozen=frozen,
-        people=people, logger=logger, num_steps=num_steps,
+        people=people, logger=logger, num_steps=num_steps, schedule=schedule,
     )  # fmt: skip

@@ -194,6 +194,67 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(run: Run, damage,
     assert run.save(4), "the step can be written again"
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step": 4', '"step": 5'), ('"precision": "no"', '"precision": "n0"'), ('"stage": "phase2"', '"stage": "ssl"'),
+     ("objective.safetensors", "objective.safetensorz"), ('"checksum": "', '"checksum": "0')],
+)  # fmt: skip
+def test_a_changed_description_is_named(run: Run, old: str, new: str) -> None:
+    saved = run.save(4)
+    assert saved
+    file = saved / "position.json"
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"step_4/position\.json: not what was written"):
+        checkpoint.position(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "4"}, {"step": -1}, {"stage": "../x"}, {"files": {"../../x": [1, 2]}}, {"files": {"x": ["1", 2]}},
+     {"files": [1]}, {"files": {"x": [1]}}, {"num_processes": 1.5}],
+)  # fmt: skip
+def test_a_description_of_version_0_1_is_checked_by_its_types(run: Run, change: dict) -> None:
+    saved = run.save(4)
+    assert saved
+    tree = json.loads((saved / "position.json").read_text())
+    del tree["checksum"]
+    (saved / "position.json").write_text(json.dumps(tree))
+    assert checkpoint.position(saved).step == 4
+    (saved / "position.json").write_text(json.dumps(tree | change))
+    with pytest.raises(UserError, match=r"not a checkpoint's description"):
+        checkpoint.position(saved)
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_checkpoint_is_due_by_epochs_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step takes a minute, a save as many seconds as are given; epochs of 100 and of 2.5 steps."""
+
+    def saves(epoch: float, last: int, cost: float, every: int | None = None) -> list[int]:
+        clock, saved = Clock(), []
+        monkeypatch.setattr(checkpoint, "time", clock)
+        schedule = checkpoint.SaveSchedule(every=every, epoch=epoch, last=last, since=0.0)
+        for step in range(1, last + 1):
+            clock.now += 60
+            if schedule.is_due(step):
+                saved.append(step)
+                with schedule.measured(step):
+                    clock.now += cost
+        return saved
+
+    assert saves(epoch=100, last=130, cost=1) == [30, 60, 90, 100, 130], "half an hour, an epoch, the end"
+    assert saves(epoch=2.5, last=10, cost=1) == [3, 5, 8, 10], "the steps that end an epoch of 2.5"
+    # A save of a minute: 20 minutes at least from one to the next.
+    assert saves(epoch=2.5, last=60, cost=60) == [3, 23, 43]
+    assert saves(epoch=2.5, last=60, cost=60, every=25) == [25, 50]
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"step": 4}'])
 def test_a_checkpoint_without_its_description_is_passed_over(run: Run, text: str) -> None:
     for step in (3, 4):
@@ -225,6 +286,7 @@ def test_what_does_not_fit_is_not_begun(run: Run, capsys) -> None:
     assert first
     tree = json.loads((first / "position.json").read_text())
     tree["files"]["state/optimizer.bin"][0] = 10**18
+    del tree["checksum"]
     (first / "position.json").write_text(json.dumps(tree))
     assert run.save(2) is None
     assert "GiB are free" in capsys.readouterr().out

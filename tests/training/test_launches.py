@@ -226,7 +226,7 @@ def test_two_launchers_train_save_and_resume_as_two_machines(cache: Path) -> Non
 def test_a_launcher_that_is_killed_ends_the_other(dies: str, cache: Path) -> None:
     """Of its process, which lives on, the launch saves; where that is killed too, it can only say so."""
     folder = cache / f"killed {dies}"
-    tail = [*SMALL, "--stage=phase1", f"--output_dir={folder}", "--phase1.steps=100000"]
+    tail = [*SMALL, "--stage=phase1", f"--output_dir={folder}", "--phase1.steps=100000", "--save_every=100000"]
     both = [machine(rank, cache, tail) for rank in (0, 1)]
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").is_file() and time.monotonic() < deadline:

@@ -171,6 +171,25 @@ def test_a_finished_run_says_that_nothing_is_trained(run: Path, main: Main, caps
     assert contents(run) == before
 
 
+def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    """Worse than the weights that it began with (by the same protocol); nothing learned from unlabeled people."""
+    file = run / "phase1" / "eval.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"AP": 0.9}))
+    main(run, "--stage=phase2", "--max_steps=1")
+    assert "phase2: warning: AP 0.000, and 0.900 for the weights that it began with" in capsys.readouterr().out
+    main(run, "--stage=phase2", "--max_steps=1", "--eval.flip=false")
+    assert "began with" not in capsys.readouterr().out, "another protocol gives other numbers"
+    main(run, "--stage=ssl", "--max_steps=2", "--ssl.teacher.threshold=1", "--ssl.teacher.confidence=raw")
+    said = capsys.readouterr().out
+    assert "ssl: warning: keep was 0.00 from begin to end" in said and "began with" not in said
+
+
+def test_by_default_a_run_is_saved_at_the_end_of_its_first_epoch(run: Path, main: Main) -> None:
+    """8 people in batches of 4. Later ones are saved if saving costs little against the time that they take."""
+    main(run, "--stage=ssl", "--max_steps=3", "--save_every=null", "--keep_checkpoints=9")
+    assert (run / "ssl" / "checkpoints" / "step_2").is_dir()
+
+
 def test_another_model_does_not_start_from_earlier_weights_of_the_directory(run: Path, main: Main) -> None:
     before = contents(run)
     with pytest.raises(UserError, match=r"ssl starts from its weights.*model\.name was sapiens_tiny"):
