@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import forks
 import pytest
 
 from sapiens_accel.errors import UserError
@@ -27,9 +28,7 @@ pytestmark = pytest.mark.launch
 
 def benchmark(name: str, out: Path, *words: str, code: int = 0, option: str = "--out", **env: str) -> dict[str, Any]:
     """Run it and read what it wrote."""
-    command = [sys.executable, f"benchmarks/{name}.py", option, str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT, **env}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = forks.run([f"benchmarks/{name}.py", option, out, *words], env={**os.environ, **ENVIRONMENT, **env})
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(out.read_text())
 
@@ -150,17 +149,8 @@ def test_a_python_without_the_codecs_is_told_in_one_line(tmp_path: Path) -> None
         "mmpose: ImportError: half of mmpose is missing; transformers: ImportError: half of transformers is missing"
     )
     for python, reason in ((str(tmp_path / "no"), "No such file"), (broken, expected)):
-        command = [
-            sys.executable,
-            "benchmarks/codec.py",
-            "--peer_python",
-            python,
-            "--out",
-            str(tmp_path / "codec.json"),
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
-        )
+        command = ["benchmarks/codec.py", "--peer_python", python, "--out", tmp_path / "codec.json"]
+        done = forks.run(command, env=os.environ | ENVIRONMENT)
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and last.startswith(f"codec.py: error: --peer_python {python}: ") and reason in last
         assert "Traceback" not in done.stderr
@@ -241,10 +231,10 @@ def pseudo_collate(people):
 def test_a_python_without_mmpose_is_told_in_one_line(tmp_path: Path, few_people: Path) -> None:
     (tmp_path / "mmpose.py").write_text("raise ImportError('half of mmpose is missing')")
     python = shell(tmp_path, tmp_path)
-    command = [sys.executable, "benchmarks/data.py", "--peer_python", python, "--root", str(few_people), *SMALL]
+    command = ["benchmarks/data.py", "--peer_python", python, "--root", str(few_people), *SMALL]
     env = os.environ | ENVIRONMENT | {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
     command += ["--out", str(tmp_path / "data.json")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = forks.run(command, env=env)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert last.startswith(
@@ -260,6 +250,7 @@ def shell(folder: Path, packages: Path) -> str:
     return str(python)
 
 
+@pytest.mark.slow  # five trainings, each a launch of its own
 def test_arms_are_held_against_the_supervised_one(tmp_path: Path) -> None:
     words = ["--labels", "6", "--seeds", "3", "--arms", "supervised", "recommended", "literal", "--jobs", "2"]
     small = [f"--data.synthetic.num_{name}={num}" for name, num in (("train", 8), ("unlabelled", 4), ("val", 4))]
