@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from sapiens_accel.config import credentials
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
 from sapiens_accel.config.schema import STAGES, Config, TeacherConfig
-from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.errors import UserError, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
 LITERAL_WARNING = (
@@ -49,6 +49,7 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
     path = base or recipe_path(recipe)
     tree = _read_recipe(path)
     _check_keys(words, path, tree)
+    _check_groups(path, tree)
     parser = _parser()
     parser.prog, parser.default_config_files = prog, [glob.escape(str(path))]
     if "--help" in words or "-h" in words:
@@ -58,6 +59,8 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise UserError(_type_fault(" ".join(str(error).split()), words, path, tree)) from None
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: options of another type: {' '.join(str(error).split())[:300]}") from None
     output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
     config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir))
     for key, limits, value in range_faults(config, Config):
@@ -209,13 +212,17 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _read_recipe(path: Path) -> Mapping[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return tree
+    return read_tree(path, lambda text: yaml.safe_load(text) or {}, "YAML")
+
+
+def _check_groups(path: Path, tree: Mapping[str, Any]) -> None:
+    """Refuse a value in place of a group's keys: the parser passes over some, and fails at others."""
+    for key, kind in options().items():
+        value: Any = tree
+        for name in key.split("."):
+            value = value.get(name, {}) if isinstance(value, Mapping) else {}
+        if dataclasses.is_dataclass(kind) and not isinstance(value, Mapping):
+            raise UserError(f"{path}: {key}: expected keys and values, found {str(value)[:100]}")
 
 
 def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def read_launch(file: str | None) -> Launch:
     where = f"--launch {file}"
     try:
         tree = yaml.safe_load(Path(file).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of an odd YAML also KeyError, AttributeError, RecursionError
         raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(tree, dict) or "distributed_type" not in tree:
         raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")

@@ -25,11 +25,12 @@ def write_json(file: Path, tree: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """What a small JSON says; None if there is none that can be read."""
+    """What a small JSON says; None if there is none that can be read, or if it holds no keys and values."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        tree = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return tree if isinstance(tree, dict) else None
 
 
 def set_aside(old: Path) -> None:

@@ -228,7 +228,7 @@ def find_json(name: str, where: Path | str) -> Path:
 def _check_json(file: Path, where: Path | str) -> None:
     try:
         tree = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: not a DeepSpeed config: {' '.join(str(error).split())} (expected JSON, as ds_configs/zero2.json)"
         ) from None

@@ -449,12 +449,13 @@ def _shortened(ann_ids: Sequence[int]) -> str:
 def _without_later_lines(file: Path, stage: str, step: int) -> Path:
     if file.is_file():
         kept = []
-        for line in file.read_text().splitlines():
+        for line in file.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                is_kept = entry["stage"] != stage or entry["step"] <= step
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # the run was killed while it wrote this line
-            if entry["stage"] != stage or entry["step"] <= step:
+            if is_kept:
                 kept.append(line + "\n")
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(kept))

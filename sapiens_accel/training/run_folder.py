@@ -388,7 +388,8 @@ def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
     metrics = read_json(stage_folder / "eval.json")
     if not (metrics and (stage_folder / "weights" / FILE).is_file()):
         return None
-    return metrics if metrics.get("step", -1) >= last else None
+    step = metrics.get("step")
+    return metrics if isinstance(step, int) and step >= last else None
 
 
 def _forget_after(stage_folder: Path, step: int) -> None:

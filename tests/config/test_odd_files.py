@@ -1,0 +1,33 @@
+"""Recipes of odd content: one line that names the file, whatever the YAML reader or the parser makes of it."""
+
+from pathlib import Path
+
+import pytest
+
+from sapiens_accel.config import parse
+from sapiens_accel.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"seed: \xff", "not YAML: 'utf-8' codec"),
+        (b"seed: !!timestamp x", "not YAML"),
+        (b"seed: !!bool x", "not YAML"),
+        (b"seed: 2020-13-45", "not YAML: month must be in 1..12"),
+        (b"seed: " + b"[" * 3_000 + b"]" * 3_000, "not YAML: maximum recursion"),
+        (b"[1, 2]", "expected keys and values (YAML), found list"),
+        (b"data: 5", "data: expected keys and values, found 5"),
+        (b"phase2:\n  optim: 0.5", "phase2.optim: expected keys and values, found 0.5"),
+        (b"data: [1]", "data: expected keys and values, found [1]"),
+        (b"phase1: null", "phase1: expected keys and values, found None"),
+        (b"phase1: " + b"a" * 10_000, "phase1"),
+    ],
+)
+def test_an_odd_recipe_is_one_line(tmp_path: Path, content: bytes, named: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        parse.load(["--recipe", str(file)])
+    text = str(caught.value)
+    assert str(file) in text and named in text and len(text) <= 2_100, text
