@@ -99,7 +99,7 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
 def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> tuple[People, Skeleton]:
     """The labeled people, and those of their keypoints that all weights know."""
     with accelerator.main_process_first():
-        files = build.located(run.data)
+        files = build.locate_files(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
         root, cache = build.places(files)
         skeleton, note = networks.choose_skeleton(candidates, root / annotations, files.category, cache)

@@ -51,7 +51,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
         skeleton, note = build.open_skeleton(run.data)
         run = run if skeleton.mirror_known else run.without_mirroring()
         sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
-    doctor.briefly(accelerator.print, sets, run, note)
+    doctor.summarize(accelerator.print, sets, run, note)
     lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
     done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)

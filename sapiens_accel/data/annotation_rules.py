@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources.coco import BROKEN, image_names, reason, shown, whole_number
+from sapiens_accel.sources.coco import BROKEN, image_names, reason, show_value, whole_number
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
 from sapiens_accel.sources.source import open_source
 
@@ -205,7 +205,7 @@ class PeopleReader:
             one of BROKEN: it is against the rules.
         """
         if annotation.get("iscrowd", 0) not in (0, 1, None):
-            raise ValueError(f"expected 'iscrowd' of 0 or 1, found {shown(annotation['iscrowd'])}")
+            raise ValueError(f"expected 'iscrowd' of 0 or 1, found {show_value(annotation['iscrowd'])}")
         if annotation.get("iscrowd"):
             return None
         box = box_of(annotation)
@@ -219,14 +219,14 @@ class PeopleReader:
             raise ValueError(f"expected {3 * self.num_keypoints} keypoint numbers, found {points.size}")
         if not np.isfinite(points).all():
             raise ValueError(f"expected {3 * self.num_keypoints} finite keypoint numbers, found NaN or infinity")
-        if max(np.abs(box).max(), np.abs(points).max()) > FARTHEST:
+        if np.abs(points).max() > FARTHEST:
             raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
         v = points[2::3]
         if (is_score := (v > 0) & (v < 1)).any() and not self._is_in_lists(annotation):
             raise ValueError(_describe_score(v[is_score][0]))
         area = annotation.get("area", float(box[2] * box[3]))
         if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
-            raise ValueError(f"expected 'area' of a number from 0 up, found {shown(area)}")
+            raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
         return {
             "file_name": f"{self.prefix}/{names[annotation['image_id']]}",
             "image_id": id_of(annotation["image_id"]),
@@ -264,10 +264,10 @@ class PeopleReader:
         boxes, has_box = check.vectors("bbox", 4)
         if not has_box[check.taken].all():
             raise check.error(check.taken & ~has_box, "it has no 'bbox' (x, y, width, height)")
-        check.taken &= (boxes[:, 2:] > 0).all(axis=1) | ~np.isfinite(boxes).all(axis=1)
-        check.expect(
-            np.asarray((np.abs(boxes) <= FARTHEST).all(axis=1)), boxes, f"numbers of at most {FARTHEST:g} in 'bbox'"
-        )
+        sides = boxes[:, 2:]
+        is_near = (np.abs(boxes) <= FARTHEST).all(axis=1) & ((sides <= 0) | (sides >= 1 / FARTHEST)).all(axis=1)
+        check.expect(is_near, boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})")
+        check.taken &= (sides > 0).all(axis=1)
         points = self._keypoints(check)
         area = _field(people, "area", boxes[:, 2] * boxes[:, 3])
         check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
@@ -411,7 +411,7 @@ def _describe_score(v: float) -> str:
 
 def _name_of(annotation: Any, index: int) -> str:
     is_object = isinstance(annotation, dict)
-    return f"annotation {shown(annotation.get('id'))}" if is_object else f"entry {index}, {shown(annotation)}"
+    return f"annotation {show_value(annotation.get('id'))}" if is_object else f"entry {index}, {show_value(annotation)}"
 
 
 def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
@@ -424,7 +424,7 @@ def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
     count = annotation.get("num_keypoints")
     labeled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
     if count is not None and count != labeled:
-        text = f"{_name_of(annotation, index)}: num_keypoints {shown(count)}, labeled {labeled}"
+        text = f"{_name_of(annotation, index)}: num_keypoints {show_value(count)}, labeled {labeled}"
         yield Fault("num_keypoints", text)
 
 
@@ -432,9 +432,9 @@ def id_of(value: Any) -> int:
     """A whole number that Arrow can keep, which has 64 bits."""
     number = whole_number(value)
     if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"expected an id that is a whole number, found {shown(value)}")
+        raise ValueError(f"expected an id that is a whole number, found {show_value(value)}")
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"expected an id of at most 64 bits, found {shown(value)}")
+        raise ValueError(f"expected an id of at most 64 bits, found {show_value(value)}")
     return number
 
 
@@ -452,7 +452,7 @@ def keypoint_numbers(annotation: dict[str, Any], num_keypoints: int, reading: Re
     if not numbers or reading.source is None:
         return numbers
     if not isinstance(numbers, list) or len(numbers) != 3 * count:
-        raise ValueError(f"expected {3 * count} keypoint numbers, found {shown(numbers)}")
+        raise ValueError(f"expected {3 * count} keypoint numbers, found {show_value(numbers)}")
     return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
 
 

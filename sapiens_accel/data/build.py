@@ -35,10 +35,12 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
     Raises:
         UserError: they do not tell; as `keypoint_mapping.describe_keypoints` and `infer_skeleton`.
     """
-    config = located(config)
+    config = locate_files(config)
     root, cache = places(config)
     asked = infer_skeleton.load_skeleton(config.skeleton, root) if config.skeleton else None
-    return infer_skeleton.infer_skeleton([category_of(one, config, root, cache) for one in train_sets(config)], asked)
+    return infer_skeleton.infer_skeleton(
+        [read_category(one, config, root, cache) for one in list_train_sets(config)], asked
+    )
 
 
 def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
@@ -50,18 +52,18 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
     Raises:
         UserError: what is missing or broken, by name.
     """
-    config = located(config)
+    config = locate_files(config)
     if config.streaming:
         return _open_streams(config, skeleton, unlabeled=unlabeled)
     root, cache = places(config)
-    first, *others = train_sets(config)
+    first, *others = list_train_sets(config)
     train, warning = _labeled_people(first, config, skeleton, root, cache)
-    labeled = unlabeled_data.labeled_places(config, train)
-    val, val_warning = _labeled_people(val_set(config), config, skeleton, root, cache)
+    labeled = unlabeled_data.choose_labeled(config, train)
+    val, val_warning = _labeled_people(get_val_set(config), config, skeleton, root, cache)
     people_of = {"train": people_tables.select_people(train, labeled), "val": val}
     warnings = [warning, val_warning]
     if unlabeled:
-        gathered = unlabeled_data.gather(root, config, skeleton.num_keypoints, cache, train, labeled)
+        gathered = unlabeled_data.gather_unlabeled(root, config, skeleton.num_keypoints, cache, train, labeled)
         people_of["unlabelled"], more = gathered
         warnings += more
     checked = {name: _check(people, config) for name, people in people_of.items()}
@@ -104,7 +106,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
     train_source = open_source(root / config.train_annotations)
     if not train_source.groups():
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
-    keypoints = category_of(train_sets(config)[0], config, root, cache)
+    keypoints = read_category(list_train_sets(config)[0], config, root, cache)
     reading, warning = keypoint_mapping.choose_reading(keypoints, skeleton.names)
     reader = PeopleReader(source=train_source, prefix=config.train_images, num_keypoints=skeleton.num_keypoints,
                           reading=reading)  # fmt: skip
@@ -136,23 +138,23 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     Raises:
         UserError: as `open_people`.
     """
-    config = located(config)
+    config = locate_files(config)
     root, cache = places(config)
-    one = val_set(config) if split == "val" else train_sets(config)[0]
+    one = get_val_set(config) if split == "val" else list_train_sets(config)[0]
     people, _ = _labeled_people(one, config, skeleton, root, cache)
     if split == "train":
-        people = people_tables.select_people(people, unlabeled_data.labeled_places(config, people))
+        people = people_tables.select_people(people, unlabeled_data.choose_labeled(config, people))
     return _check(people, config)
 
 
-def train_sets(config: DataConfig) -> tuple[MoreData, ...]:
-    """The training sets of a `located` config, each as one of `data.more`."""
+def list_train_sets(config: DataConfig) -> tuple[MoreData, ...]:
+    """The training sets of a `locate_files` config, each as one of `data.more`."""
     files, category, weight = (config.train_annotations, config.train_images), config.category, config.weight
     first = MoreData(train_annotations=files[0], train_images=files[1], category=category, weight=weight)
     return first, *config.more
 
 
-def val_set(config: DataConfig) -> MoreData:
+def get_val_set(config: DataConfig) -> MoreData:
     """That of validation, in the same form."""
     return MoreData(train_annotations=config.val_annotations, train_images=config.val_images, category=config.category)
 
@@ -171,7 +173,7 @@ def files_of(one: MoreData, root: Path, cache: Path) -> tuple[str, str]:
     return discover.train_files(own, one.train_annotations, one.train_images)
 
 
-def category_of(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
+def read_category(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
     """What the JSON of a set tells of its keypoints.
 
     Raises:
@@ -185,21 +187,21 @@ def _labeled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
     """The labeled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
-    reading, warning = keypoint_mapping.choose_reading(category_of(one, config, root, cache), skeleton.names)
+    reading, warning = keypoint_mapping.choose_reading(read_category(one, config, root, cache), skeleton.names)
     annotations, images = files_of(one, root, cache)
     people = people_tables.labeled_people(root, annotations, images, skeleton.num_keypoints, cache, reading)
     return people, warning
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:
-    weights = [one.weight for one in train_sets(config)]
+    weights = [one.weight for one in list_train_sets(config)]
     try:
-        return Mixture(sizes=tuple(sizes), weights=sampling.weights_of(sizes, weights))
+        return Mixture(sizes=tuple(sizes), weights=sampling.fill_weights(sizes, weights))
     except ValueError as error:
         raise UserError(f"--data.weight and the weights of --data.more, {weights}: {error}") from None
 
 
-def located(config: DataConfig) -> DataConfig:
+def locate_files(config: DataConfig) -> DataConfig:
     """The config with the files and folders that its root really has: those of COCO, or manifests of shards.
 
     Raises:
@@ -238,7 +240,7 @@ def check_targets(people: People, config: DataConfig) -> None:
     Raises:
         UserError: with an annotation for which it is so.
     """
-    people = dataclasses.replace(people, rows=people_tables.some_of(people.rows, CHECKED))
+    people = dataclasses.replace(people, rows=people_tables.spread_rows(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     labeled = is_labeled(keypoints)
     inside = geometry.in_crop(boxes, keypoints, config.box_padding, config.input_hw)

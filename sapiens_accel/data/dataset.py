@@ -148,7 +148,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         row = self.labeled_rows[index]
         keypoints = np.asarray(row["keypoints"])
         crop = self.augmenter.train_crop(self._base(row), keypoints, rng)
-        image = read_for([crop], self.labeled.root / row["file_name"], self.config)
+        image = read_for_crops([crop], self.labeled.root / row["file_name"], self.config)
         view = _view(image, crop, self.config.input_hw, partial(self.changes, rng=rng))
         return _with_labels(view, keypoints, crop, row, self.config, self.augmenter.skeleton)
 
@@ -157,7 +157,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         row = self.unlabeled_rows[index]
         path = self.unlabeled.root / row["file_name"]
         settings = PairSettings(self.augmenter, self.config, self.changes, self.cutout)
-        return pair_of(path, self._base(row), settings, rng)[0]
+        return make_pair(path, self._base(row), settings, rng)[0]
 
     def _base(self, row: dict) -> Crop:
         return geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
@@ -192,19 +192,19 @@ class PairSettings(NamedTuple):
     num_cutouts: int
 
 
-def pair_of(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> tuple[Pair, Crop]:
+def make_pair(path: Path, base: Crop, settings: PairSettings, rng: Generator) -> tuple[Pair, Crop]:
     """Both views of the person whose upright crop is `base`, from one decoded image, and the strong view's crop."""
     augmenter, config, changes, num_cutouts = settings
     weak = augmenter.weak_crop(base, rng)
     strong = augmenter.strong_crop(weak, rng)
-    image = read_for([weak, strong], path, config)
+    image = read_for_crops([weak, strong], path, config)
     weak_view = _view(image, weak, augmenter.input_hw)
     strong_view = _view(image, strong, augmenter.input_hw, partial(changes, rng=rng))
     cutout = torch.from_numpy(rng.random((num_cutouts, 4), dtype=np.float32))
     return Pair(weak_view, strong_view, cutout), strong
 
 
-def read_for(crops: Sequence[Crop], path: Path, config: DataConfig) -> DecodedImage:
+def read_for_crops(crops: Sequence[Crop], path: Path, config: DataConfig) -> DecodedImage:
     """The image that the crops are cut from, as small as shows all that is seen in each of them.
 
     Raises:
@@ -234,12 +234,12 @@ def _scalar(value: bool | int) -> Tensor:
 def _with_labels(
     view: View, keypoints: Float[Array, "k 3"], crop: Crop, row: dict, config: DataConfig, skeleton: Skeleton
 ) -> Labeled:
-    seen = seen_in(crop, keypoints, config.input_hw, skeleton)
+    seen = transform_keypoints(crop, keypoints, config.input_hw, skeleton)
     points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
     return Labeled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), _scalar(row["ann_id"]))
 
 
-def seen_in(
+def transform_keypoints(
     crop: Crop, keypoints: Float[Array, "k 3"], input_hw: tuple[int, int], skeleton: Skeleton
 ) -> Float[Array, "k 3"]:
     """Keypoints (x and y in image px, visibility) in a crop's input px, left and right swapped where it is mirrored."""

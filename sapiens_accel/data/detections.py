@@ -18,17 +18,17 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.sources import coco
 
 
-class Found(NamedTuple):
+class PersonBoxes(NamedTuple):
     """The people of one image, the surest first: boxes x y w h in image px, within the image."""
 
     boxes_xywh: Float[Array, "n 4"]
     scores: Float[Array, "n"]
 
 
-NOBODY = Found(np.zeros((0, 4)), np.zeros(0))
+NOBODY = PersonBoxes(np.zeros((0, 4)), np.zeros(0))
 
 
-def ids_of(names: Sequence[str]) -> list[Any]:
+def make_ids(names: Sequence[str]) -> list[Any]:
     """An image_id for each name, all different, by which stage ssl finds the image again.
 
     COCO's own number (000000000785.jpg is 785), else the name without its suffix, else the whole name.
@@ -48,7 +48,7 @@ def _number(name: str) -> int | str:
     return int(stem) if is_number else stem
 
 
-def ids_in(annotations: Path, names: Sequence[str]) -> list[Any]:
+def read_ids(annotations: Path, names: Sequence[str]) -> list[Any]:
     """The images' ids in a COCO JSON.
 
     Raises:
@@ -56,20 +56,20 @@ def ids_in(annotations: Path, names: Sequence[str]) -> list[Any]:
     """
     if not annotations.is_file():
         raise UserError(f"--annotations {annotations}: no such file")
-    known = {image["file_name"]: image["id"] for image in listed(annotations, "images", ("id", "file_name"))}
+    known = {image["file_name"]: image["id"] for image in read_list(annotations, "images", ("id", "file_name"))}
     found = [known.get(name, known.get(Path(name).name)) for name in names]
     if None in found:
         raise UserError(f"--annotations {annotations}: image {names[found.index(None)]} is not among its images")
     return found
 
 
-def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
+def read_list(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     """A list of objects in a COCO JSON.
 
     Raises:
         UserError: it is not there, or one of them lacks what is needed.
     """
-    tree = coco.parsed(file)
+    tree = coco.parse_json(file)
     things = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(things, list):
         raise UserError(f"{file}: no list {key!r} in it; expected a COCO annotation file")
@@ -84,7 +84,7 @@ def listed(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     return things
 
 
-def rows(names: Sequence[str], ids: Sequence[Any], category: Any, found: Sequence[Found | None]) -> list[Any]:
+def to_coco(names: Sequence[str], ids: Sequence[Any], category: Any, found: Sequence[PersonBoxes | None]) -> list[Any]:
     """Detections in COCO's form, to 0.01 px; with the image's name, which other readers pass over."""
     return [
         {"image_id": key, "category_id": category, "bbox": box, "score": score, "file_name": name}
@@ -93,7 +93,7 @@ def rows(names: Sequence[str], ids: Sequence[Any], category: Any, found: Sequenc
     ]
 
 
-def _rounded(people: Found | None) -> list[tuple[list[float], float]]:
+def _rounded(people: PersonBoxes | None) -> list[tuple[list[float], float]]:
     if people is None:
         return []
     return list(zip(people.boxes_xywh.round(2).tolist(), people.scores.round(5).tolist(), strict=True))
@@ -126,7 +126,7 @@ def read_detections(file: Path, needed: Sequence[str] = ("image_id", "bbox", "sc
     Raises:
         UserError: no list, or one of them that lacks something or is no box.
     """
-    things = coco.parsed(file)
+    things = coco.parse_json(file)
     if not isinstance(things, list):
         raise UserError(f"{file}: expected a detector's results: a list of image_id, category_id, bbox and score")
     return [_detection(file, index, thing, needed) for index, thing in enumerate(things)]
@@ -135,21 +135,21 @@ def read_detections(file: Path, needed: Sequence[str] = ("image_id", "bbox", "sc
 def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Detection:
     try:
         if not isinstance(thing, dict):
-            raise ValueError(f"expected image_id, category_id, bbox, score; found {coco.shown(thing)}")
+            raise ValueError(f"expected image_id, category_id, bbox, score; found {coco.show_value(thing)}")
         for key in needed:
             if key not in thing:
                 raise ValueError(f"it has no {key!r}; expected image_id, bbox and score")
         if not {"image_id", "file_name"} & set(thing):
-            raise ValueError(f"expected image_id, bbox and score, found {coco.shown(thing)}")
+            raise ValueError(f"expected image_id, bbox and score, found {coco.show_value(thing)}")
         image_id, name = thing.get("image_id"), thing.get("file_name")
         if not isinstance(image_id, str | None):
             image_id = annotation_rules.id_of(image_id)
         if not isinstance(name, str | None):
-            raise ValueError(f"expected a text as 'file_name', found {coco.shown(name)}")
+            raise ValueError(f"expected a text as 'file_name', found {coco.show_value(name)}")
         score = thing.get("score", 1.0)
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
         if not is_number or not abs(score) <= sys.float_info.max:
-            raise ValueError(f"expected a number as 'score', found {coco.shown(score)}")
+            raise ValueError(f"expected a number as 'score', found {coco.show_value(score)}")
         box = annotation_rules.box_of(thing)
     except coco.BROKEN as error:
         raise UserError(f"{file}: detection {index}: {coco.reason(error)}") from None
@@ -159,7 +159,7 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
 class BoxesFile:
     """The boxes of a file, for the images of these names: a list of detections, or a COCO annotation file.
 
-    A detection's image is its `file_name`, or the one that its `image_id` names (see `ids_of`). Boxes without a score
+    A detection's image is its `file_name`, or the one that its `image_id` names (see `make_ids`). Boxes without a score
     count as sure; those below `min_score`, crowds and other categories than people are left out.
 
     Attributes:
@@ -193,12 +193,12 @@ class BoxesFile:
             )
         self.told = f"{file}: {others} of its {len(found)} boxes are of other images" if others else ""
 
-    def of(self, name: str) -> Found:
+    def of(self, name: str) -> PersonBoxes:
         """The people of an image."""
         if name not in self._of:
             return NOBODY
         boxes, scores = zip(*self._of[name], strict=True)
-        return Found(np.stack(boxes), np.array(scores))
+        return PersonBoxes(np.stack(boxes), np.array(scores))
 
     def _detections(self) -> Iterator[tuple[Any, Detection]]:
         for one in read_detections(self.file, ("bbox",)):
@@ -206,9 +206,9 @@ class BoxesFile:
                 yield one.image_id if one.file_name is None else one.file_name, one
 
     def _annotations(self) -> Iterator[tuple[Any, Detection]]:
-        names = {image["id"]: image["file_name"] for image in listed(self.file, "images", ("id", "file_name"))}
+        names = {image["id"]: image["file_name"] for image in read_list(self.file, "images", ("id", "file_name"))}
         person = annotation_rules.person_category(self.file)
-        for index, thing in enumerate(listed(self.file, "annotations", ("image_id", "bbox"))):
+        for index, thing in enumerate(read_list(self.file, "annotations", ("image_id", "bbox"))):
             if not thing.get("iscrowd") and thing.get("category_id", person) == person:
                 one = _detection(self.file, index, thing, ())
                 yield names.get(one.image_id, one.image_id), one
@@ -221,7 +221,7 @@ def _places(names: Sequence[str]) -> dict[Any, str]:
         for end in {Path(name).name, Path(name).stem}:
             ends.setdefault(end, []).append(name)
     found: dict[Any, str] = {end: those[0] for end, those in ends.items() if len(those) == 1}
-    return found | dict(zip(ids_of(names), names, strict=True)) | {name: name for name in names}
+    return found | dict(zip(make_ids(names), names, strict=True)) | {name: name for name in names}
 
 
 def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> People:

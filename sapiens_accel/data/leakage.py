@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from sapiens_accel.data.people import People, some_of
+from sapiens_accel.data.people import People, spread_rows
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images
 
@@ -30,12 +30,12 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
     """
     warnings = []
     for people, kind in ((unlabeled, "unlabeled"), (train, "training")):
-        some = some_of(people.rows, COMPARED if len(people) > COMPARE_ALL else len(people))
+        some = spread_rows(people.rows, COMPARED if len(people) > COMPARE_ALL else len(people))
         if len(some) < len(people):
             warnings.append(
                 f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation"
             )
-        found = leaks(_image_ids_of(replace(people, rows=some)), _image_ids_of(val))
+        found = find_leaks(_image_ids_of(replace(people, rows=some)), _image_ids_of(val))
         if found:
             ours, theirs = next(iter(found.items()))
             raise UserError(
@@ -45,9 +45,9 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
     return tuple(warnings)
 
 
-def leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
+def find_leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
     """Images that are learned from to the validation image that each one is; both with their ids."""
-    same = same_files(ours, theirs)
+    same = find_same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)
     # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded anew shows it at once, so
@@ -75,7 +75,7 @@ def _image_ids_of(people: People) -> dict[Path, int]:
     return {people.root / name: image_id for name, image_id in dict(zip(names, ids, strict=True)).items()}
 
 
-def same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path]:
+def find_same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path, Path]:
     """Those of `files` whose bytes are also in `others`, each with its equal.
 
     Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.

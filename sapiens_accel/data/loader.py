@@ -39,11 +39,11 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=begin_worker,
     )
-    for batch in plainly(loader):
+    for batch in unwrap_errors(loader):
         yield to_device(batch, device)
 
 
-def plainly(loader: Iterable[Loaded]) -> Iterator[Loaded]:
+def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
     """What it loads; a UserError of a loading process, which comes wrapped in that process's traceback, as one line.
 
     Raises:

@@ -26,7 +26,7 @@ from numpy import ndarray as Array
 from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader, is_labeled
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images
-from sapiens_accel.sources.coco import fault_of
+from sapiens_accel.sources.coco import find_image_fault
 from sapiens_accel.sources.schema import PLAIN, Reading, Source
 from sapiens_accel.sources.source import open_source
 
@@ -201,7 +201,7 @@ def check_people(
         UserError: an image that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
     """
     looks_at_some = check == "auto" and len(people) > people.source.max_looked_at
-    rows = some_of(people.rows, DECODE_AT_MOST) if looks_at_some else people.rows
+    rows = spread_rows(people.rows, DECODE_AT_MOST) if looks_at_some else people.rows
     names = list(dict.fromkeys(rows["file_name"][:]))
     for name in images.find_missing(people.root, names)[:1]:
         path = people.root / name
@@ -222,7 +222,7 @@ def check_people(
     return replace(people, rows=people.rows.select(good), num_skipped=num_skipped)
 
 
-def some_of(rows: Dataset, number: int) -> Dataset:
+def spread_rows(rows: Dataset, number: int) -> Dataset:
     """Up to so many rows, evenly spread: checks of a large set take the time of a small one."""
     if len(rows) <= number:
         return rows
@@ -418,7 +418,7 @@ def list_image_names(folder: Path) -> list[str]:
     suffixes = images.IMAGE_SUFFIXES
     names = sorted(name for name in images.list_names(folder) if Path(name).suffix.lower() in suffixes)
     for name in names:
-        if reason := fault_of({"id": 0, "file_name": name}):
+        if reason := find_image_fault({"id": 0, "file_name": name}):
             raise UserError(f"{folder}: {reason.removeprefix('id 0: ')}; rename it")
     return names
 

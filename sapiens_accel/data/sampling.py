@@ -91,7 +91,7 @@ def _rng(seed: int, stream: str, number: int) -> np.random.Generator:
     return default_rng([seed, zlib.crc32(stream.encode()), number])
 
 
-def weights_of(sizes: Sequence[int], given: Sequence[float | None]) -> tuple[float, ...]:
+def fill_weights(sizes: Sequence[int], given: Sequence[float | None]) -> tuple[float, ...]:
     """The weights given, or the sizes where none is.
 
     Raises:

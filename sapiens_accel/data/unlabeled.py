@@ -19,7 +19,7 @@ ASPECT_FACTOR = 2.0
 COMPARED = 20_000
 
 
-def labeled_places(config: DataConfig, people: People) -> Int[Array, "n"]:
+def choose_labeled(config: DataConfig, people: People) -> Int[Array, "n"]:
     """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
 
     "First" is the published rule of Xie et al. 2021 (https://arxiv.org/abs/2011.12498): the people with keypoints of
@@ -53,7 +53,7 @@ def _num_labels(labels: int | str | None, people: People) -> int:
     return num
 
 
-def gather(
+def gather_unlabeled(
     root: Path, config: DataConfig, num_keypoints: int, cache: Path, train: People, labeled: Int[Array, "n"]
 ) -> tuple[People, tuple[str, ...]]:
     """The unlabeled people of a run, and what should be said about them.
@@ -118,7 +118,7 @@ def _warn_of_other_aspect(people: People, labeled: People) -> str | None:
     """A line about boxes of another shape than the labeled people's; whole images are allowed, so no error."""
     theirs, ours = (
         float(np.median(boxes[:, 2] / boxes[:, 3]))
-        for boxes in (boxes_of(people_tables.some_of(of.rows, COMPARED)) for of in (people, labeled))
+        for boxes in (boxes_of(people_tables.spread_rows(of.rows, COMPARED)) for of in (people, labeled))
     )
     if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
         return None

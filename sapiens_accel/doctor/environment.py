@@ -28,7 +28,7 @@ from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.runtime.launch import find_json
-from sapiens_accel.sources.coco import parsed, shown
+from sapiens_accel.sources.coco import parse_json, show_value
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -75,7 +75,7 @@ def read_launch(file: str | None) -> Launch:
         raise UserError(f"{where}: expected one of accelerate's configs, such as accelerate_configs/zero2.yaml")
     of_deepspeed = tree.get("deepspeed_config") or {}
     if not isinstance(of_deepspeed, dict):
-        raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {shown(of_deepspeed)}")
+        raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {show_value(of_deepspeed)}")
     return Launch(
         name=f"accelerate launch --config_file {file}",
         precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
@@ -89,7 +89,7 @@ def _processes(told: Any, where: str) -> int:
     try:
         return int(told)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: expected the number of processes, found {shown(told)}") from None
+        raise UserError(f"{where}: expected the number of processes, found {show_value(told)}") from None
 
 
 def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
@@ -99,7 +99,7 @@ def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
         places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
         return {name: {"device": str(place)} for name, place in places.items()}
     file = find_json(str(name), of)
-    tree = parsed(file)
+    tree = parse_json(file)
     zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")] if isinstance(zero, dict) else [zero]
     if not all(isinstance(part, dict) for part in parts):

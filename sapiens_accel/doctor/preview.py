@@ -38,7 +38,7 @@ def check_crops(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding
     ]
 
 
-def first_stage(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
+def first_stage_people(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
     """The people of the run's first stage, as it will learn from them."""
     stage = run.stages[0]
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
@@ -71,7 +71,7 @@ def check_lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: Dat
         keypoints = labels.keypoints[place]
         base = geometry.crop_around_box(labels.boxes_xywh[place], config.box_padding, config.input_hw)
         crop = augmenter.train_crop(base, keypoints, rng)
-        seen = data.seen_in(crop, keypoints, config.input_hw, augmenter.skeleton)
+        seen = data.transform_keypoints(crop, keypoints, config.input_hw, augmenter.skeleton)
         labeled = seen[:, 2] > 0
         lost += int((labeled & ~_inside(seen[:, :2], config.input_hw)).sum())
         total += int(labeled.sum())

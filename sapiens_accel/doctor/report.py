@@ -24,7 +24,7 @@ from sapiens_accel.config.schema import Config, DataConfig, MoreData
 from sapiens_accel.data import build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.keypoint_mapping import choose_reading
-from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, some_of
+from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, spread_rows
 from sapiens_accel.data.unlabeled import unlabeled_images
 from sapiens_accel.doctor import annotations as annotation_checks
 from sapiens_accel.doctor import environment, preview
@@ -107,7 +107,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
     Raises:
         UserError: there is no data root.
     """
-    config = build.located(run.data)
+    config = build.locate_files(run.data)
     root, cache = build.places(config)
     report = DoctorReport(recipe=run.recipe, root=str(root))
     skeleton, report.findings = _skeleton(config)
@@ -153,9 +153,9 @@ def _findings_of_lines(check: str, lines: Sequence[str]) -> list[Finding]:
 
 def _sets(config: DataConfig) -> dict[str, MoreData]:
     """The sets of people with labels, by what they are called here."""
-    first, *others = build.train_sets(config)
+    first, *others = build.list_train_sets(config)
     more = {f"train {number}": one for number, one in enumerate(others, start=2)}
-    return {"train": first, **more, "val": build.val_set(config)}
+    return {"train": first, **more, "val": build.get_val_set(config)}
 
 
 def _read_set(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root: Path, cache: Path) -> ReadAnnotations:
@@ -163,7 +163,7 @@ def _read_set(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root
     reading, wrong = None, []
     try:
         files = build.files_of(one, root, cache)
-        keypoints = build.category_of(one, config, root, cache)
+        keypoints = build.read_category(one, config, root, cache)
         if skeleton:
             reading, _ = choose_reading(keypoints, skeleton.names)
     except UserError as error:
@@ -195,7 +195,7 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     report.grid = str(
-        draw.save_image(preview.draw_grid(preview.first_stage(run, sets, skeleton), skeleton), out / "crops.png")
+        draw.save_image(preview.draw_grid(preview.first_stage_people(run, sets, skeleton), skeleton), out / "crops.png")
     )
     text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
@@ -220,7 +220,7 @@ def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations) -> list[Fin
         {path: image_id for name, image_id in read.image_ids.items() if images.exists(path := root / name)}
         for read in (train, val)
     )
-    leaks = leakage.leaks(ours, theirs)
+    leaks = leakage.find_leaks(ours, theirs)
     findings = []
     if leaks:
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
@@ -240,7 +240,7 @@ def _below(root: Path, path: Path) -> Path:
 # ---- Before every training
 
 
-def briefly(say: Callable[[object], object], sets: Sets, run: Config, lines: Sequence[str] = ()) -> None:
+def summarize(say: Callable[[object], object], sets: Sets, run: Config, lines: Sequence[str] = ()) -> None:
     """Say who a run learns from and what is wrong with their labels, in a few lines; no image is opened.
 
     Args:
@@ -279,7 +279,7 @@ def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[F
         some, features = list(streaming.sample(people, STREAMED_PEOPLE)), features_of(skeleton.num_keypoints)
         rows, again = datasets.Dataset.from_list(some, features=features), []
     else:
-        rows = some_of(people.rows, BRIEF_PEOPLE)
+        rows = spread_rows(people.rows, BRIEF_PEOPLE)
         ids = column_of(people.rows, "ann_id")
         twice = np.flatnonzero(
             label_checks.is_repeated(ids)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
-from sapiens_accel.data.loader import begin_worker, plainly
+from sapiens_accel.data.loader import begin_worker, unwrap_errors
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.models.sapiens import use_input_size
@@ -186,7 +186,7 @@ def predict(
     )
     decoded = []
     with _evaluating([network.model for network in networks]), _progress(len(mine), rank) as progress:
-        for batch in plainly(loader):
+        for batch in unwrap_errors(loader):
             crops = [NetworkInput(*crop) for crop in batch]
             maps = _mean_maps(views, crops, setup)
             points_xy, scores = networks[0].codec.decode(maps)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sapiens_accel.config.commands import detect_parser
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import detections as boxes_json
-from sapiens_accel.data.detections import Found
+from sapiens_accel.data.detections import PersonBoxes
 from sapiens_accel.errors import UserError
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
@@ -40,7 +40,7 @@ class Partial:
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
         self.file = out.with_name(f"{out.name}.partial")
-        self.done: list[list[Found | None]] = []
+        self.done: list[list[PersonBoxes | None]] = []
         lines = self.file.read_bytes().splitlines(keepends=True) if self.file.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]
         was, *batches = self._read(whole) or [about]
@@ -77,7 +77,7 @@ class Partial:
             ) from None
         return things[: len(lines)]
 
-    def add(self, batch: list[Found | None]) -> None:
+    def add(self, batch: list[PersonBoxes | None]) -> None:
         """Note a batch; it counts once it is on the disk."""
         self._write(
             [None if people is None else [people.boxes_xywh.tolist(), people.scores.tolist()] for people in batch]
@@ -93,8 +93,8 @@ class Partial:
         self._stream.close()
 
 
-def _found(people: Any) -> Found | None:
-    return None if people is None else Found(np.array(people[0]).reshape(-1, 4), np.array(people[1]).reshape(-1))
+def _found(people: Any) -> PersonBoxes | None:
+    return None if people is None else PersonBoxes(np.array(people[0]).reshape(-1, 4), np.array(people[1]).reshape(-1))
 
 
 # ---- python -m sapiens_accel.boxes
@@ -145,7 +145,7 @@ def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
     bad = [name for name, people in zip(images.names, detected, strict=True) if people is None]
     if len(bad) == len(detected):
         raise UserError(f"{images.root}: none of its {len(bad)} images decodes ({bad[0]}, ...)")
-    written = boxes_json.rows(images.names, job.ids, job.category, detected)
+    written = boxes_json.to_coco(images.names, job.ids, job.category, detected)
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(json.dumps(written))
     temporary.replace(out)
@@ -164,7 +164,7 @@ def main(words: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes: expected one, `python -m sapiens_accel.boxes` without a launcher")
     images = _find_images(asked)
-    ids = boxes_json.ids_in(asked.annotations, images.names) if asked.annotations else boxes_json.ids_of(images.names)
+    ids = boxes_json.read_ids(asked.annotations, images.names) if asked.annotations else boxes_json.make_ids(images.names)
     category = annotation_rules.person_category(asked.annotations) if asked.annotations else 1
     detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
     job = DetectionJob(

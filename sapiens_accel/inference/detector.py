@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 from torch.utils.data import DataLoader, Dataset
 
-from sapiens_accel.data.detections import Found
+from sapiens_accel.data.detections import PersonBoxes
 from sapiens_accel.data.loader import begin_worker
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download as fetch
@@ -77,7 +77,9 @@ class Detector:
             raise UserError(f"{knob} {name}: no class 'person' among its {len(labels)} ({shown}, ...)")
         self.model: Any = model.to(device).eval()
 
-    def scan(self, root: Path, names: Sequence[str], batch_size: int, num_workers: int) -> Iterator[list[Found | None]]:
+    def scan(
+        self, root: Path, names: Sequence[str], batch_size: int, num_workers: int
+    ) -> Iterator[list[PersonBoxes | None]]:
         """The people of each image, batch by batch; None for an image that does not decode."""
         loader = DataLoader(
             _Files(root, names),
@@ -90,7 +92,7 @@ class Detector:
             yield self.find(batch)
 
     @torch.inference_mode()
-    def find(self, batch: Prepared) -> list[Found | None]:
+    def find(self, batch: Prepared) -> list[PersonBoxes | None]:
         """The people of each image of a batch."""
         seen = [size for size in batch.sizes if size is not None]
         if not seen:
@@ -100,7 +102,7 @@ class Detector:
         results = iter(zip(read(outputs, threshold=self.threshold, target_sizes=seen), seen, strict=True))
         return [None if size is None else self._people(*next(results)) for size in batch.sizes]
 
-    def _people(self, result: dict[str, torch.Tensor], size_hw: tuple[int, int]) -> Found:
+    def _people(self, result: dict[str, torch.Tensor], size_hw: tuple[int, int]) -> PersonBoxes:
         boxes, scores, labels = (result[key].cpu().double().numpy() for key in ("boxes", "scores", "labels"))
         height, width = size_hw
         corners = boxes.reshape(-1, 2, 2).clip(0, (width, height))
@@ -108,7 +110,7 @@ class Detector:
         kept = np.flatnonzero(np.isin(labels, self.people) & (sides >= SMALLEST).all(axis=1))
         found = np.concatenate([corners[:, 0], sides], axis=1)[kept]
         chosen = non_maximum_suppression(found, scores[kept], self.max_iou)
-        return Found(found[chosen], scores[kept][chosen])
+        return PersonBoxes(found[chosen], scores[kept][chosen])
 
 
 def _local(name: str, knob: str) -> str:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from sapiens_accel.config.schema import Config, EvalConfig
-from sapiens_accel.data.detections import NOBODY, BoxesFile, Found
+from sapiens_accel.data.detections import NOBODY, BoxesFile, PersonBoxes
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
@@ -39,7 +39,7 @@ Thing = TypeVar("Thing")
 Seen = TypeVar("Seen")
 
 
-Where = Callable[[Piece], list[Found]]
+Where = Callable[[Piece], list[PersonBoxes]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +122,12 @@ def _where(
     return partial(_detected, accelerator, detector, num_workers), f"of the detector {name}"
 
 
-def _whole(piece: Piece) -> list[Found]:
-    return [Found(np.array([[0.0, 0.0, width, height]]), np.ones(1)) for height, width in piece.sizes]
+def _whole(piece: Piece) -> list[PersonBoxes]:
+    return [PersonBoxes(np.array([[0.0, 0.0, width, height]]), np.ones(1)) for height, width in piece.sizes]
 
 
-def _detected(accelerator: Accelerator, detector: Detector, num_workers: int, piece: Piece) -> list[Found]:
-    def scan(files: Sequence[str]) -> list[Found]:
+def _detected(accelerator: Accelerator, detector: Detector, num_workers: int, piece: Piece) -> list[PersonBoxes]:
+    def scan(files: Sequence[str]) -> list[PersonBoxes]:
         batches = detector.scan(piece.root, files, DETECTED_AT_ONCE, num_workers)
         return [found or NOBODY for batch in batches for found in batch]
 

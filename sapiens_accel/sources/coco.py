@@ -25,7 +25,7 @@ BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # wha
 _trees: OrderedDict[tuple[Path, int, int, int], Any] = OrderedDict()
 
 
-def parsed(path: Path) -> Any:
+def parse_json(path: Path) -> Any:
     """A JSON file's content.
 
     A file is parsed once while it does not change, so callers must not change what they get. Ids of images and
@@ -93,7 +93,7 @@ class CocoFile:
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        tree = parsed(self.file)
+        tree = parse_json(self.file)
         categories = tree.get("categories") if isinstance(tree, dict) else None
         return [one for one in categories if isinstance(one, dict)] if isinstance(categories, list) else []
 
@@ -147,7 +147,7 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     Raises:
         UserError: it is none.
     """
-    tree = parsed(path)
+    tree = parse_json(path)
     for key in ("images", "annotations"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
             raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
@@ -155,7 +155,7 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     faults = list(_image_faults(tree["images"], images))
     kinds = tree.get("categories") or []
     if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
-        text = f"categories: expected a list of objects with 'id' and 'name', found {shown(kinds)}"
+        text = f"categories: expected a list of objects with 'id' and 'name', found {show_value(kinds)}"
         faults.append(Fault("categories", text))
         kinds = []
     if collect is not None:
@@ -163,7 +163,7 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
         return tree | {"images": images, "categories": kinds}
     odd = [item for item in tree["annotations"] if not isinstance(item, dict)]
     texts = [fault.text for fault in faults if fault.check != "ids"]
-    texts += [f"annotations: expected keys, found {shown(item)}" for item in odd[:1]]
+    texts += [f"annotations: expected keys, found {show_value(item)}" for item in odd[:1]]
     if texts:
         raise UserError(f"{path}: {texts[0]}")
     return tree
@@ -186,37 +186,37 @@ def _image_faults(images: list[Any], valid: list[dict[str, Any]] | None = None) 
     names: dict[Any, str] = {}
     for index, image in enumerate(images):
         if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-            reason = f"expected id and file_name, found {shown(image)}"
+            reason = f"expected id and file_name, found {show_value(image)}"
         else:
-            reason = fault_of(image)
+            reason = find_image_fault(image)
         if reason:
             yield Fault("images", f"images, entry {index}: {reason}")
         elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
             both = f"{names[image['id']]} and {image['file_name']}"
-            yield Fault("ids", f"images: id {shown(image['id'])} is of two images, {both}")
+            yield Fault("ids", f"images: id {show_value(image['id'])} is of two images, {both}")
         elif valid is not None:
             valid.append(image)
 
 
-def fault_of(image: dict[str, Any]) -> str | None:
+def find_image_fault(image: dict[str, Any]) -> str | None:
     """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of images, and in one line."""
     key, name = image["id"], image["file_name"]
     if isinstance(key, bool) or not isinstance(key, int):
-        return f"expected an id that is a whole number, found {shown(key)}"
+        return f"expected an id that is a whole number, found {show_value(key)}"
     if not isinstance(name, str) or not PurePosixPath(name).name:
-        return f"id {shown(key)}: expected the name of a file, found {shown(name)}"
+        return f"id {show_value(key)}: expected the name of a file, found {show_value(name)}"
     if name.startswith("/") or ".." in name.split("/"):
-        return f"id {shown(key)}: {shown(name)} leads out of the folder of images; expected a name inside it"
+        return f"id {show_value(key)}: {show_value(name)} leads out of the folder of images; expected a name inside it"
     odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
     if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
-        return f"id {shown(key)}: expected a name of letters that can be shown, found {shown(name)}"
+        return f"id {show_value(key)}: expected a name of letters that can be show_value, found {show_value(name)}"
     return None
 
 
 def read_image_list(path: Path) -> list[dict[str, Any]]:
     """The `images` of a file that `read_json` has accepted. What follows them, in COCO the people, is not parsed."""
     if any(key[0] == path for key in _trees):
-        return parsed(path)["images"]
+        return parse_json(path)["images"]
     text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
     key, value, at = "", [], text.index("{")
     while key != "images":
@@ -232,7 +232,7 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())[:200]
 
 
-def shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value from a JSON, short and in one line."""
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
 

@@ -27,7 +27,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
 from sapiens_accel.hub.errors import why, without_token
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import load_json, shown
+from sapiens_accel.sources.coco import load_json, show_value
 from sapiens_accel.sources.columns import ColumnMapping, infer_mapping, read_categories, read_metadata
 from sapiens_accel.sources.shards import Kind, Manifest
 
@@ -229,7 +229,7 @@ def _categories_beside(name: str, split: str) -> list[dict[str, Any]]:
     file = Path(name).parent.parent / shards.CATEGORIES
     every = load_json(file) if file.is_file() else []
     if not isinstance(every, list) or not all(isinstance(one, dict) for one in every):
-        raise UserError(f"{file}: expected a list of categories with their split, found {shown(every)}")
+        raise UserError(f"{file}: expected a list of categories with their split, found {show_value(every)}")
     return [{k: v for k, v in one.items() if k != "split"} for one in every if str(one.get("split")) in SPLITS[split]]
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
-from sapiens_accel.data.dataset import Pair, PairSettings, pair_of, seen_in
-from sapiens_accel.data.loader import begin_worker, plainly, to_device
+from sapiens_accel.data.dataset import Pair, PairSettings, make_pair, transform_keypoints
+from sapiens_accel.data.loader import begin_worker, to_device, unwrap_errors
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
@@ -64,8 +64,8 @@ class Holdout(Dataset[LabeledPair]):
         base = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
         path = self.people.root / row["file_name"]
         settings = PairSettings(self.augmenter, self.config, self.changes, self.num_cutouts)
-        pair, strong = pair_of(path, base, settings, rng)
-        truth = seen_in(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
+        pair, strong = make_pair(path, base, settings, rng)
+        truth = transform_keypoints(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
         area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
         points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))
         return LabeledPair(pair, points_xy, torch.from_numpy(truth[:, 2] > 0), torch.tensor(area, dtype=torch.float64))
@@ -101,7 +101,7 @@ def probe(
         generator=torch.Generator(),  # so that the global random state is the same with and without a hold-out
     )
     sums, shown_people, position = torch.zeros(6, dtype=torch.float64), [], 0
-    for labeled_pair in plainly(loader):
+    for labeled_pair in unwrap_errors(loader):
         prediction: TeacherPrediction = _map(Tensor.cpu, objective.pseudo_labels(to_device(labeled_pair.pair, device)))
         sums += _sums(labeled_pair, prediction, holdout)
         for row in range(len(labeled_pair.area)):

@@ -21,14 +21,24 @@ ROW = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("people"
 CATEGORIES = [{"id": 4, "name": "person"}, {"id": 7, "name": "dog"}]
 # What may stand in an annotation, and what each value does: "" it is taken or left out, else what a refusal names.
 GOOD: dict[str, list[Any]] = {
-    "bbox": [[1, 2, 3, 4], [0, 0, 0, 5], [5, 5, 5, -1], [-1e9, 1, 0, 1], [1.5, 2.5, 1e7, 1]],
+    "bbox": [[1, 2, 3, 4], [0, 0, 0, 5], [5, 5, 5, -1], [1.5, 2.5, 1e7, 1]],
     "keypoints": [None, [], [1, 2, 2] * K, [0, 0, 0, 1.5, 2, 1, 3, 4, 2], [1, 1, -1, 2, 2, 0, 3, 3, 3]],
     "area": [None, 0, 3.5, 1e14],
     "iscrowd": [None, 0, 0, 0, 1],
     "category_id": [4, 4, 4, None, 7],
 }
 BAD: dict[str, list[Any]] = {
-    "bbox": [None, [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, NAN, 4], [INF, 1, 1, 1], [1, 1, -INF, 1], [1.1e7, 1, 1, 1]],
+    "bbox": [
+        None,
+        [1, 2, 3],
+        [1, 2, 3, 4, 5],
+        [1, 2, NAN, 4],
+        [INF, 1, 1, 1],
+        [1, 1, -INF, 1],
+        [1.1e7, 1, 1, 1],
+        [-1e9, 1, 0, 1],
+        [1, 1, 1e-9, 1],
+    ],
     "keypoints": [[1, 2, 2] * (K + 1), [1, 2], [1, NAN, 2] * K, [1, 2, INF] * K, [1, 1e8, 2] * K, [1, 2, 0.7] * K],
     "area": [-1, NAN, INF, 2e14],
     "iscrowd": [2, -1],

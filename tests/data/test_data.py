@@ -463,7 +463,9 @@ def test_a_pair_is_decoded_as_its_finer_view_needs(run: Run) -> None:
     near, far = (Crop(center_xy=(120.0, 120.0), size_wh=(47.0 * f, 63.0 * f)) for f in (2.5, 4.5))
     assert run.sets.unlabeled is not None
     path = run.sets.unlabeled.root / run.sets.unlabeled.rows[0]["file_name"]
-    found = [data.read_for(crops, path, run.config).reduction for crops in ([far], [near], [far, near], [near, far])]
+    found = [
+        data.read_for_crops(crops, path, run.config).reduction for crops in ([far], [near], [far, near], [near, far])
+    ]
     assert found == [4, 2, 2, 2]
 
 

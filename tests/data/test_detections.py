@@ -18,7 +18,7 @@ from sapiens_accel.sources import synthetic
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data")
 VAL = "annotations/person_keypoints_val2017.json"
-Found = list[dict[str, Any]]
+PersonBoxes = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> People:
     return coco.labeled_people(root, VAL, "val2017", 17, root.parent / "cache")
 
 
-def _found(people: People) -> Found:
+def _found(people: People) -> PersonBoxes:
     """A detection of everybody, 0.9, 0.8, ..., in the order of the rows."""
     rows = people.rows.to_list()
     return [
@@ -70,11 +70,11 @@ def test_a_file_is_found_here_or_in_the_root(people: People, tmp_path: Path) -> 
     assert len(detections.load_boxes("boxes/them.json", people)) == 8
 
 
-def _without(key: str) -> Callable[[Found], Any]:
+def _without(key: str) -> Callable[[PersonBoxes], Any]:
     return lambda found: [found[0], {k: v for k, v in found[1].items() if k != key}]
 
 
-def _with(**changed: Any) -> Callable[[Found], Any]:
+def _with(**changed: Any) -> Callable[[PersonBoxes], Any]:
     return lambda found: [*found[:3], found[3] | changed]
 
 
@@ -107,7 +107,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "named"), REFUSED)
 def test_what_cannot_be_used_is_refused_in_one_line(
-    people: People, tmp_path: Path, change: Callable[[Found], Any], named: list[str]
+    people: People, tmp_path: Path, change: Callable[[PersonBoxes], Any], named: list[str]
 ) -> None:
     file = _write(tmp_path, change(_found(people)))
     with pytest.raises(UserError) as caught:

@@ -343,7 +343,7 @@ def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypat
     for picture in (copies / "val2017").iterdir():
         picture.write_bytes(picture.read_bytes() + b"more")
     copied = dataclasses.replace(val, root=copies)
-    assert leakage.leaks(leakage._image_ids_of(copied), leakage._image_ids_of(val)) == {}
+    assert leakage.find_leaks(leakage._image_ids_of(copied), leakage._image_ids_of(val)) == {}
     assert len(looked) == 2 < len(list((copies / "val2017").iterdir()))
 
 
@@ -363,11 +363,11 @@ def test_equal_files_are_found_among_many_of_equal_size(tmp_path: Path) -> None:
             content = bytes([start]) * leakage.HEAD_BYTES + bytes([end]) * int(rng.integers(0, 3))
             (tmp_path / folder / f"{i}").write_bytes(content if i else b"")
     ours, theirs = (sorted((tmp_path / folder).iterdir()) for folder in ("a", "b"))
-    found = leakage.same_files(ours, theirs)
+    found = leakage.find_same_files(ours, theirs)
     expected = {a for a in ours if any(a.read_bytes() == b.read_bytes() for b in theirs)}
     assert set(found) == expected and 0 < len(expected) < 40
     assert all(a.read_bytes() == b.read_bytes() for a, b in found.items())
-    assert leakage.same_files(ours, []) == leakage.same_files([], theirs) == {}
+    assert leakage.find_same_files(ours, []) == leakage.find_same_files([], theirs) == {}
 
 
 # ---- Where the pool comes from

@@ -56,20 +56,16 @@ def _people(sets: Sets, config: DataConfig, seed: int = 0, **plan: Any) -> Train
     return TrainingPeople(sets, augmenter, config, StageConfig(global_batch=BATCH, **plan), seed=seed, stage="phase2")
 
 
-def _ids(
-    sets: Sets,
-    config: DataConfig,
-    steps: range,
-    rank: int = 0,
-    num_ranks: int = 1,
-    accumulation: int = 1,
-    workers: int = 0,
-) -> list[list[int]]:
+def _share(rank: int = 0, num_ranks: int = 1, accumulation: int = 1) -> Share:
+    micro_batch = BATCH // num_ranks // accumulation
+    return Share(rank=rank, num_ranks=num_ranks, micro_batch=micro_batch, accumulation=accumulation)
+
+
+def _ids(sets: Sets, config: DataConfig, steps: range, share: Share | None = None, workers: int = 0) -> list[list[int]]:
     """The annotations of each micro-batch of a rank."""
-    share = Share(
-        rank=rank, num_ranks=num_ranks, micro_batch=BATCH // num_ranks // accumulation, accumulation=accumulation
-    )
-    return [b.labeled.ann_id.tolist() for b in loader.batches(_people(sets, config), share, steps, workers, CPU)]
+    return [
+        b.labeled.ann_id.tolist() for b in loader.batches(_people(sets, config), share or _share(), steps, workers, CPU)
+    ]
 
 
 def _flat(lists: Iterable[list[Any]]) -> list[Any]:
@@ -87,7 +83,9 @@ def test_everybody_is_in_an_epoch_once(root: Path, sets: Sets) -> None:
     whole = _ids(sets, _config(root), steps)
     assert sorted(_flat(whole)) == everybody
     for num_ranks, accumulation, workers in ((1, 1, 1), (1, 2, 3), (2, 1, 0), (2, 1, 3), (2, 2, 1), (4, 1, 0)):
-        parts = [_ids(sets, _config(root), steps, r, num_ranks, accumulation, workers) for r in range(num_ranks)]
+        parts = [
+            _ids(sets, _config(root), steps, _share(r, num_ranks, accumulation), workers) for r in range(num_ranks)
+        ]
         assert sorted(_flat(_flat(parts))) == everybody
         joined = [_flat(parts[r][step * accumulation + m] for m in range(accumulation) for r in range(num_ranks))
                   for step in steps]  # fmt: skip
@@ -101,7 +99,7 @@ def test_a_run_goes_on_with_the_same_people(root: Path, sets: Sets, workers: int
     whole = _ids(sets, _config(root), range(last))
     for first in (1, 5, 6, 13):
         assert _ids(sets, _config(root), range(first, last), workers=workers) == whole[first:]
-    halves = [_ids(sets, _config(root), range(7, last), rank, 2, workers=workers) for rank in range(2)]
+    halves = [_ids(sets, _config(root), range(7, last), _share(rank, 2), workers) for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole[7:]
 
 

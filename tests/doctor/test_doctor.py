@@ -180,8 +180,8 @@ def test_animals_that_trot_past_have_no_swapped_pairs() -> None:
 
 def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the doctor of 10,000 keypoints, and every image of a training, would take time by the square of them."""
-    read, side = [], skeleton._side
-    monkeypatch.setattr(skeleton, "_side", lambda *names: read.append(names) or side(*names))
+    read, side = [], skeleton.side_of
+    monkeypatch.setattr(skeleton, "side_of", lambda *names: read.append(names) or side(*names))
     whole = dataclasses.replace(WHOLEBODY133)
     pairs = examine._sides(whole)
     draw.draw_person(np.zeros((64, 48, 3), np.uint8), np.full((133, 2), 20.0), np.ones(133), whole)
@@ -496,7 +496,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     assert len(labels) == 240 and report.people["train 2"]["visible"]["left_wrist"] == 0
     assert report.people["train 2"]["visible"]["nose"] == report.people["train"]["visible"]["nose"] > 0
     sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
-    doctor.briefly(said.append, sets, run)
+    doctor.summarize(said.append, sets, run)
     assert [line for line in map(str, said[1:]) if "/ids" in line] == []
     assert any("train 2/area: 1 person of area 0: annotation 5 " in str(line) for line in said)
 
@@ -525,7 +525,7 @@ def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming:
 def test_before_a_training_from_a_stream_few_are_fetched(shards: Path, tmp_path: Path) -> None:
     run = _run(shards, streaming=True)
     sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
-    doctor.briefly(said.append, sets, run)
+    doctor.summarize(said.append, sets, run)
     assert any("train/area: 1 person of area 0: annotation 6 (" in str(line) for line in said)
 
 
@@ -548,7 +548,7 @@ def test_in_crop_is_what_the_crop_holds() -> None:
     inside = geometry.in_crop(boxes, keypoints, 1.25, (64, 48))
     for box, points, ours in zip(boxes, keypoints, inside, strict=True):
         crop = geometry.crop_around_box(box, 1.25, (64, 48))
-        seen = data.seen_in(crop, points, (64, 48), COCO17)
+        seen = data.transform_keypoints(crop, points, (64, 48), COCO17)
         expected = ((seen[:, :2] >= 0) & (seen[:, :2] <= (47, 63))).all(axis=1) & (points[:, 2] > 0)
         assert np.array_equal(ours, expected)
     assert 0.1 < inside.mean() < 0.6
@@ -592,7 +592,7 @@ def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
     """The colors of keypoints that lie free are in the image at the places that the sample names."""
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
     sets = build.open_people(run.data, COCO17, unlabeled=False)
-    people = preview.first_stage(run, sets, COCO17)
+    people = preview.first_stage_people(run, sets, COCO17)
     picture = preview.draw_grid(people, COCO17)
     tile_h, tile_w = 512 + 4, 384 + 4
     assert picture.shape == (4 * tile_h, 4 * tile_w, 3)
@@ -795,7 +795,7 @@ def _brief(root: Path) -> list[str]:
     run = config.load(_words(root))
     sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     try:
-        doctor.briefly(lambda text: said.append(str(text)), sets, run)
+        doctor.summarize(lambda text: said.append(str(text)), sets, run)
     except UserError as error:
         said.append(f"refused: {error}")
     return said
@@ -821,7 +821,7 @@ def test_before_a_training_no_picture_is_opened(root: Path, monkeypatch: pytest.
     run = config.load(_words(root))
     sets = build.open_people(run.data, COCO17, unlabeled=False)
     shutil.rmtree(root / "train2017")
-    doctor.briefly(print, sets, run)
+    doctor.summarize(print, sets, run)
 
 
 def test_ids_are_compared_among_all_and_not_in_a_sample(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def begin_training(folder: Path) -> None:
     run = config_of(folder, folder)
     skeleton, _ = build.open_skeleton(run.data)
     sets = build.open_people(run.data, skeleton, unlabeled=True)
-    report.briefly(lambda _: None, sets, run)
+    report.summarize(lambda _: None, sets, run)
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(sets, augmenter, run.data, run.ssl, seed=0, stage="ssl")
     for position in range(4):
@@ -176,7 +176,7 @@ def read_images(folder: Path) -> None:
 
 def ids_of_annotations(folder: Path) -> None:
     """sapiens-accel detect --annotations."""
-    detections.ids_in(folder / VAL, [sorted(path.name for path in (DATA[0] / "val2017").iterdir())[0]])
+    detections.read_ids(folder / VAL, [sorted(path.name for path in (DATA[0] / "val2017").iterdir())[0]])
     annotation_rules.person_category(folder / VAL)
 
 
@@ -406,7 +406,7 @@ def all_targets(work: Path) -> list[Target]:
     shutil.copy(options / "skeleton.yaml", coco)
     (work / "partial").mkdir()
     made = detect_people.Partial(work / "partial" / "boxes.json", {"detector": "x"})
-    made.add([None, detections.Found(np.ones((1, 4)), np.ones(1))])
+    made.add([None, detections.PersonBoxes(np.ones((1, 4)), np.ones(1))])
     made.close()
     shards = {}
     for to in ("parquet", "webdataset"):

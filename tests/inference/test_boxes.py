@@ -218,15 +218,15 @@ def test_every_third_frame_of_a_video_becomes_a_picture(detector: Path, tmp_path
 
 
 def test_names_and_ids() -> None:
-    assert boxes_json.ids_of(["000000000785.jpg", "7.png", "a/8.png", "clip_000001.jpg"]) == [
+    assert boxes_json.make_ids(["000000000785.jpg", "7.png", "a/8.png", "clip_000001.jpg"]) == [
         785,
         7,
         "a/8",
         "clip_000001",
     ]
     # Two of one number, or of one stem: another rule for all of them.
-    assert boxes_json.ids_of(["000000000007.jpg", "7.png"]) == ["000000000007", "7"]
-    assert boxes_json.ids_of(["a.jpg", "a.png"]) == ["a.jpg", "a.png"]
+    assert boxes_json.make_ids(["000000000007.jpg", "7.png"]) == ["000000000007", "7"]
+    assert boxes_json.make_ids(["a.jpg", "a.png"]) == ["a.jpg", "a.png"]
 
 
 def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> None:

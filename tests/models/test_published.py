@@ -464,7 +464,7 @@ def test_as_many_but_other_keypoints_start_anew(tmp_path: Path) -> None:
     assert torch.equal(_rows(model)["weight"], fresh)
 
 
-# ---- Found in a folder
+# ---- PersonBoxes in a folder
 
 
 def test_a_folder_s_one_file_is_found_and_the_clean_one_of_two(tmp_path: Path) -> None:

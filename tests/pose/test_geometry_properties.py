@@ -124,8 +124,8 @@ def test_a_crops_corners_and_middle_are_the_inputs(drawn: st.DataObject, input_h
 def test_mirroring_twice_changes_nothing(drawn: st.DataObject, input_hw: tuple[int, int], seed: int) -> None:
     crop = drawn.draw(crops(input_hw))
     keypoints = np.column_stack([np.random.default_rng(seed).uniform(0, 3000, (17, 2)), np.arange(17) % 3])
-    seen = data.seen_in(crop, keypoints, input_hw, COCO17)
-    mirrored = data.seen_in(replace(crop, flip=not crop.flip), keypoints, input_hw, COCO17)
+    seen = data.transform_keypoints(crop, keypoints, input_hw, COCO17)
+    mirrored = data.transform_keypoints(replace(crop, flip=not crop.flip), keypoints, input_hw, COCO17)
     back = mirrored[list(COCO17.mirror)] * [-1, 1, 1] + [input_hw[1] - 1, 0, 0]
     np.testing.assert_allclose(back, seen, rtol=0, atol=1e-7)
     matrix, other = crop.matrix(input_hw), replace(crop, flip=not crop.flip).matrix(input_hw)
