@@ -266,7 +266,9 @@ class PeopleReader:
             raise check.error(check.taken & ~has_box, "it has no 'bbox' (x, y, width, height)")
         sides = boxes[:, 2:]
         is_near = (np.abs(boxes) <= FARTHEST).all(axis=1) & ((sides <= 0) | (sides >= 1 / FARTHEST)).all(axis=1)
-        check.expect(is_near, boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})")
+        check.expect(
+            np.asarray(is_near), boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})"
+        )
         check.taken &= (sides > 0).all(axis=1)
         points = self._keypoints(check)
         area = _field(people, "area", boxes[:, 2] * boxes[:, 3])

@@ -164,7 +164,9 @@ def main(words: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes: expected one, `python -m sapiens_accel.boxes` without a launcher")
     images = _find_images(asked)
-    ids = boxes_json.read_ids(asked.annotations, images.names) if asked.annotations else boxes_json.make_ids(images.names)
+    ids = (
+        boxes_json.read_ids(asked.annotations, images.names) if asked.annotations else boxes_json.make_ids(images.names)
+    )
     category = annotation_rules.person_category(asked.annotations) if asked.annotations else 1
     detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
     job = DetectionJob(

@@ -23,7 +23,7 @@ from sapiens_accel.config import record
 from sapiens_accel.config.record import Continuation
 from sapiens_accel.config.schema import STAGES, Config, DataConfig, StageName
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, some_of
+from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, spread_rows
 from sapiens_accel.errors import UserError
 from sapiens_accel.models.load import FILE, starting_point
 from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json
@@ -254,7 +254,7 @@ def digest_people(people: People) -> str:
     if counts is not None:
         digest.update(np.ascontiguousarray(counts).tobytes())
         return digest.hexdigest()
-    rows = some_of(people.rows, MAX_RECORDED_PEOPLE)
+    rows = spread_rows(people.rows, MAX_RECORDED_PEOPLE)
     for values in (boxes_of(rows), keypoints_of(rows), *(column_of(rows, name) for name in ("ann_id", "image_id"))):
         numbers = values if values.dtype.kind in "fiu" else values.astype(str)
         digest.update(np.ascontiguousarray(numbers).tobytes())
