@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import forks
 import psutil
 import pytest
 import yaml
@@ -46,8 +45,6 @@ def launch(
         port = str(free.getsockname()[1])
     env = {**os.environ, "SAPIENS_ACCEL_CACHE": str(cache), "MASTER_PORT": port, **environment}
     env.pop("OMP_NUM_THREADS", None)
-    if list(words[:3]) == ACCELERATE and not environment:  # the launcher is forked; what it launches are processes
-        return forks.run(words[1:], cwd=folder, env=env)
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
 
 
