@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from signal import Signals
 
 from sapiens_accel.config import parse as config
 
@@ -26,7 +27,7 @@ from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Plan
 from sapiens_accel.publish import uploader
 from sapiens_accel.publish.uploader import NoUploads, Uploads
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, failures, files
 from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.logger import StageContext
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
+    check_folders(run)
     with run_folder.lock_run(accelerator, run):
         train_stages(accelerator, run, argv)
 
@@ -57,42 +59,77 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
-    with uploads, distributed.explain_lost_ranks(accelerator):
+    with uploads, distributed.explain_lost_ranks(accelerator), StopRequest() as stop:
         for name in run.stages:
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name],
                 begin=partial(record.begin, accelerator, sets),
             )  # fmt: skip
-            with StopRequest() as stop, planner.explain_out_of_memory(accelerator, name, plans[name]):
+            with planner.explain_out_of_memory(accelerator, name, plans[name]):
                 table[name] = done.get(name) or train(
                     build_stage(context, given if name == run.stages[0] else None), plans[name], uploads, stop
                 )
             accelerator.free_memory()  # what the stage held is unreachable only now
             if run.dry_run:
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
-            if name != run.stages[-1] and distributed.any_rank(accelerator, stop.asked):
-                raise Interrupted(f"asked to stop; {name} is finished")
+            if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
+                raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
     pictures = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
     accelerator.print(
         f"\n{evaluate.format_table(table, evaluate.format_protocol(run.eval))}\n\npictures:", *pictures, sep="\n  "
     )
 
 
+def check_folders(run: Config) -> None:
+    """Refuse folders in which nothing can be written, before the data are read and checked.
+
+    Raises:
+        UserError: with the folder.
+    """
+    if not run.dry_run:
+        files.check_writable(Path(run.output_dir), "--output_dir")
+    files.check_writable(build.cache_folder(run.data), "--data.cache_dir")
+
+
 def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest) -> Metrics:
     """Run one stage to its last step, and return the metrics of the weights that it hands over.
 
     Raises:
-        Interrupted: a stop was asked for; the state is saved.
-        UserError: so it was because a launcher was killed; the state is saved too.
+        Interrupted: a signal asked for a stop; the state is saved.
+        UserError: likewise, because a launcher was killed; or something failed, and the state is saved if it could be.
     """
     run, name, last, log = stage.context.run, stage.context.name, stage.context.last, stage.logger
     accelerator, done = stage.context.accelerator, stage.context.first
+    saved_at = done
 
     def save_last_whole_step() -> Path | None:
-        return stage.save(done) if done > stage.context.first else None
+        nonlocal saved_at
+        if done <= saved_at or log.unhealthy or run.dry_run:
+            return None
+        saved_at = done
+        return stage.save(done)
 
+    def stop_if_asked(saved: Path | None) -> None:
+        nonlocal saved_at
+        number = int(distributed.most(accelerator, stop.number))
+        if not number:
+            return
+        log.close()
+        begun = done > stage.context.first and not run.dry_run
+        where = (
+            f"step {done} is in {saved or stage.save(done) or 'NO checkpoint'}" if begun else "no step was to be saved"
+        )
+        saved_at = done
+        if distributed.any_rank(accelerator, stop.launcher_is_gone):
+            raise UserError(f"{name}: the launcher of another machine has ended; {where}. {AGAIN}")
+        raise Interrupted(f"{name}: stopped by {Signals(number).name}; {where}", number)
+
+    stop_if_asked(None)
     # ---- Train
-    with planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, save_last_whole_step):
+    with (
+        failures.save_on_failure(accelerator, name, save_last_whole_step),
+        planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, save_last_whole_step),
+    ):
         for step in stage.steps():
             done = step.number
             log.step(step)
@@ -100,12 +137,8 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
             # A save that is due while the state is in trouble, such as on a skipped step, comes once it is well again.
             saved = None if run.dry_run or log.unhealthy else stage.save_if_due(done)
-            if done < last and distributed.any_rank(accelerator, stop.asked):
-                log.close()
-                where = f"step {done} is in {saved or stage.save(done) or 'NO checkpoint'}"
-                if distributed.any_rank(accelerator, stop.launcher_is_gone):
-                    raise UserError(f"{name}: the launcher of another machine has ended; {where}. {AGAIN}")
-                raise Interrupted(f"{name}: asked to stop; {where}")
+            saved_at = done if saved else saved_at
+            stop_if_asked(saved)
             if run.eval_every and done % run.eval_every == 0 and done < last:
                 stage.evaluate(done)
             elif done == 1 < last:
@@ -113,10 +146,10 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
             if saved:
                 uploads.saved(name, step=done, weights=saved / "weights", score=log.ap(done))
 
-    # ---- Hand over
-    if not run.dry_run:
-        stage.evaluate(last)
-    metrics = log.finish()
+        # ---- Hand over
+        if not run.dry_run:
+            stage.evaluate(last)
+        metrics = log.finish()
     uploads.saved(name, score=metrics.get("AP"), last=True)
     stage.release()
     return metrics

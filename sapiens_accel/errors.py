@@ -1,9 +1,13 @@
 """What a user can act on, a run that was asked to stop, and how a program ends with either. Standard library alone."""
 
+import atexit
+import errno
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -12,6 +16,10 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 LONGEST = 2_000
+# A disk that is full, over quota, broken or read-only.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+OF_THE_DISK += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
+SECONDS_TO_END = 15.0  # from the end of a program that failed to that of its process
 
 
 def escape(text: str, keep: str = "\n\t") -> str:
@@ -57,7 +65,15 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """The run was asked to stop and did, with everything saved. Its text says where."""
+    """The run was asked to stop and did, with everything saved. Its text says where.
+
+    Attributes:
+        signal: the number of the signal that asked for it.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
@@ -86,20 +102,50 @@ def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, A
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 
-    A run that was asked to stop leaves with exit code 0, and says how to go on. What is printed is escaped.
+    A run that was asked to stop leaves with 128 + the signal's number, as a shell has it, and says how to continue.
+    What is printed is escaped. However a program fails, its process ends within `SECONDS_TO_END`.
     """
     try:
         with redirect_stdout(cast(TextIO, _EscapedOutput(sys.stdout))):
             main(sys.argv[1:])
     except Interrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
-            print(escape(f"{interrupted}; go on with the same launch and: {_resume_command(sys.argv)}"), flush=True)
+            print(escape(f"{interrupted}; {continue_with()}"), flush=True)
+        _end_soon(128 + interrupted.signal)
+        sys.exit(128 + interrupted.signal)
+    except KeyboardInterrupt:
+        print(f"{_program()}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        _end_soon(128 + signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            time.sleep(10)  # rank 0 mostly says the same; its exit ends this process before the line is said again
+            time.sleep(5)  # rank 0 mostly says the same; its exit ends this process before the line is said again
         print(f"{_program()}: error: {error}", file=sys.stderr, flush=True)
+        _end_soon(2)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            _end_soon(1)
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror}. Make room there, or give another folder (--output_dir, --data.cache_dir)"
+        print(escape(f"{_program()}: error: {reason}"), file=sys.stderr, flush=True)
+        _end_soon(2)
+        sys.exit(2)
+    except Exception:
+        _end_soon(1)
+        raise
+
+
+def _end_soon(code: int) -> None:
+    """Let nothing hold up the end of this process: a thread, a process or a device that no longer answers."""
+
+    def end() -> None:
+        time.sleep(SECONDS_TO_END)
+        os._exit(code)
+
+    atexit.register(threading.Thread(target=end, daemon=True).start)  # the last registered one runs first
 
 
 def _program() -> str:
@@ -122,8 +168,13 @@ class _EscapedOutput:
         return getattr(self._stream, name)
 
 
+def continue_with() -> str:
+    """How to continue a run that has ended before its last step, as the end of a sentence."""
+    return f"continue with the same launch and: {_resume_command(sys.argv)}"
+
+
 def _resume_command(words: Sequence[str]) -> str:
-    """A command that goes on where the one of these words stopped."""
+    """A command that continues where the one of these words stopped."""
     option = "--resume_from_checkpoint"
     kept = [word for before, word in pairwise(["", *words]) if not word.startswith(option) and before != option]
     return shlex.join([*kept, option, "latest"])

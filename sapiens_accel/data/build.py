@@ -216,12 +216,25 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     Raises:
         UserError: no such root.
     """
-    default = os.environ.get("SAPIENS_ACCEL_CACHE") or Path.home() / ".cache" / "sapiens_accel"
-    cache = Path(config.cache_dir or default)
+    cache = cache_folder(config)
     root = _folder(config, cache) if config.root else _drawn(config, cache)
     if not root.is_dir():
         raise UserError(f"--data.root {root}: no such folder")
     return root, cache
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where drawn people and tables are kept.
+
+    Raises:
+        UserError: the user has no home directory (`docker run --user`), and no other place is named.
+    """
+    if named := config.cache_dir or os.environ.get("SAPIENS_ACCEL_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "sapiens_accel"
+    except RuntimeError:
+        raise UserError("this user has no home directory for ~/.cache. Set HOME, or give --data.cache_dir") from None
 
 
 def _folder(config: DataConfig, cache: Path) -> Path:

@@ -3,9 +3,19 @@
 order (seed, stage, step) -> keys of one global batch -> this rank's micro-batches -> workers: decode, crop, augment
 """
 
+import atexit
 import ctypes
+import re
+import shutil
+import signal
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -16,9 +26,10 @@ from torch.utils.data import DataLoader, default_collate
 from sapiens_accel.data.dataset import Batch, Key, Labeled, Pair, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime import signals as interrupt
+from sapiens_accel.runtime import signals
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+SHARED = Path("/dev/shm")
 Loaded = TypeVar("Loaded")
 
 
@@ -44,17 +55,65 @@ def batches(
 
 
 def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
-    """What it loads; a UserError of a loading process, which comes wrapped in that process's traceback, as one line.
+    """What it loads. An error of its loading processes is one line, and none of them outlives this process.
 
     Raises:
-        UserError
+        UserError: one of a loading process, which comes wrapped in that process's traceback; or one has died.
     """
+    batches = iter(loader)
+    workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    if workers:
+        LOADING.update(workers)
+        if threading.current_thread() is threading.main_thread():
+            # torch raises the death of a worker from a signal handler, at any moment: in the middle of an optimizer
+            # step, say. Without it, the next batch that is waited for brings the same error, within 5 s.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         ) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        if reason := _why_loading_failed(error, workers):
+            raise UserError(f"--data.num_workers {len(workers)}: {reason}") from None
+        raise
+
+
+LOADING: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing has registered its own, which waits for them: so it runs before that
+def kill_loading_processes() -> None:
+    """End the loading processes: they ignore the SIGTERM with which multiprocessing would."""
+    for worker in list(LOADING):
+        with suppress(ValueError):  # closed
+            worker.kill()
+
+
+def _why_loading_failed(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
+    """What ended a loading process or its messages, and what to do; None for errors of other kinds."""
+    text, deadline = str(error), time.monotonic() + 2
+    # Its pipe is closed a moment before its exit code is known.
+    while not (codes := {worker.exitcode for worker in workers if worker.exitcode}) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if -signal.SIGBUS in codes or "bus error" in text or re.search(r"shared memory|torch_\d+_\d+", text):
+        free = f" ({shutil.disk_usage(SHARED).free / 2**20:.0f} MiB are free)" if SHARED.is_dir() else ""
+        return (
+            f"{SHARED} is full, through which loading processes hand over images{free}. Give the container more "
+            "(docker run --shm-size 8g), or lower --data.num_workers; with 0 none is needed"
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return "too many open files. Raise the limit (ulimit -n 65536), or lower --data.num_workers"
+    if -signal.SIGKILL in codes:
+        return (
+            "a loading process was killed (SIGKILL), as Linux does where memory runs out (dmesg shows it). Lower "
+            "--data.num_workers, or give this machine more memory"
+        )
+    if codes:
+        names = [signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in sorted(codes)]
+        return f"a loading process has ended ({', '.join(names)}); its output is above"
+    return None
 
 
 class _Keys:
@@ -94,7 +153,7 @@ def begin_worker(_: int) -> None:
     """Start a worker with one decoding thread: the workers are the parallelism. Signals are the training's to hear."""
     cv2.setNumThreads(0)
     keep_freed_memory()
-    interrupt.leave_to_parent()
+    signals.leave_to_parent()
 
 
 def keep_freed_memory() -> None:

@@ -14,7 +14,7 @@ from numpy import ndarray as Array
 from torch.utils.data import DataLoader, Dataset
 
 from sapiens_accel.data.detections import PersonBoxes
-from sapiens_accel.data.loader import begin_worker
+from sapiens_accel.data.loader import begin_worker, unwrap_errors
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download as fetch
 from sapiens_accel.sources import images as photo
@@ -88,7 +88,7 @@ class Detector:
             collate_fn=partial(prepare_batch, self.processor),
             worker_init_fn=begin_worker,
         )
-        for batch in loader:
+        for batch in unwrap_errors(loader):
             yield self.find(batch)
 
     @torch.inference_mode()

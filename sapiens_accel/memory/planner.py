@@ -29,7 +29,7 @@ from sapiens_accel.memory.estimate import CONTEXT, Plan, Room, Stage, fit, measu
 from sapiens_accel.memory.strategies import Way, command, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.load import starting_point
-from sapiens_accel.runtime import distributed, host
+from sapiens_accel.runtime import distributed, failures, host
 from sapiens_accel.runtime.device import LEAST_CAPABILITY
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
@@ -225,17 +225,18 @@ def explain_out_of_memory(
     try:
         yield
         return
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).split(". ")[0].splitlines()[0]
+        whole = failures.IN_THE_STEP not in getattr(error, "__notes__", ())
+        reason = (str(error) or "MemoryError").split(". ")[0].splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold the activations
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if drop:
         drop()
-    kept = save() if save and accelerator.num_processes == 1 else None
+    kept = save() if save and whole and accelerator.num_processes == 1 else None
     predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
     again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
     tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
@@ -245,7 +246,7 @@ def explain_out_of_memory(
 def _is_out_of_memory(error: BaseException) -> bool:
     """Of a device, of cuBLAS and cuDNN on it, of pinned memory, or of the host under a run on the CPU."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 # ---- python -m sapiens_accel.memory

@@ -22,6 +22,7 @@ from sapiens_accel.models.load import FILE
 from sapiens_accel.models.modeling_sapiens_pose import SapiensPoseConfig
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime import files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,6 +82,7 @@ def export(
     tensors = {_published(key, model): value.to(dtype).contiguous() for key, value in state.items()}
     temporary = folder / f".{FILE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    files.follow_umask(temporary)
     meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
     _write(folder / "config.json", _config(model, skeleton, sigma, dtype))
     _write(folder / "preprocessor_config.json", _preprocessor(model, sigma))

@@ -16,7 +16,7 @@ from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKw
 from torch import Tensor
 
 from sapiens_accel.errors import UserError, count
-from sapiens_accel.runtime import launch
+from sapiens_accel.runtime import launch, signals
 from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
@@ -60,6 +60,7 @@ def start() -> Accelerator:
     Raises:
         UserError: the launch asks for what this package cannot run.
     """
+    signals.follow_launcher()
     launch.check()
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     if cuda:
@@ -233,6 +234,11 @@ def least(accelerator: Accelerator, value: float) -> float:
     own = torch.tensor(value, dtype=torch.float64)
     torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MIN, group=_host_group())
     return float(own)
+
+
+def most(accelerator: Accelerator, value: float) -> float:
+    """The largest of all ranks' values."""
+    return -least(accelerator, -value)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

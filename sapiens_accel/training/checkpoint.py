@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from sapiens_accel.runtime.files import (
     NOT_WRITTEN,
     UNFINISHED,
     error_of,
+    follow_umask,
     read_json,
     set_aside,
     write_json,
@@ -186,6 +187,8 @@ def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine = files[accelerator.process_index :: accelerator.num_processes]
     problem, own = None, []
+    for path in mine:
+        follow_umask(path)
     try:
         own = [(str(path.relative_to(folder)), _fingerprint(path)) for path in mine]
     except OSError as error:
@@ -230,15 +233,18 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def _point(name: str, target: Path) -> None:
-    """Let the link `name` beside a checkpoint lead to it; not where the file system has no links."""
+    """Let the link `name` beside a checkpoint lead to it; not where the file system has no links.
+
+    Where a run directory was copied with its links followed, a second copy of a checkpoint has that name: it makes way.
+    """
     link = target.with_name(name)
     temporary = link.with_name(name + UNFINISHED)
-    temporary.unlink(missing_ok=True)
-    try:
+    with suppress(OSError):  # links are for people: nothing reads them
+        temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
-    except OSError:
-        return
-    temporary.replace(link)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        temporary.replace(link)
 
 
 def record_score(stage_folder: Path, step: int, ap: float) -> bool:

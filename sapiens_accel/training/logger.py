@@ -3,12 +3,13 @@
 import json
 import math
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +40,9 @@ from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.pseudo_label_quality import Holdout
 from sapiens_accel.training.ssl_monitor import Alarms, Stopped
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 NUM_CROPS = 8
 MAX_SKIPPED = 20  # steps in a row: a network that has diverged that far does not recover
@@ -121,6 +125,8 @@ class StageLogger:
         self.evaluated: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.skipped, self.disk_failed = 0, False
+        self.file: TextIO | None = None
+        self.board: SummaryWriter | None = None
         self.since, self.since_step, self.printed = time.perf_counter(), self.first, -math.inf
         self.writes = self.accelerator.is_main_process and not self.run.dry_run
         gpu.reset_peak(self.accelerator.device)
@@ -141,13 +147,21 @@ class StageLogger:
         self.progress = tqdm(
             initial=self.first, total=self.last, desc=self.stage, unit="step", disable=disabled, dynamic_ncols=True
         )
-        self.file, self.board = None, None
         if self.writes:
-            self.file = _without_later_lines(self.run_folder / "metrics.jsonl", self.stage, self.first).open("a")
+            self._on_disk(self._open_metrics)
         if self.writes and self.run.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+            self._on_disk(self._open_board)
 
-            self.board = SummaryWriter(str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first + 1)
+    def _open_metrics(self) -> None:
+        self.file = _without_later_lines(self.run_folder / "metrics.jsonl", self.stage, self.first).open("a")
+
+    def _open_board(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        report = threading.excepthook
+        # The thread that writes keeps its error for whoever calls it next, and would print its traceback as well.
+        threading.excepthook = lambda args: None if _is_writer(args.thread) else report(args)
+        self.board = SummaryWriter(str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first + 1)
 
     def _resume_state(self) -> None:
         """Restore the alarms' first values, and which weights the stage has handed over. All ranks must call it."""
@@ -230,7 +244,8 @@ class StageLogger:
         self.kept = self.evaluated
         self.alarms.good = f"in {weights}"
         if self.writes:
-            (weights.parent / "eval.json").unlink(missing_ok=True)  # it describes other weights
+            # It describes other weights.
+            self._on_disk(lambda: (weights.parent / "eval.json").unlink(missing_ok=True))
             record = {"step": self.kept.step, "metrics": self.kept.metrics}
             self._on_disk(lambda: files.write_json(weights.parent / KEPT, record))
         self.restart_clock(self.evaluated.step)
@@ -247,9 +262,7 @@ class StageLogger:
         """
         # JSON has no infinity (the gradient norm of an fp16 overflow) and no NaN: they become null.
         self._line(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
-        for name, value in values.items():
-            if self.board:
-                self.board.add_scalar(name, value, step)
+        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
         try:
             warnings = self.alarms.check(step, values)
         except Stopped as stopped:
@@ -273,10 +286,21 @@ class StageLogger:
         """Write something that training does not depend on: a full disk is one warning, and training continues."""
         try:
             action()
-        except OSError as error:
+        except files.NOT_WRITTEN as error:
             if not self.disk_failed:
                 self.progress.write(f"{self.stage}: warning: {error}; log lines or images are lost, training continues")
             self.disk_failed = True
+
+    def _on_board(self, action: Callable[["SummaryWriter"], object]) -> None:
+        """Write to TensorBoard. Its own thread writes and ends at its first error, so that is the end of it."""
+        if not self.board:
+            return
+        failed = self.disk_failed
+        self.disk_failed = False
+        self._on_disk(lambda: action(cast("SummaryWriter", self.board)))
+        if self.disk_failed:
+            self.board = None
+        self.disk_failed = self.disk_failed or failed
 
     def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
         """Write the first metrics of a stage with a teacher; the alarms compare with them. All ranks must call it.
@@ -365,7 +389,7 @@ class StageLogger:
                 whole |= tables.keypoint_scalars(
                     evaluate.measure_keypoints(predictions, self.people, self.skeleton), self.skeleton
                 )
-            files.write_json(self.context.folder / "eval.json", whole)
+            self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
             if predictions:  # weights that were kept before the run was resumed have none
                 if num := self.run.eval.num_pictures:
                     picture = figures.draw_predictions(predictions, self.people, self.skeleton, num)
@@ -409,8 +433,7 @@ class StageLogger:
         self.progress.close()
         if self.file:
             self._on_disk(self.file.close)
-        if self.board:
-            self.board.close()
+        self._on_board(lambda board: board.close())
 
     def _worst(self, step: int, predictions: Predictions) -> None:
         """The people of the lowest OKS; without their heatmaps, which would take another forward of all ranks."""
@@ -423,8 +446,11 @@ class StageLogger:
     ) -> None:
         path = self.run_folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
         self._on_disk(lambda: draw.save_image(picture, path))
-        if self.board:
-            self.board.add_image(name, picture, step, dataformats="HWC")
+        self._on_board(lambda board: board.add_image(name, picture, step, dataformats="HWC"))
+
+
+def _is_writer(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__ == "tensorboard.summary.writer.event_file_writer"
 
 
 def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data.dataset import Batch
-from sapiens_accel.runtime import engine
+from sapiens_accel.errors import UserError
+from sapiens_accel.runtime import distributed, engine, failures
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.optim import lr_at, set_lr
@@ -68,7 +69,7 @@ def steps(
         batches: this rank's micro-batches from step `config.first` on; the stage ends with them.
     """
     step = config.first
-    while micro_batches := list(islice(batches, config.accumulation)):
+    while micro_batches := _fetch(accelerator, batches, config.accumulation):
         model.train()
         rate = lr_at(step, config.num_steps, config.optim)
         # Before the backward: under DeepSpeed, `accelerator.backward` also takes the optimizer's step.
@@ -82,7 +83,11 @@ def steps(
                     loss, parts = objective.loss(model, batch, prepared)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
+                    try:
+                        grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
+                    except Exception as error:
+                        error.add_note(failures.IN_THE_STEP)
+                        raise
                     optimizer.zero_grad()
             losses.append(loss.detach())
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -92,6 +97,23 @@ def steps(
         step += 1
         logs |= {"lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
         yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))
+
+
+def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list[Batch]:
+    """The next micro-batches; none after the last step.
+
+    Raises:
+        SharedError: they could not be loaded, here or on another rank.
+    """
+    fetched, problem = [], None
+    try:
+        fetched = list(islice(batches, num))
+    except Exception as error:
+        problem = error
+    if distributed.any_rank(accelerator, problem is not None):
+        text = str(problem) if problem else "another process of this launch could not load its images; see its output"
+        raise failures.SharedError(text, None if isinstance(problem, UserError) else problem)
+    return fetched
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:

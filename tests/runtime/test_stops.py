@@ -1,0 +1,279 @@
+"""Whoever stops a run: its last whole step is saved, one line says what happened, and every process ends in time.
+
+Each run is tiny, and forked from this process (`benchmarks/faults.py`).
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from errno import EIO, ENOSPC, EPERM, EROFS
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import faults
+from faults import Run, Started
+
+from sapiens_accel.training import checkpoint
+
+pytestmark = pytest.mark.launch
+TWO = Run(processes=2)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for all: the people are drawn once."""
+    monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.getbasetemp() / "faults_cache"))
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Starts a run, and waits until a step of it is logged."""
+    runs: list[Started] = []
+
+    def start(run: Run, *more: str, before: Callable[[int], object] = lambda rank: None, step: int = 2) -> Started:
+        runs.append(faults.start(run, tmp_path / f"run{len(runs)}", more, before))
+        if step:
+            assert faults.wait_for_step(runs[-1], step), runs[-1].log.read_text()
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def stopped(run: Started, *codes: int) -> str:
+    """What a run has printed, after it has ended in time with one of these exit codes on every rank."""
+    seconds = faults.seconds_to_end(run)
+    text = run.log.read_text()
+    assert seconds is not None, f"a process still runs after {faults.LIMIT} s: {text}"
+    assert set(run.codes.values()) <= set(codes), (run.codes, text)
+    return text
+
+
+def is_saved(run: Started) -> int:
+    """The last step, which is the one that was logged last, and is whole."""
+    step = faults.saved_step(run.folder, run.run.stage)
+    assert step == max(run.losses) and step >= 2, run.log.read_text()
+    assert checkpoint._broken(run.folder / run.run.stage / "checkpoints" / f"step_{step}") is None
+    return step
+
+
+@pytest.mark.parametrize("name", faults.STOPS)
+def test_a_signal_to_the_group_saves_the_step(begin: Callable[..., Started], name: str) -> None:
+    """With loading processes in it, as a closed terminal and batch systems send it."""
+    run = begin(Run(workers=2))
+    number = getattr(signal, name)
+    os.killpg(run.ranks[0], number)
+    text = stopped(run, 128 + number)
+    step = is_saved(run)
+    assert f"phase2: stopped by {name}; step {step} is in " in text and "Traceback" not in text
+    assert text.count("continue with the same launch and: train.py ") == 1 and "--resume_from_checkpoint latest" in text
+
+
+def test_a_signal_to_one_of_two_ranks_saves_the_step_of_both(begin: Callable[..., Started]) -> None:
+    run = begin(TWO)
+    os.kill(run.ranks[1], signal.SIGUSR2)
+    text = stopped(run, 128 + signal.SIGUSR2)
+    assert f"stopped by SIGUSR2; step {is_saved(run)} is in " in text and "Traceback" not in text
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(begin: Callable[..., Started]) -> None:
+    run = begin(Run(), before=lambda _: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    os.kill(run.ranks[0], signal.SIGHUP)
+    at = max(run.losses)
+    assert faults.wait_for_step(run, at + 2)
+    os.kill(run.ranks[0], signal.SIGTERM)
+    assert "SIGHUP" not in stopped(run, 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+@pytest.mark.parametrize("run", [Run(workers=2), Run(processes=2, workers=1)], ids=["one", "two"])
+def test_a_loading_process_that_dies(begin: Callable[..., Started], run: Run, number: signal.Signals) -> None:
+    started = begin(run)
+    os.kill(started.loaders(0)[0], number)
+    text = stopped(started, 2)
+    step, said = is_saved(started), {signal.SIGKILL: "was killed (SIGKILL)", signal.SIGBUS: "/dev/shm is full"}[number]
+    assert f"train.py: error: --data.num_workers {run.workers}: " in text and said in text
+    assert f"the last whole step is in {started.folder}/phase2/checkpoints/step_{step}; continue with" in text
+    assert "Traceback" not in text
+
+
+def test_an_error_of_our_own_saves_the_step_before_its_traceback(begin: Callable[..., Started]) -> None:
+    def fail_at_step_4(_: int) -> None:
+        from sapiens_accel.training import objectives
+
+        known, calls = objectives.Supervised.loss, []
+
+        def loss(*args: object) -> object:
+            calls.append(1)
+            if len(calls) == 4:
+                raise ValueError("a bug")
+            return known(*args)
+
+        objectives.Supervised.loss = loss
+
+    run = begin(Run(workers=2), before=fail_at_step_4, step=0)
+    faults.wait_for_step(run, 3)
+    text = stopped(run, 1)
+    assert is_saved(run) == 3
+    assert "phase2: failed; the last whole step is in " in text and "ValueError: a bug" in text
+
+
+def test_weights_that_are_of_no_whole_step_are_not_saved(begin: Callable[..., Started]) -> None:
+    """An error between the parameters of an optimizer step."""
+
+    def fail_in_step_3(_: int) -> None:
+        known, calls = torch.optim.AdamW.step, []
+
+        def step(self: torch.optim.AdamW, *args: object) -> object:
+            calls.append(1)
+            result = known(self, *args)
+            if len(calls) == 3:
+                raise ValueError("half of it")
+            return result
+
+        torch.optim.AdamW.step = step
+
+    run = begin(Run(), before=fail_in_step_3, step=0)
+    faults.wait_for_step(run, 2)
+    stopped(run, 1)
+    assert faults.saved_step(run.folder, "phase2") == 0
+
+
+def test_a_killed_rank_ends_the_other(begin: Callable[..., Started]) -> None:
+    run = begin(TWO, "--save_every=2", step=3)
+    os.kill(run.ranks[1], signal.SIGKILL)
+    text = stopped(run, 2, -signal.SIGKILL)
+    assert "another process of this launch has ended" in text and "Traceback" not in text
+    assert faults.saved_step(run.folder, "phase2") >= 2
+
+
+def test_a_loading_process_that_does_not_end_holds_nothing_up(begin: Callable[..., Started]) -> None:
+    """It ignored SIGTERM, and the end of the run waited for it for ever: with a small /dev/shm, say."""
+    run = begin(Run(workers=2))
+    os.kill(run.ranks[0], signal.SIGTERM)
+    os.kill(run.loaders(0)[1], signal.SIGSTOP)
+    stopped(run, 128 + signal.SIGTERM)
+    is_saved(run)
+
+
+def test_loading_processes_end_with_a_killed_run(begin: Callable[..., Started]) -> None:
+    run = begin(Run(workers=2))
+    os.kill(run.ranks[0], signal.SIGKILL)
+    time.sleep(0.2)
+    stopped(run, -signal.SIGKILL)
+
+
+# ---- Disks
+
+# Path in a run directory to what a fault there is said to cost; every writer stands here.
+WRITERS = {
+    "metrics.jsonl": r"/metrics\.jsonl",
+    "TensorBoard": "/tensorboard/",
+    "images": "/pictures/",
+    "checkpoints": "/checkpoints/",
+    "weights": "/phase2/weights/",
+    "eval.json": r"/phase2/eval\.json",
+    "the rest of a stage": r"/phase2/(kept|score)\.json",
+}
+
+
+@pytest.mark.parametrize("run", [Run(), TWO], ids=["one", "two"])
+@pytest.mark.parametrize("kind", [ENOSPC, EROFS, EIO], ids=["ENOSPC", "EROFS", "EIO"])
+@pytest.mark.parametrize("writer", list(WRITERS))
+def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, kind: int, run: Run) -> None:
+    """Training goes to its end; only the weights that it is for are needed, and then the last step is saved."""
+    if (kind != ENOSPC or run is TWO) and writer not in ("metrics.jsonl", "checkpoints", "weights"):
+        pytest.skip("the same guard")
+    words = ("--max_steps=4", "--eval_every=2", "--save_every=2")
+    started = begin(run, *words, before=lambda _: faults.fail_writes(kind, Path("/tmp"), WRITERS[writer]), step=0)
+    text = stopped(started, 2 if writer == "weights" else 0)
+    assert "Traceback" not in text
+    assert sorted(started.losses) == ([] if writer == "metrics.jsonl" else [1, 2, 3, 4])
+    assert os.strerror(kind) in text
+    if writer == "weights":
+        assert "phase2/weights could not be written: " in text and "--resume_from_checkpoint latest" in text
+        assert faults.saved_step(started.folder, "phase2") == 4
+    else:
+        assert "warning: " in text and (started.folder / "phase2" / "weights" / "model.safetensors").is_file()
+        assert faults.saved_step(started.folder, "phase2") == (0 if writer == "checkpoints" else 4)
+
+
+def test_a_copied_run_directory_goes_on_saving_and_pruning(begin: Callable[..., Started], tmp_path: Path) -> None:
+    """Links followed, as `cp -rL`, drives and zip do: `latest` and `best` are folders then."""
+    words = ("--save_every=1", "--eval_every=2", "--keep_checkpoints=1")
+    stopped(begin(Run(), *words, "--max_steps=4", step=0), 0)
+    shutil.copytree(tmp_path / "run0", tmp_path / "run1")
+    checkpoints = tmp_path / "run1" / "phase2" / "checkpoints"
+    assert (checkpoints / "latest").is_dir() and not (checkpoints / "latest").is_symlink()
+    text = stopped(begin(Run(), *words, "--max_steps=8", "--resume_from_checkpoint=latest", step=0), 0)
+    assert "warning" not in text.split("phase2: ")[1] and sorted(faults.losses_of(tmp_path / "run1")) == list(
+        range(1, 9)
+    )
+    assert (checkpoints / "latest").resolve().name == "step_8"
+    assert len(checkpoint.list_checkpoints(checkpoints)) <= 2
+
+
+def test_a_disk_without_links(begin: Callable[..., Started]) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(EPERM, "Operation not permitted")
+
+    def no_links(_: int) -> None:
+        os.symlink = os.link = refuse  # pyright: ignore[reportAttributeAccessIssue]
+
+    words = ("--save_every=1", "--eval_every=2", "--keep_checkpoints=1")
+    run = begin(Run(), *words, "--max_steps=4", before=no_links, step=0)
+    text = stopped(run, 0)
+    assert "could not" not in text and "Traceback" not in text
+    assert faults.saved_step(run.folder, "phase2") == 4
+
+
+def test_what_is_written_follows_the_umask(begin: Callable[..., Started]) -> None:
+    run = begin(Run(), "--max_steps=2", "--save_every=1", before=lambda _: os.umask(0o002), step=0)
+    stopped(run, 0)
+    modes = {path.relative_to(run.folder): path.stat().st_mode & 0o777 for path in run.folder.rglob("*")}
+    wrong = {str(path): oct(mode) for path, mode in modes.items() if mode not in (0o664, 0o775, 0o777)}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output_dir={file}"], "--output_dir {file}: no file can be written there (expected a folder"),
+        (["--output_dir={file}/run"], "--output_dir {file}/run: no file can be written there"),
+        (["--output_dir=/proc/run"], "--output_dir /proc/run: no file can be written there"),
+        (["--data.cache_dir={file}"], "--data.cache_dir {file}: no file can be written there"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_before_the_data_are_read(
+    begin: Callable[..., Started], tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "file").touch()
+    text = stopped(begin(Run(), *(word.format(file=tmp_path / "file") for word in words), step=0), 2)
+    assert said.format(file=tmp_path / "file") in text and "Traceback" not in text and "people:" not in text
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    begin: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`docker run --user 1234`: no HOME, and no entry in /etc/passwd."""
+
+    def nobody(_: int) -> None:
+        for name in ("HOME", "SAPIENS_ACCEL_CACHE"):
+            os.environ.pop(name, None)
+        import pwd
+
+        def unknown(_: int) -> None:
+            raise KeyError("uid not found")
+
+        pwd.getpwuid = unknown  # pyright: ignore[reportAttributeAccessIssue]
+
+    text = stopped(begin(Run(), before=nobody, step=0), 2)
+    assert "this user has no home directory" in text and "--data.cache_dir" in text and "Traceback" not in text
