@@ -23,7 +23,7 @@ from torch import nn
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS, Metrics
@@ -236,9 +236,9 @@ def save_metrics(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        known = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}; move it away") from None
+        known = read_tree(file, json.loads, "JSON") if file.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}; move it away") from None
     for name, judged in rows.items():
         more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.joints, skeleton)}
         known[name] = {**judged.metrics, **protocol_settings(hows[name]), **more}

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.hub.errors import is_final, why, without_token
 
 if not sys.stderr.isatty():
@@ -172,8 +172,10 @@ def _license_files(files: Sequence[str]) -> list[str]:
 
 def _check_shards(path: Path) -> None:
     if (path / INDEX).is_file() and not (path / FILE).is_file():
-        shards = set(json.loads((path / INDEX).read_text())["weight_map"].values())
-        if missing := sorted(name for name in shards if not (path / name).is_file()):
+        shards = read_tree(path / INDEX, json.loads, "JSON").get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{path / INDEX}: no 'weight_map' in it; expected an index of shards")
+        if missing := sorted({str(name) for name in shards.values() if not (path / str(name)).is_file()}):
             raise UserError(f"{INDEX} names {missing[0]}, which is not there")
 
 

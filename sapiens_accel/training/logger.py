@@ -499,10 +499,11 @@ def _first_values(file: Path, stage: str) -> dict[str, float]:
 
 def _entries(file: Path, stage: str) -> Iterator[dict[str, Any]]:
     """A stage's lines of metrics.jsonl."""
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+            is_its_own = entry["stage"] == stage
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue  # the run was killed while it wrote this line
-        if entry["stage"] == stage:
+        if is_its_own:
             yield entry

@@ -24,7 +24,7 @@ from sapiens_accel.config.record import Continuation
 from sapiens_accel.config.schema import STAGES, Config, DataConfig, StageName
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, spread_rows
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
 from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json
 from sapiens_accel.runtime.lock import LOCK, lock_directory
@@ -277,7 +277,7 @@ def _stage_of(line: str) -> str | None:
     """The stage of a line of metrics.jsonl; None of a line that a killed run left."""
     try:
         tree = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return tree.get("stage") if isinstance(tree, dict) else None
 
@@ -429,10 +429,11 @@ def write_labeled_ids(path: Path, people: People, config: DataConfig) -> None:
 def _keep_record(path: Path, record: dict[str, Any]) -> None:
     """Rename an earlier run's record if it names other people, and print what that means for this run."""
     try:
-        old = json.loads(path.read_text())
-    except ValueError as error:
+        old = read_tree(path, json.loads, "JSON")
+        set(old.get("ann_ids", ()))
+    except (UserError, TypeError) as error:
         raise UserError(
-            f"{path}: not JSON ({error}); it records the labeled people of an earlier run. Move it away"
+            f"{path}: not JSON of ids ({error}); it records the labeled people of an earlier run. Move it away"
         ) from None
     if all(old.get(key) == record.get(key) for key in ("annotations", "ann_ids")):
         return
