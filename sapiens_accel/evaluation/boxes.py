@@ -30,7 +30,7 @@ class Boxes:
         scores: of the boxes; 1 for ground truth.
         source: ground truth, or the detector's file.
         labeled: whether row i is the labeled person i.
-        told: what was left out, in a line; empty if nothing was.
+        note: what was left out, in a line; empty if nothing was.
     """
 
     root: Path
@@ -40,7 +40,7 @@ class Boxes:
     scores: Float[Array, "n"]
     source: str
     labeled: bool
-    told: str = ""
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -82,7 +82,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     """The boxes of a detector's results that are of people in the people's images; no score is too low.
 
     Results of more images than there are here (of all of COCO, for a part of it) and of other categories are left
-    out, and told.
+    out; the note says so.
 
     Raises:
         UserError: no list of detections, none at all or none of these images or of people; one without image_id, box
@@ -91,15 +91,15 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     found = read_detections(file)
     if not found:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
-    pictures = read_images(people)
+    images = read_images(people)
     rows: list[Row] = [
         (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.position) for one in found
     ]
-    here = [row for row in rows if isinstance(row[0], int | str) and row[0] in pictures]
+    here = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
     if not here:
         raise UserError(
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
-            f"{rows[0][0]}) is among the {len(pictures)} of {people.annotations}"
+            f"{rows[0][0]}) is among the {len(images)} of {people.annotations}"
         )
     person = annotation_rules.person_category(people.annotations, people.reading)
     kept = [row for row in here if row[1] == person]
@@ -107,49 +107,49 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         kinds = sorted({str(row[1]) for row in here})
         raise UserError(f"{file}: no detection of category {person} (person); its categories: {', '.join(kinds[:9])}")
     folder = _folder(people)
-    _check(file, kept, pictures, people.root / folder)
+    _check(file, kept, images, people.root / folder)
     others, of_others = len(here) - len(kept), len(rows) - len(here)
     parts = [f"{others} of other categories"] * bool(others) + [f"{of_others} of other images"] * bool(of_others)
     return Boxes(
         root=people.root,
-        file_names=[f"{folder}/{pictures[row[0]]['file_name']}" for row in kept],
+        file_names=[f"{folder}/{images[row[0]]['file_name']}" for row in kept],
         image_ids=np.array([row[0] for row in kept], dtype=np.int64),
         boxes_xywh=np.array([row[2] for row in kept]),
         scores=np.array([row[3] for row in kept]),
         source=f"detector ({file.name})",
         labeled=False,
-        told=f"{file}: {' and '.join(parts)} are left out" if parts else "",
+        note=f"{file}: {' and '.join(parts)} are left out" if parts else "",
     )
 
 
 Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file
 
 
-def _check(file: Path, rows: list[Row], pictures: dict[Any, dict[str, Any]], folder: Path) -> None:
+def _check(file: Path, rows: list[Row], images: dict[Any, dict[str, Any]], folder: Path) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     for image_id, _, box, _, index in rows:
-        picture = pictures[image_id]
+        image = images[image_id]
         if not (box[2] > 0 and box[3] > 0):
             raise UserError(f"{file}: detection {index}: its box {_shown(box)} has no area (x, y, width, height)")
-        if _outside(box, picture):
-            raise UserError(f"{file}: detection {index}: {_beyond(box, picture)}")
+        if _outside(box, image):
+            raise UserError(f"{file}: detection {index}: {_beyond(box, image)}")
         # In a folder of its own (train2017/000.jpg as the name) it is only looked for when it is read.
-        if "/" not in picture["file_name"] and picture["file_name"] not in there:
-            raise UserError(f"{file}: detection {index}: its image {folder / picture['file_name']} is not there")
+        if "/" not in image["file_name"] and image["file_name"] not in there:
+            raise UserError(f"{file}: detection {index}: its image {folder / image['file_name']} is not there")
 
 
-def _outside(box: Float[Array, "4"], picture: dict[str, Any]) -> bool:
-    """Whether nothing of the box is in the image, as far as its size is told."""
+def _outside(box: Float[Array, "4"], image: dict[str, Any]) -> bool:
+    """Whether nothing of the box is in the image, as far as its size is known."""
     x, y, w, h = box
-    sizes = (picture.get(name) for name in ("width", "height"))
+    sizes = (image.get(name) for name in ("width", "height"))
     # What is no number does not tell.
     width, height = (size if isinstance(size, int | float) and size > 0 else math.inf for size in sizes)
     return bool(x + w <= 0 or y + h <= 0 or x >= width or y >= height)
 
 
-def _beyond(box: Float[Array, "4"], picture: dict[str, Any]) -> str:
-    size = f"{picture.get('width')}x{picture.get('height')}"
-    return f"its box {_shown(box)} is outside image {picture['id']} ({size} px); expected x, y, width, height in px"
+def _beyond(box: Float[Array, "4"], image: dict[str, Any]) -> str:
+    size = f"{image.get('width')}x{image.get('height')}"
+    return f"its box {_shown(box)} is outside image {image['id']} ({size} px); expected x, y, width, height in px"
 
 
 def _shown(box: Float[Array, "4"]) -> str:

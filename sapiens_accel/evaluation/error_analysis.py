@@ -146,9 +146,9 @@ def _at_others(
         for person in members if len(members) > 1 else ():
             others = np.array([other for other in members if other != person])
             for order in (slice(None), mirror):
-                joints = labels[others][:, order]
-                near = similarities(found_xy[person], joints[..., :2], areas[others], skeleton.sigmas)
-                to_others[person] = np.maximum(to_others[person], (near * (joints[..., 2] > 0)).max(axis=0))
+                other_labels = labels[others][:, order]
+                near = similarities(found_xy[person], other_labels[..., :2], areas[others], skeleton.sigmas)
+                to_others[person] = np.maximum(to_others[person], (near * (other_labels[..., 2] > 0)).max(axis=0))
             # By the constant of the keypoint that it lies at: [missed, j].
             missed = np.flatnonzero(np.maximum(to_own[person], to_others[person]) < NEAR_FROM)
             owner, joint = np.nonzero(labels[others][..., 2] > 0)
@@ -168,8 +168,8 @@ def reason(kinds: Int[Array, "k"], similar: Float[Array, "k"], skeleton: Skeleto
     num = int((kinds != UNLABELED).sum())
     parts = []
     for kind in ordered:
-        joints = np.flatnonzero(kinds == kind).tolist()
-        names = f"all {num} keypoints" if len(joints) == num > 2 else named(joints, skeleton)
+        keypoints = np.flatnonzero(kinds == kind).tolist()
+        names = f"all {num} keypoints" if len(keypoints) == num > 2 else name_keypoints(keypoints, skeleton)
         parts.append(f"{names} {_ENDINGS[kind]}")
     return Reason(ordered[0], "; ".join(parts))
 
@@ -182,13 +182,13 @@ _ENDINGS = {
 }
 
 
-def named(joints: Sequence[int], skeleton: Skeleton) -> str:
+def name_keypoints(keypoints: Sequence[int], skeleton: Skeleton) -> str:
     """Keypoints in words, both sides of one as a pair: `left and right knee, ankle, left wrist, nose`.
 
     Numbered points of one thing are counted: `face (27 points)`.
     """
-    there, pairs, single = set(joints), [], []
-    for k in joints:
+    there, pairs, single = set(keypoints), [], []
+    for k in keypoints:
         name, other = skeleton.names[k], skeleton.mirror[k]
         side, rest = _sided(name)
         if side == "left" and other in there and other != k:
@@ -197,7 +197,7 @@ def named(joints: Sequence[int], skeleton: Skeleton) -> str:
             single.append(f"{side} {rest}".strip())
     pairs, shown = pairs[: MOST_NAMED // 2], _series(single)
     shown = dict(list(shown.items())[: MOST_NAMED - 2 * len(pairs)])
-    left = len(joints) - 2 * len(pairs) - sum(shown.values())
+    left = len(keypoints) - 2 * len(pairs) - sum(shown.values())
     words = ", ".join([f"left and right {', '.join(pairs)}"] * bool(pairs) + list(shown))
     return words + (f" and {left} more" if left else "")
 

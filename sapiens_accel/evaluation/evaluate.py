@@ -59,7 +59,7 @@ class EvaluationResult:
     metrics: Metrics
     predictions: Predictions
     boxes_xywh: Float[Array, "n 4"]
-    joints: KeypointQuality
+    keypoints: KeypointQuality
     curves: coco_metrics.Curves
     notes: tuple[str, ...]
     seconds: float
@@ -111,7 +111,7 @@ def evaluate_networks(
             if config.save_predictions:
                 coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
             metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend)
-            notes = [boxes.told] * bool(boxes.told) + describe_unmeasured(people, skeleton)
+            notes = [boxes.note] * bool(boxes.note) + describe_unmeasured(people, skeleton)
             notes += explain_metrics(metrics, matched, people, skeleton)
             computed = [(metrics, curves, measure_keypoints(matched, people, skeleton), tuple(notes))]
         except (UserError, OSError) as error:  # the other ranks wait for the metrics
@@ -124,7 +124,7 @@ def evaluate_networks(
         metrics=metrics,
         predictions=matched,
         boxes_xywh=boxes.boxes_xywh if matches is None else boxes.boxes_xywh[matches] * (matches >= 0)[:, None],
-        joints=quality,
+        keypoints=quality,
         curves=curves,
         notes=notes,
         seconds=seconds,
@@ -221,7 +221,7 @@ def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skelet
     parts.append("\n".join(tables.format_costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
     if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
         name, judged = list(rows.items())[-1]
-        parts.append(f"{name}: {tables.format_keypoints(judged.joints, skeleton)}")
+        parts.append(f"{name}: {tables.format_keypoints(judged.keypoints, skeleton)}")
     notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
     return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
 
@@ -240,6 +240,6 @@ def save_metrics(
     except UserError as error:
         raise UserError(f"{error}; move it away") from None
     for name, judged in rows.items():
-        more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.joints, skeleton)}
+        more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.keypoints, skeleton)}
         known[name] = {**judged.metrics, **protocol_settings(hows[name]), **more}
     file.write_text(json.dumps(known, indent=2))

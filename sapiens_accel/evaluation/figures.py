@@ -34,7 +34,7 @@ ERROR_COLORS: dict[Kind, Color] = {
     Kind.WRONG_PERSON: (50, 140, 235),
     Kind.MISSED: (235, 70, 50),
 }
-Picture = UInt8[Array, "h w 3"]
+ImageArray = UInt8[Array, "h w 3"]
 # Of a few people, by their indices: maps of each, and heatmap_from_image of them.
 Heatmaps = Callable[[list[int]], tuple[Float[Array, "m k h w"], Float[Array, "m 2 3"]]]
 
@@ -52,14 +52,14 @@ class Case:
     file_name: str
     oks: float
     reason: Reason
-    panels: tuple[Picture, ...]
+    panels: tuple[ImageArray, ...]
 
     @property
     def title(self) -> str:
         return f"OKS {self.oks:.2f}, annotation {self.ann_id} of image {self.image_id}: {self.reason.text}"
 
     @property
-    def picture(self) -> Picture:
+    def picture(self) -> ImageArray:
         return draw.add_header(np.concatenate(self.panels, axis=1), self.title)
 
 
@@ -74,7 +74,7 @@ class ErrorAnalysis:
 class LabeledPerson(NamedTuple):
     """A person to draw: the panel's image, panel_from_image, the label, and the kind of error of each keypoint."""
 
-    image: Picture
+    image: ImageArray
     panel: Float[Array, "2 3"]
     label: Float[Array, "k 3"]
     kinds: Int[Array, "k"]
@@ -192,7 +192,7 @@ def _frame(
     return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
 
 
-def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, skeleton: Skeleton) -> list[Picture]:
+def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, skeleton: Skeleton) -> list[ImageArray]:
     image, label, scores = person.image, person.label, predicted.scores
     true_xy, found_xy = geometry.apply(person.panel, label[:, :2]), geometry.apply(person.panel, predicted.points_xy)
     width, labeled = image.shape[1], label[:, 2] > 0
@@ -201,19 +201,19 @@ def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, s
     missed = found_xy if is_found else true_xy  # of nobody: a dot where each keypoint is
     kind_of = [(kind.name.lower().replace("_", " "), color) for kind, color in ERROR_COLORS.items()]
     strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
-    pictures = [
+    drawn = [
         draw.draw_person(image, true_xy, label[:, 2] / 2, skeleton),
         draw.draw_person(image, found_xy, shown, skeleton, scores),
         draw.draw_displacements(image, missed, true_xy, labeled, colors),
     ]
-    return [np.concatenate(both) for both in zip(strips, pictures, strict=True)]
+    return [np.concatenate(both) for both in zip(strips, drawn, strict=True)]
 
 
 def _heat(
-    image: Picture,
+    image: ImageArray,
     panel: Float[Array, "2 3"],
     seen: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
-) -> Picture:
+) -> ImageArray:
     """Heatmaps where they are in the image."""
     width = image.shape[1]
     if seen is None:
@@ -238,15 +238,15 @@ def _literal(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in name)
 
 
-def draw_sheet(findings: ErrorAnalysis) -> Picture:
+def draw_sheet(findings: ErrorAnalysis) -> ImageArray:
     """All cases as one image, two in a row."""
-    pictures = [case.picture for case in findings.cases]
-    height = max(len(picture) for picture in pictures)
-    padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in pictures]
+    drawn = [case.picture for case in findings.cases]
+    height = max(len(picture) for picture in drawn)
+    padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in drawn]
     return draw.arrange_grid(padded, columns=min(2, len(padded)))
 
 
-def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> Picture:
+def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleton, num: int) -> ImageArray:
     """People spread over the set: above as labeled, below as predicted (keypoints scored above 0.2), by confidence."""
     chosen = np.linspace(0, len(people) - 1, min(num, len(people))).astype(int)
     boxes, keypoints = boxes_of(people.rows), keypoints_of(people.rows)

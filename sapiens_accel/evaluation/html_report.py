@@ -147,7 +147,7 @@ def _section(name: str, judged: EvaluationResult, found: ErrorAnalysis | None, s
         "errors": None,
     }
     if found:
-        error = judged.joints.ece
+        error = judged.keypoints.ece
         section |= {
             "errors": _error_table(found.diagnosis, skeleton),
             "kinds": _kinds(),
@@ -196,7 +196,7 @@ def _calibration(judged: EvaluationResult, found: Diagnosis) -> list[dict[str, s
 
 
 def _keypoint_table(judged: EvaluationResult, skeleton: Skeleton) -> BarTable:
-    values = judged.joints
+    values = judged.keypoints
     totals = [_keypoint_row("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck)]
     for part, at in coco_metrics.body_parts(skeleton).items():
         counts = values.count[at]

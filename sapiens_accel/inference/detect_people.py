@@ -178,7 +178,7 @@ def main(words: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f"stopped; {asked.out}.partial keeps what is done, the same command resumes there", file=sys.stderr)
         sys.exit(130)
-    notes = [images.told, *(f"skipped: {images.root / name} does not decode" for name in bad)]
+    notes = [images.note, *(f"skipped: {images.root / name} does not decode" for name in bad)]
     searched = f"{len(images.names) - len(bad)} images of {images.root}" + f", {len(bad)} skipped" * bool(bad)
     print(*filter(None, notes), f"{asked.out}: {num} people in {searched}", sep="\n")
     folder, file = images.root.resolve(), asked.out.resolve()

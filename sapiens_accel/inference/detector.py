@@ -59,7 +59,7 @@ class Detector:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         try:
-            model, told = transformers.AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
+            model, note = transformers.AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
             # Without torchvision; the arithmetic on images is the one that these networks were trained with.
             self.processor: Any = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         except Exception as error:  # whatever transformers makes of files that are not its own
@@ -67,8 +67,8 @@ class Detector:
             raise UserError(
                 f"{knob} {name}: not a detector that transformers loads ({said}); expected RT-DETR, D-FINE, ..."
             ) from None
-        if told["missing_keys"]:
-            missing = sorted(told["missing_keys"])
+        if note["missing_keys"]:
+            missing = sorted(note["missing_keys"])
             raise UserError(f"{knob} {name}: incomplete: no {missing[0]!r} ({len(missing)} such) in its weights")
         labels = model.config.id2label
         self.people = [int(key) for key, label in labels.items() if str(label).lower() == "person"]

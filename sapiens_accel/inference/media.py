@@ -27,7 +27,7 @@ class Pictures:
 
     root: Path
     names: list[str]
-    told: str = ""
+    note: str = ""
 
 
 def is_video(path: Path) -> bool:
@@ -58,8 +58,8 @@ def find_images(path: Path) -> Pictures:
     if not names:
         hint = f"; it has videos, give one of them: {path / videos[0]}" if videos else ""
         raise UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) in or below it{hint}")
-    told = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
-    return Pictures(root=path, names=names, told=told if videos else "")
+    note = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
+    return Pictures(root=path, names=names, note=note if videos else "")
 
 
 def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:

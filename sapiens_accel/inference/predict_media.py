@@ -69,9 +69,9 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
         raise UserError("--eval.save_predictions: --images writes keypoints.json beside the images; drop one of them")
     groups = _groups(several, evaluation)
     # Looked at before weights are read, which may take minutes.
-    names, told = _names(path)
-    if told:
-        accelerator.print(told)
+    names, note = _names(path)
+    if note:
+        accelerator.print(note)
     skeleton = candidates.infer_weights_skeleton(several)
     run = run if skeleton.mirror_known else run.without_mirroring()
     where, boxes = _where(accelerator, evaluation, names, run.data.num_workers)
@@ -98,7 +98,7 @@ def _names(path: Path) -> tuple[list[str], str]:
     """The names of all images, of a video's frames as many as it says to have; and what is left out, in a line."""
     if not media.is_video(path):
         found = media.find_images(path)
-        return found.names, found.told
+        return found.names, found.note
     return [media.frame_name(path, index) for index in range(media.video_length(path)[0])], ""
 
 

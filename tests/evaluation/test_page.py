@@ -132,7 +132,7 @@ def _judged(people: People, skeleton: Skeleton = COCO17, noise: float = 10.0) ->
         metrics=metrics,
         predictions=predictions,
         boxes_xywh=boxes.boxes_xywh,
-        joints=evaluate.measure_keypoints(predictions, people, skeleton),
+        keypoints=evaluate.measure_keypoints(predictions, people, skeleton),
         curves=curves,
         notes=("a note of <this> & that",),
         seconds=1.0,
@@ -219,8 +219,8 @@ def test_bars_are_the_numbers(judged: EvaluationResult, found: ErrorAnalysis) ->
     read = _fetches_nothing(text)
     counts = found.diagnosis.counts()
     for k, name in enumerate(COCO17.names):
-        words, people = name.replace("_", " "), judged.joints.count[k]
-        oks, pck = 100 * judged.joints.oks[k], 100 * judged.joints.pck[k]
+        words, people = name.replace("_", " "), judged.keypoints.count[k]
+        oks, pck = 100 * judged.keypoints.oks[k], 100 * judged.keypoints.pck[k]
         assert f"{words} {people} {oks:.1f} {pck:.1f}" in read.text
         wrong = 100 * counts[1:, k].sum() / counts[:, k].sum()
         assert f"{words} {people} {wrong:.1f}" in read.text
@@ -229,7 +229,7 @@ def test_bars_are_the_numbers(judged: EvaluationResult, found: ErrorAnalysis) ->
         assert sum(widths) == pytest.approx(100, abs=0.05)
         shares = [100 * count / counts[:, k].sum() for count in counts[:, k] if count]
         assert widths == pytest.approx(shares, abs=0.006)
-    assert f"Expected calibration error, %: {100 * judged.joints.ece:.1f}" in read.text
+    assert f"Expected calibration error, %: {100 * judged.keypoints.ece:.1f}" in read.text
 
 
 def test_whatever_a_name_is_it_stays_a_name(judged: EvaluationResult, found: ErrorAnalysis) -> None:
@@ -395,7 +395,7 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationRe
     assert not asked, "no network is asked about people without a box"
     assert [case.reason for case in alone.cases] == [(Kind.MISSED, NOBODY)] * 2
     assert all(len(case.panels) == 4 for case in alone.cases)
-    nobody = replace(judged, predictions=nothing, joints=evaluate.measure_keypoints(nothing, people, COCO17))
+    nobody = replace(judged, predictions=nothing, keypoints=evaluate.measure_keypoints(nothing, people, COCO17))
     read = _fetches_nothing(html_report.render_report({"net": nobody}, {"net": HOW}, {"net": alone}, COCO17))
     assert "Of 24 people 24 have an OKS below 0.5; what costs them most: missed keypoint 24." in read.text
     (tmp_path / "net_worst_07.png").write_bytes(b"of an earlier evaluation")

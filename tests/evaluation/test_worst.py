@@ -204,12 +204,12 @@ def test_kinds_are_those_of_plain_loops(skeleton: Skeleton) -> None:
 
 def test_joints_in_words() -> None:
     some = [AT[name] for name in ("nose", "left_knee", "right_knee", "left_ankle", "right_ankle", "right_wrist")]
-    assert worst.named(sorted(some), COCO17) == "left and right knee, ankle, nose, right wrist"
-    assert worst.named(range(17), COCO17) == "left and right eye, ear, shoulder and 11 more"
+    assert worst.name_keypoints(sorted(some), COCO17) == "left and right knee, ankle, nose, right wrist"
+    assert worst.name_keypoints(range(17), COCO17) == "left and right eye, ear, shoulder and 11 more"
     face = [WHOLEBODY133.names.index(f"face-{i}") for i in range(8)]
-    assert worst.named([0, *face], WHOLEBODY133) == "nose, face (8 points)"
-    assert worst.named(face[:3], WHOLEBODY133) == "face-0, face-1, face-2"
-    everything = worst.named(range(133), WHOLEBODY133)
+    assert worst.name_keypoints([0, *face], WHOLEBODY133) == "nose, face (8 points)"
+    assert worst.name_keypoints(face[:3], WHOLEBODY133) == "face-0, face-1, face-2"
+    everything = worst.name_keypoints(range(133), WHOLEBODY133)
     assert everything == "left and right eye, ear, shoulder and 127 more"
 
 

@@ -234,7 +234,7 @@ def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> No
     for more in ((), ("--annotations", root / VAL)):
         _main(root / "val2017", "--out", tmp_path / "b.json", "--detector", detector, "--threshold", "0.2", *more)
         read, found = detections.load_boxes(str(tmp_path / "b.json"), people), _read(tmp_path / "b.json")
-        assert read.boxes_xywh.tolist() == [row["bbox"] for row in found] and len(read) > 5 and read.told == ""
+        assert read.boxes_xywh.tolist() == [row["bbox"] for row in found] and len(read) > 5 and read.note == ""
         assert read.file_names == [f"val2017/{row['file_name']}" for row in found]
 
 
