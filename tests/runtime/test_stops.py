@@ -65,7 +65,10 @@ def is_saved(run: Started) -> int:
     return step
 
 
-@pytest.mark.parametrize("name", faults.STOPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("SIGTERM", "SIGHUP") else [pytest.mark.slow]) for name in faults.STOPS],
+)
 def test_a_signal_to_the_group_saves_the_step(begin: Callable[..., Started], name: str) -> None:
     """With loading processes in it, as a closed terminal and batch systems send it."""
     run = begin(Run(workers=2))
@@ -164,6 +167,7 @@ def test_a_loading_process_that_does_not_end_holds_nothing_up(begin: Callable[..
     is_saved(run)
 
 
+@pytest.mark.slow
 def test_loading_processes_end_with_a_killed_run(begin: Callable[..., Started]) -> None:
     run = begin(Run(workers=2))
     os.kill(run.ranks[0], signal.SIGKILL)
@@ -185,13 +189,18 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("run", [Run(), TWO], ids=["one", "two"])
-@pytest.mark.parametrize("kind", [ENOSPC, EROFS, EIO], ids=["ENOSPC", "EROFS", "EIO"])
-@pytest.mark.parametrize("writer", list(WRITERS))
+@pytest.mark.parametrize(
+    ("writer", "kind", "run"),
+    [
+        pytest.param(writer, kind, run, marks=[pytest.mark.slow] if kind != ENOSPC or run is TWO else [])
+        for writer in WRITERS
+        for kind in (ENOSPC, EROFS, EIO)
+        for run in (Run(), TWO)
+        if (kind == ENOSPC and run is not TWO) or writer in ("metrics.jsonl", "checkpoints", "weights")
+    ],
+)
 def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, kind: int, run: Run) -> None:
     """Training goes to its end; only the weights that it is for are needed, and then the last step is saved."""
-    if (kind != ENOSPC or run is TWO) and writer not in ("metrics.jsonl", "checkpoints", "weights"):
-        pytest.skip("the same guard")
     words = ("--max_steps=4", "--eval_every=2", "--save_every=2")
     started = begin(run, *words, before=lambda _: faults.fail_writes(kind, Path("/tmp"), WRITERS[writer]), step=0)
     text = stopped(started, 2 if writer == "weights" else 0)
@@ -206,6 +215,7 @@ def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, k
         assert faults.saved_step(started.folder, "phase2") == (0 if writer == "checkpoints" else 4)
 
 
+@pytest.mark.slow
 def test_a_copied_run_directory_goes_on_saving_and_pruning(begin: Callable[..., Started], tmp_path: Path) -> None:
     """Links followed, as `cp -rL`, drives and zip do: `latest` and `best` are folders then."""
     words = ("--save_every=1", "--eval_every=2", "--keep_checkpoints=1")
