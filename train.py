@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data import build, sampling
 from sapiens_accel.doctor import report as doctor
-from sapiens_accel.errors import Interrupted, UserError, run_main
+from sapiens_accel.errors import Interrupted, run_main
 from sapiens_accel.evaluation import evaluate
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner
@@ -31,9 +31,7 @@ from sapiens_accel.runtime import distributed, failures, files
 from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.logger import StageContext
-from sapiens_accel.training.stage import TrainingStage, build_stage
-
-AGAIN = "Start all machines again, with --resume_from_checkpoint latest"
+from sapiens_accel.training.stage import Progress, TrainingStage, build_stage
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,9 +72,9 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
             if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
-    pictures = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
+    images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
     accelerator.print(
-        f"\n{evaluate.format_table(table, evaluate.format_protocol(run.eval))}\n\npictures:", *pictures, sep="\n  "
+        f"\n{evaluate.format_table(table, evaluate.format_protocol(run.eval))}\n\nimages:", *images, sep="\n  "
     )
 
 
@@ -99,46 +97,20 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
         UserError: likewise, because a launcher was killed; or something failed, and the state is saved if it could be.
     """
     run, name, last, log = stage.context.run, stage.context.name, stage.context.last, stage.logger
-    accelerator, done = stage.context.accelerator, stage.context.first
-    saved_at = done
-
-    def save_last_whole_step() -> Path | None:
-        nonlocal saved_at
-        if done <= saved_at or log.unhealthy or run.dry_run:
-            return None
-        saved_at = done
-        return stage.save(done)
-
-    def stop_if_asked(saved: Path | None) -> None:
-        nonlocal saved_at
-        number = int(distributed.most(accelerator, stop.number))
-        if not number:
-            return
-        log.close()
-        begun = done > stage.context.first and not run.dry_run
-        where = (
-            f"step {done} is in {saved or stage.save(done) or 'NO checkpoint'}" if begun else "no step was to be saved"
-        )
-        saved_at = done
-        if distributed.any_rank(accelerator, stop.launcher_is_gone):
-            raise UserError(f"{name}: the launcher of another machine has ended; {where}. {AGAIN}")
-        raise Interrupted(f"{name}: stopped by {Signals(number).name}; {where}", number)
-
-    stop_if_asked(None)
+    accelerator, progress = stage.context.accelerator, Progress(stage)
+    progress.stop_if_asked(stop)
     # ---- Train
     with (
-        failures.save_on_failure(accelerator, name, save_last_whole_step),
-        planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, save_last_whole_step),
+        failures.save_on_failure(accelerator, name, progress.save),
+        planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, progress.save),
     ):
         for step in stage.steps():
-            done = step.number
+            done = progress.done = step.number
             log.step(step)
             if done % run.log_every == 0 or done == last:
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
-            # A save that is due while the state is in trouble, such as on a skipped step, comes once it is well again.
-            saved = None if run.dry_run or log.unhealthy else stage.save_if_due(done)
-            saved_at = done if saved else saved_at
-            stop_if_asked(saved)
+            saved = progress.save_if_due()
+            progress.stop_if_asked(stop, saved)
             if run.eval_every and done % run.eval_every == 0 and done < last:
                 stage.evaluate(done)
             elif done == 1 < last:

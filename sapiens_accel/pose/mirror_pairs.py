@@ -26,7 +26,7 @@ FAR = 9.0  # further than any keypoint, in units of a person's spread
 
 
 @dataclass(frozen=True)
-class Pair:
+class MirrorPair:
     """Two keypoints, by index, and in which share of the resampled people they came out as partners."""
 
     first: int
@@ -34,7 +34,7 @@ class Pair:
     agreement: float
 
 
-def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[Pair]:
+def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPair]:
     """The pairs that are near certain, in the order of keypoints; none where people are too few or have no symmetry.
 
     Args:
@@ -60,7 +60,7 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[Pair]:
     clear = (second >= MARGIN * distances[k, partners]) & (distances[k, partners] <= NEAR)
     agreement = np.minimum(same, same[partners]) / RESAMPLES
     return [
-        Pair(int(a), int(b), float(agreement[a]))
+        MirrorPair(int(a), int(b), float(agreement[a]))
         for a, b in enumerate(partners)
         if a < b and clear[a] and clear[b] and agreement[a] >= AGREEMENT
     ]

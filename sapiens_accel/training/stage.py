@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -14,17 +15,21 @@ from torch import Tensor, nn
 from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
+from sapiens_accel.errors import Interrupted, UserError
 from sapiens_accel.models import export
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.runtime import distributed, engine, files
+from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver, SaveSchedule
 from sapiens_accel.training.logger import StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
+
+AGAIN = "Start all machines again, with --resume_from_checkpoint latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,55 @@ class TrainingStage:
     def release(self) -> None:
         """Free the memory of the stage before the next one is built."""
         engine.release(self.context.accelerator, self.network, self.optimizer)
+
+
+class Progress:
+    """How far a stage has come, and how much of it is saved.
+
+    Attributes:
+        done: the last whole step.
+    """
+
+    def __init__(self, stage: TrainingStage) -> None:
+        self.stage, self.done, self._saved = stage, stage.context.first, stage.context.first
+
+    def save(self) -> Path | None:
+        """Save what is not saved yet, unless the state is in trouble. All ranks must call it."""
+        if self.done <= self._saved or self.stage.logger.unhealthy or self.stage.context.run.dry_run:
+            return None
+        self._saved = self.done
+        return self.stage.save(self.done)
+
+    def save_if_due(self) -> Path | None:
+        """Save if it is time to. Due while the state is in trouble, as on a skipped step, it comes once it is well."""
+        if self.stage.context.run.dry_run or self.stage.logger.unhealthy:
+            return None
+        saved = self.stage.save_if_due(self.done)
+        self._saved = self.done if saved else self._saved
+        return saved
+
+    def stop_if_asked(self, stop: StopRequest, saved: Path | None = None) -> None:
+        """End the stage after this step if a signal came on any rank. All ranks must call it.
+
+        Args:
+            saved: the checkpoint of this very step, if there is one.
+
+        Raises:
+            Interrupted: the state is saved.
+            UserError: likewise, because the launcher of another machine was killed.
+        """
+        context = self.stage.context
+        number = int(distributed.most(context.accelerator, stop.number))
+        if not number:
+            return
+        self.stage.logger.close()
+        where = "no step was to be saved"
+        if self.done > context.first and not context.run.dry_run:
+            where = f"step {self.done} is in {saved or self.stage.save(self.done) or 'NO checkpoint'}"
+        self._saved = self.done
+        if distributed.any_rank(context.accelerator, stop.launcher_is_gone):
+            raise UserError(f"{context.name}: the launcher of another machine has ended; {where}. {AGAIN}")
+        raise Interrupted(f"{context.name}: stopped by {Signals(number).name}; {where}", number)
 
 
 def build_stage(context: StageContext, given: str | None) -> TrainingStage:
