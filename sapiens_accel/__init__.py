@@ -16,4 +16,10 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
 
 # Read once, when OpenCV is loaded. 134 megapixels are 0.4 GB once decoded, in each loading process; OpenCV's own limit
 # is 8 times as many, which a file of a few MB can ask for.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
+_limit = os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
+if not (_limit.isascii() and _limit.isdigit() and len(_limit) < 19 and int(_limit)):
+    # To import OpenCV with it would abort the process, before any handler of errors.
+    sys.exit(
+        f"OPENCV_IO_MAX_IMAGE_PIXELS: not a number of pixels (expected a whole number such as {1 << 27}, found "
+        f"{_limit!r}). Correct or unset that environment variable."
+    )

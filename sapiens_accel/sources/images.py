@@ -4,7 +4,6 @@ An image in shards has a path below the manifest, as if that were a folder: SPLI
 
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,10 +33,12 @@ REDUCED = {
 }
 UNDECODABLE = "does not decode"
 IMAGE_SUFFIXES = shards.SUFFIXES
-# OpenCV keeps to this limit as well, but not of what it decodes at an eighth of the size. Pillow's own is above it.
+# OpenCV keeps to this limit as well, but not for what it decodes at an eighth of the size.
 MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
 TOO_LARGE = f"has more than {MAX_PIXELS:,} px (OPENCV_IO_MAX_IMAGE_PIXELS)"
-warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+PIL.Image.MAX_IMAGE_PIXELS = None  # only headers are read with Pillow, and `check_size` compares them with our limit
+HEADS = (1 << 12, 1 << 16)  # bytes that usually hold the header: of an image off the web, and of a camera's with EXIF
+TAIL = 64  # bytes
 
 
 class DecodedImage(NamedTuple):
@@ -147,17 +148,25 @@ def check_size(content: shards.Bytes) -> None:
     Raises:
         BadImageError: it has more than MAX_PIXELS.
     """
-    if frame := _find_jpeg_frame(content):
-        height, width = frame.height, frame.width
-    else:
-        try:
-            width, height = PIL.Image.open(io.BytesIO(content)).size
-        except PIL.Image.DecompressionBombError:
-            raise BadImageError(TOO_LARGE) from None
-        except Exception:  # no format that Pillow knows, or broken: whether it decodes is seen by decoding it
-            return
+    size = _find_size(content)
+    if size:  # else it is no format that Pillow knows, or broken: decoding it shows that
+        _refuse_too_large(*size)
+
+
+def _refuse_too_large(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise BadImageError(f"{TOO_LARGE}: {width} x {height}")
+
+
+def _find_size(content: shards.Bytes) -> tuple[int, int] | None:
+    """Height and width (px) by the header; None if it is not among these first bytes of a file."""
+    if frame := _find_jpeg_frame(content):
+        return frame.height, frame.width
+    try:
+        width, height = PIL.Image.open(io.BytesIO(content)).size
+    except Exception:  # Pillow documents no complete list of what a broken header raises
+        return None
+    return height, width
 
 
 def whole_image(path: Path) -> Array | None:
@@ -221,9 +230,12 @@ def check_images(root: Path, names: Sequence[str], decode: bool) -> dict[str, tu
 
     def check(name: str) -> tuple[int, int] | str:
         try:
+            if not decode:
+                _check_ends(root / name)
+                return 0, 0
             content = _read_whole_file(root / name)
             check_size(content)
-            height, width = _decode(content, cv2.IMREAD_REDUCED_COLOR_8).shape[:2] if decode else (0, 0)
+            height, width = _decode(content, cv2.IMREAD_REDUCED_COLOR_8).shape[:2]
         except BadImageError as error:
             return str(error)
         return height, width
@@ -231,6 +243,38 @@ def check_images(root: Path, names: Sequence[str], decode: bool) -> dict[str, tu
     with ThreadPoolExecutor(8) as pool:
         progress = tqdm(pool.map(check, names), total=len(names), desc="checking images", disable=None, leave=False)
         return dict(zip(names, progress, strict=True))
+
+
+def _check_ends(path: Path) -> None:
+    """Refuse an image by its first and last bytes: to read all of COCO's 19 GB at each start takes minutes.
+
+    Raises:
+        BadImageError: it does not begin and end as it must, or has more than MAX_PIXELS.
+    """
+    if shards.find_record(path) is None:
+        for count in HEADS:
+            head, tail = _read_ends(path, count)
+            if _ends_as_it_must(head, tail) and (size := _find_size(head)):
+                return _refuse_too_large(*size)
+    check_size(_read_whole_file(path))
+
+
+def _read_ends(path: Path, count: int) -> tuple[bytes, bytes]:
+    """The first `count` and the last TAIL bytes of a file; none of what cannot be read."""
+    try:
+        if not exists(path):
+            return b"", b""
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            return os.pread(file.fileno(), count, 0), os.pread(file.fileno(), TAIL, max(0, size - TAIL))
+    except OSError:
+        return b"", b""
+
+
+def _ends_as_it_must(head: shards.Bytes, tail: bytes) -> bool:
+    if head[:2] == b"\xff\xd8":
+        return JPEG_END in tail
+    return b"IEND" in tail if head[:8] == b"\x89PNG\r\n\x1a\n" else len(head) >= 8
 
 
 def _read_whole_file(path: Path) -> shards.Bytes:
@@ -241,12 +285,10 @@ def _read_whole_file(path: Path) -> shards.Bytes:
         BadImageError: it does not.
     """
     content = _read_if_file(path)
-    tail = bytes(content[-64:])
-    if content[:2] == b"\xff\xd8":
+    is_whole = _ends_as_it_must(content, bytes(content[-TAIL:]))
+    if not is_whole and content[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
-        is_whole = JPEG_END in tail or JPEG_END in _jpeg_scan(bytes(content))
-    else:
-        is_whole = b"IEND" in tail if content[:8] == b"\x89PNG\r\n\x1a\n" else len(content) >= 8
+        is_whole = JPEG_END in _jpeg_scan(bytes(content))
     if not is_whole:
         raise BadImageError(UNDECODABLE)
     return content

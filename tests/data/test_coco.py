@@ -323,7 +323,8 @@ def test_a_picture_that_does_not_decode_stops_or_is_skipped(
     kept = [i for name, i in zip(names, people.rows["ann_id"], strict=True) if name != bad]
     assert list(left.rows["ann_id"]) == kept
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped:")]
-    reason = "has more than 134,217,728 px (OPENCV_IO_MAX_IMAGE_PIXELS)" if spoil is _huge_png else "does not decode"
+    too_large = "has more than 134,217,728 px (OPENCV_IO_MAX_IMAGE_PIXELS): 60000 x 60000"
+    reason = too_large if spoil is _huge_png else "does not decode"
     assert said == [f"skipped: {root / bad} {reason}"]
 
 
