@@ -57,9 +57,13 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: the culprit, what was expected, what to do.
 
     A value that is quoted in it may be of any size: of a text of more than LONGEST letters the middle is left out.
+
+    Attributes:
+        given: the text before it was escaped and shortened. Not to be shown.
     """
 
     def __init__(self, text: str) -> None:
+        self.given = text
         text = escape(text, keep="")
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-500:]}")
 

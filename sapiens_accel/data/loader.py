@@ -71,9 +71,12 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
     try:
         yield from batches
     except UserError as error:
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+        # torch gives an error of a loading process this process's traceback as its text. What follows the last name of
+        # the error in it is the line itself, in which each end of a line was escaped when it was raised.
+        _, name, line = error.given.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
+        if not (workers and name):
+            raise
+        raise UserError(line.partition("\n")[0]) from None
     except (RuntimeError, OSError, EOFError) as error:
         if reason := _why_loading_failed(error, workers):
             raise UserError(f"--data.num_workers {len(workers)}: {reason}") from None

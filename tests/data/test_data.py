@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import build, loader, sampling
@@ -121,6 +123,36 @@ def test_shapes_and_types_of_a_batch(run: Run, reference: list[Batch]) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_no_byte(run: Run, reference: list[Batch], workers: int) -> None:
     assert _bytes(_batches(run.people(), workers=workers)) == _bytes(reference)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_loading_process_is_its_line_alone(drawn: Path, tmp_path: Path, workers: int) -> None:
+    root = Path(shutil.copytree(drawn, tmp_path / "root"))
+    people = _open(root, tmp_path / "cache").people(teacher=None)
+    for path in (root / "train2017").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError) as caught:
+        _batches(people, workers=workers)
+    assert str(caught.value).startswith(f"{root}/train2017/")
+    assert not re.search(r"Traceback|Caught|\\n", str(caught.value))
+
+
+class _Refusing(Dataset[int]):
+    """Every sample's error quotes lines that are like a traceback's, and is too long to be shown whole."""
+
+    text = f"a.json: '\nsapiens_accel.errors.UserError: b\n{'c' * 3_000}' is no number"
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> int:
+        raise UserError(self.text)
+
+
+def test_the_line_of_a_loading_process_is_that_of_the_error_where_it_was_raised() -> None:
+    with pytest.raises(UserError) as caught:
+        list(loader.unwrap_errors(DataLoader(_Refusing(), num_workers=1, worker_init_fn=loader.begin_worker)))
+    assert str(caught.value) == str(UserError(_Refusing.text))
 
 
 def test_a_run_may_start_at_any_step(run: Run, reference: list[Batch]) -> None:
