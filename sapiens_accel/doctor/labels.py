@@ -266,7 +266,8 @@ def propose_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     if pairs:
         named = json.dumps([[skeleton.names[pair.first], skeleton.names[pair.second]] for pair in pairs])
         text = (
-            f"left and right as the shapes of the labeled people suggest: {len(pairs)} pairs; look at each, add what "
+            f"left and right as the shapes of the labeled people suggest: {len(pairs)} pairs; look at each "
+            f"(front and hind may be taken for left and right), add what "
             f"is missing, and put it into --data.skeleton FILE:  mirror: {named}"
         )
         yield Finding(level="note", check="pairs", text=text)

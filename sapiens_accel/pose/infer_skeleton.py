@@ -156,7 +156,7 @@ def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) 
     names = _wanted(asked, several) if asked and asked.names else _together(several)
     built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
     if built_in and asked is None:
-        other = "" if built_in.names == names else f" (here spelt otherwise: {short(names, 3)})"
+        other = "" if built_in.names == names else f" (here spelled differently: {short(names, 3)})"
         return built_in, (*told, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
     found, lines = _made(names, several, asked or Given(file=""), built_in)
     return found, (*told, *lines)

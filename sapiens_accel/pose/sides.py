@@ -1,4 +1,4 @@
-"""Left and right in the names of keypoints, in ten languages and in the abbreviations used for animals' legs.
+"""Left and right in the names of keypoints, in many languages and in the abbreviations used for animals' legs.
 
 left_eye  eye_left  L_Eye  leftEye  eye.L  leftear  lshoulder      a side as a word, or inside one
 linkes_auge  oeil_gauche  ojo_izquierdo  olho_esquerdo  occhio_sx  левый_глаз  左眼  왼눈  lewe_oko  vänster_öga
@@ -7,42 +7,57 @@ FL FR RL RR  LF RF LH RH                                           front, fore, 
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
+from unicodedata import normalize
 
 # Inflected forms are one side: "oeil_gauche" and "oeil_droit", "linke_hand" and "rechte_hand" are pairs.
 _WORDS = {
     "left": (
         "l", "left", "links", "linke", "linker", "linkes", "linken", "linkem", "gauche", "izquierdo", "izquierda",
         "izq", "esquerdo", "esquerda", "esq", "sinistro", "sinistra", "sx", "sinister", "lewy", "lewa", "lewe",
-        "левый", "левая", "левое", "лев", "ліве", "ліва", "vänster", "venstre", "hidari", "ひだり",
-        "levý", "levá", "levé", "左", "왼", "왼쪽", "좌",
+        "левый", "левая", "левое", "лев", "ліве", "ліва", "лівий", "vänster", "vänstra", "venstre", "hidari", "ひだり",
+        "levý", "levá", "levé", "左", "왼", "왼쪽", "좌", "좌측",
     ),
     "right": (
         "r", "right", "rechts", "rechte", "rechter", "rechtes", "rechten", "rechtem", "droit", "droite", "derecho",
         "derecha", "direito", "direita", "destro", "destra", "dx", "dexter", "prawy", "prawa", "prawe", "правый",
-        "правая", "правое", "прав", "праве", "права", "höger", "højre", "høyre", "migi", "みぎ",
+        "правая", "правое", "прав", "праве", "права", "правий", "höger", "högra", "højre", "høyre", "migi", "みぎ",
         "pravý", "pravá", "pravé", "右", "오른",
-        "오른쪽", "우",
+        "오른쪽", "우", "우측",
     ),
 }  # fmt: skip
 _SIDE_OF = {word: side for side, found in _WORDS.items() for word in found}
 # Words that mean a side only beside their partner: "der" is an article too, "sol" the sun, and d a letter of a list.
 _ONLY_TOGETHER = (
     ("g", "d"), ("izq", "der"), ("i", "d"), ("e", "d"), ("esq", "dir"), ("s", "d"), ("sin", "des"), ("sin", "dex"),
-    ("li", "re"), ("sol", "sağ"), ("sol", "sag"), ("v", "h"), ("vanster", "hoger"), ("venstre", "hojre"),
+    ("li", "re"), ("sol", "sağ"), ("sol", "sag"), ("vanster", "hoger"), ("venstre", "hojre"),
     ("vä", "hö"), ("lew", "praw"),
 )  # fmt: skip
 # As `words` has them: one of a pair may be a side by itself, as izq beside der.
 _TOGETHER = [(_SIDE_OF.get(left, left), _SIDE_OF.get(right, right)) for left, right in _ONLY_TOGETHER]
 _SIDES = ("left", "right")
+# Within a word only long ones are sides, at its beginning or its end: linkerschouder, linksohr.
+_LONG = re.compile(
+    "|".join(
+        rf"(?<![^\W\d_]){word}|{word}(?![^\W\d_])"
+        for word in sorted(_SIDE_OF, key=len, reverse=True)
+        if len(word) > 4 and word not in ("left", "right")
+    )
+)
 _OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
 # Scripts without spaces between words: the side is the beginning or the end of one.
-_UNSPACED = ("오른쪽", "오른", "왼쪽", "왼", "ひだり", "みぎ", "左", "右", "좌", "우")
+_UNSPACED = ("오른쪽", "오른", "왼쪽", "왼", "좌측", "우측", "ひだり", "みぎ", "左", "右", "좌", "우")
+_BOTH = ("左右", "좌우")  # both sides: none
 
 
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case, sides in English: equal for left_eye, L_Eye, leftEye and 'Left eye'."""
-    found = [word for run in re.findall(r"[0-9]+|[^\W\d_]+", _spaced(name)) for word in _split_camel_case(run)]
+    found = [
+        word
+        for run in re.findall(r"[0-9]+|[^\W\d_]+", _spaced(normalize("NFKC", name)))
+        for word in _split_camel_case(run)
+    ]
     return tuple(_SIDE_OF.get(word.lower(), word.lower()) for word in found) or (name,)
 
 
@@ -79,6 +94,7 @@ def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         else:
             candidates = (by_letters[one] for one in _hidden_sides(_letters(name)) if one in by_letters)
             other = next(candidates, together.get(k))
+            lonely += [name] * (other is None and _LONG.search(_letters(name)) is not None)
         mirror[k] = k if other is None else other
     # Of two names that mean the same only one has a partner.
     lonely += [names[k] for k in range(len(names)) if mirror[mirror[k]] != k]
@@ -91,8 +107,9 @@ def side_of(name: str, partner: str) -> str | None:
         return None
     found = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
     if not found and _letters(partner) in _hidden_sides(_letters(name)):  # lshoulder and rshoulder; FL and FR
-        changed = [a for a, b in zip(_letters(name), _letters(partner), strict=True) if a != b]
-        found = {side for side in _SIDES if changed[0] == side[0]}
+        compound = _LONG.search(_letters(name))
+        changed = [a for a, b in zip(_letters(name), _letters(partner), strict=False) if a != b]
+        found = {_SIDE_OF[compound[0]]} if compound else {side for side in _SIDES if changed[0] == side[0]}
     if not found:
         pair = _difference(words(name), words(partner))
         found = {
@@ -115,10 +132,12 @@ def _split_camel_case(run: str) -> list[str]:
 
 
 def _spaced(name: str) -> str:
-    """A side of a script that is written without spaces becomes a word of its own: 左眼 is 左 眼."""
-    for side in _UNSPACED:
-        if name.startswith(side) or name.endswith(side) or re.search(rf"[\W\d_]{side}|{side}[\W\d_]", name):
-            return name.replace(side, f" {side} ")
+    """The first side of a script without spaces becomes a word of its own: 左眼 is 左 眼."""
+    for word in re.findall(r"[^\W\d_]+", name):
+        side = next((one for one in _UNSPACED if word.startswith(one) or word.endswith(one)), None)
+        if side and not word.startswith(_BOTH):
+            apart = word.replace(side, f"{side} ", 1) if word.startswith(side) else f"{word.removesuffix(side)} {side}"
+            return name.replace(word, apart, 1)
     return name
 
 
@@ -127,32 +146,41 @@ def _letters(name: str) -> str:
 
 
 def _hidden_sides(name: str) -> list[str]:
-    """What a name of lower case becomes if left or right within its words, or a letter of one, is a side."""
+    """What a name of lower case may become if left or right within its words, or a letter of one, is a side."""
     changed = [
         re.sub(r"left|right", lambda side: _OTHER[side[0]], name, count=1),
         re.sub(r"(?<![a-z])[lr](?=[a-z])", lambda side: _OTHER[side[0]], name, count=1),
-        re.sub(r"(?<![a-z])([fhbrmt])([lr])(?![a-z])", lambda leg: leg[1] + _OTHER[leg[2]], name, count=1),
+        re.sub(r"(?<![a-z])([fhbrmtv])([lr])(?![a-z])", lambda leg: leg[1] + _OTHER[leg[2]], name, count=1),
     ]
+    compound = _LONG.search(name)
+    if compound:  # linkerschouder: any word for the other side may stand in its place
+        others = _WORDS[_OTHER[_SIDE_OF[compound[0]]]]
+        changed += [name[: compound.start()] + other + name[compound.end() :] for other in others]
     return [other for other in changed if other != name]
 
 
 def _partners_together(names: Sequence[str]) -> dict[int, int]:
     """Keypoints whose names differ in one word alone, which together with the other one means a side.
 
-    Only where these two are all that there is at this place of the name: of finger_a, finger_d, finger_e, ... none.
+    Only where these two are all that there is at this place of the name (of finger_a, finger_d, finger_e, ... none),
+    and single letters only where two pairs of names agree on them.
     """
     variants: dict[tuple[str, ...], dict[str, int]] = {}
     for k, name in enumerate(names):
         parts = words(name)
         for at, word in enumerate(parts):
-            variants.setdefault((*parts[:at], "*", *parts[at + 1 :]), {})[word] = k
+            rest = (*parts[:at], "*", *parts[at + 1 :])
+            if not {"left", "right"} & set(rest) and any(len(one) > 2 for one in rest):
+                variants.setdefault(rest, {})[word] = k
     pairs = {frozenset(pair) for pair in _TOGETHER}
-    found = {}
-    for several in variants.values():
-        if len(several) == 2 and frozenset(several) in pairs:
+    found = [several for several in variants.values() if len(several) == 2 and frozenset(several) in pairs]
+    count = Counter(frozenset(several) for several in found)
+    partners: dict[int, int] = {}
+    for several in found:
+        if max(map(len, several)) > 1 or count[frozenset(several)] > 1:
             a, b = several.values()
-            found |= {a: b, b: a}
-    return found
+            partners |= {a: b, b: a}
+    return partners
 
 
 def _difference(a: Sequence[str], b: Sequence[str]) -> tuple[str, str] | None:

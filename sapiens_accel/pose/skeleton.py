@@ -225,7 +225,7 @@ def _sapiens_names() -> tuple[str, ...]:
 
 
 def _sapiens_sigmas(names: tuple[str, ...]) -> tuple[float, ...]:
-    """As published: COCO-WholeBody's of the same name; of those that it lacks, a neighbour's; of the face, 0.010."""
+    """As published: COCO-WholeBody's of the same name; of those that it lacks, a neighbor's; of the face, 0.010."""
     known = dict(zip(WHOLEBODY133.names, WHOLEBODY133.sigmas, strict=True))
     known |= {"neck": 0.079}
     for side in ("left", "right"):

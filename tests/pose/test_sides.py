@@ -1,5 +1,7 @@
 """Left and right in names: ten languages, animals' legs, and what only looks like a side."""
 
+import unicodedata
+
 import pytest
 
 from sapiens_accel.pose.sides import mirror_of, side_of, words
@@ -18,7 +20,6 @@ def _pairs(names: list[str]) -> set[frozenset[str]]:
         ("Auge_li", "Auge_re"),
         ("oeil_gauche", "oeil_droit"),
         ("epaule_gauche", "epaule_droite"),
-        ("genou_g", "genou_d"),
         ("ojo_izquierdo", "ojo_derecho"),
         ("rodilla_izquierda", "rodilla_derecha"),
         ("rodilla izq", "rodilla der"),
@@ -28,6 +29,12 @@ def _pairs(names: list[str]) -> set[frozenset[str]]:
         ("ginocchio_sx", "ginocchio_dx"),
         ("linkeroog links", "linkeroog rechts"),
         ("lewe_oko", "prawe_oko"),
+        ("лівий_лікоть", "правий_лікоть"),
+        ("vänstra_handen", "högra_handen"),
+        ("linkerschouder", "rechterschouder"),
+        ("linksohr", "rechtsohr"),
+        (unicodedata.normalize("NFD", "vänster_öga"), unicodedata.normalize("NFD", "höger_öga")),
+        ("좌측_좌골", "우측_좌골"),
         ("левый_глаз", "правый_глаз"),
         ("левое колено", "правое колено"),
         ("sol_diz", "sağ_diz"),
@@ -38,6 +45,7 @@ def _pairs(names: list[str]) -> set[frozenset[str]]:
         ("왼쪽 무릎", "오른쪽 무릎"),
         ("FL", "FR"),
         ("RL", "RR"),
+        ("VL", "VR"),
         ("paw_HL", "paw_HR"),
         ("LF", "RF"),
         ("LH_paw", "RH_paw"),
@@ -58,6 +66,12 @@ def test_all_legs_of_an_animal() -> None:
     assert _pairs(["LH", "LF", "RF", "RH"]) == {frozenset(("LF", "RF")), frozenset(("LH", "RH"))}
 
 
+def test_single_letters_are_sides_where_two_pairs_agree() -> None:
+    names = ["genou_g", "genou_d", "cheville_g", "cheville_d", "nez"]
+    assert _pairs(names) == {frozenset(names[:2]), frozenset(names[2:4])}
+    assert side_of("genou_g", "genou_d") == "left"
+
+
 def test_gender_and_case_of_a_language_do_not_part_a_pair() -> None:
     assert words("hanche_droite") == words("hanche_droit") == ("hanche", "right")
 
@@ -69,6 +83,12 @@ def test_gender_and_case_of_a_language_do_not_part_a_pair() -> None:
         [str(k) for k in range(1, 18)],
         ["wrist", "thumb_tip", "index_tip", "middle_tip"],
         ["antenna_d", "sun", "sol", "der"],
+        ["line_v1", "line_h1", "line_v2", "line_h2"],  # vertical and horizontal
+        ["pfote_v", "pfote_h"],  # front and hind
+        ["tail_e", "tail_d"],
+        ["edge_s", "edge_d"],
+        ["d1", "e1", "d2", "e2"],
+        ["左右の目", "鼻"],
         ["tail", "tair", "heal", "hear"],  # l and r that end longer words
         ["nose", "snout", "tail_v", "tail_h", "tail_m"],
         # The paws of one camera: what differs is more than the side, so no pair is made up.
@@ -80,6 +100,7 @@ def test_no_side_is_made_up(names: list[str]) -> None:
 
 
 def test_a_side_without_its_partner_is_lonely() -> None:
+    assert mirror_of(["linksohr", "nase"]) == ((0, 1), ("linksohr",))
     assert mirror_of(["linkes_auge", "nase"]) == ((0, 1), ("linkes_auge",))
     assert mirror_of(["rodilla_izq", "nariz"]) == ((0, 1), ("rodilla_izq",))
     assert mirror_of(["rodilla_izq", "rodilla_der"]) == ((1, 0), ())
