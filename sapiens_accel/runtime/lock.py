@@ -32,7 +32,7 @@ def lock_directory(folder: Path) -> Iterator[None]:
     container), else when it was not touched for ten minutes.
 
     Raises:
-        UserError: another run has it; the directory cannot be written.
+        UserError: another run has it, or may have it: the lock cannot be read; the directory cannot be written.
     """
     is_new = not folder.exists()
     try:
@@ -41,13 +41,14 @@ def lock_directory(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error}). Give another --output_dir") from None
     ended = threading.Event()
-    threading.Thread(target=_touch, args=(folder / LOCK, ended), daemon=True).start()
+    threading.Thread(target=_touch, args=(folder / LOCK, own, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        if _read(folder / LOCK) == own:
-            (folder / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it becomes stale by itself
+            if _read(folder / LOCK) == own:
+                (folder / LOCK).unlink(missing_ok=True)
         if is_new:
             with contextlib.suppress(OSError):  # something was written in it
                 folder.rmdir()
@@ -60,17 +61,23 @@ def _acquire(lock: Path) -> str:
     draft.write_text(own)
     try:
         while not _create(lock, draft, own):
-            there = _read(lock)
+            try:
+                there = _read(lock)
+            except OSError as error:
+                raise UserError(
+                    f"--output_dir {lock.parent}: another run may be writing in it: {lock.name} cannot be read "
+                    f"({error.strerror}). Give another --output_dir; if no run writes in it, delete {lock}"
+                ) from None
             if there is None:
                 continue  # it was released in between
             if not _is_stale(lock, there, draft):
                 raise UserError(_explain(lock, there))
             # By a rename, so that of two that take it over one moves it, and the other finds another one or none.
-            moved = draft.with_suffix(".stale")
+            moved = draft.with_name(draft.name + ".stale")
             with contextlib.suppress(FileNotFoundError):
                 lock.rename(moved)
-                if moved.read_text() != there:
-                    _create(lock, moved, moved.read_text())
+                if (other := moved.read_text(errors="replace")) != there:
+                    _create(lock, moved, other)
                 else:
                     print(f"{lock}: taken over; {_name(there)} has ended without releasing it", flush=True)
                 moved.unlink()
@@ -118,6 +125,19 @@ def _start_of(pid: object) -> str | None:
     return None
 
 
+def _exists(pid: object) -> bool:
+    """Whether there is a process of this number, also where /proc hides those of other users (hidepid)."""
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def _pid_namespace() -> str:
     """Containers of one machine number their processes apart, and may share its name."""
     try:
@@ -134,9 +154,10 @@ def _first_line(file: str) -> str:
 
 
 def _read(lock: Path) -> str | None:
+    """What is in a lock; None if there is none. Raises OSError for one that is there and cannot be read."""
     try:
-        return lock.read_text()
-    except OSError:
+        return lock.read_text(errors="replace")
+    except FileNotFoundError:
         return None
 
 
@@ -156,8 +177,11 @@ def _is_stale(lock: Path, text: str, draft: Path) -> bool:
     """
     holder, here = _parse(text), _describe_process()
     if all(holder.get(key) == here[key] for key in ("host", "namespace")):
-        alive = holder.get("boot") == here["boot"] and holder.get("start") == _start_of(holder.get("pid"))
-        return not alive
+        start = _start_of(holder.get("pid"))
+        if holder.get("boot") != here["boot"] or not _exists(holder.get("pid")):
+            return True
+        if start is not None:
+            return start != holder.get("start")
     try:
         os.utime(draft)
         return draft.stat().st_mtime - lock.stat().st_mtime > SILENT_SECONDS
@@ -177,7 +201,11 @@ def _explain(lock: Path, text: str) -> str:
     )
 
 
-def _touch(lock: Path, ended: threading.Event) -> None:
+def _touch(lock: Path, own: str, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_SECONDS):
         with contextlib.suppress(OSError):
+            there = _read(lock)
+            if there not in (None, own):  # this process was suspended, or its disk was away, for too long
+                print(f"warning: {lock}: was taken over by {_name(there)} which writes in it as well", flush=True)
+                return
             os.utime(lock)

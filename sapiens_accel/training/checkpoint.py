@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -324,62 +325,97 @@ class Resume:
         return self.position.step
 
 
-def to_resume(accelerator: Accelerator, run_folder: Path, asked: str | None, stage: str) -> Resume | None:
+def to_resume(
+    accelerator: Accelerator, run_folder: Path, asked: str | None, stage: str, *, dry_run: bool = False
+) -> Resume | None:
     """The checkpoint that a stage resumes from, if any: its last whole one, or the folder asked for if its own.
 
-    A truncated or corrupt one is named and set aside, and the one before it is taken. All ranks must call it.
+    A truncated or corrupt one is named and set aside (a dry run renames nothing), and the one before it is taken. All
+    ranks must call it.
 
     Raises:
-        UserError: the folder asked for is not whole.
+        UserError: on all ranks: the folder asked for is not whole; a file cannot be read, which says nothing of it.
     """
     if asked is None:
         return None
-    if asked == "latest":
-        chosen = _last_whole(run_folder / stage / "checkpoints") if accelerator.is_main_process else None
-        chosen = broadcast_object_list([chosen])[0]
-    else:
-        chosen = Path(asked) if position(Path(asked)).stage == stage else None
-        broken = _broken(chosen) if chosen and accelerator.is_main_process else None
-        if broken := broadcast_object_list([broken])[0]:
-            raise UserError(f"--resume_from_checkpoint {asked}: {broken}; take another one, or latest")
+    chosen, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            chosen = _choose(run_folder, asked, stage, dry_run=dry_run)
+        except UserError as error:
+            problem = str(error)
+    chosen, problem = broadcast_object_list([chosen, problem])
+    if problem:
+        raise UserError(problem)
     if chosen is None:
         return None
     there = position(chosen)
     return Resume(folder=chosen, position=there, way=_way(there, distributed.world(accelerator)))
 
 
-def _last_whole(folder: Path) -> Path | None:
+def _choose(run_folder: Path, asked: str, stage: str, *, dry_run: bool) -> Path | None:
+    if asked == "latest":
+        return _last_whole(run_folder / stage / "checkpoints", dry_run=dry_run)
+    chosen = Path(asked)
+    if position(chosen).stage != stage:
+        return None
+    if broken := _broken(chosen):
+        raise UserError(f"--resume_from_checkpoint {asked}: {broken}; take another one, or latest")
+    return chosen
+
+
+def _last_whole(folder: Path, *, dry_run: bool) -> Path | None:
     for checkpoint in reversed(list_checkpoints(folder)):
         broken = _broken(checkpoint)
         if broken is None:
             return checkpoint
-        aside = checkpoint.with_name(checkpoint.name + CORRUPT)
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
-        print(f"warning: {checkpoint} is not whole: {broken}; set aside as {aside.name}, trying the one before it")
+        aside, done = checkpoint.with_name(checkpoint.name + CORRUPT), "passed over"
+        if not dry_run:
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            done = f"set aside as {aside.name}"
+        print(f"warning: {checkpoint} is not whole: {broken}; {done}, trying the one before it")
     return None
 
 
 def _broken(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything."""
-    try:
-        files = position(checkpoint).files
-    except UserError as error:
-        return str(error)
+    """What is wrong with a checkpoint's files, if anything.
+
+    Raises:
+        UserError: one is there and cannot be read. It may be whole: the file server or the permissions are at fault.
+    """
 
     def differs(name: str) -> str | None:
         path, (size, checksum) = checkpoint / name, files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
         try:
+            found = path.stat()
+            if not S_ISREG(found.st_mode):
+                return f"{name} is missing"
+            if found.st_size != size:
+                return f"{name} has {found.st_size} bytes of {size}"
             return None if _fingerprint(path)[1] == checksum else f"{name} is not what was written (checksum)"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error}"
+            raise _unreadable(path, error) from None
 
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            (checkpoint / POSITION).read_bytes()
+        files = position(checkpoint).files
+    except OSError as error:
+        raise _unreadable(checkpoint / POSITION, error) from None
+    except UserError as error:
+        return str(error)
     with ThreadPoolExecutor(4) as pool:
         return _first(pool.map(differs, files))
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{file}: cannot be read ({error.strerror or error}), so nothing says whether that checkpoint is whole. Make "
+        "it readable, or give --resume_from_checkpoint another one"
+    )
 
 
 def _way(then: Position, now: Mapping[str, int | str]) -> Way:

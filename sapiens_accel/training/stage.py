@@ -198,8 +198,9 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     skeleton = context.sets.skeleton
     set_seed(run.seed)
     model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
-    resume = checkpoint.to_resume(accelerator, Path(run.output_dir), run.resume_from_checkpoint, context.name)
-    start = (resume and resume.weights) or given or weights.starting_point(Path(run.output_dir), context.name)
+    folder, asked = Path(run.output_dir), run.resume_from_checkpoint
+    resume = checkpoint.to_resume(accelerator, folder, asked, context.name, dry_run=run.dry_run)
+    start = (resume and resume.weights) or given or weights.starting_point(folder, context.name)
     loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{context.name}: {resume or loaded}")
     model.freeze(config.frozen)

@@ -133,3 +133,48 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_dir .*file.* cannot be written"), lock_directory(tmp_path / "file"):
         pass
+
+
+def test_a_lock_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    """As that of another user: it was tried again for ever. (Permissions do not hold for root, who runs tests too.)"""
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=f"cannot be read .*delete {tmp_path / LOCK}"), lock_directory(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_process_that_proc_hides_is_respected_while_it_touches_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under hidepid=2: another user's process is not in /proc, and to signal it is not permitted."""
+
+    def kill(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    file, start_of = tmp_path / LOCK, lock._start_of
+    file.write_text(json.dumps(lock._describe_process() | {"pid": 1, "start": "1"}))
+    monkeypatch.setattr(lock, "_start_of", lambda pid: start_of(pid) if pid == os.getpid() else None)
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(UserError, match="another run"), lock_directory(tmp_path):
+        pass
+    os.utime(file, (time.time() - lock.SILENT_SECONDS - 60,) * 2)
+    with lock_directory(tmp_path):
+        pass
+
+
+def test_a_lock_that_was_taken_over_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a process that was suspended for longer than its lock holds: the new holder may have ended since."""
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.01)
+    with lock_directory(tmp_path):
+        (tmp_path / "other").write_text(json.dumps(lock._describe_process() | {"pid": 1}))
+        os.utime(tmp_path / "other", (0, 0))
+        (tmp_path / "other").replace(tmp_path / LOCK)
+        deadline, said = time.monotonic() + 60, ""
+        while "taken over by process 1" not in said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+        assert "taken over by process 1" in said
+        assert (tmp_path / LOCK).stat().st_mtime == 0
+    assert (tmp_path / LOCK).exists(), "it is another one's"

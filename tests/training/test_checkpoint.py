@@ -194,6 +194,31 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(run: Run, damage,
     assert run.save(4), "the step can be written again"
 
 
+@pytest.mark.parametrize("file", ["state/model.safetensors", "position.json"])
+def test_one_that_cannot_be_read_is_not_taken_for_a_damaged_one(run: Run, file: str) -> None:
+    """A file server that is away, or another user's file; links that lead to themselves cannot be read by root either.
+
+    It was set aside, and training went on from the one before it.
+    """
+    for step in (3, 4):
+        run.save(step)
+    path = run.folder / STAGE / "checkpoints" / "step_4" / file
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match=rf"step_4/{file}: cannot be read .*--resume_from_checkpoint"):
+        run.resume()
+    assert names(run) == ["latest", "step_3", "step_4"]
+
+
+def test_a_dry_run_renames_no_damaged_checkpoint(run: Run, capsys) -> None:
+    for step in (3, 4):
+        run.save(step)
+    _truncate(run.folder / STAGE / "checkpoints" / "step_4" / "objective.safetensors")
+    found = checkpoint.to_resume(run.accelerator, run.folder, "latest", STAGE, dry_run=True)
+    assert found and found.position.step == 3 and "step_4 is not whole" in capsys.readouterr().out
+    assert names(run) == ["latest", "step_3", "step_4"]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [('"step": 4', '"step": 5'), ('"precision": "no"', '"precision": "n0"'), ('"stage": "phase2"', '"stage": "ssl"'),
