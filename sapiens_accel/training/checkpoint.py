@@ -12,9 +12,9 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -46,7 +46,7 @@ POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.js
 STATE = "state"
 # torch's and DeepSpeed's words for a state that does not fit what was built.
 OTHER_STATE = re.compile(r"parameter group|size mismatch|Error\(s\) in loading state_dict")
-SAVE_SECONDS, SAVE_SHARE = 1800, 20  # between two checkpoints, at most; times what one costs, at least
+SAVE_SECONDS, SAVE_SHARE = 1800, 20  # between two checkpoints; times what one costs, at least
 SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -86,15 +86,16 @@ class Saver:
 class SaveSchedule:
     """When a checkpoint is due: after every so many steps, or by default by epochs and time.
 
-    By default: at the end of each epoch and of the stage, and half an hour after the one before; but at the end of an
-    epoch only so often that saving takes at most a twentieth of the time (small sets have epochs of a second).
+    By default: at the end of each epoch and half an hour after the one before, but only so often that saving takes at
+    most a twentieth of the time (small sets have epochs of a second, large states take minutes); and at the end.
 
     Attributes:
         every: steps, if asked for.
         epoch: steps of an epoch.
         last: the stage's last step.
         saved_at: the step of the checkpoint before.
-        since, cost: when that was written (seconds), and how long it took.
+        since, cost: when that was written (seconds), and how long it took; after one that failed, which may have been
+            refused at once, not less than the one before.
     """
 
     every: int | None
@@ -109,16 +110,18 @@ class SaveSchedule:
         if self.every is not None:
             return step // self.every > self.saved_at // self.every
         passed = time.monotonic() - self.since
-        ends = step == self.last or step // self.epoch > self.saved_at // self.epoch
-        return step > self.saved_at and (passed >= SAVE_SECONDS or (ends and passed >= SAVE_SHARE * self.cost))
+        is_time = passed >= SAVE_SECONDS or step // self.epoch > self.saved_at // self.epoch
+        is_due = step == self.last or (is_time and passed >= SAVE_SHARE * self.cost)
+        return step > self.saved_at and is_due
 
-    @contextmanager
-    def measured(self, step: int) -> Iterator[None]:
-        """Note a save and how long it takes."""
+    def measure(self, step: int, write: Callable[[], Path | None]) -> Path | None:
+        """Save by `write`, and note that and how long it takes; returns the checkpoint, None if it failed."""
         begun = time.monotonic()
-        yield
+        saved = write()
         self.saved_at, self.since = step, time.monotonic()
-        self.cost = self.since - begun
+        took = self.since - begun
+        self.cost = took if saved else max(took, self.cost)
+        return saved
 
 
 def save(saver: Saver, step: int) -> Path | None:

@@ -78,8 +78,8 @@ class RunPlan:
         replaces: the directory holds a run that is moved aside as a whole.
         retrained: stages of a run that is continued, which begin again.
         changes: the differences from the record that apply.
-        sections: the recorded options of stages that are not trained.
-        weights: the weights that a run that is resumed began with.
+        sections: what stays of the record, by its first key: the options of stages that are not trained, and the
+            weights that a run began with which is resumed, or which a stage is added to.
     """
 
     run: Config
@@ -90,7 +90,6 @@ class RunPlan:
     retrained: Sequence[str] = ()
     changes: Sequence[str] = ()
     sections: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
     has_begun: bool = False
 
     def begin(self, accelerator: Accelerator, sets: Sets, first: int) -> None:
@@ -120,9 +119,10 @@ class RunPlan:
             if self.checkpoint and self.resumed:
                 _forget_after(folder / self.resumed, first)
             where = f"{self.resumed or self.run.stages[0]} from step {first + 1} on"
-            kept = self.sections | ({"weights": self.weights} if self.resumed else {})
             changes = [f"{where}: {change}" for change in self.changes]
-            record.write_record(folder / record.FILE, self.run, kept, made_by=describe_versions(), changes=changes)
+            record.write_record(
+                folder / record.FILE, self.run, self.sections, made_by=describe_versions(), changes=changes
+            )
             write_json(folder / DATA, self.data)
             write_labeled_ids(folder / LABELED_IDS, sets.train, self.run.data)
         except OSError as error:
@@ -187,16 +187,17 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
 
 def _compare(plan: RunPlan, how: Continuation) -> None:
     """Compare the options and the data with what is recorded, and print each difference."""
-    if not (how.resumed or how.from_earlier or how.finished):
+    stay = [stage for stage in find_begun(how.file.parent) if stage not in how.trained]
+    if plan.replaces:  # the stages after the first one that is trained are moved aside, with their record
+        stay = [stage for stage in stay if STAGES.index(stage) < STAGES.index(plan.run.stages[0])]
+    is_continued = bool(how.resumed or how.from_earlier or how.finished)
+    tree = record.read_record(how.file) if is_continued or stay else None
+    plan.sections = {stage: tree[stage] for stage in stay if tree and stage in tree}
+    if how.resumed or how.from_earlier:
+        plan.sections["weights"] = tree.get("weights") if tree else None
+    if not is_continued:
         return
-    if tree := record.read_record(how.file):
-        there = find_begun(how.file.parent)
-        kept = [stage for stage in STAGES if stage in tree and stage in there and stage not in how.trained]
-        plan.sections = {stage: tree[stage] for stage in kept}
-        plan.weights = tree.get("weights")
-        lines = record.judge_differences(record.find_differences(tree, plan.run), how)
-    else:
-        lines = []
+    lines = record.judge_differences(record.find_differences(tree, plan.run), how) if tree else []
     if earlier := read_json(how.file.with_name(DATA)):
         lines += _judge_data(earlier, plan, how)
     for line in lines:

@@ -88,8 +88,7 @@ class TrainingStage:
             collect=self._collect,
             write=self._write,
         )
-        with self.schedule.measured(step):
-            saved = checkpoint.save(saver, step)
+        saved = self.schedule.measure(step, partial(checkpoint.save, saver, step))
         self.logger.restart_clock(step)
         return saved
 

@@ -261,22 +261,30 @@ class Clock:
 def test_a_checkpoint_is_due_by_epochs_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step takes a minute, a save as many seconds as are given; epochs of 100 and of 2.5 steps."""
 
-    def saves(epoch: float, last: int, cost: float, every: int | None = None) -> list[int]:
+    def saves(epoch: float, last: int, cost: float, every: int | None = None, refused: int = 0) -> list[int]:
         clock, saved = Clock(), []
+
+        def write(step: int) -> Path | None:
+            if step == refused:  # at once, as for want of room
+                return None
+            clock.now += cost
+            return Path("step")
+
         monkeypatch.setattr(checkpoint, "time", clock)
         schedule = checkpoint.SaveSchedule(every=every, epoch=epoch, last=last, since=0.0)
         for step in range(1, last + 1):
             clock.now += 60
             if schedule.is_due(step):
                 saved.append(step)
-                with schedule.measured(step):
-                    clock.now += cost
+                schedule.measure(step, lambda now=step: write(now))
         return saved
 
     assert saves(epoch=100, last=130, cost=1) == [30, 60, 90, 100, 130], "half an hour, an epoch, the end"
     assert saves(epoch=2.5, last=10, cost=1) == [3, 5, 8, 10], "the steps that end an epoch of 2.5"
     # A save of a minute: 20 minutes at least from one to the next.
-    assert saves(epoch=2.5, last=60, cost=60) == [3, 23, 43]
+    assert saves(epoch=2.5, last=60, cost=60) == [3, 23, 43, 60], "the last step whatever it costs"
+    assert saves(epoch=2.5, last=60, cost=60, refused=23) == [3, 23, 43, 60], "one that is refused is not free"
+    assert saves(epoch=1000, last=201, cost=240) == [30, 110, 190, 201], "of four minutes: 80 minutes at least"
     assert saves(epoch=2.5, last=60, cost=60, every=25) == [25, 50]
 
 

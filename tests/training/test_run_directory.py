@@ -98,6 +98,26 @@ def test_a_stage_that_is_trained_again_moves_the_whole_run_aside(
     assert new["phase1"] == old["phase1"] and new["max_steps"] == 1
 
 
+def test_a_stage_that_begins_with_given_weights_leaves_the_record_of_the_others(
+    run: Path, main: Main, tmp_path: Path
+) -> None:
+    """Neither resumed nor from earlier weights of the directory: config.yaml told of them what this command says."""
+    shutil.copytree(run / "phase1" / "weights", tmp_path / "weights")
+    begun = yaml.safe_load((run / "config.yaml").read_text())
+    given = ["--stage=phase2", f"--weights={tmp_path / 'weights'}", "--max_steps=1"]
+    main(run, *given, "--phase1.optim.lr=0.7")
+    now = yaml.safe_load((run / "config.yaml").read_text())
+    assert now["phase1"] == begun["phase1"] and now["weights"] == str(tmp_path / "weights")
+
+
+def test_the_weights_that_a_run_began_with_stay_in_its_record(main: Main, run: Path, tmp_path: Path) -> None:
+    """Their license is that of what the run hands over."""
+    given = f"--weights={run / 'phase1' / 'weights'}"
+    main(tmp_path / "other", "--stage=phase1", given, "--max_steps=1")
+    main(tmp_path / "other", "--stage=phase2", "--max_steps=1")
+    assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["weights"] == given.partition("=")[2]
+
+
 def test_every_stage_again_carries_nothing_over(run: Path, main: Main) -> None:
     main(run, "--stage=phase1", "--max_steps=1")
     assert lines_of(run) == [("phase1", 1)]
