@@ -165,7 +165,9 @@ def _be_rank(run: Run, rank: int, port: int, log: Path, words: list[str], before
     if run.zero2:
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": ""}
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "ds_configs" / "zero2.json")
-    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    else:  # with ZeRO it is refused
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
     sys.argv = ["train.py", *words]
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

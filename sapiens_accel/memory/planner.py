@@ -228,7 +228,7 @@ def explain_out_of_memory(
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        whole = failures.IN_THE_STEP not in getattr(error, "__notes__", ())
+        torn = failures.is_torn(error)
         reason = (str(error) or "MemoryError").split(". ")[0].splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold the activations
     gc.collect()
@@ -236,11 +236,14 @@ def explain_out_of_memory(
         torch.cuda.empty_cache()
     if drop:
         drop()
-    kept = save() if save and whole and accelerator.num_processes == 1 else None
+    kept = save() if save and not torn and accelerator.num_processes == 1 else None
     predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
     again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
     tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
-    raise UserError(f"{name}: {tried}; {again} {plan.otherwise} [{reason}]")
+    explained = UserError(f"{name}: {tried}; {again} {plan.otherwise} [{reason}]")
+    if torn:  # whoever else saves on errors has to know
+        failures.mark_torn(explained)
+    raise explained
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

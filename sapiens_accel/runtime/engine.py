@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sapiens_accel.errors import UserError, count
+from sapiens_accel.runtime import failures
 from sapiens_accel.runtime.distributed import deepspeed_config, is_deepspeed, least, overlaps, zero_stage
 
 
@@ -64,6 +65,8 @@ def prepare(
     if [name for name, _ in _module(prepared_model).named_parameters()] != names:
         raise RuntimeError("the launch renames the model's parameters: its exported weights could not be loaded")
     keep_least_scale(prepared_optimizer)
+    if is_engine(prepared_model):  # `accelerator.backward` calls it: only here can an error of the step be marked
+        prepared_model.step = failures.changing_weights()(prepared_model.step)
     return prepared_model, prepared_optimizer
 
 

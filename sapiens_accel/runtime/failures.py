@@ -11,6 +11,27 @@ from sapiens_accel.errors import Interrupted, UserError, continue_with
 IN_THE_STEP = "the optimizer was changing the weights: they are of no whole step"
 
 
+@contextmanager
+def changing_weights() -> Iterator[None]:
+    """Mark an error inside: until the optimizer and the teacher are done, the weights are of no whole step."""
+    try:
+        yield
+    except Exception as error:
+        mark_torn(error)
+        raise
+
+
+def mark_torn(error: Exception) -> None:
+    """Note on an error that the weights are of no whole step, and must not be saved."""
+    if not is_torn(error):
+        error.add_note(IN_THE_STEP)
+
+
+def is_torn(error: BaseException) -> bool:
+    """Whether an error struck while the weights were changing."""
+    return IN_THE_STEP in getattr(error, "__notes__", ())
+
+
 class SharedError(UserError):
     """A UserError that all ranks raise at the same moment, between two steps: together they can still save.
 
@@ -42,7 +63,7 @@ def save_on_failure(accelerator: Accelerator, name: str, save: Callable[[], Path
         raise
     except Exception as error:
         shared = isinstance(error, SharedError)
-        possible = (shared or accelerator.num_processes == 1) and IN_THE_STEP not in getattr(error, "__notes__", ())
+        possible = (shared or accelerator.num_processes == 1) and not is_torn(error)
         saved = save() if possible else None
         where = f"the last whole step is in {saved}; {continue_with()}" if saved else ""
         cause = error.cause if isinstance(error, SharedError) else error

@@ -76,24 +76,19 @@ def steps(
         set_lr(optimizer, rate)
         logs: dict[str, Tensor | float] = {}
         losses: list[Tensor] = []
-        grad_norm, taken = None, True
         for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
             with accelerator.accumulate(model):
                 with offloaded(accelerator.device, wanted=config.offload):
                     loss, parts = objective.loss(model, batch, prepared)
+                losses.append(loss.detach())
+                for name, value in {"loss": loss.detach(), **parts}.items():
+                    logs[name] = logs.get(name, 0.0) + value / config.accumulation
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    try:
-                        grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
-                    except Exception as error:
-                        error.add_note(failures.IN_THE_STEP)
-                        raise
-                    optimizer.zero_grad()
-            losses.append(loss.detach())
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                logs[name] = logs.get(name, 0.0) + value / config.accumulation
-        if taken:
-            objective.after_step()
+        with failures.changing_weights():
+            grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
+            optimizer.zero_grad()
+            if taken:
+                objective.after_step()
         step += 1
         logs |= {"lr": rate, **({} if grad_norm is None else {"grad_norm": grad_norm})}
         yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))

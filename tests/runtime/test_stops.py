@@ -4,6 +4,7 @@ Each run is tiny, and forked from this process (`benchmarks/faults.py`).
 """
 
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -13,7 +14,6 @@ from errno import EIO, ENOSPC, EPERM, EROFS
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -129,25 +129,45 @@ def test_an_error_of_our_own_saves_the_step_before_its_traceback(begin: Callable
     assert "phase2: failed; the last whole step is in " in text and "ValueError: a bug" in text
 
 
-def test_weights_that_are_of_no_whole_step_are_not_saved(begin: Callable[..., Started]) -> None:
-    """An error between the parameters of an optimizer step."""
+def fail_at_call_3(owner: str, name: str, error: Exception) -> Callable[[int], None]:
+    """Lets a method of a class ("module:Class") raise after its third call has done its work."""
 
-    def fail_in_step_3(_: int) -> None:
-        known, calls = torch.optim.AdamW.step, []
+    def before(_: int) -> None:
+        known, calls = getattr(pkgutil.resolve_name(owner), name), []
 
-        def step(self: torch.optim.AdamW, *args: object) -> object:
+        def call(*args: object) -> object:
             calls.append(1)
-            result = known(self, *args)
+            result = known(*args)
             if len(calls) == 3:
-                raise ValueError("half of it")
+                raise error
             return result
 
-        torch.optim.AdamW.step = step
+        setattr(pkgutil.resolve_name(owner), name, call)
 
-    run = begin(Run(), before=fail_in_step_3, step=0)
-    faults.wait_for_step(run, 2)
-    stopped(run, 1)
-    assert faults.saved_step(run.folder, "phase2") == 0
+    return before
+
+
+OUT_OF_MEMORY = RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("error", [ValueError("half of it"), OUT_OF_MEMORY], ids=["bug", "memory"])
+@pytest.mark.parametrize(
+    ("run", "owner", "name"),
+    [
+        (Run(), "torch.optim:AdamW", "step"),
+        (Run(zero2=True), "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "step"),
+        (Run(stage="ssl"), "sapiens_accel.training.mean_teacher:MeanTeacher", "after_step"),
+    ],
+    ids=["plain", "zero2", "teacher"],
+)
+def test_weights_that_are_of_no_whole_step_are_not_saved(
+    begin: Callable[..., Started], run: Run, owner: str, name: str, error: Exception
+) -> None:
+    """An error between the parameters of an optimizer step, or before the teacher has followed."""
+    started = begin(run, before=fail_at_call_3(owner, name, error), step=0)
+    text = stopped(started, 2 if error is OUT_OF_MEMORY else 1)
+    assert str(error) in text and max(started.losses) == 2, text
+    assert faults.saved_step(started.folder, run.stage) == 0
 
 
 def test_a_killed_rank_ends_the_other(begin: Callable[..., Started]) -> None:
