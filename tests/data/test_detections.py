@@ -48,7 +48,7 @@ def test_a_box_a_row_with_its_score_and_picture(people: People, tmp_path: Path) 
     assert boxes.scores == pytest.approx(0.9 - 0.1 * np.arange(8))
     assert boxes.file_names == list(people.rows["file_name"][:]) and boxes.root == people.root
     assert boxes.image_ids.tolist() == list(people.rows["image_id"][:])
-    assert (boxes.source, boxes.labeled, boxes.told) == ("detector (detector.json)", False, "")
+    assert (boxes.source, boxes.labeled, boxes.note) == ("detector (detector.json)", False, "")
     own = detections.load_boxes("gt", people)
     assert (own.source, own.labeled, own.scores.tolist()) == ("ground truth", True, [1.0] * 8)
 
@@ -58,7 +58,7 @@ def test_other_pictures_and_other_categories_are_left_out_and_told(people: Peopl
     more = [found[0] | {"image_id": 10**9}, found[1] | {"category_id": 3}, found[2] | {"category_id": 44}]
     boxes = detections.load_boxes(str(_write(tmp_path, [*more, *found])), people)
     assert len(boxes) == 8
-    assert "2 of other categories and 1 of other images are left out" in boxes.told
+    assert "2 of other categories and 1 of other images are left out" in boxes.note
     # Nothing is too unsure: the published evaluation has no threshold on boxes.
     assert len(detections.load_boxes(str(_write(tmp_path, [found[0] | {"score": 0.001}])), people)) == 1
 

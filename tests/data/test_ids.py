@@ -73,7 +73,7 @@ def test_ids_are_the_numbers_that_they_are(drawn: Path, tmp_path: Path, write: C
     ]
     (tmp_path / "boxes.json").write_text(json.dumps(them))
     detected = boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)
-    assert detected.image_ids.tolist() == theirs.val.rows["image_id"][:] and not detected.told
+    assert detected.image_ids.tolist() == theirs.val.rows["image_id"][:] and not detected.note
 
 
 @pytest.mark.parametrize("odd", ["someone", 2.5, True, [1]])

@@ -348,8 +348,8 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"bbox": [NAN, 1.0, 9, 9]}, "'bbox', found [nan"),
-        ({"bbox": [1.0, 1, INF, 9]}, "'bbox', found [1.0, 1.0, inf"),
+        ({"bbox": [NAN, 1.0, 9, 9]}, "'bbox' (sides of 1e-07 to 1e+07), found [nan"),
+        ({"bbox": [1.0, 1, INF, 9]}, "'bbox' (sides of 1e-07 to 1e+07), found [1.0, 1.0, inf"),
         ({"bbox": [1.0, 1, 2e7, 9]}, "'bbox'"),
         ({"keypoints": [-1e12, *[1.0] * 50]}, "'keypoints'"),
         ({"keypoints": [NAN, *[1.0] * 50]}, "'keypoints'"),

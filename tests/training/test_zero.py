@@ -149,7 +149,8 @@ def test_a_resumed_run_continues_bit_for_bit(zero, stage, precision, cache, refe
     run = {"stage": stage, "micro_batch": 2, "zero": zero}
     cut = job(resumed, **run, extra=[*start, "--max_steps=8", "--save_every=4"])
     # Other processes load the images then, and another number of them.
-    again = job(resumed, **run, extra=[*start, "--resume_from_checkpoint=latest", f"--data.num_workers={zero % 2}"])
+    more = ["--resume_from_checkpoint=latest", "--save_every=100", f"--data.num_workers={zero % 2}"]
+    again = job(resumed, **run, extra=[*start, *more])
     jobs = [cut, again, job(whole, **run, extra=start)]
     for one in jobs:
         one["env"]["ACCELERATE_MIXED_PRECISION"] = precision
