@@ -209,7 +209,7 @@ def find_image_fault(image: dict[str, Any]) -> str | None:
         return f"id {show_value(key)}: {show_value(name)} leads out of the folder of images; expected a name inside it"
     odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
     if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
-        return f"id {show_value(key)}: expected a name of letters that can be show_value, found {show_value(name)}"
+        return f"id {show_value(key)}: expected a name of letters that can be shown, found {show_value(name)}"
     return None
 
 

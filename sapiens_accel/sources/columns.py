@@ -21,6 +21,7 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.sources.coco import show_value
 
 pc: Any = pyarrow.compute  # its functions are made at run time
 # Ours, and what they are called; the first that is there counts.
@@ -47,6 +48,8 @@ NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "a
 # What the columns of the image table may be of.
 TYPES = {"image_id": pa.types.is_integer, "file_name": pa.types.is_string,
          "width": pa.types.is_integer, "height": pa.types.is_integer}  # fmt: skip
+IMAGE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+WHOLE_NUMBER = r"^\s*-?[0-9]{1,40}\s*$"  # Arrow would read a hexadecimal text, too
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,12 @@ def infer_mapping(schema: pa.Schema, given: Mapping[str, str], where: str, *, la
     for name in given:
         if name not in COLUMNS | PERSON:
             raise UserError(f"--data.columns: no such name {name!r}; there are: {', '.join(COLUMNS | PERSON)}")
-    _refuse_repeated(schema.names, where)
     columns = _match_names(COLUMNS, schema.names, given)
+    _refuse_repeated(schema.names, columns, where)
     if "image" not in columns:
         raise _missing_column(where, "image", "the bytes of the image", schema, given)
     _check_image(schema.field(columns["image"]), where)
-    form, kinds = _find_people(schema, columns.get("people"), where)
+    form, kinds = _find_people(schema, columns.get("people"), given, where)
     fields = _match_names(PERSON, list(kinds), given)
     if form == "none" and "bbox" in fields:
         form = "lists" if _depth(kinds[fields["bbox"]]) > 1 else "rows"
@@ -110,8 +113,8 @@ def infer_mapping(schema: pa.Schema, given: Mapping[str, str], where: str, *, la
     return ColumnMapping(form, columns, fields, is_ours=is_typed and not renamed)
 
 
-def _refuse_repeated(names: list[str], where: str) -> None:
-    if again := next((name for name in names if names.count(name) > 1), None):
+def _refuse_repeated(present: list[str], wanted: Mapping[str, str], where: str) -> None:
+    if again := next((name for name in wanted.values() if present.count(name) > 1), None):
         raise UserError(f"{where}: several columns are called {again!r}; rename all but one")
 
 
@@ -119,20 +122,24 @@ def _check_image(field: pa.Field, where: str) -> None:
     kind = field.type
     if pa.types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0:
         kind = kind.field(index).type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if not any(test(kind) for test in IMAGE_TYPES):
         raise UserError(f"{where}: column {field.name!r} is {field.type}; expected the bytes of an image in each row")
 
 
-def _find_people(schema: pa.Schema, people: str | None, where: str) -> tuple[Form, dict[str, pa.DataType]]:
+def _find_people(
+    schema: pa.Schema, people: str | None, given: Mapping[str, str], where: str
+) -> tuple[Form, dict[str, pa.DataType]]:
     """The form of a column of people, and its fields; without one, the columns themselves."""
     if people is None:
+        _refuse_repeated(schema.names, _match_names(PERSON, schema.names, given), where)
         return "none", {field.name: field.type for field in schema}
     kind = inside = schema.field(people).type
     if _is_list(kind):
         inside = kind.value_type
     if not pa.types.is_struct(inside):
         raise UserError(f"{where}: column {people!r} is {kind}; expected fields in it, such as bbox and keypoints")
-    _refuse_repeated([inside.field(i).name for i in range(inside.num_fields)], f"{where}: column {people!r}")
+    names = [inside.field(i).name for i in range(inside.num_fields)]
+    _refuse_repeated(names, _match_names(PERSON, names, given), f"{where}: column {people!r}")
     fields = {inside.field(i).name: inside.field(i).type for i in range(inside.num_fields)}
     return "lists" if inside is kind else "ours", fields
 
@@ -213,7 +220,8 @@ def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
     """The table's columns but for the image, as far as it has them, by our names; `people` as a list of structs.
 
     Raises:
-        UserError: fields of a person that are not numbers, or lists of one image that differ in length.
+        UserError: columns or fields of a person of a type that cannot be converted, or lists of one image that differ
+            in length.
     """
     if mapping.is_ours:
         return table
@@ -221,16 +229,49 @@ def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
     nested = made.pop("people", None)
     made.pop("image", None)
     for name in set(made) & set(TYPES):
-        kind = made[name].type
-        if name == "file_name" and (pa.types.is_integer(kind) or pa.types.is_large_string(kind)):
-            made[name] = _cast(made[name], pa.string(), mapping.columns[name])
-        elif name in ("width", "height") and _is_number(kind):
-            made[name] = _cast(made[name], pa.int64(), mapping.columns[name])
-        elif not TYPES[name](kind):
-            del made[name]  # ids that are texts: images are then numbered, and named, as their rows
+        theirs = mapping.columns[name]
+        made[name] = _to_ids(made[name], name, theirs) if name == "image_id" else _to_type(made[name], name, theirs)
     if nested is not None or (mapping.fields and set(mapping.fields.values()) <= set(table.column_names)):
         made["people"] = _build_people(table, mapping, nested)
     return pa.table(made) if made else table.select([])
+
+
+def _to_ids(values: pa.Array, name: str, theirs: str) -> pa.Array:
+    """Whole numbers, however they are written: as floats (pandas, if one is missing) and texts too, as in a JSON."""
+    values = _simplify(values)
+    kind = values.type
+    if pa.types.is_string(kind):
+        odd = values.filter(pc.invert(pc.match_substring_regex(values, WHOLE_NUMBER)))
+        if len(odd):
+            raise UserError(
+                f"column {theirs!r} holds {show_value(odd[0].as_py())}; expected whole numbers, such as 7 or '000007'; "
+                f"name another by --data.columns '{{{name}: THEIR_NAME}}', or rename it to number them by their rows"
+            )
+        values = pc.utf8_trim_whitespace(values)
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise UserError(f"column {theirs!r} is {kind}; expected whole numbers")
+    return values if pa.types.is_integer(kind) else _cast(values, pa.int64(), theirs)
+
+
+def _to_type(values: pa.Array, name: str, theirs: str) -> pa.Array:
+    """A file_name as text, a width or height as whole numbers."""
+    values = _simplify(values)
+    kind = values.type
+    if name == "file_name":
+        if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise UserError(f"column {theirs!r} is {kind}; expected text")
+        return _cast(values, pa.string(), theirs)
+    if not _is_number(kind):
+        raise UserError(f"column {theirs!r} is {kind}; expected numbers")
+    return _cast(values, pa.int64(), theirs)
+
+
+def _simplify(values: pa.Array) -> pa.Array:
+    """Values that a dictionary holds once (categories of pandas) one by one, and text of any type as `string`."""
+    if pa.types.is_dictionary(values.type):
+        return pa.DictionaryArray.from_arrays(values.indices, _simplify(values.dictionary)).dictionary_decode()
+    is_text = pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type)
+    return values.cast(pa.string()) if is_text else values
 
 
 def _build_people(table: pa.Table, mapping: ColumnMapping, nested: pa.Array | None) -> pa.Array:
@@ -265,11 +306,11 @@ def _list_people(lengths: Int[Array, "n"], fields: dict[str, pa.Array]) -> pa.Ar
 
 
 def _convert_field(name: str, values: pa.Array) -> pa.Array | None:
-    """One number, or one flat list of numbers, for each person; None for ids that are no numbers."""
+    """One number, or one flat list of numbers, for each person; None for ids that are all missing."""
     if name not in NUMBERS:
         return _flatten_numbers(values, name)
-    if name == "id" and not pa.types.is_integer(values.type):
-        return None
+    if name == "id":
+        return None if pa.types.is_null(values.type) else _cast(_to_ids(values, name, name), pa.int64(), name)
     if not _is_number(values.type):
         raise UserError(f"column '{name}' is {values.type}; expected numbers, as a ClassLabel has them")
     return _cast(values, NUMBERS[name], name)

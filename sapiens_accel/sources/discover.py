@@ -37,7 +37,7 @@ SPLITS = {
     "unlabelled": {"unlabelled", "unlabeled"},
 }
 KINDS: dict[str, Kind] = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
-VERSION = 3  # of manifests
+VERSION = 4  # of manifests, and of how their tables are read
 READERS = 16  # files whose ends are read at a time: from another machine the time is latency
 
 
@@ -144,8 +144,10 @@ def _list_remote(root: str, listed: str) -> Iterator[ShardFile]:
         raise UserError(f"--data.root {root}: {without_token(why(error, root))}") from None
     for name, details in sorted(files.items()):
         if name.endswith(tuple(KINDS)):
+            address = credentials.take(system.unstrip_protocol(name))
             version = [details.get(key) for key in ("size", "blob_id", "ETag", "etag", "LastModified", "mtime")]
-            yield ShardFile(credentials.take(system.unstrip_protocol(name)), repr(version))
+            # Many a web server says nothing but a size: then only the address tells two files of one name apart.
+            yield ShardFile(address, repr(version if any(version[1:]) else [*version, address]))
 
 
 # ---- Manifests
@@ -155,7 +157,7 @@ def _make_manifest(
     split: str, files: Sequence[ShardFile], path: Path, cache: Path, in_place: bool, columns: Mapping[str, str]
 ) -> Manifest:
     versions = [(Path(file.name).name, file.version) for file in files]
-    digest = hashlib.sha256(repr((versions, sorted(columns.items()))).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr((VERSION, versions, sorted(columns.items()))).encode()).hexdigest()[:32]
     names = [file.name for file in files]
     origin = names[0]
     kind: Kind = KINDS[PurePosixPath(names[0]).suffix]
@@ -240,7 +242,7 @@ def _count_rows(name: str) -> int:
 def _convert_to_arrow(split: str, names: list[str], cache: Path) -> list[str]:
     """Parquet as Arrow files that can be memory-mapped, by `datasets` and in a cache of ours."""
     try:
-        with _copy_locked(names, cache) as copies:
+        with _copy_if_credentials_needed(names, cache) as copies:
             rows = datasets.load_dataset(
                 "parquet", data_files={split: copies}, split=split, cache_dir=str(cache / "datasets")
             )
@@ -251,7 +253,7 @@ def _convert_to_arrow(split: str, names: list[str], cache: Path) -> list[str]:
 
 
 @contextmanager
-def _copy_locked(names: list[str], cache: Path) -> Iterator[list[str]]:
+def _copy_if_credentials_needed(names: list[str], cache: Path) -> Iterator[list[str]]:
     """The files, or copies of those that need credentials: `datasets` writes what it opens to its cache."""
     with ExitStack() as stack:
         copies = []

@@ -17,6 +17,7 @@ from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.sources import images
 
 IMAGE = cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
 PERSON: dict[str, Any] = {"id": 3, "category_id": 1, "iscrowd": 0, "area": 400.0, "bbox": [4.0, 4.0, 40.0, 40.0],
@@ -81,4 +82,83 @@ def test_each_opens_or_is_one_line(tmp_path: Path, part: int) -> None:
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}"[:300])
     assert not failed, "\n".join([f"{len(failed)} of {opened + refused + len(failed)}", *failed])
-    assert opened > 20 and refused > 20, (opened, refused)
+    assert opened > 10 and refused > 20, (opened, refused)
+
+
+def _open(folder: Path, table: pa.Table, suffix: str = ".parquet", **changes: Any) -> Any:
+    folder.mkdir()
+    for split in ("train", "val"):
+        if suffix == ".parquet":
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            with pa.ipc.new_file(folder / f"{split}.arrow", table.schema) as writer:
+                writer.write_table(table)
+    config = DataConfig(root=str(folder), cache_dir=str(folder / "cache"), input_hw=(64, 48), **changes)
+    return build.open_people(config, COCO17, unlabeled=False).train
+
+
+OURS = pa.Table.from_pylist([{**ROW, "people": [PERSON]}, {**ROW, "image_id": 8, "people": [PERSON | {"id": 4}]}])
+
+
+def _with(name: str, column: pa.Array) -> pa.Table:
+    return OURS.set_column(OURS.column_names.index(name), name, column)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array(["000007", " 8 "]), pa.array(["000007", "8"], pa.large_string()), pa.array([7.0, 8.0]),
+        pa.array(["7", "8"], pa.string_view()), pa.array(["7", "008"]).dictionary_encode(),
+        pa.array([7, 8]).dictionary_encode(),
+    ],
+    ids=lambda ids: str(ids.type),
+)  # fmt: skip
+def test_ids_are_whole_numbers_however_they_are_written(tmp_path: Path, ids: pa.Array) -> None:
+    """A detector's JSON names images by them: to number them by their rows instead moves its boxes to other images."""
+    people = _open(tmp_path / "a", _with("image_id", ids), ".arrow")
+    assert people.rows["image_id"][:] == [7, 8] and people.rows["ann_id"][:] == [3, 4]
+    objects = pa.array([{"id": [one], **{key: [PERSON[key]] for key in ("bbox", "keypoints")}} for one in "78"])
+    table = OURS.drop_columns(["people"]).append_column("objects", objects)
+    assert _open(tmp_path / "b", table).rows["ann_id"][:] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "named"),
+    [
+        ("image_id", pa.array(["7", "img_8"]), "'image_id' holds 'img_8'; expected whole numbers"),
+        ("image_id", pa.array(["7", "0x8"]), "'image_id' holds '0x8'"),
+        ("image_id", pa.array([7.0, 8.5]), "'image_id' is double; expected int64"),
+        ("image_id", pa.array([[7], [8]]), "'image_id' is list"),
+        ("file_name", pa.array([1.5, 2.5]), "'file_name' is double; expected text"),
+        ("width", pa.array(["64", "wide"]), "'width' is string; expected numbers"),
+    ],
+)
+def test_a_column_that_cannot_be_converted_is_named_not_left_out(
+    tmp_path: Path, name: str, column: pa.Array, named: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        _open(tmp_path / "a", _with(name, column))
+    assert named in str(caught.value) and "train.parquet" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_names_of_any_type_of_text_are_kept(tmp_path: Path, text: pa.DataType) -> None:
+    column = pa.array(["a.jpg", "b.jpg"], text)
+    people = _open(tmp_path / "a", _with("file_name", column), ".arrow")
+    assert [Path(name).name for name in people.rows["file_name"][:]] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("binary", [pa.binary_view(), pa.binary(len(IMAGE)), pa.large_binary()], ids=str)
+def test_images_of_any_type_of_bytes_are_read(
+    tmp_path: Path, binary: pa.DataType, suffix: str, streaming: bool
+) -> None:
+    table = _with("image", pa.array([IMAGE, IMAGE], binary))
+    people = _open(tmp_path / "a", table, suffix, streaming=streaming)
+    assert images.read_image(people.root / people.rows[1]["file_name"]).shape == (48, 64, 3)
+
+
+def test_a_repeated_column_that_nobody_reads_is_no_fault(tmp_path: Path) -> None:
+    table = OURS.append_column("note", pa.array([1, 2])).append_column("note", pa.array([3, 4]))
+    assert len(_open(tmp_path / "a", table, ".arrow")) == 2

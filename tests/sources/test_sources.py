@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import datasets
 import forks
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +36,7 @@ from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133
-from sapiens_accel.sources import convert, shards, synthetic
+from sapiens_accel.sources import convert, discover, shards, synthetic
 from sapiens_accel.sources import images as photo
 
 TRAIN, VAL = (f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val"))
@@ -225,6 +226,18 @@ def test_another_shard_is_another_source(shard: dict[str, Path], drawn: Path, tm
     last = max(root.glob("data/train-*.tar"))
     last.unlink()
     assert len(_open(root, tmp_path / "cache").train) < len(first.train)
+
+
+def test_files_of_one_name_on_a_server_that_gives_no_versions_are_two_sources(tmp_path: Path) -> None:
+    """Else the second data set would get the people of the first out of the cache."""
+    digests = []
+    for folder in ("a", "b"):
+        with fsspec.open(f"memory://{folder}/train-0.parquet", "wb") as file:
+            people = [{"bbox": [1.0] * 4, "keypoints": [1.0] * 51}]
+            pq.write_table(pa.table({"image": [b"same size"], "people": [people]}), file)
+        manifest = discover.find_folder(f"memory://{folder}", tmp_path, streaming=True) / "train.shards"
+        digests.append(shards.read_manifest(manifest).digest)
+    assert digests[0] != digests[1]
 
 
 def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
