@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from itertools import pairwise
@@ -16,10 +17,16 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 LONGEST = 2_000
+NOT_PERMITTED = (errno.EACCES, errno.EPERM)
 # A disk that is full, over quota, broken or read-only.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OF_THE_DISK += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
 SECONDS_TO_END = 15.0  # from the end of a program that failed to that of its process
+# What stands before the @ of an address: up to the last @ before the first /, or further if that / is of a password.
+USER = re.compile(r"(?<![\w+.-])([\w+.-]{1,30}://)([^/\s'\"]+|[^/\s:'\"]*:(?!:|\d*/)[^\s'\"]{0,300})@")
+SECRET_KEYS = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+")
+NO_USER = ("abfs", "abfss", "wasb", "wasbs", "github", "git", "hf")  # a container, repository or name before the @
+USER_ALONE = ("sftp", "ssh", "scp", "hdfs", "webhdfs", "smb")  # of others a user alone may be a token
 
 
 def escape(text: str, keep: str = "\n\t") -> str:
@@ -34,8 +41,11 @@ def escape(text: str, keep: str = "\n\t") -> str:
     text = hide_credentials(text)
     if text.isprintable():
         return text
+    # Spaces of other widths (category Zs) are no marks: a path of them, in a command to be pasted, stays as it is.
     return "".join(
-        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        letter
+        if letter.isprintable() or letter in keep or unicodedata.category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode()
         for letter in text
     )
 
@@ -45,12 +55,19 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
+def is_secret(scheme: str, user: str) -> bool:
+    """Whether what stands before the @ of an address is no one's to read: user and password, or a token."""
+    name = scheme.removesuffix("://").lower()
+    return name not in NO_USER and (":" in user or name not in USER_ALONE)
+
+
 def hide_credentials(text: str) -> str:
     """Text with *** for user and password of the addresses in it (scheme://USER:PASSWORD@host), and for their keys."""
-    if "://" not in text:
-        return text
-    text = re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
-    return re.sub(r"(?i)([?&][\w-]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+", r"\1***", text)
+    return SECRET_KEYS.sub(r"\1***", _replace_users(text, "***@")) if "://" in text else text
+
+
+def _replace_users(text: str, by: str) -> str:
+    return USER.sub(lambda found: found[1] + by if is_secret(found[1], found[2]) else found[0], text)
 
 
 class UserError(Exception):
@@ -129,12 +146,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         _end_soon(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in (*OF_THE_DISK, *NOT_PERMITTED):
             _end_soon(1)
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        reason = f"{where}{error.strerror}. Make room there, or give another folder (--output_dir, --data.cache_dir)"
-        print(escape(f"{_program()}: error: {reason}"), file=sys.stderr, flush=True)
+        print(escape(f"{_program()}: error: {_describe(error)}"), file=sys.stderr, flush=True)
         _end_soon(2)
         sys.exit(2)
     except Exception:
@@ -142,14 +157,25 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         raise
 
 
+def _describe(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in NOT_PERMITTED:
+        return f"{where}{error.strerror}: it may not be read or written. Change its permissions, or give another one"
+    return f"{where}{error.strerror}. Make room there, or give another folder (--output_dir, --data.cache_dir)"
+
+
 def _end_soon(code: int) -> None:
     """Let nothing hold up the end of this process: a thread, a process or a device that no longer answers."""
+    ending = threading.Event()
 
     def end() -> None:
+        ending.wait()
         time.sleep(SECONDS_TO_END)
         os._exit(code)
 
-    atexit.register(threading.Thread(target=end, daemon=True).start)  # the last registered one runs first
+    # Started now: from Python 3.12 on a process that ends starts no thread. The last registered one runs first.
+    threading.Thread(target=end, daemon=True).start()
+    atexit.register(ending.set)
 
 
 def _program() -> str:
@@ -178,7 +204,17 @@ def continue_with() -> str:
 
 
 def _resume_command(words: Sequence[str]) -> str:
-    """A command that continues where the one of these words stopped."""
+    """A command that continues where the one of these words stopped.
+
+    Of addresses with credentials it has the rest, and says which options need them.
+    """
     option = "--resume_from_checkpoint"
-    kept = [word for before, word in pairwise(["", *words]) if not word.startswith(option) and before != option]
-    return shlex.join([*kept, option, "latest"])
+    kept, secret = [], []
+    for before, word in pairwise(["", *words]):
+        if word.startswith(option) or before == option:
+            continue
+        kept.append(_replace_users(word, ""))
+        if kept[-1] != word:
+            secret.append(word.partition("=")[0] if word.startswith("--") else before)
+    needs = f" (with user and password in {', '.join(secret)})" if secret else ""
+    return shlex.join([*kept, option, "latest"]) + needs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sapiens_accel.errors import UserError, escape, read_tree
+from sapiens_accel.errors import UserError, _resume_command, escape, read_tree
 
 HOSTILE = "left\x1b]0;title\x07_eye\x1b[2J\r\u202e\ud800\x9b31m\u2028é"
 SHOWN = r"left\x1b]0;title\x07_eye\x1b[2J\r\u202e\ud800\x9b31m\u2028é"
@@ -18,6 +18,7 @@ def test_control_codes_are_shown_as_their_escapes() -> None:
     assert escape(HOSTILE) == SHOWN
     assert escape(escape(HOSTILE)) == SHOWN
     assert escape("a\tb\nc") == "a\tb\nc"
+    assert escape("a\u00a0b\u3000c") == "a\u00a0b\u3000c", "spaces of a path, in a command to be pasted"
     assert escape(r"C:\new names\ü 目.jpg") == r"C:\new names\ü 目.jpg"
 
 
@@ -51,6 +52,65 @@ def test_a_program_prints_no_control_code(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout.decode() == f"{SHOWN} and {SHOWN}\n"
     assert done.stderr.decode() == f"program.py: error: {SHOWN}\n"
+
+
+def _run(tmp_path: Path, body: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """A program whose main has this body, in a process of its own."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import atexit, sys, threading, time\nfrom sapiens_accel import errors\n"
+        f"{before}\ndef main(words):\n    {body}\nerrors.run_main(main)\n"
+    )
+    environment = {"PYTHONPATH": ".", "PYTHONUTF8": "1"}
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_a_program_that_failed_ends_though_no_thread_can_be_started_any_more(tmp_path: Path) -> None:
+    # As Python does from 3.12 on: a process that ends starts no thread.
+    before = (
+        "errors.SECONDS_TO_END = 0.2\n"
+        "def refuse(*_):\n    raise RuntimeError('can not start new thread at interpreter shutdown')\n"
+        "def refuse_threads():\n    threading._start_new_thread = refuse\n"
+        "atexit.register(time.sleep, 50)\n"
+    )
+    body = "atexit.register = lambda f, g=atexit.register: (g(f), g(refuse_threads)); raise errors.UserError('gone')"
+    done = _run(tmp_path, body, before)
+    assert (done.returncode, done.stderr) == (2, "program.py: error: gone\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("EACCES", "x.json: gone: it may not be read or written"), ("ENOSPC", "x.json: gone. Make room there")],
+)
+def test_what_may_not_be_opened_needs_no_room(tmp_path: Path, number: str, said: str) -> None:
+    done = _run(tmp_path, f"import errno; raise OSError(errno.{number}, 'gone', 'x.json')")
+    assert done.returncode == 2 and done.stderr.startswith(f"program.py: error: {said}")
+    assert ("Make room" in done.stderr) == (number == "ENOSPC")
+
+
+def test_a_command_to_continue_can_run_and_has_no_password() -> None:
+    words = ["train.py", "--data.root", "https://u:p@ss@host/d", "--seed=1", "--resume_from_checkpoint", "old"]
+    command = "train.py --data.root https://host/d --seed=1 --resume_from_checkpoint latest"
+    assert escape(_resume_command(words)) == f"{command} (with user and password in --data.root)"
+    words[1:3] = ["--data.root=sftp://me@host/d"]
+    assert escape(_resume_command(words)) == command.replace("root https://", "root=sftp://me@")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:p@ss@host/d", "https://***@host/d"),
+        ("https://u:p/q@host/d", "https://***@host/d"),
+        ("simplecache::https://u:p@host/x", "simplecache::https://***@host/x"),
+        ("https://host:80/a@b", "https://host:80/a@b"),
+        ("abfs://box@account.net/d", "abfs://box@account.net/d"),
+        ("github://me:repo@main/d", "github://me:repo@main/d"),
+        ("sftp://me@host/d", "sftp://me@host/d"),
+        ("sftp://me:p@host/d", "sftp://***@host/d"),
+    ],
+)
+def test_of_an_address_what_is_secret_is_hidden(text: str, shown: str) -> None:
+    assert escape(text) == escape(shown) == shown
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from sapiens_accel.config import credentials
 from sapiens_accel.data.dataset import Batch, Key, Labeled, Pair, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
@@ -152,11 +154,16 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return tree
 
 
-def begin_worker(_: int) -> None:
+def _begin_worker(known: credentials.Known, _: int) -> None:
     """Start a worker with one decoding thread: the workers are the parallelism. Signals are the training's to hear."""
+    credentials.known.update(known)
     cv2.setNumThreads(0)
     keep_freed_memory()
     signals.leave_to_parent()
+
+
+# The dictionary itself: a worker that is no fork gets what it holds when the worker is started.
+begin_worker = partial(_begin_worker, credentials.known)
 
 
 def keep_freed_memory() -> None:

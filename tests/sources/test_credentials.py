@@ -8,9 +8,10 @@ import fsspec
 import pytest
 import yaml
 from fsspec.implementations.local import LocalFileSystem
+from torch.utils.data import DataLoader, Dataset
 
-from sapiens_accel.config import parse
-from sapiens_accel.data import build
+from sapiens_accel.config import credentials, parse
+from sapiens_accel.data import build, loader
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, synthetic
@@ -84,3 +85,65 @@ def test_no_message_has_a_password(address: str, tmp_path: Path) -> None:
     assert shown == f"https://***@host/a?X-Amz-Signature=***&b=1: gone; hf://me/data@{'0' * 40}"
     more = parse.load(["--data.root", "x", "--data.more", f'[{{root: "https://u:{SECRET}@host/d"}}]'])
     assert more.data.more[0].root == "https://host/d"
+
+
+@pytest.fixture
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in list(credentials.known):
+        monkeypatch.delitem(credentials.known, key)
+
+
+@pytest.mark.usefixtures("_nothing_known")
+@pytest.mark.parametrize(
+    ("address", "left"),
+    [
+        ("https://u:p@ss@host/d", "https://host/d"),
+        ("https://token@host:80/d@v1", "https://host:80/d@v1"),
+        ("https://u:p@[2001:db8::1]:80/d", "https://[2001:db8::1]:80/d"),
+        ("simplecache::https://u:p@host/x", "simplecache::https://host/x"),
+        ("zip://a.zip::https://u:p@host/x", "zip://a.zip::https://host/x"),
+        ("zip://a.zip::simplecache::s3://k:p@host/x", "zip://a.zip::simplecache::s3://host/x"),
+        ("sftp://me:p@host/d", "sftp://host/d"),
+        *[(same, same) for same in ("abfs://box@account.net/d", "sftp://me@host/d", "github://me:repo@main/d")],
+        *[(same, same) for same in ("hf://data@v1/d", "s3://arn:aws:s3:::x/d", "https://host:80/a?b=c@d", "a@b", "")],
+    ],
+)
+def test_secrets_are_taken_and_put_back_and_nothing_else(address: str, left: str) -> None:
+    assert credentials.take(address) == left
+    assert credentials.put_back(left) == address
+    assert credentials.take(left) == left
+
+
+@pytest.mark.usefixtures("_nothing_known")
+@pytest.mark.parametrize(
+    "address",
+    [f"https://u:{SECRET}{mark}q@host/d" for mark in "/?#'"]
+    + [f"https://host/d{query}={SECRET}" for query in ("?token", "?a=1&X-Amz-Signature")],
+)
+def test_a_secret_that_cannot_be_taken_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="USER:PASSWORD@ before the host") as caught:
+        parse.load(["--data.root", address])
+    assert SECRET not in str(caught.value) and "host/d" in str(caught.value)
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_a_second_user_of_a_host_is_refused() -> None:
+    credentials.take(f"https://u:{SECRET}@host/a")
+    assert credentials.take("https://u:other@host/b") == "https://host/b"
+    with pytest.raises(UserError, match=r"https://host: addresses with two users"):
+        credentials.take(f"https://v:{SECRET}@host/b")
+
+
+class _PutBack(Dataset[str]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> str:
+        return credentials.put_back("https://host/d")
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_loading_processes_that_are_no_forks_have_the_passwords() -> None:
+    credentials.take("https://u:p@host/d")
+    batches = DataLoader(_PutBack(), num_workers=1, worker_init_fn=loader.begin_worker, multiprocessing_context="spawn")
+    assert list(batches) == [["https://u:p@host/d"]]
