@@ -120,6 +120,7 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
 
         # ---- Hand over
         if not run.dry_run:
+            progress.save()  # a signal during an evaluation of minutes waits longer than most launchers do
             stage.evaluate(last)
         metrics = log.finish()
     uploads.saved(name, score=metrics.get("AP"), last=True)

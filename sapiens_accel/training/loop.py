@@ -6,6 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -106,9 +107,16 @@ def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list
     except Exception as error:
         problem = error
     if distributed.any_rank(accelerator, problem is not None):
-        text = str(problem) if problem else "another process of this launch could not load its images; see its output"
+        # All say what happened, wherever it did: the launcher may end that process before it is heard.
+        text = next(filter(None, gather_object([_describe_problem(problem)])))
         raise failures.SharedError(text, None if isinstance(problem, UserError) else problem)
     return fetched
+
+
+def _describe_problem(problem: Exception | None) -> str | None:
+    if problem is None or isinstance(problem, UserError):
+        return problem and str(problem)
+    return f"a process of this launch could not load its images: {type(problem).__name__}: {problem}; see its output"
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:

@@ -24,7 +24,7 @@ from sapiens_accel.runtime import distributed, engine, files
 from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver, SaveSchedule
-from sapiens_accel.training.logger import StageContext, StageLogger
+from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
@@ -175,11 +175,22 @@ class Progress:
         self.stage.logger.close()
         where = "no step was to be saved"
         if self.done > context.first and not context.run.dry_run:
-            where = f"step {self.done} is in {saved or self.stage.save(self.done) or 'NO checkpoint'}"
+            where = self._save_for_stop(saved)
         self._saved = self.done
         if distributed.any_rank(context.accelerator, stop.launcher_is_gone):
             raise UserError(f"{context.name}: the launcher of another machine has ended; {where}. {AGAIN}")
         raise Interrupted(f"{context.name}: stopped by {Signals(number).name}; {where}", number)
+
+    def _save_for_stop(self, saved: Path | None) -> str:
+        """Where this step is, or the last good one. A step or two that were skipped have harmed nothing."""
+        log = self.stage.logger
+        if not (log.alarms.unhealthy or log.skipped > SCALE_SEARCH):
+            return f"step {self.done} is in {saved or self.stage.save(self.done) or 'NO checkpoint'}"
+        earlier = checkpoint.list_checkpoints(self.stage.context.folder / "checkpoints")
+        good = earlier[-1] if earlier else log.alarms.good
+        return (
+            f"step {self.done} is not saved: the stage is in trouble (see its warnings); the last good state is {good}"
+        )
 
 
 def build_stage(context: StageContext, given: str | None) -> TrainingStage:

@@ -129,6 +129,47 @@ def test_an_error_of_our_own_saves_the_step_before_its_traceback(begin: Callable
     assert "phase2: failed; the last whole step is in " in text and "ValueError: a bug" in text
 
 
+def test_a_collapsed_state_replaces_no_checkpoint(begin: Callable[..., Started]) -> None:
+    def collapse(_: int) -> None:
+        from sapiens_accel.training.ssl_monitor import Alarms
+
+        Alarms.unhealthy = property(lambda self: True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    run = begin(Run(), before=collapse)
+    os.killpg(run.ranks[0], signal.SIGTERM)
+    text = stopped(run, 128 + signal.SIGTERM)
+    assert "is not saved: the stage is in trouble" in text and "the last good state is none: it began with" in text
+    assert faults.saved_step(run.folder, "phase2") == 0
+
+
+def test_the_last_step_is_saved_before_its_evaluation(begin: Callable[..., Started]) -> None:
+    """It takes minutes, and launchers kill what a signal does not end in 30 s."""
+
+    def die(_: int) -> None:
+        from sapiens_accel.training.logger import StageLogger
+
+        StageLogger.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    run = begin(Run(), "--max_steps=3", before=die, step=0)
+    stopped(run, -signal.SIGKILL)
+    assert faults.saved_step(run.folder, "phase2") == 3
+
+
+def test_all_ranks_say_what_one_could_not_load(begin: Callable[..., Started]) -> None:
+    def fail_on_rank_1(rank: int) -> None:
+        from sapiens_accel.data import loader
+        from sapiens_accel.errors import UserError
+
+        def to_device(*_: object) -> None:
+            raise UserError("image.png: is damaged")
+
+        if rank == 1:
+            loader.to_device = to_device
+
+    run = begin(TWO, before=fail_on_rank_1, step=0)
+    assert stopped(run, 2).count("error: image.png: is damaged") == 2
+
+
 def fail_at_call_3(owner: str, name: str, error: Exception) -> Callable[[int], None]:
     """Lets a method of a class ("module:Class") raise after its third call has done its work."""
 
