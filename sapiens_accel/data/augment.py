@@ -35,7 +35,7 @@ BRIGHTNESS, HUE = 32.0, 0.1
 CONTRAST = SATURATION = (0.5, 1.5)
 BLUR_SIDES = (3, 5, 7)
 HOLE = (0.2, 0.4)
-AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of greys, as a cross product
+AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of grays, as a cross product
 GRAY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 Pixels = UInt8[Array, "h w 3"]
@@ -154,7 +154,7 @@ def _saturation(factor: float) -> Float[Array, "3 3"]:
 
 
 def _turn(turns: float) -> Float[Array, "3 3"]:
-    """Rotates about the axis of greys (Rodrigues): red goes to green by a third of a turn."""
+    """Rotates about the axis of grays (Rodrigues): red goes to green by a third of a turn."""
     angle = 2 * math.pi * turns
     return np.eye(3) + math.sin(angle) * AXIS + (1 - math.cos(angle)) * (AXIS @ AXIS)
 

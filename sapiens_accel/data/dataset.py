@@ -97,7 +97,7 @@ class Sets(NamedTuple):
         splits = [("train", self.train), ("val", self.val), ("unlabeled", self.unlabeled)]
         skipped = sum(people.num_skipped for _, people in splits if people)
         counts = ", ".join(f"{len(people)} {name}" for name, people in splits if people)
-        left_out = f" ({skipped} skipped: their images do not decode)" if skipped else ""
+        left_out = f" ({skipped} skipped: their images cannot be used)" if skipped else ""
         mixture = [str(self.mixture)] if self.mixture else []
         return "\n".join([f"people: {counts}{left_out}", *mixture, *self.warnings])
 

@@ -218,7 +218,7 @@ def check_people(
     num_skipped = len(people) - len(good)
     if not len(good):
         files = dict.fromkeys(str(part.annotations) for part in people.parts or (people,))
-        raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} images decodes")
+        raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} images can be used")
     return replace(people, rows=people.rows.select(good), num_skipped=num_skipped)
 
 

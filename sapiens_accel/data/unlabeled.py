@@ -62,7 +62,7 @@ def gather_unlabeled(
     have no keypoints.
 
     Args:
-        train: all training people with keypoints; `labelled` are the indices of those that keep them.
+        train: all training people with keypoints; `labeled` holds the indices of those that keep them.
 
     Raises:
         UserError: there is nobody, or what was asked for is missing or broken.

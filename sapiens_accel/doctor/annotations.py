@@ -132,7 +132,7 @@ def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, flo
 def check_images(
     root: Path, read: ReadAnnotations, check: Literal["auto", "ends", "decode"], on_bad_image: Literal["stop", "skip"]
 ) -> list[Finding]:
-    """Images that are not there, that do not decode, or that have another size than the file says."""
+    """Images that are not there, that cannot be used, or that have another size than the file says."""
     missing = images.find_missing(root, list(read.image_ids))
     names = sorted(set(read.image_ids) - set(missing))
     findings = []
@@ -147,7 +147,8 @@ def check_images(
         findings.append(_error("missing", f"{len(missing)} of {len(read.image_ids)} images are not there", *missing))
     if corrupt:
         level: Level = "error" if on_bad_image == "stop" else "warning"
-        text = f"{len(corrupt)} images do not decode; mend them, or --data.on_bad_image skip"
+        first = next(iter(reasons.values()))
+        text = f"{len(corrupt)} images cannot be used: the first {first}; mend them, or --data.on_bad_image skip"
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
     return [*findings, *_compare_sizes(read.sizes_wh, looks)]
 

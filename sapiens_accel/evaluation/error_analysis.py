@@ -63,7 +63,7 @@ class Diagnosis:
     Attributes:
         oks: of each person.
         similar: of each keypoint: exp(-d^2 / (2 area (2 sigma)^2)).
-        kinds: of each keypoint, a `Kind` or UNLABELLED.
+        kinds: of each keypoint, a `Kind` or UNLABELED.
         found: whether there is a prediction at all; without one every keypoint is missed.
     """
 

@@ -248,7 +248,7 @@ def build_network(
     input_hw = found.input_hw or (PUBLISHED_HW if found.as_published else run.data.input_hw)
     model = SapiensPose(_size_name(found), skeleton.num_keypoints, input_hw)
     report = weights.load(model, str(candidate.weights), skeleton.names if found.names else None)
-    anew = [*report.new_keypoints, *report.missing, *report.reinitialised]
+    anew = [*report.new_keypoints, *report.missing, *report.reinitialized]
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)

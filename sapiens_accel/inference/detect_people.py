@@ -27,6 +27,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import Pictures
+from sapiens_accel.sources.images import describe_fault
 
 LEAST = {"batch_size": 1, "num_workers": 0, "every": 1, "threshold": 0, "max_iou": 0}
 
@@ -120,12 +121,12 @@ class DetectionJob:
 
 
 def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
-    """Write the detections of all images; how many there are, and the images that do not decode.
+    """Write the detections of all images; how many there are, and the images that cannot be used.
 
     What a killed run had done is used, batch by batch, so that the file is the same byte for byte.
 
     Raises:
-        UserError: as `Partial`; no image decodes.
+        UserError: as `Partial`; no image can be used.
     """
     images, out = job.images, job.out
     listing = "\n".join(f"{name} {(images.root / name).stat().st_size}" for name in images.names)
@@ -144,7 +145,8 @@ def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
     detected = [people for batch in kept.done for people in batch]
     bad = [name for name, people in zip(images.names, detected, strict=True) if people is None]
     if len(bad) == len(detected):
-        raise UserError(f"{images.root}: none of its {len(bad)} images decodes ({bad[0]}, ...)")
+        fault = describe_fault(images.root / bad[0])
+        raise UserError(f"{images.root}: none of its {len(bad)} images can be used ({bad[0]} {fault}, ...)")
     written = boxes_json.to_coco(images.names, job.ids, job.category, detected)
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(json.dumps(written))
@@ -178,7 +180,7 @@ def main(words: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f"stopped; {asked.out}.partial keeps what is done, the same command resumes there", file=sys.stderr)
         sys.exit(130)
-    notes = [images.note, *(f"skipped: {images.root / name} does not decode" for name in bad)]
+    notes = [images.note, *(f"skipped: {images.root / name} {describe_fault(images.root / name)}" for name in bad)]
     searched = f"{len(images.names) - len(bad)} images of {images.root}" + f", {len(bad)} skipped" * bool(bad)
     print(*filter(None, notes), f"{asked.out}: {num} people in {searched}", sep="\n")
     folder, file = images.root.resolve(), asked.out.resolve()

@@ -31,6 +31,7 @@ from sapiens_accel.inference.outputs import MediaWriter, Person, Piece
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.sources.images import describe_fault
 
 FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"
@@ -194,12 +195,12 @@ def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_pictures += len(piece.files)
         for name in piece.bad:
-            accelerator.print(f"skipped: {task.path / name} does not decode")
+            accelerator.print(f"skipped: {task.path / name} {describe_fault(task.path / name)}")
         everybody = _people(accelerator, piece, task)
         if made is not None:
             made.add(piece, everybody)
     if not num_pictures:
-        raise UserError(f"{task.path}: none of its images decodes")
+        raise UserError(f"{task.path}: none of its images can be used")
     if made is not None:
         print(made.close())
 

@@ -28,7 +28,7 @@ class Report:
         loaded: the model's tensors that are the file's.
         reshaped: the model's, resized from the file's (position embeddings).
         mapped: the model's whose rows were taken from the file's by keypoint name.
-        reinitialised: the model's that start anew, because the file's are of another shape or of unknown keypoints.
+        reinitialized: the model's that start anew, because the file's are of another shape or of unknown keypoints.
         missing: the model's that start anew, because the file has none.
         unused: the file's that went nowhere.
         mapping: how many keypoints were mapped and whence their names, in words.
@@ -39,7 +39,7 @@ class Report:
     loaded: list[str]
     reshaped: list[str]
     mapped: list[str]
-    reinitialised: list[str]
+    reinitialized: list[str]
     missing: list[str]
     unused: list[str]
     mapping: str = ""
@@ -47,7 +47,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}"]
-        for name in ("loaded", "reshaped", "mapped", "reinitialised", "missing", "unused"):
+        for name in ("loaded", "reshaped", "mapped", "reinitialized", "missing", "unused"):
             keys: list[str] = getattr(self, name)
             if keys or name == "missing":
                 lines.append(f"  {name:<14}{len(keys):>5}  {_short(keys)}".rstrip())
@@ -90,7 +90,7 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
         loaded=sorted(set(fitting) - {*reshaped, *mapped}),
         reshaped=reshaped,
         mapped=mapped,
-        reinitialised=[key for key in absent if key in found.state],
+        reinitialized=[key for key in absent if key in found.state],
         missing=[key for key in absent if key not in found.state],
         unused=sorted(set(found.state) - set(fitting)),
         mapping=mapping,
@@ -154,7 +154,7 @@ def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[s
 
 
 def _check_values(found: Weights, fitting: State, own: State) -> None:
-    """Refuse tensors that hold something else than numbers, in one pass that allocates nothing."""
+    """Refuse tensors that hold something else than numbers, one after the other, so that at most one is copied."""
     for key, value in fitting.items():
         values = (
             value if value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else value.float()

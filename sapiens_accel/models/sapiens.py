@@ -195,7 +195,7 @@ class SapiensPose(nn.Module):
         # A frozen backbone keeps no activations, whether its blocks are checkpointed or not.
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = self._features(_normalise(image).to(next(self.parameters()).dtype))
+            features = self._features(_normalize(image).to(next(self.parameters()).dtype))
         return self.head(features, criterion)
 
     def _features(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c grid_h grid_w"]:
@@ -255,7 +255,7 @@ def _group_of(parameter_name: str) -> str:
     return "norm" if parts[1] in ("layernorm", "norm") else "embeddings"
 
 
-def _normalise(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+def _normalize(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
     # Per channel with plain numbers: a tensor of constants would be a copy to the device, and a wait, in every step;
     # a buffer would be rounded by an engine that casts the module.
     channels = zip(image.float().unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)

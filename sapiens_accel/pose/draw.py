@@ -123,7 +123,7 @@ def overlay_heatmaps(
 
 def draw_side_key(width: int) -> UInt8[Array, "h w 3"]:
     """A strip of this width (px) over a person as labeled."""
-    return draw_key(width, [("labelled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
+    return draw_key(width, [("labeled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
 
 
 def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:

@@ -179,6 +179,15 @@ def whole_image(path: Path) -> Array | None:
         return None
 
 
+def describe_fault(path: Path) -> str:
+    """Why `whole_image` gives None for this image, without decoding it again."""
+    try:
+        _check_ends(path)
+    except BadImageError as error:
+        return str(error)
+    return UNDECODABLE
+
+
 def read_unchecked_image(path: Path, how: int) -> Array | None:
     """What OpenCV makes of an image, BGR; None if it does not decode, has more than MAX_PIXELS, or is no file.
 

@@ -291,7 +291,7 @@ def test_wrong_pictures_are_refused(folder: Path, detector: Path, tmp_path: Path
     assert "image b/a/p0.png is not among its images" in _refused(folder, *words, "--annotations", _json(tmp_path))
     for path in folder.rglob("*.??g"):
         path.write_bytes(b"no image")
-    assert f"{folder}: none of its 7 images decodes" in _refused(folder, *words)
+    assert f"{folder}: none of its 7 images can be used" in _refused(folder, *words)
 
 
 def _json(folder: Path) -> Path:

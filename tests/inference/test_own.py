@@ -387,7 +387,7 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     assert "--eval.compare" in _refused(main, weights, images, "--compare")
     assert "--eval.save_predictions" in _refused(main, weights, images, "--save_predictions", "found.json")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no image")
-    assert "none of its images decodes" in _refused(main, weights, tmp_path / "empty")
+    assert "none of its images can be used" in _refused(main, weights, tmp_path / "empty")
     assert not (tmp_path / "evaluations").exists()
     assert "--eval.min_box_score: out of its range" in _refused(main, weights, images, "--eval.min_box_score", 2)
     other = untrained(tmp_path / "other", seed=3)

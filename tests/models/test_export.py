@@ -98,7 +98,7 @@ def test_the_file_is_bf16_on_demand(name: str, tmp_path: Path) -> None:
     assert _json(tmp_path / "bf16" / "config.json")["dtype"] == "bfloat16"
     assert {value.dtype for value in load_file(tmp_path / "bf16" / weights.FILE).values()} == {torch.bfloat16}
     target = _model(name, seed=2)
-    assert not weights.load(target, str(tmp_path / "bf16")).reinitialised
+    assert not weights.load(target, str(tmp_path / "bf16")).reinitialized
     for key, value in target.state_dict().items():
         assert torch.equal(value, model.state_dict()[key].bfloat16().float()), key
 

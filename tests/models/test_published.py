@@ -142,7 +142,7 @@ def _assert_same(ours: Tensor, theirs: Tensor) -> None:
 def _heatmaps(name: str, file: Path, num_keypoints: int = 17) -> Tensor:
     model = SapiensPose(name, num_keypoints, HW).eval()
     report = weights.load(model, str(file))
-    assert (report.missing, report.reinitialised, report.unused, report.mapped) == ([], [], [], [])
+    assert (report.missing, report.reinitialized, report.unused, report.mapped) == ([], [], [], [])
     assert sorted(report.loaded) == sorted(model.state_dict())
     with torch.no_grad():
         return model(_pixels())
@@ -245,7 +245,7 @@ def test_a_pretrained_file_is_the_backbone_of_the_pose_file(tmp_path: Path, name
     weights.load(pose, str(_save({"state_dict": _prefixed(state)}, tmp_path / "pose.pth")))
     head = {key: value.clone() for key, value in pretrained.state_dict().items() if key.startswith("head.")}
     report = weights.load(pretrained, str(_save(_bare(state), tmp_path / "pretrained_clean.pth")), COCO17.names)
-    assert (sorted(report.missing), report.reinitialised, report.unused) == (sorted(head), [], [])
+    assert (sorted(report.missing), report.reinitialized, report.unused) == (sorted(head), [], [])
     expected = pose.state_dict() | head
     assert [key for key, value in pretrained.state_dict().items() if not torch.equal(value, expected[key])] == []
 
@@ -390,7 +390,7 @@ def test_a_published_head_gives_its_rows_by_name(tmp_path: Path, name: str, skel
     model = SapiensPose(name, 17, HW).eval()
     path = _save({"state_dict": _prefixed(state)}, tmp_path / "pose.pth")
     report = weights.load(model, str(path), COCO17.names)
-    assert (len(report.mapped), report.missing, report.reinitialised, report.unused) == (2, [], [], [])
+    assert (len(report.mapped), report.missing, report.reinitialized, report.unused) == (2, [], [], [])
     assert f"17 of 17 keypoints by name, of the file's {count} (by their number)" in str(report)
     # The whole network's heatmaps, at the places that the data sets' own order says.
     forward, args = (native.v1_heatmaps, (4, 4)) if name == "sapiens_tiny" else (native.v2_heatmaps, (DEEP, HEADS))
@@ -446,7 +446,7 @@ def test_of_transformers_the_labels_are_the_names(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()).get("id2label", {}).get("0", "LABEL_0") == "LABEL_0"
     report = weights.load(fresh, str(tmp_path), ("nose", "left_hip"))
-    assert len(report.reinitialised) == 2, "placeholders name nothing"
+    assert len(report.reinitialized) == 2, "placeholders name nothing"
     assert torch.equal(_rows(fresh)["weight"], before)
     config.id2label = {0: "left_hip", 1: "beak", 2: "nose"}
     config.save_pretrained(tmp_path)
@@ -460,7 +460,7 @@ def test_as_many_but_other_keypoints_start_anew(tmp_path: Path) -> None:
     fresh = _rows(model)["weight"]
     path = _save({"state_dict": _prefixed(state)}, tmp_path / "pose.pth")
     report = weights.load(model, str(path), [f"leaf_{i}" for i in range(17)])
-    assert report.reinitialised == report.unused[::-1] == ["head.final_layer.weight", "head.final_layer.bias"]
+    assert report.reinitialized == report.unused[::-1] == ["head.final_layer.weight", "head.final_layer.bias"]
     assert torch.equal(_rows(model)["weight"], fresh)
 
 

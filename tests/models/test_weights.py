@@ -54,14 +54,14 @@ def _assert_equal(ours: State, theirs: State, keys: list[str] | None = None) -> 
 def _load(model: SapiensPose, path: Path) -> Report:
     report = weights.load(model, str(path))
     # Of the model's tensors each is in one list, and of the file's too.
-    ours = [*report.loaded, *report.reshaped, *report.mapped, *report.reinitialised, *report.missing]
+    ours = [*report.loaded, *report.reshaped, *report.mapped, *report.reinitialized, *report.missing]
     assert sorted(ours) == sorted(model.state_dict())
     return report
 
 
 def _sections(report: Report) -> dict[str, list[str]]:
     """Those with something in them."""
-    names = ("loaded", "reshaped", "mapped", "reinitialised", "missing", "unused")
+    names = ("loaded", "reshaped", "mapped", "reinitialized", "missing", "unused")
     return {name: sorted(getattr(report, name)) for name in names if getattr(report, name)}
 
 
@@ -256,7 +256,7 @@ def test_our_own_v1_export_on_another_input_size(tmp_path: Path) -> None:
     export.export(tmp_path, _state(source), source, COCO17, 2.0)
     target = _model("sapiens_tiny", 2, input_hw=(128, 96))
     report = _load(target, tmp_path)
-    assert (report.reshaped, report.reinitialised, report.unused) == ([POSITIONS], [], [])
+    assert (report.reshaped, report.reinitialized, report.unused) == ([POSITIONS], [], [])
     grid = _state(source)[POSITIONS][:, 1:].reshape(1, 4, 3, WIDTH).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(8, 6), mode="bicubic", align_corners=False)
     loaded = _state(target)[POSITIONS]
@@ -357,7 +357,7 @@ def test_another_number_of_keypoints_starts_the_predictor_anew_and_nothing_else(
     report = _load(target, tmp_path)
     predictor = sorted(f"{PREDICTOR[name]}.{part}" for part in ("weight", "bias"))
     others = sorted(set(fresh) - set(predictor))
-    assert _sections(report) == {"loaded": others, "reinitialised": predictor, "unused": predictor}
+    assert _sections(report) == {"loaded": others, "reinitialized": predictor, "unused": predictor}
     _assert_equal(_state(target), _state(source), others)
     _assert_equal(_state(target), fresh, predictor)
 
@@ -365,7 +365,7 @@ def test_another_number_of_keypoints_starts_the_predictor_anew_and_nothing_else(
 def test_a_published_v1_head_of_another_size_keeps_what_fits(tmp_path: Path) -> None:
     source, target = _state(_model("sapiens_tiny", 1, num_keypoints=133)), _model("sapiens_tiny", 2)
     report = _load(target, _save({"state_dict": _published_v1_pose(source)}, tmp_path / "wholebody.pth"))
-    assert sorted(report.reinitialised) == sorted(report.unused) == ["head.final_layer.bias", "head.final_layer.weight"]
+    assert sorted(report.reinitialized) == sorted(report.unused) == ["head.final_layer.bias", "head.final_layer.weight"]
     assert "head.deconv_layers.3.weight" in report.loaded
 
 

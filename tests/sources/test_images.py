@@ -11,6 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from sapiens_accel.doctor import annotations
+from sapiens_accel.doctor.annotations import ReadAnnotations
+from sapiens_accel.doctor.labels import Labels
 from sapiens_accel.sources import images
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
@@ -66,6 +69,21 @@ def test_ends_tell_what_decoding_tells(tmp_path: Path, decode: bool) -> None:
     looks = images.check_images(tmp_path, [*contents, "missing.jpg"], decode)
     for name, (_, fault) in (contents | {"missing.jpg": (b"", "does not decode")}).items():
         assert isinstance(looks[name], str) == bool(fault) and fault in str(looks[name]), (name, looks[name])
+
+
+def test_what_cannot_be_used_is_reported_with_its_reason(tmp_path: Path) -> None:
+    """An image above the limit may decode well: the user would look for damage that is not there."""
+    (tmp_path / "large.png").write_bytes(_png_of(60_000))
+    (tmp_path / "cut.jpg").write_bytes(_encode(".jpg")[:-100])
+    assert images.describe_fault(tmp_path / "large.png").startswith("has more than")
+    assert images.describe_fault(tmp_path / "cut.jpg") == "does not decode"
+    labels = Labels(
+        ann_ids=np.zeros(0, np.int64), file_names=np.zeros(0, object), boxes_xywh=np.zeros((0, 4)),
+        areas=np.zeros(0), keypoints=np.zeros((0, 17, 3)), size_wh=np.zeros((0, 2)),
+    )  # fmt: skip
+    read = ReadAnnotations(labels=labels, image_ids={"large.png": 1}, max_looked_at=9)
+    (finding,) = annotations.check_images(tmp_path, read, "ends", "stop")
+    assert "1 images cannot be used: the first has more than" in finding.text
 
 
 def test_a_raised_limit_holds_for_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
