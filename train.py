@@ -54,7 +54,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     doctor.summarize(accelerator.print, sets, run, note)
     lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
-    done = run_folder.finished(Path(run.output_dir), lasts, run.resume_from_checkpoint)
+    done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
     with uploads, distributed.explain_lost_ranks(accelerator), StopRequest() as stop:

@@ -13,7 +13,8 @@ import psutil
 from sapiens_accel.runtime import launch
 
 # SIGHUP: the terminal or the ssh connection was closed. SIGUSR1, SIGUSR2: what batch systems warn with before the end.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
 # A launcher that gets a signal passes it, or another one, on: that is one request, not a second one.
 ECHO_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # prctl(2)

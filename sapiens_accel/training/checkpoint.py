@@ -148,6 +148,11 @@ def save(saver: Saver, step: int) -> Path | None:
         problem = _first(gather_object([_first(failed)]))
     if main and problem is None:
         problem = error_of(lambda: _put_in_place(temporary, target))
+        if problem is None and list_checkpoints(folder) == [target]:
+            size = sum(size for size, _ in position(target).files.values()) / GIB
+            print(
+                f"{stage}: a checkpoint takes {size:.2f} GiB; the last {saver.keep} and the best are kept", flush=True
+            )
         if problem is None and (left := error_of(lambda: _prune(folder, saver.keep))):
             print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
     problem = broadcast_object_list([problem])[0]
@@ -167,7 +172,10 @@ def _first(problems: Iterable[str | None]) -> str | None:
 
 
 def _make_room(folder: Path, temporary: Path) -> str | None:
-    """Delete unfinished checkpoints and make the new folder; returns what prevented it, if anything."""
+    """Delete unfinished checkpoints and make the new folder; returns what prevented it, if anything.
+
+    Where the next one does not fit beside those that are kept, all but the last and the best are deleted.
+    """
 
     def make() -> None:
         for left in folder.glob(f"*{UNFINISHED}"):
@@ -180,6 +188,11 @@ def _make_room(folder: Path, temporary: Path) -> str | None:
             files = {}
         needed = SPARE * sum(size for size, _ in files.values())
         free = shutil.disk_usage(folder).free
+        if free < needed and {*checkpoints} - {checkpoints[-1], best(folder)} and _is_whole(checkpoints[-1]):
+            print(f"warning: {free / GIB:.1f} GiB are free in {folder}: all but the last checkpoint and the best are "
+                  "deleted to make room for the next", flush=True)  # fmt: skip
+            _prune(folder, 1)
+            free = shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(f"{free / GIB:.1f} GiB are free in {folder}, {needed / GIB:.1f} GiB are needed")
 
@@ -187,14 +200,22 @@ def _make_room(folder: Path, temporary: Path) -> str | None:
 
 
 def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> None:
-    """Write position.json, last; each rank reads its share of the files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    mine = files[accelerator.process_index :: accelerator.num_processes]
-    problem, own = None, []
-    for path in mine:
-        follow_umask(path)
+    """Write position.json, last; each rank reads its share of the files, of which rank 0 has the list.
+
+    On a file server, another machine's listing may lack what was written just now.
+    """
+    names, problem, own = [], None, []
     try:
-        own = [(str(path.relative_to(folder)), _fingerprint(path)) for path in mine]
+        if accelerator.is_main_process:
+            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        problem = error
+    names = broadcast_object_list([names])[0]
+    mine = names[accelerator.process_index :: accelerator.num_processes]
+    try:
+        for name in mine:
+            follow_umask(folder / name)
+        own = [(name, _fingerprint(folder / name)) for name in mine]
     except OSError as error:
         problem = error
     every = gather_object(own)  # before anything is raised: the others are there
@@ -265,7 +286,8 @@ def record_score(stage_folder: Path, step: int, ap: float) -> bool:
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
-    scores = [(score["AP"], path) for path in list_checkpoints(folder) if (score := read_json(path / SCORE))]
+    found = [((read_json(path / SCORE) or {}).get("AP"), path) for path in list_checkpoints(folder)]
+    scores = [(score, path) for score, path in found if isinstance(score, int | float)]  # not of a damaged file
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
 
@@ -379,6 +401,12 @@ def _last_whole(folder: Path, *, dry_run: bool) -> Path | None:
             done = f"set aside as {aside.name}"
         print(f"warning: {checkpoint} is not whole: {broken}; {done}, trying the one before it")
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    with suppress(UserError):  # it cannot be read
+        return _broken(checkpoint) is None
+    return False
 
 
 def _broken(checkpoint: Path) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
 KEPT = "kept.json"
 PRINT_SECONDS = 30
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage(2): Linux counts in KiB
 
 
 class Placement(Protocol):
@@ -174,8 +176,9 @@ class StageLogger:
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
         self.alarms = Alarms(good=good, stops=teacher is None or teacher.on_alarm == "stop", first=earlier)
-        if kept and kept["step"] <= self.first:
-            self.kept = Evaluated(**kept)
+        step, metrics = (kept or {}).get("step"), (kept or {}).get("metrics")
+        if isinstance(step, int) and isinstance(metrics, dict) and step <= self.first:  # not of a damaged file
+            self.kept = Evaluated(step, metrics)
 
     @property
     def unhealthy(self) -> bool:
@@ -219,7 +222,7 @@ class StageLogger:
         people = (step - self.since_step) * self.context.config.global_batch
         means["people_per_second"] = people / max(now - self.since, 1e-9)
         self.restart_clock(step)
-        means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        means["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT / GIB
         if peak := gpu.peak_bytes(device):
             means["gpu_peak_gib"] = peak / GIB
             means["gpu_peak_predicted_gib"] = self.context.plan.gpu_peak / GIB

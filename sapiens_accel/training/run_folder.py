@@ -26,7 +26,7 @@ from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, spread_rows
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
-from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json
+from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
 from sapiens_accel.training.checkpoint import list_checkpoints, position, step_of
@@ -320,7 +320,14 @@ def _move_run_aside(folder: Path, carried: Sequence[str]) -> None:
             shutil.copyfile(file, fresh / file.name)
     if (folder / LOCK).is_file():
         shutil.copyfile(folder / LOCK, fresh / LOCK)
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(
+            f"--output_dir {folder}: holds an earlier run, and cannot be renamed to {aside} ({error.strerror}); "
+            f"a folder that a volume is mounted on never can. Give a folder in it: --output_dir {folder / 'run'}"
+        ) from None
     fresh.rename(folder)
     (aside / LOCK).unlink(missing_ok=True)
     more = f"; {', '.join(carried)} carried over without checkpoints" if carried else ""
@@ -352,6 +359,11 @@ def _set_stage_aside(folder: Path, stage: str) -> None:
         picture.rename(aside / "pictures" / picture.name)
     if (folder / "tensorboard" / stage).is_dir():
         (folder / "tensorboard" / stage).rename(aside / "tensorboard")
+
+
+def find_finished(accelerator: Accelerator, run: Config, lasts: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """What `finished` returns on rank 0: other machines may see another state of the disk. All ranks must call it."""
+    return _on_main(accelerator, lambda: finished(Path(run.output_dir), lasts, run.resume_from_checkpoint))
 
 
 def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
@@ -424,7 +436,7 @@ def write_labeled_ids(path: Path, people: People, config: DataConfig) -> None:
     record = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
     if path.is_file():
         _keep_record(path, record)
-    path.write_text(json.dumps(record) + "\n")
+    write_text(path, json.dumps(record) + "\n")
 
 
 def _keep_record(path: Path, record: dict[str, Any]) -> None:

@@ -325,6 +325,36 @@ def test_what_does_not_fit_is_not_begun(run: Run, capsys) -> None:
     assert "GiB are free" in capsys.readouterr().out
 
 
+def test_a_disk_with_room_for_two_is_saved_to_for_ever(run: Run, monkeypatch, capsys) -> None:
+    """The next one is written beside those that are kept: with two kept, and no room for a third, no more were."""
+    first = run.save(1)
+    assert first
+    assert "phase2: a checkpoint takes 0.00 GiB; the last 2 and the best are kept" in capsys.readouterr().out
+    size = sum(size for size, _ in checkpoint.position(first).files.values())
+
+    def disk_usage(folder: Path) -> Any:
+        used = sum(path.stat().st_size for path in folder.glob("step_*/**/*") if path.is_file())
+        return shutil._ntuple_diskusage(0, used, int(2.6 * size) - used)  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    for step in (2, 3, 4):
+        assert run.save(step)
+    assert names(run) == ["latest", "step_3", "step_4"]
+    # The only ones that are whole are not deleted for one that is still to be written.
+    _truncate(run.folder / STAGE / "checkpoints" / "step_4" / "objective.safetensors")
+    assert run.save(5) is None
+    assert names(run) == ["latest", "step_3", "step_4"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"AP": null}', '{"AP": "x"}', "[", "[1]"])
+def test_a_damaged_score_is_none(run: Run, text: str) -> None:
+    for step in (1, 2):
+        run.save(step)
+        checkpoint.record_score(run.folder / STAGE, step, 0.5)
+    (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text(text)
+    assert checkpoint.best(run.folder / STAGE / "checkpoints") == run.folder / STAGE / "checkpoints" / "step_1"
+
+
 def test_what_a_killed_run_left_unfinished_is_no_checkpoint(run: Run) -> None:
     whole = run.save(1)
     assert whole
@@ -367,7 +397,7 @@ def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run, sets: S
     done = run_folder.finished(run.folder, lasts, "latest")
     assert done == {}
     (run.folder / "phase1" / "checkpoints" / "step_2").mkdir(parents=True)
-    plan = run_folder._plan(_options(run.folder, stage="all", resume_from_checkpoint="latest"), sets, done)
+    plan = run_folder._plan(_options(run.folder, stage="all", resume_from_checkpoint="latest"), sets, list(done))
     assert plan.resumed == "phase1" and not plan.replaces
     plan.begin(run.accelerator, sets, 2)
     assert stages_of(run.folder) == ["phase1", "phase2.1", "ssl.1"]

@@ -3,6 +3,7 @@
 Whole runs of train.main in this process, on a few drawn people.
 """
 
+import errno
 import importlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from sapiens_accel.config import parse, record
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime.lock import LOCK, lock_directory
+from sapiens_accel.training import run_folder
 
 SMALL = [
     "--model.name=sapiens_tiny", "--data.input_hw=[64,48]", "--data.sigma=1", "--data.synthetic.num_train=8",
@@ -116,6 +118,22 @@ def test_the_weights_that_a_run_began_with_stay_in_its_record(main: Main, run: P
     main(tmp_path / "other", "--stage=phase1", given, "--max_steps=1")
     main(tmp_path / "other", "--stage=phase2", "--max_steps=1")
     assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["weights"] == given.partition("=")[2]
+
+
+def test_a_directory_that_cannot_be_renamed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a volume is mounted on."""
+    (tmp_path / "run" / "phase1").mkdir(parents=True)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == tmp_path / "run":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot be renamed .*busy.*mounted.*--output_dir"):
+        run_folder._move_run_aside(tmp_path / "run", ["phase1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_every_stage_again_carries_nothing_over(run: Path, main: Main) -> None:
