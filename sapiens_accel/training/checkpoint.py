@@ -149,10 +149,7 @@ def save(saver: Saver, step: int) -> Path | None:
     if main and problem is None:
         problem = error_of(lambda: _put_in_place(temporary, target))
         if problem is None and list_checkpoints(folder) == [target]:
-            size = sum(size for size, _ in position(target).files.values()) / GIB
-            print(
-                f"{stage}: a checkpoint takes {size:.2f} GiB; the last {saver.keep} and the best are kept", flush=True
-            )
+            _print_size(saver, target)
         if problem is None and (left := error_of(lambda: _prune(folder, saver.keep))):
             print(f"{stage}: warning: an old checkpoint could not be deleted: {left}", flush=True)
     problem = broadcast_object_list([problem])[0]
@@ -165,6 +162,13 @@ def save(saver: Saver, step: int) -> Path | None:
         print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training continues", flush=True)
     accelerator.wait_for_everyone()
     return None
+
+
+def _print_size(saver: Saver, target: Path) -> None:
+    with suppress(UserError, OSError):  # it is written, and the other ranks wait
+        size = sum(size for size, _ in position(target).files.values()) / GIB
+        kept = f"the last {saver.keep} and the best are kept"
+        print(f"{saver.folder.name}: a checkpoint takes {size:.2f} GiB; {kept}", flush=True)
 
 
 def _first(problems: Iterable[str | None]) -> str | None:
