@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
-    check_folders(run)
+    failures.on_each_rank(lambda: check_folders(run))
     with run_folder.lock_run(accelerator, run):
         train_stages(accelerator, run, argv)
 
 
 def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> None:
     """Open the data, decide what the run does with its directory, and train the stages that are not finished."""
-    uploads = uploader.uploads(run, accelerator.is_main_process)
+    uploads = failures.on_each_rank(lambda: uploader.uploads(run, accelerator.is_main_process))
     with accelerator.main_process_first():
         given = uploader.fetch(run.weights) if run.weights else None
         skeleton, note = build.open_skeleton(run.data)
@@ -86,7 +86,9 @@ def check_folders(run: Config) -> None:
     """
     if not run.dry_run:
         files.check_writable(Path(run.output_dir), "--output_dir")
-    files.check_writable(build.cache_folder(run.data), "--data.cache_dir")
+    cache = build.cache_folder(run.data)
+    if not (cache / "people").is_dir():  # a cache that is filled may be shared, and read-only
+        files.check_writable(cache, "--data.cache_dir")
 
 
 def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest) -> Metrics:

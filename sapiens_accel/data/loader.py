@@ -66,6 +66,9 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
     workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     if workers:
         LOADING.update(workers)
+        # With pinned memory torch has just registered its own, which waits for each of them: this has to run before.
+        atexit.unregister(kill_loading_processes)
+        atexit.register(kill_loading_processes)
         if threading.current_thread() is threading.main_thread():
             # torch raises the death of a worker from a signal handler, at any moment: in the middle of an optimizer
             # step, say. Without it, the next batch that is waited for brings the same error, within 5 s.

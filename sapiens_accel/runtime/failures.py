@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from sapiens_accel.errors import Interrupted, UserError, continue_with
 
+Result = TypeVar("Result")
 IN_THE_STEP = "the optimizer was changing the weights: they are of no whole step"
 
 
@@ -42,6 +45,32 @@ class SharedError(UserError):
     def __init__(self, text: str, cause: Exception | None = None) -> None:
         super().__init__(text)
         self.cause = cause
+
+
+def on_each_rank(action: Callable[[], Result]) -> Result:
+    """What an action returns on this rank; where it fails on any, all end. All ranks must call it.
+
+    Raises:
+        UserError: one of this rank's own, or what happened on another; our bugs are raised where they are.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    problems = [text for text in gather_object([problem and describe(problem)]) if text]
+    if problem is not None:
+        raise problem
+    if problems:
+        raise UserError(problems[0])
+    return cast(Result, result)
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, for the ranks on which it did not happen."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"another process of this launch has failed: {type(error).__name__}: {error}; see its output"
 
 
 @contextmanager

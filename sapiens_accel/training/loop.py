@@ -108,15 +108,9 @@ def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list
         problem = error
     if distributed.any_rank(accelerator, problem is not None):
         # All say what happened, wherever it did: the launcher may end that process before it is heard.
-        text = next(filter(None, gather_object([_describe_problem(problem)])))
+        text = next(filter(None, gather_object([problem and failures.describe(problem)])))
         raise failures.SharedError(text, None if isinstance(problem, UserError) else problem)
     return fetched
-
-
-def _describe_problem(problem: Exception | None) -> str | None:
-    if problem is None or isinstance(problem, UserError):
-        return problem and str(problem)
-    return f"a process of this launch could not load its images: {type(problem).__name__}: {problem}; see its output"
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:

@@ -26,6 +26,7 @@ from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, spread_rows
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
+from sapiens_accel.runtime import failures
 from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
@@ -52,15 +53,18 @@ def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """What rank 0's action returns, on all ranks.
 
     Raises:
-        UserError: as the action, on all ranks.
+        UserError: as the action, on all ranks; what else it raises is raised on rank 0, and named by the others.
     """
     outcome: list[Any] = [None, None]
+    failure = None
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as error:  # whatever it is: the others would wait for hours
+            failure, outcome[1] = error, failures.describe(error)
     result, problem = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if problem is not None:
         raise UserError(problem)
     return result

@@ -331,6 +331,23 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_data_are_read(
     assert said.format(file=tmp_path / "file") in text and "Traceback" not in text and "people:" not in text
 
 
+def test_a_filled_cache_may_be_read_only(begin: Callable[..., Started]) -> None:
+    words, cache = ("--max_steps=1",), Path(os.environ["SAPIENS_ACCEL_CACHE"])
+    stopped(begin(Run(), *words, step=0), 0)
+    stopped(begin(Run(), *words, before=lambda _: faults.fail_writes(EROFS, cache, "."), step=0), 0)
+
+
+def test_all_ranks_end_where_the_folder_of_one_cannot_be_written(begin: Callable[..., Started]) -> None:
+    """It waited for hours on another machine."""
+
+    def refuse(rank: int) -> None:
+        if rank == 1:
+            faults.fail_writes(EROFS, Path("/tmp"), r"/\.check")
+
+    text = stopped(begin(TWO, before=refuse, step=0), 2)
+    assert text.count("no file can be written there") == 2 and "people:" not in text
+
+
 def test_a_user_without_a_home_is_told_what_to_set(
     begin: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
