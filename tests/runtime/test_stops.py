@@ -148,7 +148,7 @@ def test_the_last_step_is_saved_before_its_evaluation(begin: Callable[..., Start
     def die(_: int) -> None:
         from sapiens_accel.training.logger import StageLogger
 
-        StageLogger.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        StageLogger.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
 
     run = begin(Run(), "--max_steps=3", before=die, step=0)
     stopped(run, -signal.SIGKILL)
