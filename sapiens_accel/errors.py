@@ -179,9 +179,10 @@ def _end_soon(code: int) -> None:
 
 
 def _program() -> str:
-    """The running program as it was called: `train.py`, `sapiens-accel doctor`, `python -m sapiens_accel.doctor`."""
+    """The running program as it was called: a script, the console command or a module."""
     file = Path(sys.argv[0])
-    return f"python -m sapiens_accel.{file.parent.name}" if file.name == "__main__.py" else file.name
+    module = ("python", "-m", f"sapiens_accel.{file.parent.name}")
+    return " ".join(module) if file.name == "__main__.py" else file.name
 
 
 class _EscapedOutput:
