@@ -59,8 +59,9 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise UserError(_type_fault(" ".join(str(error).split()), words, path, tree)) from None
-    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path}: options of another type: {' '.join(str(error).split())[:300]}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}, or the command line: an option of another type: {reason}") from None
     output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
     config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir))
     for key, limits, value in range_faults(config, Config):

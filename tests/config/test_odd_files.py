@@ -21,6 +21,7 @@ from sapiens_accel.errors import UserError
         (b"phase2:\n  optim: 0.5", "phase2.optim: expected keys and values, found 0.5"),
         (b"data: [1]", "data: expected keys and values, found [1]"),
         (b"phase1: null", "phase1: expected keys and values, found None"),
+        (b"data:\n  sigma: 1" + b"0" * 400, "int too large to convert to float"),
         (b"phase1: " + b"a" * 10_000, "phase1"),
     ],
 )

@@ -11,7 +11,6 @@ NUM, SEED = 3_000, 0
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.xfail(reason="findings are being mended", strict=False)
 def test_no_damaged_file_is_a_traceback(request: pytest.FixtureRequest) -> None:
     """In a process of its own: its forks must not have pytest's threads and files."""
     seconds = request.config.getoption("--fuzz_seconds", None)

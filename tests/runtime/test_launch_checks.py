@@ -105,7 +105,7 @@ def test_extensions_are_where_torch_builds_them(tmp_path: Path, monkeypatch: pyt
         ("bash -c accelerate launch train.py", False),
         ("vim accelerate", False),
         ("python train.py --output_dir accelerate", False),
-        ("/home/accelerate/bin/python train.py", False),
+        ("/opt/accelerate/bin/python train.py", False),
         ("python -m pytest accelerate", False),
         ("tmux new -s torchrun", False),
         ("", False),
