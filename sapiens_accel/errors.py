@@ -21,6 +21,7 @@ NOT_PERMITTED = (errno.EACCES, errno.EPERM)
 # A disk that is full, over quota, broken or read-only.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OF_THE_DISK += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
+SECONDS_FOR_RANK_0 = 12
 SECONDS_TO_END = 15.0  # from the end of a program that failed to that of its process
 # What stands before the @ of an address: up to the last @ before the first /, or further if that / is of a password.
 USER = re.compile(r"(?<![\w+.-])([\w+.-]{1,30}://)([^/\s'\"]+|[^/\s:'\"]*:(?!:|\d*/)[^\s'\"]{0,300})@")
@@ -141,7 +142,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            time.sleep(5)  # rank 0 mostly says the same; its exit ends this process before the line is said again
+            # Rank 0 mostly says the same, and its exit ends this process before the line is said again. On a busy
+            # machine that exit took 5 s and more (three processes on two cores).
+            time.sleep(SECONDS_FOR_RANK_0)
         print(f"{_program()}: error: {error}", file=sys.stderr, flush=True)
         _end_soon(2)
         sys.exit(2)

@@ -138,6 +138,7 @@ def _run(words: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: s
 
     multiprocessing.set_start_method(None, force=True)  # for its children the platform's, not this server's
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a shell runs behind `&` ignores it
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
