@@ -20,7 +20,9 @@ COMMANDS = {
     "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before a training"),
     "memory": Command("sapiens_accel.memory.planner", (), "whether a recipe fits a GPU, and by which launch"),
     "detect": Command("sapiens_accel.inference.detect_people", (), "find people in images or a video, as boxes"),
-    "convert": Command("sapiens_accel.sources.convert", ("convert",), "write a COCO folder as parquet or tar shards"),
+    "convert": Command(
+        "sapiens_accel.formats.convert", (), "labels of another tool as a COCO folder, or such a folder as shards"
+    ),
     "export": Command("sapiens_accel.models.export", (), "write weights for transformers, ONNX or torch.export"),
     "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
     "selftest": Command("sapiens_accel.selftest.__main__", (), "measure on this machine what a training relies on"),

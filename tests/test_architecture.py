@@ -20,7 +20,7 @@ ROWS = (
     ("data",),
     ("evaluation",),
     ("training", "inference"),
-    ("memory", "publish"),
+    ("memory", "publish", "formats"),
     ("doctor",),
     ("selftest",),
     ("cli",),

@@ -81,6 +81,45 @@ def detect_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Of sapiens-accel convert; coco, the way out of that form, has options of its own (sources/convert.py).
+CONVERT_FORMATS = (
+    "deeplabcut", "lightning_pose", "sleap", "label_studio", "cvat", "yolo", "labelme", "mpii", "crowdpose", "ap10k",
+    "animalpose", "video",
+)  # fmt: skip
+FRAMES = 200  # of a video
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sapiens-accel convert",
+        description="Labels of another tool as a folder in COCO's form, which --data.root reads; or frames of a video, "
+        "without labels, into such a folder. FORMAT coco writes shards: sapiens-accel convert coco --help",
+        allow_abbrev=False,
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("format", metavar="FORMAT", choices=CONVERT_FORMATS, help=", ".join(CONVERT_FORMATS))
+    add("source", metavar="IN", type=Path, help="what the tool wrote: a file, or the folder of a project; a video")
+    add("out", metavar="OUT", type=Path, help="a new folder; of a video: one that may be there")
+    add("--images", type=Path, help="the folder of the images, where they are not where the labels say")
+    add("--category", help="what is annotated: mouse, hand, ... (default: the tool's name, else animal or person)")
+    add("--val", type=float, default=0.2, help="share of the images that validate, where the tool has no split (0.2)")
+    add("--seed", type=int, default=0, help="of what is drawn at random (0)")
+    add(
+        "--boxes", choices=("annotation", "keypoints", "image", "motion"), default=None,
+        help="annotation: the tool's, else from the keypoints; keypoints; image: whole images. Of a video: image, or "
+        "motion: what moves against a fixed background (annotation; of a video: image)",
+    )  # fmt: skip
+    add("--link", action="store_true", help="link the images, in place of copies")
+    video = parser.add_argument_group("of a video")
+    every: Callable[..., Any] = video.add_argument
+    every("--frames", type=int, help=f"how many frames, evenly ({FRAMES})")
+    every("--seconds", type=float, help="a frame every so many seconds, in place of --frames")
+    every("--different", action="store_true", help="frames that differ: one of each of --frames clusters (k-means)")
+    every("--animals", type=int, default=1, help="most boxes of a frame by motion (1)")
+    every("--folder", default="unlabeled2017", help="of OUT, for the frames: --data.unlabelled_images (unlabeled2017)")
+    return parser
+
+
 class _PushParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import detectors
+import foreign
 import hub_server
 import native
 import printed_commands
@@ -49,6 +50,7 @@ NOT_RUN = {
     "accelerate launch {}": "what selftest runs: tests/selftest",
     "accelerate launch --config_file {}": "a launch that the user gave to the doctor",
     "python -m sapiens_accel.hub {}": "tests/publish/test_hub.py runs it",
+    "sapiens-accel convert {} {} OUT": "tests/formats runs what is suggested for each file of another tool",
     "pip install {}": "the name of a backend: test_what_pip_installs knows both",
 }
 # They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
@@ -127,8 +129,27 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         film.write(cv2.imread(str(images[0])))
     film.release()
     (folder / "DATA" / "annotations").mkdir(parents=True)
+    _other_tools(folder)
     _published(folder)
     return folder
+
+
+def _other_tools(folder: Path) -> None:
+    """Labels of other tools, by the names in docs/own_data.md."""
+    foreign.deeplabcut(folder / "PROJECT")
+    rows = foreign.collected_data(foreign.shots(1), 1, 1)
+    (folder / "CollectedData.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    (folder / "labeled-data").symlink_to("PROJECT/labeled-data")
+    foreign.sleap(folder / "FRAMES").rename(folder / "labels.slp")
+    exported = foreign.label_studio(folder / "EXPORT")
+    shown = sorted((folder / "PICTURES").iterdir())
+    tasks = json.loads(exported.read_text())[: len(shown)]
+    for task, image in zip(tasks, shown, strict=False):
+        task["data"]["image"] = f"/data/upload/1/{image.name}"
+    (folder / "export.json").write_text(json.dumps(tasks))
+    foreign.cvat_images(folder / "TASK")
+    foreign.yolo(folder / "YOLO")
+    foreign.labelme(folder / "LABELME")
 
 
 def _published(folder: Path) -> None:

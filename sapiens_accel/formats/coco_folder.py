@@ -1,0 +1,260 @@
+"""A dataset in COCO's own folder form: what --data.root reads without another option.
+
+annotations/person_keypoints_{train,val}2017.json, train2017/ and val2017/, whatever the category.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.errors import UserError, count
+from sapiens_accel.formats.dataset import PoseCategory, PoseDataset, PoseImage, PoseInstance, read_size
+from sapiens_accel.inference.media import save_image
+
+FILES = {
+    "train": (DataConfig.train_annotations, DataConfig.train_images),
+    "val": (DataConfig.val_annotations, DataConfig.val_images),
+}
+SKELETON = "skeleton.yaml"
+MARGIN = 0.1  # of a box from keypoints, on each side, as a share of its longer side
+SMALLEST_SIDE = 0.1  # of such a box, as a share of the image's longer side: one keypoint alone has no size
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """How a dataset is written.
+
+    Attributes:
+        val: the share of the images that validate, where the tool has no split.
+        seed: of the choice of images or sessions.
+        boxes: annotation: the tool's own where there is one, else from the keypoints; keypoints: all from them;
+            image: the whole image.
+        link: images are links, not copies.
+    """
+
+    val: float = 0.2
+    seed: int = 0
+    boxes: Literal["annotation", "keypoints", "image"] = "annotation"
+    link: bool = False
+
+
+def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
+    """Write the folder, whole or not at all, and say what is in it, a line each.
+
+    Raises:
+        UserError: there is nothing to train on, `out` is there already, an image cannot be read.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: there already (expected a new folder). Name another one, or remove it")
+    if not any(one.keypoints[:, 2].any() for image in dataset.images for one in image.instances):
+        raise UserError(
+            f"no labeled keypoint in the {count(len(dataset.images), 'image')} that were read (expected some)"
+        )
+    lines = split_images(dataset.images, options)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    boxes: Counter[str] = Counter()
+    try:
+        for split in FILES:
+            images = [image for image, one in zip(dataset.images, lines.splits, strict=True) if one == split]
+            _write_split(temporary, split, images, dataset.categories, options, boxes)
+        if mirror := _mirror_pairs(dataset.categories):
+            (temporary / SKELETON).write_text(yaml.safe_dump({"mirror": mirror}, default_flow_style=None, width=120))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    told = [_describe(split, dataset, lines) for split in FILES]
+    told += [f"split: {lines.how}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
+    left_out = [f"{what} ({number})" for what, number in dataset.left_out.items() if number]
+    told += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
+    told += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
+    return told
+
+
+def _describe(split: str, dataset: PoseDataset, lines: "ImageSplits") -> str:
+    images = [image for image, one in zip(dataset.images, lines.splits, strict=True) if one == split]
+    people = [one for image in images for one in image.instances]
+    labeled = sum(int((one.keypoints[:, 2] > 0).sum()) for one in people)
+    by_category = Counter(dataset.categories[one.category].name for one in people)
+    names = ", ".join(f"{number} {name}" for name, number in by_category.items())
+    return f"{split}: {count(len(images), 'image')}, {count(len(people), 'annotation')} ({names}), {labeled} keypoints"
+
+
+def _mirror_pairs(categories: list[PoseCategory]) -> list[list[str]]:
+    pairs = {pair for category in categories for pair in category.mirror or ()}
+    return [list(pair) for pair in sorted(pairs)]
+
+
+# ---- Training and validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSplits:
+    """The split of each image, and how it was chosen."""
+
+    splits: list[Split]
+    how: str
+
+
+def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
+    """Which images train and which validate.
+
+    The tool's own split is kept. Else whole videos or sessions validate, since neighboring frames are nearly the same
+    image; of a single video its last frames do. Where no video is known, images are drawn.
+
+    Raises:
+        UserError: there is one image alone, or a split of the tool's is empty.
+    """
+    if any(image.split for image in images):
+        splits: list[Split] = ["val" if image.split == "val" else "train" for image in images]
+        if len(set(splits)) == 1:
+            return split_images([replace(image, split=None) for image in images], options)
+        return ImageSplits(splits=splits, how="as the tool has it")
+    num = len(images)
+    wanted = min(max(round(options.val * num), 1), num - 1)
+    if num < 2:
+        raise UserError(f"{count(num, 'labeled image')} alone (expected 2 or more: some train, others validate)")
+    order = np.random.default_rng(options.seed)
+    groups = sorted({image.group for image in images if image.group is not None})
+    if not groups or any(image.group is None for image in images):
+        chosen = set(order.permutation(num)[:wanted].tolist())
+        how = f"{count(wanted, 'image')} validate, drawn with seed {options.seed}"
+    elif len(groups) == 1:
+        last = sorted(range(num), key=lambda index: images[index].name)[num - wanted :]
+        chosen, how = set(last), f"the last {count(wanted, 'image')} of {groups[0]} validate"
+    else:
+        names = _choose_groups(Counter(image.group for image in images), list(order.permutation(groups)), wanted)
+        chosen = {index for index, image in enumerate(images) if image.group in names}
+        how = f"{len(names)} of {len(groups)} videos or sessions validate: {', '.join(sorted(names)[:5])}"
+    return ImageSplits(splits=["val" if index in chosen else "train" for index in range(num)], how=how)
+
+
+def _choose_groups(sizes: "Counter[str | None]", order: list[str], wanted: int) -> set[str]:
+    """Groups in this order while they bring the number of images nearer to what is wanted; at least one, never all."""
+    chosen: set[str] = set()
+    num = 0
+    for name in order:
+        nearer = abs(num + sizes[name] - wanted) < abs(num - wanted)
+        if nearer and len(chosen) + 1 < len(order):
+            chosen.add(str(name))
+            num += sizes[name]
+    return chosen or {str(min(order, key=lambda name: sizes[name]))}
+
+
+# ---- Files
+
+
+def _write_split(
+    root: Path,
+    split: str,
+    images: list[PoseImage],
+    categories: list[PoseCategory],
+    options: WriteOptions,
+    boxes: Counter[str],
+) -> None:
+    """The JSON and the images of one split."""
+    annotations, folder = FILES[split]
+    tree: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": list(map(_category, categories, range(1, 10**6))),
+    }
+    ids = [image.fields.get("id") for image in images]
+    has_ids = all(isinstance(one, int) for one in ids) and len(set(ids)) == len(ids)
+    ann_ids = [one.fields.get("id") for image in images for one in image.instances]
+    has_ann_ids = all(isinstance(one, int) for one in ann_ids) and len(set(ann_ids)) == len(ann_ids)
+    names: set[str] = set()
+    for number, image in enumerate(tqdm(images, desc=split, unit="image", disable=None, leave=False), 1):
+        name = _free_name(image.name, names)
+        size_wh = _place_image(image, root / folder / name, link=options.link)
+        image_id = image.fields["id"] if has_ids else number
+        session = {"session": image.group} if image.group else {}
+        tree["images"].append(
+            image.fields | session | {"id": image_id, "file_name": name, "width": size_wh[0], "height": size_wh[1]}
+        )
+        for one in image.instances:
+            ann_id = one.fields["id"] if has_ann_ids else len(tree["annotations"]) + 1
+            ours = {"id": ann_id, "image_id": image_id, "category_id": one.category + 1}
+            tree["annotations"].append(one.fields | ours | _numbers(one, size_wh, options, boxes))
+    file = root / annotations
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (root / folder).mkdir(exist_ok=True)
+    file.write_text(json.dumps(tree))
+
+
+def _category(category: PoseCategory, number: int) -> dict[str, Any]:
+    edges = [[a + 1, b + 1] for a, b in category.edges]
+    names = list(category.keypoints)
+    return {"id": number, "name": category.name, "supercategory": category.name, "keypoints": names, "skeleton": edges}
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """A name that no image of the split has: of two called alike in different folders the second gets a number."""
+    path, number, free = Path(name), 1, name
+    while free in taken:
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}").as_posix()
+    taken.add(free)
+    return free
+
+
+def _place_image(image: PoseImage, target: Path, *, link: bool) -> tuple[int, int]:
+    """Put an image's file, bytes or pixels there; its width and height (px)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image.source, Path) and link:
+        target.symlink_to(image.source.resolve())
+    elif isinstance(image.source, Path):
+        shutil.copyfile(image.source, target)
+    elif isinstance(image.source, bytes):
+        target.write_bytes(image.source)
+    else:
+        pixels = image.source()
+        save_image(pixels, target)
+        return pixels.shape[1], pixels.shape[0]
+    return read_size(image.source if isinstance(image.source, Path) else target)
+
+
+def _numbers(one: PoseInstance, size_wh: tuple[int, int], options: WriteOptions, boxes: Counter[str]) -> dict[str, Any]:
+    """Keypoints and box of an annotation."""
+    labeled = one.keypoints[one.keypoints[:, 2] > 0]
+    box, what = one.box_xywh, "of the tool"
+    if options.boxes == "image":
+        box, what = (0.0, 0.0, float(size_wh[0]), float(size_wh[1])), "of whole images"
+    elif (options.boxes == "keypoints" or box is None or min(box[2:]) <= 0) and len(labeled):
+        box, what = box_of_keypoints(labeled[:, :2], size_wh), f"from the keypoints with a margin of {MARGIN:.0%}"
+    boxes[what] += 1
+    numbers = [round(float(value), 3) for value in one.keypoints.reshape(-1)]
+    v = one.keypoints[:, 2].astype(int).tolist()
+    numbers[2::3] = v
+    fields: dict[str, Any] = {"iscrowd": 0} if "iscrowd" not in one.fields else {}
+    if box is not None:
+        fields["bbox"] = [round(value, 3) for value in box]
+    return fields | {"keypoints": numbers, "num_keypoints": len(labeled)}
+
+
+def box_of_keypoints(points_xy: np.ndarray, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
+    """x, y, width, height (image px) of the labeled keypoints, with a margin, inside the image.
+
+    The margin is MARGIN of the longer side on each side; no side is shorter than SMALLEST_SIDE of the image.
+    """
+    low, high = points_xy.min(axis=0), points_xy.max(axis=0)
+    margin = MARGIN * float((high - low).max())
+    least = SMALLEST_SIDE * max(size_wh)
+    center, half = (low + high) / 2, np.maximum((high - low) / 2 + margin, least / 2)
+    low, high = np.maximum(center - half, 0), np.minimum(center + half, np.array(size_wh, float))
+    x, y, w, h = (float(value) for value in (*low, *(high - low)))
+    if not all(map(math.isfinite, (x, y, w, h))):
+        raise UserError("keypoints that are no finite numbers (expected pixels of an image)")
+    return x, y, w, h

@@ -1,0 +1,94 @@
+"""The command convert, with FORMAT, IN and OUT: labels of another tool as a folder in COCO's form.
+
+FORMAT coco is the way out of that form: a folder as parquet or tar shards (sources/convert.py). FORMAT video takes
+frames without labels for stage ssl.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sapiens_accel.config.commands import convert_parser
+from sapiens_accel.errors import UserError
+from sapiens_accel.formats import (
+    coco_datasets,
+    coco_folder,
+    cvat,
+    deeplabcut,
+    label_studio,
+    labelme,
+    mpii,
+    sleap,
+    video,
+    yolo,
+)  # fmt: skip
+from sapiens_accel.formats.coco_folder import WriteOptions
+from sapiens_accel.formats.dataset import PoseDataset
+from sapiens_accel.sources import convert as shards
+
+Reader = Callable[[Path, Path | None], PoseDataset]
+
+READERS: dict[str, Reader] = {
+    "deeplabcut": deeplabcut.read,
+    "lightning_pose": deeplabcut.read,
+    "sleap": sleap.read,
+    "label_studio": label_studio.read,
+    "cvat": cvat.read,
+    "yolo": yolo.read,
+    "labelme": labelme.read,
+    "mpii": mpii.read,
+    "crowdpose": coco_datasets.read_crowdpose,
+    "ap10k": coco_datasets.read_ap10k,
+    "animalpose": coco_datasets.read_animalpose,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """`FORMAT IN OUT`; `python -m sapiens_accel.data` has the word `convert` before it.
+
+    Raises:
+        UserError: what is missing, broken or ambiguous; an OUT that is there.
+    """
+    words = list(argv[1:] if argv[:1] == ["convert"] else argv)
+    if words[:1] == ["coco"]:
+        shards.main(["convert", *words])
+        return
+    asked = convert_parser().parse_args(words)
+    if not asked.source.exists():
+        raise UserError(f"{asked.source}: no such file or folder")
+    if asked.format == "video":
+        video.main(asked)
+        return
+    _refuse_options_of_video(asked)
+    if not 0 < asked.val < 1:
+        raise UserError(f"--val {asked.val:g}: expected a share between 0 and 1, such as 0.2")
+    dataset = READERS[asked.format](asked.source, asked.images)
+    if asked.category:
+        dataset = rename(dataset, asked.category)
+    options = WriteOptions(val=asked.val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
+    told = coco_folder.write(dataset, asked.out, options)
+    print(*told, f"written: {asked.out}; train with --data.root {asked.out}", sep="\n")
+
+
+def _refuse_options_of_video(asked: Namespace) -> None:
+    """
+    Raises:
+        UserError: an option that would be ignored.
+    """
+    given = {"--frames": asked.frames, "--seconds": asked.seconds, "--different": asked.different}
+    given |= {"--boxes motion": asked.boxes == "motion", "--animals": asked.animals != 1}
+    if of_video := [name for name, value in given.items() if value]:
+        raise UserError(f"{of_video[0]}: of a video (expected FORMAT video, found {asked.format}). Leave it out")
+
+
+def rename(dataset: PoseDataset, name: str) -> PoseDataset:
+    """The dataset with another name of its category.
+
+    Raises:
+        UserError: it has several.
+    """
+    if len(dataset.categories) > 1:
+        names = ", ".join(category.name for category in dataset.categories)
+        raise UserError(f"--category {name}: expected one category to rename, found {names}")
+    return replace(dataset, categories=[replace(dataset.categories[0], name=name)])
