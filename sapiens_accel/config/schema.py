@@ -145,6 +145,12 @@ class DataConfig:
     """Width of the target Gaussian in heatmap pixels. An integer keeps the published patch exactly."""
     box_padding: Positive = 1.25
     """A person's box is enlarged by this factor before it is cropped."""
+    visibility_threshold: Positive | None = None
+    """The v of keypoints is a score, as models write it: from this one on, a keypoint has a label. Default: v is COCO's
+    (0 not labeled, 1 hidden, 2 visible), and a score is refused."""
+    absent_is_background: bool = False
+    """v=0 means that a keypoint is not in the image: the network learns an empty heatmap for it. By default it means
+    that nobody labeled it, and nothing is learned of it."""
     occluded_weight: NonNegative = 0.5
     """Target weight of a labeled but occluded keypoint (v=1). Published: 1.0. Unlabeled is 0 and visible is 1."""
     num_workers: Count = 4

@@ -5,8 +5,9 @@ read at a million people a second. `tests/data/test_annotation_rules.py` proves 
 annotations either raise at the first fault, or collect every fault for the doctor.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources.coco import BROKEN, image_names, reason, show_value, whole_number
+from sapiens_accel.pose import visibility
+from sapiens_accel.pose.visibility import is_labeled
+from sapiens_accel.sources.coco import BROKEN, given_id, image_names, number_of_id, reason, show_value
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
 from sapiens_accel.sources.source import open_source
 
 NUMBERS = {int, float, bool}
 NUM_WHOLE_BODY = sum(WHOLE_BODY.values())
+# Why annotations are left out; a category is followed by its id.
+CROWD, NO_SIZE, NO_LABEL, CATEGORY = "crowd", "no size", "no label", "category "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,8 @@ class PeopleColumns:
 
     Attributes:
         place: which annotation of the whole file it was.
-        labeled: whether a keypoint has v > 0.
+        left_out: how many annotations were not taken, by cause (see `describe_left_out`).
+        labeled: whether a keypoint has a label.
     """
 
     file_name: pa.Array
@@ -41,6 +47,7 @@ class PeopleColumns:
     area: Float[Array, "n"]
     keypoints: Float[Array, "n k 3"]
     place: Int[Array, "n"]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_rows(cls, rows: Sequence[dict[str, Any]], num_keypoints: int) -> "PeopleColumns":
@@ -89,11 +96,6 @@ def _to_lists(values: pa.Array, length: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), values)
 
 
-def is_labeled(keypoints: Float[Array, "*n 3"]) -> Bool[Array, "*n"]:
-    """Whether each keypoint has a label: v > 0."""
-    return np.asarray(keypoints[..., 2] > 0)
-
-
 def category_ids(categories: Sequence[dict[str, Any]], reading: Reading) -> list[Any]:
     """The ids of the categories that count; empty: all annotations do."""
     names = reading.categories or ("person",)
@@ -112,8 +114,9 @@ class PeopleReader:
 
     An annotation is taken if it is of a category that counts, no crowd, and its box has a width and a height. It must
     then have: a box of four numbers, an image, as many keypoints as the reading says or none, an area from 0 up, no
-    number above FARTHEST, and as v of a keypoint no number between 0 and 1, as a detector's scores are (COCO-WholeBody
-    has such in its five lists).
+    number above FARTHEST, and as v of a keypoint one that says something (see `visibility`; in COCO-WholeBody's five
+    lists anything does, and so it does where the reading has a threshold). x and y that are both NaN are those of a
+    keypoint without label, as DeepLabCut and SLEAP write them: 0.
 
     Attributes:
         prefix: what the names of its images begin with.
@@ -162,14 +165,23 @@ class PeopleReader:
         tree = self.source.read()
         if needs_keypoints and not any("keypoints" in annotation for annotation in tree["annotations"]):
             raise UserError(f"{self.source.file}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
-        return PeopleColumns.of_rows(list(self.rows()), self.num_keypoints)
+        left_out: list[Fault] = []
+        rows = list(self.rows(left_out=left_out))
+        columns = PeopleColumns.of_rows(rows, self.num_keypoints)
+        return replace(columns, left_out=Counter(fault.check for fault in left_out))
 
-    def rows(self, collect: list[Fault] | None = None, tree: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(
+        self,
+        collect: list[Fault] | None = None,
+        tree: dict[str, Any] | None = None,
+        left_out: list[Fault] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """The people, one by one, as rows of `people`.
 
         Args:
-            collect: gets every fault, and every annotation that is left out; None: the first fault is raised.
+            collect: gets every fault; None: the first one is raised.
             tree: what `source.read` gave.
+            left_out: gets every annotation that is left out, and why.
 
         Raises:
             UserError: the first annotation against the rules.
@@ -179,24 +191,25 @@ class PeopleReader:
         ids = category_ids(tree.get("categories") or (), self.known_reading)
         for index, annotation in enumerate(tree["annotations"]):
             try:
-                if ids and annotation.get("category_id", ids[0]) not in ids:
-                    row, check = None, "kind"
+                if ids and (category := annotation.get("category_id", ids[0])) not in ids:
+                    row, check = None, f"{CATEGORY}{show_value(category)}"
                 else:
                     is_other = self.reading is None and _is_other_number(annotation, self.num_keypoints)
                     row = self._row(annotation | {"keypoints": []} if is_other else annotation, names)
-                    check = "crowd" if annotation.get("iscrowd") else "boxes"
+                    check = CROWD if annotation.get("iscrowd") else NO_SIZE
             except BROKEN as error:
                 text = f"{_name_of(annotation, index)}: {reason(error)}"
                 if collect is None:
                     raise UserError(f"{self.source.file}: {text}") from None
                 collect.append(Fault("annotations", text))
                 continue
-            if row is None and collect is not None:
-                collect.append(Fault(check, _name_of(annotation, index)))
-            elif row is not None:
-                if collect is not None:
-                    collect += _wrong_count(annotation, index)
-                yield row
+            if row is None:
+                if left_out is not None:
+                    left_out.append(Fault(check, _name_of(annotation, index)))
+                continue
+            if collect is not None:
+                collect += _wrong_count(annotation, index)
+            yield row
 
     def _row(self, annotation: dict[str, Any], names: dict[Any, str]) -> dict[str, Any] | None:
         """The row of one COCO annotation; None for a crowd or an empty box.
@@ -212,18 +225,24 @@ class PeopleReader:
         if box[2] <= 0 or box[3] <= 0:
             return None
         if annotation.get("image_id") not in names:
-            raise ValueError(f"its image {annotation.get('image_id')} is not among 'images'")
+            image = show_value(annotation.get("given_image_id", annotation.get("image_id")))
+            raise ValueError(f"its image {image} is not among 'images'")
         numbers = keypoint_numbers(annotation, self.num_keypoints, self.known_reading)
         points = _numbers(numbers or [0] * 3 * self.num_keypoints)
         if points.shape != (3 * self.num_keypoints,):
-            raise ValueError(f"expected {3 * self.num_keypoints} keypoint numbers, found {points.size}")
-        if not np.isfinite(points).all():
-            raise ValueError(f"expected {3 * self.num_keypoints} finite keypoint numbers, found NaN or infinity")
+            raise ValueError(_describe_count(points.size, self.num_keypoints))
+        points = clear_unlabeled(points.reshape(-1, 3))
+        if not (finite := np.isfinite(points).all(axis=1)).all():
+            place = int(np.argmin(finite))
+            raise ValueError(
+                f"expected {points.size} finite numbers in 'keypoints', found NaN or infinity in keypoint {place + 1}, "
+                f"{points[place].tolist()}; write 0, 0, 0 for a keypoint without label"
+            )
         if np.abs(points).max() > FARTHEST:
             raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
-        v = points[2::3]
-        if (is_score := (v > 0) & (v < 1)).any() and not self._is_in_lists(annotation):
-            raise ValueError(_describe_score(v[is_score][0]))
+        v = points[:, 2]
+        if (odd := visibility.is_odd(v)).any() and not self._is_in_lists(annotation):
+            raise ValueError(visibility.describe_odd(v[odd][0]))
         area = annotation.get("area", float(box[2] * box[3]))
         if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
             raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
@@ -233,7 +252,7 @@ class PeopleReader:
             "ann_id": id_of(annotation["id"]),
             "box_xywh": box.tolist(),
             "area": float(area),
-            "keypoints": points.reshape(self.num_keypoints, 3),
+            "keypoints": points,
         }
 
     def _is_in_lists(self, annotation: dict[str, Any]) -> bool:
@@ -257,10 +276,11 @@ class PeopleReader:
         numbers = first_person + np.arange(len(people))
         check = _ColumnCheck(people, _field(people, "id", numbers), self.source.file)
         if ids := category_ids(self.source.categories, self.known_reading):
-            check.taken &= np.isin(_field(people, "category_id", np.full(len(people), ids[0])), np.array(ids))
+            category = _field(people, "category_id", np.full(len(people), ids[0]))
+            check.keep(np.isin(category, np.array(ids)), CATEGORY, category)
         crowd = _field(people, "iscrowd", np.zeros(len(people), np.int64))
         check.expect((crowd == 0) | (crowd == 1), crowd, "'iscrowd' of 0 or 1")
-        check.taken &= crowd == 0
+        check.keep(crowd == 0, CROWD)
         boxes, has_box = check.vectors("bbox", 4)
         if not has_box[check.taken].all():
             raise check.error(check.taken & ~has_box, "it has no 'bbox' (x, y, width, height)")
@@ -269,7 +289,7 @@ class PeopleReader:
         check.expect(
             np.asarray(is_near), boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})"
         )
-        check.taken &= (sides > 0).all(axis=1)
+        check.keep(np.asarray((sides > 0).all(axis=1)), NO_SIZE)
         points = self._keypoints(check)
         area = _field(people, "area", boxes[:, 2] * boxes[:, 3])
         check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
@@ -282,6 +302,7 @@ class PeopleReader:
             area=area[chosen],
             keypoints=points[chosen],
             place=_field(people, "place", numbers)[chosen],
+            left_out=check.left_out,
         )
 
     def _keypoints(self, check: "_ColumnCheck") -> Float[Array, "n k 3"]:
@@ -294,14 +315,16 @@ class PeopleReader:
         if in_lists.any():
             parts = [check.vectors(name, 3 * number, in_lists)[0] for name, number in WHOLE_BODY.items()]
             points = np.where(in_lists[:, None], np.concatenate(parts, axis=1), points)
-        points = points.reshape(-1, count, 3)
+        points = clear_unlabeled(points.reshape(-1, count, 3))
         if source is not None:
             points = np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
         is_near = np.asarray((np.abs(points) <= FARTHEST).all(axis=(1, 2)))
         check.expect(is_near, points, f"numbers of at most {FARTHEST:g} in 'keypoints'")
-        is_score = (points[..., 2] > 0) & (points[..., 2] < 1) & ~in_lists[:, None]
-        if (odd := check.taken & is_score.any(axis=1)).any():
-            raise check.error(odd, _describe_score(points[odd][0, is_score[odd][0], 2][0]))
+        if self.known_reading.threshold is not None:
+            return visibility.apply_threshold(points, self.known_reading.threshold)
+        is_odd = visibility.is_odd(points[..., 2]) & ~in_lists[:, None]
+        if (odd := check.taken & is_odd.any(axis=1)).any():
+            raise check.error(odd, visibility.describe_odd(points[odd][0, is_odd[odd][0], 2][0]))
         return points
 
     def whole_images(self, table: pa.Table, first_image: int) -> PeopleColumns:
@@ -328,6 +351,16 @@ class _ColumnCheck:
     def __init__(self, people: pa.StructArray, ann_id: Int[Array, "n"], file: Path) -> None:
         self.people, self.ann_id, self.file = people, ann_id, file
         self.taken = np.ones(len(people), bool)
+        self.left_out: Counter[str] = Counter()
+
+    def keep(self, kept: Bool[Array, "n"], cause: str, values: Array | None = None) -> None:
+        """Leave out the others, for a cause, to which each one's value is added."""
+        gone = self.taken & ~kept
+        if values is None:
+            self.left_out[cause] += int(gone.sum())
+        else:
+            self.left_out.update(f"{cause}{value}" for value in values[gone].tolist())
+        self.taken &= kept
 
     def error(self, odd: Bool[Array, "n"], text: str) -> UserError:
         return UserError(f"{self.file}: annotation {self.ann_id[odd][0]}: {text}")
@@ -401,19 +434,49 @@ def _names(table: pa.Table, prefix: str, first: int) -> pa.Array:
     return pc.binary_join_element_wise(prefix, numbers, names, "/")
 
 
+# ---- What is left out
+
+
+def describe_left_out(counts: Mapping[str, int], source: Source, reading: Reading) -> str:
+    """How many annotations are not learned from, by cause, in the order in which they are left out."""
+    ids = category_ids(source.categories, reading)
+    names = {one.get("id"): one.get("name") for one in source.categories}
+    kinds = [cause.removeprefix(CATEGORY) for cause in counts if cause.startswith(CATEGORY)]
+    others = sum(counts[f"{CATEGORY}{kind}"] for kind in kinds)
+    shown = ", ".join(f"{kind} {name}" if (name := names.get(_as_id(kind))) else kind for kind in sorted(kinds)[:4])
+    wanted = ", ".join(f"{one} {names.get(one)}" for one in ids[:4])
+    texts = {
+        f"of other categories (category_id {shown}; expected {wanted})": others,
+        "crowds": counts.get(CROWD, 0),
+        "with a box of no width or no height": counts.get(NO_SIZE, 0),
+        "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),
+    }
+    return ", ".join(f"{count} {text}" for text, count in texts.items() if count)
+
+
+def _as_id(text: str) -> Any:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 # ---- Values of one annotation
 
 
-def _describe_score(v: float) -> str:
-    return (
-        f"expected v of 0 (unlabeled), 1 (hidden) or 2 (visible) for each keypoint, found {v:g}, as a detector's "
-        f"scores are; write 2 where a keypoint counts and 0 where not"
-    )
+def clear_unlabeled(keypoints: Float[Array, "*n 3"]) -> Float[Array, "*n 3"]:
+    """Keypoints of which x and y are NaN, and v is 0 or NaN as well, as 0, 0, 0: they have no label."""
+    gone = np.isnan(keypoints[..., :2]).all(axis=-1) & ~is_labeled(keypoints)
+    return np.where(gone[..., None], 0.0, keypoints) if gone.any() else keypoints
+
+
+def _describe_count(found: int, num_keypoints: int) -> str:
+    text = f"expected {3 * num_keypoints} numbers in 'keypoints' (x, y, v of {num_keypoints}), found {found}"
+    if found == 2 * num_keypoints:
+        return f"{text}: x and y without v? Write a 2 after each pair, or 0 where there is no label"
+    return text + (f": {found // 3} keypoints" if found % 3 == 0 else "")
 
 
 def _name_of(annotation: Any, index: int) -> str:
     is_object = isinstance(annotation, dict)
-    return f"annotation {show_value(annotation.get('id'))}" if is_object else f"entry {index}, {show_value(annotation)}"
+    return f"annotation {show_value(given_id(annotation))}" if is_object else f"entry {index}, {show_value(annotation)}"
 
 
 def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
@@ -431,10 +494,10 @@ def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
 
 
 def id_of(value: Any) -> int:
-    """A whole number that Arrow can keep, which has 64 bits."""
-    number = whole_number(value)
+    """An id as a whole number that Arrow can keep, which has 64 bits."""
+    number = number_of_id(value)
     if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"expected an id that is a whole number, found {show_value(value)}")
+        raise ValueError(f"expected an id that is a whole number or a text, found {show_value(value)}")
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"expected an id of at most 64 bits, found {show_value(value)}")
     return number
@@ -443,7 +506,7 @@ def id_of(value: Any) -> int:
 def keypoint_numbers(annotation: dict[str, Any], num_keypoints: int, reading: Reading = PLAIN) -> list[Any] | None:
     """An annotation's x, y, v, x, y, v, ... for the run's keypoints; None where it has none.
 
-    COCO-WholeBody's five lists are taken as one where 133 are asked for.
+    COCO-WholeBody's five lists are taken as one where 133 are asked for. With a threshold, v is 2 or 0.
 
     Raises:
         ValueError: those that the run's are to be taken from are more or fewer than they should be.
@@ -451,11 +514,16 @@ def keypoint_numbers(annotation: dict[str, Any], num_keypoints: int, reading: Re
     count, numbers = reading.count or num_keypoints, annotation.get("keypoints")
     if count == NUM_WHOLE_BODY and all(key in annotation for key in WHOLE_BODY):
         numbers = [number for key in WHOLE_BODY for number in annotation[key]]
-    if not numbers or reading.source is None:
+    if numbers and reading.source is not None:
+        if not isinstance(numbers, list):
+            raise ValueError(f"expected {3 * count} numbers in 'keypoints', found {show_value(numbers)}")
+        if len(numbers) != 3 * count:
+            raise ValueError(_describe_count(len(numbers), count))
+        numbers = [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
+    if not numbers or reading.threshold is None:
         return numbers
-    if not isinstance(numbers, list) or len(numbers) != 3 * count:
-        raise ValueError(f"expected {3 * count} keypoint numbers, found {show_value(numbers)}")
-    return [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
+    labels = visibility.apply_threshold(_numbers(numbers[: len(numbers) // 3 * 3]).reshape(-1, 3), reading.threshold)
+    return [*labels.reshape(-1).tolist(), *numbers[len(numbers) // 3 * 3 :]]
 
 
 def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:

@@ -20,6 +20,7 @@ from numpy.random import Generator
 from sapiens_accel.config.schema import AugmentConfig
 from sapiens_accel.pose.geometry import Crop, fit_aspect
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 
 # albumentations asks the network for its newest version on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -103,7 +104,7 @@ class Augmenter:
         )
 
     def _half_body(self, keypoints: Float[Array, "k 3"], rng: Generator) -> Crop | None:
-        labeled = keypoints[:, 2] > 0
+        labeled = is_labeled(keypoints)
         if labeled.sum() < HALF_BODY_MIN_KEYPOINTS or not (self.skeleton.upper and self.skeleton.lower):
             return None  # few, or of a skeleton that has no halves: a hand
         upper = [k for k in self.skeleton.upper if labeled[k]]

@@ -13,7 +13,7 @@ from sapiens_accel.config.schema import DataConfig, MoreData
 from sapiens_accel.data import keypoint_mapping, leakage, sampling, streaming
 from sapiens_accel.data import people as people_tables
 from sapiens_accel.data import unlabeled as unlabeled_data
-from sapiens_accel.data.annotation_rules import PeopleReader, is_labeled
+from sapiens_accel.data.annotation_rules import PeopleReader
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.data.sampling import Mixture
@@ -21,8 +21,10 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry, infer_skeleton
 from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, synthetic
 from sapiens_accel.sources.coco import release_large_trees
+from sapiens_accel.sources.schema import Reading
 from sapiens_accel.sources.source import open_source
 
 CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
@@ -106,8 +108,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
     train_source = open_source(root / config.train_annotations)
     if not train_source.groups():
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
-    keypoints = read_category(list_train_sets(config)[0], config, root, cache)
-    reading, warning = keypoint_mapping.choose_reading(keypoints, skeleton.names)
+    reading, warning = choose_reading(list_train_sets(config)[0], config, skeleton, root, cache)
     reader = PeopleReader(source=train_source, prefix=config.train_images, num_keypoints=skeleton.num_keypoints,
                           reading=reading)  # fmt: skip
     train = streaming.open_streams(root, [streaming.StreamSource(reader, streaming.labeled)], cache)
@@ -183,11 +184,32 @@ def read_category(one: MoreData, config: DataConfig, root: Path, cache: Path) ->
     return keypoint_mapping.describe_keypoints(file, one.category or config.category, cache)
 
 
+def choose_reading(
+    one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
+) -> tuple[Reading, str]:
+    """How a set's annotations are read as the run's people, and a line about keypoints that it lacks ("" if none).
+
+    Raises:
+        UserError: as `read_category` and `keypoint_mapping.choose_reading`; `absent_is_background` of a set that does
+            not label all of the keypoints.
+    """
+    category = read_category(one, config, root, cache)
+    if config.skeleton:
+        category = category.called(skeleton.names)
+    reading, warning = keypoint_mapping.choose_reading(category, skeleton.names)
+    if config.absent_is_background and -1 in (reading.source or ()):
+        raise UserError(
+            f"--data.absent_is_background: {category.file} does not label all of the run's keypoints, so that v=0 does "
+            f"not mean there that they are not in the image; leave it out, or the dataset"
+        )
+    return dataclasses.replace(reading, threshold=config.visibility_threshold), warning
+
+
 def _labeled_people(
     one: MoreData, config: DataConfig, skeleton: Skeleton, root: Path, cache: Path
 ) -> tuple[People, str]:
     """The labeled people of a set with the run's keypoints, and a line about those that it lacks ("" if none)."""
-    reading, warning = keypoint_mapping.choose_reading(read_category(one, config, root, cache), skeleton.names)
+    reading, warning = choose_reading(one, config, skeleton, root, cache)
     annotations, images = files_of(one, root, cache)
     people = people_tables.labeled_people(root, annotations, images, skeleton.num_keypoints, cache, reading)
     return people, warning

@@ -31,6 +31,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
+from sapiens_accel.pose.visibility import target_weights
 from sapiens_accel.sources.images import DecodedImage, read_reduced_image
 
 
@@ -43,7 +44,10 @@ class View(NamedTuple):
 
 
 class Labeled(NamedTuple):
-    """A view with its keypoints in input px (left and right already swapped where it is mirrored)."""
+    """A view with its keypoints in input px (left and right already swapped where it is mirrored).
+
+    A negative weight is that of an empty target map.
+    """
 
     view: View
     points_xy: Float[Tensor, "*b k 2"]
@@ -99,7 +103,8 @@ class Sets(NamedTuple):
         counts = ", ".join(f"{len(people)} {name}" for name, people in splits if people)
         left_out = f" ({skipped} skipped: their images cannot be used)" if skipped else ""
         mixture = [str(self.mixture)] if self.mixture else []
-        return "\n".join([f"people: {counts}{left_out}", *mixture, *self.warnings])
+        lines = [of.left_out for _, people in splits[:2] if people for of in people.parts or (people,) if of.left_out]
+        return "\n".join([f"people: {counts}{left_out}", *lines, *mixture, *self.warnings])
 
 
 class TrainingPeople(Dataset[Labeled | Pair]):
@@ -236,6 +241,8 @@ def _with_labels(
 ) -> Labeled:
     seen = transform_keypoints(crop, keypoints, config.input_hw, skeleton)
     points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
+    if config.absent_is_background:
+        weights = np.where(weights > 0, weights, np.float32(-1))
     return Labeled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), _scalar(row["ann_id"]))
 
 
@@ -247,8 +254,3 @@ def transform_keypoints(
         keypoints = keypoints[list(skeleton.mirror)]
     points_xy = geometry.apply(crop.matrix(input_hw), keypoints[:, :2])
     return np.concatenate([points_xy, keypoints[:, 2:]], axis=1)
-
-
-def target_weights(visibility: Float[Array, "k"], occluded: float) -> Float[Array, "k"]:
-    """COCO's v (0 unlabeled, 1 occluded, 2 visible) to float32 target weights 0, `occluded`, 1."""
-    return np.where(visibility >= 2, 1.0, np.where(visibility >= 1, occluded, 0.0)).astype(np.float32)

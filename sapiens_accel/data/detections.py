@@ -211,7 +211,7 @@ class BoxesFile:
         for index, thing in enumerate(read_list(self.file, "annotations", ("image_id", "bbox"))):
             if not thing.get("iscrowd") and thing.get("category_id", person) == person:
                 one = _detection(self.file, index, thing, ())
-                yield names.get(one.image_id, one.image_id), one
+                yield names.get(coco.number_of_id(one.image_id), one.image_id), one
 
 
 def _places(names: Sequence[str]) -> dict[Any, str]:
@@ -248,13 +248,13 @@ def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> Pe
 def _detected_rows(files: PeopleFiles, names: list[str], min_score: float) -> Iterator[dict[str, Any]]:
     file = files.root / files.annotations
     name_of_stem = {Path(name).stem: name for name in names}
-    name_of_number = {coco.whole_number(stem): name for stem, name in name_of_stem.items()}
+    name_of_number = {coco.number_of_id(stem): name for stem, name in name_of_stem.items()}
     place = {name: index for index, name in enumerate(names)}
     for index, key, _, category_id, box, score in read_detections(file):
         if score < min_score or category_id != 1 or box[2] <= 0 or box[3] <= 0:
             continue
         padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
-        name = padded if padded in place else name_of_stem.get(str(key), name_of_number.get(coco.whole_number(key)))
+        name = padded if padded in place else name_of_stem.get(str(key), name_of_number.get(coco.number_of_id(key)))
         if name is None:
             raise UserError(
                 f"{file}: detection {index}: its image, {padded or key} or {key}.*, is not in "

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, nearest, short
+from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, is_numbered, nearest, short
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading, Source
 from sapiens_accel.sources.source import open_source
 
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2
+NUMBERED = "; if they are numbers alone in the same order, give the names by --data.skeleton FILE"
 
 
 def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
@@ -52,6 +53,7 @@ def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
         count=133 if whole else len(names) if names else count,
         whole=whole,
         told=warnings,
+        chosen=tuple(sorted(chosen)),
     )
 
 
@@ -134,7 +136,7 @@ def choose_reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]
     if len(lacks) == len(names):
         raise UserError(
             f"{one.file}: none of the run's keypoints ({short(names, 3)}) is among its own ({short(one.names, 3)}); "
-            f"expected names in common"
+            f"expected names in common" + NUMBERED * is_numbered(one.names)
         )
     if source == tuple(range(one.count or 0)):
         return plain, ""

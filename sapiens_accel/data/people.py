@@ -5,10 +5,12 @@ memory-mapped, cached by the content of its source; images are referenced by nam
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +25,10 @@ from datasets.arrow_writer import ArrowWriter
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
-from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader, is_labeled
+from sapiens_accel.data import annotation_rules
+from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader
 from sapiens_accel.errors import UserError
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import images
 from sapiens_accel.sources.coco import find_image_fault
 from sapiens_accel.sources.schema import PLAIN, Reading, Source
@@ -33,10 +37,11 @@ from sapiens_accel.sources.source import open_source
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
 # The files of a table of people: rows, which are labeled, and their order where it is another.
 PEOPLE, LABELED, ORDER = "people.arrow", "labelled.npy", "order.npy"
+LEFT_OUT = "left_out.json"  # how many annotations are not in it, by cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class People:
     Attributes:
         annotations: the file that the rows came from, or the folder of whole images.
         num_skipped: people left out because their image does not decode.
+        left_out: which annotations are not among them, and why, in a line; empty if all are.
         parts: what `join_people` joined: a message about a broken image names its own file of annotations.
         reading: how the file was read; evaluation reads it in the same way.
     """
@@ -57,6 +63,7 @@ class People:
     root: Path
     annotations: Path
     num_skipped: int = 0
+    left_out: str = ""
     parts: tuple["People", ...] = ()
     reading: Reading = PLAIN
 
@@ -94,8 +101,14 @@ class PeopleFiles:
             UserError: the file is missing, or there is an annotation in it against the rules.
         """
         file = annotation_file(self.root, self.annotations)
-        rows = _people_table(self, open_source(file), keypoints)
-        return People(rows=rows, root=self.root, annotations=file, reading=self.reading)
+        source = open_source(file)
+        rows, left_out = _people_table(self, source, keypoints)
+        is_labeled = _read_labeled(rows)
+        counts = left_out | {annotation_rules.NO_LABEL: int((~is_labeled).sum())}
+        why = annotation_rules.describe_left_out(counts, source, self.reading)
+        count = f"{sum(counts.values())} of its {len(rows) + sum(left_out.values())} annotations"
+        line = f"{file}: {count} are left out of the labeled people: {why}"
+        return People(rows=rows, root=self.root, annotations=file, reading=self.reading, left_out=line if why else "")
 
 
 def labeled_people(
@@ -112,7 +125,10 @@ def labeled_people(
     people = PeopleFiles(root, annotations, images, num_keypoints, cache, reading).read()
     labeled = np.flatnonzero(_read_labeled(people.rows))
     if not len(labeled):
-        raise UserError(f"{people.annotations}: none of its {len(people)} people has a labeled keypoint (v > 0)")
+        raise UserError(
+            (people.left_out and f"{people.left_out}; nobody is left")
+            or f"{people.annotations}: no annotation in it; expected labeled people"
+        )
     return select_people(people, labeled)
 
 
@@ -321,11 +337,11 @@ def cached_table(rows: Callable[[], Iterator[dict[str, Any]]], digest: str, num_
     def chunks() -> Iterator[PeopleColumns]:
         yield PeopleColumns.of_rows(list(rows()), num_keypoints)
 
-    return _cached_chunks(chunks, digest, num_keypoints, cache)
+    return _open_table(_cached_chunks(chunks, digest, num_keypoints, cache), num_keypoints)
 
 
-def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> Dataset:
-    """A table made once for each content: a moved or touched JSON makes no second one."""
+def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> tuple[Dataset, dict[str, int]]:
+    """A table made once for each content, and who is not in it: a moved or touched JSON makes no second one."""
     how = [] if files.reading == PLAIN else [repr(files.reading)]
     reader = PeopleReader(source=source, prefix=files.images, num_keypoints=files.num_keypoints, reading=files.reading)
 
@@ -334,13 +350,12 @@ def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> Dataset
             yield replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
 
     digest = digest_of(source.digest.encode(), keypoints, files.images, *how)
-    return _cached_chunks(chunks, digest, files.num_keypoints, files.cache)
+    folder = _cached_chunks(chunks, digest, files.num_keypoints, files.cache)
+    return _open_table(folder, files.num_keypoints), json.loads((folder / LEFT_OUT).read_text())
 
 
-def _cached_chunks(
-    chunks: Callable[[], Iterator[PeopleColumns]], digest: str, num_keypoints: int, cache: Path
-) -> Dataset:
-    """Written some thousand images at a time: memory does not grow with the number of people."""
+def _cached_chunks(chunks: Callable[[], Iterator[PeopleColumns]], digest: str, num_keypoints: int, cache: Path) -> Path:
+    """The folder of a table. Written some thousand images at a time: memory does not grow with the number of people."""
     folder = cache / "people" / f"{digest}-k{num_keypoints}-v{SCHEMA_VERSION}"
     features = features_of(num_keypoints)
     if not (folder / ORDER).is_file():
@@ -351,6 +366,11 @@ def _cached_chunks(
             _rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _open_table(folder: Path, num_keypoints: int) -> Dataset:
+    features = features_of(num_keypoints)
     order = np.load(folder / ORDER)
     if not (folder / PEOPLE).is_file():
         return Dataset.from_dict({name: [] for name in features}, features=features)
@@ -360,16 +380,19 @@ def _cached_chunks(
 
 def _write_table(folder: Path, chunks: Iterator[PeopleColumns], features: Features) -> None:
     places, labeled = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    left_out: Counter[str] = Counter()
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
         for people in chunks:
             writer.write_table(people.table(features.arrow_schema))
             places.append(people.place)
             labeled.append(people.labeled)
+            left_out.update(people.left_out)
         writer.finalize()
     place = np.concatenate(places)
     if not len(place):  # `datasets` cannot read a table of nobody again
         (folder / PEOPLE).unlink(missing_ok=True)
     order = np.argsort(place, kind="stable")
+    (folder / LEFT_OUT).write_text(json.dumps(left_out))
     np.save(folder / LABELED, np.concatenate(labeled)[order])
     np.save(folder / ORDER, np.empty(0, int) if (order[1:] > order[:-1]).all() else order)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapiens_accel.data.annotation_rules import PeopleReader
+from sapiens_accel.data.annotation_rules import CATEGORY, CROWD, NO_SIZE, PeopleReader
 from sapiens_accel.data.people import DECODE_AT_MOST, People, annotation_file, decodes
 from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
@@ -59,7 +59,9 @@ def read_annotations(
         return ReadAnnotations(labels=_labels([], {}, num_keypoints), findings=[finding])
     reader = PeopleReader(source=source, prefix=folder, num_keypoints=num_keypoints, reading=reading)
     num_images = len(tree["images"]) + sum(fault.check in ("images", "ids") for fault in faults)
-    rows = list(reader.rows(faults, tree))
+    left_out: list[Fault] = []
+    rows = list(reader.rows(faults, tree, left_out))
+    faults += [Fault("kind", fault.text) if fault.check.startswith(CATEGORY) else fault for fault in left_out]
     sizes = _sizes_in_file(tree["images"], folder)
     image_ids = {row["file_name"]: row["image_id"] for row in rows}
     return ReadAnnotations(
@@ -90,15 +92,16 @@ def _findings(faults: Sequence[Fault], num_images: int, num_annotations: int) ->
         "images": ("error", f"of {num_images} images in the JSON cannot be taken"),
         "ids": ("error", "image ids that are of two images"),
         "annotations": ("error", f"of {num_annotations} annotations cannot be read"),
-        "boxes": ("warning", "annotations are left out: their boxes have no width or no height"),
+        NO_SIZE: ("warning", "annotations are left out: their boxes have no width or no height"),
         "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labeled keypoints"),
-        "crowd": ("note", "annotations are crowds: left out"),
+        CROWD: ("note", "annotations are crowds: left out"),
         "kind": ("note", "annotations are of other categories: left out"),
     }
     yield from (_error("categories", fault.text) for fault in faults if fault.check == "categories")
     for check, (level, text) in texts.items():
         if culprits := tuple(fault.text for fault in faults if fault.check == check):
-            yield Finding(level=level, check=check, text=f"{len(culprits)} {text}", culprits=culprits)
+            name = "boxes" if check == NO_SIZE else check
+            yield Finding(level=level, check=name, text=f"{len(culprits)} {text}", culprits=culprits)
 
 
 def read_unlabeled(people: People) -> ReadAnnotations:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
-from sapiens_accel.pose import geometry, mirror_pairs
+from sapiens_accel.pose import geometry, mirror_pairs, visibility
 from sapiens_accel.pose.skeleton import Skeleton
 
 Level = Literal["error", "warning", "note"]
@@ -51,7 +51,7 @@ class Labels:
     """The people of one annotation file, column by column.
 
     Attributes:
-        keypoints: x, y and COCO's v (0 unlabeled, 1 occluded, 2 visible).
+        keypoints: x, y and v, see `visibility`.
         size_wh: of each person's image; not a number where it is not known.
     """
 
@@ -67,7 +67,7 @@ class Labels:
 
     @property
     def labeled(self) -> Bool[Array, "n k"]:
-        return np.asarray(self.keypoints[..., 2] > 0)
+        return visibility.is_labeled(self.keypoints)
 
     def names(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
         return _annotation_names(self.ann_ids[chosen], self.file_names[chosen])
@@ -85,9 +85,9 @@ def join_labels(several: Sequence[Labels]) -> Labels:
 
 def describe_people(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
     """How many people, the share in whom each keypoint is visible and occluded, and percentiles of sizes (px)."""
-    v, num = labels.keypoints[..., 2], max(len(labels), 1)
+    visible, num = visibility.is_visible(labels.keypoints), max(len(labels), 1)
     sides = {"box_width": labels.boxes_xywh[:, 2], "box_height": labels.boxes_xywh[:, 3], "area": labels.areas}
-    shares = {"visible": v >= 2, "occluded": (v > 0) & (v < 2)}
+    shares = {"visible": visible, "occluded": labels.labeled & ~visible}
     by_keypoint = {
         name: dict(zip(skeleton.names, (which.sum(axis=0) / num).round(4).tolist(), strict=True))
         for name, which in shares.items()
@@ -186,8 +186,17 @@ def _check_visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
     v = labels.keypoints[..., 2]
     odd = np.asarray((~np.isin(v, (0, 1, 2))).any(axis=1))
     if odd.any():
-        text = f"{_count(odd, 'person', 'people')} with a v that is not 0, 1 or 2; above 2 it counts as 2, else as none"
+        text = f"{_count(odd, 'person', 'people')} with a v that is not 0, 1 or 2: above 0 it is a label, else none"
         yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(odd))
+    unused = visibility.has_unused_position(labels.keypoints)
+    if (people := np.asarray(unused.any(axis=1))).any():
+        share = unused.sum() / max(unused.sum() + labels.labeled.sum(), 1)
+        text = (
+            f"{_count(unused, 'keypoint')} ({share:.0%} of those with coordinates) of "
+            f"{_count(people, 'person', 'people')} have v=0 and coordinates: v=0 is no label, so nothing is learned of "
+            f"them and AP does not count them. Write v=1 (hidden) or 2 where they are labels"
+        )
+        yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(people))
 
 
 def _find_never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
@@ -247,7 +256,7 @@ def find_mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     )
     # The sine between the shoulders and the way up, whichever that is in the image; times both lengths.
     turn, lengths = ax * uy - ay * ux, np.hypot(ax, ay) * np.hypot(ux, uy)
-    facing = (labels.keypoints[:, face, 2] >= 2).all(axis=1) & labels.labeled[:, [left, right]].all(axis=1)
+    facing = visibility.is_visible(labels.keypoints)[:, face].all(axis=1) & labels.labeled[:, [left, right]].all(axis=1)
     shown = facing & (np.abs(turn) > UPRIGHT * lengths)
     wrong = shown & (turn > 0)
     votes = int(shown.sum())

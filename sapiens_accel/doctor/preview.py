@@ -15,6 +15,7 @@ from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 
 NUM_CROPS, COLUMNS, CROP_HEIGHT, EDGE = 16, 4, 512, 2
 NUM_CROPPED, NUM_ENCODED = 1000, 128
@@ -72,7 +73,7 @@ def check_lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: Dat
         base = geometry.crop_around_box(labels.boxes_xywh[place], config.box_padding, config.input_hw)
         crop = augmenter.train_crop(base, keypoints, rng)
         seen = data.transform_keypoints(crop, keypoints, config.input_hw, augmenter.skeleton)
-        labeled = seen[:, 2] > 0
+        labeled = is_labeled(seen)
         lost += int((labeled & ~_inside(seen[:, :2], config.input_hw)).sum())
         total += int(labeled.sum())
     share = lost / max(total, 1)

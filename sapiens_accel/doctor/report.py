@@ -23,7 +23,6 @@ from sapiens_accel.config.commands import doctor_parser
 from sapiens_accel.config.schema import Config, DataConfig, MoreData
 from sapiens_accel.data import build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.keypoint_mapping import choose_reading
 from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, spread_rows
 from sapiens_accel.data.unlabeled import unlabeled_images
 from sapiens_accel.doctor import annotations as annotation_checks
@@ -163,9 +162,9 @@ def _read_set(one: MoreData, config: DataConfig, skeleton: Skeleton | None, root
     reading, wrong = None, []
     try:
         files = build.files_of(one, root, cache)
-        keypoints = build.read_category(one, config, root, cache)
+        build.read_category(one, config, root, cache)
         if skeleton:
-            reading, _ = choose_reading(keypoints, skeleton.names)
+            reading, _ = build.choose_reading(one, config, skeleton, root, cache)
     except UserError as error:
         files = one.train_annotations, one.train_images
         wrong = [Finding(level="error", check="keypoints", text=str(error))]

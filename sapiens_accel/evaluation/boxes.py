@@ -14,7 +14,7 @@ from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import read_images
-from sapiens_accel.sources.coco import whole_number
+from sapiens_accel.sources.coco import number_of_id
 
 GROUND_TRUTH = "gt"
 
@@ -93,13 +93,14 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     images = read_images(people)
     rows: list[Row] = [
-        (whole_number(one.image_id), one.category_id, one.box_xywh, one.score, one.position) for one in found
+        (number_of_id(one.image_id), number_of_id(one.category_id), one.box_xywh, one.score, one.position)
+        for one in found
     ]
     here = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
     if not here:
         raise UserError(
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
-            f"{rows[0][0]}) is among the {len(images)} of {people.annotations}"
+            f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
     person = annotation_rules.person_category(people.annotations, people.reading)
     kept = [row for row in here if row[1] == person]

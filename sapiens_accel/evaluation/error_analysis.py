@@ -28,6 +28,7 @@ from numpy import ndarray as Array
 
 from sapiens_accel.pose.oks import NUM_BINS, similarities
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 
 GOOD_FROM, NEAR_FROM = 0.85, 0.5
 MOST_NAMED = 6  # keypoints of a sentence; of a whole body's 133 there may be more
@@ -102,7 +103,7 @@ def diagnose(
         areas: the persons' own, as labeled.
         image_ids: whose people may be taken for one another.
     """
-    labeled, mirror = labels[..., 2] > 0, list(skeleton.mirror)
+    labeled, mirror = is_labeled(labels), list(skeleton.mirror)
     similar = similarities(found_xy, labels[..., :2], areas, skeleton.sigmas)
     to_mirror = similarities(found_xy, labels[:, mirror, :2], areas, skeleton.sigmas)
     # The midline mirrors onto itself.
@@ -148,10 +149,10 @@ def _at_others(
             for order in (slice(None), mirror):
                 other_labels = labels[others][:, order]
                 near = similarities(found_xy[person], other_labels[..., :2], areas[others], skeleton.sigmas)
-                to_others[person] = np.maximum(to_others[person], (near * (other_labels[..., 2] > 0)).max(axis=0))
+                to_others[person] = np.maximum(to_others[person], (near * is_labeled(other_labels)).max(axis=0))
             # By the constant of the keypoint that it lies at: [missed, j].
             missed = np.flatnonzero(np.maximum(to_own[person], to_others[person]) < NEAR_FROM)
-            owner, joint = np.nonzero(labels[others][..., 2] > 0)
+            owner, joint = np.nonzero(is_labeled(labels[others]))
             apart = found_xy[person, missed][:, None] - labels[others][owner, joint][:, :2]
             variances = areas[others][owner] * (2 * sigmas[joint]) ** 2 + np.spacing(1)
             near = np.exp(-(apart**2).sum(axis=-1) / (2 * variances)) >= NEAR_FROM

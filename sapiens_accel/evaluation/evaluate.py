@@ -33,6 +33,7 @@ from sapiens_accel.evaluation.tables import format_protocol, format_table, proto
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import KeypointQuality, measure_points, oks
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.runtime import distributed, engine
 
 __all__ = ["METRICS", "Metrics", "Predictions", "format_protocol", "format_table", "oks", "protocol_settings"]
@@ -167,7 +168,7 @@ def _select(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
 
 
 def _oks_of(label: Array, others_xy: Array, area: float, skeleton: Skeleton) -> Array:
-    return oks(label[:, :2], others_xy, np.full(len(others_xy), area), skeleton.sigmas, label[:, 2] > 0)
+    return oks(label[:, :2], others_xy, np.full(len(others_xy), area), skeleton.sigmas, is_labeled(label))
 
 
 def describe_unmeasured(people: People, skeleton: Skeleton) -> list[str]:

@@ -19,6 +19,7 @@ from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.draw import Color
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.images import read_image
 
 PERSON_HW = (384, 384)
@@ -186,7 +187,7 @@ def _frame(
 ) -> Float[Array, "2 3"]:
     """panel_from_image: what shows both boxes, if the second has a size, and the labeled keypoints beside them."""
     several = np.stack([box_xywh, other_xywh] if other_xywh[2:].all() else [box_xywh])
-    corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[label[:, 2] > 0, :2]])
+    corners = np.concatenate([several[:, :2], several[:, :2] + several[:, 2:], label[is_labeled(label), :2]])
     low, high = corners.min(axis=0), corners.max(axis=0)
     size_wh = geometry.fit_aspect((AROUND * float(high[0] - low[0]), AROUND * float(high[1] - low[1])), panel_hw)
     return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
@@ -195,7 +196,7 @@ def _frame(
 def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, skeleton: Skeleton) -> list[ImageArray]:
     image, label, scores = person.image, person.label, predicted.scores
     true_xy, found_xy = geometry.apply(person.panel, label[:, :2]), geometry.apply(person.panel, predicted.points_xy)
-    width, labeled = image.shape[1], label[:, 2] > 0
+    width, labeled = image.shape[1], is_labeled(label)
     shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * is_found
     colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in person.kinds]
     missed = found_xy if is_found else true_xy  # of nobody: a dot where each keypoint is

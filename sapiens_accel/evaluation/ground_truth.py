@@ -1,11 +1,13 @@
 """What evaluated people are compared with: the annotation file that they came from, read once for all networks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People
+from sapiens_accel.sources.coco import given_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +17,24 @@ class GroundTruth:
     Attributes:
         dataset: a single category; areas and counts of every annotation. Labeled people who are not among the rows
             (their image does not decode, their box is empty) have no keypoints, and so are ignored as crowds and people
-            without keypoints are: no network could have predicted them.
-        category_id: of people, in the file.
+            without keypoints are: no network could have predicted them. The `category` of an annotation is one of
+            `categories`.
+        categories: those that are evaluated, by their id: the id as the file has it, and the name.
+        category_of: the category of each of the rows, by the id of its annotation.
         unmeasured_ids: of the people with labeled keypoints, no crowds, who are not among the rows.
+        num_without_area: annotations of the rows that have no 'area'; then that of the box is taken.
     """
 
     dataset: dict[str, Any]
-    category_id: Any
+    categories: Mapping[Any, tuple[Any, str]]
+    category_of: Mapping[Any, Any]
     unmeasured_ids: tuple[Any, ...]
+    num_without_area: int = 0
+
+    @property
+    def category_id(self) -> Any:
+        """That of people, or of the first category, as the file has it."""
+        return next(iter(self.categories.values()))[0]
 
 
 # One set of people is evaluated many times: by each network and variant of eval.py, and again and again in a training.
@@ -31,11 +43,13 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     """Read the annotation file of the people; once, as long as it is asked for the same ones."""
     tree, rows = people.source.read(), set(people.rows["ann_id"][:])
     zeros = [0.0] * (3 * num_keypoints)
-    categories = people.source.categories if people.reading.categories else ()
-    category_ids = annotation_rules.category_ids(categories, people.reading)
-    annotations, unmeasured = [], []
+    categories = evaluated_categories(people)
+    first = next(iter(categories))
+    only = set(categories) if annotation_rules.category_ids(people.source.categories, people.reading) else None
+    annotations, unmeasured, category_of, num_without_area = [], [], {}, 0
     for person in tree["annotations"]:
-        if category_ids and person.get("category_id", category_ids[0]) not in category_ids:
+        category = person.get("category_id", first)
+        if only and category not in only:
             continue
         box, is_crowd = person.get("bbox") or [0, 0, 0, 0], bool(person.get("iscrowd"))
         is_row = person.get("id") in rows
@@ -44,11 +58,17 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
             keypoints = annotation_rules.keypoint_numbers(person, num_keypoints, people.reading)
         if not is_row and any(v > 0 for v in (keypoints or ())[2::3]):
             unmeasured.append(person.get("id", -1))
+        if is_row:
+            category_of[person["id"]] = category
+            num_without_area += "area" not in person
+            # Rows hold the same numbers; NaN is there only where there is no label.
+            keypoints = [0.0 if number != number else number for number in keypoints or ()]
         annotations.append(
             {
                 "id": len(annotations) + 1,  # pycocotools takes an id of 0 for no match
                 "image_id": person["image_id"],
                 "category_id": 1,
+                "category": category,
                 "iscrowd": int(is_crowd),
                 "area": float(person.get("area", box[2] * box[3])),
                 "bbox": box,
@@ -58,9 +78,22 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     images = [{"id": image["id"]} for image in tree["images"]]
     return GroundTruth(
         dataset={"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]},
-        category_id=annotation_rules.person_category(people.annotations, people.reading),
+        categories=categories,
+        category_of=category_of,
         unmeasured_ids=tuple(unmeasured),
+        num_without_area=num_without_area,
     )
+
+
+def evaluated_categories(people: People) -> dict[Any, tuple[Any, str]]:
+    """The categories whose annotations count, by their id: the id as the file has it, and the name.
+
+    Where none is named as the people are, all annotations count, and theirs is the first category; 1 without any.
+    """
+    listed = people.source.categories
+    counted = annotation_rules.category_ids(listed, people.reading) or [one.get("id") for one in listed[:1]]
+    found = {one.get("id"): (given_id(one), str(one.get("name"))) for one in listed if one.get("id") in counted}
+    return found or {1: (1, "person")}
 
 
 @lru_cache(maxsize=1)

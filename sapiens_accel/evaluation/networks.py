@@ -148,6 +148,8 @@ def choose_skeleton(
         UserError: weights of other keypoints, or without any.
     """
     there = describe_keypoints(annotations, category, cache)
+    first, _ = _keypoints_of(several[0])
+    there = there.called(first) if first else there
     options = _options(there)
     for candidate in several:
         names, count = _keypoints_of(candidate)
@@ -217,7 +219,8 @@ def _stored(candidate: Candidate) -> Skeleton | None:
         tree = read_tree(file, json.loads, "JSON")
         lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
         edges = tuple((a, b) for a, b in tree["edges"])
-        return Skeleton(**lists, edges=edges, mirror_known=bool(tree.get("mirror_known", True)))
+        kinds = tuple(map(str, tree.get("categories") or ()))
+        return Skeleton(**lists, edges=edges, mirror_known=bool(tree.get("mirror_known", True)), categories=kinds)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray as Array
 from torch import Tensor
 
+from sapiens_accel.pose.visibility import is_labeled
+
 REDUCTIONS = (1, 2, 4, 8)  # what a JPEG decoder does
 FOUR_CHANNELS_AT_MOST = 2**21  # pixels; to copy a larger image with a fourth channel takes longer than it saves
 
@@ -187,4 +189,4 @@ def in_crop(
     width, height = (boxes_xywh[:, 2:] * padding).T
     sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)
     offset = np.abs(keypoints[..., :2] - (boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2)[:, None])
-    return (offset <= sizes[:, None] / 2).all(axis=-1) & (keypoints[..., 2] > 0)
+    return (offset <= sizes[:, None] / 2).all(axis=-1) & is_labeled(keypoints)

@@ -36,10 +36,11 @@ class Codec:
 
         Args:
             points_xy: input px.
-            weights: target weights; a keypoint of weight 0 gets an empty map.
+            weights: target weights; a keypoint of weight 0, or of a negative one, gets an empty map.
 
         Returns:
-            The float32 maps, and the weights with 0 for keypoints whose whole square lies outside the map.
+            The float32 maps, and the weights: 0 for keypoints whose whole square lies outside the map, and positive
+            where they were negative: that these maps are empty is to be learned.
         """
         height, width = self.heatmap_hw
         radius = int(3 * self.sigma)
@@ -48,8 +49,9 @@ class Codec:
         pixel_x, pixel_y = (x + 0.5).trunc(), (y + 0.5).trunc()
         outside = (pixel_x - radius >= width) | (pixel_y - radius >= height)
         outside |= (pixel_x + radius + 1 < 0) | (pixel_y + radius + 1 < 0)
-        weights = weights.masked_fill(outside, 0.0)
-        drawn = (weights > 0).float()
+        drawn = (weights > 0) & ~outside
+        weights = torch.where(drawn, weights, weights.clamp_max(0.0).abs())
+        drawn = drawn.float()
         column = self._profile(x, pixel_x, width, radius)
         row = self._profile(y, pixel_y, height, radius).mul_(drawn[..., None])
         row, column = row[..., :, None], column[..., None, :]

@@ -10,8 +10,9 @@ edges: [[wrist, thumb_tip], ...]      lines in images
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class Category:
     Attributes:
         categories: as in annotation_rules.Reading.
         kind: what they are called.
+        chosen: the names of all of them.
         names: one name for each keypoint; None if it names none.
         edges: pairs of names.
         count: keypoints of its annotations; None if none has any.
@@ -69,6 +71,16 @@ class Category:
     count: int | None = None
     whole: bool = False
     told: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+
+    def called(self, names: tuple[str, ...]) -> "Category":
+        """The same, its keypoints called so in this order if a tool has only numbered them ("1", "2", "point_3")."""
+        if not self.names or len(self.names) != len(names) or not is_numbered(self.names):
+            return self
+        if {*map(words, self.names)} & {*map(words, names)}:
+            return self
+        new = dict(zip(self.names, names, strict=True))
+        return replace(self, names=names, edges=tuple((new[a], new[b]) for a, b in self.edges))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +129,10 @@ def _pairs(found: Any, where: str) -> tuple[tuple[str, str], ...] | None:
     if found is None:
         return None
     for pair in found if isinstance(found, list) else [found]:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+        # A name that is a number need not be in quotes.
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(name) in (str, int) for name in pair)):
             raise UserError(f"{where}: expected pairs of names, [[left_eye, right_eye], ...], found {str(pair)[:80]}")
-    return tuple((a, b) for a, b in found)
+    return tuple((str(a), str(b)) for a, b in found)
 
 
 def _sigmas(found: Any, where: str) -> Mapping[str, float] | tuple[float, ...] | None:
@@ -151,15 +164,28 @@ def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) 
         UserError: nothing names the keypoints; a name in the YAML that is none of them.
     """
     told = tuple(dict.fromkeys(line for one in several for line in one.told))
+    kinds = tuple(several[0].chosen) if several and several[0].chosen != ("person",) else ()
+    if asked and asked.names:
+        renamed = [one.called(asked.names) for one in several]
+        told += tuple(
+            f"{one.file}: its keypoints {short(one.names or (), 3)} are {short(other.names or (), 3)}, in this order"
+            for one, other in zip(several, renamed, strict=True)
+            if one is not other
+        )
+        several = renamed
     if isinstance(asked, Skeleton):
-        return asked, (*told, f"keypoints: {asked.num_keypoints}, built in")
+        return _of_kinds(asked, kinds), (*told, f"keypoints: {asked.num_keypoints}, built in")
     names = _wanted(asked, several) if asked and asked.names else _together(several)
     built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
     if built_in and asked is None:
         other = "" if built_in.names == names else f" (here spelled differently: {short(names, 3)})"
-        return built_in, (*told, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
+        return _of_kinds(built_in, kinds), (*told, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
     found, lines = _made(names, several, asked or Given(file=""), built_in)
-    return found, (*told, *lines)
+    return _of_kinds(found, kinds), (*told, *lines)
+
+
+def _of_kinds(skeleton: Skeleton, kinds: tuple[str, ...]) -> Skeleton:
+    return replace(skeleton, categories=kinds) if kinds else skeleton
 
 
 def _name_of(built_in: Skeleton) -> str:
@@ -365,6 +391,11 @@ def check_names(found: Any, where: str) -> tuple[str, ...] | None:
     if twice:
         raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
     return tuple(found)
+
+
+def is_numbered(names: Sequence[str]) -> bool:
+    """Whether the names are one word with different numbers, or numbers alone, as tools write by themselves."""
+    return all(re.search(r"\d", name) for name in names) and len({re.sub(r"\d+", "", name) for name in names}) == 1
 
 
 def short(names: Sequence[str], at_most: int = SHOWN) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Complex, Float, Int
 from numpy import ndarray as Array
 
+from sapiens_accel.pose.visibility import is_labeled
+
 MAX_PEOPLE = 300
 MAX_DISTANCES = 1_500_000  # people x keypoints x keypoints, so that 133 and 308 keypoints take seconds
 TRIED_ON, IMPROVED = 50, 3  # people on whom each start is tried; starts that are improved on all
@@ -41,11 +43,11 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPa
     """The pairs that are near certain, in the order of keypoints; none where people are too few or have no symmetry.
 
     Args:
-        keypoints: x, y (px) and v; labeled where v > 0.
+        keypoints: x, y (px) and v.
         seed: of the people that are looked at, and of the resamples.
     """
     rng = np.random.default_rng(seed)
-    keypoints = keypoints[(keypoints[..., 2] > 0).sum(1) >= 4]
+    keypoints = keypoints[is_labeled(keypoints).sum(1) >= 4]
     if len(keypoints) < MIN_PEOPLE:
         return []
     most = min(MAX_PEOPLE, max(3 * MIN_PEOPLE, MAX_DISTANCES // keypoints.shape[1] ** 2))
@@ -75,7 +77,7 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPa
 def _normalize(keypoints: Float[Array, "n k 3"]) -> Complex[Array, "n k"]:
     """Around each person's mean and by the root mean square distance from it; NaN where not labeled."""
     z = keypoints[..., 0] + 1j * keypoints[..., 1]
-    z = np.where(keypoints[..., 2] > 0, z, np.nan + 1j * np.nan)
+    z = np.where(is_labeled(keypoints), z, np.nan + 1j * np.nan)
     z = z - np.nanmean(z, axis=1, keepdims=True)
     return z / np.maximum(np.sqrt(np.nanmean(np.abs(z) ** 2, axis=1, keepdims=True)), 1e-6)
 

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
+from sapiens_accel.pose.visibility import is_labeled
+
 NEAR = 0.2  # PCK@0.2: of the longer side of the person's box
 RIGHT = 0.5  # OKS of one keypoint above which it counts as right, for its calibration
 NUM_BINS = 10
@@ -101,10 +103,10 @@ def measure_points(
 
     Args:
         found_xy, scores: each person's prediction.
-        labels: x, y and visibility; those of visibility 0 do not count.
+        labels: x, y and v; those without label do not count.
         areas, boxes_xywh: the persons' own, as labeled.
     """
-    labeled = labels[..., 2] > 0
+    labeled = is_labeled(labels)
     similar = similarities(found_xy, labels[..., :2], areas, sigmas)
     distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
     near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]

@@ -1,7 +1,7 @@
 """What a set of keypoints means: names, mirror order, OKS sigmas, body halves, drawing edges."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ class Skeleton:
         edges: pairs of indices to join with a line in images.
         mirror_known: False where nothing says which keypoints are left and right. Then `mirror` is a guess (each
             keypoint its own), and no image may be mirrored: on 68-point faces that cost 17.4 px of error for 6.5.
+        categories: the names of the categories that have these keypoints; empty: person.
 
     Raises:
         ValueError: names that are none or stand twice, indices of other keypoints, sigmas outside of (0, 1].
@@ -31,6 +32,7 @@ class Skeleton:
     upper: tuple[int, ...]
     edges: tuple[tuple[int, int], ...]
     mirror_known: bool = True
+    categories: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -71,6 +73,7 @@ class Skeleton:
             upper=tuple(sorted(new[k] for k in self.upper if k in new)),
             edges=tuple((new[a], new[b]) for a, b in self.edges if a in new and b in new),
             mirror_known=self.mirror_known,
+            categories=self.categories,
         )
 
 

@@ -19,6 +19,7 @@ from sapiens_accel.sources.schema import Fault, Span
 MAX_TREES = 2  # parsed files that are held: of training and of validation
 MAX_ANNOTATIONS_HELD = 100_000  # COCO's validation has 11,000; the 262,000 of its training take 2 GB as objects
 WHOLE_NUMBER = re.compile(r"\s*-?\d{1,40}\s*", re.ASCII)
+HASHED = 1 << 62  # set in the number of an id that is a text
 COLON = re.compile(r":\s*")
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 
@@ -28,9 +29,10 @@ _trees: OrderedDict[tuple[Path, int, int, int], Any] = OrderedDict()
 def parse_json(path: Path) -> Any:
     """A JSON file's content.
 
-    A file is parsed once while it does not change, so callers must not change what they get. Ids of images and
-    annotations are whole numbers however they are written ("000000000785", 5.0), so that whoever compares them (Arrow's
-    tables, pycocotools, detections) has the same.
+    A file is parsed once while it does not change, so callers must not change what they get. Ids of images,
+    annotations and categories are whole numbers however they are written (see `number_of_id`), so that whoever compares
+    them (Arrow's tables, pycocotools, detections) has the same; what was written as text is there as `given_id` and
+    `given_image_id`. An annotation without an id has one that no other has.
 
     Raises:
         UserError: it is not JSON.
@@ -129,13 +131,48 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value) else value
 
 
+def number_of_id(value: Any) -> Any:
+    """An id as an int: the whole number that it is, however it is written; of any other text, a 62-bit hash of it.
+
+    The same text has the same number in every file, table and stream, so nobody keeps a list of them. What is no id
+    stays as it is.
+    """
+    number = whole_number(value)
+    if not isinstance(number, str) or not number.strip():
+        return number
+    digest = hashlib.blake2b(number.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return HASHED | int.from_bytes(digest, "big") >> 2
+
+
+def given_id(item: dict[str, Any]) -> Any:
+    """The id of an image, annotation or category as it was written, for messages and for files that others read."""
+    return item.get("given_id", item.get("id"))
+
+
 def _normalize_ids(tree: dict[str, Any]) -> None:
-    for key, names in (("images", ("id",)), ("annotations", ("id", "image_id"))):
+    of_annotation = {"id": "given_id", "image_id": "given_image_id", "category_id": None}
+    for key, names in (
+        ("images", {"id": "given_id"}),
+        ("categories", {"id": "given_id"}),
+        ("annotations", of_annotation),
+    ):
         items = tree.get(key)
         for item in items if isinstance(items, list) else ():
-            for name in names if isinstance(item, dict) else ():
+            for name, given in names.items() if isinstance(item, dict) else ():
                 if type(value := item.get(name)) in (float, str):
-                    item[name] = whole_number(value)
+                    item[name] = number_of_id(value)
+                    if given and isinstance(value, str):
+                        item[given] = value
+    _number_those_without_id(tree.get("annotations"))
+
+
+def _number_those_without_id(annotations: Any) -> None:
+    """Some tools write none: the numbers that follow the largest id, or from 0."""
+    objects = [one for one in annotations if isinstance(one, dict)] if isinstance(annotations, list) else []
+    without = [one for one in objects if one.get("id") is None]
+    largest = max((one["id"] for one in objects if type(one.get("id")) is int), default=-1) if without else -1
+    for number, one in enumerate(without, start=largest + 1):
+        one["id"] = number
 
 
 def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
@@ -193,16 +230,16 @@ def _image_faults(images: list[Any], valid: list[dict[str, Any]] | None = None) 
             yield Fault("images", f"images, entry {index}: {reason}")
         elif names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
             both = f"{names[image['id']]} and {image['file_name']}"
-            yield Fault("ids", f"images: id {show_value(image['id'])} is of two images, {both}")
+            yield Fault("ids", f"images: id {show_value(given_id(image))} is of two images, {both}")
         elif valid is not None:
             valid.append(image)
 
 
 def find_image_fault(image: dict[str, Any]) -> str | None:
     """Why one of a JSON's `images` cannot be taken. A name must stay in the folder of images, and in one line."""
-    key, name = image["id"], image["file_name"]
-    if isinstance(key, bool) or not isinstance(key, int):
-        return f"expected an id that is a whole number, found {show_value(key)}"
+    key, name = given_id(image), image["file_name"]
+    if isinstance(image["id"], bool) or not isinstance(image["id"], int):
+        return f"expected an id that is a whole number or a text, found {show_value(key)}"
     if not isinstance(name, str) or not PurePosixPath(name).name:
         return f"id {show_value(key)}: expected the name of a file, found {show_value(name)}"
     if name.startswith("/") or ".." in name.split("/"):

@@ -23,6 +23,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 JPEG_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: those that are decoded at other sizes
 JPEG_APP1 = 0xE1
+DEEP_STARTS = (b"II*\0", b"MM\0*", b"\x89PNG")  # TIFF and PNG may have 16 bits
 # OpenCV from 4.11 on decodes to RGB; a reduction is named with the flag of gray, which the one of color overrules.
 RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
 REDUCED = {
@@ -37,6 +38,7 @@ IMAGE_SUFFIXES = shards.SUFFIXES
 MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
 TOO_LARGE = f"has more than {MAX_PIXELS:,} px (OPENCV_IO_MAX_IMAGE_PIXELS)"
 PIL.Image.MAX_IMAGE_PIXELS = None  # only headers are read with Pillow, and `check_size` compares them with our limit
+TWELVE_BITS = 12  # a 16-bit image without any larger value is taken for one of 12 bits
 HEADS = (1 << 12, 1 << 16)  # bytes that usually hold the header: of an image off the web, and of a camera's with EXIF
 TAIL = 64  # bytes
 
@@ -105,6 +107,16 @@ def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:
 
 
 def _decode(content: shards.Bytes, how: int) -> Array:
+    """The 8-bit image. OpenCV divides 16 bits by 256, which makes the 12 bits of a microscope or a camera black."""
+    image = _decode_by_opencv(content, how)
+    if bytes(content[:4]) in DEEP_STARTS and image.max(initial=0) < 1 << TWELVE_BITS - 8:
+        deep = _decode_by_opencv(content, how | cv2.IMREAD_ANYDEPTH)
+        if deep.dtype == np.uint16:
+            return (deep >> TWELVE_BITS - 8).astype(np.uint8)
+    return image
+
+
+def _decode_by_opencv(content: shards.Bytes, how: int) -> Array:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
     except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None

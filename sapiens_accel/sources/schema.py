@@ -44,11 +44,13 @@ class Reading:
         count: keypoints of an annotation.
         source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
             they are the run's own, in its order.
+        threshold: v is a score, from which on a keypoint has a label; None: v is COCO's.
     """
 
     categories: tuple[str, ...] = ()
     count: int | None = None
     source: tuple[int, ...] | None = None
+    threshold: float | None = None
 
 
 PLAIN = Reading()

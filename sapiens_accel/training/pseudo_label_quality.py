@@ -25,6 +25,7 @@ from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, cut_out
 
 NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is labeled_pair to +-0.01, and they take seconds
@@ -68,7 +69,9 @@ class Holdout(Dataset[LabeledPair]):
         truth = transform_keypoints(strong, np.asarray(row["keypoints"]), self.config.input_hw, self.augmenter.skeleton)
         area = row["area"] * abs(np.linalg.det(strong.matrix(self.config.input_hw)[:, :2]))
         points_xy = torch.from_numpy(truth[:, :2].astype(np.float32))
-        return LabeledPair(pair, points_xy, torch.from_numpy(truth[:, 2] > 0), torch.tensor(area, dtype=torch.float64))
+        return LabeledPair(
+            pair, points_xy, torch.from_numpy(is_labeled(truth)), torch.tensor(area, dtype=torch.float64)
+        )
 
 
 def probe(

@@ -22,7 +22,14 @@ CATEGORIES = [{"id": 4, "name": "person"}, {"id": 7, "name": "dog"}]
 # What may stand in an annotation, and what each value does: "" it is taken or left out, else what a refusal names.
 GOOD: dict[str, list[Any]] = {
     "bbox": [[1, 2, 3, 4], [0, 0, 0, 5], [5, 5, 5, -1], [1.5, 2.5, 1e7, 1]],
-    "keypoints": [None, [], [1, 2, 2] * K, [0, 0, 0, 1.5, 2, 1, 3, 4, 2], [1, 1, -1, 2, 2, 0, 3, 3, 3]],
+    "keypoints": [
+        None,
+        [],
+        [1, 2, 2] * K,
+        [0, 0, 0, 1.5, 2, 1, 3, 4, 2],
+        [1, 1, -1, 2, 2, 0, 3, 3, 1],
+        [NAN, NAN, 0, 2, 2, 2, NAN, NAN, NAN],
+    ],
     "area": [None, 0, 3.5, 1e14],
     "iscrowd": [None, 0, 0, 0, 1],
     "category_id": [4, 4, 4, None, 7],
@@ -39,7 +46,17 @@ BAD: dict[str, list[Any]] = {
         [-1e9, 1, 0, 1],
         [1, 1, 1e-9, 1],
     ],
-    "keypoints": [[1, 2, 2] * (K + 1), [1, 2], [1, NAN, 2] * K, [1, 2, INF] * K, [1, 1e8, 2] * K, [1, 2, 0.7] * K],
+    "keypoints": [
+        [1, 2, 2] * (K + 1),
+        [1, 2],
+        [1, NAN, 2] * K,
+        [1, 2, INF] * K,
+        [1, 1e8, 2] * K,
+        [1, 2, 0.7] * K,
+        [1, 2, 3] * K,
+        [NAN, NAN, 2] * K,
+        [NAN, 1, 0] * K,
+    ],
     "area": [-1, NAN, INF, 2e14],
     "iscrowd": [2, -1],
 }
@@ -132,9 +149,11 @@ def test_five_lists_of_a_whole_body_are_taken_alike(tmp_path: Path, num_keypoint
 
 
 def test_scores_in_place_of_v_are_refused_in_one_line(tmp_path: Path) -> None:
-    """Trained with, they gave a loss and a gradient of 0: the loss takes v from 1 on."""
+    """They gave a loss and a gradient of 0 while the loss took v from 1 on."""
     people = [{"id": 7, "image_id": 0, "bbox": [1, 2, 3, 4], "keypoints": [1, 2, 0.87] * K, "category_id": 4}]
     for write in (_as_json, _as_shards):
         reader = PeopleReader(source=open_source(write(tmp_path, people)), prefix="x", num_keypoints=K)
-        with pytest.raises(UserError, match=r"annotation 7: expected v of 0 .* found 0.87, as a detector's scores"):
+        with pytest.raises(
+            UserError, match=r"annotation 7: expected v of 0 .* found 0.87; .*--data.visibility_threshold"
+        ):
             list(reader.chunks(needs_keypoints=True))

@@ -445,7 +445,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             file.write_text(json.dumps(tree))
 
     said = broken(train, lambda tree: tree["annotations"][4]["keypoints"].pop(), tree)
-    assert f"{train}: annotation 5: expected 63 keypoint numbers, found 62" in said
+    assert f"{train}: annotation 5: expected 63 numbers in 'keypoints' (x, y, v of 21), found 62" in said
     said = broken(val, lambda tree: tree["categories"][0].update(keypoints=[f"p{k}" for k in range(21)]), tree_of_val)
     assert f"{val}: none of the run's keypoints (palm, thumb_mcp, thumb_pip, ...) is among its own (p0, p1" in said
     said = broken(train, lambda tree: tree["categories"][0].pop("keypoints"), tree)

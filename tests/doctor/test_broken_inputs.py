@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "id a fraction": (_person(id=2.5), "2.5"),
     "id NaN": (_person(id=NAN), "nan"),
     "id infinite": (_person(id=INF), "inf"),
-    "no ids": (_without("annotations", "id"), "'id'"),
+    "v of 7": (_point(2, 7), "found 7"),
     "bbox with NaN": (_person(bbox=[NAN, 1, 9, 9]), "annotation 3"),
     "bbox infinite": (_person(bbox=[1, 1, INF, 9]), "annotation 3"),
     "bbox beyond any image": (_person(bbox=[1, 1, 1e300, 1e300]), "annotation 3"),
@@ -163,6 +163,7 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "iscrowd of text": (_person(iscrowd="0"), "'iscrowd'"),
     "categories of text": (lambda t: t | {"categories": "person"}, "categories"),
     "categories of numbers": (lambda t: t | {"categories": [1]}, "categories"),
+    "v of 3, as AI Challenger writes": (_point(2, 3), "AI Challenger"),
 }  # fmt: skip
 LEFT_OUT: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "box of no width": (_person(bbox=[5, 5, 0, 9]), "annotation 3"),
@@ -174,7 +175,7 @@ WARNED: dict[str, tuple[Callable[[Tree], Tree], str, str]] = {
     "an id of two annotations": (_person(id=1), "warning", "annotation 1 "),
     "a box outside of the image": (_person(bbox=[900, 20, 30, 40]), "error", "annotation 3"),
     "keypoints outside of the image": (_point(0, 5000.0), "warning", "annotation 3"),
-    "v of 7": (_point(2, 7), "warning", "annotation 3"),
+    "v=0 with coordinates": (_point(2, 0), "warning", "annotation 3"),
     "area 0": (_person(area=0), "warning", "annotation 3"),
     "num_keypoints that is not so": (_person(num_keypoints=3), "warning", "annotation 3"),
     "another size in the JSON": (_picture(width=480, height=320), "error", "000000000002.jpg"),
@@ -230,6 +231,16 @@ def test_an_odd_annotation_file_is_read(run: Config, root: Path, case: str) -> N
     tree = READ[case](json.loads((root / TRAIN).read_text()))
     (root / TRAIN).write_text(json.dumps(tree), encoding="utf-8-sig")  # with a byte order mark
     assert _open(run).train.rows.to_list() == before
+    assert doctor.check_data(run)[0].count("error") == 0
+
+
+def test_annotations_without_ids_are_numbered(run: Config, root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    (root / TRAIN).write_text(json.dumps(_without("annotations", "id")(tree)))
+    assert _open(run).train.rows["ann_id"][:] == list(range(NUM))
+    del tree["annotations"][2]["id"]
+    (root / TRAIN).write_text(json.dumps(tree))
+    assert _open(run).train.rows["ann_id"][:] == [1, 2, NUM + 1, *range(4, NUM + 1)]
     assert doctor.check_data(run)[0].count("error") == 0
 
 

@@ -271,7 +271,8 @@ def test_within_a_pixel_of_the_border_is_inside() -> None:
     inside = _with(_labels(60), "keypoints", 7, [[240.0, -1.0, 2], *_labels(1).keypoints[0, 1:]])
     assert examine.find_faults(inside, COCO17, scored=True) == []
     unseen = _with(_labels(60), "keypoints", 7, [[900.0, -50.0, 0], *_labels(1).keypoints[0, 1:]])
-    assert examine.find_faults(unseen, COCO17, scored=True) == [], "not labeled: it may be anywhere"
+    (finding,) = examine.find_faults(unseen, COCO17, scored=True)
+    assert finding.text.startswith("1 keypoint (0% of those with coordinates) of 1 person have v=0"), "not outside"
 
 
 @pytest.mark.parametrize(("scored", "level"), [(True, "error"), (False, "warning")])
@@ -778,7 +779,11 @@ def test_what_the_reader_alone_refuses_is_an_error_too(root: Path, capsys: pytes
     _change(root, lambda people: [person.update(keypoints=[0] * 51, num_keypoints=0) for person in people])
     with pytest.raises(SystemExit) as left:
         doctor.main(_words(root))
-    assert left.value.code == 1 and "none of its 120 people has a labeled keypoint" in capsys.readouterr().out
+    assert (
+        left.value.code == 1
+        and "120 of its 120 annotations are left out of the labeled people: 120 without a labeled keypoint (v > 0)"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_text_names_a_few_and_counts_the_rest(drawn: Path) -> None:
