@@ -103,7 +103,7 @@ def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
         root, cache = build.places(files)
         skeleton, note = networks.choose_skeleton(candidates, root / annotations, files.category, cache)
-        people = build.open_split(run.data, skeleton, run.eval.split)
+        people = evaluate.use_areas(build.open_split(run.data, skeleton, run.eval.split), run.eval)
     if note:
         accelerator.print(note)
     return people, skeleton

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from sapiens_accel.config.schema import Config
-from sapiens_accel.data import build, sampling
+from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import Interrupted, run_main
 from sapiens_accel.evaluation import evaluate
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
     failures.on_each_rank(lambda: check_folders(run))
+    failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))
     with run_folder.lock_run(accelerator, run):
         train_stages(accelerator, run, argv)
 
@@ -73,9 +74,10 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
             if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
     images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
-    accelerator.print(
-        f"\n{evaluate.format_table(table, evaluate.format_protocol(run.eval))}\n\nimages:", *images, sep="\n  "
-    )
+    if accelerator.is_main_process:
+        area = evaluate.describe_area(sets.split(run.eval.split), skeleton, run.eval)
+        title = evaluate.format_protocol(run.eval, area)
+        print(f"\n{evaluate.format_table(table, title)}\n\nimages:", *images, sep="\n  ")
 
 
 def check_folders(run: Config) -> None:

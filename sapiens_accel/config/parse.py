@@ -63,7 +63,9 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}, or the command line: an option of another type: {reason}") from None
     output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
-    config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir))
+    transforms = read_transforms(config.augment.albumentations)
+    augment = dataclasses.replace(config.augment, albumentations=transforms)
+    config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir, augment=augment))
     for key, limits, value in range_faults(config, Config):
         where = _where(key, words, path, tree)
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
@@ -168,6 +170,45 @@ def _check_values(config: Config) -> None:
         raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
     if html is not None and (not html or Path(html).is_dir()):
         raise UserError(f"--eval.html {html or '(empty)'}: expected a file to write, as eval.html")
+
+
+def read_transforms(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """`augment.albumentations` as a list of {NAME: {ARGUMENT: VALUE}}, from a list or the file that has one.
+
+    A run records the list, so that it is the same run whatever becomes of the file.
+
+    Raises:
+        UserError: no such file, or no such list.
+    """
+    where = "--augment.albumentations"
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = yaml.safe_load(value)
+    if isinstance(value, str):
+        if not Path(value).is_file():
+            raise UserError(
+                f"{where} {value}: no such file (expected a YAML file, or a list: [{{GaussNoise: {{p: 0.3}}}}])"
+            )
+        where, value = f"{where} {value}", _read_list(Path(value))
+    listed = []
+    for number, one in enumerate(value, start=1):
+        pair = {one: None} if isinstance(one, str) else one
+        name, arguments = next(iter(pair.items())) if isinstance(pair, Mapping) and len(pair) == 1 else (None, None)
+        if not isinstance(name, str) or not isinstance(arguments, Mapping | None):
+            raise UserError(
+                f"{where}: entry {number}: expected NAME or {{NAME: {{ARGUMENT: VALUE}}}}, found {str(one)[:100]}"
+            )
+        listed.append({name: dict(arguments or {})})
+    return tuple(listed)
+
+
+def _read_list(file: Path) -> list[Any]:
+    """The list that a YAML file holds."""
+    value = read_tree(file, lambda text: {"": yaml.safe_load(text)}, "YAML")[""]
+    if not isinstance(value, list):
+        raise UserError(f"{file}: expected a list of transforms, found {type(value).__name__}")
+    return value
 
 
 def check_model_id(name: str | None) -> None:

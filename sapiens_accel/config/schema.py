@@ -8,11 +8,12 @@ the values stay plain numbers, which YAML writes and a type checker understands.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
 Place = Literal["device", "sharded", "host"]
+BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that there are without it
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,6 +195,10 @@ class AugmentConfig:
     """Probability of each of box blur and median blur, 3 to 7 px."""
     coarse_dropout_p: Fraction = 0.5
     """Probability of one black rectangle of 20-40 % of the height and of the width. Published: 1.0."""
+    albumentations: tuple[dict[str, Any] | str, ...] | str | None = None
+    """Pixel transforms of albumentations in place of the built-in ones (photometric_p, blur_p, coarse_dropout_p): a
+    YAML file, or a list, [{GaussNoise: {p: 0.3}}, {CLAHE: {clip_limit: 2, p: 0.1}}], in this order. `built_in` in the
+    list stands for the built-in ones. Transforms that move pixels are refused."""
     weak_rotation: Degrees = 10.0
     """ssl, the teacher's view: rotation is weak_rotation * t degrees, t standard normal truncated to [-2, 2]."""
     weak_scale: BelowOne = 0.15
@@ -357,6 +362,11 @@ class EvalConfig:
     """People of one image whose OKS is above this are the same person."""
     score_threshold: Fraction = 0.2
     """Keypoints below this do not count in a person's score."""
+    area: Literal["annotation", "box"] = "annotation"
+    """A person's area in OKS: as annotated, where the JSON has one, or 0.53 of the box, as CrowdPose and AI Challenger
+    are evaluated. Without `area` in the JSON it is the second in any case; every table says which."""
+    max_people: PositiveCount = 20
+    """Predictions of one image that count, the best ones. COCO's number is 20."""
     backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
     """What computes AP and AR; faster_coco_eval gives the same numbers sooner (pip install faster-coco-eval)."""
     save_predictions: str | None = None

@@ -19,6 +19,7 @@ from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose import visibility
+from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.coco import BROKEN, given_id, image_names, number_of_id, reason, show_value
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
@@ -243,7 +244,7 @@ class PeopleReader:
         v = points[:, 2]
         if (odd := visibility.is_odd(v)).any() and not self._is_in_lists(annotation):
             raise ValueError(visibility.describe_odd(v[odd][0]))
-        area = annotation.get("area", float(box[2] * box[3]))
+        area = annotation.get("area", AREA_OF_BOX * float(box[2] * box[3]))
         if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
             raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
         return {
@@ -291,7 +292,7 @@ class PeopleReader:
         )
         check.keep(np.asarray((sides > 0).all(axis=1)), NO_SIZE)
         points = self._keypoints(check)
-        area = _field(people, "area", boxes[:, 2] * boxes[:, 3])
+        area = _field(people, "area", AREA_OF_BOX * (boxes[:, 2] * boxes[:, 3]))
         check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
         chosen = np.flatnonzero(check.taken)
         return PeopleColumns(

@@ -1,30 +1,37 @@
 """A person's row and a generator to a crop (half body, scale, rotation, shift, mirror), and changes of pixels.
 
 The geometry follows facebookresearch/sapiens, pose/mmpose/datasets/transforms/common_transforms.py; draws differ, since
-every one comes from the generator that is passed in. Pixels are changed by albumentations.
+every one comes from the generator that is passed in. Pixels are changed here, or by transforms of albumentations.
 """
 
+import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
-from numpy.random import Generator
+from numpy.random import Generator, default_rng
 
-from sapiens_accel.config.schema import AugmentConfig
+from sapiens_accel.config.schema import BUILT_IN, AugmentConfig
+from sapiens_accel.errors import UserError
 from sapiens_accel.pose.geometry import Crop, fit_aspect
+from sapiens_accel.pose.infer_skeleton import nearest
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 
 # albumentations asks the network for its newest version on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+import albumentations
 from albumentations.augmentations.blur import functional as blur
+from albumentations.augmentations.dropout.transforms import BaseDropout
+from albumentations.core.transforms_interface import BasicTransform, ImageOnlyTransform
 
 HALF_BODY_MIN_KEYPOINTS = 9
 HALF_BODY_MIN_UPPER, HALF_BODY_MIN_LOWER = 2, 3
@@ -94,7 +101,21 @@ class Augmenter:
         return replace(_moved(weak, shift, scale, degrees), flip=weak.flip ^ bool(rng.random() < config.flip_p))
 
     def pixel_changes(self) -> tuple[Change, ...]:
-        """Photometric changes, blurs and one black rectangle; `change_pixels` draws and runs them."""
+        """Photometric changes, blurs and one black rectangle, or the transforms of `augment.albumentations`.
+
+        `change_pixels` draws and runs them.
+
+        Raises:
+            UserError: as `open_transforms`.
+        """
+        if self.config.albumentations is None:
+            return self._built_in_changes()
+        changes: list[Change] = []
+        for transform in open_transforms(self.config.albumentations):
+            changes += self._built_in_changes() if transform is None else [Change(1.0, partial(_apply, transform))]
+        return tuple(changes)
+
+    def _built_in_changes(self) -> tuple[Change, ...]:
         p = self.config.photometric_p
         return (
             Change(1.0, partial(_colors, p=p)),
@@ -128,6 +149,104 @@ def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> P
         if rng.random() < change.p:
             image = change.apply(image, rng)
     return image
+
+
+# ---- The user's own changes of pixels
+
+
+def open_transforms(listed: Sequence[Mapping[str, Any]] | str) -> list[BasicTransform | None]:
+    """The transforms of `augment.albumentations`; None stands for the built-in changes.
+
+    Args:
+        listed: {NAME: {ARGUMENT: VALUE, ...}} each, as `config.parse` reads them.
+
+    Raises:
+        UserError: a transform that is not there, that moves pixels, or that needs more than an image; an argument that
+            it does not have (albumentations itself would only warn) or a value that it does not take.
+    """
+    assert not isinstance(listed, str), "config.parse has read the file"
+    pairs = [(name, arguments or {}) for one in listed for name, arguments in one.items()]
+    return [None if name == BUILT_IN else _open_transform(name, arguments) for name, arguments in pairs]
+
+
+def describe_transforms(config: AugmentConfig) -> list[str]:
+    """Which changes of pixels are not the built-in ones, in a line; none where all are."""
+    if config.albumentations is None:
+        return []
+    names = [name for one in config.albumentations if isinstance(one, dict) for name in one]
+    instead = "" if BUILT_IN in names else ", in place of the built-in ones (photometric_p, blur_p, coarse_dropout_p)"
+    return [f"changes of pixels: {', '.join(names) or 'none'} (albumentations {albumentations.__version__}){instead}"]
+
+
+def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
+    where = f"--augment.albumentations: {name}"
+    kind = getattr(albumentations, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, BasicTransform)):
+        version = albumentations.__version__
+        raise UserError(f"{where}: no transform of albumentations {version}{nearest(name, _pixel_transforms())}")
+    if not _keeps_places(kind):
+        raise UserError(
+            f"{where}: moves pixels, and keypoints would not follow (expected a transform of colors or noise). "
+            "Rotation, scale, shift and flip are --augment.rotation, .scale, .shift and .flip_p"
+        )
+    known = [key for key in inspect.signature(kind).parameters if key not in ("args", "kwargs")]
+    for argument in arguments:
+        if argument not in known:
+            takes = f"(expected {', '.join(known)})"
+            raise UserError(f"{where}: no argument {argument!r} {takes}{nearest(argument, known)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it warns where it replaces a value by its default
+            transform = kind(**arguments)
+    except Exception as error:
+        raise UserError(f"{where}: {_reason(error)}") from None
+    _try_out(where, transform)
+    return transform
+
+
+def _keeps_places(kind: type) -> bool:
+    """Whether what is seen stays where it is: transforms of the image alone, and those that put something over it."""
+    over = (BaseDropout, albumentations.PixelDropout, albumentations.XYMasking)
+    return issubclass(kind, ImageOnlyTransform) or issubclass(kind, over)
+
+
+def _pixel_transforms() -> list[str]:
+    every = vars(albumentations).items()
+    return [name for name, kind in every if isinstance(kind, type) and _keeps_places(kind)]
+
+
+def _try_out(where: str, transform: BasicTransform) -> None:
+    """Refuse what does not make an image of an image alone: a reference that it needs, another type or size."""
+    image = default_rng(0).integers(0, 256, (96, 72, 3), dtype=np.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transform.set_random_seed(0)
+            changed = transform(image=image.copy(), force_apply=True)["image"]
+    except Exception as error:
+        raise UserError(f"{where}: fails on an image: {_reason(error)}") from None
+    if changed.dtype != np.uint8 or changed.shape != image.shape:
+        shape = "x".join(map(str, changed.shape))
+        raise UserError(
+            f"{where}: makes {changed.dtype} of {shape} of an image (expected uint8 of 96x72x3); leave it out"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """An error of albumentations in one line; pydantic lists what is wrong with each argument."""
+    list_faults: Any = getattr(error.__cause__, "errors", None)
+    faults = list_faults() if callable(list_faults) else []
+    texts = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, found {fault['input']!r}" for fault in faults]
+    return " ".join(("; ".join(texts) or f"{type(error).__name__}: {error}").split())[:300]
+
+
+def _apply(transform: BasicTransform, image: Pixels, rng: Generator) -> Pixels:
+    """The transform with randomness of its own that follows from `rng`; it draws itself whether it does anything."""
+    transform.set_random_seed(int(rng.integers(2**32)))
+    return np.ascontiguousarray(transform(image=image)["image"])
+
+
+# ---- The built-in changes of pixels
 
 
 def _colors(image: Pixels, rng: Generator, p: float) -> Pixels:

@@ -37,7 +37,7 @@ from sapiens_accel.sources.source import open_source
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
 # The files of a table of people: rows, which are labeled, and their order where it is another.
 PEOPLE, LABELED, ORDER = "people.arrow", "labelled.npy", "order.npy"

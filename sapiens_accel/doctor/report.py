@@ -21,7 +21,7 @@ import numpy as np
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.commands import doctor_parser
 from sapiens_accel.config.schema import Config, DataConfig, MoreData
-from sapiens_accel.data import build, leakage, streaming
+from sapiens_accel.data import augment, build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, spread_rows
 from sapiens_accel.data.unlabeled import unlabeled_images
@@ -248,7 +248,7 @@ def summarize(say: Callable[[object], object], sets: Sets, run: Config, lines: S
     Raises:
         UserError: labels that spoil the run.
     """
-    for line in (*lines, sets):
+    for line in (*lines, sets, *augment.describe_transforms(run.augment)):
         say(line)
     findings = []
     for name, people in _opened(sets).items():

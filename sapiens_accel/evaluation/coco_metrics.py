@@ -1,7 +1,8 @@
 """Keypoints to COCO's results and its AP and AR, whole and by part of the body, by pycocotools or a drop-in for it.
 
 Scores and suppression as published (sapiens, pose/mmpose/evaluation/metrics/coco_metric.py): a person's score is the
-box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of an image count.
+box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of an image count
+(`--eval.max_people`).
 """
 
 import contextlib
@@ -9,9 +10,9 @@ import importlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose import geometry
-from sapiens_accel.pose.oks import oks_nms, person_scores
+from sapiens_accel.pose.oks import AREA_OF_BOX, oks_nms, person_scores
 from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
 
 Metrics = dict[str, float]
@@ -34,7 +35,12 @@ Metrics = dict[str, float]
 Curves = Float[Array, "10 101"]
 Backend = Literal["pycocotools", "faster_coco_eval"]
 METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
-MOST = 20  # results of one image that count, COCO's rule for keypoints
+# CrowdPose's levels by the crowd index of an image, from and below: the thresholds of its published evaluation
+# (crowdposetools/cocoeval.py, get_type_result(0.2, 0.8)). Its paper (https://arxiv.org/abs/1812.00324) writes 0 to 0.1,
+# 0.1 to 0.8 and 0.8 to 1; published numbers are those of the code.
+CROWD_LEVELS = {"easy": (-np.inf, 0.2), "medium": (0.2, 0.8), "hard": (0.8, np.inf)}
+# How far keypoints are from their labels, of the people who are matched; see `pose.oks.Distances`.
+DISTANCES = {"mean_px": "mean_px", "median_px": "median_px", "PCK@0.1": "pck_10", "PCK@0.05": "pck_5"}
 # COCO-WholeBody's parts, each with its list in the JSON; its own evaluation scores them one by one.
 BODY = slice(0, 17)
 PARTS = {
@@ -46,6 +52,16 @@ PARTS = {
 }
 
 
+class CountingRules(NamedTuple):
+    """`--eval.area` and `--eval.max_people`; see `EvalConfig`."""
+
+    area: Literal["annotation", "box"] = "annotation"
+    max_people: int = 20
+
+
+COCO_RULES = CountingRules()
+
+
 def body_parts(skeleton: Skeleton) -> dict[str, slice]:
     """The keypoints that are also scored by themselves; none but of COCO-WholeBody."""
     return {part: place for part, (place, _) in PARTS.items()} if skeleton.names == WHOLEBODY133.names else {}
@@ -54,7 +70,7 @@ def body_parts(skeleton: Skeleton) -> dict[str, slice]:
 def coco_results(
     predictions: Predictions, boxes: Boxes, skeleton: Skeleton, data: DataConfig, config: EvalConfig
 ) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
-    """COCO's results, at most 20 of an image, and which prediction each of them is.
+    """COCO's results, at most `config.max_people` of an image, and which prediction each of them is.
 
     A result: image_id, category_id 1, keypoints [x, y, score, ...] in image px (to 0.001) and score.
     """
@@ -68,7 +84,7 @@ def coco_results(
     for image_id, members in by_image.items():
         here = np.array(members)
         kept = oks_nms(predictions.points_xy[here], scores[here], areas[here], skeleton.sigmas, config.nms_threshold)
-        for index in here[kept][:MOST].tolist():
+        for index in here[kept][: config.max_people].tolist():
             points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
             person = {"keypoints": points.round(3).ravel().tolist(), "score": float(scores[index])}
             found.append({"image_id": image_id, "category_id": 1, **person})
@@ -77,20 +93,36 @@ def coco_results(
 
 
 def compute_metrics(
-    found: Sequence[dict[str, Any]], people: People, skeleton: Skeleton, backend: Backend
+    found: Sequence[dict[str, Any]],
+    people: People,
+    skeleton: Skeleton,
+    backend: Backend,
+    rules: CountingRules = COCO_RULES,
 ) -> tuple[Metrics, Curves]:
     """METRICS (0..1, -1 where there is nobody to measure) of COCO results, and the curves of all keypoints.
 
     AP is the mean of the curves. Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and
-    hands, the mean of both hands. The metrics without a part are those of all 133 keypoints.
+    hands, the mean of both hands. The metrics without a part are those of all 133 keypoints. Where the images have
+    CrowdPose's `crowdIndex`, also crowd_easy/METRIC, crowd_medium and crowd_hard.
     """
     tree = read_ground_truth(people, skeleton.num_keypoints).dataset
+    if rules.area == "box":
+        boxes = [person["bbox"] for person in tree["annotations"]]
+        areas = [AREA_OF_BOX * width * height for _, _, width, height in boxes]
+        pairs = zip(tree["annotations"], areas, strict=True)
+        tree = {**tree, "annotations": [{**person, "area": area} for person, area in pairs]}
     parts = body_parts(skeleton)
     # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
     areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None
-    metrics, curves = _measured(tree, found, slice(0, skeleton.num_keypoints), skeleton, backend, areas)
+    scoring = _Scoring(skeleton, backend, rules.max_people)
+    whole = slice(0, skeleton.num_keypoints)
+    metrics, curves = _measured(tree, found, whole, scoring, areas)
+    for level, image_ids in crowd_levels(tree["images"]).items():
+        some, some_found = _of_images(tree, image_ids), [one for one in found if one["image_id"] in image_ids]
+        of_level, _ = _measured(some, some_found, whole, scoring, None)
+        metrics |= {f"crowd_{level}/{name}": value for name, value in of_level.items()}
     for part, place in parts.items():
-        of_part, _ = _measured(tree, found, place, skeleton, backend, areas)
+        of_part, _ = _measured(tree, found, place, scoring, areas)
         metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
     for name in METRICS if parts else ():
         hands = [value for side in ("left", "right") if (value := metrics[f"{side}_hand/{name}"]) >= 0]
@@ -111,19 +143,58 @@ def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, sk
     file.write_text(json.dumps(written))
 
 
+def crowd_levels(images: Sequence[Mapping[str, Any]]) -> dict[str, set[Any]]:
+    """The ids of the images of each of CROWD_LEVELS; none where an image has no `crowdIndex`."""
+    indices = {image["id"]: image.get("crowdIndex") for image in images}
+    if not all(isinstance(index, int | float) for index in indices.values()):
+        return {}
+    return {
+        level: {image_id for image_id, index in indices.items() if low <= index < high}
+        for level, (low, high) in CROWD_LEVELS.items()
+    }
+
+
+def best_possible_ap(counts: Sequence[int], max_people: int) -> float:
+    """The AP of perfect predictions where only so many of an image count.
+
+    Precision is 1 up to the recall that can be reached, and 0 at the recalls of 0.00, 0.01, ... 1.00 beyond it.
+
+    Args:
+        counts: labeled people of each image.
+    """
+    recall = sum(min(count, max_people) for count in counts) / max(sum(counts), 1)
+    return float((np.linspace(0, 1, 101) <= recall).mean())
+
+
+class _Scoring(NamedTuple):
+    skeleton: Skeleton
+    backend: Backend
+    max_people: int
+
+
+def _of_images(tree: dict[str, Any], image_ids: set[Any]) -> dict[str, Any]:
+    images = [image for image in tree["images"] if image["id"] in image_ids]
+    return {
+        **tree,
+        "images": images,
+        "annotations": [person for person in tree["annotations"] if person["image_id"] in image_ids],
+    }
+
+
 def _measured(
     tree: dict[str, Any],
     found: Sequence[dict[str, Any]],
     place: slice,
-    skeleton: Skeleton,
-    backend: Backend,
+    scoring: _Scoring,
     areas: Sequence[float] | None,
 ) -> tuple[Metrics, Curves]:
     """METRICS of some of the keypoints; a person without one of them labeled is to be ignored."""
     people = [{**person, "keypoints": _part(person["keypoints"], place)} for person in tree["annotations"]]
     people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
+    if not found:  # loadRes takes no empty list
+        return dict.fromkeys(METRICS, 0.0 if any(one["num_keypoints"] for one in people) else -1.0), np.zeros((10, 101))
     predicted: Any = [{**result, "keypoints": _part(result["keypoints"], place)} for result in found]
-    sigmas = np.array(skeleton.sigmas[place])
+    sigmas, backend = np.array(scoring.skeleton.sigmas[place]), scoring.backend
     with contextlib.redirect_stdout(io.StringIO()):
         whole: Any = _tools(backend).COCO() if backend == "faster_coco_eval" else COCO()
         whole.dataset = {**tree, "annotations": people}
@@ -139,13 +210,30 @@ def _measured(
         else:
             evaluation = COCOeval(whole, predictions, "keypoints")
             evaluation.params.kpt_oks_sigmas = sigmas
-        evaluation.params.maxDets = [MOST]
+        evaluation.params.maxDets = [scoring.max_people]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    # [OKS, recall, category, area, results of a picture]; the first area is all of them.
-    curves = np.asarray(evaluation.eval["precision"], dtype=np.float64)[:, :, 0, 0, 0]
-    return dict(zip(METRICS, (float(value) for value in evaluation.stats[: len(METRICS)]), strict=True)), curves
+    return _summarize(evaluation)
+
+
+def _summarize(evaluation: Any) -> tuple[Metrics, Curves]:
+    """METRICS and curves of COCOeval's arrays, as its own `summarize`, which knows 20 people of an image alone."""
+    # precision: [OKS, recall, category, area, results of an image]; recall without the second.
+    precision, recall = (np.asarray(evaluation.eval[name], dtype=np.float64) for name in ("precision", "recall"))
+
+    def mean(values: Float[Array, "*n"]) -> float:
+        return float(values[values > -1].mean()) if (values > -1).any() else -1.0
+
+    metrics: Metrics = {}
+    for name, values in (("AP", precision), ("AR", recall)):
+        metrics |= {
+            name: mean(values[..., 0, 0]),
+            f"{name}50": mean(values[:1, ..., 0, 0]),
+            f"{name}75": mean(values[5:6, ..., 0, 0]),
+            f"{name}_M": mean(values[..., 1, 0]),
+            f"{name}_L": mean(values[..., 2, 0]),
+        }
+    return {name: metrics[name] for name in METRICS}, precision[:, :, 0, 0, 0]
 
 
 def _tools(backend: Backend) -> Any:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
-from sapiens_accel.pose.oks import NUM_BINS, similarities
+from sapiens_accel.pose.oks import NUM_BINS, is_predicted, similarities
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 
@@ -115,7 +115,7 @@ def diagnose(
         [Kind.GOOD, Kind.IMPRECISE, np.where(anywhere, Kind.WRONG_PERSON, Kind.MISSED)],
         np.where(to_mirror >= to_others, Kind.SWAPPED, Kind.WRONG_PERSON),
     )
-    found = np.any(scores, axis=1) | np.any(found_xy, axis=(1, 2))
+    found = is_predicted(found_xy, scores)
     similar = similar * found[:, None]
     kinds = np.where(found[:, None], kinds, Kind.MISSED)
     return Diagnosis(

@@ -7,7 +7,7 @@ shown it says which they were.
 import json
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,12 +26,12 @@ from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
-from sapiens_accel.evaluation.coco_metrics import METRICS, Metrics
+from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, CountingRules, Metrics
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
-from sapiens_accel.pose.oks import KeypointQuality, measure_points, oks
+from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality, is_predicted, measure_points, oks
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.runtime import distributed, engine
@@ -47,12 +47,13 @@ class EvaluationResult:
     """The outcome of an evaluation.
 
     Attributes:
-        metrics: METRICS, 0..1, and those of parts as PART/METRIC; the same on all ranks.
+        metrics: METRICS, 0..1, and those of parts as PART/METRIC; DISTANCES; the same on all ranks.
         predictions: of the labeled people, in their order; with a detector's boxes, of the box nearest by OKS (all
             scores 0 where the image has none).
         boxes_xywh: those that the people's predictions were made in; 0 where the image has none.
         keypoints: the quality of each keypoint; the same on all ranks.
         curves: precision by recall at each OKS; the same on all ranks.
+        area: which area OKS was measured by, in words.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
     """
@@ -64,6 +65,7 @@ class EvaluationResult:
     curves: coco_metrics.Curves
     notes: tuple[str, ...]
     seconds: float
+    area: str = ""
 
 
 def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> PoseNetwork:
@@ -111,16 +113,20 @@ def evaluate_networks(
             results, _ = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
             if config.save_predictions:
                 coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
-            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend)
+            rules = CountingRules(config.area, config.max_people)
+            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules)
+            quality = measure_keypoints(matched, people, skeleton)
             notes = [boxes.note] * bool(boxes.note) + describe_unmeasured(people, skeleton)
+            notes += describe_crowding(people, config) + describe_unmatched(matched)
             notes += explain_metrics(metrics, matched, people, skeleton)
-            computed = [(metrics, curves, measure_keypoints(matched, people, skeleton), tuple(notes))]
+            metrics |= measure_distances(quality)
+            computed = [(metrics, curves, quality, tuple(notes), describe_area(people, skeleton, config))]
         except (UserError, OSError) as error:  # the other ranks wait for the metrics
             computed = [str(error)]
     message = broadcast_object_list(computed)[0]
     if isinstance(message, str):
         raise UserError(message)
-    metrics, curves, quality, notes = message
+    metrics, curves, quality, notes, area = message
     return EvaluationResult(
         metrics=metrics,
         predictions=matched,
@@ -129,6 +135,7 @@ def evaluate_networks(
         curves=curves,
         notes=notes,
         seconds=seconds,
+        area=area,
     )
 
 
@@ -137,6 +144,50 @@ def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> K
     areas = np.asarray(people.rows["area"][:], dtype=np.float64)
     labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
     return measure_points(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
+
+
+def measure_distances(quality: KeypointQuality) -> Metrics:
+    """DISTANCES over all labeled keypoints; -1 where there is nobody to measure."""
+    values = quality.all_distances._asdict()
+    return {name: float(values[field]) if values[field] >= 0 else -1.0 for name, field in DISTANCES.items()}
+
+
+def use_areas(people: People, config: EvalConfig) -> People:
+    """The people with the areas that `--eval.area` says, for whatever compares predictions with them."""
+    if config.area == "annotation":
+        return people
+    areas = AREA_OF_BOX * boxes_of(people.rows)[:, 2:].prod(axis=1)
+    features = people.rows.features
+    rows = people.rows.remove_columns("area").add_column("area", areas, feature=features["area"])
+    return replace(people, rows=rows)
+
+
+def describe_area(people: People, skeleton: Skeleton, config: EvalConfig) -> str:
+    """Which area OKS is measured by, in words."""
+    without_area = read_ground_truth(people, skeleton.num_keypoints).num_without_area
+    return tables.describe_area(config, without_area, len(people))
+
+
+def describe_crowding(people: People, config: EvalConfig) -> list[str]:
+    """What `--eval.max_people` costs where an image has more labeled people, in a line."""
+    counts = list(Counter(people.rows["image_id"][:]).values())
+    if max(counts) <= config.max_people:
+        return []
+    crowded = [count for count in counts if count > config.max_people]
+    best = coco_metrics.best_possible_ap(counts, config.max_people)
+    return [
+        f"{len(crowded)} of {len(counts)} images have more than {config.max_people} labeled people (up to "
+        f"{max(crowded)}), and {config.max_people} predictions of an image count: the best possible AP is "
+        f"{100 * best:.1f}. --eval.max_people {max(crowded)} counts all of them"
+    ]
+
+
+def describe_unmatched(own: Predictions) -> list[str]:
+    """Labeled people without a prediction, whom errors in px cannot count, in a line."""
+    num = int((~is_predicted(own.points_xy, own.scores)).sum())
+    total = len(own.scores)
+    what = "errors in px are over the others; PCK counts their keypoints as wrong"
+    return [f"{num} of {total} labeled people have no prediction in their image: {what}"] if num else []
 
 
 def match_predictions(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
@@ -216,9 +267,10 @@ def predictions_path(given: str, name: str) -> Path:
 
 
 def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skeleton: Skeleton) -> str:
-    """The table of what was judged, what augmentation adds and costs, single keypoints of one row, and the notes."""
+    """The table of what was evaluated, what augmentation adds and costs, keypoints of one row, and the notes."""
     metrics = {name: judged.metrics for name, judged in rows.items()}
-    parts = [format_table(metrics, format_protocol(config))]
+    areas = dict.fromkeys(judged.area for judged in rows.values())
+    parts = [format_table(metrics, format_protocol(config, "; ".join(filter(None, areas))))]
     parts.append("\n".join(tables.format_costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
     if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
         name, judged = list(rows.items())[-1]
@@ -242,5 +294,5 @@ def save_metrics(
         raise UserError(f"{error}; move it away") from None
     for name, judged in rows.items():
         more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.keypoints, skeleton)}
-        known[name] = {**judged.metrics, **protocol_settings(hows[name]), **more}
+        known[name] = {**judged.metrics, **protocol_settings(hows[name]), "area_used": judged.area, **more}
     file.write_text(json.dumps(known, indent=2))

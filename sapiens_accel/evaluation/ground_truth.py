@@ -7,6 +7,7 @@ from typing import Any
 
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.people import People
+from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.sources.coco import given_id
 
 
@@ -22,7 +23,7 @@ class GroundTruth:
         categories: those that are evaluated, by their id: the id as the file has it, and the name.
         category_of: the category of each of the rows, by the id of its annotation.
         unmeasured_ids: of the people with labeled keypoints, no crowds, who are not among the rows.
-        num_without_area: annotations of the rows that have no 'area'; then that of the box is taken.
+        num_without_area: of the people who are, those without `area`, which is then a share of their box.
     """
 
     dataset: dict[str, Any]
@@ -70,12 +71,12 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
                 "category_id": 1,
                 "category": category,
                 "iscrowd": int(is_crowd),
-                "area": float(person.get("area", box[2] * box[3])),
+                "area": float(person.get("area", AREA_OF_BOX * (box[2] * box[3]))),
                 "bbox": box,
                 "keypoints": (keypoints if is_row else None) or zeros,
             }
         )
-    images = [{"id": image["id"]} for image in tree["images"]]
+    images = [{key: image[key] for key in ("id", "crowdIndex") if key in image} for image in tree["images"]]
     return GroundTruth(
         dataset={"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]},
         categories=categories,

@@ -19,11 +19,12 @@ from numpy import ndarray as Array
 from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import UserError, escape
 from sapiens_accel.evaluation import coco_metrics, figures, tables
-from sapiens_accel.evaluation.coco_metrics import METRICS, Curves
+from sapiens_accel.evaluation.coco_metrics import Curves
 from sapiens_accel.evaluation.error_analysis import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliability
 from sapiens_accel.evaluation.evaluate import MAX_SHOWN_KEYPOINTS, EvaluationResult
 from sapiens_accel.evaluation.figures import Case, ErrorAnalysis
 from sapiens_accel.pose import draw
+from sapiens_accel.pose.oks import Distances
 from sapiens_accel.pose.skeleton import Skeleton
 
 AUTO = "auto"
@@ -106,7 +107,8 @@ def render_report(
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_visible).get_template(
         TEMPLATE
     )
-    lines = tables.table_rows({name: judged.metrics for name, judged in rows.items()})
+    measured = {name: judged.metrics for name, judged in rows.items()}
+    lines, columns = tables.table_rows(measured), tables.table_columns(measured)
     costs = tables.format_costs(
         {n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()}
     )
@@ -114,8 +116,8 @@ def render_report(
     return template.render(
         title=f"Evaluation of {'; '.join(rows)}",
         about=about,
-        metric_names=list(METRICS),
-        metrics=[[name, *map(tables.format_metric, values)] for name, values in lines.items()],
+        metric_names=columns,
+        metrics=[[name, *map(tables.format_metric, values, columns)] for name, values in lines.items()],
         settings=[_settings(name, rows[name], how) for name, how in hows.items()],
         lines=[*costs, *notes],
         sections=[_section(name, judged, findings.get(name), skeleton) for name, judged in rows.items()],
@@ -134,7 +136,8 @@ def _settings(name: str, judged: EvaluationResult, how: EvalConfig) -> list[str]
     """How a row of the table was measured."""
     scales = " ".join(f"{scale:g}" for scale in how.scales)
     used = [name, str(len(judged.predictions.scores)), how.split, tables.describe_boxes(how)]
-    return [*used, "yes" if how.flip else "no", scales, f"{how.nms_threshold:g}", how.backend]
+    used += ["yes" if how.flip else "no", scales, f"{how.nms_threshold:g}", how.backend]
+    return [*used, judged.area or tables.AREAS[how.area], str(how.max_people)]
 
 
 def _section(name: str, judged: EvaluationResult, found: ErrorAnalysis | None, skeleton: Skeleton) -> dict[str, Any]:
@@ -197,22 +200,29 @@ def _calibration(judged: EvaluationResult, found: Diagnosis) -> list[dict[str, s
 
 def _keypoint_table(judged: EvaluationResult, skeleton: Skeleton) -> BarTable:
     values = judged.keypoints
-    totals = [_keypoint_row("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck)]
+    far, total = values.distances, values.all_distances
+    totals = [_keypoint_row("all keypoints", values.count.sum(), (values.mean_oks, values.mean_pck), total)]
     for part, at in coco_metrics.body_parts(skeleton).items():
         counts = values.count[at]
-        means = (_mean(values.oks[at], counts), _mean(values.pck[at], counts))
-        totals.append(_keypoint_row(part, counts.sum(), *means))
-    rows = [_keypoint_row(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(skeleton.names)]
+        means = [_mean(column[at], counts) for column in (values.oks, values.pck, far.pck_10, far.pck_5)]
+        pixels = [np.asarray(value) for value in (math.nan, math.nan, *means[2:])]
+        totals.append(_keypoint_row(part, counts.sum(), means[:2], Distances(*pixels)))
+    rows = [
+        _keypoint_row(name, values.count[k], (values.oks[k], values.pck[k]), Distances(*(one[k] for one in far)))
+        for k, name in enumerate(skeleton.names)
+    ]
     return BarTable(totals, rows)
 
 
-def _keypoint_row(name: str, count: int, *values: float) -> BarRow:
+def _keypoint_row(name: str, count: int, shares: Sequence[float], far: Distances) -> BarRow:
     def cell(value: float) -> BarCell:
         if math.isnan(value):
             return BarCell("-")
         return BarCell(f"{100 * value:.1f}", [BarPiece(f"{100 * value:.2f}", "var(--bar)")] if value > 0 else [])
 
-    return BarRow(_spaced(name), int(count), [cell(value) for value in values])
+    pck = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (far.pck_10, far.pck_5)]
+    pixels = ["-" if math.isnan(value) else f"{value:.2f}" for value in (far.mean_px, far.median_px)]
+    return BarRow(_spaced(name), int(count), [*map(cell, shares), *map(BarCell, [*pck, *pixels])])
 
 
 def _error_table(found: Diagnosis, skeleton: Skeleton) -> BarTable:

@@ -7,11 +7,13 @@ from typing import Any
 from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import escape
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
-from sapiens_accel.evaluation.coco_metrics import METRICS, PARTS, Metrics
-from sapiens_accel.pose.oks import KeypointQuality
+from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, Metrics
+from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality
 from sapiens_accel.pose.skeleton import Skeleton
 
-ROWS = (*(part for part in PARTS if "hand" not in part), "hands")  # shown beside the whole
+NOT_SHOWN = ("left_hand", "right_hand")  # but "hands", the mean of both
+PIXELS = ("mean_px", "median_px")
+AREAS = {"annotation": "as annotated", "box": f"{AREA_OF_BOX:g} of the box"}
 
 
 def describe_boxes(config: EvalConfig) -> str:
@@ -27,14 +29,37 @@ def protocol_settings(config: EvalConfig) -> dict[str, Any]:
         "scales": list(config.scales),
         "score_threshold": config.score_threshold,
         "nms_threshold": config.nms_threshold,
+        "area": config.area,
+        "max_people": config.max_people,
     }
 
 
-def format_protocol(config: EvalConfig) -> str:
-    """The same as a title."""
+def describe_area(config: EvalConfig, without_area: int, num_people: int) -> str:
+    """Which area OKS is measured by.
+
+    Args:
+        without_area: of the people, those that have none in their JSON.
+    """
+    if config.area == "box" or not without_area:
+        return AREAS[config.area]
+    if without_area == num_people:
+        return f"{AREAS['box']} (the JSON has no 'area')"
+    return f"{AREAS['annotation']}, {AREAS['box']} for {without_area} of {num_people} people, who have none"
+
+
+def format_protocol(config: EvalConfig, area: str = "") -> str:
+    """The same as a title.
+
+    Args:
+        area: as `describe_area` has it.
+    """
     given = config.boxes == GROUND_TRUTH
     boxes = "ground-truth boxes" if given else f"detector's boxes ({Path(config.boxes).name})"
-    return f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {format_augmentation(config)}"
+    counted = "" if config.max_people == EvalConfig.max_people else f", {config.max_people} people an image"
+    area = f"area: {area or AREAS[config.area]}"
+    return (
+        f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {format_augmentation(config)}, {area}{counted}"
+    )
 
 
 def format_augmentation(config: EvalConfig) -> str:
@@ -47,26 +72,51 @@ def format_augmentation(config: EvalConfig) -> str:
 
 
 def format_table(rows: dict[str, Metrics], title: str) -> str:
-    """Metrics of several models as text, one line each and one for each part of the body, in percent."""
-    found = table_rows(rows)
+    """Metrics of several models as text, one line each and one for each part of the body, in percent and px."""
+    found, names = table_rows(rows), table_columns(rows)
     width = max(len(name) for name in found)
-    head = f"{'':<{width}}" + "".join(f"{name:>7}" for name in METRICS)
-    shown = [f"{name:<{width}}" + "".join(f"{format_metric(v):>7}" for v in values) for name, values in found.items()]
+    head = f"{'':<{width}}" + "".join(f"{name:>{_width(name)}}" for name in names)
+    shown = [
+        f"{name:<{width}}"
+        + "".join(f"{format_metric(v, column):>{_width(column)}}" for column, v in zip(names, values, strict=True))
+        for name, values in found.items()
+    ]
     return "\n".join([title, head, *shown])
 
 
+def _width(column: str) -> int:
+    return max(7, len(column) + 2)
+
+
+def table_columns(rows: dict[str, Metrics]) -> list[str]:
+    """The table's columns: METRICS, and DISTANCES where they were measured."""
+    return [*METRICS, *(name for name in DISTANCES if any(name in row for row in rows.values()))]
+
+
 def table_rows(rows: dict[str, Metrics]) -> dict[str, list[float]]:
-    """The table's lines by their names: METRICS of each part of the body, and of the whole."""
+    """The table's lines by their names: each part of the body, level of crowding and category, and the whole."""
+    columns = table_columns(rows)
     return {
-        f"{name} {part}".rstrip(): [row[f"{part}/{m}" if part else m] for m in METRICS]
+        f"{name} {part}".rstrip(): [_known(row.get(f"{part}/{column}" if part else column)) for column in columns]
         for name, row in rows.items()
-        for part in (*(part for part in ROWS if f"{part}/AP" in row), "")
+        for part in (*_parts(row), "")
     }
 
 
-def format_metric(value: float) -> str:
-    """In percent; pycocotools says -1 where there is nobody to measure, as for AP_L without a large person."""
-    return f"{100 * value:.1f}" if value >= 0 else "-"
+def _parts(row: Metrics) -> list[str]:
+    parts = [key.rsplit("/", 1)[0] for key in row if key.endswith("/AP")]
+    return [part for part in parts if part not in NOT_SHOWN]
+
+
+def _known(value: float | None) -> float:
+    return -1.0 if value is None else value  # eval.json has null for what is no number
+
+
+def format_metric(value: float, name: str = "AP") -> str:
+    """In percent, or px; pycocotools says -1 where there is nobody to measure, as for AP_L without a large person."""
+    if value < 0:
+        return "-"
+    return f"{value:.2f}" if name in PIXELS else f"{100 * value:.1f}"
 
 
 def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:
@@ -81,13 +131,18 @@ def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list
 
 
 def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
-    """OKS and PCK of each keypoint as text, and how sure the network is of them."""
+    """What each keypoint is worth as text, and how sure the network is of them."""
     names = [escape(name, keep="") for name in skeleton.names]
     width = max(len(name) for name in ("all keypoints", *names))
-    head = f"{'':<{width}}{'labeled':>10}{'OKS':>7}{'PCK@0.2':>9}"
-    rows = [(name, values.count[k], values.oks[k], values.pck[k]) for k, name in enumerate(names)]
-    rows.append(("all keypoints", values.count.sum(), values.mean_oks, values.mean_pck))
-    lines = [f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}" for name, count, oks, pck in rows]
+    head = f"{'':<{width}}{'labeled':>10}{'OKS':>7}{'PCK@0.2':>9}{'PCK@0.1':>9}{'PCK@0.05':>10}"
+    head += f"{'mean_px':>9}{'median_px':>11}"
+    rows = [(name, [column[k] for column in _columns(values)]) for k, name in enumerate(names)]
+    rows.append(("all keypoints", _totals(values)))
+    lines = [
+        f"{name:<{width}}{count:>10}{_percent(oks, 7)}{_percent(pck, 9)}{_percent(pck_10, 9)}{_percent(pck_5, 10)}"
+        f"{_pixels(mean, 9)}{_pixels(median, 11)}"
+        for name, (count, oks, pck, pck_10, pck_5, mean, median) in rows
+    ]
     calibration = (
         f"expected calibration error (ECE) of the scores: {_percent(values.ece, 0)} points, by which on average a "
         "score differs from the share of keypoints with about that score whose OKS is above 0.5"
@@ -95,22 +150,42 @@ def format_keypoints(values: KeypointQuality, skeleton: Skeleton) -> str:
     return "\n".join([head, *lines, calibration])
 
 
+def _columns(values: KeypointQuality) -> list[Any]:
+    far = values.distances
+    return [values.count, values.oks, values.pck, far.pck_10, far.pck_5, far.mean_px, far.median_px]
+
+
+def _totals(values: KeypointQuality) -> list[Any]:
+    far = values.all_distances
+    return [values.count.sum(), values.mean_oks, values.mean_pck, far.pck_10, far.pck_5, far.mean_px, far.median_px]
+
+
 def _percent(value: float, width: int) -> str:
     return f"{'-':>{width}}" if math.isnan(value) else f"{100 * value:>{width}.1f}"
 
 
+def _pixels(value: float, width: int) -> str:
+    return f"{'-':>{width}}" if math.isnan(value) else f"{value:>{width}.2f}"
+
+
+OF_KEYPOINTS = ("OKS", "PCK@0.2", "PCK@0.1", "PCK@0.05", "mean_px", "median_px")
+
+
 def keypoint_scalars(values: KeypointQuality, skeleton: Skeleton) -> dict[str, dict[str, float | None]]:
-    """OKS and PCK of each keypoint by its name; what nobody has is null."""
-    columns = {"OKS": values.oks.tolist(), "PCK@0.2": values.pck.tolist()}
-    return {k: dict(zip(skeleton.names, map(_number, column), strict=True)) for k, column in columns.items()}
+    """What each keypoint is worth by its name; what nobody has is null."""
+    columns = zip(OF_KEYPOINTS, _columns(values)[1:], strict=True)
+    return {k: dict(zip(skeleton.names, map(_number, column.tolist()), strict=True)) for k, column in columns}
 
 
 def keypoint_statistics(values: KeypointQuality, skeleton: Skeleton) -> dict[str, Any]:
     """The same for a JSON: what nobody has is null."""
-    rows = zip(skeleton.names, values.count.tolist(), values.oks.tolist(), values.pck.tolist(), strict=True)
-    of_joints = {n: {"people": count, "OKS": _number(oks), "PCK@0.2": _number(pck)} for n, count, oks, pck in rows}
-    means = {"OKS": values.mean_oks, "PCK@0.2": values.mean_pck, "ECE": values.ece}
-    return {**{name: _number(value) for name, value in means.items()}, "keypoints": of_joints}
+    rows = [[_number(column[k].item()) for column in _columns(values)] for k in range(len(skeleton.names))]
+    of_keypoints = {
+        name: dict(zip(("people", *OF_KEYPOINTS), row, strict=True))
+        for name, row in zip(skeleton.names, rows, strict=True)
+    }
+    means = dict(zip(OF_KEYPOINTS, map(float, _totals(values)[1:]), strict=True)) | {"ECE": values.ece}
+    return {**{name: _number(value) for name, value in means.items()}, "keypoints": of_keypoints}
 
 
 def _number(value: float) -> float | None:

@@ -5,6 +5,7 @@ Shape letters: n people (or predictions of one), k keypoints. All in image px.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,9 +13,27 @@ from numpy import ndarray as Array
 
 from sapiens_accel.pose.visibility import is_labeled
 
-NEAR = 0.2  # PCK@0.2: of the longer side of the person's box
+NEAR, PCK_10, PCK_5 = 0.2, 0.1, 0.05  # PCK: of the longer side of the person's box
+# A person's area where the annotations have none, as a share of the box: the evaluation of CrowdPose
+# (https://github.com/Jeff-sjtu/CrowdPose), and mmpose's of AI Challenger, JHMDB and others.
+AREA_OF_BOX = 0.53
 RIGHT = 0.5  # OKS of one keypoint above which it counts as right, for its calibration
 NUM_BINS = 10
+
+
+class Distances(NamedTuple):
+    """How far predicted keypoints are from labeled ones; nan of nothing.
+
+    Attributes:
+        mean_px, median_px: px of the image, over the people who have a prediction.
+        pck_10, pck_5: the shares within 0.1 and 0.05 of the longer side of the person's labeled box, as
+            `KeypointQuality.pck`; of a person without a prediction none is.
+    """
+
+    mean_px: Float[Array, "*k"]
+    median_px: Float[Array, "*k"]
+    pck_10: Float[Array, "*k"]
+    pck_5: Float[Array, "*k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +45,18 @@ class KeypointQuality:
         oks: its mean similarity exp(-d^2 / (2 area (2 sigma)^2)).
         pck: the share whose distance is at most 0.2 of the longer side of the person's labeled box: PCK as Yang and
             Ramanan define it (Articulated human detection with flexible mixtures of parts, TPAMI 2013, section 7).
-        mean_oks, mean_pck: over all labeled keypoints.
+        distances: of each keypoint.
+        mean_oks, mean_pck, all_distances: over all labeled keypoints.
         ece: expected calibration error of the scores; see `calibration_error`.
     """
 
     count: Int[Array, "k"]
     oks: Float[Array, "k"]
     pck: Float[Array, "k"]
+    distances: Distances
     mean_oks: float
     mean_pck: float
+    all_distances: Distances
     ece: float
 
 
@@ -102,22 +124,50 @@ def measure_points(
     """What each keypoint is worth, over the people who have it labeled.
 
     Args:
-        found_xy, scores: each person's prediction.
+        found_xy, scores: each person's prediction; all 0 is none.
         labels: x, y and v; those without label do not count.
         areas, boxes_xywh: the persons' own, as labeled.
     """
     labeled = is_labeled(labels)
     similar = similarities(found_xy, labels[..., :2], areas, sigmas)
     distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
+    share = distance / boxes_xywh[:, 2:].max(axis=1)[:, None]
     near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]
+    measured = labeled & is_predicted(found_xy, scores)[:, None]
+    whole = measure_distances(*(values.reshape(-1, 1) for values in (distance, share, labeled, measured)))
     return KeypointQuality(
         count=labeled.sum(axis=0),
         oks=_mean(similar, labeled),
         pck=_mean(near, labeled),
+        distances=measure_distances(distance, share, labeled, measured),
         mean_oks=float(_mean(similar.ravel(), labeled.ravel())),
         mean_pck=float(_mean(near.ravel(), labeled.ravel())),
+        all_distances=Distances(*(values[0] for values in whole)),
         ece=calibration_error(scores[labeled], similar[labeled] > RIGHT),
     )
+
+
+def measure_distances(
+    distance: Float[Array, "n k"], share: Float[Array, "n k"], labeled: Bool[Array, "n k"], measured: Bool[Array, "n k"]
+) -> Distances:
+    """Distances of each column, in px and as shares of the person's box.
+
+    Args:
+        measured: labeled keypoints of a person who has a prediction; the other labeled ones are wrong, at no distance.
+    """
+    columns = zip(distance.T, measured.T, strict=True)
+    medians = np.array([np.median(column[counted]) if counted.any() else np.nan for column, counted in columns])
+    return Distances(
+        mean_px=_mean(distance, measured),
+        median_px=medians,
+        pck_10=_mean(measured & (share <= PCK_10), labeled),
+        pck_5=_mean(measured & (share <= PCK_5), labeled),
+    )
+
+
+def is_predicted(found_xy: Float[Array, "n k 2"], scores: Float[Array, "n k"]) -> Bool[Array, "n"]:
+    """Whether there is a prediction of each person at all: one of all zeros is none (an image without a box)."""
+    return np.any(scores, axis=1) | np.any(found_xy, axis=(1, 2))
 
 
 def calibration_error(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> float:

@@ -123,7 +123,8 @@ class StageLogger:
         self.context, self.accelerator, self.run = context, context.accelerator, context.run
         self.stage: StageName = context.name
         self.run_folder, self.first, self.last = Path(self.run.output_dir), context.first, context.last
-        self.people, self.skeleton = context.sets.split(self.run.eval.split), augmenter.skeleton
+        self.people = evaluate.use_areas(context.sets.split(self.run.eval.split), self.run.eval)
+        self.skeleton = augmenter.skeleton
         self.evaluated: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.skipped, self.disk_failed = 0, False

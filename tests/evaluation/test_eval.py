@@ -64,7 +64,7 @@ def main(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_weights_alone_are_judged(main: Main, weights: Path, tmp_path: Path) -> None:
     found = main(weights)
     said, row = found["said"], found["first"]
-    assert "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test\n" in said
+    assert "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test, area: as annotated\n" in said
     assert {name for name in METRICS if name in row} == set(METRICS)
     assert (row["boxes"], row["flip"], row["scales"], row["split"]) == ("ground truth", True, [1.0], "val")
     joints = row["joints"]["keypoints"]

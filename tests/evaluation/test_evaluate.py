@@ -449,7 +449,7 @@ def test_an_even_share_is_not_padded(stage: Stage) -> None:
 def test_the_table_shows_percent_of_every_metric() -> None:
     rows = {"phase1": {name: 0.1 * i for i, name in enumerate(METRICS)}, "ssl": dict.fromkeys(METRICS, 0.70049)}
     title, head, first, second = evaluate.format_table(rows, evaluate.format_protocol(CONFIG)).splitlines()
-    assert title == "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test"
+    assert title == "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test, area: as annotated"
     assert head.split() == list(METRICS)
     assert first.split() == ["phase1", *(f"{10.0 * i:.1f}" for i in range(len(METRICS)))]
     assert second.split() == ["ssl", *["70.0"] * len(METRICS)]
