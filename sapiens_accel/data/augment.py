@@ -154,7 +154,7 @@ def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> P
 # ---- The user's own changes of pixels
 
 
-def open_transforms(listed: Sequence[Mapping[str, Any]] | str) -> list[BasicTransform | None]:
+def open_transforms(listed: Sequence[Mapping[str, Any] | str] | str) -> list[BasicTransform | None]:
     """The transforms of `augment.albumentations`; None stands for the built-in changes.
 
     Args:
@@ -165,7 +165,7 @@ def open_transforms(listed: Sequence[Mapping[str, Any]] | str) -> list[BasicTran
             it does not have (albumentations itself would only warn) or a value that it does not take.
     """
     assert not isinstance(listed, str), "config.parse has read the file"
-    pairs = [(name, arguments or {}) for one in listed for name, arguments in one.items()]
+    pairs = [(name, arguments or {}) for one in listed if isinstance(one, Mapping) for name, arguments in one.items()]
     return [None if name == BUILT_IN else _open_transform(name, arguments) for name, arguments in pairs]
 
 

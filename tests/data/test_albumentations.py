@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import albumentations
 import numpy as np
@@ -151,7 +152,7 @@ def test_the_teachers_view_keeps_its_pixels(sets: tuple[Sets, DataConfig]) -> No
 
 
 def test_the_built_in_changes_are_the_default_and_stay_what_they_were() -> None:
-    often = {"photometric_p": 0.5, "blur_p": 0.5, "coarse_dropout_p": 0.5}
+    often: dict[str, Any] = {"photometric_p": 0.5, "blur_p": 0.5, "coarse_dropout_p": 0.5}
     plain = Augmenter(config=AugmentConfig(**often), skeleton=COCO17, input_hw=INPUT_HW)
     own = [_augmenter(listed) for listed in ("[built_in]", f"[built_in, {OWN[1:]}")]
     own = [dataclasses.replace(one, config=dataclasses.replace(one.config, **often)) for one in own]

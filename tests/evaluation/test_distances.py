@@ -17,7 +17,7 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics, evaluate, tables
-from sapiens_accel.evaluation.coco_metrics import METRICS, CountingRules
+from sapiens_accel.evaluation.coco_metrics import METRICS, CountingRules, Metrics
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.oks import measure_points
 from sapiens_accel.pose.skeleton import COCO17
@@ -67,8 +67,14 @@ def test_distances_are_those_of_plain_loops() -> None:
 
 
 def test_tables_show_pixels_as_pixels() -> None:
-    row = {**dict.fromkeys(METRICS, 0.5), "mean_px": 12.345, "median_px": 3.0, "PCK@0.1": 0.25, "PCK@0.05": -1.0}
-    older = dict.fromkeys(METRICS, 0.5)
+    row: Metrics = {
+        **dict.fromkeys(METRICS, 0.5),
+        "mean_px": 12.345,
+        "median_px": 3.0,
+        "PCK@0.1": 0.25,
+        "PCK@0.05": -1.0,
+    }
+    older: Metrics = {**dict.fromkeys(METRICS, 0.5)}
     _, head, first, second = tables.format_table({"new": row, "old": older}, "title").splitlines()
     assert head.split() == [*METRICS, "mean_px", "median_px", "PCK@0.1", "PCK@0.05"]
     assert first.split()[-4:] == ["12.35", "3.00", "25.0", "-"]
@@ -119,7 +125,7 @@ def _results(people: People, found: Predictions, config: EvalConfig) -> list[dic
 
 def _coco_eval(tree: dict[str, Any], results: list[dict[str, Any]], max_people: int = 20) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
+        truth: Any = COCO()
         truth.dataset = tree
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "keypoints")

@@ -70,7 +70,14 @@ def test_weights_alone_are_judged(main: Main, weights: Path, tmp_path: Path) -> 
     joints = row["joints"]["keypoints"]
     assert list(joints) == list(COCO17.names)
     assert row["joints"]["PCK@0.2"] > 0 and all(0 <= joint["PCK@0.2"] <= 1 for joint in joints.values())
-    assert re.search(r"left_wrist +\d+ +\d+\.\d +\d+\.\d\n", said)
+    assert re.search(r"left_wrist +\d+( +\d+\.\d){4}( +\d+\.\d\d){2}\n", said)
+    # Distances stand beside AP, in the table, the JSON and for each keypoint; and by which area OKS is.
+    assert re.search(
+        r"AR_L +mean_px +median_px +PCK@0\.1 +PCK@0\.05\nfirst .* \d+\.\d\d +\d+\.\d\d +\d+\.\d +\d+\.\d\n", said
+    )
+    assert 0 < row["median_px"] < row["mean_px"] and 0 <= row["PCK@0.05"] <= row["PCK@0.1"] <= row["joints"]["PCK@0.2"]
+    assert joints["nose"]["mean_px"] > 0 and row["joints"]["median_px"] == row["median_px"]
+    assert (row["area"], row["area_used"], row["max_people"]) == ("annotation", "as annotated", 20)
     assert "expected calibration error" in said
     assert len(list(tmp_path.glob("evaluations/first/pictures/*.jpg"))) == 1
     # An untrained network: a 0 is explained.
