@@ -304,3 +304,25 @@ def _structs(rows: list[dict[str, Any]]) -> np.ndarray:
     for number, row in enumerate(rows):
         array[0, number] = tuple(row.values())
     return array
+
+
+# ---- Datasets that are nearly COCO's, by what their authors publish
+
+
+def crowdpose(folder: Path, edges_from: int = 0) -> Path:
+    """A JSON without areas, with crowdIndex, and edges that count from 0."""
+    every = shots()
+    write_images(folder / "images", every)
+    images, annotations = [], []
+    for number, shot in enumerate(every):
+        size = {"width": WIDTH, "height": HEIGHT}
+        images.append({"id": 100 + number, "file_name": shot.path, "crowdIndex": 0.5, **size})
+        for mouse in shot.mice:
+            points = [value for point in mouse.points.tolist() for value in point]
+            ids = {"id": 7000 + len(annotations), "image_id": 100 + number, "category_id": 3}
+            annotations.append({**ids, "keypoints": points, "bbox": list(mouse.box), "iscrowd": 0})
+    edges = [[a + edges_from, b + edges_from] for a, b in EDGES]
+    category = {"id": 3, "name": "mouse", "supercategory": "mouse", "keypoints": list(NAMES), "skeleton": edges}
+    file = folder / "crowdpose.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
+    return file

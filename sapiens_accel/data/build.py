@@ -24,6 +24,7 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, synthetic
 from sapiens_accel.sources.coco import release_large_trees
+from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Reading
 from sapiens_accel.sources.source import open_source
 
@@ -241,7 +242,7 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     cache = cache_folder(config)
     root = _folder(config, cache) if config.root else _drawn(config, cache)
     if not root.is_dir():
-        raise UserError(f"--data.root {root}: no such folder")
+        raise UserError(f"--data.root {root}: no such folder{suggest_conversion(root)}")
     return root, cache
 
 

@@ -31,6 +31,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import images
 from sapiens_accel.sources.coco import find_image_fault
+from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import PLAIN, Reading, Source
 from sapiens_accel.sources.source import open_source
 
@@ -323,7 +324,9 @@ def annotation_file(root: Path, annotations: str) -> Path:
     """
     file = root / annotations
     if not file.is_file():
-        raise UserError(f"{file}: no such annotation file; see --data.root and --data.*_annotations")
+        raise UserError(
+            f"{file}: no such annotation file; see --data.root and --data.*_annotations{suggest_conversion(root)}"
+        )
     return file
 
 

@@ -115,7 +115,7 @@ def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
     image; of a single video its last frames do. Where no video is known, images are drawn.
 
     Raises:
-        UserError: there is one image alone, or a split of the tool's is empty.
+        UserError: there is one image alone.
     """
     if any(image.split for image in images):
         splits: list[Split] = ["val" if image.split == "val" else "train" for image in images]
@@ -123,9 +123,9 @@ def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
             return split_images([replace(image, split=None) for image in images], options)
         return ImageSplits(splits=splits, how="as the tool has it")
     num = len(images)
-    wanted = min(max(round(options.val * num), 1), num - 1)
     if num < 2:
         raise UserError(f"{count(num, 'labeled image')} alone (expected 2 or more: some train, others validate)")
+    wanted = min(max(round(options.val * num), 1), num - 1)
     order = np.random.default_rng(options.seed)
     groups = sorted({image.group for image in images if image.group is not None})
     if not groups or any(image.group is None for image in images):

@@ -157,13 +157,12 @@ def read_size(file: Path) -> tuple[int, int]:
     """
     try:
         with PIL.Image.open(file) as image:
-            size, is_turned = image.size, image.getexif().get(EXIF_ORIENTATION) in TURNED
+            if image.getexif().get(EXIF_ORIENTATION) not in TURNED:
+                return image.size
     except Exception:  # Pillow documents no complete list of what a broken header raises
-        is_turned = True
-    if is_turned:
-        height, width = photo.read_image(file).shape[:2]
-        return width, height
-    return size
+        pass
+    height, width = photo.read_image(file).shape[:2]
+    return width, height
 
 
 # ---- Loose points

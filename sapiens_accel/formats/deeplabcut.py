@@ -147,7 +147,7 @@ def _read_hdf(file: Path) -> LabelTable:
     import pandas as pd
 
     try:
-        frame = pd.read_hdf(file)
+        frame = pd.DataFrame(pd.read_hdf(file))
         names = list(frame.columns.names)
         places = [names.index(level) if level in names else None for level in ("individuals", "bodyparts", "coords")]
         if None in places[1:]:
@@ -155,7 +155,11 @@ def _read_hdf(file: Path) -> LabelTable:
     except Exception as error:  # PyTables, h5py and pickled indices have many
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: no table of DeepLabCut that can be read: {reason}") from None
-    columns = [tuple("" if place is None else str(column[place]) for place in places) for column in frame.columns]
+    of_levels = [
+        [""] * frame.shape[1] if place is None else frame.columns.get_level_values(place).astype(str)
+        for place in places
+    ]
+    columns = list(zip(*of_levels, strict=True))
     _check_columns(file, columns)
     rows = [
         ("/".join(map(str, index)) if isinstance(index, tuple) else str(index), [float(value) for value in values])

@@ -1,6 +1,7 @@
 """SLEAP's labels, .slp and .pkg.slp, through sleap-io."""
 
 import importlib
+import math
 from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -82,8 +83,8 @@ def _category(skeleton: Any) -> PoseCategory:
 def _instance(one: Any, skeletons: list[Any]) -> PoseInstance:
     # Points that are not visible have coordinates that SLEAP put there.
     points = np.asarray(one.numpy(), float)[:, :2]
-    is_labeled = np.isfinite(points).all(axis=1)
-    keypoints = np.where(is_labeled[:, None], np.column_stack([points, np.full(len(points), VISIBLE)]), 0.0)
+    rows = [(0.0, 0.0, 0.0) if math.isnan(x + y) else (x, y, VISIBLE) for x, y in points.tolist()]
+    keypoints = np.array(rows, float)
     category = next(number for number, skeleton in enumerate(skeletons) if skeleton is one.skeleton)
     return PoseInstance(category=category, keypoints=keypoints)
 

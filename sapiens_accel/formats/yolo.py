@@ -119,9 +119,10 @@ def _mirror(layout: YoloLayout, names: Sequence[str]) -> tuple[tuple[str, str], 
     flip = layout.tree.get("flip_idx")
     if not isinstance(flip, list) or flip == list(range(len(names))):
         return None
-    if sorted(flip) != list(range(len(names))) or any(flip[other] != number for number, other in enumerate(flip)):
+    is_order = all(isinstance(other, int) for other in flip) and sorted(flip) == list(range(len(names)))
+    if not is_order or any(flip[other] != number for number, other in enumerate(flip)):
         raise UserError(f"{layout.file}: 'flip_idx': expected pairs of {len(names)} indices, found {flip}")
-    return tuple((names[number], names[other]) for number, other in enumerate(flip) if number < other)
+    return tuple((str(names[number]), str(names[other])) for number, other in enumerate(flip) if number < other)
 
 
 def _images(layout: YoloLayout, key: str, optional: bool = False) -> Iterator[Path]:

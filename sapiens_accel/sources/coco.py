@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Fault, Span
 
 MAX_TREES = 2  # parsed files that are held: of training and of validation
@@ -64,7 +65,7 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{path}: not JSON: {error}{suggest_conversion(path)}") from None
 
 
 def release_large_trees() -> None:
@@ -187,7 +188,7 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     tree = parse_json(path)
     for key in ("images", "annotations"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
-            raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file")
+            raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file{suggest_conversion(path)}")
     images: list[dict[str, Any]] = []
     faults = list(_image_faults(tree["images"], images))
     kinds = tree.get("categories") or []

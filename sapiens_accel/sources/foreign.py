@@ -1,5 +1,6 @@
 """Labels of other annotation tools, recognized by their first bytes: what to convert them with."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -8,72 +9,66 @@ HEAD = 4096  # bytes that are looked at
 MOST_FILES = 50  # of a folder
 JSON_SIGNS = (
     ("labelme", re.compile(r'"shapes"\s*:\s*\[')),
-    ("label_studio", re.compile(r'^\s*\[\s*\{.*"data"\s*:\s*\{', re.DOTALL)),
+    ("label_studio", re.compile(r'^\s*\[\s*\{.*"(annotations|completions|keypointlabels)"\s*:\s*\[', re.DOTALL)),
     ("animalpose", re.compile(r'"images"\s*:\s*\{')),
 )
-NAMES = {
-    "deeplabcut": "DeepLabCut's labels",
+TOOLS = {
+    "deeplabcut": "a project of DeepLabCut",
     "lightning_pose": "labels of DeepLabCut or lightning-pose",
-    "sleap": "SLEAP's labels",
+    "sleap": "labels of SLEAP",
     "label_studio": "an export of Label Studio",
     "cvat": "an export of CVAT",
     "yolo": "a YOLO dataset",
     "labelme": "labels of labelme",
-    "mpii": "MPII's annotations",
-    "animalpose": "AnimalPose's annotations",
+    "mpii": "annotations of MPII",
+    "animalpose": "annotations of AnimalPose",
 }
+SEVERAL_FILES = ("labelme", "yolo", "cvat", "lightning_pose")  # of which the folder is converted
+ENDINGS = (".slp", ".csv", ".h5", ".xml", ".yaml", ".yml", ".mat", ".json")
 
 
-def suggest_conversion(path: Path) -> str | None:
-    """What a file or folder is, and the command that converts it; None where it is of no known tool."""
+def suggest_conversion(path: Path) -> str:
+    """What a file or folder is of, and the command that converts it, as the end of a message; empty: of no known tool.
+
+    It is for what was refused already: a folder in COCO's form may hold a tool's files too.
+    """
     try:
-        found = _format_of_folder(path) if path.is_dir() else (_format_of_file(path), path)
+        tool, path = _tool_of_folder(path) if path.is_dir() else (_tool_of_file(path), path)
+        path = path.parent if tool == "labelme" and path.is_file() else path  # it has a file for each image
     except OSError:
-        return None
-    if not found or not found[0]:
-        return None
-    command = f"sapiens-accel convert {found[0]} {shlex.quote(str(found[1]))} OUT"
-    return f"{NAMES[found[0]]}. Convert: `{command}`"
+        return ""
+    if tool is None:
+        return ""
+    command = f"sapiens-accel convert {tool} {shlex.quote(str(path))} OUT"
+    return f". It is {TOOLS[tool]}: `{command}` makes it a folder for --data.root"
 
 
-def _format_of_folder(folder: Path) -> tuple[str, Path] | None:
+def _tool_of_folder(folder: Path) -> tuple[str | None, Path]:
     if (folder / "labeled-data").is_dir():
         return "deeplabcut", folder
-    for file in sorted(path for path in folder.iterdir() if path.is_file())[:MOST_FILES]:
-        # A COCO JSON beside labels of a tool: the folder is what --data.root says it is.
-        if file.suffix == ".json" and '"annotations"' in _head(file) and not _format_of_file(file):
-            return None
-        if found := _format_of_file(file):
-            whole = found in ("labelme", "yolo", "cvat", "lightning_pose")
-            return found, folder if whole else file
-    return None
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(ENDINGS))[:MOST_FILES]
+    for file in (folder / name for name in names):
+        if tool := _tool_of_file(file):
+            return tool, folder if tool in SEVERAL_FILES else file
+    return None, folder
 
 
-def _format_of_file(file: Path) -> str | None:
-    """The format of a file by its ending and first bytes."""
+def _tool_of_file(file: Path) -> str | None:
+    """The tool that wrote a file, by its ending and first bytes."""
     ending = file.suffix.lower()
-    if ending == ".slp":
-        return "sleap"
-    head = _head(file)
-    if (
-        ending == ".csv"
-        and re.search(r"^bodyparts,", head, re.MULTILINE)
-        and re.search(r"^coords,", head, re.MULTILINE)
-    ):
-        return "lightning_pose"
-    if ending == ".h5" and file.name.startswith("CollectedData"):
-        return "deeplabcut"
-    if ending == ".xml" and "<annotations>" in head and ("<meta>" in head or "<version>1.1" in head):
-        return "cvat"
-    if ending in (".yaml", ".yml"):
-        return "yolo" if re.search(r"^kpt_shape:", head, re.MULTILINE) else None
-    if ending == ".mat":
-        return "mpii" if file.name.startswith("mpii") else None
-    if ending == ".json":
-        return next((name for name, sign in JSON_SIGNS if sign.search(head)), None)
-    return None
-
-
-def _head(file: Path) -> str:
+    if ending not in ENDINGS or not file.is_file():
+        return None
     with file.open("rb") as stream:
-        return stream.read(HEAD).decode(errors="replace")
+        head = stream.read(HEAD).decode(errors="replace")
+    is_table = all(re.search(rf"^{word},", head, re.MULTILINE) for word in ("bodyparts", "coords"))
+    by_ending = {
+        ".slp": "sleap",
+        ".csv": "lightning_pose" if is_table else None,
+        ".h5": "deeplabcut" if file.name.startswith("CollectedData") else None,
+        ".xml": "cvat" if "<annotations>" in head and ("<meta>" in head or "<image " in head) else None,
+        ".mat": "mpii" if file.name.startswith("mpii") else None,
+        ".json": next((name for name, sign in JSON_SIGNS if sign.search(head)), None),
+    }
+    is_yolo = ending in (".yaml", ".yml") and re.search(r"^kpt_shape:", head, re.MULTILINE)
+    return "yolo" if is_yolo else by_ending.get(ending)

@@ -1,0 +1,135 @@
+"""Frames of a film without labels: how many, which, their boxes against what was drawn, and how ssl reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import foreign
+import numpy as np
+import pytest
+
+from sapiens_accel.config import parse
+from sapiens_accel.data import build
+from sapiens_accel.errors import UserError
+from sapiens_accel.formats import convert
+from sapiens_accel.inference.media import Film
+
+NUM, RATE = 60, 10
+WIDTH, HEIGHT, SIDE = 320, 240, 60
+
+
+def corner(index: int) -> tuple[int, int]:
+    """Where the square is: it stands for 20 frames at a time, then jumps."""
+    return 20 + 100 * (index // 20), 30 + 50 * (index // 20)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dark square in front of a bright, noisy wall."""
+    path = tmp_path_factory.mktemp("film") / "arena.mp4"
+    wall = np.random.default_rng(0).integers(150, 220, (HEIGHT, WIDTH, 3), np.uint8)
+    wall = cv2.GaussianBlur(wall, (9, 9), 0)
+    film = Film(path, RATE)
+    for index in range(NUM):
+        frame = wall.copy()
+        x, y = corner(index)
+        frame[y : y + SIDE, x : x + SIDE] = 20
+        film.add(frame)
+    film.close()
+    return path
+
+
+def run(*words: object) -> None:
+    convert.main(["video", *(str(word) for word in words)])
+
+
+def read_boxes(out: Path, folder: str = "unlabeled2017") -> dict[str, list[list[float]]]:
+    tree: dict[str, Any] = json.loads((out / "annotations" / f"person_boxes_{folder}.json").read_text())
+    boxes = {image["file_name"]: [] for image in tree["images"]}
+    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    for one in tree["annotations"]:
+        boxes[names[one["image_id"]]].append(one["bbox"])
+    assert set(boxes) == {path.relative_to(out / folder).as_posix() for path in (out / folder).rglob("*.jpg")}
+    return boxes
+
+
+def numbers(boxes: dict[str, Any]) -> list[int]:
+    return sorted(int(name[-10:-4]) for name in boxes)
+
+
+def test_evenly(film: Path, tmp_path: Path) -> None:
+    run(film, tmp_path / "out", "--frames", "4")
+    boxes = read_boxes(tmp_path / "out")
+    assert numbers(boxes) == [0, 20, 39, 59]
+    assert list(boxes.values()) == [[[0, 0, WIDTH, HEIGHT]]] * 4
+
+
+def test_by_seconds(film: Path, tmp_path: Path) -> None:
+    run(film, tmp_path / "out", "--seconds", "1.5")
+    assert numbers(read_boxes(tmp_path / "out")) == [0, 15, 30, 45]
+
+
+def test_frames_that_differ(film: Path, tmp_path: Path) -> None:
+    """Three of 60 frames: one of each place where the square stands; the same for the same seed."""
+    for out in ("out", "again"):
+        run(film, tmp_path / out, "--frames", "3", "--different")
+    chosen = numbers(read_boxes(tmp_path / "out"))
+    assert [index // 20 for index in chosen] == [0, 1, 2]
+    assert chosen == numbers(read_boxes(tmp_path / "again"))
+
+
+def test_boxes_of_what_moves(film: Path, tmp_path: Path) -> None:
+    """The square and a margin of a tenth of it, to a few px of the codec's and the smoothing's."""
+    run(film, tmp_path / "out", "--frames", "6", "--boxes", "motion")
+    boxes = read_boxes(tmp_path / "out")
+    assert len(boxes) == 6
+    for name, several in boxes.items():
+        x, y = corner(int(name[-10:-4]))
+        margin = 0.1 * SIDE
+        expected = np.array([x - margin, y - margin, SIDE + 2 * margin, SIDE + 2 * margin])
+        assert len(several) == 1
+        np.testing.assert_allclose(several[0], expected, atol=6)
+
+
+def test_a_film_in_which_nothing_moves_is_refused(tmp_path: Path) -> None:
+    still = Film(tmp_path / "still.mp4", RATE)
+    for _ in range(10):
+        still.add(np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
+    still.close()
+    with pytest.raises(UserError, match=r"still\.mp4: nothing moves in 10 frames .*Use --boxes image$"):
+        run(tmp_path / "still.mp4", tmp_path / "out", "--boxes", "motion")
+
+
+def test_stage_ssl_reads_the_frames_of_two_films_beside_converted_labels(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert.main(["deeplabcut", str(foreign.deeplabcut(tmp_path / "project")), str(tmp_path / "out")])
+    other = tmp_path / "cage.mp4"
+    other.write_bytes(film.read_bytes())
+    for path, num in ((film, 5), (other, 3), (other, 4)):  # again: its frames are replaced
+        run(path, tmp_path / "out", "--frames", num, "--boxes", "motion")
+    assert len(read_boxes(tmp_path / "out")) == 5 + len({*numbers_of(3), *numbers_of(4)})
+    words = ["--data.cache_dir", str(tmp_path / "cache"), "--data.root", str(tmp_path / "out")]
+    config = parse.load(["--recipe", "demo", *words])
+    skeleton, _ = build.open_skeleton(config.data)
+    people = build.open_people(config.data, skeleton, unlabeled=True)
+    assert people.unlabeled is not None and len(people.unlabeled) == len(read_boxes(tmp_path / "out"))
+
+
+def numbers_of(num: int) -> list[int]:
+    return np.linspace(0, NUM - 1, num).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seconds", "1", "--frames", "5"], r"^--seconds: not together with --frames"),
+        (["--frames", "0"], r"^--frames 0: expected more than 0$"),
+        (["--boxes", "keypoints"], r"^--boxes keypoints: a video has no labels"),
+        (["--link"], r"^--link: not of a video"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(film: Path, tmp_path: Path, words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        run(film, tmp_path / "out", *words)
