@@ -1,6 +1,7 @@
 """Where evaluation looks for people: the labeled people's own boxes, or a detector's, checked against the images."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
-from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation.ground_truth import read_images
+from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
 from sapiens_accel.sources.coco import number_of_id
 
 GROUND_TRUTH = "gt"
@@ -30,6 +30,7 @@ class Boxes:
         scores: of the boxes; 1 for ground truth.
         source: ground truth, or the detector's file.
         labeled: whether row i is the labeled person i.
+        category_ids: [n], as numbers; None: those of the labeled people, or of a single category.
         note: what was left out, in a line; empty if nothing was.
     """
 
@@ -40,6 +41,7 @@ class Boxes:
     scores: Float[Array, "n"]
     source: str
     labeled: bool
+    category_ids: Sequence[Any] | None = None
     note: str = ""
 
     def __len__(self) -> int:
@@ -102,11 +104,12 @@ def detector_boxes(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
             f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
-    person = annotation_rules.person_category(people.annotations, people.reading)
-    kept = [row for row in here if row[1] == person]
+    categories = evaluated_categories(people)
+    kept = [row for row in here if row[1] in categories]
     if not kept:
-        kinds = sorted({str(row[1]) for row in here})
-        raise UserError(f"{file}: no detection of category {person} (person); its categories: {', '.join(kinds[:9])}")
+        kinds = sorted({str(one.category_id) for one in found})
+        wanted = ", ".join(f"{given} ({name})" for given, name in list(categories.values())[:9])
+        raise UserError(f"{file}: no detection of category {wanted}; its categories: {', '.join(kinds[:9])}")
     folder = _folder(people)
     _check(file, kept, images, people.root / folder)
     others, of_others = len(here) - len(kept), len(rows) - len(here)
@@ -119,6 +122,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         scores=np.array([row[3] for row in kept]),
         source=f"detector ({file.name})",
         labeled=False,
+        category_ids=[row[1] for row in kept],
         note=f"{file}: {' and '.join(parts)} are left out" if parts else "",
     )
 

@@ -24,11 +24,12 @@ from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
-from sapiens_accel.evaluation.ground_truth import read_ground_truth
+from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import AREA_OF_BOX, oks_nms, person_scores
 from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
+from sapiens_accel.sources.coco import given_id
 
 Metrics = dict[str, float]
 # Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
@@ -72,22 +73,24 @@ def coco_results(
 ) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
     """COCO's results, at most `config.max_people` of an image, and which prediction each of them is.
 
-    A result: image_id, category_id 1, keypoints [x, y, score, ...] in image px (to 0.001) and score.
+    A result: image_id, category_id (1 where the boxes have none), keypoints [x, y, score, ...] in image px (to 0.001)
+    and score. People of different categories are never one.
     """
     crops = [geometry.crop_around_box(box, data.box_padding, data.input_hw) for box in boxes.boxes_xywh]
     areas = np.array([crop.size_wh[0] * crop.size_wh[1] for crop in crops])  # of the padded box, as published
     scores = boxes.scores * person_scores(predictions.scores, config.score_threshold)
-    by_image: dict[int, list[int]] = defaultdict(list)
-    for index, image_id in enumerate(boxes.image_ids.tolist()):
-        by_image[image_id].append(index)
+    by_image: dict[tuple[int, Any], list[int]] = defaultdict(list)
+    categories = boxes.category_ids or [1] * len(boxes)
+    for index, key in enumerate(zip(boxes.image_ids.tolist(), categories, strict=True)):
+        by_image[key].append(index)
     found, chosen = [], []
-    for image_id, members in by_image.items():
+    for (image_id, category), members in by_image.items():
         here = np.array(members)
         kept = oks_nms(predictions.points_xy[here], scores[here], areas[here], skeleton.sigmas, config.nms_threshold)
         for index in here[kept][: config.max_people].tolist():
             points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
             person = {"keypoints": points.round(3).ravel().tolist(), "score": float(scores[index])}
-            found.append({"image_id": image_id, "category_id": 1, **person})
+            found.append({"image_id": image_id, "category_id": category, **person})
             chosen.append(index)
     return found, np.array(chosen, dtype=int)
 
@@ -103,9 +106,11 @@ def compute_metrics(
 
     AP is the mean of the curves. Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and
     hands, the mean of both hands. The metrics without a part are those of all 133 keypoints. Where the images have
-    CrowdPose's `crowdIndex`, also crowd_easy/METRIC, crowd_medium and crowd_hard.
+    CrowdPose's `crowdIndex`, also crowd_easy/METRIC, crowd_medium and crowd_hard. Categories count as one; where there
+    are several, also category/NAME/METRIC.
     """
-    tree = read_ground_truth(people, skeleton.num_keypoints).dataset
+    truth = read_ground_truth(people, skeleton.num_keypoints)
+    tree = truth.dataset
     if rules.area == "box":
         boxes = [person["bbox"] for person in tree["annotations"]]
         areas = [AREA_OF_BOX * width * height for _, _, width, height in boxes]
@@ -124,6 +129,11 @@ def compute_metrics(
     for part, place in parts.items():
         of_part, _ = _measured(tree, found, place, scoring, areas)
         metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
+    for category, (_, kind) in truth.categories.items() if len(truth.categories) > 1 else ():
+        some = [result for result in found if result["category_id"] == category]
+        others = [person for person in tree["annotations"] if person["category"] == category]
+        of_kind, _ = _measured({**tree, "annotations": others}, some, whole, scoring, None)
+        metrics |= {f"category/{kind}/{name}": value for name, value in of_kind.items()}
     for name in METRICS if parts else ():
         hands = [value for side in ("left", "right") if (value := metrics[f"{side}_hand/{name}"]) >= 0]
         metrics[f"hands/{name}"] = float(np.mean(hands)) if hands else -1.0
@@ -131,14 +141,20 @@ def compute_metrics(
 
 
 def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
-    """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists."""
-    category = read_ground_truth(people, skeleton.num_keypoints).category_id
+    """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists.
+
+    Ids of images and categories are those of the annotation file, as it writes them.
+    """
+    categories, images = evaluated_categories(people), read_images(people)
+    first = next(iter(categories.values()))
     whole = body_parts(skeleton)
     written = []
     for result in found:
         points = result["keypoints"]
         lists = {key: _part(points, place) for place, key in PARTS.values()} if whole else {"keypoints": points}
-        written.append({**result, "category_id": category, **lists})
+        category, _ = categories.get(result["category_id"], first)
+        ids = {"image_id": given_id(images[result["image_id"]]), "category_id": category}
+        written.append({**result, **ids, **lists})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(written))
 
@@ -193,7 +209,7 @@ def _measured(
     people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
     if not found:  # loadRes takes no empty list
         return dict.fromkeys(METRICS, 0.0 if any(one["num_keypoints"] for one in people) else -1.0), np.zeros((10, 101))
-    predicted: Any = [{**result, "keypoints": _part(result["keypoints"], place)} for result in found]
+    predicted: Any = [{**result, "category_id": 1, "keypoints": _part(result["keypoints"], place)} for result in found]
     sigmas, backend = np.array(scoring.skeleton.sigmas[place]), scoring.backend
     with contextlib.redirect_stdout(io.StringIO()):
         whole: Any = _tools(backend).COCO() if backend == "faster_coco_eval" else COCO()

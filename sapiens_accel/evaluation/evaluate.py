@@ -27,7 +27,7 @@ from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, CountingRules, Metrics
-from sapiens_accel.evaluation.ground_truth import read_ground_truth
+from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth
 from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
@@ -110,6 +110,7 @@ def evaluate_networks(
     if accelerator.is_main_process:
         data = replace(data, input_hw=networks[0].codec.input_hw)
         try:
+            boxes = with_categories(boxes, people, skeleton)
             results, _ = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
             if config.save_predictions:
                 coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
@@ -137,6 +138,14 @@ def evaluate_networks(
         seconds=seconds,
         area=area,
     )
+
+
+def with_categories(boxes: Boxes, people: People, skeleton: Skeleton) -> Boxes:
+    """The boxes of labeled people with their categories, where there are several."""
+    if boxes.category_ids is not None or not boxes.labeled or len(evaluated_categories(people)) == 1:
+        return boxes
+    category_of = read_ground_truth(people, skeleton.num_keypoints).category_of
+    return replace(boxes, category_ids=[category_of[ann_id] for ann_id in people.rows["ann_id"][:]])
 
 
 def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> KeypointQuality:

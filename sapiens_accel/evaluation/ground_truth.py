@@ -32,11 +32,6 @@ class GroundTruth:
     unmeasured_ids: tuple[Any, ...]
     num_without_area: int = 0
 
-    @property
-    def category_id(self) -> Any:
-        """That of people, or of the first category, as the file has it."""
-        return next(iter(self.categories.values()))[0]
-
 
 # One set of people is evaluated many times: by each network and variant of eval.py, and again and again in a training.
 @lru_cache(maxsize=1)
@@ -89,10 +84,10 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
 def evaluated_categories(people: People) -> dict[Any, tuple[Any, str]]:
     """The categories whose annotations count, by their id: the id as the file has it, and the name.
 
-    Where none is named as the people are, all annotations count, and theirs is the first category; 1 without any.
+    Where none is named as the people are, all of them count; without any there is 1, person.
     """
     listed = people.source.categories
-    counted = annotation_rules.category_ids(listed, people.reading) or [one.get("id") for one in listed[:1]]
+    counted = annotation_rules.category_ids(listed, people.reading) or [one.get("id") for one in listed]
     found = {one.get("id"): (given_id(one), str(one.get("name"))) for one in listed if one.get("id") in counted}
     return found or {1: (1, "person")}
 

@@ -1,0 +1,254 @@
+"""What annotation tools export and what users write: each case has the outcome written beside it.
+
+The cases are folders of `own_data_cases` in the folder of test data, which is not part of the repository.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
+from sapiens_accel.data import build
+from sapiens_accel.data.dataset import Sets
+from sapiens_accel.data.people import People, keypoints_of
+from sapiens_accel.doctor import report as doctor
+from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation import coco_metrics, evaluate
+from sapiens_accel.evaluation.boxes import Boxes, load_boxes
+from sapiens_accel.evaluation.predict import Predictions
+from sapiens_accel.pose.skeleton import Skeleton
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CASES = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "own_data_cases"
+pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"no cases: {CASES} (SAPIENS_ACCEL_TEST_DATA)")
+MORE_IMAGES = ("bbox_xyxy", "v0_with_xy")
+PLAIN = ("train.json", "train", "val.json", "val")
+CVAT = (
+    "annotations/person_keypoints_train.json",
+    "images/train",
+    "annotations/person_keypoints_val.json",
+    "images/val",
+)
+ROBOFLOW = ("train/_annotations.coco.json", "train", "val/_annotations.coco.json", "val")
+COCO_LAYOUT = (
+    "annotations/person_keypoints_train2017.json", "train2017", "annotations/person_keypoints_val2017.json", "val2017",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Works:
+    """A case that can be trained on.
+
+    Attributes:
+        people: labeled ones of training and of validation.
+        pairs: of left and right; None: they are not known, and nothing is mirrored.
+        lines: parts of the lines that a run prints.
+        doctor: parts of what the doctor finds.
+        ap: of perfect predictions, by pycocotools on the saved file; over all categories and in each.
+    """
+
+    people: tuple[int, int] = (6, 4)
+    keypoints: int = 17
+    pairs: int | None = 8
+    files: tuple[str, str, str, str] = PLAIN
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    doctor: tuple[str, ...] = ()
+    ap: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A case with a line that says what is wrong, and what to do."""
+
+    text: str
+    files: tuple[str, str, str, str] = PLAIN
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+OUTCOMES: dict[str, Works | Refused] = {
+    "animalpose_raw": Refused(text="no list 'images' in it"),
+    "ann_id_missing": Works(),
+    "ap10k": Works(people=(12, 8), pairs=7),
+    "bbox_missing": Refused(text="bbox"),
+    "bbox_missing_half": Refused(text="bbox"),
+    "bbox_xyxy": Works(people=(12, 6)),
+    "categories_absent": Works(lines=("keypoints: 17, coco17",)),
+    "category_id_string": Works(),
+    "category_text_both": Works(),
+    "coco_annotator": Works(people=(5, 3)),
+    "conv_nan": Works(files=COCO_LAYOUT),
+    "conv_noarea": Works(files=COCO_LAYOUT),
+    "crowdpose": Works(people=(18, 12), keypoints=14, pairs=6),
+    "cvat_numbers": Works(pairs=None, files=CVAT, lines=("left and right of the keypoints are not known",)),
+    "cvat_sublabels": Works(keypoints=4, pairs=1, files=CVAT),
+    "dlc_names": Works(pairs=6),
+    "dlc_nan": Works(),
+    "folder_in_name": Works(files=("train.json", ".", "val.json", ".")),
+    "ids_float": Works(),
+    "image_id_padded_text": Works(),
+    "image_id_string": Works(),
+    "k1_tight_box": Refused(text="no width or no height"),
+    "k2_half_horizontal": Works(people=(3, 2), keypoints=2, pairs=None, lines=("3 with a box of no width or no",)),
+    "kp_null_half": Works(people=(3, 2), lines=("3 of its 6 annotations are left out", "3 without a labeled keypoint")),
+    "kp_short_lists": Refused(text="expected 51 numbers in 'keypoints' (x, y, v of 17), found 45: 15 keypoints"),
+    "kp_xy_only": Refused(text="expected 51 numbers in 'keypoints' (x, y, v of 17), found 34: x and y without v?"),
+    "label_studio": Works(
+        keypoints=5, pairs=2, files=("train/result_ui.json", "train", "val/result_ui.json", "val"),
+        lines=("6 of other categories (category_id 0 Person; expected 1 default)",),
+    ),
+    "labelme": Refused(text="no list 'images' in it", files=("train_0000.json", ".", "train_0000.json", ".")),
+    "lang_french": Works(keypoints=5, pairs=2),
+    "lang_german": Works(keypoints=9, pairs=4),
+    "leading_slash": Refused(text="'/train_0000.jpg' leads out of the folder of images"),
+    "names_absent_14": Refused(text="no category names its 14 keypoints"),
+    "names_absent_17_dog": Refused(text="(coco17 if this dog has a person's, in that order)"),
+    "normalised": Refused(text="boxes are less than 2 px wide or high"),
+    "readme_hands": Works(keypoints=3, pairs=0),
+    "rle_crowd": Works(people=(4, 2), lines=("2 of its 6 annotations are left out", "2 crowds")),
+    "roboflow": Works(keypoints=5, pairs=None, files=ROBOFLOW),
+    "roboflow_named": Works(keypoints=5, pairs=1, files=ROBOFLOW),
+    "sides_fl_fr": Works(keypoints=5, pairs=2),
+    "sides_suffix": Works(keypoints=11, pairs=5),
+    "sleap_export": Works(people=(5, 3), keypoints=5, pairs=1),
+    "tiff_12in16": Works(keypoints=5, pairs=1),
+    "v0_with_xy": Works(people=(12, 6), doctor=("have v=0 and coordinates",)),
+    "v_aic3": Refused(text="found 3; AI Challenger writes 1 (visible), 2 (hidden), 3 (not labeled): write 2, 1, 0"),
+    "v_is_score": Refused(text="--data.visibility_threshold, the score from which a keypoint counts"),
+    "val_category_id_other": Works(),
+    "val_other_order": Works(),
+}  # fmt: skip
+
+
+def lay(name: str, folder: Path) -> Path:
+    """The case with the images where it expects them, as its own `lay.py` does."""
+    root = Path(shutil.copytree(CASES / name, folder / "root"))
+    places = (root / "PICTURES").read_text().split()
+    (root / "PICTURES").unlink()
+    for place in places:
+        for split in ("train", "val"):
+            if split in place or place == ".":
+                (root / place).mkdir(parents=True, exist_ok=True)
+                for image in (CASES / "pictures" / split).iterdir():
+                    if not (root / place / image.name).exists():
+                        shutil.copy(image, root / place)
+                if name in MORE_IMAGES:  # than there are: any will do
+                    for number in range(4, 12):
+                        if not (root / place / f"{split}_{number:04d}.jpg").exists():
+                            shutil.copy(
+                                root / place / f"{split}_{0:04d}.jpg", root / place / f"{split}_{number:04d}.jpg"
+                            )
+    return root
+
+
+def config_of(root: Path, outcome: Works | Refused, **options: Any) -> DataConfig:
+    names = ("train_annotations", "train_images", "val_annotations", "val_images")
+    files = dict(zip(names, outcome.files, strict=True))
+    given: dict[str, Any] = {**files, **outcome.options, **options}
+    return DataConfig(root=str(root), cache_dir=str(root.parent / "cache"), num_workers=0, input_hw=(64, 48), **given)
+
+
+def open_case(config: DataConfig) -> tuple[Sets, str]:
+    """As a run begins: the people, and the lines that it prints."""
+    said: list[object] = []
+    skeleton, note = build.open_skeleton(config)
+    sets = build.open_people(config, skeleton, unlabeled=False)
+    doctor.summarize(said.append, sets, Config(data=config), note)
+    return sets, "\n".join(map(str, said))
+
+
+def perfect(people: People, skeleton: Skeleton) -> tuple[Boxes, Predictions]:
+    labels = keypoints_of(people.rows)
+    scores = np.ones(labels.shape[:2])
+    return load_boxes("gt", people), Predictions(points_xy=labels[..., :2], scores=scores)
+
+
+def saved_ap(
+    people: People, skeleton: Skeleton, file: Path, changed: Callable[[dict], Any] = lambda tree: None
+) -> float:
+    """AP of perfect predictions, saved, by pycocotools, of the annotation file as it is but for what it lacks."""
+    boxes, found = perfect(people, skeleton)
+    boxes = evaluate.with_categories(boxes, people, skeleton)
+    results, _ = coco_metrics.coco_results(found, boxes, skeleton, DataConfig(input_hw=(64, 48)), EvalConfig())
+    coco_metrics.save_results(results, file, people, skeleton)
+    own, _ = coco_metrics.compute_metrics(results, people, skeleton, "pycocotools")
+    assert own["AP"] == pytest.approx(1.0, abs=1e-9)
+    assert all(value in (-1.0, pytest.approx(1.0)) for name, value in own.items() if name.endswith("/AP"))
+    tree = json.loads(people.annotations.read_text())
+    changed(tree)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = tree
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(str(file)), "keypoints")
+        evaluation.params.kpt_oks_sigmas = np.array(skeleton.sigmas)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+def complete(tree: dict[str, Any]) -> None:
+    """What pycocotools cannot do without, and what other tools would not write."""
+    tree["categories"] = tree.get("categories") or [{"id": 1, "name": "person"}]
+    ids, kinds = ({_key(one["id"]): one["id"] for one in tree[name]} for name in ("images", "categories"))
+    labeled = [one for one in tree["annotations"] if one.get("keypoints") and all(one["bbox"][2:])]
+    for number, one in enumerate(labeled, start=1):
+        box = one["bbox"]
+        one |= {"id": number, "iscrowd": int(one.get("iscrowd", 0)), "area": one.get("area", box[2] * box[3])}
+        one |= {"image_id": ids[_key(one["image_id"])], "category_id": kinds[_key(one["category_id"])]}
+        one["keypoints"] = np.nan_to_num(one["keypoints"]).tolist()
+        one["num_keypoints"] = sum(v > 0 for v in one["keypoints"][2::3])
+    tree["annotations"] = labeled
+
+
+def _key(value: str | float) -> str:
+    """Of an id that one list writes as a number, and another as a text."""
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def test_each_case_has_its_outcome() -> None:
+    assert {path.name for path in CASES.iterdir() if path.is_dir()} - {"pictures"} == set(OUTCOMES)
+
+
+@pytest.mark.parametrize("name", [name for name, outcome in OUTCOMES.items() if isinstance(outcome, Works)])
+def test_a_case_works(name: str, tmp_path: Path) -> None:
+    outcome = OUTCOMES[name]
+    assert isinstance(outcome, Works)
+    root = lay(name, tmp_path)
+    sets, said = open_case(config_of(root, outcome))
+    skeleton = sets.skeleton
+    assert (len(sets.train), len(sets.val)) == outcome.people
+    pairs = sum(a < b for a, b in enumerate(skeleton.mirror)) if skeleton.mirror_known else None
+    assert (skeleton.num_keypoints, pairs) == (outcome.keypoints, outcome.pairs)
+    assert [line for line in outcome.lines if line not in said] == [], said
+    report, _, _ = doctor.check_data(Config(data=config_of(root, outcome)))
+    findings = [" ".join([finding.text, *finding.culprits]) for finding in report.findings]
+    assert report.count("error") == 0, findings
+    assert [text for text in outcome.doctor if not any(text in finding for finding in findings)] == [], findings
+    if name != "val_other_order":  # its file has another order than the run
+        assert saved_ap(sets.val, skeleton, tmp_path / "saved.json", complete) == pytest.approx(outcome.ap, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, outcome in OUTCOMES.items() if isinstance(outcome, Refused)])
+def test_a_case_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    outcome = OUTCOMES[name]
+    assert isinstance(outcome, Refused)
+    config = config_of(lay(name, tmp_path), outcome)
+    with pytest.raises(UserError) as caught:
+        open_case(config)
+    assert outcome.text in str(caught.value) and "\n" not in str(caught.value)
+    report, _, _ = doctor.check_data(Config(data=config))
+    if name not in ("normalised", "k1_tight_box"):  # said by the run's own reader, which the doctor asks last
+        assert report.count("error") > 0
