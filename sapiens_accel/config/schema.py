@@ -115,6 +115,12 @@ class DataConfig:
     """What the keypoints are: coco17, wholebody133, sapiens308, or a YAML with any of names, mirror, sigmas, upper and
     edges, relative to here or to data.root. Default: what the category of the JSON says, and its names imply. eval.py
     takes what is kept beside the weights."""
+    boxes: Literal["annotation", "keypoints", "image"] = "annotation"
+    """Where labeled people's boxes are from, in training and evaluation: annotation, their `bbox` (who has none, or one
+    without width or height, gets one from keypoints); keypoints, the box around the labeled ones; image, the whole
+    image, for one animal or person in each (then with box_padding 1 and input_hw in the images' aspect)."""
+    box_margin: NonNegative = 0.15
+    """Boxes from keypoints: how much larger than theirs on each side, as a share of that box's width or height."""
     more: tuple[MoreData, ...] = ()
     """Further labeled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
     of them does not label has weight 0 there; people to validate on are those of the first."""

@@ -8,8 +8,9 @@ annotations either raise at the first fault, or collect every fault for the doct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose import visibility
+from sapiens_accel.pose import person_boxes, visibility
 from sapiens_accel.pose.oks import AREA_OF_BOX
+from sapiens_accel.pose.person_boxes import ANNOTATED, FROM_KEYPOINTS, NO_BOX, PeopleBoxes
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.coco import BROKEN, given_id, image_names, number_of_id, reason, show_value
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
@@ -27,15 +29,19 @@ from sapiens_accel.sources.source import open_source
 
 NUMBERS = {int, float, bool}
 NUM_WHOLE_BODY = sum(WHOLE_BODY.values())
+UNKNOWN_WH = (float("nan"), float("nan"))
+UNKNOWN_SIZE = "its box is the whole image, of which the file says no width and height; add them to 'images'"
 # Why annotations are left out; a category is followed by its id.
 CROWD, NO_SIZE, NO_LABEL, CATEGORY = "crowd", "no size", "no label", "category "
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleColumns:
-    """n people, neither crowds nor with empty boxes, in the order of their images.
+    """n people, no crowds, each with a box, in the order of their images.
 
     Attributes:
+        box_origins: where the box of each is from, see `person_boxes`.
+        size_wh: of each person's image; not a number where it is not known.
         place: which annotation of the whole file it was.
         left_out: how many annotations were not taken, by cause (see `describe_left_out`).
         labeled: whether a keypoint has a label.
@@ -48,6 +54,8 @@ class PeopleColumns:
     area: Float[Array, "n"]
     keypoints: Float[Array, "n k 3"]
     place: Int[Array, "n"]
+    box_origins: Int[Array, "n"]
+    size_wh: Float[Array, "n 2"]
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +70,8 @@ class PeopleColumns:
             area=np.array([row["area"] for row in rows], np.float64),
             keypoints=np.array([row["keypoints"] for row in rows], np.float64).reshape(num, num_keypoints, 3),
             place=np.arange(num),
+            box_origins=np.array([row.get("box_origin", ANNOTATED) for row in rows], np.int64),
+            size_wh=np.array([row.get("size_wh", UNKNOWN_WH) for row in rows], np.float64).reshape(num, 2),
         )
 
     def __len__(self) -> int:
@@ -75,7 +85,8 @@ class PeopleColumns:
         """As a row of `people`."""
         names = ("image_id", "ann_id", "box_xywh", "area", "keypoints")
         values = {name: getattr(self, name)[index].tolist() for name in names}
-        return {"file_name": self.file_name[index].as_py(), **values}
+        size_wh = np.nan_to_num(self.size_wh[index]).tolist()
+        return {"file_name": self.file_name[index].as_py(), **values, "size_wh": size_wh}
 
     def table(self, schema: pa.Schema) -> pa.Table:
         """As a table of the schema of `people`."""
@@ -87,6 +98,7 @@ class PeopleColumns:
             "ann_id": pa.array(self.ann_id),
             "box_xywh": pa.FixedSizeListArray.from_arrays(pa.array(self.box_xywh.reshape(-1)), 4),
             "area": pa.array(self.area),
+            "size_wh": pa.FixedSizeListArray.from_arrays(pa.array(np.nan_to_num(self.size_wh).reshape(-1)), 2),
             "keypoints": pa.ExtensionArray.from_storage(schema.field("keypoints").type, triples),
         }
         return pa.Table.from_arrays([columns[name].cast(schema.field(name).type) if name != "keypoints" else
@@ -113,10 +125,11 @@ def person_category(annotations: Path, reading: Reading = PLAIN) -> Any:
 class PeopleReader:
     """Reads the people of a source.
 
-    An annotation is taken if it is of a category that counts, no crowd, and its box has a width and a height. It must
-    then have: a box of four numbers, an image, as many keypoints as the reading says or none, an area from 0 up, no
-    number above FARTHEST, and as v of a keypoint one that says something (see `visibility`; in COCO-WholeBody's five
-    lists anything does, and so it does where the reading has a threshold). x and y that are both NaN are those of a
+    An annotation is taken if it is of a category that counts, no crowd, and has a box with a width and a height or a
+    labeled keypoint, from which its box is then made (`person_boxes.choose_boxes`). It must then have: a box of four
+    numbers or none, an image, as many keypoints as the reading says or none, an area from 0 up, no number above
+    FARTHEST, and as v of a keypoint one that says something (see `visibility`; in COCO-WholeBody's five lists anything
+    does, and so it does where the reading has a threshold). x and y that are both NaN are those of a
     keypoint without label, as DeepLabCut and SLEAP write them: 0.
 
     Attributes:
@@ -153,6 +166,7 @@ class PeopleReader:
         if (tables := self.source.tables(COLUMNS)) is None:
             yield self._columns_of_rows(needs_keypoints=needs_keypoints)
             return
+        self.refuse_without_boxes()
         is_annotated = any(count_people(table) for table in self.source.tables(("people",)) or ())
         num_images = num_people = 0
         for table in tables:
@@ -160,12 +174,70 @@ class PeopleReader:
             yield self.columns(table, *first) if is_annotated else self.whole_images(table, num_images)
             num_images, num_people = num_images + table.num_rows, num_people + count_people(table)
 
+    def refuse_without_boxes(self, tree: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            tree: what `source.read` gave.
+
+        Raises:
+            UserError: boxes are to be the annotated ones, and no annotation has any.
+        """
+        if self.known_reading.boxes == "annotation" and (num := self._count_without_boxes(tree)):
+            raise UserError(
+                f"{self.source.file}: none of its {num} annotations has a box ('bbox'). Make boxes from the keypoints, "
+                f"--data.boxes keypoints, or take whole images, --data.boxes image"
+            )
+
+    def _count_without_boxes(self, tree: dict[str, Any] | None) -> int:
+        """How many annotations there are, if none of them has a `bbox`; else 0."""
+        if (tables := self.source.tables(("people",))) is None:
+            annotations = [one for one in (tree or self.source.read())["annotations"] if isinstance(one, dict)]
+            return 0 if any(one.get("bbox") for one in annotations) else len(annotations)
+        num = 0
+        for table in tables:
+            if _has_boxes(table):
+                return 0
+            num += count_people(table)
+        return num
+
+    @cached_property
+    def typical_wh(self) -> Float[Array, "2"]:
+        """The median width and height of the boxes of people with labeled keypoints: annotated, or of keypoints that
+        extend in both directions; not a number where nobody has one. One pass over the source, if it is asked for."""
+        tables = self.source.tables(("people",))
+        if tables is None:
+            sides = [self._measure_rows(self.source.read([]))]
+        else:
+            sides = [self._measure_columns(table) for table in tables]
+        measured = np.concatenate([np.zeros((0, 2)), *sides])
+        return np.median(measured, axis=0) if len(measured) else np.full(2, np.nan)
+
+    def _measure(self, boxes: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"]) -> Float[Array, "m 2"]:
+        """The sides of those who have both."""
+        reading, unknown = self.known_reading, np.full((len(boxes), 2), np.nan)
+        rule = (reading.boxes if reading.boxes == "keypoints" else "annotation", reading.box_margin)
+        chosen = person_boxes.choose_boxes(
+            boxes, keypoints[..., :2], is_labeled(keypoints), unknown, rule, lambda: np.full(2, np.nan)
+        )
+        is_measured = is_labeled(keypoints).any(axis=1) & (chosen.origins <= FROM_KEYPOINTS)
+        return chosen.boxes_xywh[is_measured, 2:]
+
+    def _choose_boxes(
+        self, boxes: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], size_wh: Float[Array, "n 2"]
+    ) -> PeopleBoxes:
+        reading = self.known_reading
+        rule = (reading.boxes, reading.box_margin)
+        return person_boxes.choose_boxes(
+            boxes, keypoints[..., :2], is_labeled(keypoints), size_wh, rule, lambda: self.typical_wh
+        )
+
     # ---- One annotation of a JSON
 
     def _columns_of_rows(self, *, needs_keypoints: bool) -> PeopleColumns:
         tree = self.source.read()
         if needs_keypoints and not any("keypoints" in annotation for annotation in tree["annotations"]):
             raise UserError(f"{self.source.file}: no annotation has 'keypoints'; expected a COCO person_keypoints file")
+        self.refuse_without_boxes()
         left_out: list[Fault] = []
         rows = list(self.rows(left_out=left_out))
         columns = PeopleColumns.of_rows(rows, self.num_keypoints)
@@ -177,7 +249,7 @@ class PeopleReader:
         tree: dict[str, Any] | None = None,
         left_out: list[Fault] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """The people, one by one, as rows of `people`.
+        """The people, one by one, as rows of `people`, and where the box of each is from (`box_origin`).
 
         Args:
             collect: gets every fault; None: the first one is raised.
@@ -188,7 +260,7 @@ class PeopleReader:
             UserError: the first annotation against the rules.
         """
         tree = tree or self.source.read()
-        names = image_names(tree, self.source.file)
+        images = _ImageList(image_names(tree, self.source.file), {one["id"]: _size_of(one) for one in tree["images"]})
         ids = category_ids(tree.get("categories") or (), self.known_reading)
         for index, annotation in enumerate(tree["annotations"]):
             try:
@@ -196,7 +268,7 @@ class PeopleReader:
                     row, check = None, f"{CATEGORY}{show_value(category)}"
                 else:
                     is_other = self.reading is None and _is_other_number(annotation, self.num_keypoints)
-                    row = self._row(annotation | {"keypoints": []} if is_other else annotation, names)
+                    row = self._row(annotation | {"keypoints": []} if is_other else annotation, images)
                     check = CROWD if annotation.get("iscrowd") else NO_SIZE
             except BROKEN as error:
                 text = f"{_name_of(annotation, index)}: {reason(error)}"
@@ -210,10 +282,12 @@ class PeopleReader:
                 continue
             if collect is not None:
                 collect += _wrong_count(annotation, index)
+                is_made = self.known_reading.boxes == "annotation" and row["box_origin"] != ANNOTATED
+                collect += [Fault("made_boxes", _name_of(annotation, index))] * is_made
             yield row
 
-    def _row(self, annotation: dict[str, Any], names: dict[Any, str]) -> dict[str, Any] | None:
-        """The row of one COCO annotation; None for a crowd or an empty box.
+    def _row(self, annotation: dict[str, Any], images: "_ImageList") -> dict[str, Any] | None:
+        """The row of one COCO annotation; None for a crowd, or without a box and a keypoint to make one from.
 
         Raises:
             one of BROKEN: it is against the rules.
@@ -222,12 +296,33 @@ class PeopleReader:
             raise ValueError(f"expected 'iscrowd' of 0 or 1, found {show_value(annotation['iscrowd'])}")
         if annotation.get("iscrowd"):
             return None
-        box = box_of(annotation)
-        if box[2] <= 0 or box[3] <= 0:
+        box, points = _box_if_any(annotation), self._points(annotation)
+        size_wh = images.sizes_wh.get(annotation.get("image_id"), UNKNOWN_WH)
+        chosen = self._choose_boxes(box[None], points[None], np.array([size_wh]))
+        if chosen.origins[0] == NO_BOX:
             return None
-        if annotation.get("image_id") not in names:
+        if annotation.get("image_id") not in images.names:
             image = show_value(annotation.get("given_image_id", annotation.get("image_id")))
             raise ValueError(f"its image {image} is not among 'images'")
+        if not np.isfinite(chosen.boxes_xywh).all():
+            raise ValueError(UNKNOWN_SIZE)
+        from_box = AREA_OF_BOX * float(chosen.areas[0])
+        area = annotation.get("area", from_box)
+        if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
+            raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
+        return {
+            "file_name": f"{self.prefix}/{images.names[annotation['image_id']]}",
+            "image_id": id_of(annotation["image_id"]),
+            "ann_id": id_of(annotation["id"]),
+            "box_xywh": chosen.boxes_xywh[0].tolist(),
+            "area": float(area if area or (box[2:] > 0).all() else from_box),
+            "keypoints": points,
+            "box_origin": int(chosen.origins[0]),
+            "size_wh": size_wh,
+        }
+
+    def _points(self, annotation: dict[str, Any]) -> Float[Array, "k 3"]:
+        """The run's keypoints of an annotation; zeros where it has none."""
         numbers = keypoint_numbers(annotation, self.num_keypoints, self.known_reading)
         points = _numbers(numbers or [0] * 3 * self.num_keypoints)
         if points.shape != (3 * self.num_keypoints,):
@@ -244,17 +339,21 @@ class PeopleReader:
         v = points[:, 2]
         if (odd := visibility.is_odd(v)).any() and not self._is_in_lists(annotation):
             raise ValueError(visibility.describe_odd(v[odd][0]))
-        area = annotation.get("area", AREA_OF_BOX * float(box[2] * box[3]))
-        if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
-            raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
-        return {
-            "file_name": f"{self.prefix}/{names[annotation['image_id']]}",
-            "image_id": id_of(annotation["image_id"]),
-            "ann_id": id_of(annotation["id"]),
-            "box_xywh": box.tolist(),
-            "area": float(area),
-            "keypoints": points,
-        }
+        return points
+
+    def _measure_rows(self, tree: dict[str, Any]) -> Float[Array, "m 2"]:
+        """As `_measure`; an annotation against the rules is passed over here, and named where it is read."""
+        ids = category_ids(tree.get("categories") or (), self.known_reading)
+        boxes, points = [np.zeros((0, 4))], [np.zeros((0, self.num_keypoints, 3))]
+        for annotation in tree["annotations"]:
+            try:
+                if not annotation.get("iscrowd") and (not ids or annotation.get("category_id", ids[0]) in ids):
+                    box, keypoints = _box_if_any(annotation), self._points(annotation)
+                    boxes.append(box[None])
+                    points.append(keypoints[None])
+            except BROKEN:
+                continue
+        return self._measure(np.concatenate(boxes), np.concatenate(points))
 
     def _is_in_lists(self, annotation: dict[str, Any]) -> bool:
         return self.num_in_file == NUM_WHOLE_BODY and all(key in annotation for key in WHOLE_BODY)
@@ -273,38 +372,54 @@ class PeopleReader:
         table = table.combine_chunks()
         lists = _column(table, "people")
         image = np.repeat(np.arange(table.num_rows), _lengths(lists))
-        people = lists.flatten()
-        numbers = first_person + np.arange(len(people))
-        check = _ColumnCheck(people, _field(people, "id", numbers), self.source.file)
+        check = self._check_columns(lists.flatten(), first_person)
+        people, numbers = check.people, first_person + np.arange(len(check.people))
+        boxes, _ = check.vectors("bbox", 4)
+        sides = boxes[:, 2:]
+        is_near = (np.abs(boxes) <= FARTHEST).all(axis=1) & ((sides <= 0) | (sides >= 1 / FARTHEST)).all(axis=1)
+        check.expect(
+            np.asarray(is_near), boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})"
+        )
+        points, size_wh = self._keypoints(check), _sizes_of(table)[image]
+        made = self._choose_boxes(boxes, points, size_wh)
+        check.keep(made.origins != NO_BOX, NO_SIZE)
+        if (odd := check.taken & ~np.isfinite(made.boxes_xywh).all(axis=1)).any():
+            raise check.error(odd, UNKNOWN_SIZE)
+        area = _field(people, "area", AREA_OF_BOX * made.areas)
+        check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
+        area = np.where((area == 0) & ~(sides > 0).all(axis=1), AREA_OF_BOX * made.areas, area)
+        chosen = np.flatnonzero(check.taken)
+        return PeopleColumns(
+            file_name=_names(table, self.prefix, first_image).take(pa.array(image[chosen])),
+            image_id=_image_ids(table, first_image)[image[chosen]],
+            ann_id=check.ann_id[chosen],
+            box_xywh=made.boxes_xywh[chosen],
+            area=area[chosen],
+            keypoints=points[chosen],
+            place=_field(people, "place", numbers)[chosen],
+            box_origins=made.origins[chosen],
+            size_wh=size_wh[chosen],
+            left_out=check.left_out,
+        )
+
+    def _check_columns(self, people: pa.StructArray, first_person: int) -> "_ColumnCheck":
+        """The annotations that are of categories that count, and no crowds."""
+        check = _ColumnCheck(people, _field(people, "id", first_person + np.arange(len(people))), self.source.file)
         if ids := category_ids(self.source.categories, self.known_reading):
             category = _field(people, "category_id", np.full(len(people), ids[0]))
             check.keep(np.isin(category, np.array(ids)), CATEGORY, category)
         crowd = _field(people, "iscrowd", np.zeros(len(people), np.int64))
         check.expect((crowd == 0) | (crowd == 1), crowd, "'iscrowd' of 0 or 1")
         check.keep(crowd == 0, CROWD)
-        boxes, has_box = check.vectors("bbox", 4)
-        if not has_box[check.taken].all():
-            raise check.error(check.taken & ~has_box, "it has no 'bbox' (x, y, width, height)")
-        sides = boxes[:, 2:]
-        is_near = (np.abs(boxes) <= FARTHEST).all(axis=1) & ((sides <= 0) | (sides >= 1 / FARTHEST)).all(axis=1)
-        check.expect(
-            np.asarray(is_near), boxes, f"pixels of an image in 'bbox' (sides of {1 / FARTHEST:g} to {FARTHEST:g})"
-        )
-        check.keep(np.asarray((sides > 0).all(axis=1)), NO_SIZE)
-        points = self._keypoints(check)
-        area = _field(people, "area", AREA_OF_BOX * (boxes[:, 2] * boxes[:, 3]))
-        check.expect((area >= 0) & (area <= FARTHEST**2), area, "'area' of a number from 0 up")
-        chosen = np.flatnonzero(check.taken)
-        return PeopleColumns(
-            file_name=_names(table, self.prefix, first_image).take(pa.array(image[chosen])),
-            image_id=_image_ids(table, first_image)[image[chosen]],
-            ann_id=check.ann_id[chosen],
-            box_xywh=boxes[chosen],
-            area=area[chosen],
-            keypoints=points[chosen],
-            place=_field(people, "place", numbers)[chosen],
-            left_out=check.left_out,
-        )
+        return check
+
+    def _measure_columns(self, table: pa.Table) -> Float[Array, "m 2"]:
+        """As `_measure_rows`, but here a fault is raised as where the annotation is read."""
+        if not count_people(table):
+            return np.zeros((0, 2))
+        check = self._check_columns(_column(table.combine_chunks(), "people").flatten(), 0)
+        boxes, points = check.vectors("bbox", 4)[0], self._keypoints(check)
+        return self._measure(boxes[check.taken], points[check.taken])
 
     def _keypoints(self, check: "_ColumnCheck") -> Float[Array, "n k 3"]:
         """The run's keypoints of all that there are; zeros for who has none, and for those that are not there."""
@@ -343,7 +458,16 @@ class PeopleReader:
             area=sizes.prod(axis=1),
             keypoints=np.zeros((table.num_rows, self.num_keypoints, 3)),
             place=numbers,
+            box_origins=np.full(table.num_rows, ANNOTATED),
+            size_wh=sizes,
         )
+
+
+class _ImageList(NamedTuple):
+    """A JSON's images by their ids: names, and sizes as far as they are known."""
+
+    names: dict[Any, str]
+    sizes_wh: dict[Any, tuple[float, float]]
 
 
 class _ColumnCheck:
@@ -413,6 +537,23 @@ def _fill(array: pa.Array, default: int) -> Array:
     return pc.fill_null(array, default).to_numpy(zero_copy_only=False)
 
 
+def _has_boxes(table: pa.Table) -> bool:
+    """Whether any annotation of a table has a list as its `bbox`."""
+    if not count_people(table):
+        return False
+    people = _column(table, "people").flatten()
+    return people.type.get_field_index("bbox") >= 0 and bool(_lengths(people.field("bbox")).any())
+
+
+def _sizes_of(table: pa.Table) -> Float[Array, "images 2"]:
+    """Each image's width and height; not a number where they are not known."""
+    names = [name for name in ("width", "height") if name in table.column_names]
+    if len(names) < 2:
+        return np.full((table.num_rows, 2), np.nan)
+    sizes = np.stack([_fill(_column(table, name), 0) for name in names], axis=1).astype(np.float64)
+    return np.where(((sizes > 0) & (sizes <= FARTHEST)).all(axis=1, keepdims=True), sizes, np.nan)
+
+
 def _field(people: pa.StructArray, name: str, default: Array) -> Array:
     return _fill_from(people.field(name), default) if people.type.get_field_index(name) >= 0 else default
 
@@ -449,7 +590,7 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
     texts = {
         f"of other categories (category_id {shown}; expected {wanted})": others,
         "crowds": counts.get(CROWD, 0),
-        "with a box of no width or no height": counts.get(NO_SIZE, 0),
+        "without a box of a width and a height, or a labeled keypoint": counts.get(NO_SIZE, 0),
         "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),
     }
     return ", ".join(f"{count} {text}" for text, count in texts.items() if count)
@@ -466,6 +607,21 @@ def clear_unlabeled(keypoints: Float[Array, "*n 3"]) -> Float[Array, "*n 3"]:
     """Keypoints of which x and y are NaN, and v is 0 or NaN as well, as 0, 0, 0: they have no label."""
     gone = np.isnan(keypoints[..., :2]).all(axis=-1) & ~is_labeled(keypoints)
     return np.where(gone[..., None], 0.0, keypoints) if gone.any() else keypoints
+
+
+def _size_of(image: dict[str, Any]) -> tuple[float, float]:
+    """An image's width and height; not a number where the file does not say both."""
+    width: Any
+    height: Any
+    width, height = (image.get(name) for name in ("width", "height"))
+    if not {type(width), type(height)} <= {int, float} or not 0 < min(width, height) <= max(width, height) <= FARTHEST:
+        return UNKNOWN_WH
+    return float(width), float(height)
+
+
+def _box_if_any(annotation: dict[str, Any]) -> Float[Array, "4"]:
+    """Its `bbox`; zeros where it has none."""
+    return np.zeros(4) if annotation.get("bbox") in (None, []) else box_of(annotation)
 
 
 def _describe_count(found: int, num_keypoints: int) -> str:

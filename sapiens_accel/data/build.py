@@ -20,6 +20,7 @@ from sapiens_accel.data.sampling import Mixture
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry, infer_skeleton
 from sapiens_accel.pose.infer_skeleton import Category
+from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, synthetic
@@ -28,6 +29,8 @@ from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Reading
 from sapiens_accel.sources.source import open_source
 
+FILLED = 1.15  # an input of an aspect nearer to the image's than this has less than a seventh of itself left empty
+SIDE_UNIT = 32  # px of an input's sides: a multiple of all patches, and of the heatmap's quarter
 CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
 UNCOMPARED = "streaming: the images of training were not compared with those of validation"
 
@@ -64,7 +67,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
     labeled = unlabeled_data.choose_labeled(config, train)
     val, val_warning = _labeled_people(get_val_set(config), config, skeleton, root, cache)
     people_of = {"train": people_tables.select_people(train, labeled), "val": val}
-    warnings = [warning, val_warning]
+    warnings = [warning, val_warning, train.box_note, val.box_note]
     if unlabeled:
         gathered = unlabeled_data.gather_unlabeled(root, config, skeleton.num_keypoints, cache, train, labeled)
         people_of["unlabelled"], more = gathered
@@ -74,16 +77,18 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
     for one in others:
         people, warning = _labeled_people(one, config, skeleton, root, cache)
         parts.append(_check(people, config))
-        warnings.append(warning)
+        warnings += [warning, people.box_note]
     for people in parts:
         check_targets(people, config)
     num_skipped = sum(people.num_skipped for people in parts)
+    sizes = people_tables.measure_people(parts)
+    warnings.append(_propose_whole_images(config, sizes))
     sets = Sets(
         train=dataclasses.replace(people_tables.join_people(parts), num_skipped=num_skipped) if others else parts[0],
         val=checked["val"],
         unlabeled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
-        skeleton=skeleton,
+        skeleton=dataclasses.replace(skeleton, people=sizes),
         mixture=_mixture(config, [len(people) for people in parts]) if others else None,
     )
     if sets.unlabeled:
@@ -118,7 +123,9 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
     check_targets(dataclasses.replace(train, rows=first), config)
     val = open_split(config, skeleton, "val")
     others = _open_unlabeled_streams(config, reader, root, cache) if unlabeled else None
-    return Sets(train, val, others, tuple(line for line in (warning, UNCOMPARED) if line), skeleton)
+    skeleton = dataclasses.replace(skeleton, people=streaming.measure_stream(train))
+    lines = (warning, train.box_note, val.box_note, _propose_whole_images(config, skeleton.people), UNCOMPARED)
+    return Sets(train, val, others, tuple(line for line in lines if line), skeleton)
 
 
 def _open_unlabeled_streams(config: DataConfig, train: PeopleReader, root: Path, cache: Path) -> People:
@@ -203,7 +210,9 @@ def choose_reading(
             f"--data.absent_is_background: {category.file} does not label all of the run's keypoints, so that v=0 does "
             f"not mean there that they are not in the image; leave it out, or the dataset"
         )
-    return dataclasses.replace(reading, threshold=config.visibility_threshold), warning
+    return dataclasses.replace(
+        reading, threshold=config.visibility_threshold, boxes=config.boxes, box_margin=config.box_margin
+    ), warning
 
 
 def _labeled_people(
@@ -214,6 +223,21 @@ def _labeled_people(
     annotations, images = files_of(one, root, cache)
     people = people_tables.labeled_people(root, annotations, images, skeleton.num_keypoints, cache, reading)
     return people, warning
+
+
+def _propose_whole_images(config: DataConfig, sizes: PeopleSizes | None) -> str:
+    """With `boxes: image`, a line on how an image fills the network's input; empty where it does."""
+    if config.boxes != "image" or sizes is None:
+        return ""
+    height, width = config.input_hw
+    if config.box_padding <= 1 and max(sizes.aspect[1] * height / width, width / height / sizes.aspect[1]) <= FILLED:
+        return ""
+    side = (height * width / sizes.aspect[1]) ** 0.5
+    proposed = [max(SIDE_UNIT, round(one / SIDE_UNIT) * SIDE_UNIT) for one in (side, side * sizes.aspect[1])]
+    return (
+        f"proposed for whole images (--data.boxes image; width / height {sizes.aspect[1]:.2f} in the median): "
+        f'--data.box_padding 1 --data.input_hw "[{proposed[0]}, {proposed[1]}]"; now much of the input is empty'
+    )
 
 
 def _mixture(config: DataConfig, sizes: Sequence[int]) -> Mixture:

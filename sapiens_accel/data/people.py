@@ -28,7 +28,14 @@ from numpy import ndarray as Array
 from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose.visibility import is_labeled
+from sapiens_accel.pose.person_boxes import (
+    ANNOTATED,
+    GUESSED_SIDE,
+    NO_BOX,
+    WHOLE_IMAGE,
+    PeopleSizes,
+    measure_sizes,
+)
 from sapiens_accel.sources import images
 from sapiens_accel.sources.coco import find_image_fault
 from sapiens_accel.sources.foreign import suggest_conversion
@@ -38,10 +45,11 @@ from sapiens_accel.sources.source import open_source
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+MEASURED = 20_000  # people, evenly spread, whose sizes are looked at
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
-# The files of a table of people: rows, which are labeled, and their order where it is another.
-PEOPLE, LABELED, ORDER = "people.arrow", "labelled.npy", "order.npy"
+# The files of a table of people: rows, which are labeled, where boxes are from, and their order where it is another.
+PEOPLE, LABELED, BOXES, ORDER = "people.arrow", "labelled.npy", "boxes.npy", "order.npy"
 LEFT_OUT = "left_out.json"  # how many annotations are not in it, by cause
 
 
@@ -50,7 +58,7 @@ class People:
     """Rows of people and the folder that their images are in.
 
     A row: file_name (relative to root), image_id, ann_id, box_xywh [4] and keypoints [K, 3] (x, y, v) in image px, area
-    in px^2.
+    in px^2, size_wh [2] of the image (0 where it is not known).
 
     Attributes:
         annotations: the file that the rows came from, or the folder of whole images.
@@ -58,6 +66,7 @@ class People:
         left_out: which annotations are not among them, and why, in a line; empty if all are.
         parts: what `join_people` joined: a message about a broken image names its own file of annotations.
         reading: how the file was read; evaluation reads it in the same way.
+        box_note: of boxes that are not the annotated ones, in a line: how many, and how they were made; may be empty.
     """
 
     rows: Dataset
@@ -67,6 +76,7 @@ class People:
     left_out: str = ""
     parts: tuple["People", ...] = ()
     reading: Reading = PLAIN
+    box_note: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,7 +125,7 @@ class PeopleFiles:
 def labeled_people(
     root: Path, annotations: str, images: str, num_keypoints: int, cache: Path, reading: Reading = PLAIN
 ) -> People:
-    """The people with at least one labeled keypoint; crowds and empty boxes are left out.
+    """The people with at least one labeled keypoint; crowds are left out.
 
     Args:
         annotations, images: the file of annotations and the folder of its images, relative to `root`.
@@ -130,7 +140,34 @@ def labeled_people(
             (people.left_out and f"{people.left_out}; nobody is left")
             or f"{people.annotations}: no annotation in it; expected labeled people"
         )
-    return select_people(people, labeled)
+    origins = _read_beside(people.rows, BOXES)
+    note = describe_boxes(np.bincount(origins[labeled], minlength=NO_BOX), people.annotations, reading)
+    return replace(select_people(people, labeled), box_note=note)
+
+
+def describe_boxes(counts: Int[Array, "origins"], annotations: Path, reading: Reading) -> str:
+    """A line about the boxes that are not the annotated ones; empty if there are none.
+
+    Args:
+        counts: of the people, by where their boxes are from: ANNOTATED, FROM_KEYPOINTS, ...
+    """
+    num, guessed, whole = counts.sum(), counts[GUESSED_SIDE], counts[WHOLE_IMAGE]
+    if reading.boxes == "image":
+        return f"{annotations}: boxes are whole images (--data.boxes image)"
+    made = num - counts[ANNOTATED]
+    if not made:
+        return ""
+    larger = f"{reading.box_margin:.0%} larger on each side (--data.box_margin {reading.box_margin:g})"
+    if reading.boxes == "keypoints":
+        line = f"{annotations}: boxes are made from the keypoints (--data.boxes keypoints), {larger}"
+    else:
+        line = f"warning: {annotations}: {made} of {num} people have no box with a width and a height: it is made from "
+        line += f"their keypoints, {larger}"
+    if guessed:
+        line += f"; {guessed} with one keypoint or keypoints in a line: the missing side is the other people's median"
+    if whole:
+        line += f"; {whole} with one keypoint, and nobody has a box: it is the whole image (see --data.boxes image)"
+    return line
 
 
 def select_people(people: People, chosen: Int[Array, "n"]) -> People:
@@ -293,6 +330,19 @@ def boxes_of(rows: Dataset) -> Float[Array, "n 4"]:
     return column_of(rows, "box_xywh", (4,))
 
 
+def sizes_of(rows: Dataset) -> Float[Array, "n 2"]:
+    """The width and height of each person's image, as its file says; not a number where it does not."""
+    sizes = column_of(rows, "size_wh", (2,))
+    return np.where(sizes > 0, sizes, np.nan)
+
+
+def measure_people(parts: Sequence[People]) -> PeopleSizes | None:
+    """How large these people are in their images, by MEASURED of each part; None: no image's size is known."""
+    rows = [spread_rows(people.rows, MEASURED) for people in parts]
+    boxes, sizes = (np.concatenate([of(some) for some in rows]) for of in (boxes_of, sizes_of))
+    return measure_sizes(boxes, sizes)
+
+
 def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[Array, "n *shape"]:
     """A column as one array of its own, of numbers or of text."""
     if not len(rows):
@@ -310,10 +360,12 @@ def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[A
 
 
 def _read_labeled(rows: Dataset) -> Bool[Array, "n"]:
-    beside = [Path(file["filename"]).with_name(LABELED) for file in rows.cache_files]
-    if beside and beside[0].is_file():
-        return np.load(beside[0])
-    return np.asarray(is_labeled(keypoints_of(rows)).any(axis=-1))
+    return _read_beside(rows, LABELED).astype(bool)
+
+
+def _read_beside(rows: Dataset, name: str) -> Shaped[Array, "n"]:
+    """A column that lies beside the table of these rows, all of it."""
+    return np.load(Path(rows.cache_files[0]["filename"]).with_name(name)) if len(rows) else np.zeros(0, np.int64)
 
 
 def annotation_file(root: Path, annotations: str) -> Path:
@@ -382,7 +434,7 @@ def _open_table(folder: Path, num_keypoints: int) -> Dataset:
 
 
 def _write_table(folder: Path, chunks: Iterator[PeopleColumns], features: Features) -> None:
-    places, labeled = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    places, labeled, origins = [np.empty(0, np.int64)], [np.empty(0, bool)], [np.empty(0, np.int64)]
     left_out: Counter[str] = Counter()
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
         for people in chunks:
@@ -390,6 +442,7 @@ def _write_table(folder: Path, chunks: Iterator[PeopleColumns], features: Featur
             places.append(people.place)
             labeled.append(people.labeled)
             left_out.update(people.left_out)
+            origins.append(people.box_origins)
         writer.finalize()
     place = np.concatenate(places)
     if not len(place):  # `datasets` cannot read a table of nobody again
@@ -397,6 +450,7 @@ def _write_table(folder: Path, chunks: Iterator[PeopleColumns], features: Featur
     order = np.argsort(place, kind="stable")
     (folder / LEFT_OUT).write_text(json.dumps(left_out))
     np.save(folder / LABELED, np.concatenate(labeled)[order])
+    np.save(folder / BOXES, np.concatenate(origins)[order])
     np.save(folder / ORDER, np.empty(0, int) if (order[1:] > order[:-1]).all() else order)
 
 
@@ -415,6 +469,7 @@ def features_of(num_keypoints: int) -> Features:
             "ann_id": Value("int64"),
             "box_xywh": List(Value("float64"), length=4),
             "area": Value("float64"),
+            "size_wh": List(Value("float64"), length=2),
             "keypoints": Array2D((num_keypoints, 3), "float64"),
         }
     )
@@ -432,6 +487,7 @@ def _whole_image_rows(path: Path, folder: str, names: list[str], num_keypoints: 
             "box_xywh": [0.0, 0.0, float(width), float(height)],
             "area": float(width * height),
             "keypoints": np.zeros((num_keypoints, 3)),
+            "size_wh": (float(width), float(height)),
         }
 
 

@@ -28,8 +28,9 @@ from numpy.random import default_rng
 from tqdm import tqdm
 
 from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader
-from sapiens_accel.data.people import People
+from sapiens_accel.data.people import SCHEMA_VERSION, People, describe_boxes
 from sapiens_accel.errors import UserError
+from sapiens_accel.pose.person_boxes import ANNOTATED, GUESSED_SIDE, NO_BOX, WHOLE_IMAGE, PeopleSizes, measure_sizes
 from sapiens_accel.sources import schema
 from sapiens_accel.sources.schema import PLAIN
 
@@ -212,32 +213,39 @@ def open_streams(root: Path, sources: Sequence[StreamSource], cache: Path) -> Pe
     Raises:
         UserError: nobody is, a shard cannot be read, or an annotation in it is broken.
     """
-    groups, counts = [], []
+    groups, counts, origins = [], [], []
     for source in sources:
         counted = _counted(source, cache)
+        origins.append(counted[:, 2:].sum(axis=0))
+        if not origins[-1][ANNOTATED]:
+            source.reader.refuse_without_boxes()
+        if origins[-1][[GUESSED_SIDE, WHOLE_IMAGE]].any():
+            source.reader.typical_wh  # noqa: B018  (found here once, not in each process that reads people)
         starts = np.concatenate([[0], np.cumsum(counted[:, 1])])
         spans = source.reader.source.groups()
-        for span, (chosen, _), before in zip(spans, counted, starts[:-1], strict=True):
+        for span, (chosen, *_), before in zip(spans, counted, starts[:-1], strict=True):
             groups.append(Group(source, span.first, span.num, int(before), bool(starts[-1])))
             counts.append(int(chosen))
     if not sum(counts):
         raise UserError(f"{sources[0].file}: none of its people is {_describe_choice(sources[0].chosen)}")
     rows: Any = StreamRows(groups, counts)
     reading = sources[0].reader.known_reading
-    return People(rows=rows, root=root, annotations=sources[0].file, reading=reading)
+    note = describe_boxes(origins[0], sources[0].file, reading)
+    return People(rows=rows, root=root, annotations=sources[0].file, reading=reading, box_note=note)
 
 
 def _describe_choice(chosen: Chosen) -> str:
     return "without keypoints and large enough" if isinstance(chosen, Unlabeled) else "labeled (v > 0)"
 
 
-def _counted(source: StreamSource, cache: Path) -> Int[Array, "groups 2"]:
-    """For each group its chosen people and all people, read from the columns beside the images."""
+def _counted(source: StreamSource, cache: Path) -> Int[Array, "groups counts"]:
+    """For each group its chosen people, all people, and the chosen ones by where their boxes are from; read from the
+    columns beside the images."""
     reader = source.reader
     digest, reading = reader.source.digest, reader.known_reading
     chosen = repr(source.chosen) if isinstance(source.chosen, Unlabeled) else "labelled"
     how = "" if reading == PLAIN else f"-{reading!r}"
-    name = f"{digest}-k{reader.num_keypoints}-{chosen}{how}"
+    name = f"{digest}-k{reader.num_keypoints}-{chosen}{how}-v{SCHEMA_VERSION}"
     file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{digest}.npy"
     if not file.is_file():
         counted = _count(source, is_annotated=True)
@@ -250,26 +258,38 @@ def _counted(source: StreamSource, cache: Path) -> Int[Array, "groups 2"]:
     return np.load(file)
 
 
-def _count(source: StreamSource, *, is_annotated: bool) -> Int[Array, "groups 2"]:
+def _count(source: StreamSource, *, is_annotated: bool) -> Int[Array, "groups counts"]:
     """Several files at a time, each read by one thread: from another machine the time is latency."""
 
-    def count_file(spans: Sequence[schema.Span]) -> list[tuple[int, int]]:
+    def count_file(spans: Sequence[schema.Span]) -> list[tuple[int, ...]]:
         return [_count_group(Group(source, span.first, span.num, 0, is_annotated)) for span in spans]
 
     by_file = [list(spans) for _, spans in groupby(source.reader.source.groups(), key=lambda span: span.file)]
     with ThreadPoolExecutor(READERS) as pool:
         counts = tqdm(pool.map(count_file, by_file), total=len(by_file), desc="counting", disable=None, leave=False)
-        counted = [pair for of_file in counts for pair in of_file]
-    return np.array(counted, dtype=np.int64).reshape(-1, 2)
+        counted = [of_group for of_file in counts for of_group in of_file]
+    return np.array(counted, dtype=np.int64).reshape(-1, 2 + NO_BOX)
 
 
-def _count_group(group: Group) -> tuple[int, int]:
-    """How many of the group's people are chosen, and how many there are."""
+def _count_group(group: Group) -> tuple[int, ...]:
+    """How many of the group's people are chosen, how many there are, and how many chosen boxes are of each origin."""
     table = group.source.reader.source.read_group(group.first, group.num, columns=schema.COLUMNS)
     everybody = schema.count_people(table)
     if group.is_annotated and not everybody:
-        return 0, 0
-    return int(group.source.chosen(group.read_people(table)).sum()), everybody
+        return (0,) * (2 + NO_BOX)
+    people = group.read_people(table)
+    chosen = group.source.chosen(people)
+    return int(chosen.sum()), everybody, *np.bincount(people.box_origins[chosen], minlength=NO_BOX).tolist()
+
+
+def measure_stream(people: People) -> PeopleSizes | None:
+    """How large the people of the first row group that has any are in their images; None: that is not known."""
+    rows: Any = people.rows
+    group = rows.groups[int(np.flatnonzero(rows.counts)[0])]
+    table = group.source.reader.source.read_group(group.first, group.num, columns=schema.COLUMNS)
+    here = group.read_people(table)
+    chosen = group.source.chosen(here)
+    return measure_sizes(here.box_xywh[chosen], here.size_wh[chosen])
 
 
 def sample(people: People, number: int) -> Iterator[dict[str, Any]]:

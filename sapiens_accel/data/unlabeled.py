@@ -84,7 +84,7 @@ def gather_unlabeled(
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
         )
-    warnings = (_warn_of_other_aspect(people, train) for people in found)
+    warnings = (_warn_of_other_boxes(people, train) for people in found)
     return people_tables.join_people(found), tuple(line for line in warnings if line)
 
 
@@ -114,8 +114,15 @@ def unlabeled_images(root: Path, config: DataConfig, num_keypoints: int, cache: 
     return people
 
 
-def _warn_of_other_aspect(people: People, labeled: People) -> str | None:
-    """A line about boxes of another shape than the labeled people's; whole images are allowed, so no error."""
+def _warn_of_other_boxes(people: People, labeled: People) -> str | None:
+    """A line about boxes of another shape or size than the labeled people's; whole images are allowed, so no error."""
+    unlabeled_sizes, sizes = people_tables.measure_people([people]), people_tables.measure_people([labeled])
+    if unlabeled_sizes and sizes and (misfit := unlabeled_sizes.describe_misfit(sizes)):
+        of_whom = "whole images" if people.annotations.is_dir() else "unlabeled people"
+        return (
+            f"warning: {people.annotations}: {of_whom} beside labeled people of another size: their {misfit}; boxes "
+            f"of single people (--data.unlabelled_annotations) teach more"
+        )
     theirs, ours = (
         float(np.median(boxes[:, 2] / boxes[:, 3]))
         for boxes in (boxes_of(people_tables.spread_rows(of.rows, COMPARED)) for of in (people, labeled))

@@ -58,6 +58,12 @@ def read_annotations(
         finding = _error("json", str(error), str(root / annotations))
         return ReadAnnotations(labels=_labels([], {}, num_keypoints), findings=[finding])
     reader = PeopleReader(source=source, prefix=folder, num_keypoints=num_keypoints, reading=reading)
+    try:
+        reader.refuse_without_boxes(tree)
+    except UserError as error:
+        return ReadAnnotations(
+            labels=_labels(list(reader.rows(faults, tree)), {}, num_keypoints), findings=[_error("boxes", str(error))]
+        )
     num_images = len(tree["images"]) + sum(fault.check in ("images", "ids") for fault in faults)
     left_out: list[Fault] = []
     rows = list(reader.rows(faults, tree, left_out))
@@ -92,7 +98,8 @@ def _findings(faults: Sequence[Fault], num_images: int, num_annotations: int) ->
         "images": ("error", f"of {num_images} images in the JSON cannot be taken"),
         "ids": ("error", "image ids that are of two images"),
         "annotations": ("error", f"of {num_annotations} annotations cannot be read"),
-        NO_SIZE: ("warning", "annotations are left out: their boxes have no width or no height"),
+        NO_SIZE: ("warning", "annotations are left out: no box with a width and a height, no labeled keypoint"),
+        "made_boxes": ("warning", "annotations have no box with a width and a height: made from their keypoints"),
         "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labeled keypoints"),
         CROWD: ("note", "annotations are crowds: left out"),
         "kind": ("note", "annotations are of other categories: left out"),

@@ -76,7 +76,7 @@ def ground_truth_boxes(people: People) -> Boxes:
             raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
     return Boxes(
         root=people.root, file_names=list(people.rows["file_name"][:]), image_ids=image_ids, boxes_xywh=boxes,
-        scores=np.ones(len(boxes)), source="ground truth", labeled=True,
+        scores=np.ones(len(boxes)), source="ground truth", labeled=True, note=people.box_note,
     )  # fmt: skip
 
 

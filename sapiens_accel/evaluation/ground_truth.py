@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from sapiens_accel.data import annotation_rules
+from sapiens_accel.data import people as people_tables
 from sapiens_accel.data.people import People
 from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.sources.coco import given_id
@@ -33,11 +34,17 @@ class GroundTruth:
     num_without_area: int = 0
 
 
+def _measure_rows(people: People) -> dict[Any, dict[str, Any]]:
+    """The area and the box of each person by the annotation's id: where it has none they are made, see `data.boxes`."""
+    columns = (people.rows["ann_id"][:], people.rows["area"][:], people_tables.boxes_of(people.rows).tolist())
+    return {ann_id: {"area": area, "bbox": box} for ann_id, area, box in zip(*columns, strict=True)}
+
+
 # One set of people is evaluated many times: by each network and variant of eval.py, and again and again in a training.
 @lru_cache(maxsize=1)
 def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     """Read the annotation file of the people; once, as long as it is asked for the same ones."""
-    tree, rows = people.source.read(), set(people.rows["ann_id"][:])
+    tree, rows = people.source.read(), _measure_rows(people)
     zeros = [0.0] * (3 * num_keypoints)
     categories = evaluated_categories(people)
     first = next(iter(categories))
@@ -47,8 +54,8 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
         category = person.get("category_id", first)
         if only and category not in only:
             continue
-        box, is_crowd = person.get("bbox") or [0, 0, 0, 0], bool(person.get("iscrowd"))
-        is_row = person.get("id") in rows
+        box, is_crowd = list(person.get("bbox") or [0.0] * 4), bool(person.get("iscrowd"))
+        is_row, area = person.get("id") in rows, person.get("area")
         keypoints = None
         if is_row or not is_crowd:
             keypoints = annotation_rules.keypoint_numbers(person, num_keypoints, people.reading)
@@ -66,8 +73,11 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
                 "category_id": 1,
                 "category": category,
                 "iscrowd": int(is_crowd),
-                "area": float(person.get("area", AREA_OF_BOX * (box[2] * box[3]))),
-                "bbox": box,
+                **(
+                    rows[person["id"]]
+                    if is_row
+                    else {"area": float(AREA_OF_BOX * (box[2] * box[3]) if area is None else area), "bbox": box}
+                ),
                 "keypoints": (keypoints if is_row else None) or zeros,
             }
         )

@@ -21,6 +21,7 @@ from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose import infer_skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.infer_skeleton import Category, short
+from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, words
 from sapiens_accel.runtime import distributed
 
@@ -219,8 +220,10 @@ def _stored(candidate: Candidate) -> Skeleton | None:
         tree = read_tree(file, json.loads, "JSON")
         lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
         edges = tuple((a, b) for a, b in tree["edges"])
-        kinds = tuple(map(str, tree.get("categories") or ()))
-        return Skeleton(**lists, edges=edges, mirror_known=bool(tree.get("mirror_known", True)), categories=kinds)
+        kinds, sizes = tuple(map(str, tree.get("categories") or ())), tree.get("people")  # weights of before have none
+        people = sizes and PeopleSizes(share=tuple(sizes["share"]), aspect=tuple(sizes["aspect"]))
+        known = bool(tree.get("mirror_known", True))
+        return Skeleton(**lists, edges=edges, mirror_known=known, categories=kinds, people=people)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.sides import mirror_by_name, side_of, words
 
 
@@ -21,6 +22,7 @@ class Skeleton:
         mirror_known: False where nothing says which keypoints are left and right. Then `mirror` is a guess (each
             keypoint its own), and no image may be mirrored: on 68-point faces that cost 17.4 px of error for 6.5.
         categories: the names of the categories that have these keypoints; empty: person.
+        people: how large people are in the training images, where that is known.
 
     Raises:
         ValueError: names that are none or stand twice, indices of other keypoints, sigmas outside of (0, 1].
@@ -33,6 +35,7 @@ class Skeleton:
     edges: tuple[tuple[int, int], ...]
     mirror_known: bool = True
     categories: tuple[str, ...] = field(default=(), compare=False)
+    people: PeopleSizes | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -74,6 +77,7 @@ class Skeleton:
             edges=tuple((new[a], new[b]) for a, b in self.edges if a in new and b in new),
             mirror_known=self.mirror_known,
             categories=self.categories,
+            people=self.people,
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute
 
+from sapiens_accel.pose.person_boxes import BOX_MARGIN, BoxRule
+
 pc: Any = pyarrow.compute  # its functions are made at run time
 COLUMNS = ("image_id", "file_name", "width", "height", "people")
 FARTHEST = 1e7  # px: more than any image has, and its square is still a number in float32
@@ -45,12 +47,16 @@ class Reading:
         source: for each of the run's keypoints its place in an annotation, -1 for one that is not there (v=0); None:
             they are the run's own, in its order.
         threshold: v is a score, from which on a keypoint has a label; None: v is COCO's.
+        boxes: where people's boxes are from; see `person_boxes.choose_boxes`.
+        box_margin: of boxes from keypoints, on each side, as a share of that side of the keypoints' own box.
     """
 
     categories: tuple[str, ...] = ()
     count: int | None = None
     source: tuple[int, ...] | None = None
     threshold: float | None = None
+    boxes: BoxRule = "annotation"
+    box_margin: float = BOX_MARGIN
 
 
 PLAIN = Reading()

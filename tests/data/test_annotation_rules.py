@@ -17,11 +17,17 @@ from sapiens_accel.sources.source import open_source
 
 NAN, INF = float("nan"), float("inf")
 K = 3
-ROW = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("people", pa.list_(schema.PERSON))])
+ROW = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("image_id", "width", "height")),
+        ("file_name", pa.string()),
+        ("people", pa.list_(schema.PERSON)),
+    ]
+)
 CATEGORIES = [{"id": 4, "name": "person"}, {"id": 7, "name": "dog"}]
 # What may stand in an annotation, and what each value does: "" it is taken or left out, else what a refusal names.
 GOOD: dict[str, list[Any]] = {
-    "bbox": [[1, 2, 3, 4], [0, 0, 0, 5], [5, 5, 5, -1], [1.5, 2.5, 1e7, 1]],
+    "bbox": [[1, 2, 3, 4], [0, 0, 0, 5], [5, 5, 5, -1], [1.5, 2.5, 1e7, 1], None, []],
     "keypoints": [
         None,
         [],
@@ -36,7 +42,6 @@ GOOD: dict[str, list[Any]] = {
 }
 BAD: dict[str, list[Any]] = {
     "bbox": [
-        None,
         [1, 2, 3],
         [1, 2, 3, 4, 5],
         [1, 2, NAN, 4],
@@ -75,7 +80,7 @@ def _people(rng: np.random.Generator, num: int, num_bad: int) -> list[dict[str, 
 
 
 def _as_json(folder: Path, people: list[dict[str, Any]]) -> Path:
-    images = [{"id": index, "file_name": f"{index}.jpg"} for index in range(5)]
+    images = [{"id": index, "file_name": f"{index}.jpg", "width": 30, "height": 40 + index} for index in range(5)]
     present = [{key: value for key, value in person.items() if value is not None} for person in people]
     tree = {"images": images, "annotations": present, "categories": CATEGORIES}
     (folder / "train.json").write_text(json.dumps(tree))
@@ -84,7 +89,9 @@ def _as_json(folder: Path, people: list[dict[str, Any]]) -> Path:
 
 def _as_shards(folder: Path, people: list[dict[str, Any]]) -> Path:
     """The same in two Arrow files, each of some of the images."""
-    rows: list[dict[str, Any]] = [{"image_id": i, "file_name": f"{i}.jpg", "people": []} for i in range(5)]
+    rows: list[dict[str, Any]] = [
+        {"image_id": i, "file_name": f"{i}.jpg", "width": 30, "height": 40 + i, "people": []} for i in range(5)
+    ]
     for place, person in enumerate(people):
         rows[person["image_id"]]["people"].append(
             {key: person.get(key) for key in schema.PERSON.names} | {"place": place}
@@ -114,12 +121,21 @@ def _outcome(file: Path, num_keypoints: int, reading: Reading) -> list[Any] | st
     return [row | {"file_name": Path(row["file_name"]).name} for row in people]
 
 
-@pytest.mark.parametrize("reading", [PLAIN, Reading(count=K, source=(2, -1, 0, 1)), Reading(categories=("dog",))])
+@pytest.mark.parametrize(
+    "reading",
+    [
+        PLAIN,
+        Reading(count=K, source=(2, -1, 0, 1)),
+        Reading(categories=("dog",)),
+        Reading(boxes="keypoints", box_margin=0.3),
+        Reading(boxes="image"),
+    ],
+)
 def test_both_forms_take_leave_out_and_refuse_the_same(tmp_path: Path, reading: Reading) -> None:
     rng = np.random.default_rng(len(repr(reading)))
     taken = refused = 0
     num_keypoints = len(reading.source or range(K))
-    for number in range(150):
+    for number in range(75):
         people = _people(rng, 12, num_bad=number % 3)
         found = _outcome(_as_json(tmp_path, people), num_keypoints, reading)
         columns = _outcome(_as_shards(tmp_path, people), num_keypoints, reading)
@@ -129,7 +145,7 @@ def test_both_forms_take_leave_out_and_refuse_the_same(tmp_path: Path, reading: 
             assert isinstance(found, str) == isinstance(columns, str), people
         taken += len(found) if isinstance(found, list) else 0
         refused += isinstance(found, str)
-    assert taken > 100 and (refused > 60 or reading.categories)
+    assert taken > 100 and (refused > 30 or reading.categories)
 
 
 @pytest.mark.parametrize("num_keypoints", [17, 133])

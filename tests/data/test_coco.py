@@ -134,6 +134,7 @@ def test_crowds_empty_boxes_and_small_boxes_are_left_out(root: Path, cache: Path
     crowd, empty, large, small, labeled = people[:5]
     crowd["iscrowd"] = 1
     empty["bbox"][2] = 0.0
+    empty["keypoints"] = [0] * 3 * K
     for person, sides in ((large, [40.0, 64.0]), (small, [300.0, 39.9])):
         person["keypoints"] = [0] * 3 * K
         person["bbox"][2:] = sides
@@ -406,7 +407,7 @@ def _third(tree: Tree, **changes: Any) -> Tree:
         (lambda tree: {"annotations": tree["annotations"]}, ["'images'"]),
         (lambda tree: _third(tree, keypoints=[1.0] * 50), ["annotation 3:", "51", "50"]),
         (lambda tree: _third(tree, keypoints=[1.0] * 52), ["annotation 3:", "51", "52"]),
-        (lambda tree: _third(tree, bbox=None), ["annotation 3:", "'bbox'"]),
+        (lambda tree: _third(tree, bbox=7.0), ["annotation 3:", "'bbox'"]),
         (lambda tree: _third(tree, bbox=[1.0, 2.0, 3.0]), ["annotation 3:", "'bbox'"]),
         (lambda tree: _third(tree, image_id=777), ["annotation 3:", "777"]),
     ],
