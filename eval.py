@@ -1,8 +1,8 @@
 """Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and images.
 
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
-    [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--pictures N] [--worst N]
-    [--html [FILE]] [any option of a run]
+    [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--csv long|deeplabcut]
+    [--pictures N] [--worst N] [--html [FILE]] [any option of a run]
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes FILE|detector|NAME] [any of the above]
 """
 
@@ -22,7 +22,7 @@ from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.evaluation import evaluate, figures, html_report, networks
+from sapiens_accel.evaluation import evaluate, figures, html_report, keypoint_csv, networks
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
 from sapiens_accel.evaluation.networks import Candidate
@@ -61,6 +61,7 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
     configs: dict[str, EvalConfig] = {}
     analyses: dict[str, ErrorAnalysis] = {}
     images: list[Path] = []
+    tables: list[Path] = []
     for group in [*([one] for one in candidates), *([candidates] if run.eval.ensemble else [])]:
         name = networks.choose_name(group, candidates)
         loaded = networks.build_networks(accelerator, group, run, skeleton)
@@ -71,6 +72,8 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
                 config_of_row = replace(config_of_row, save_predictions=str(file))
             results[row] = evaluate.evaluate_networks(accelerator, loaded, people, skeleton, run.data, config_of_row)
             configs[row] = config_of_row
+            if run.eval.csv and accelerator.is_main_process:
+                tables.append(write_predictions(results[row], config_of_row, candidates[0].folder, row, skeleton))
         if accelerator.is_main_process:
             row = list(results)[-1]  # with all the augmentation that is asked for
             folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
@@ -90,10 +93,21 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
         summary = evaluate.format_summary(results, run.eval, skeleton)
         print(f"\n{summary}", *figures.format_worst_people(analyses), sep="\n\n")
         print("\nimages:", *images, sep="\n  ")
+        if tables:
+            print("\npredictions:", *tables, sep="\n  ")
         if run.eval.html:
             weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
             about, file = [f"people of {people.annotations}", *weights], html_report.report_path(run.eval.html, folder)
             print(f"\npage: {html_report.write_report(file, results, configs, analyses, skeleton, about)}")
+
+
+def write_predictions(result: EvaluationResult, config: EvalConfig, folder: Path, row: str, skeleton: Skeleton) -> Path:
+    """The CSV of one row of the table: beside the JSON of --save_predictions, else in the folder of the results."""
+    json_file = config.save_predictions
+    file = (
+        Path(json_file).with_suffix(".csv") if json_file else evaluate.predictions_path(folder / "keypoints.csv", row)
+    )
+    return keypoint_csv.write_csv(file, skeleton.names, config.csv or "long", result.image_rows)
 
 
 def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> tuple[People, Skeleton]:

@@ -377,6 +377,9 @@ class EvalConfig:
     """What computes AP and AR; faster_coco_eval gives the same numbers sooner (pip install faster-coco-eval)."""
     save_predictions: str | None = None
     """Write the predictions as COCO's server takes them to this JSON; while training, the last evaluation's."""
+    csv: Literal["long", "deeplabcut"] | None = None
+    """eval.py: also write the predictions as a CSV beside the JSON: long, a line for each keypoint of each person;
+    deeplabcut, a line for each image or frame under DeepLabCut's header rows."""
     num_pictures: Count = 8
     """People drawn with their prediction."""
     num_worst: Count = 8

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, CountingRules, Metrics
-from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth
+from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
+from sapiens_accel.evaluation.keypoint_csv import ImageRow, PersonRow
 from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
@@ -35,6 +36,7 @@ from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality, is_predicted, m
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.runtime import distributed, engine
+from sapiens_accel.sources.coco import given_id
 
 __all__ = ["METRICS", "Metrics", "Predictions", "format_protocol", "format_table", "oks", "protocol_settings"]
 
@@ -56,6 +58,7 @@ class EvaluationResult:
         area: which area OKS was measured by, in words.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
+        image_rows: predictions as `--eval.csv` writes them; on rank 0 alone, and only where that is asked for.
     """
 
     metrics: Metrics
@@ -66,6 +69,7 @@ class EvaluationResult:
     notes: tuple[str, ...]
     seconds: float
     area: str = ""
+    image_rows: tuple[ImageRow, ...] = ()
 
 
 def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> PoseNetwork:
@@ -107,11 +111,13 @@ def evaluate_networks(
     matches = None if boxes.labeled else match_boxes(predictions, boxes, people, skeleton)
     matched = predictions if matches is None else _select(predictions, matches)
     computed: list[Any] = [None]
+    image_rows: tuple[ImageRow, ...] = ()
     if accelerator.is_main_process:
         data = replace(data, input_hw=networks[0].codec.input_hw)
         try:
             boxes = with_categories(boxes, people, skeleton)
-            results, _ = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
+            results, chosen = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
+            image_rows = tuple(list_image_rows(results, chosen, boxes, people)) if config.csv else ()
             if config.save_predictions:
                 coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
             rules = CountingRules(config.area, config.max_people)
@@ -137,6 +143,7 @@ def evaluate_networks(
         notes=notes,
         seconds=seconds,
         area=area,
+        image_rows=image_rows,
     )
 
 
@@ -146,6 +153,29 @@ def with_categories(boxes: Boxes, people: People, skeleton: Skeleton) -> Boxes:
         return boxes
     category_of = read_ground_truth(people, skeleton.num_keypoints).category_of
     return replace(boxes, category_ids=[category_of[ann_id] for ann_id in people.rows["ann_id"][:]])
+
+
+def list_image_rows(
+    results: Sequence[dict[str, Any]], chosen: Int[Array, "m"], boxes: Boxes, people: People
+) -> Iterator[ImageRow]:
+    """Every image of the people's file with its results, by their ids and names in the file; the surest person first.
+
+    Args:
+        results, chosen: as `coco_metrics.coco_results` has them.
+    """
+    categories, ann_ids = evaluated_categories(people), people.rows["ann_id"][:]
+    several: dict[Any, list[PersonRow]] = defaultdict(list)
+    annotations = people.source.read()["annotations"] if boxes.labeled else ()
+    given_ids = {one.get("id"): given_id(one) for one in annotations}
+    for result, index in zip(results, chosen.tolist(), strict=True):
+        points = np.array(result["keypoints"]).reshape(-1, 3)
+        _, category = categories.get(result["category_id"], next(iter(categories.values())))
+        ann_id = ann_ids[index] if boxes.labeled else ""
+        person = PersonRow(points[:, :2], points[:, 2], result["score"], category, given_ids.get(ann_id, ann_id))
+        several[result["image_id"]].append(person)
+    for image_id, image in read_images(people).items():
+        found = sorted(several[image_id], key=lambda person: -person.score)
+        yield ImageRow(image["file_name"], found, given_id(image))
 
 
 def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> KeypointQuality:
@@ -269,7 +299,7 @@ def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> s
     )
 
 
-def predictions_path(given: str, name: str) -> Path:
+def predictions_path(given: str | Path, name: str) -> Path:
     """The file of predictions of one of several: results.json becomes results_NAME.json."""
     file, plain = Path(given), re.sub(r"[^\w.]+", "_", name).strip("_")
     return file.with_name(f"{file.stem}_{plain}{file.suffix}") if plain else file

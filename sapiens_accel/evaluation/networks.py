@@ -36,6 +36,7 @@ SHORT = {
     "split": "eval.split",
     "batch_size": "eval.batch_size",
     "save_predictions": "eval.save_predictions",
+    "csv": "eval.csv",
     "pictures": "eval.num_pictures",
     "worst": "eval.num_worst",
     "html": "eval.html",

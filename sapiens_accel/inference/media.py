@@ -82,6 +82,11 @@ def frame_name(video: Path, index: int, suffix: str = ".jpg") -> str:
     return f"{video.stem}_{index:06d}{suffix}"
 
 
+def frame_index(name: str) -> int:
+    """The frame that `frame_name` has named."""
+    return int(Path(name).stem.rsplit("_", 1)[1])
+
+
 def read_frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w 3"]]]:
     """Every n-th frame, RGB, with its number from 0; one at a time is in memory.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
+from sapiens_accel.evaluation.keypoint_csv import ImageRow, KeypointCsv, PersonRow
 from sapiens_accel.inference import media
 from sapiens_accel.inference.media import Film
 from sapiens_accel.pose import draw
@@ -30,6 +31,11 @@ class Person(NamedTuple):
     box_score: float
 
 
+def category_name(skeleton: Skeleton) -> str:
+    """What the weights were trained on: the name of their category, `person` by default, or several names as one."""
+    return " or ".join(skeleton.categories) or "person"
+
+
 class KeypointsWriter:
     """A COCO annotation file that is written image by image, and appears under its name when it is whole.
 
@@ -44,7 +50,8 @@ class KeypointsWriter:
         self._num = 0
         self._stream: TextIO | None = None  # nothing is written before there is something
         edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
-        kind = {"id": 1, "name": "person", "supercategory": "person", "keypoints": skeleton.names, "skeleton": edges}
+        kind = {"id": 1, "name": category_name(skeleton), "keypoints": skeleton.names, "skeleton": edges}
+        kind |= {"supercategory": "person"} if kind["name"] == "person" else {}
         third = f"v: 2 where the score is above {threshold:g}, else 0"
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
         self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": ['
@@ -58,6 +65,11 @@ class KeypointsWriter:
             self._written.write(",\n" if self._num else "\n")
             self._num += 1
             self._written.write(json.dumps({"id": self._num, "image_id": number, **self._annotation(person)}))
+
+    @property
+    def num_images(self) -> int:
+        """How many images were added; the id of the last one."""
+        return len(self._images)
 
     @property
     def _written(self) -> TextIO:
@@ -122,7 +134,12 @@ class MediaWriter:
         self.file = KeypointsWriter(
             folder / "keypoints.json", skeleton, self.threshold, {**about, "pictures": str(path.resolve())}
         )
+        self.table = self._open_table(evaluation) if evaluation.csv else None
         self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
+
+    def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
+        assert evaluation.csv is not None
+        return KeypointCsv(self.folder / "keypoints.csv", self.skeleton.names, evaluation.csv)
 
     def add(self, piece: Piece, everybody: Sequence[Sequence[Person]]) -> None:
         """The people of each image of a piece."""
@@ -131,8 +148,17 @@ class MediaWriter:
         self.num_bad += len(piece.bad)
         for file, name, size, people in zip(piece.files, piece.names, piece.sizes, everybody, strict=True):
             self.file.add(name, size, people)
+            if self.table is not None:
+                self.table.add(self._table_row(name, people))
             if self.draws:
                 self._draw(piece.root / file, name, people)
+
+    def _table_row(self, name: str, people: Sequence[Person]) -> ImageRow:
+        category = category_name(self.skeleton)
+        rows = [PersonRow(one.points_xy, one.scores, one.score, category) for one in people]
+        if self.film is None:
+            return ImageRow(name, rows, self.file.num_images)
+        return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name))
 
     def _draw(self, file: Path, name: str, people: Sequence[Person]) -> None:
         picture = read_image(file)
@@ -149,6 +175,8 @@ class MediaWriter:
         """Finish the files; what was found and where it is."""
         self.file.close()
         files = [str(self.file.file)]
+        if self.table is not None:
+            files.append(str(self.table.close()))
         if self.draws and self.film is not None:
             self.film.close()
             files.append(str(self.film.path))

@@ -12,6 +12,7 @@ from typing import Any
 
 import forks
 import numpy as np
+import pandas as pd
 import pytest
 from networks import untrained
 from pycocotools.coco import COCO
@@ -108,6 +109,30 @@ def test_saved_predictions_score_the_same_by_hand(main: Main, weights: Path, roo
         evaluation.accumulate()
         evaluation.summarize()
     assert [row[name] for name in METRICS] == pytest.approx(list(evaluation.stats), abs=1e-12)
+
+
+def test_the_csv_beside_the_json_has_its_people(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+    tree = json.loads((root / VAL).read_text())
+    names, owners = (
+        {one["id"]: one["file_name"] for one in tree["images"]},
+        {one["id"]: one for one in tree["annotations"]},
+    )
+    said = main(weights, "--csv", "long", "--save_predictions", tmp_path / "results.json", "--worst", 0)["said"]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert f"predictions:\n  {tmp_path / 'results.csv'}" in said
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert len(table) == 17 * len(saved) and set(table.category) == {"person"} and table.frame.isna().all()
+    by_person = {key: part for key, part in table.groupby(["image", "person_score"])}
+    for person in saved:
+        part = by_person[names[person["image_id"]], round(person["score"], 5)]
+        assert part[["x", "y"]].to_numpy() == pytest.approx(np.reshape(person["keypoints"], (17, 3))[:, :2], abs=1e-9)
+        assert part.keypoint.tolist() == list(COCO17.names)
+        assert owners[part.annotation_id.iloc[0]]["image_id"] == person["image_id"] == part.image_id.iloc[0]
+    assert table.groupby("image").person.max().sum() == len(saved)
+    main(weights, "--csv", "deeplabcut", "--boxes", "detector.json", "--worst", 0)
+    (file,) = tmp_path.glob("evaluations/*/keypoints_*.csv")
+    wide = pd.read_csv(file, header=[0, 1, 2, 3], index_col=0)
+    assert wide.index.tolist() == [one["file_name"] for one in tree["images"]]
 
 
 def test_what_each_augmentation_adds_and_costs(main: Main, weights: Path, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import forks
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from detectors import tiny
@@ -222,6 +224,28 @@ def test_a_video_is_its_frames(main: Main, weights: Path, root: Path, detector: 
     for index, one in enumerate(shown):
         difference = [np.abs(one.astype(int) - frame).mean() for frame in frames]
         assert int(np.argmin(difference)) == index
+
+
+@pytest.mark.usefixtures("pieces_of_3_frames")
+def test_the_csv_has_what_the_json_has(main: Main, root: Path, tmp_path: Path) -> None:
+    """Of a film DeepLabCut's table, of which a line is a frame; and the animal keeps its name."""
+    _video(tmp_path / "clip.avi", root, 8)
+    mouse = untrained(tmp_path / "mine", 0, replace(COCO17, categories=("mouse",)))
+    tree, said = main(mouse, tmp_path / "clip.avi", "--csv", "deeplabcut", "--boxes", "whole", *ALL)
+    place = tmp_path / "evaluations" / "mine" / "images" / "clip"
+    assert str(Path("images") / "clip" / "keypoints.csv") in said
+    table = pd.read_csv(place / "keypoints.csv", header=[0, 1, 2], index_col=0)
+    assert table.index.tolist() == list(range(8)) and table.shape == (8, 51)
+    numbers = _numbers(tree)
+    assert table.to_numpy().reshape(8, 17, 3) == pytest.approx(numbers[:, [0, 1, 3]].transpose(0, 2, 1), abs=6e-4)
+    assert [one["name"] for one in tree["categories"]] == ["mouse"]
+    tree, _ = main(mouse, root / "val2017", "--csv", "long", *ALL)
+    table = pd.read_csv(tmp_path / "evaluations" / "mine" / "images" / "val2017" / "keypoints.csv")
+    assert set(table.category) == {"mouse"} and set(table.image) == {one["file_name"] for one in tree["images"]}
+    assert table.x.to_numpy() == pytest.approx(_numbers(tree)[:, 0].ravel(), abs=6e-4)
+    assert set(zip(table.image, table.image_id, strict=True)) == {
+        (one["file_name"], one["id"]) for one in tree["images"]
+    }
 
 
 def test_boxes_by_the_detector_are_those_of_the_program(

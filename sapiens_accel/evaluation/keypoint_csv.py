@@ -1,0 +1,126 @@
+"""Predictions as a CSV: a line for each keypoint, or the table that DeepLabCut writes, a line for each image.
+
+`long` has a header and the columns COLUMNS. `deeplabcut` has three header rows (scorer, bodyparts, coords), for
+`pandas.read_csv(FILE, header=[0, 1, 2], index_col=0)`, or four (individuals after scorer) where an image has several
+people, as DeepLabCut's projects of several animals have; its rows are frames of a video, counted from 0, or images.
+
+x and y are px of the image, with the center of its first pixel at (0, 0).
+"""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray as Array
+
+from sapiens_accel.errors import UserError
+
+CsvShape = Literal["long", "deeplabcut"]
+COLUMNS = (
+    "image", "frame", "image_id", "person", "annotation_id", "category", "person_score", "keypoint", "x", "y", "score",
+)  # fmt: skip
+SCORER = "sapiens_accel"
+ABSENT = "nan"  # pandas takes a first line of empty cells for the name of the index, and would lose a frame
+Cell = str | int | float
+
+
+class PersonRow(NamedTuple):
+    """One predicted person.
+
+    Attributes:
+        score: of the person.
+        annotation_id: of the labeled person whose box it is; "" for a detector's.
+    """
+
+    points_xy: Float[Array, "k 2"]
+    scores: Float[Array, "k"]
+    score: float
+    category: str = ""
+    annotation_id: Cell = ""
+
+
+class ImageRow(NamedTuple):
+    """One image and its people, the surest first; `frame` is that of a video, from 0."""
+
+    image: str
+    people: Sequence[PersonRow]
+    image_id: Cell = ""
+    frame: int | None = None
+
+
+class KeypointCsv:
+    """A CSV that is written image by image, and appears under its name when it is closed."""
+
+    def __init__(self, file: Path, keypoints: Sequence[str], shape: CsvShape) -> None:
+        self.file, self.keypoints, self.shape = file, keypoints, shape
+        self._part = file.with_name(f".{file.name}.part")
+        self._wide: list[tuple[Cell, list[list[Cell]]]] = []
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._part.open("w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--eval.csv: {file}: not written: {error.strerror}") from None
+        self._write = csv.writer(self._stream, lineterminator="\n").writerow
+        if shape == "long":
+            self._write(COLUMNS)
+
+    def add(self, row: ImageRow) -> None:
+        """An image and its people."""
+        if self.shape == "long":
+            for line in _long_lines(row, self.keypoints):
+                self._write(line)
+            return
+        # How many people there are at most is known at the end alone, and it is the width of the table.
+        people = [_coordinates(person) for person in row.people]
+        self._wide.append((row.image if row.frame is None else row.frame, people))
+
+    def close(self) -> Path:
+        """What was added is the file."""
+        if self.shape == "deeplabcut":
+            self._write_wide()
+        self._stream.close()
+        self._part.replace(self.file)
+        return self.file
+
+    def _write_wide(self) -> None:
+        most = max((len(people) for _, people in self._wide), default=1) or 1
+        individuals = [f"individual{number}" for number in range(1, most + 1)]
+        cells = [(one, keypoint, part) for one in individuals for keypoint in self.keypoints for part in "xyp"]
+        self._write(["scorer", *[SCORER] * len(cells)])
+        if most > 1:
+            self._write(["individuals", *(one for one, _, _ in cells)])
+        self._write(["bodyparts", *(keypoint for _, keypoint, _ in cells)])
+        self._write(["coords", *({"p": "likelihood"}.get(part, part) for _, _, part in cells)])
+        for name, people in self._wide:
+            absent: list[Cell] = [ABSENT] * (len(cells) - sum(map(len, people)))
+            self._write([name, *(cell for person in people for cell in person), *absent])
+
+
+def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Iterable[ImageRow]) -> Path:
+    """Write a whole CSV at once.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    table = KeypointCsv(file, keypoints, shape)
+    for row in rows:
+        table.add(row)
+    return table.close()
+
+
+def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]:
+    frame: Cell = "" if row.frame is None else row.frame
+    for number, person in enumerate(row.people, start=1):
+        cells = _coordinates(person)
+        about: list[Cell] = [number, person.annotation_id, person.category, round(person.score, 5)]
+        for k, keypoint in enumerate(keypoints):
+            yield [row.image, frame, row.image_id, *about, keypoint, *cells[3 * k : 3 * k + 3]]
+
+
+def _coordinates(person: PersonRow) -> list[Cell]:
+    """x, y and score of each keypoint."""
+    rounded = np.column_stack([person.points_xy.round(3), person.scores.round(5)])
+    return rounded.ravel().tolist()
