@@ -83,12 +83,12 @@ def ground_truth_boxes(people: People) -> Boxes:
 def detector_boxes(file: Path, people: People) -> Boxes:
     """The boxes of a detector's results that are of people in the people's images; no score is too low.
 
-    Results of more images than there are here (of all of COCO, for a part of it) and of other categories are left
-    out; the note says so.
+    Results of more images than there are here (of all of COCO, for a part of it), of other categories, without area and
+    outside of their image are left out; the note says how many.
 
     Raises:
-        UserError: no list of detections, none at all or none of these images or of people; one without image_id, box
-            or score; a box without area or beside its image; an image that is not there.
+        UserError: no list of detections, none at all or none that is not left out; one without image_id, box or score;
+            an image that is not there.
     """
     found = read_detections(file)
     if not found:
@@ -111,9 +111,18 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         wanted = ", ".join(f"{given} ({name})" for given, name in list(categories.values())[:9])
         raise UserError(f"{file}: no detection of category {wanted}; its categories: {', '.join(kinds[:9])}")
     folder = _folder(people)
-    _check(file, kept, images, people.root / folder)
-    others, of_others = len(here) - len(kept), len(rows) - len(here)
-    parts = [f"{others} of other categories"] * bool(others) + [f"{of_others} of other images"] * bool(of_others)
+    faults = [_find_fault(row[2], images[row[0]]) for row in kept]
+    if all(faults):
+        raise UserError(f"{file}: none of its {len(kept)} boxes can be used: detection {kept[0][4]}: {faults[0]}")
+    left_out = {
+        "of other images": len(rows) - len(here),
+        "of other categories": len(here) - len(kept),
+        "without area": sum(bool(fault) and "no area" in fault for fault in faults),
+        "outside of their image": sum(bool(fault) and "no area" not in fault for fault in faults),
+    }
+    parts = [f"{count} {what}" for what, count in left_out.items() if count]
+    kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
+    _check_files(file, kept, images, people.root / folder)
     return Boxes(
         root=people.root,
         file_names=[f"{folder}/{images[row[0]]['file_name']}" for row in kept],
@@ -123,21 +132,24 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         source=f"detector ({file.name})",
         labeled=False,
         category_ids=[row[1] for row in kept],
-        note=f"{file}: {' and '.join(parts)} are left out" if parts else "",
+        note=f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}" if parts else "",
     )
 
 
 Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file
 
 
-def _check(file: Path, rows: list[Row], images: dict[Any, dict[str, Any]], folder: Path) -> None:
+def _find_fault(box: Float[Array, "4"], image: dict[str, Any]) -> str:
+    """Why a detection cannot be used; empty if it can."""
+    if not (box[2] > 0 and box[3] > 0):
+        return f"its box {_shown(box)} has no area (x, y, width, height)"
+    return _beyond(box, image) if _outside(box, image) else ""
+
+
+def _check_files(file: Path, rows: list[Row], images: dict[Any, dict[str, Any]], folder: Path) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    for image_id, _, box, _, index in rows:
+    for image_id, *_, index in rows:
         image = images[image_id]
-        if not (box[2] > 0 and box[3] > 0):
-            raise UserError(f"{file}: detection {index}: its box {_shown(box)} has no area (x, y, width, height)")
-        if _outside(box, image):
-            raise UserError(f"{file}: detection {index}: {_beyond(box, image)}")
         # In a folder of its own (train2017/000.jpg as the name) it is only looked for when it is read.
         if "/" not in image["file_name"] and image["file_name"] not in there:
             raise UserError(f"{file}: detection {index}: its image {folder / image['file_name']} is not there")

@@ -58,7 +58,7 @@ def test_other_pictures_and_other_categories_are_left_out_and_told(people: Peopl
     more = [found[0] | {"image_id": 10**9}, found[1] | {"category_id": 3}, found[2] | {"category_id": 44}]
     boxes = detections.load_boxes(str(_write(tmp_path, [*more, *found])), people)
     assert len(boxes) == 8
-    assert "2 of other categories and 1 of other images are left out" in boxes.note
+    assert "detections are left out: 1 of other images, 2 of other categories" in boxes.note
     # Nothing is too unsure: the published evaluation has no threshold on boxes.
     assert len(detections.load_boxes(str(_write(tmp_path, [found[0] | {"score": 0.001}])), people)) == 1
 
@@ -78,6 +78,10 @@ def _with(**changed: Any) -> Callable[[PersonBoxes], Any]:
     return lambda found: [*found[:3], found[3] | changed]
 
 
+def _with_all(**changed: Any) -> Callable[[PersonBoxes], Any]:
+    return lambda found: [one | changed for one in found]
+
+
 REFUSED = [
     pytest.param(lambda found: [], ["an empty list"], id="empty"),
     pytest.param(lambda found: {"annotations": found}, ["expected a detector's results"], id="annotations"),
@@ -89,11 +93,11 @@ REFUSED = [
     pytest.param(_with(score=None), ["detection 3", "None"], id="score None"),
     pytest.param(_with(score=float("nan")), ["detection 3", "nan"], id="score nan"),
     pytest.param(_with(bbox=[1, 2, 3]), ["detection 3", "4 numbers", "[1, 2, 3]"], id="three numbers"),
-    pytest.param(_with(bbox=[10, 10, 0, 30]), ["detection 3", "[10, 10, 0, 30]", "no area"], id="no width"),
-    pytest.param(_with(bbox=[10, 10, 30, -2]), ["detection 3", "no area"], id="negative height"),
-    pytest.param(_with(bbox=[5000, 10, 30, 30]), ["detection 3", "outside image"], id="right of the image"),
-    pytest.param(_with(bbox=[-40, 10, 30, 30]), ["detection 3", "outside image"], id="left of the image"),
-    pytest.param(_with(bbox=[0, 4000, 30, 30]), ["detection 3", "outside image"], id="below the image"),
+    pytest.param(_with_all(bbox=[10, 10, 0, 30]), ["detection 0", "[10, 10, 0, 30]", "no area"], id="no width"),
+    pytest.param(_with_all(bbox=[10, 10, 30, -2]), ["detection 0", "no area"], id="negative height"),
+    pytest.param(_with_all(bbox=[5000, 10, 30, 30]), ["detection 0", "outside image"], id="right of the image"),
+    pytest.param(_with_all(bbox=[-40, 10, 30, 30]), ["detection 0", "outside image"], id="left of the image"),
+    pytest.param(_with_all(bbox=[0, 4000, 30, 30]), ["detection 0", "outside image"], id="below the image"),
     pytest.param(
         lambda found: [one | {"image_id": 10**9 + i} for i, one in enumerate(found)],
         ["another image set", "none of its 8 images", "1000000000", "person_keypoints_val2017.json"],
@@ -115,6 +119,17 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     text = str(caught.value)
     assert [word for word in [str(file), *named] if word not in text] == [], text
     assert "\n" not in text
+
+
+def test_a_box_that_cannot_be_used_is_left_out_and_counted(people: People, tmp_path: Path) -> None:
+    """One of them ended a whole evaluation."""
+    found = _found(people)
+    odd = [found[0] | {"bbox": box} for box in ([10, 10, 0, 30], [5000, 10, 30, 30], [-40, 10, 30, 30])]
+    boxes = detections.load_boxes(str(_write(tmp_path, [*found, *odd])), people)
+    assert len(boxes) == len(found)
+    assert boxes.note.endswith(
+        f"of its {len(found) + 3} detections are left out: 1 without area, 2 outside of their image"
+    )
 
 
 def test_a_file_that_is_not_there_is_refused(people: People) -> None:
