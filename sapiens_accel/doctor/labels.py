@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
-from sapiens_accel.pose import geometry, mirror_pairs, visibility
+from sapiens_accel.pose import geometry, mirror_pairs, person_boxes, visibility
 from sapiens_accel.pose.skeleton import Skeleton
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 PERCENTILES = (5, 50, 95)
+LEAST_CORNERS, MOST_CORNERS = 4, 0.9  # people, and the share of them that must look so
+CORNER_SLACK = 0.1  # of a side, by which keypoints may lie outside of their box
 SLACK = 1.0  # px by which a label may lie outside of its image: rounding
 LEAST_VOTES = 30  # people in whom a pair was compared: of fewer, chance decides
 UNLIKELY = 3.5  # standard deviations
@@ -110,6 +112,7 @@ def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Fin
     """
     checks: tuple[Callable[..., Iterator[Finding]], ...] = (
         _check_boxes,
+        _check_corners,
         _check_areas,
         _check_keypoints,
         _check_visibility,
@@ -158,6 +161,29 @@ def _check_boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
     if partly.any():
         text = f"{_count(partly, 'box', 'boxes')} with more than a tenth outside of the image"
         yield Finding(level="warning", check="boxes", text=text, culprits=labels.names(partly))
+
+
+def _check_corners(labels: Labels, scored: bool) -> Iterator[Finding]:
+    """Boxes whose numbers are those of two corners, as other tools write them."""
+    people = labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
+    if len(people) < LEAST_CORNERS:
+        return
+    corners = people.boxes_xywh
+    low, extent = person_boxes.measure_keypoints(people.keypoints[..., :2], people.labeled)
+    high = low + extent
+    reach = SLACK + CORNER_SLACK * (corners[:, 2:] - corners[:, :2])
+    # What lies in x1 to x2 is left of x + w, too; only the true reading is as tight as the keypoints.
+    fits = (corners[:, 2:] > corners[:, :2]) & (low >= corners[:, :2] - reach) & (high <= corners[:, 2:] + reach)
+    sides = np.maximum(extent, SLACK)
+    nearer = np.abs(np.log((corners[:, 2:] - corners[:, :2]).clip(SLACK) / sides)).sum(axis=1)
+    farther = np.abs(np.log(corners[:, 2:] / sides)).sum(axis=1)
+    looks = np.asarray(fits.all(axis=1)) & (nearer < farther)
+    if looks.mean() >= MOST_CORNERS:
+        text = (
+            f"{_count(looks, 'box looks', 'boxes look')} like corners, x1, y1, x2, y2; expected x, y, width, height: "
+        )
+        text += "write x2 - x1 and y2 - y1, or make boxes from the keypoints, --data.boxes keypoints"
+        yield Finding(level="warning", check="corners", text=text, culprits=people.names(looks))
 
 
 def _check_areas(labels: Labels, scored: bool) -> Iterator[Finding]:

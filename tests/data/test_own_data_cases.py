@@ -83,7 +83,7 @@ OUTCOMES: dict[str, Works | Refused] = {
     "ap10k": Works(people=(12, 8), pairs=7),
     "bbox_missing": Refused(text="--data.boxes keypoints"),
     "bbox_missing_half": Works(lines=("3 of 6 people have no box with a width and a height",)),
-    "bbox_xyxy": Works(people=(12, 6)),
+    "bbox_xyxy": Works(people=(12, 6), lines=("12 boxes look like corners, x1, y1, x2, y2",), doctor=("corners",)),
     "categories_absent": Works(lines=("keypoints: 17, coco17",)),
     "category_id_string": Works(),
     "category_text_both": Works(),

@@ -309,7 +309,7 @@ def test_all_faults_are_told_at_once(root: Path) -> None:
     found = {f.check: f for f in doctor.check_data(_run(root))[0].findings}
     assert [c.split(":")[0] for c in found["train/annotations"].culprits] == ["annotation 2", "annotation 6"]
     assert found["train/crowd"].culprits == ("annotation 10",)
-    assert found["train/boxes"].culprits == ("annotation 12",)
+    assert found["train/made_boxes"].culprits == ("annotation 12",)
     assert found["train/missing"].culprits == ("train2017/000000000020.jpg",)
     assert found["train/unreadable"].culprits == ("train2017/000000000030.jpg",)
     leak = "train2017/000000000040.jpg is val2017/000020000003.jpg"
