@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Ours before torch and accelerate: sapiens_accel sets how threads wait, which torch reads when it is loaded.
+from sapiens_accel.config import commands
 from sapiens_accel.config import parse as config
 
 if __name__ == "__main__":
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    references, words = networks.split_words(argv)
+    references, words = commands.parse_evaluation(argv)
     accelerator = distributed.start()
     with accelerator.main_process_first():
         paths = [networks.resolve_path(reference) for reference in references]

@@ -1,4 +1,4 @@
-"""python -m sapiens_accel.boxes: the command of that name."""
+"""python -m sapiens_accel.boxes: the same as sapiens-accel detect."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""sapiens-accel COMMAND: the commands beside train.py and eval.py. Only the chosen one's modules are imported."""
+"""sapiens-accel COMMAND: the commands beside train.py and eval.py. Only the modules of the chosen one are imported."""
 
 import difflib
 import importlib
@@ -11,21 +11,21 @@ from sapiens_accel.errors import UserError, run_main
 
 
 class Command(NamedTuple):
-    module: str  # its `main(argv)` parses the words that follow
-    words: tuple[str, ...]  # words that come before those
+    module: str  # its `main(argv)` parses the arguments
+    words: tuple[str, ...]  # arguments to insert before those of the user
     help: str
 
 
 COMMANDS = {
-    "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before a training"),
-    "memory": Command("sapiens_accel.memory.planner", (), "whether a recipe fits a GPU, and by which launch"),
-    "detect": Command("sapiens_accel.inference.detect_people", (), "find people in images or a video, as boxes"),
+    "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before training"),
+    "memory": Command("sapiens_accel.memory.planner", (), "predict whether a recipe fits a GPU, and with which launch"),
+    "detect": Command("sapiens_accel.inference.detect_people", (), "detect people in images or a video, as boxes"),
     "convert": Command(
         "sapiens_accel.formats.convert", (), "labels of another tool as a COCO folder, or such a folder as shards"
     ),
     "export": Command("sapiens_accel.models.export", (), "write weights for transformers, ONNX or torch.export"),
     "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
-    "selftest": Command("sapiens_accel.selftest.__main__", (), "measure on this machine what a training relies on"),
+    "selftest": Command("sapiens_accel.selftest.__main__", (), "test on this machine what training relies on"),
 }
 
 
@@ -34,10 +34,10 @@ def main() -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run the command that the first word names.
+    """Run the command that the first argument names.
 
     Raises:
-        UserError: there is no such command, or none was named.
+        UserError: there is no such command.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: sapiens-accel COMMAND ...  (COMMAND --help: its options)\n")
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def start(name: str, words: Sequence[str]) -> None:
-    """Run a command's main; its help is printed without its imports, which take seconds."""
+    """Run the main of a command. `--help` is answered before its imports, which take seconds."""
     if name in PARSERS and any(word in ("-h", "--help") for word in words):
         PARSERS[name]().parse_args(words)
     importlib.import_module(COMMANDS[name].module).main(words)

@@ -1,4 +1,4 @@
-"""What a user can act on, a run that was asked to stop, and how a program ends with either. Standard library alone."""
+"""Errors that a user can act on, requests to stop, and how a program ends with them. Standard library only."""
 
 import atexit
 import errno
@@ -18,36 +18,38 @@ from typing import Any, TextIO, cast
 
 LONGEST = 2_000
 NOT_PERMITTED = (errno.EACCES, errno.EPERM)
-# A disk that is full, over quota, broken or read-only.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-OF_THE_DISK += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
+# The disk is full, over quota, broken or read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK_ERRORS += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
 SECONDS_FOR_RANK_0 = 12
-SECONDS_TO_END = 15.0  # from the end of a program that failed to that of its process
-# What stands before the @ of an address: up to the last @ before the first /, or further if that / is of a password.
+SECONDS_TO_END = 15.0  # after a program has failed, until its process is killed
+# User and password in a URL: up to the last @ before the first /, or further if that / is part of a password.
 USER = re.compile(r"(?<![\w+.-])([\w+.-]{1,30}://)([^/\s'\"]+|[^/\s:'\"]*:(?!:|\d*/)[^\s'\"]{0,300})@")
 SECRET_KEYS = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+")
-NO_USER = ("abfs", "abfss", "wasb", "wasbs", "github", "git", "hf")  # a container, repository or name before the @
-USER_ALONE = ("sftp", "ssh", "scp", "hdfs", "webhdfs", "smb")  # of others a user alone may be a token
+# In these schemes a container, a repository or a name precedes the @.
+SCHEMES_WITHOUT_USER = ("abfs", "abfss", "wasb", "wasbs", "github", "git", "hf")
+# In these a user without a password is no secret; in all others it may be a token.
+SCHEMES_WITH_PUBLIC_USER = ("sftp", "ssh", "scp", "hdfs", "webhdfs", "smb")
 
 
 def escape(text: str, keep: str = "\n\t") -> str:
-    """Text that a terminal only shows: control codes, invisible marks and halves of characters as their escapes.
+    """Replace control codes, invisible characters and lone surrogates by their escapes, and hide credentials in URLs.
 
-    A name in a file may hold codes that recolor, move or retitle a terminal, turn the order of letters around, or
-    that no encoding can print. Text that was escaped before stays as it is. Credentials in addresses are left out.
+    Names in files may hold codes that recolor, move or retitle a terminal, reverse the order of letters, or that no
+    encoding can print. Escaping escaped text changes nothing.
 
     Args:
-        keep: characters that are left alone.
+        keep: characters that are not escaped.
     """
     text = hide_credentials(text)
     if text.isprintable():
         return text
-    # Spaces of other widths (category Zs) are no marks: a path of them, in a command to be pasted, stays as it is.
+    # Spaces of other widths (category Zs) stay: a path that holds them must survive in a command to be pasted.
     return "".join(
-        letter
-        if letter.isprintable() or letter in keep or unicodedata.category(letter) == "Zs"
-        else letter.encode("unicode_escape").decode()
-        for letter in text
+        character
+        if character.isprintable() or character in keep or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
@@ -57,40 +59,40 @@ def count(number: int, noun: str) -> str:
 
 
 def is_secret(scheme: str, user: str) -> bool:
-    """Whether what stands before the @ of an address is no one's to read: user and password, or a token."""
+    """Whether the part before the @ of a URL is a secret: user and password, or a token."""
     name = scheme.removesuffix("://").lower()
-    return name not in NO_USER and (":" in user or name not in USER_ALONE)
+    return name not in SCHEMES_WITHOUT_USER and (":" in user or name not in SCHEMES_WITH_PUBLIC_USER)
 
 
 def hide_credentials(text: str) -> str:
-    """Text with *** for user and password of the addresses in it (scheme://USER:PASSWORD@host), and for their keys."""
+    """Replace user and password in URLs (scheme://USER:PASSWORD@host), and secret query values, by ***."""
     return SECRET_KEYS.sub(r"\1***", _replace_users(text, "***@")) if "://" in text else text
 
 
 def _replace_users(text: str, by: str) -> str:
-    return USER.sub(lambda found: found[1] + by if is_secret(found[1], found[2]) else found[0], text)
+    return USER.sub(lambda match: match[1] + by if is_secret(match[1], match[2]) else match[0], text)
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: the culprit, what was expected, what to do.
+    """An error that the user can fix. Its text is one line: `WHERE: WHAT is wrong (expected X, found Y). FIX`.
 
-    A value that is quoted in it may be of any size: of a text of more than LONGEST letters the middle is left out.
+    A value quoted in it may be of any length: beyond LONGEST characters the middle of the text is left out.
 
     Attributes:
-        given: the text before it was escaped and shortened. Not to be shown.
+        original: the text before it was escaped and shortened. Not to be printed.
     """
 
     def __init__(self, text: str) -> None:
-        self.given = text
+        self.original = text
         text = escape(text, keep="")
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-500:]}")
 
 
-class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """The run was asked to stop and did, with everything saved. Its text says where.
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """A signal asked the run to stop, and its state is saved. The text says where.
 
     Attributes:
-        signal: the number of the signal that asked for it.
+        signal: the number of that signal.
     """
 
     def __init__(self, text: str, signal: int) -> None:
@@ -99,15 +101,15 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
 
 
 def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
-    """The keys and values that a small text file holds.
+    """Read the keys and values of a small text file.
 
     Args:
-        parse: `json.loads`, `yaml.safe_load`: what it raises means that the file is not of its form, whatever it is
-            (of an odd file: ValueError, RecursionError, KeyError, AttributeError and more).
-        form: what to call that.
+        parse: `json.loads` or `yaml.safe_load`. Any exception of it means that the file is malformed (malformed files
+            raise ValueError, RecursionError, KeyError, AttributeError and more).
+        form: name of the format, for messages.
 
     Raises:
-        UserError: it cannot be read, is not of that form, or holds something else than keys and values.
+        UserError: the file cannot be read, is malformed, or holds something other than keys and values.
     """
     try:
         tree = parse(file.read_text(encoding="utf-8"))
@@ -124,8 +126,8 @@ def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, A
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 
-    A run that was asked to stop leaves with 128 + the signal's number, as a shell has it, and says how to continue.
-    What is printed is escaped. However a program fails, its process ends within `SECONDS_TO_END`.
+    A run that a signal stopped exits with 128 + the signal's number, as in a shell, and prints how to continue. All
+    output is escaped. However a program fails, its process ends within `SECONDS_TO_END`.
     """
     try:
         with redirect_stdout(cast(TextIO, _EscapedOutput(sys.stdout))):
@@ -133,42 +135,43 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except Interrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
             print(escape(f"{interrupted}; {continue_with()}"), flush=True)
-        _end_soon(128 + interrupted.signal)
+        _limit_exit_time(128 + interrupted.signal)
         sys.exit(128 + interrupted.signal)
     except KeyboardInterrupt:
         print(f"{_program()}: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        _end_soon(128 + signal.SIGINT)
+        _limit_exit_time(128 + signal.SIGINT)
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            # Rank 0 mostly says the same, and its exit ends this process before the line is said again. On a busy
-            # machine that exit took 5 s and more (three processes on two cores).
+            # Rank 0 mostly fails alike, and its exit ends this process before the line is repeated. On a busy machine
+            # that exit took 5 s and more (three processes on two cores).
             time.sleep(SECONDS_FOR_RANK_0)
         print(f"{_program()}: error: {error}", file=sys.stderr, flush=True)
-        _end_soon(2)
+        _limit_exit_time(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (*OF_THE_DISK, *NOT_PERMITTED):
-            _end_soon(1)
+        if error.errno not in (*DISK_ERRORS, *NOT_PERMITTED):
+            _limit_exit_time(1)
             raise
-        print(escape(f"{_program()}: error: {_describe(error)}"), file=sys.stderr, flush=True)
-        _end_soon(2)
+        print(escape(f"{_program()}: error: {_describe_os_error(error)}"), file=sys.stderr, flush=True)
+        _limit_exit_time(2)
         sys.exit(2)
     except Exception:
-        _end_soon(1)
+        _limit_exit_time(1)
         raise
 
 
-def _describe(error: OSError) -> str:
+def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in NOT_PERMITTED:
-        return f"{where}{error.strerror}: it may not be read or written. Change its permissions, or give another one"
-    return f"{where}{error.strerror}. Make room there, or give another folder (--output_dir, --data.cache_dir)"
+        fix = "Correct its permissions, or choose another path"
+        return f"{where}{error.strerror}: no permission to read or write it. {fix}"
+    return f"{where}{error.strerror}. Free space there, or choose another folder (--output_dir, --data.cache_dir)"
 
 
-def _end_soon(code: int) -> None:
-    """Let nothing hold up the end of this process: a thread, a process or a device that no longer answers."""
+def _limit_exit_time(code: int) -> None:
+    """Exit after `SECONDS_TO_END` even if a thread, a child process or a device no longer answers."""
     ending = threading.Event()
 
     def end() -> None:
@@ -176,7 +179,7 @@ def _end_soon(code: int) -> None:
         time.sleep(SECONDS_TO_END)
         os._exit(code)
 
-    # Started now: from Python 3.12 on a process that ends starts no thread. The last registered one runs first.
+    # Started now, since Python 3.12 starts no thread at exit. Functions registered last run first.
     threading.Thread(target=end, daemon=True).start()
     atexit.register(ending.set)
 
@@ -189,7 +192,7 @@ def _program() -> str:
 
 
 class _EscapedOutput:
-    """A stream whose text is escaped; stderr has none, since progress bars move the cursor."""
+    """A text stream that escapes what is written. Not for stderr, where progress bars move the cursor."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -203,22 +206,22 @@ class _EscapedOutput:
 
 
 def continue_with() -> str:
-    """How to continue a run that has ended before its last step, as the end of a sentence."""
+    """The end of a sentence: how to continue a run that has ended before its last step."""
     return f"continue with the same launch and: {_resume_command(sys.argv)}"
 
 
 def _resume_command(words: Sequence[str]) -> str:
-    """A command that continues where the one of these words stopped.
+    """The command that resumes the run of this command line.
 
-    Of addresses with credentials it has the rest, and says which options need them.
+    Credentials in URLs are left out, and the options that need them are listed.
     """
     option = "--resume_from_checkpoint"
-    kept, secret = [], []
+    shown, secret = [], []
     for before, word in pairwise(["", *words]):
         if word.startswith(option) or before == option:
             continue
-        kept.append(_replace_users(word, ""))
-        if kept[-1] != word:
+        shown.append(_replace_users(word, ""))
+        if shown[-1] != word:
             secret.append(word.partition("=")[0] if word.startswith("--") else before)
     needs = f" (with user and password in {', '.join(secret)})" if secret else ""
-    return shlex.join([*kept, option, "latest"]) + needs
+    return shlex.join([*shown, option, "latest"]) + needs

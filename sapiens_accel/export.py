@@ -1,4 +1,4 @@
-"""python -m sapiens_accel.export: the command of that name."""
+"""python -m sapiens_accel.export: the same as sapiens-accel export."""
 
 from functools import partial
 

@@ -1,12 +1,16 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import TOKEN, Server, serve
+from huggingface_hub import HfFileSystem, constants
 from messages import Recorder
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config
 from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.sources import shards
 
 # One thread: the tests share the machine, and tiny tensors gain nothing from more.
 torch.set_num_threads(1)
@@ -40,6 +44,23 @@ def recipes() -> dict[str, Config]:
     """Every recipe in sapiens_accel/recipes, loaded by its name (once: each takes a third of a second)."""
     folder = Path(config.__file__).parents[1] / "recipes"
     return {path.stem: config.load(["--recipe", path.stem]) for path in sorted(folder.glob("*.yaml"))}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A Hub that the client of this process talks to, logged in and with an empty cache, `tmp_path / "hub"`."""
+    with serve() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        HfFileSystem.clear_instance_cache()  # it remembers the listings of another server
+        shards.read_manifest.cache_clear()
+        shards._cached.clear()
+        yield running
 
 
 def pytest_configure(config: pytest.Config) -> None:

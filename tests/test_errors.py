@@ -80,12 +80,12 @@ def test_a_program_that_failed_ends_though_no_thread_can_be_started_any_more(tmp
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [("EACCES", "x.json: gone: it may not be read or written"), ("ENOSPC", "x.json: gone. Make room there")],
+    [("EACCES", "x.json: gone: no permission to read or write it"), ("ENOSPC", "x.json: gone. Free space there")],
 )
 def test_what_may_not_be_opened_needs_no_room(tmp_path: Path, number: str, said: str) -> None:
     done = _run(tmp_path, f"import errno; raise OSError(errno.{number}, 'gone', 'x.json')")
     assert done.returncode == 2 and done.stderr.startswith(f"program.py: error: {said}")
-    assert ("Make room" in done.stderr) == (number == "ENOSPC")
+    assert ("Free space" in done.stderr) == (number == "ENOSPC")
 
 
 def test_a_command_to_continue_can_run_and_has_no_password() -> None:

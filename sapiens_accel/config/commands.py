@@ -1,10 +1,12 @@
-"""What each command of `sapiens-accel` takes, apart from what it does: `--help` answers without importing torch."""
+"""The command line of each command, apart from its implementation: `--help` is answered without importing torch."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
+from sapiens_accel.config.options import options
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError
 
@@ -16,24 +18,24 @@ DETECTOR, DETECTOR_THRESHOLD, DETECTOR_MAX_IOU = "PekingU/rtdetr_v2_r50vd", 0.05
 def doctor_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.doctor",
-        description="Look a run over before it starts. Options of train.py may follow: --recipe, --data.root, ...",
+        description="Check a run before it starts. Options of train.py may follow: --recipe, --data.root, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--launch", help="the accelerate config that the run will be launched with")
-    parser.add_argument("--json", metavar="FILE", help="write all that was found as JSON; - prints it instead of text")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where crops.png goes (OUTPUT_DIR/doctor)")
+    parser.add_argument("--launch", help="the accelerate config to launch the run with")
+    parser.add_argument("--json", metavar="FILE", help="write all findings as JSON; - prints them instead of text")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of crops.png (OUTPUT_DIR/doctor)")
     return parser
 
 
 def memory_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.memory",
-        description="Predict what a run needs, way by way. Options of train.py may follow: --recipe, --stage, ...",
+        description="Predict the memory of a run by launch. Options of train.py may follow: --recipe, --stage, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
-    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each: 16GiB, 24GB, 15360MiB, ... (16GiB)")
-    parser.add_argument("--capability", default="8.0", help="compute capability of each: 7.5 of a T4, ... (8.0)")
+    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each GPU: 16GiB, 24GB, 15360MiB, ... (16GiB)")
+    parser.add_argument("--capability", default="8.0", help="compute capability of each GPU: 7.5 of a T4, ... (8.0)")
     parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -42,7 +44,7 @@ def memory_parser() -> argparse.ArgumentParser:
 def export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.export",
-        description="Write a weights folder as a graph, pixel_values (float32, normalized) to heatmaps, and check it.",
+        description="Export a weights folder as a graph, pixel_values (float32, normalized) to heatmaps, and check it.",
         allow_abbrev=False,
     )
     parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
@@ -54,7 +56,7 @@ def export_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--opset", type=int, help="ONNX's operator set (18; bf16: 22)")
     parser.add_argument(
-        "--dtype", choices=EXPORT_DTYPES, default="fp32", help="of the weights and the arithmetic (fp32)"
+        "--dtype", choices=EXPORT_DTYPES, default="fp32", help="precision of weights and arithmetic (fp32)"
     )
     return parser
 
@@ -62,7 +64,7 @@ def export_parser() -> argparse.ArgumentParser:
 def detect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.boxes",
-        description="Find the people in images, and write their boxes for stage ssl and eval.py.",
+        description="Detect the people in images, and write their boxes for stage ssl and eval.py.",
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
@@ -70,14 +72,14 @@ def detect_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
     add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
     least, overlap = DETECTOR_THRESHOLD, DETECTOR_MAX_IOU
-    add("--threshold", type=float, default=least, help=f"the least score ({least}; ssl takes those from 0.5 on)")
-    add("--max_iou", type=float, default=overlap, help=f"of two boxes that overlap by more, one stays ({overlap})")
-    add("--batch_size", type=int, default=8, help="images of one forward (8)")
-    add("--num_workers", type=int, default=4, help="reading processes (4)")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--annotations", type=Path, help="take image ids from this COCO JSON, for eval.py on labeled images")
-    add("--every", type=int, help="of a video: every n-th frame (1)")
-    add("--frames", type=Path, help="of a video: the folder its frames are written to (beside OUT, named as the video)")
+    add("--threshold", type=float, default=least, help=f"minimum score ({least}; ssl uses boxes of 0.5 or more)")
+    add("--max_iou", type=float, default=overlap, help=f"keep one of two boxes that overlap by more ({overlap})")
+    add("--batch_size", type=int, default=8, help="images in a forward pass (8)")
+    add("--num_workers", type=int, default=4, help="processes that read images (4)")
+    add("--device", help="cuda or cpu (cuda if there is a GPU)")
+    add("--annotations", type=Path, help="COCO JSON to take image ids from, for eval.py on labeled images")
+    add("--every", type=int, help="video: use every n-th frame (1)")
+    add("--frames", type=Path, help="video: folder to write its frames to (beside OUT, with the name of the video)")
     return parser
 
 
@@ -130,11 +132,11 @@ def push_parser() -> argparse.ArgumentParser:
         prog="python -m sapiens_accel.hub", description="Push a stage's weights to the Hugging Face Hub."
     )
     push = parser.add_subparsers(dest="command", required=True, metavar="push").add_parser("push", allow_abbrev=False)
-    push.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="run folder of train.py")
-    push.add_argument("--stage", choices=STAGES, help="whose weights; the last stage that has any by default")
-    push.add_argument("--hub_model_id", metavar="ORG/NAME", help="the repository; the run's own by default")
+    push.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="run directory of train.py")
+    push.add_argument("--stage", choices=STAGES, help="stage of the weights (the last one that has any)")
+    push.add_argument("--hub_model_id", metavar="ORG/NAME", help="repository (that of the run's config.yaml)")
     push.add_argument(
-        "--into", default="", metavar="FOLDER", help="of the repository, without a card; its top by default"
+        "--into", default="", metavar="FOLDER", help="folder of the repository, without a model card (its root)"
     )
     push.add_argument("--hub_private", action="store_true", help="make it private")
     return parser
@@ -147,3 +149,47 @@ PARSERS = {
     "export": export_parser,
     "push": push_parser,
 }
+
+
+# ---- eval.py
+
+
+@cache
+def evaluation_options() -> Mapping[str, str]:
+    """The short names of the options of `EvalConfig`: `--flip` is `--eval.flip`, `--worst` is `--eval.num_worst`."""
+    keys = [key for key in options() if key.startswith("eval.")]
+    return {key.removeprefix("eval.").removeprefix("num_"): key for key in keys}
+
+
+def parse_evaluation(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the command line of eval.py into what to evaluate and the options, in their full names.
+
+    The items of a list may follow as words of their own: `--scales 0.5 1.0` is `--eval.scales=[0.5,1.0]`.
+
+    Raises:
+        UserError: nothing to evaluate is named.
+    """
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if not count:
+        raise UserError(
+            "eval.py: nothing to evaluate (expected WEIGHTS, RUN_DIR or HUB_REPO first). Run python eval.py "
+            "WEIGHTS|RUN_DIR|HUB_REPO [--data.root DIR] [--boxes gt|FILE]"
+        )
+    words: list[str] = []
+    items: list[str] | None = None  # of the list option that is being read
+    for word in argv[count:]:
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = evaluation_options().get(name, name)
+        if not word.startswith("--"):
+            if items is None:
+                words.append(word)
+            else:
+                items += filter(None, [word.strip("[]")])
+                words[-1] = f"{words[-1].partition('=')[0]}=[{','.join(items)}]"
+        elif key.startswith("eval.") and not equals and get_origin(options().get(key)) is tuple:
+            items = []
+            words.append(f"--{key}=[]")
+        else:
+            items = None
+            words.append(f"--{key}{equals}{value}")
+    return list(argv[:count]), words

@@ -1,6 +1,6 @@
-"""Credentials in addresses (https://USER:PASSWORD@host/...): held by the process alone, and put back to open a file.
+"""Credentials in URLs (https://USER:PASSWORD@host/...): kept in this process only, and restored to open a file.
 
-Options, run directories, caches and messages have the address without them.
+Options, run directories, caches and messages hold the URL without them.
 """
 
 import dataclasses
@@ -8,29 +8,29 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sapiens_accel.errors import NO_USER, SECRET_KEYS, UserError, is_secret
+from sapiens_accel.errors import SCHEMES_WITHOUT_USER, SECRET_KEYS, UserError, is_secret
 
 Tree = TypeVar("Tree")
-# Of a chain, as simplecache::https://host/file, each address: its scheme, and what stands before its first / or the
-# next one of the chain.
+# Each URL of a chain such as simplecache::https://host/file: its scheme, and the part before its first / or before the
+# next URL of the chain.
 ADDRESS = re.compile(r"(?<![\w+.-])([\w+.-]{1,30}://)((?:(?!::[\w+.-]+:[/:])[^/?#\s'\"])*)")
 Known = dict[tuple[str, str], str]  # (scheme, host) to user and password
 known: Known = {}
 
 
 def take(text: str) -> str:
-    """An address without its credentials, which are remembered; any other text as it is.
+    """Remove the credentials from a URL and remember them; any other text is returned unchanged.
 
-    A user that is no secret stays, and so does what is none: the container of abfs://CONTAINER@ACCOUNT/...
+    A user that is no secret stays, and so does the container of abfs://CONTAINER@ACCOUNT/...
 
     Raises:
-        UserError: credentials that cannot be taken; those of a second user of a host.
+        UserError: a secret that cannot be removed; credentials of a second user of the same host.
     """
     taken = ADDRESS.sub(_take_one, text)
-    if ADDRESS.search(text) and (found := SECRET_KEYS.search(taken)):
+    if ADDRESS.search(text) and (secret := SECRET_KEYS.search(taken)):
         raise UserError(
-            f"{taken.partition('?')[0]}: a secret in the address ({found[1][1:-1]}=), which would be written to files. "
-            "Give it to the file system by its environment variables, or as USER:PASSWORD@ before the host"
+            f"{taken.partition('?')[0]}: a secret in the address ({secret[1][1:-1]}=) would be written to files. "
+            "Set it by the environment variables of the file system, or as USER:PASSWORD@ before the host"
         )
     return taken
 
@@ -41,21 +41,21 @@ def _take_one(match: re.Match[str]) -> str:
     name, _, port = host.rpartition(":")
     rest = match.string[match.end() :].partition("::")[0]
     odd_port = name and not port.isdigit() and not host.startswith("[")
-    if odd_port and "@" in rest and scheme.removesuffix("://") not in NO_USER:
+    if odd_port and "@" in rest and scheme.removesuffix("://") not in SCHEMES_WITHOUT_USER:
         raise UserError(
             f"{scheme}***@{rest.rpartition('@')[2]}: the password ends at its first / ? # or quote (expected "
-            "USER:PASSWORD@ before the host). Write these as %2F %3F %23 %22 %27"
+            "USER:PASSWORD@ before the host). Write these characters as %2F %3F %23 %22 %27"
         )
     if not at or not is_secret(scheme, user):
         return match[0]
     if known.setdefault((scheme, host), user).partition(":")[0] != user.partition(":")[0]:
-        raise UserError(f"{scheme}{host}: addresses with two users (expected one for a host). Copy the data of one")
+        raise UserError(f"{scheme}{host}: addresses with two users (expected one per host). Copy the data of one")
     known[scheme, host] = user
     return scheme + host
 
 
 def put_back(address: str) -> str:
-    """An address with the credentials that were taken from it, or from another one of its host."""
+    """Insert the credentials that `take` removed from this URL or from another one of the same host."""
 
     def put(match: re.Match[str]) -> str:
         scheme, host = match.groups()
@@ -65,7 +65,7 @@ def put_back(address: str) -> str:
 
 
 def take_all(tree: Tree) -> Tree:
-    """A tree of dataclasses, mappings and lists with all addresses as `take` leaves them."""
+    """Apply `take` to every text in a tree of dataclasses, mappings and lists."""
     taken: Any = tree
     if isinstance(tree, str):
         taken = take(tree)

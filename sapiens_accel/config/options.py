@@ -1,4 +1,4 @@
-"""The typed tree as a flat table, option by option: types, ranges, and in words what a value may be."""
+"""The typed tree of options as a flat table: types, ranges, and descriptions of valid values."""
 
 import dataclasses
 import types
@@ -11,22 +11,22 @@ from sapiens_accel.config.schema import Config, Range
 
 @cache
 def options() -> Mapping[str, Any]:
-    """Dotted key to type, of every option and group; of the items of a list of groups too (`data.more.root`)."""
+    """Dotted key to type for every option and group, including the items of a list of groups (`data.more.root`)."""
     return dict(_walk(Config, ""))
 
 
 def is_group(key: str) -> bool:
-    """Whether there are options below a key."""
+    """Whether a key is a group of options."""
     return _group(options()[key]) is not None
 
 
 def switches() -> tuple[str, ...]:
-    """Keys of the options that are true or false: `--key` alone means true."""
+    """Keys of the bool options, for which `--key` alone means true."""
     return tuple(key for key, kind in options().items() if kind is bool)
 
 
 def range_faults(value: Any, kind: Any, key: str = "") -> Iterator[tuple[str, Range, float]]:
-    """Key, range and value of each number below `value`, of type `kind`, that is outside of its range."""
+    """Key, range and value of each number in `value` (of type `kind`) that is out of its range."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for name, inner in get_type_hints(type(value), include_extras=True).items():
             yield from range_faults(getattr(value, name), inner, f"{key}.{name}".removeprefix("."))
@@ -42,7 +42,7 @@ def range_faults(value: Any, kind: Any, key: str = "") -> Iterator[tuple[str, Ra
 
 
 def describe(kind: Any) -> str:
-    """What a value of a type may be, in words."""
+    """The valid values of a type, in words."""
     if get_origin(kind) is Annotated:
         whole = "a whole number" if get_args(kind)[0] is int else "a number"
         return whole + str(kind.__metadata__[0]).removeprefix("a number")
@@ -66,7 +66,7 @@ def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _group(kind: Any) -> type | None:
-    """The dataclass that a type is, is optionally, or is a list of."""
+    """The dataclass in a type that is one, is optionally one, or is a list of them."""
     return next(
         (one for one in (kind, *get_args(kind)) if isinstance(one, type) and dataclasses.is_dataclass(one)), None
     )

@@ -1,6 +1,6 @@
-"""defaults <- recipe (YAML) <- command line; `--help`, `--print_config`, and the nearest name of one that is not there.
+"""defaults <- recipe (YAML) <- command line; `--help`, `--print_config`, and "did you mean" for unknown names.
 
-A recipe in `recipes/` says only what differs from the defaults of `schema.py`.
+A recipe in `recipes/` holds only what differs from the defaults of `schema.py`.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) -> Config:
-    """Defaults, then the recipe (`--recipe`, or the file `base`), then the other arguments.
+    """Combine the defaults, the recipe (`--recipe`, or the file `base`) and the command line.
 
     `--help` and `--print_config` print and exit.
 
     Raises:
-        UserError: no such recipe, a key that does not exist (with the nearest one that does), a value of another type
-            or outside of its range.
+        UserError: an unknown recipe, an unknown key (with the most similar known one), a value of the wrong type or out
+            of its range.
     """
     show = "--print_config" in argv
     words = _spell_out_switches([word for word in argv if word != "--print_config"])
@@ -58,16 +58,16 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
     try:
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
-        raise UserError(_type_fault(" ".join(str(error).split()), words, path, tree)) from None
+        raise UserError(_describe_type_error(" ".join(str(error).split()), words, path, tree)) from None
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}, or the command line: an option of another type: {reason}") from None
+        raise UserError(f"{path}, or the command line: an option of the wrong type: {reason}") from None
     output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
     transforms = read_transforms(config.augment.albumentations)
     augment = dataclasses.replace(config.augment, albumentations=transforms)
     config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir, augment=augment))
     for key, limits, value in range_faults(config, Config):
-        where = _where(key, words, path, tree)
+        where = _locate(key, words, path, tree)
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
     _check_values(config)
     _warn(config)
@@ -78,7 +78,7 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
 
 
 def answer_help(argv: Sequence[str], prog: str, usage: str = "") -> None:
-    """Print the help and exit, if it is asked for: a program calls it before imports that take seconds."""
+    """Print the help and exit if `argv` asks for it. Programs call this before imports that take seconds."""
     if any(word in ("-h", "--help") or word.endswith(".help") for word in argv):
         if usage:
             print(usage)
@@ -92,14 +92,14 @@ def answer_help(argv: Sequence[str], prog: str, usage: str = "") -> None:
 
 @cache
 def _parser() -> ArgumentParser:
-    """One for all calls: nearly all the time of a call goes into building it, mostly into reading docstrings."""
+    """The parser, cached: building it takes nearly all the time of a call, mostly for reading docstrings."""
     parser = ArgumentParser(exit_on_error=False, description=Config.__doc__)
     parser.add_class_arguments(Config)
     return parser
 
 
 def _print_help(parser: ArgumentParser) -> None:
-    """Every option with its range and its default under the recipe; those of ssl's teacher, an optional group, too."""
+    """Print every option with its range and its default under the recipe, ssl's optional group `teacher` included."""
     teacher = ArgumentParser(usage=SUPPRESS, add_help=False)
     teacher.add_class_arguments(TeacherConfig, "ssl.teacher")
     if recipe_teacher := parser.get_defaults().ssl.teacher:
@@ -108,42 +108,42 @@ def _print_help(parser: ArgumentParser) -> None:
     print(text.rstrip() + "\n\nOther stages take a teacher too: --phase2.teacher.ratio 1, and so on.")
 
 
-def _type_fault(said: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
-    """What the parser says of a value of another type, in our words if it names an option."""
-    keys = re.findall(r'Parser key "([\w.]+)"', said)
+def _describe_type_error(reason: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
+    """The parser's message about a value of the wrong type, in our own form if it names an option."""
+    keys = re.findall(r'Parser key "([\w.]+)"', reason)
     key = next((key for key in (".".join(keys[:2]), *keys[:1]) if key in options()), None)
-    found = re.search(
-        r"(?:Got value|Given value): (?:NestedArg\(key='\w+', val='(.*?)'\)|(.*?))(?: - Expected.*)?$", said
+    match = re.search(
+        r"(?:Got value|Given value): (?:NestedArg\(key='\w+', val='(.*?)'\)|(.*?))(?: - Expected.*)?$", reason
     )
-    if key is None or found is None:
-        return said
-    value = found.group(1) or found.group(2)
+    if key is None or match is None:
+        return reason
+    value = match.group(1) or match.group(2)
     choices = [str(choice) for choice in get_args(options()[key])] if get_origin(options()[key]) is Literal else []
-    wrong = "no such value" if choices else "another type"
-    where = _where(key, words, path, tree)
+    wrong = "no such value" if choices else "wrong type"
+    where = _locate(key, words, path, tree)
     return f"{where}: {wrong} (expected {describe(options()[key])}, found {value}){_nearest(value, choices)}"
 
 
-def _where(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
-    """The option, or the file and its key where only the file gives a value."""
-    said = [word[2:].split("=")[0] for word in words if word.startswith("--")]
-    if any(f"{key}.".startswith(f"{one}.") for one in said):
+def _locate(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
+    """Where a value comes from: the option, or the recipe file and the key in it."""
+    on_command_line = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if any(f"{key}.".startswith(f"{one}.") for one in on_command_line):
         return f"--{key}"
     return f"{path}: {key}" if key in _flatten(tree) else f"--{key}"
 
 
 def _warn(config: Config) -> None:
-    """Say once what is known to make a model worse."""
-    losing = [name for name in config.stages if (teacher := config.of(name).teacher) and teacher.loss == "literal"]
-    if losing and os.environ.get("RANK", "0") == "0":
-        print(f"warning: --{losing[0]}.teacher.loss literal: {LITERAL_WARNING}", file=sys.stderr, flush=True)
+    """Warn once about options that are known to make a model worse."""
+    literal = [name for name in config.stages if (teacher := config.of(name).teacher) and teacher.loss == "literal"]
+    if literal and os.environ.get("RANK", "0") == "0":
+        print(f"warning: --{literal[0]}.teacher.loss literal: {LITERAL_WARNING}", file=sys.stderr, flush=True)
 
 
 def recipe_path(recipe: str) -> Path:
-    """The YAML file of a recipe's name, or the file itself.
+    """The YAML file of a recipe, which is given by its name or its path.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such recipe or file.
     """
     if recipe.endswith((".yaml", ".yml")):
         if not Path(recipe).is_file():
@@ -160,16 +160,16 @@ def recipe_path(recipe: str) -> Path:
 def _check_values(config: Config) -> None:
     """Refuse options that contradict each other."""
     if config.data.weight is not None and not config.data.more:
-        raise UserError(f"--data.weight {config.data.weight:g}: of one data set alone; name the others by --data.more")
+        raise UserError(f"--data.weight {config.data.weight:g}: there is only one dataset. Add others by --data.more")
     if config.push_to_hub and config.hub_model_id is None:
-        raise UserError("--push_to_hub: to which repository? Name it by --hub_model_id ORG/NAME")
+        raise UserError("--push_to_hub: no repository is named (expected --hub_model_id ORG/NAME)")
     check_model_id(config.hub_model_id)
     scales, html = config.eval.scales, config.eval.html
     if not scales or len(set(scales)) < len(scales):
         shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
-        raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, as 0.5 1.0 1.5 2.0")
+        raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, such as 0.5 1.0 1.5 2.0")
     if html is not None and (not html or Path(html).is_dir()):
-        raise UserError(f"--eval.html {html or '(empty)'}: expected a file to write, as eval.html")
+        raise UserError(f"--eval.html {html or '(empty)'}: expected a file to write, such as eval.html")
 
 
 def read_transforms(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -212,7 +212,7 @@ def _read_list(file: Path) -> list[Any]:
 
 
 def check_model_id(name: str | None) -> None:
-    """Refuse a name that no repository of the Hub can have."""
+    """Refuse what cannot be the name of a repository on the Hub."""
     part = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
     if name is not None and (not re.fullmatch(f"{part}/{part}", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name)):
         raise UserError(f"--hub_model_id {name}: expected ORG/NAME: letters, digits, and single '-', '_' or '.' within")
@@ -224,7 +224,7 @@ def _recipe_name(recipe: str) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the whole tree as YAML; `load` with this file as `base` gives an equal one back."""
+    """Write all options as YAML; `load` with this file as `base` returns an equal Config."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_as_yaml(config))
 
@@ -234,7 +234,7 @@ def _as_yaml(config: Config) -> str:
 
 
 def as_tree(config: Config) -> dict[str, Any]:
-    """The whole tree as dictionaries, lists and plain values."""
+    """All options as dictionaries, lists and plain values."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -245,7 +245,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a tree, down to the values of options and to keys that do not exist."""
+    """Dotted keys of a tree, down to options and to unknown keys."""
     for item in tree if isinstance(tree, list) else [tree]:
         for name, value in item.items() if isinstance(item, Mapping) else ():
             yield (key := f"{prefix}{name}")
@@ -258,7 +258,7 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
 
 
 def _check_groups(path: Path, tree: Mapping[str, Any]) -> None:
-    """Refuse a value in place of a group's keys: the parser passes over some, and fails at others."""
+    """Refuse a plain value in place of a group: the parser ignores some of these and crashes at others."""
     for key, kind in options().items():
         value: Any = tree
         for name in key.split("."):
@@ -283,11 +283,11 @@ def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> No
 
 
 def _check_inner_keys(key: str, text: str) -> None:
-    """Of a group that the command line gives as a whole: `--phase2.optim "{lr: 1e-4}"`."""
+    """Check the keys of a group that the command line sets as a whole: `--phase2.optim "{lr: 1e-4}"`."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # the parser reports it
     known = list(options())
     for inner in _flatten(tree, f"{key}."):
         if inner not in known:
@@ -295,7 +295,7 @@ def _check_inner_keys(key: str, text: str) -> None:
 
 
 def _nearest(word: str, names: Sequence[str], dashes: str = "") -> str:
-    # A forgotten or wrong group (--lr for --phase2.optim.lr) is as common as a slip of the finger.
+    # A missing or wrong group (--lr in place of --phase2.optim.lr) is as common as a typing error.
     close = difflib.get_close_matches(word, names, n=1) or [n for n in names if n.split(".")[-1] == word.split(".")[-1]]
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
@@ -310,7 +310,7 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """`--dry_run` alone means `--dry_run=true`, as everywhere else on a command line; so of every true or false."""
+    """Complete bool options without a value: `--dry_run` means `--dry_run=true`."""
     values = {f"--{name}": "true" for name in switches()} | {"--eval.html": "auto"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [

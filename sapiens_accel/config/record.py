@@ -1,4 +1,4 @@
-"""RUN_DIR/config.yaml: what a run is. Read back, compared with a run's options, and written whole."""
+"""RUN_DIR/config.yaml, the record of a run's options: read, compared with the options of a resumed run, and written."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from sapiens_accel.config.schema import STAGES, Config
 from sapiens_accel.errors import UserError, read_tree
 
 FILE = "config.yaml"
-# What says how a command is run, not what its training is; `recipe` is a name, whose values are compared themselves.
+# Options of the command, not of the training; and `recipe`, since its values are compared one by one.
 NOT_COMPARED = (
     "recipe", "stage", "output_dir", "resume_from_checkpoint", "dry_run", "trust_checkpoint", "data.allow_other",
 )  # fmt: skip
@@ -20,7 +20,7 @@ CHANGED = "# changed: "
 
 
 class Difference(NamedTuple):
-    """An option whose value is another one than in the record."""
+    """An option whose value differs from the record."""
 
     key: str
     old: Any
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
     @property
     def stage(self) -> str | None:
-        """The stage that it belongs to, if to one."""
+        """The stage that the option belongs to, if any."""
         first = self.key.split(".")[0]
         return first if first in STAGES else None
 
@@ -38,15 +38,16 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """How a run continues what its directory, or its checkpoint's, holds.
+    """How a run continues its run directory, or that of the checkpoint that it resumes.
 
     Attributes:
-        file: the record that it is compared with.
-        trained: the stages that it trains.
-        resumed: the first of them, if from a checkpoint in the middle; and after which step.
-        finished: the stages that it was asked for and does not train again.
-        begun: the stages that have left anything in the directory.
-        from_earlier: the first stage that is trained starts from the weights of an earlier stage in the directory.
+        file: the record to compare with.
+        trained: the stages that will be trained.
+        resumed: the first of them, if it is resumed from a checkpoint.
+        step: the step of that checkpoint.
+        finished: the stages that were asked for and are finished already.
+        begun: the stages with any files in the directory.
+        from_earlier: the first trained stage starts from the weights of an earlier stage in the directory.
     """
 
     file: Path
@@ -68,7 +69,7 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 
 
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
-    """The options whose value differs; those that the record does not know are not compared."""
+    """The options whose value differs from the record; options that the record lacks are not compared."""
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 
@@ -83,10 +84,10 @@ def _walk(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterat
 
 
 def judge_differences(differences: Sequence[Difference], how: Continuation) -> list[str]:
-    """A line for each difference, which says what becomes of it.
+    """A line for each difference: whether it applies, and from where on.
 
     Raises:
-        UserError: what a checkpoint, or the weights of an earlier stage, cannot be continued with; all of it in a line.
+        UserError: all differences with which a checkpoint, or the weights of an earlier stage, cannot be continued.
     """
     lines, refused = [], []
     first = how.trained[0] if how.trained else None
@@ -97,10 +98,10 @@ def judge_differences(differences: Sequence[Difference], how: Continuation) -> l
         elif first is None and one.stage is None:
             lines.append(f"{one}: not applied, nothing is trained")
         elif one.stage and one.stage not in set(how.trained) & set(how.begun):
-            continue  # a stage of which nothing is recorded, or that is not asked for: its record stays
+            continue  # the stage has not begun or is not trained now: its record stays as it is
         elif one.key == "weights" and (how.resumed or how.from_earlier):
             if one.new is not None:
-                lines.append(f"{one}: not applied, {how.resumed or first} has weights of its own to start from")
+                lines.append(f"{one}: not applied, {how.resumed or first} starts from weights of its own")
         elif _is_fixed(one, how):
             refused.append(one)
         else:
@@ -108,14 +109,14 @@ def judge_differences(differences: Sequence[Difference], how: Continuation) -> l
     if refused:
         what = f"step {how.step} of {how.resumed} is resumed" if how.resumed else f"{first} starts from its weights"
         raise UserError(
-            f"{how.file}: {what}, with other values than it was trained with: {'; '.join(map(str, refused))}. Give the "
-            "values of before, or begin a new run: another --output_dir, and no --resume_from_checkpoint"
+            f"{how.file}: {what}, with values that differ from its training: {'; '.join(map(str, refused))}. Restore "
+            "these values, or start a new run with another --output_dir and without --resume_from_checkpoint"
         )
     return [f"{how.file}: {line}" for line in lines]
 
 
 def _is_fixed(one: Difference, how: Continuation) -> bool:
-    """Whether the state that is continued cannot be that of another value: other parameters, groups or moments."""
+    """Whether the state to continue depends on the option: on its parameters, parameter groups or Adam moments."""
     if one.key == "model.name":
         return bool(how.resumed or how.from_earlier)
     fixed = ("data.input_hw", "memory.adam_8bit", f"{how.resumed}.frozen", f"{how.resumed}.teacher")
@@ -125,12 +126,12 @@ def _is_fixed(one: Difference, how: Continuation) -> bool:
 def write_record(
     file: Path, config: Config, recorded: Mapping[str, Any], *, made_by: str, changes: Sequence[str]
 ) -> None:
-    """Write the record whole, or leave what is there.
+    """Replace the record in one step.
 
     Args:
-        recorded: values of the record that stay, by their first key: the options of stages that are not trained.
-        made_by: a comment for its top: versions.
-        changes: comments below it, added to those that are there.
+        recorded: values that stay as recorded, by their top-level key: the options of stages that are not trained.
+        made_by: the comment on the first line: versions.
+        changes: lines to add to the comments below it.
     """
     earlier = file.read_text(errors="replace").splitlines() if file.is_file() else []
     lines = [f"# {made_by}", *(line for line in earlier if line.startswith(CHANGED))]

@@ -1,9 +1,9 @@
-"""The typed tree of every option that changes the maths. The defaults are the specification (512x384, sigma 3, ...).
+"""The typed tree of all options of train.py and eval.py. The defaults are the specification (512x384, sigma 3, ...).
 
-Processes, precision and ZeRO are owned by `accelerate_configs/` and `ds_configs/` and never appear here.
+Processes, precision and ZeRO belong to `accelerate_configs/` and `ds_configs/` and never appear here.
 
-A number's type says outside of which range it means nothing. `Annotated` in place of jsonargparse's restricted types:
-the values stay plain numbers, which YAML writes and a type checker understands.
+The type of a number holds its valid range. `Annotated` in place of jsonargparse's restricted types keeps the values
+plain numbers, which YAML writes and a type checker understands.
 """
 
 import math
@@ -18,7 +18,7 @@ BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that t
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """Finite numbers from `low` to `high`, without the ends that are open."""
+    """Finite numbers from `low` to `high`; an open end is excluded."""
 
     low: float
     high: float = math.inf
@@ -45,13 +45,13 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy's legacy generator take
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Fraction = Annotated[float, Range(0, 1)]
-BelowOne = Annotated[float, Range(0, 1, open_high=True)]  # a scale of 1 +- this stays above 0
+BelowOne = Annotated[float, Range(0, 1, open_high=True)]  # so that a scale of 1 +- x is above 0
 Degrees = Annotated[float, Range(0, 180)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """The built-in drawn people."""
+    """The built-in synthetic dataset: drawn people."""
 
     num_train: PositiveCount = 600
     """Labeled people to draw for training."""
@@ -60,19 +60,19 @@ class SyntheticConfig:
     num_val: Count = 160
     """Labeled people to draw for validation."""
     seed: Seed = 0
-    """Seed of the drawing."""
+    """Seed of the drawn people."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoreData:
-    """A further labeled data set to train on; its keypoints become the run's by name."""
+    """A further labeled dataset to train on; its keypoints are matched with the run's by name."""
 
     train_annotations: str = "annotations/person_keypoints_train2017.json"
     """COCO keypoint JSON, relative to its root."""
     train_images: str = "train2017"
     """Folder of its images, relative to its root."""
     root: str | None = None
-    """Its folder, in COCO's form, or shards as data.root takes them, whose `train` is taken. Default: data.root."""
+    """A folder in COCO's format, or shards as in data.root, of which the split `train` is used. Default: data.root."""
     columns: dict[str, str] = field(default_factory=dict)
     """As data.columns."""
     category: str | None = None
@@ -83,21 +83,21 @@ class MoreData:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained and evaluated on, and how images become input of the network."""
+    """The dataset, and how its images become input of the network."""
 
     root: str | None = None
-    """Folder in COCO's form; folder of parquet, Arrow or WebDataset tar shards; or a data set of the Hub,
-    hf://ORG/NAME[@REVISION]. Without one, the built-in synthetic people are drawn."""
+    """A folder in COCO's format; a folder of parquet, Arrow or WebDataset tar shards; or a dataset on the Hub,
+    hf://ORG/NAME[@REVISION]. Default: the built-in synthetic dataset."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What columns of shards are called where the names are neither ours nor common ones: {people: objs, bbox: xywh}.
-    Ours: image, image_id, file_name, width, height; people; of a person id, category_id, iscrowd, area, bbox,
+    """Names of the columns of shards, where these are neither ours nor common ones: {people: objs, bbox: xywh}.
+    Ours: image, image_id, file_name, width, height, people; for each person id, category_id, iscrowd, area, bbox,
     keypoints."""
     streaming: bool = False
-    """Training images are read from their shards (parquet; here, on the Hub, or at an address that fsspec knows) as
-    they are needed: no copy of them is made, and people are shuffled within windows. Needs shards."""
+    """Read training images from parquet shards (local, on the Hub, or at a URL that fsspec supports) as they are
+    needed, without a local copy. People are then shuffled within windows."""
     stream_parts: PositiveCount = 8
-    """streaming: parts of the global batch, each with images of its own. Every process then reads only its own
-    images if this is a multiple of processes x accumulation. The order of an epoch depends on it."""
+    """streaming: number of parts of the global batch, each with its own share of the images. If it is a multiple of
+    processes x accumulation, every process reads only its own images. The order of an epoch depends on it."""
     stream_window: PositiveCount = 2
     """streaming: row groups whose people are shuffled among each other."""
     train_annotations: str = "annotations/person_keypoints_train2017.json"
@@ -109,43 +109,43 @@ class DataConfig:
     val_images: str = "val2017"
     """Folder of its images, relative to the root."""
     category: str | None = None
-    """Name of the category to learn, in a JSON of several with keypoints. Default: the only one that has some, person,
-    or all of them where they have the same keypoints."""
+    """Name of the category to learn, if several have keypoints. Default: the only category with keypoints, person, or
+    all categories if they have the same keypoints."""
     skeleton: str | None = None
-    """What the keypoints are: coco17, wholebody133, sapiens308, or a YAML with any of names, mirror, sigmas, upper and
-    edges, relative to here or to data.root. Default: what the category of the JSON says, and its names imply. eval.py
-    takes what is kept beside the weights."""
+    """The keypoints: coco17, wholebody133, sapiens308, or a YAML with any of names, mirror, sigmas, upper and edges,
+    relative to the current folder or to data.root. Default: derived from the category in the JSON and its names.
+    eval.py uses the skeleton.json beside the weights."""
     boxes: Literal["annotation", "keypoints", "image"] = "annotation"
-    """Where labeled people's boxes are from, in training and evaluation: annotation, their `bbox` (who has none, or one
-    without width or height, gets one from keypoints); keypoints, the box around the labeled ones; image, the whole
-    image, for one animal or person in each (then with box_padding 1 and input_hw in the images' aspect)."""
+    """Boxes of labeled people, in training and evaluation: annotation, their `bbox` (if it is missing or has no width or
+    height, a box around the keypoints); keypoints, the box around the labeled keypoints; image, the whole image, for
+    images of one animal or person each (use it with box_padding 1 and input_hw in the images' aspect)."""
     box_margin: NonNegative = 0.15
-    """Boxes from keypoints: how much larger than theirs on each side, as a share of that box's width or height."""
+    """Boxes around keypoints: margin on each side, as a fraction of the width or height of the keypoints."""
     more: tuple[MoreData, ...] = ()
-    """Further labeled data sets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. What one
-    of them does not label has weight 0 there; people to validate on are those of the first."""
+    """Further labeled datasets to train on: [{root: DIR, train_annotations: FILE, train_images: DIR}, ...]. Keypoints
+    that one of them does not label have weight 0 there. Validation uses the first dataset."""
     weight: Positive | None = None
-    """With data.more: how large a part of every epoch is of the first set, against the weights of the others. Give all
-    of them or none. Default: as many people as each set has."""
+    """With data.more: the share of the first dataset in every epoch, relative to the weights of the others. Set all of
+    them or none. Default: the number of people of each dataset."""
     labels: PositiveCount | str | None = None
-    """Training people that keep their keypoints, in every stage: a count (1000) or a share (5%). The keypoints of the
-    others are withheld, and in stage ssl they are unlabeled people. Default: all."""
+    """Training people whose keypoints are used, in every stage: a count (1000) or a share (5%). Stage ssl uses the
+    others as unlabeled people. Default: all."""
     labels_by: Literal["first", "random"] = "first"
-    """Which people: the first, image by image in the order of the JSON's images (published: Xie et al.,
-    https://arxiv.org/abs/2011.12498), or at random."""
+    """Which people: the first ones, image by image in the order of the JSON's images (as Xie et al.,
+    https://arxiv.org/abs/2011.12498), or random ones."""
     labels_seed: Seed = 0
-    """Seed of labels_by random."""
+    """Seed for labels_by random."""
     unlabelled_images: str = "unlabeled2017"
     """Folder of images without labels, relative to the root, for stage ssl."""
     unlabelled_annotations: str | None = None
-    """COCO JSON with the boxes of the people in them, or a detector's results (a list of image_id, bbox, score).
-    Default: annotations/person_boxes_<folder>.json where there is one, else each whole image counts as one person."""
+    """COCO JSON with the boxes of the people in these images, or a detector's results (a list of image_id, bbox,
+    score). Default: annotations/person_boxes_<folder>.json if it exists; else each whole image is one person."""
     unlabelled_min_score: Fraction = 0.5
     """Detections with a score below this are left out."""
     unlabelled_train_people: bool = True
-    """Whether the training people that have a box but no keypoints join the unlabeled ones (112,000 in COCO)."""
+    """Use training people with a box but without keypoints as unlabeled people too (112,000 in COCO)."""
     unlabelled_min_side: NonNegative = 64.0
-    """Unlabeled boxes whose shorter side is below this (image px) are left out: nothing can be learned from them."""
+    """Unlabeled boxes whose shorter side is below this (image px) are left out as too small to learn from."""
     input_hw: tuple[PositiveCount, PositiveCount] = (512, 384)
     """Height and width of the crop that the network sees, in pixels."""
     sigma: Positive = 3.0
@@ -163,23 +163,23 @@ class DataConfig:
     num_workers: Count = 4
     """Decoding processes for each rank; the batches are the same bytes for any number."""
     allow_other: bool = False
-    """Resume although the people of training or validation are others than those of the run that is resumed."""
+    """Resume even if the people of training or validation differ from those of the run that is resumed."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do about an image that does not decode: stop and name it, or name it and leave its people out."""
+    """If an image cannot be decoded: stop and name it, or skip its people and name it."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
-    """How images are checked before training: first and last bytes (milliseconds for thousands), or a full decode.
-    auto decodes sets of up to 5,000 images, and of shards, or of over a million people, those of 5,000 people."""
+    """How images are checked before training: by first and last bytes (milliseconds for thousands), or a full decode.
+    auto decodes all images of up to 5,000; of shards and of over a million people, the images of 5,000 people."""
     reduced_decode: bool = True
-    """Decode a JPEG to a half, a quarter or an eighth of its size where a training crop shows no more of it anyway: it
-    takes less time and aliases less. Evaluation decodes everything whole."""
+    """Decode a JPEG at a half, a quarter or an eighth of its size where the training crop needs no more: this is faster
+    and aliases less. Evaluation always decodes the full size."""
     cache_dir: str | None = None
-    """Where drawn people and Arrow tables are kept. Default: $SAPIENS_ACCEL_CACHE or ~/.cache/sapiens_accel."""
+    """Cache of drawn people and Arrow tables. Default: $SAPIENS_ACCEL_CACHE or ~/.cache/sapiens_accel."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Sapiens' training augmentation: facebookresearch/sapiens pose/mmpose/datasets/transforms (recipe of COCO)."""
+    """Sapiens' training augmentation: facebookresearch/sapiens pose/mmpose/datasets/transforms (COCO recipe)."""
 
     flip_p: Fraction = 0.5
     """Probability of mirroring."""
@@ -229,27 +229,27 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What trades memory for time; the losses stay the same, up to rounding. The plan chooses what is not given."""
+    """Options that trade time for memory; losses stay the same up to rounding. The memory plan sets their defaults."""
 
     micro_batch: PositiveCount | None = None
-    """People of one forward and backward on one device. Default: the largest that the device is predicted to hold."""
+    """Labeled people in a forward and backward pass on a device. Default: the largest that is predicted to fit."""
     checkpointed_blocks: Count | None = None
-    """Transformer blocks, from the first on, that keep only their input and compute the rest again in the backward.
-    Default: as few as fit."""
+    """Number of transformer blocks, from the first on, with activation checkpointing: they keep only their input and
+    recompute the rest in the backward pass. Default: as few as fit."""
     head_chunk: PositiveCount | None = None
-    """People whose heatmaps and loss are computed at a time. Default: as many as do not raise the peak."""
+    """People whose heatmaps and loss are computed at a time. Default: as many as do not raise the peak memory."""
     offload_activations: bool = False
-    """Block inputs wait for the backward in pinned host memory; the copies overlap with the arithmetic."""
+    """Keep block inputs in pinned host memory until the backward pass; the copies overlap with computation."""
     adam_8bit: bool = False
-    """Keep AdamW's moments in 8 bits (torchao; pip install torchao): 2 bytes a parameter in place of 8, for a GPU
-    without host memory to offload to. Not with DeepSpeed. This one does change the losses a little."""
+    """Keep AdamW's moments in 8 bits (pip install torchao): 2 bytes a parameter in place of 8, for a GPU without host
+    memory to offload to. Not with DeepSpeed. Unlike the other options it changes the losses a little."""
     compile_blocks: bool = False
-    """Compile the transformer blocks with torch.compile: minutes at the start, faster steps. Not with ZeRO-3."""
+    """Compile the transformer blocks with torch.compile: faster steps after minutes at the start. Not with ZeRO-3."""
     teacher: Place | None = None
-    """Where the mean teacher's fp32 average is kept: device, on each GPU, whole; sharded, a part on each GPU; host, a
-    part in each process's host memory. The last two run a 16-bit copy of it. Default: the plan chooses."""
+    """Where the fp32 weights of the mean teacher are kept: device, a whole copy on each GPU; sharded, a shard on each
+    GPU; host, a shard in the host memory of each process. The last two run a 16-bit copy. Default: the plan chooses."""
     force: bool = False
-    """Run although the plan predicts that the device does not hold it."""
+    """Run even if the plan predicts too little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,19 +259,19 @@ class OptimConfig:
     lr: NonNegative = 5e-4
     """Peak learning rate of the head; a block's is lr * layer_decay ^ (its distance from the head)."""
     layer_decay: Annotated[float, Range(0, 1, open_low=True)] = 0.85
-    """Layer-wise learning rate decay; 1 gives every layer the same rate."""
+    """Layer-wise learning rate decay; 1 is the same rate for every layer."""
     weight_decay: NonNegative = 0.05
-    """AdamW weight decay; never on biases, norms and the position embedding. Published: 0.1."""
+    """AdamW weight decay; not applied to biases, norms and the position embedding. Published: 0.1."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW betas."""
     clip_norm: NonNegative = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    """Maximum global norm of the gradients; 0 is no clipping."""
     warmup_steps: Count = 500
     """Steps of linear warm-up from 0.001 of the rate; at most a tenth of the stage."""
     schedule: Literal["constant", "multistep", "cosine", "linear"] = "multistep"
-    """What follows the warm-up."""
+    """Learning rate schedule after the warm-up."""
     milestones: tuple[Fraction, ...] = (170 / 210, 200 / 210)
-    """multistep: fractions of the stage at which the rate falls to a tenth."""
+    """multistep: fractions of the stage at which the rate is divided by 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,35 +279,36 @@ class TeacherConfig:
     """The mean teacher of stage ssl (Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780)."""
 
     ema_decay: Fraction | None = None
-    """Decay of the teacher's moving average for one step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
+    """Decay of the teacher's moving average in each step. Default: 1 - 50 / steps, within [0.99, 0.9998]."""
     threshold: Annotated[float, Range(-1, 1)] = 0.7
-    """A keypoint is learned from where the teacher's normalized confidence is above this; -1 keeps everything."""
+    """A keypoint is a pseudo-label if the teacher's normalized confidence is above this; -1 uses all of them."""
     temperature: Annotated[float, Range(1e-3, 10)] = 0.5
     """Sharpening T of both heatmaps: h^(1/T) / sum h^(1/T)."""
     weight: Annotated[float, Range(0, 1e6)] = 1.0
-    """Weight of the unlabeled loss against the labeled one, after the ramp."""
+    """Weight of the unlabeled loss relative to the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
     ratio: Annotated[int, Range(0, 64)] = 1
-    """Unlabeled people for each labeled one in a batch. 0: none; the labeled people alone, and their average."""
+    """Unlabeled people for each labeled one in a batch. 0: labeled people alone; the teacher is still averaged."""
     loss: Literal["kl", "mse", "literal"] = "kl"
-    """How the student is compared with the teacher: kl (of log-heatmap softmaxes), mse, or literal: softmaxes of raw
-    heatmaps, the teacher's alone sharpened. The last makes a model worse (README) and is here to be compared with."""
+    """Loss between student and teacher: kl (of softmaxes of log-heatmaps), mse, or literal: softmaxes of raw heatmaps,
+    with only the teacher's sharpened. literal makes a model worse (README) and is there for comparison."""
     target: Literal["rendered", "heatmap"] = "rendered"
-    """With what: a target drawn anew at the teacher's keypoints, or its heatmap itself, warped into the student's view
-    (mse with it is PoseCons, https://arxiv.org/abs/2011.12498). literal takes the heatmap in any case."""
+    """Target of that loss: a heatmap rendered at the teacher's keypoints, or the teacher's heatmap warped into the
+    student's view (with mse: PoseCons, https://arxiv.org/abs/2011.12498). literal always uses the heatmap."""
     confidence: Literal["keypoint", "raw"] = "keypoint"
-    """What the threshold holds against: the teacher's peak as a share of what a good keypoint of that kind has (the
-    labels' own noise keeps a hip lower than an eye), or the raw peak. literal takes the raw one in any case."""
+    """Confidence that is compared with the threshold: the teacher's peak divided by the usual peak of a good keypoint
+    of that kind (label noise makes it lower for a hip than for an eye), or the raw peak. literal always uses the raw
+    peak."""
     cutout: Annotated[int, Range(0, 64)] = 5
-    """Squares of the mean color put on the student's view, each on one of the teacher's keypoints."""
+    """Number of squares of the mean color in the student's view, each centered on one of the teacher's keypoints."""
 
     on_alarm: Literal["stop", "warn"] = "stop"
-    """What to do when the stage collapses or inflates: stop it, with the last good weights in place, or only say so."""
+    """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 
     @property
     def compares_maps(self) -> bool:
-        """Whether the student's heatmap is compared with the teacher's own."""
+        """Whether the student's heatmap is compared with that of the teacher."""
         return self.target == "heatmap" or self.loss == "literal"
 
     @property
@@ -317,22 +318,22 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage: how long, on how much at a time, and what learns."""
+    """A training stage: length, batch size, trained layers, optimizer."""
 
     epochs: Positive = 100
     """Passes over the labeled people ..."""
     steps: PositiveCount | None = None
-    """... or optimizer steps; where given, these count."""
+    """... or number of optimizer steps, which overrides epochs."""
     global_batch: PositiveCount = 32
-    """Labeled people of one optimizer step, over all processes and accumulated micro-batches."""
+    """Labeled people in an optimizer step, over all processes and accumulated micro-batches."""
     frozen: tuple[str, ...] = ()
-    """Layer groups that do not learn: shell patterns over embeddings, block_0 ... block_N, norm, head."""
+    """Frozen layer groups: shell patterns over embeddings, block_0 ... block_N, norm, head."""
     loss_weight: Positive = 1.0
     """Factor on the heatmap loss. Published Sapiens2: 10."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Its optimizer."""
+    """Optimizer of the stage."""
     teacher: TeacherConfig | None = None
-    """Present: the stage also learns from unlabeled people."""
+    """If set, the stage also learns from unlabeled people."""
 
     @property
     def ratio(self) -> int:
@@ -342,101 +343,101 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How weights are evaluated."""
+    """Evaluation of weights."""
 
     split: Literal["val", "train"] = "val"
     """People to evaluate on."""
     boxes: str = "gt"
-    """Where people are: gt, their own labeled boxes (an easier number), or a detector's results in COCO's form, a JSON
-    of image_id, category_id, bbox and score, relative to here or to data.root."""
+    """Boxes of people: gt, the labeled ones (which gives higher numbers), or a detector's results in COCO's format: a
+    JSON of image_id, category_id, bbox and score, relative to the current folder or to data.root."""
     images: str | None = None
-    """eval.py: look at these images instead, an image, a folder (with all below it) or a video; nothing is measured.
-    boxes is then gt, the whole image as one person, a JSON of boxes, detector, or a detector's folder or Hub name."""
+    """eval.py: predict on these images in place of an evaluation: an image, a folder (with its subfolders) or a video.
+    boxes is then gt (the whole image is one person), a JSON of boxes, detector, or a detector's folder or Hub name."""
     min_box_score: Fraction = 0.5
     """eval.py --images: boxes with a score below this are left out."""
     flip: bool = True
     """Average the heatmaps of the crop and of its mirror image."""
     scales: tuple[Annotated[float, Range(0.1, 4)], ...] = (1.0,)
-    """Average the heatmaps of the crop at these sizes, as factors of its pixels."""
+    """Average the heatmaps of the crop at these scales, as factors of its size."""
     ensemble: bool = False
-    """eval.py: also average the heatmaps of all weights that were given."""
+    """eval.py: also average the heatmaps of all given weights."""
     compare: bool = False
-    """eval.py: also measure without flip and without scales, to see what each adds and costs."""
+    """eval.py: also evaluate without flip and without scales, to measure gain and cost of each."""
     batch_size: PositiveCount = 32
-    """Crops of one forward; of larger ones fewer."""
+    """Crops in a forward pass; fewer if scales make them larger."""
     nms_threshold: Fraction = 0.9
-    """People of one image whose OKS is above this are the same person."""
+    """OKS-NMS: predictions of one image whose OKS is above this are the same person."""
     score_threshold: Fraction = 0.2
-    """Keypoints below this do not count in a person's score."""
+    """Keypoints with a score below this are ignored in the person's score."""
     area: Literal["annotation", "box"] = "annotation"
-    """A person's area in OKS: as annotated, where the JSON has one, or 0.53 of the box, as CrowdPose and AI Challenger
-    are evaluated. Without `area` in the JSON it is the second in any case; every table says which."""
+    """Area of a person in OKS: that of the annotation, or 0.53 of the box, as CrowdPose and AI Challenger are evaluated.
+    It is always the second if the JSON has no `area`; every table states which."""
     max_people: PositiveCount = 20
-    """Predictions of one image that count, the best ones. COCO's number is 20."""
+    """Number of predictions of an image that are evaluated, the best ones. COCO's number is 20."""
     backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
-    """What computes AP and AR; faster_coco_eval gives the same numbers sooner (pip install faster-coco-eval)."""
+    """Library for AP and AR; faster_coco_eval gives the same numbers faster (pip install faster-coco-eval)."""
     save_predictions: str | None = None
-    """Write the predictions as COCO's server takes them to this JSON; while training, the last evaluation's."""
+    """JSON to write the predictions to, in COCO's results format; in training, those of the last evaluation."""
     csv: Literal["long", "deeplabcut"] | None = None
     """eval.py: also write the predictions as a CSV beside the JSON: long, a line for each keypoint of each person;
     deeplabcut, a line for each image or frame under DeepLabCut's header rows."""
     num_pictures: Count = 8
-    """People drawn with their prediction."""
+    """Number of people to draw with their predictions."""
     num_worst: Count = 8
-    """People of the lowest OKS drawn with what went wrong; also while training, at each evaluation."""
+    """Number of people of the lowest OKS to draw with their errors; in training too, at each evaluation."""
     html: str | None = None
-    """eval.py: also write a page with everything in it to this file; auto: eval.html beside eval.json."""
+    """eval.py: also write an HTML report to this file; auto: eval.html beside eval.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every knob of a run."""
+    """All options of a run."""
 
     recipe: str = "demo"
-    """Name of a recipe in sapiens_accel/recipes, or a YAML file."""
+    """A recipe: its name in sapiens_accel/recipes, or a YAML file."""
     stage: Literal[StageName, "all"] = "all"
-    """What to train; each stage starts from the weights of the one before it."""
+    """Stage to train; each stage starts from the weights of the one before it."""
     output_dir: str = "runs/{recipe}"
-    """Run directory. A stage that is trained again in it begins a new run: the whole old one is moved to
-    OUTPUT_DIR.1, and the stages before that one are carried over."""
+    """Run directory. Training a stage again starts a new run: the whole old one is moved to OUTPUT_DIR.1, and the
+    stages before that stage are carried over."""
     seed: Seed = 0
-    """Seed of the weights, the batches and the augmentation."""
+    """Seed of weights, batches and augmentation."""
     weights: str | None = None
-    """Weights to start from: a file, a folder, or a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO]. Default: the
-    stage before, else random."""
+    """Weights to start from: a file, a folder, or a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO]. Default: those
+    of the stage before, else random weights."""
     max_steps: PositiveCount | None = None
     """Stop each stage after this many steps of its schedule."""
     log_every: PositiveCount = 20
     """Steps between log lines."""
     save_every: PositiveCount | None = None
-    """Steps between resumable checkpoints. Default: at the end of each epoch, and half an hour after the one before;
-    where epochs are short, so often that saving takes at most a twentieth of the time."""
+    """Steps between checkpoints. Default: at the end of each epoch and at least every half hour; if epochs are short,
+    less often, so that saving takes at most a twentieth of the time."""
     keep_checkpoints: PositiveCount = 2
-    """Checkpoints kept for each stage: the last ones, and beside them the best of those that were evaluated."""
+    """Number of last checkpoints to keep for each stage. The best evaluated one is kept too."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How a stage's weights are written when it hands them over; what it resumes from stays fp32."""
+    """Data type of the exported weights of a stage; checkpoints are always fp32."""
     eval_every: PositiveCount | None = None
     """Steps between evaluations. Default: at the end of each stage."""
     resume_from_checkpoint: str | None = None
-    """latest, or a checkpoint folder. Of another number of processes everything is carried over (not in ZeRO-3), of
-    another ZeRO stage or precision: weights, step and teacher."""
+    """latest, or a checkpoint folder. Another number of processes restores everything (not with ZeRO-3); another ZeRO
+    stage or precision restores weights, step and teacher, without the optimizer's state."""
     trust_checkpoint: bool = False
-    """Unpickle whatever the checkpoint holds. Without it, only tensors, numbers and DeepSpeed's own few classes: a
-    checkpoint of somebody else could run any code. Needed for one that another version of DeepSpeed wrote."""
+    """Unpickle any class in the checkpoint, so that a checkpoint from somebody else could run any code. Without it only
+    tensors, numbers and a few classes of DeepSpeed. Needed for checkpoints of other DeepSpeed versions."""
     dry_run: bool = False
-    """Build and check everything, take one step of the first stage, write no weights."""
+    """Build and check everything, take one step of the first stage, and write nothing."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where scalars and images go, beside metrics.jsonl."""
+    """Logger for scalars and images, beside metrics.jsonl."""
     push_to_hub: bool = False
-    """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and the image
-    of predictions on the people who are evaluated."""
+    """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and an image of
+    predictions on validation people."""
     hub_model_id: str | None = None
-    """Their repository there, ORG/NAME. It is created if it is not there."""
+    """Repository to upload to, ORG/NAME. It is created if it does not exist."""
     hub_strategy: Literal["end", "every_save", "best", "all"] = "end"
-    """What is uploaded: end, the final weights of the last stage; every_save, also those of every save; best, those
-    that were evaluated best; all, the final weights of every stage in a folder of its own, the last on top as well."""
+    """What to upload: end, the final weights of the last stage; every_save, also those of every checkpoint; best, those
+    with the best evaluation; all, the final weights of every stage in its own folder, the last ones at the root too."""
     hub_private: bool = False
-    """The repository is for its owners alone."""
+    """Make the repository private."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -460,5 +461,5 @@ class Config:
         return getattr(self, stage)
 
     def without_mirroring(self) -> "Config":
-        """For keypoints of which left and right are not known: no mirrored images, no flip test."""
+        """The same without mirrored images and flip test: for keypoints whose left and right are not known."""
         return replace(self, augment=replace(self.augment, flip_p=0.0), eval=replace(self.eval, flip=False))

@@ -78,7 +78,7 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
     except UserError as error:
         # torch gives an error of a loading process this process's traceback as its text. What follows the last name of
         # the error in it is the line itself, in which each end of a line was escaped when it was raised.
-        _, name, line = error.given.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
+        _, name, line = error.original.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
         if not (workers and name):
             raise
         raise UserError(line.partition("\n")[0]) from None

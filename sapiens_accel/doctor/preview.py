@@ -27,7 +27,7 @@ MOST_ENLARGED = 4.0
 def check_crops(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding]:
     """Keypoints lost, resolution, sigma and codec, for the run's crops."""
     config = run.data
-    heatmap_hw = model.named(run.model.name).heatmap_hw(config.input_hw)
+    heatmap_hw = model.get_size(run.model.name).heatmap_hw(config.input_hw)
     codec = Codec(input_hw=config.input_hw, heatmap_hw=heatmap_hw, sigma=config.sigma)
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=config.input_hw)
     return [

@@ -253,7 +253,8 @@ def summarize(say: Callable[[object], object], sets: Sets, run: Config, lines: S
     findings = []
     for name, people in _opened(sets).items():
         findings += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
-    findings.append(label_checks.check_sigma(run.data.sigma, model.named(run.model.name).heatmap_hw(run.data.input_hw)))
+    heatmap_hw = model.get_size(run.model.name).heatmap_hw(run.data.input_hw)
+    findings.append(label_checks.check_sigma(run.data.sigma, heatmap_hw))
     worst = [finding for level in LEVELS[:2] for finding in findings if finding.level == level]
     for finding in worst[:BRIEF_LINES]:
         say(f"{finding.level}: {_line(finding, shown=1)}")

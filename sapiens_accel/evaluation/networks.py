@@ -21,26 +21,9 @@ from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose import infer_skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.infer_skeleton import Category, short
-from sapiens_accel.pose.person_boxes import PeopleSizes
-from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, words
+from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, skeleton_from_tree, words
 from sapiens_accel.runtime import distributed
 
-SHORT = {
-    "boxes": "eval.boxes",
-    "images": "eval.images",
-    "flip": "eval.flip",
-    "scales": "eval.scales",
-    "ensemble": "eval.ensemble",
-    "compare": "eval.compare",
-    "backend": "eval.backend",
-    "split": "eval.split",
-    "batch_size": "eval.batch_size",
-    "save_predictions": "eval.save_predictions",
-    "csv": "eval.csv",
-    "pictures": "eval.num_pictures",
-    "worst": "eval.num_worst",
-    "html": "eval.html",
-}
 PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not tell
 
 
@@ -51,37 +34,6 @@ class Candidate:
     name: str
     weights: Path
     folder: Path
-
-
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is to be judged, and the options in their long form.
-
-    `--flip` is `--eval.flip`, and so on (SHORT); the numbers after `--scales` need no brackets.
-
-    Raises:
-        UserError: nothing is to be judged.
-    """
-    words = list(argv)
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    if not count:
-        raise UserError(
-            "expected what to judge first: python eval.py WEIGHTS|RUN_DIR|HUB_REPO [--data.root DIR] [--boxes gt|FILE]"
-        )
-    options, scales = [], None
-    for word in words[count:]:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--"):
-            name, scales = SHORT.get(name, name), None
-            if name == "eval.scales" and not equals:
-                options.append(scales := "--eval.scales=[]")
-                continue
-            options.append(f"--{name}{equals}{value}")
-        elif scales is not None:
-            given = options[-1].removeprefix("--eval.scales=[").removesuffix("]")
-            options[-1] = f"--eval.scales=[{','.join(filter(None, [given, word.strip('[]')]))}]"
-        else:
-            options.append(word)
-    return words[:count], options
 
 
 def resolve_path(reference: str) -> Path:
@@ -218,13 +170,7 @@ def _stored(candidate: Candidate) -> Skeleton | None:
     if not file.is_file():
         return None
     try:
-        tree = read_tree(file, json.loads, "JSON")
-        lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
-        edges = tuple((a, b) for a, b in tree["edges"])
-        kinds, sizes = tuple(map(str, tree.get("categories") or ())), tree.get("people")  # weights of before have none
-        people = sizes and PeopleSizes(share=tuple(sizes["share"]), aspect=tuple(sizes["aspect"]))
-        known = bool(tree.get("mirror_known", True))
-        return Skeleton(**lists, edges=edges, mirror_known=known, categories=kinds, people=people)
+        return skeleton_from_tree(read_tree(file, json.loads, "JSON"))
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(

@@ -1,9 +1,10 @@
-"""Attention as transformers' blocks call it, kept out of torch's MATH kernel on GPUs where no flash kernel runs.
+"""An attention function for transformers' blocks that avoids torch's MATH kernel on GPUs without a flash kernel.
 
-Below compute capability 8.0, and in fp32 on every GPU, torch's memory-efficient kernel is what is left. In 16 bits it
-wants head dimensions that are multiples of 8 (sapiens_2b has 60, sapiens2_5b 76), and in every precision as many heads
-of keys as of queries (every sapiens2 has half as many). Otherwise torch takes its MATH kernel, which keeps whole maps
-of tokens x tokens in fp32: for a checkpointed block of sapiens_2b at 32 people, 7.5 GiB in place of 1.8.
+Below compute capability 8.0, and in fp32 on every GPU, torch has only its memory-efficient kernel. In 16 bits it
+requires head dimensions that are multiples of 8 (sapiens_2b has 60, sapiens2_5b 76), and in every precision as many
+heads of keys as of queries (every sapiens2 has half as many). Otherwise torch falls back to its MATH kernel, which
+stores whole attention maps of tokens x tokens in fp32: for a checkpointed block of sapiens_2b with 32 people, 7.5 GiB
+in place of 1.8.
 
 Shape letters: b people, h heads, g heads of keys and values, n tokens, d channels of a head.
 """
@@ -20,14 +21,14 @@ from transformers.modeling_utils import AttentionInterface
 
 FLASH_CAPABILITY = (8, 0)
 HALF = (torch.float16, torch.bfloat16)
-ALIGNED = 8  # elements of 16 bits: the 16 bytes that tensor cores load at a time
+ALIGNMENT = 8  # elements of 16 bits: tensor cores load 16 bytes at a time
 
 # Names of attention functions in transformers' configs.
 PADDED = "sdpa_padded"
 BY_DEVICE = "sdpa_by_device"
 
 
-def padded_attention(  # noqa: PLR0913  (what transformers calls an attention function with)
+def padded_attention(  # noqa: PLR0913  (the signature of transformers' attention functions)
     module: nn.Module,
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b g n d"],
@@ -37,43 +38,43 @@ def padded_attention(  # noqa: PLR0913  (what transformers calls an attention fu
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "b n h d"], None]:
-    """Attention with keys and values repeated for every head, and heads filled up with zeros: exact up to rounding.
+    """Attention with keys and values repeated for every head, and heads padded with zeros. Exact up to rounding.
 
-    Zeros add nothing to a product of queries and keys, and the channels of the values that they make are cut off.
+    Zeros add nothing to the product of queries and keys, and the padded channels of the output are cut off.
     """
     dim = query.shape[-1]
-    scale = dim**-0.5 if scaling is None else scaling  # of the heads as they are
+    scale = dim**-0.5 if scaling is None else scaling  # by the dimension before padding
     key, value = (repeat_kv(states, query.shape[1] // key.shape[1]) for states in (key, value))
-    if rest := -dim % ALIGNED:
-        query, key, value = (F.pad(states, (0, rest)) for states in (query, key, value))
+    if padding := -dim % ALIGNMENT:
+        query, key, value = (F.pad(states, (0, padding)) for states in (query, key, value))
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=False, scale=scale
     )
     return output[..., :dim].transpose(1, 2).contiguous(), None
 
 
-def attention_by_device(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
+def attention_by_device(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """transformers' own SDPA attention; `padded_attention` on GPUs that need it."""
-    if _pads(query):
-        return padded_attention(module, query, *rest, **options)
-    return sdpa_attention_forward(module, query, *rest, **options)
+    if _query_needs_padding(query):
+        return padded_attention(module, query, *args, **kwargs)
+    return sdpa_attention_forward(module, query, *args, **kwargs)
 
 
 AttentionInterface.register(PADDED, padded_attention)
 AttentionInterface.register(BY_DEVICE, attention_by_device)
 
 
-def _pads(query: Tensor) -> bool:
+def _query_needs_padding(query: Tensor) -> bool:
     if (capability := capability_on(query.device)) is None:
         return False
-    # Autocast casts inside of attention: Sapiens2's norm of queries, with weights in fp32, hands on fp32 before it.
+    # Autocast casts inside of attention: with fp32 weights, Sapiens2's norm of queries returns fp32.
     cast = torch.is_autocast_enabled(query.device.type)
     dtype = torch.get_autocast_dtype(query.device.type) if cast else query.dtype
     return needs_padding(capability, half=dtype in HALF)
 
 
 def needs_padding(capability: tuple[int, int] | None, *, half: bool = True) -> bool:
-    """Whether attention is padded: on a GPU of this compute capability (None: on a CPU), where no flash kernel runs.
+    """Whether attention has to be padded, because no flash kernel runs at this compute capability (None: a CPU).
 
     Args:
         half: the arithmetic is in 16 bits.
@@ -92,25 +93,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def padded_dim(dim: int) -> int:
-    """Channels of a head once it is filled up."""
-    return dim + -dim % ALIGNED
+    """Channels of a head after padding."""
+    return dim + -dim % ALIGNMENT
 
 
 Kernel = Literal["flash", "memory-efficient", "math"]
 
 
 def kernel_on(device: torch.device, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Kernel:
-    """The kernel that torch takes for `attention_by_device` on a GPU, by torch's own word. Allocates a few kB there.
+    """The kernel that torch chooses for `attention_by_device` on a GPU, as torch reports it. Allocates a few kB there.
 
     Args:
-        heads: of the queries.
-        kv_heads: of keys and values.
+        heads: number of query heads.
+        kv_heads: number of heads of keys and values.
         dim: channels of a head.
     """
     if needs_padding(torch.cuda.get_device_capability(device), half=dtype in HALF):
         kv_heads, dim = heads, padded_dim(dim)
     query, key = (
-        torch.empty(1, num, 2 * ALIGNED, dim, dtype=dtype, device=device, requires_grad=True)
+        torch.empty(1, num, 2 * ALIGNMENT, dim, dtype=dtype, device=device, requires_grad=True)
         for num in (heads, kv_heads)
     )
     params = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, False, kv_heads < heads)

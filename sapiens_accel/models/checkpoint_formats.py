@@ -1,4 +1,4 @@
-"""Files of weights as others and we publish them: found, read without running anything in them, and renamed to ours.
+"""Weights files, published or our own: located, read without running code in them, and renamed to our keys.
 
 Sapiens v1 `.pth` (pre-trained, flat or mmengine's, and pose), Sapiens2 `.safetensors` (native and transformers', whole
 or in shards), and our own.
@@ -24,9 +24,9 @@ Family = Literal["sapiens", "sapiens2"]
 FILE = "model.safetensors"
 SKELETON_FILE = "skeleton.json"
 INDEX = f"{FILE}.index.json"
-LARGEST_SIDE = 16_384  # px of a crop that a config.json may ask for
+LARGEST_SIDE = 16_384  # px; of input_hw in a config.json
 
-# Published key -> ours, tried in order; `qkv` and `gate_up` are split afterwards.
+# Published key -> our key, applied in order; `qkv` and `gate_up` are split afterwards.
 _V1_KEYS = (
     (r"^backbone\.", ""),
     (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
@@ -39,7 +39,7 @@ _V1_KEYS = (
     (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.encoder.layer.\1.mlp.fc2."),
     (r"^ln1\.", "backbone.layernorm."),
 )
-# What transformers' own conversion of Sapiens2 does (conversion_mapping.py), for files with the native names.
+# For files with the native names: the conversion of Sapiens2 in transformers (conversion_mapping.py).
 _V2_KEYS = (
     (r"^backbone\.", ""),
     (r"^model\.(?=embeddings|model|norm)", ""),
@@ -64,8 +64,8 @@ _V2_KEYS = (
     (r"^blocks\.(\d+)\.ffn\.w3\.", r"backbone.model.layer.\1.mlp.down_proj."),
     (r"^ln1\.", "backbone.norm."),
 )
-# Of pre-training, or computed anew from the picture's size: no loss, and so in no report.
-_NEEDLESS = {"sapiens": r"(backbone\.)?cls_token", "sapiens2": r"(backbone\.)?rope_embed\.periods"}
+# Used in pre-training only, or computed from the image size: dropped and not reported as unused.
+_NOT_NEEDED = {"sapiens": r"(backbone\.)?cls_token", "sapiens2": r"(backbone\.)?rope_embed\.periods"}
 _FAMILY_OF = {
     "sapiens": r"(backbone\.)?layers\.\d+\.attn\.qkv\.|(backbone\.)?encoder\.layer\.\d+\.",
     "sapiens2": r"(backbone\.)?blocks\.\d+\.attn\.wq\.|((backbone|model)\.)?model\.layer\.\d+\.attention\.q_proj\.",
@@ -75,16 +75,17 @@ _FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate_proj", "up_proj")}
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a file holds, by our names.
+    """The content of a weights file, by our keys.
 
     Attributes:
-        file: where it was found.
-        family: whose network it is.
-        state: the tensors; memory-mapped, and views of the file where they were split.
-        as_published: Meta's own layout, whose positions may have a class slot where ours have an empty one.
-        names: its keypoints by name and order; None if it does not tell.
-        names_from: where the names stand.
-        input_hw: the pixels of the crop it was trained on; None if it does not tell.
+        file: the file that was read.
+        family: architecture of the network.
+        state: the tensors, memory-mapped; fused ones are split into views.
+        as_published: Meta's own layout, whose position embedding may start with a class position where ours has an
+            empty slot.
+        names: keypoint names in the order of the rows; None if unknown.
+        names_from: where the names were read.
+        input_hw: height and width (px) of the crop in training; None if unknown.
     """
 
     file: Path
@@ -97,23 +98,23 @@ class Weights:
 
 
 def read(reference: str) -> Weights:
-    """Find a file of weights in a file's or folder's path and read it.
+    """Read the weights file at a path or in a folder.
 
     Raises:
-        UserError: nothing there, several files, a program instead of tensors, a file that needs more than tensors,
-            numbers and arrays to be unpickled, or tensors of another network.
+        UserError: no such file, several files, a program instead of tensors, a pickle of anything but tensors, numbers
+            and arrays, or tensors of another network.
     """
     file = find(reference)
     tensors, meta = _tensors(file)
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
     family = _known_family(file, tensors)
-    state = renamed(tensors, family)
+    state = rename(tensors, family)
     config = file.parent / "config.json"
     ours, names_from_config = read_config(config) if config.is_file() else ({}, None)
     names, names_from = _meta_names(meta), "the file"
     if names is None:
         names, names_from = names_from_config, "config.json"
-    # A native file has not been through our hands or transformers'.
+    # Native keys: the file was written neither by us nor by transformers.
     as_published = any(re.match(r"(backbone\.)?(pos_embed|blocks\.)", key) for key in tensors)
     count = num_keypoints(state)
     if names is None or len(names) != count:
@@ -127,13 +128,13 @@ def read(reference: str) -> Weights:
 
 
 def find(reference: str) -> Path:
-    """The one file of weights that a path means: the file itself, or the one in a folder.
+    """The weights file at a path: the file itself, or the one in a folder.
 
-    In a folder `model.safetensors` goes before all others, then its index of shards; of a clean and another variant of
-    the same file the clean one is taken.
+    In a folder `model.safetensors` takes precedence, then its index of shards; of two variants of a file, the one that
+    ends in _clean is used.
 
     Raises:
-        UserError: no such path, no file of weights, or several.
+        UserError: no such path, no weights file, or several.
     """
     path = Path(reference)
     if path.is_file():
@@ -151,17 +152,17 @@ def find(reference: str) -> Path:
         hint = f"; did you mean {path / 'weights'}?" if (path / "weights" / FILE).is_file() else ""
         raise UserError(f"--weights {reference}: no {FILE} and no other .safetensors or .pth file in this folder{hint}")
     if len(names) > 1:
-        raise UserError(f"--weights {reference}: several files of weights, name one of them: {', '.join(names)}")
+        raise UserError(f"--weights {reference}: several weights files. Name one of them: {', '.join(names)}")
     return path / names[0]
 
 
 def predictor(family: Family) -> str:
-    """The module whose rows are the keypoints."""
+    """The name of the last layer, each row of which is a keypoint."""
     return {"sapiens": "head.final_layer", "sapiens2": "head.predictor"}[family]
 
 
 def num_keypoints(state: State) -> int:
-    """The rows of a head's last layer; 0 without a head."""
+    """Number of rows of the head's last layer; 0 without a head."""
     keys = (f"{predictor(family)}.weight" for family in ("sapiens", "sapiens2"))
     return next((len(state[key]) for key in keys if key in state and state[key].ndim), 0)
 
@@ -170,55 +171,49 @@ def num_keypoints(state: State) -> int:
 
 
 def _tensors(file: Path) -> tuple[State, Any]:
-    """The tensors of a file and what it tells about itself."""
+    """The tensors of a file and its `meta` entry."""
     if file.name.endswith(".index.json"):
         return _shards(file), None
     if _is_program(file):
         raise UserError(
-            f"--weights {file}: a TorchScript or exported program; its tensors cannot be trained, "
-            "take the .pth or .safetensors file of the same network"
+            f"--weights {file}: a TorchScript or exported program, which cannot be trained. Use the .pth or "
+            ".safetensors file of the same network"
         )
     try:
         tree = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
     except Exception as error:
         reason = " ".join(str(error).split())
-        more = re.search(r"GLOBAL (\S+)", reason)
-        reason = f"it would call {more[1]!r}, and nothing is called" if more else reason[:300]
+        call = re.search(r"GLOBAL (\S+)", reason)
+        reason = f"it would call {call[1]!r}, and no code in it is run" if call else reason[:300]
         raise UserError(f"--weights {file}: not a file of plain tensors: {reason}") from None
     meta = tree.get("meta") if isinstance(tree, dict) else None
     for nested in ("state_dict", "model", "teacher"):
         if isinstance(tree, dict) and isinstance(tree.get(nested), dict):
             tree = tree[nested]
             break
-    found = {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
-    if not found:
+    tensors = {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
+    if not tensors:
         raise UserError(f"--weights {file}: not a file of plain tensors: there is no named tensor in it")
-    return found, meta
+    return tensors, meta
 
 
 def _shards(index: Path) -> State:
+    tree = read_tree(index, json.loads, "an index of shards with a 'weight_map'")
     try:
-        names = sorted(
-            {
-                str(name)
-                for name in read_tree(index, json.loads, "an index of shards with a 'weight_map'")[
-                    "weight_map"
-                ].values()
-            }
-        )
+        names = sorted({str(name) for name in tree["weight_map"].values()})
     except (KeyError, AttributeError, TypeError):
-        raise UserError(f"--weights {index}: not an index of shards; expected a 'weight_map' in it") from None
-    found: State = {}
+        raise UserError(f"--weights {index}: not an index of shards (expected a 'weight_map' in it)") from None
+    tensors: State = {}
     for name in names:
         shard = index.parent / name
         if Path(name).name != name or shard.suffix != ".safetensors" or not shard.is_file():
-            raise UserError(f"--weights {index}: its shard {name} is missing; fetch the whole folder")
-        found |= _tensors(shard)[0]
-    return found
+            raise UserError(f"--weights {index}: its shard {name} is missing. Download the whole folder")
+        tensors |= _tensors(shard)[0]
+    return tensors
 
 
 def _is_program(file: Path) -> bool:
-    """Sapiens' `lite` files: TorchScript, or torch.export's."""
+    """Whether a file is TorchScript or a program of torch.export, such as Sapiens' `lite` files."""
     if file.suffix == ".pt2":
         return True
     if file.suffix == ".safetensors" or not zipfile.is_zipfile(file):
@@ -227,42 +222,42 @@ def _is_program(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             members = {member.rsplit("/", 1)[-1] for member in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return False  # a zip by its end alone; whoever reads it says what is wrong
+        return False  # only its end looks like a zip; reading it reports what is wrong
     return bool(members & {"constants.pkl", "archive_format", "serialized_exported_program.json"})
 
 
 class _History:
-    """Stands in for mmengine's curve of a loss, which training files carry and nobody here reads."""
+    """Placeholder for mmengine's HistoryBuffer, which training checkpoints hold and we do not need."""
 
 
 def _unpickled(file: Path) -> Any:
-    # Published files carry numpy values in their meta data; nothing else than plain tensors and these is unpickled.
+    # Published files hold numpy values in their metadata. Only these and plain tensors are unpickled.
     core = np._core.multiarray  # pyright: ignore[reportAttributeAccessIssue]
     functions = {"scalar": core.scalar, "_reconstruct": core._reconstruct}
-    # By both names: numpy 1, with which the published files were written, and numpy 2.
+    # Under the names of numpy 1, which wrote the published files, and of numpy 2.
     allowed: list[Any] = [
         (f, f"numpy.{part}.multiarray.{name}") for name, f in functions.items() for part in ("core", "_core")
     ]
     allowed += [(_History, "mmengine.logging.history_buffer.HistoryBuffer")]
     allowed += [np.dtype, np.ndarray, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    # Only torch's present format (a zip) can be mapped instead of read.
+    # Only torch's current format (a zip) can be memory-mapped.
     mapped = zipfile.is_zipfile(file)
     with torch.serialization.safe_globals(allowed):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _meta_names(meta: Any) -> tuple[str, ...] | None:
-    """mmpose's record of the data set: {'dataset_meta': {'keypoint_id2name': {0: 'nose', ...}}}."""
+    """Keypoint names from mmpose's metadata: {'dataset_meta': {'keypoint_id2name': {0: 'nose', ...}}}."""
     for key in ("dataset_meta", "keypoint_id2name"):
         meta = meta.get(key) if isinstance(meta, dict) else None
     return _in_order(meta)
 
 
 def read_config(config: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
-    """What the config.json beside weights tells: what we wrote there, and the keypoints' names (also transformers').
+    """Our entry of the config.json beside weights, and the keypoint names in it (or in transformers' id2label).
 
     Raises:
-        UserError: it describes no network.
+        UserError: the file does not describe a network.
     """
     tree = read_tree(config, json.loads, "JSON")
     ours = tree.get("sapiens_accel", {})
@@ -275,17 +270,17 @@ def read_config(config: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
         and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
     ):
         raise UserError(
-            f"{config}: not the description of a network (sapiens_accel: keypoints are names, input_hw two sizes in "
-            f"px of up to {LARGEST_SIDE}); mend it or move the weights away from it"
+            f"{config}: not the description of a network (expected in sapiens_accel: keypoints, a list of names, and "
+            f"input_hw, two sizes of up to {LARGEST_SIDE} px). Correct it, or move the weights to another folder"
         )
     return ours, None if names is None else tuple(names)
 
 
-def _in_order(choose_name: Any) -> tuple[str, ...] | None:
-    """{0: 'nose', ...} as a tuple; None if it is not that, or has transformers' placeholders LABEL_0, ..."""
-    if not isinstance(choose_name, dict) or not all(str(key).isdigit() for key in choose_name):
+def _in_order(id2name: Any) -> tuple[str, ...] | None:
+    """{0: 'nose', ...} as a tuple; None if it is none, or holds transformers' placeholders LABEL_0, ..."""
+    if not isinstance(id2name, dict) or not all(str(key).isdigit() for key in id2name):
         return None
-    names = tuple(str(choose_name[key]) for key in sorted(choose_name, key=int))
+    names = tuple(str(id2name[key]) for key in sorted(id2name, key=int))
     return None if not names or all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
@@ -293,18 +288,18 @@ def _in_order(choose_name: Any) -> tuple[str, ...] | None:
 
 
 def family_of(tensors: State) -> Family | None:
-    """Whose blocks these are, by their names in any layout."""
+    """The family of a network, by the names of its blocks in any layout."""
     families: tuple[Family, ...] = ("sapiens", "sapiens2")
     return next((one for one in families if any(re.match(_FAMILY_OF[one], key) for key in tensors)), None)
 
 
-def renamed(tensors: State, family: Family) -> State:
-    """By our names, fused tensors split into views; without what has no use here (class token, RoPE's periods)."""
+def rename(tensors: State, family: Family) -> State:
+    """The tensors by our keys, fused ones split into views, without the class token and RoPE's periods."""
     ours: State = {}
     for key, value in tensors.items():
-        if re.fullmatch(_NEEDLESS[family], key):
+        if re.fullmatch(_NOT_NEEDED[family], key):
             continue
-        # A v1 file of ours has our names already; published names do not begin like them.
+        # A v1 file of ours has our keys already; no published key begins like them.
         if not re.match(r"backbone\.(embeddings|encoder|layernorm|model|norm)\b", key):
             for pattern, replacement in _V1_KEYS if family == "sapiens" else _V2_KEYS:
                 key = re.sub(pattern, replacement, key)
@@ -317,10 +312,10 @@ def _known_family(file: Path, tensors: State) -> Family:
     if family is None:
         first = ", ".join(list(tensors)[:2])
         raise UserError(
-            f"--weights {file}: no blocks of Sapiens or Sapiens2 in its {len(tensors)} tensors ({first}, ...)"
+            f"--weights {file}: no blocks of Sapiens or Sapiens2 in it (found {len(tensors)} tensors: {first}, ...)"
         )
     if any(re.match(r"(backbone\.)?tokenizer\.", key) for key in tensors):
-        raise UserError(f"--weights {file}: a network with a window tokenizer (1b-4k); expected one without")
+        raise UserError(f"--weights {file}: a network with a window tokenizer, 1b-4k (expected one without)")
     return family
 
 

@@ -1,9 +1,9 @@
-"""The head and its loss over chunks of people, with their gradient taken at once.
+"""The head and its loss in chunks of people, each with its backward pass immediately after its forward pass.
 
-A heatmap head is where the memory of a step goes once the blocks are checkpointed: at 512x384 it saves 0.18 GiB a
-person. No layer of it looks from one person at another (InstanceNorm is per person), so its loss is a sum over people:
-the forward of a chunk is followed at once by its backward, and what it had saved is gone before the next chunk begins.
-Nothing is computed twice. (The idea is that of fused linear cross-entropy losses, https://arxiv.org/abs/2410.10989.)
+With checkpointed blocks the heatmap head takes most of the memory of a step: at 512x384 it saves 0.18 GiB of
+activations a person. None of its layers mixes people (InstanceNorm is per person), so the loss is a sum over people:
+the backward pass of a chunk follows its forward pass, and its activations are freed before the next chunk. Nothing is
+computed twice. (The idea is that of fused linear cross-entropy losses, https://arxiv.org/abs/2410.10989.)
 
 Shape letters: b people, n people of one chunk, c channels, k keypoints, h w the heatmap, t terms of the loss.
 """
@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# Heatmaps of the people `slice` of a micro-batch -> what each term of the loss gets from them.
+# Heatmaps of the people `slice` of a micro-batch -> their contribution to each term of the loss.
 Criterion = Callable[[Float[Tensor, "n k h w"], slice], Float[Tensor, "t"]]
 
-# fp16 holds 6e-8 to 65504: the gradient of a chunk's maps is scaled so that the largest of its maps sums to this.
+# fp16 holds 6e-8 to 65504: the gradient of a chunk is scaled so that the largest absolute sum of a map is this.
 HALF_SUM = 4096.0
 
 
 class ChunkedHead(nn.Module):
-    """A head whose loss is taken chunk by chunk. A subclass writes `maps`."""
+    """A head whose loss is computed chunk by chunk. Subclasses implement `maps`."""
 
     chunk: int | None = None  # people at a time; None: all
 
@@ -36,7 +36,7 @@ class ChunkedHead(nn.Module):
     ) -> Float[Tensor, "b k h w"] | tuple[Float[Tensor, ""], Float[Tensor, "t"]]:
         """Heatmaps; with a criterion, the loss and its terms instead (the loss is their sum, the terms are detached).
 
-        The loss must be differentiated once, and by a backward that reaches the head's parameters.
+        Call backward on the loss exactly once, and without restricting it to inputs other than the head's parameters.
         """
         if criterion is None:
             if torch.is_grad_enabled():
@@ -56,29 +56,29 @@ def _chunks(num: int, size: int | None) -> list[slice]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradients in its forward; its backward hands them on, times the gradient that reaches the loss."""
+    """Computes the gradients in its forward; its backward multiplies them by the gradient of the loss."""
 
     @staticmethod
     def forward(
         ctx: Any, maps: Callable, criterion: Criterion, chunk: int, features: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[3]
-        # A loss scaler comes too late for what is summed here: in fp16 it would be zeros.
+        # A loss scaler applies only in backward, too late for these sums: in fp16 they would underflow to zero.
         wide = torch.float32 if features.dtype == torch.float16 else features.dtype
         gradient = torch.empty_like(features, dtype=wide) if wanted else None
         ctx.parameters, total = None, None
-        # What a chunk saves dies with it: hooks that would bring it elsewhere have nothing to do here.
-        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        # The activations of a chunk are freed with it: hooks that offload saved tensors must not see them.
+        with torch.enable_grad(), saved_tensors_hooks(_identity, _identity):
             for people in _chunks(len(features), chunk):
                 part = features[people].detach().requires_grad_(wanted)
                 heatmaps = maps(part)
-                terms, outer, scale = _of_maps(heatmaps, criterion, people)
+                terms, outer, scale = _differentiate_by_maps(heatmaps, criterion, people)
                 inputs = [part, *parameters] if wanted else list(parameters)
                 grads = list(torch.autograd.grad(heatmaps, inputs, outer))
                 del heatmaps, outer, inputs, part
                 if gradient is not None:
-                    gradient[people] = _unscaled(grads.pop(0), scale)
-                ctx.parameters = _added(ctx.parameters, grads, scale)
+                    gradient[people] = _unscale(grads.pop(0), scale)
+                ctx.parameters = _add_gradients(ctx.parameters, grads, scale)
                 total = terms if total is None else total + terms
                 del grads
         assert total is not None
@@ -95,32 +95,32 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, None, None, features, *parameters
 
 
-def _of_maps(
+def _differentiate_by_maps(
     heatmaps: Float[Tensor, "n k h w"], criterion: Criterion, people: slice
 ) -> tuple[Float[Tensor, "t"], Float[Tensor, "n k h w"], Float[Tensor, ""] | None]:
-    """The loss's terms, its gradient by the maps in their dtype, and what that was scaled by (None: not at all)."""
+    """The terms of the loss, its gradient by the maps in their dtype, and the factor in that gradient (None: 1)."""
     leaf = heatmaps.detach().float().requires_grad_()
     terms = criterion(leaf, people)
     (outer,) = torch.autograd.grad(terms.sum(), leaf)
     scale = None
     if heatmaps.dtype == torch.float16:
         most = outer.abs().sum(dim=(0, 2, 3)).amax()
-        scale = torch.where(most > 0, HALF_SUM / most.clamp_min(1e-30), 1.0)  # nobody of the chunk may be labeled
+        scale = torch.where(most > 0, HALF_SUM / most.clamp_min(1e-30), 1.0)  # 0 if no person of the chunk is labeled
         outer = outer * scale
     return terms.detach(), outer.to(heatmaps.dtype), scale
 
 
-def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
+def _unscale(gradient: Tensor, scale: Tensor | None) -> Tensor:
     return gradient if scale is None else gradient.float() / scale
 
 
-def _added(sums: list[Tensor] | None, grads: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """In fp32: sums of 16-bit gradients lose their small terms."""
-    found = [_unscaled(grad, scale) for grad in grads]
+def _add_gradients(sums: list[Tensor] | None, grads: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """Sum in fp32: 16-bit sums lose small terms."""
+    grads = [_unscale(grad, scale) for grad in grads]
     if sums is None:
-        return [grad.float() for grad in found]
-    return [total.add_(grad) for total, grad in zip(sums, found, strict=True)]
+        return [grad.float() for grad in grads]
+    return [total.add_(grad) for total, grad in zip(sums, grads, strict=True)]
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor

@@ -1,4 +1,4 @@
-"""Weights out: a folder that plain transformers loads, a card's snippet, and graphs for other runtimes.
+"""Export weights: a folder that plain transformers loads, a snippet for the model card, and graphs for other runtimes.
 
 python -m sapiens_accel.export RUN_DIR/STAGE/weights --to onnx model.onnx
 """
@@ -69,17 +69,17 @@ def export(
     sigma: float,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights with what rebuilds and feeds the network; plain transformers loads the folder.
+    """Write weights and the files that describe the network and its input; plain transformers loads the folder.
 
     Sapiens2: `AutoModelForPoseEstimation.from_pretrained(folder)`. Sapiens v1: `AutoModel.from_pretrained(folder,
-    trust_remote_code=True)`, by the modelling file that lies in the folder.
+    trust_remote_code=True)`, by the modeling file in the folder.
 
     Args:
-        state: whole tensors by the model's own names: the fp32 masters.
-        dtype: of the tensors in the file.
+        state: whole tensors by the model's keys: the fp32 master weights.
+        dtype: data type of the tensors in the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_published(key, model): value.to(dtype).contiguous() for key, value in state.items()}
+    tensors = {_published_key(key, model): value.to(dtype).contiguous() for key, value in state.items()}
     temporary = folder / f".{FILE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     files.follow_umask(temporary)
@@ -90,7 +90,7 @@ def export(
     if model.size.family == "sapiens":
         source = Path(modeling_sapiens_pose.__file__)
         (folder / source.name).write_text(source.read_text())
-    # Last and in one step: a folder with this file in it is whole.
+    # Last and in one step: a folder that holds this file is complete.
     temporary.replace(folder / FILE)
 
 
@@ -98,7 +98,7 @@ def _write(file: Path, tree: dict[str, Any]) -> None:
     file.write_text(json.dumps(tree, indent=2) + "\n")
 
 
-def _published(key: str, model: SapiensPose) -> str:
+def _published_key(key: str, model: SapiensPose) -> str:
     if model.size.family == "sapiens":
         return key
     return re.sub(r"^head\.", "decode_head.", re.sub(r"^backbone\.", "model.", key))
@@ -139,7 +139,7 @@ def _flip_pairs(skeleton: Skeleton) -> list[list[int]]:
 
 
 def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
-    """For transformers' Sapiens2ImageProcessor, which crops people's boxes and reads heatmaps of either family."""
+    """For transformers' Sapiens2ImageProcessor, which crops boxes and decodes heatmaps of either family."""
     height, width = model.input_hw
     return {
         "image_processor_type": "Sapiens2ImageProcessor",
@@ -159,10 +159,10 @@ def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
 
 
 def snippet(repo_id: str, family: str) -> str:
-    """Python that a model card shows: an image and a person's box to keypoints, without this package.
+    """Python code for the model card, from an image and a person's box to keypoints, without this package.
 
     Args:
-        repo_id: what `from_pretrained` is given: a Hub repository or a folder.
+        repo_id: the argument of `from_pretrained`: a Hub repository or a folder.
         family: sapiens or sapiens2.
     """
     v1 = family == "sapiens"
@@ -183,7 +183,7 @@ def main(words: Sequence[str]) -> None:
     network = graph.Network(asked.weights, DTYPES[asked.dtype])
     dynamic = asked.dynamic_batch == "true"
     graph.write(network, asked.out, asked.to, dynamic_batch=dynamic, opset=asked.opset)
-    found = graph.check(network, asked.out, (1, 3) if dynamic else (1,))
+    result = graph.check(network, asked.out, (1, 3) if dynamic else (1,))
     for file in graph.files(asked.out):
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
-    print(found)
+    print(result)

@@ -1,4 +1,4 @@
-"""A weights folder as the file of a graph, ONNX or torch.export's, held against PyTorch once it is written.
+"""Export a weights folder as a graph, ONNX or torch.export, and compare the written file with PyTorch.
 
 In: `pixel_values`, float32 [b, 3, H, W], RGB, normalized as preprocessor_config.json says. Out: `heatmaps`, float32
 [b, K, h, w]. Both carry skeleton.json and preprocessor_config.json: ONNX as metadata, torch.export as extra files.
@@ -22,37 +22,37 @@ from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation
 
 Format = Literal["onnx", "torch_export"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
-# ONNX's least and what is written by default: torch writes none below 18, which most runtimes know; bf16 convolutions
-# came with 22.
+# The lowest and default operator sets of ONNX: torch writes none below 18, which most runtimes support; convolutions in
+# bf16 need 22.
 OPSET = {torch.float32: 18, torch.bfloat16: 22}
-# Of the largest difference, where heatmaps reach 1 or less; of their largest value where they reach more.
+# Maximum absolute difference; relative to the largest value where heatmaps exceed 1.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-EXTERNAL_BEYOND = 1_500_000_000  # bytes; protobuf ends at 2 GiB, the graph itself needs some
-NOTES = ("skeleton.json", "preprocessor_config.json")
+EXTERNAL_BEYOND = 1_500_000_000  # bytes of weights; protobuf is limited to 2 GiB, graph included
+ATTACHED_FILES = ("skeleton.json", "preprocessor_config.json")
 
 
 class Network(nn.Module):
-    """A weights folder's network as transformers builds it: normalized images to float32 heatmaps."""
+    """The network of a weights folder as transformers builds it: normalized images to float32 heatmaps."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """
         Raises:
-            UserError: not a weights folder of ours, or one that lacks tensors.
+            UserError: it is no weights folder of this package, or tensors are missing.
         """
         super().__init__()
         about = weights.description(folder)
         if not (folder / weights.FILE).is_file():
-            raise UserError(f"{folder}: no {weights.FILE}; expected a weights folder")
+            raise UserError(f"{folder}: no {weights.FILE} in it (expected a weights folder)")
         family: Any = SapiensForPoseEstimation if about["size"]["family"] == "sapiens" else Sapiens2ForPoseEstimation
         try:
             self.network, info = family.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except Exception as error:
-            raise UserError(f"{folder}: does not load: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         lost = sorted(info["missing_keys"] | info["unexpected_keys"])
         if lost:
-            raise UserError(f"{folder / weights.FILE}: {lost[0]!r} is not as config.json says ({len(lost)} tensors)")
+            raise UserError(f"{folder / weights.FILE}: {lost[0]!r} does not match config.json ({len(lost)} tensors)")
         self.input_hw: tuple[int, int] = tuple(about["input_hw"])
-        self.notes = {name: (folder / name).read_text() for name in NOTES if (folder / name).is_file()}
+        self.notes = {name: (folder / name).read_text() for name in ATTACHED_FILES if (folder / name).is_file()}
         self.eval().requires_grad_(False)
 
     @property
@@ -62,8 +62,8 @@ class Network(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
         return self.network(pixel_values=pixel_values).heatmaps.float()
 
-    def pictures(self, num: int) -> Float[Tensor, "b 3 H W"]:
-        """Noise that is as large as normalized images are; always the same."""
+    def example_images(self, num: int) -> Float[Tensor, "b 3 H W"]:
+        """Noise in the range of normalized images, the same in every call."""
         return torch.randn(num, 3, *self.input_hw, generator=torch.Generator().manual_seed(num))
 
 
@@ -71,25 +71,25 @@ def write(network: Network, file: Path, to: Format, *, dynamic_batch: bool = Tru
     """Write the graph.
 
     Args:
-        dynamic_batch: any number of people at a time; else one.
-        opset: ONNX's; `OPSET` by default.
+        dynamic_batch: allow any batch size; else 1.
+        opset: ONNX operator set. Default: `OPSET`.
 
     Raises:
-        UserError: a suffix or an opset that cannot be; a package that is not installed.
+        UserError: a wrong suffix, an unsupported opset, or a package that is not installed.
     """
     if file.suffix != SUFFIX[to]:
-        raise UserError(f"{file}: expected a file that ends in {SUFFIX[to]}")
+        raise UserError(f"{file}: expected a file name that ends in {SUFFIX[to]}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    # An example of one would make the batch a constant.
-    example = network.pictures(2 if dynamic_batch else 1)
+    # With one example image the batch size would become a constant.
+    example = network.example_images(2 if dynamic_batch else 1)
     shapes = {"pixel_values": {0: torch.export.Dim("batch")} if dynamic_batch else None}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch's about its own calls
         if to == "onnx":
             _write_onnx(network, file, example, shapes, opset)
         else:
             if opset is not None:
-                raise UserError(f"--opset {opset}: is ONNX's; leave it out with --to torch_export")
+                raise UserError(f"--opset {opset}: only for --to onnx. Leave it out with --to torch_export")
             program = torch.export.export(network, (example,), dynamic_shapes=shapes)
             torch.export.save(program, file, extra_files=dict(network.notes))
 
@@ -102,7 +102,8 @@ def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str,
     opset = least if opset is None else opset
     if not least <= opset <= last:
         raise UserError(f"--opset {opset}: expected {least} to {last} for weights in {network.dtype}")
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is absent
+    # It warns if torchvision is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = torch.onnx.export(
         network,
         (example,),
@@ -115,19 +116,19 @@ def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str,
     )
     assert program is not None
     written = program.model.opset_imports[""]
-    if written != opset:  # torch keeps its own where it cannot convert
-        raise UserError(f"--opset {opset}: torch could only write {written}; leave it out or give {written}")
+    if written != opset:  # torch keeps its own opset where it cannot convert
+        raise UserError(f"--opset {opset}: torch could only write {written}. Leave it out or give {written}")
     program.model.metadata_props.update(network.notes)
     size = sum(p.numel() * p.element_size() for p in network.parameters())
-    _remove(file)  # an older one's data, too
+    _remove(file)  # and the external data of an older graph
     program.save(str(file), external_data=size > EXTERNAL_BEYOND)
 
 
 def check(network: Network, file: Path, batches: tuple[int, ...]) -> str:
-    """Run a written graph on batches of these sizes, and say how far it is from PyTorch.
+    """Run a written graph on batches of these sizes, and describe its difference from PyTorch.
 
     Raises:
-        UserError: further than `TOLERANCE`; the file is removed.
+        UserError: the difference exceeds `TOLERANCE`; the file is removed.
     """
     run = _onnx_runner(file) if file.suffix == SUFFIX["onnx"] else torch.export.load(file).module()
     if isinstance(run, str):
@@ -135,22 +136,22 @@ def check(network: Network, file: Path, batches: tuple[int, ...]) -> str:
     worst, largest = 0.0, 0.0
     with torch.no_grad():
         for num in batches:
-            pixels = network.pictures(num)
-            expected, found = network(pixels), run(pixels)
-            worst = max(worst, float((found - expected).abs().max().nan_to_num(float("inf"))))
+            pixels = network.example_images(num)
+            expected, actual = network(pixels), run(pixels)
+            worst = max(worst, float((actual - expected).abs().max().nan_to_num(float("inf"))))
             largest = max(largest, float(expected.abs().max()))
-    said = f"differs from PyTorch by {worst:.1e} at most, of heatmaps up to {largest:.2g}"
+    difference = f"differs from PyTorch by {worst:.1e} at most, of heatmaps up to {largest:.2g}"
     if worst > TOLERANCE[network.dtype] * max(1.0, largest):
         _remove(file)
-        raise UserError(f"{file}: {said}, more than {TOLERANCE[network.dtype]:.0e}; it was removed")
-    return f"{said} (batches of {', '.join(map(str, batches))})"
+        raise UserError(f"{file}: {difference}, more than {TOLERANCE[network.dtype]:.0e}; it was removed")
+    return f"{difference} (batches of {', '.join(map(str, batches))})"
 
 
 def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
-    """A function that runs the graph; or, where nothing here can, words that say so.
+    """A function that runs the graph; or, if it cannot be run on this machine, a text that says so.
 
     Raises:
-        UserError: it is no valid graph, or onnxruntime does not take it; the file is removed.
+        UserError: the graph is not valid, or onnxruntime refuses it; the file is removed.
     """
     if find_spec("onnxruntime") is None:
         return "NOT CHECKED: onnxruntime is not installed; pip install sapiens_accel[onnx]"
@@ -165,12 +166,13 @@ def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
         return f"a valid graph, but its numbers are NOT CHECKED: onnxruntime on the CPU: {' '.join(str(error).split())}"
     except Exception as error:
         _remove(file)
-        raise UserError(f"{file}: was removed, nothing runs it: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{file}: onnxruntime cannot run it, and it was removed: {reason}") from None
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
 def files(file: Path) -> list[Path]:
-    """A graph, and its weights where they lie beside it."""
+    """The file of a graph, and that of its external weights if there is one."""
     return [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
 
 

@@ -1,4 +1,4 @@
-"""Weights in: a file's tensors fitted to the network, with a report of every one."""
+"""Load a weights file into a network, with a report of every tensor."""
 
 import math
 import re
@@ -15,24 +15,24 @@ from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
 
-FROM_RANDOM = "starts from RANDOM weights; to start from published ones, or from an earlier run's, give --weights"
+FROM_RANDOM = "starts from RANDOM weights; to start from published weights, or from those of a run, give --weights"
 POSITIONS = "backbone.embeddings.position_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of every tensor.
+    """The result of loading, tensor by tensor.
 
     Attributes:
         source: the file.
-        loaded: the model's tensors that are the file's.
-        reshaped: the model's, resized from the file's (position embeddings).
-        mapped: the model's whose rows were taken from the file's by keypoint name.
-        reinitialized: the model's that start anew, because the file's are of another shape or of unknown keypoints.
-        missing: the model's that start anew, because the file has none.
-        unused: the file's that went nowhere.
-        mapping: how many keypoints were mapped and whence their names, in words.
-        new_keypoints: the run's keypoints that the file does not have; their rows start anew.
+        loaded: tensors of the model that were loaded unchanged.
+        reshaped: tensors of the model that were resized from the file's (position embeddings).
+        mapped: tensors of the model whose rows were copied by keypoint name.
+        reinitialized: tensors of the model that stay random: the file's have another shape or unknown keypoints.
+        missing: tensors of the model that stay random: the file has none.
+        unused: tensors of the file that were not loaded.
+        mapping: how many keypoints were mapped and where their names are from, for the report.
+        new_keypoints: keypoints of the run that the file lacks; their rows stay random.
     """
 
     source: str
@@ -50,29 +50,29 @@ class Report:
         for name in ("loaded", "reshaped", "mapped", "reinitialized", "missing", "unused"):
             keys: list[str] = getattr(self, name)
             if keys or name == "missing":
-                lines.append(f"  {name:<14}{len(keys):>5}  {_short(keys)}".rstrip())
+                lines.append(f"  {name:<14}{len(keys):>5}  {_shorten(keys)}".rstrip())
                 lines[-1] += f": {self.mapping}" if name == "mapped" else ""
-                lines[-1] += " (start anew)" if name == "missing" and keys else ""
+                lines[-1] += " (random)" if name == "missing" and keys else ""
         if self.new_keypoints:
-            lines.append(f"  {'new keypoints':<14}{len(self.new_keypoints):>5}  {_short(self.new_keypoints, 8)}")
+            lines.append(f"  {'new keypoints':<14}{len(self.new_keypoints):>5}  {_shorten(self.new_keypoints, 8)}")
         return "\n".join(lines)
 
 
 def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None) -> Report:
     """Load a file or folder into the model.
 
-    Position embeddings are resized to the model's grid. The rows of the head's last layer are taken by keypoint name
-    where the file's are known (from its meta data, config.json beside it or, of a published layout, their number), else
-    by position where there are as many; else that layer starts anew.
+    Position embeddings are resized to the model's grid. The rows of the head's last layer are matched by keypoint name
+    if the file's names are known (from its metadata, a config.json beside it or, for a published layout, their number),
+    else by position if there are as many; else that layer stays random.
 
     Args:
-        model: on any device; its own values stay where the file has none.
+        model: on any device; values that the file lacks stay as they are.
         reference: a local file or folder; see `published.find`.
-        names: the run's keypoints; None takes the file's rows by position.
+        names: keypoints of the run; None matches rows by position.
 
     Raises:
-        UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is not there
-            or does not fit; values that are not numbers.
+        UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is missing or
+            does not fit; values that are not finite.
     """
     found, own = published.read(reference), model.state_dict()
     _check_size(found, model)
@@ -99,7 +99,7 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
 
 
 def starting_point(run_folder: Path, stage: StageName) -> str | None:
-    """The weights of the stage before this one in the run folder, if there are any."""
+    """The weights of the last stage before this one in the run directory, if there are any."""
     for earlier in reversed(STAGES[: STAGES.index(stage)]):
         if (run_folder / earlier / "weights" / FILE).is_file():
             return str(run_folder / earlier / "weights")
@@ -107,21 +107,21 @@ def starting_point(run_folder: Path, stage: StageName) -> str | None:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """What `export.export` wrote of the network: name, num_keypoints, input_hw, sigma, keypoints.
+    """The network's description that `export.export` wrote: name, num_keypoints, input_hw, sigma, keypoints.
 
     Raises:
-        UserError: the folder is not one of ours.
+        UserError: this package did not write the folder.
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder}: no config.json; expected a weights folder")
+        raise UserError(f"{folder}: no config.json in it (expected a weights folder)")
     about, _ = published.read_config(file)
     if not isinstance(about.get("name"), str):
-        raise UserError(f"{file}: no 'sapiens_accel' with a name in it; expected a weights folder of this project")
+        raise UserError(f"{file}: no 'sapiens_accel' with a name in it (expected a weights folder of this package)")
     return about
 
 
-# ---- Whose weights they are
+# ---- Checks
 
 
 def _check_size(found: Weights, model: SapiensPose) -> None:
@@ -136,9 +136,9 @@ def _check_size(found: Weights, model: SapiensPose) -> None:
     ]
     what = f"{sizes[0]} ({width} wide, {depth} blocks)" if sizes else f"a {found.family} {width} wide, {depth} blocks"
     ours = f"{model.name} is {model.size.width} wide, {model.size.depth} blocks"
-    remedy = f"give --model.name {sizes[0]}, or other weights" if sizes else "give weights of this size"
+    remedy = f"Give --model.name {sizes[0]}, or other weights" if sizes else "Give weights of this size"
     family = "" if found.family == model.size.family else f", and of family {model.size.family}"
-    raise UserError(f"--weights {found.file}: this is {what}; {ours}{family}: {remedy}")
+    raise UserError(f"--weights {found.file}: this is {what}; {ours}{family}. {remedy}")
 
 
 def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[str], model: SapiensPose) -> None:
@@ -146,15 +146,15 @@ def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[s
     if not lost:
         return
     first, expected = lost[0], "x".join(map(str, own[lost[0]].shape))
-    what = f"is {'x'.join(map(str, state[first].shape))}" if first in state else "is not there"
+    what = f"is {'x'.join(map(str, state[first].shape))}" if first in state else "is missing"
     raise UserError(
-        f"--weights {found.file}: {first!r} {what}, {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
-        f"{expected} ({len(lost)} backbone tensors lack or do not fit); fetch the file again, or other weights"
+        f"--weights {found.file}: {first!r} {what}; {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
+        f"{expected} ({len(lost)} backbone tensors are missing or do not fit). Download the file again, or give others"
     )
 
 
 def _check_values(found: Weights, fitting: State, own: State) -> None:
-    """Refuse tensors that hold something else than numbers, one after the other, so that at most one is copied."""
+    """Refuse values that are not finite, one tensor at a time, so that at most one is copied."""
     for key, value in fitting.items():
         values = (
             value if value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else value.float()
@@ -165,7 +165,7 @@ def _check_values(found: Weights, fitting: State, own: State) -> None:
             bad = int((~(values.double().abs() <= most)).sum())
             raise UserError(
                 f"--weights {found.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
-                f"(nan, inf); the training that wrote it diverged: take weights of an earlier step"
+                f"(nan, inf): the training that wrote it has diverged. Use weights of an earlier step"
             )
 
 
@@ -173,16 +173,16 @@ def _check_values(found: Weights, fitting: State, own: State) -> None:
 
 
 def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose) -> list[str]:
-    """Put Sapiens v1's position embedding on the model's grid, after VitPose's empty slot 0; names what was resized.
+    """Resize Sapiens v1's position embedding to the model's grid, after VitPose's empty slot 0. Returns resized keys.
 
-    A published one may have a class position where ours has that slot: of equal shape, and not to be taken for it.
+    A published embedding may begin with a class position; it has the shape of that slot and must not be loaded into it.
     """
     if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[::2] != own[POSITIONS].shape[::2]:
         return []
     source, patch = state[POSITIONS], model.size.patch
-    target_hw, told_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
+    target_hw, known_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
     counts = [source.shape[1], source.shape[1] - 1] if found.as_published else [source.shape[1] - 1]
-    grid_hw = _grid_hw(counts, told_hw, target_hw)
+    grid_hw = _grid_hw(counts, known_hw, target_hw)
     if grid_hw is None:
         return []
     patches = source[:, source.shape[1] - grid_hw[0] * grid_hw[1] :]
@@ -193,12 +193,12 @@ def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose)
     return [POSITIONS] if grid_hw != target_hw else []
 
 
-def _grid_hw(counts: Sequence[int], told_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of so many patches (the first count that makes one): as told, square, 4:3, or the model's own."""
+def _grid_hw(counts: Sequence[int], known_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of a number of patches (the first count that has one): the known one, square, 4:3, or the model's."""
     for count in counts:
         side, unit = math.isqrt(count), math.isqrt(count // 12)
         # As published: square in pre-training, 4:3 for pose.
-        for grid_hw in (told_hw, (side, side), (4 * unit, 3 * unit), target_hw):
+        for grid_hw in (known_hw, (side, side), (4 * unit, 3 * unit), target_hw):
             if grid_hw[0] * grid_hw[1] == count:
                 return grid_hw
     return None
@@ -215,16 +215,16 @@ def _rows(model: SapiensPose) -> tuple[str, str]:
 def _fit_rows(
     state: State, found: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:
-    """Order the last layer's rows as the run's keypoints, by name; says how, and which keypoints have no row.
+    """Reorder the last layer's rows by keypoint name. Returns a description, and the keypoints without a row.
 
-    Nothing is said where the file's rows are in this order already, or where nothing is known to go by.
+    The description is empty if the rows are in this order already, or if the file's names are unknown.
     """
     keys = _rows(model)
     if names is None or found.names in (None, tuple(names)) or not all(key in state for key in keys):
         return "", ()
     shared = [name for name in names if name in found.names]
     if not shared or any(state[key].shape != (len(found.names), *own[key].shape[1:]) for key in keys):
-        # Other keypoints, even if they are as many; or features of another width.
+        # No keypoint in common, even if their number is equal; or another number of channels.
         for key in keys:
             del state[key]
         return "", ()
@@ -237,5 +237,5 @@ def _fit_rows(
     return how, tuple(name for name in names if name not in shared)
 
 
-def _short(keys: Sequence[str], at_most: int = 2) -> str:
+def _shorten(keys: Sequence[str], at_most: int = 2) -> str:
     return ", ".join(keys[:at_most]) + (", ..." if len(keys) > at_most else "")

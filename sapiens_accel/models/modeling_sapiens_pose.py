@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sapiens v1 pose networks for transformers: an image of one person to heatmaps of keypoints.
 
-This file lies beside the weights and imports nothing but torch and transformers:
+This file is copied into weights folders and imports only torch and transformers:
 
     AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 
@@ -36,7 +36,7 @@ class SapiensPoseConfig(VitPoseBackboneConfig):
 class SapiensPoseHead(nn.Module):
     """4x4 deconvolutions without bias, then 1x1 convolutions, each with InstanceNorm and SiLU, numbered as published.
 
-    models.sapiens.HeatmapHead says the same once more: this file must stand alone. A test holds both equal.
+    The same as models.sapiens.HeatmapHead, since this file must not import it. A test compares both.
     """
 
     def __init__(self, config: SapiensPoseConfig) -> None:
@@ -57,7 +57,7 @@ class SapiensPoseHead(nn.Module):
 
 
 class SapiensForPoseEstimation(VitPoseBackbonePreTrainedModel):
-    """Sapiens v1 with its heatmap head, called like transformers' Sapiens2ForPoseEstimation."""
+    """Sapiens v1 with its heatmap head; same call as transformers' Sapiens2ForPoseEstimation."""
 
     config_class = SapiensPoseConfig
     base_model_prefix = "backbone"

@@ -1,7 +1,7 @@
 """SapiensPose: a transformers backbone (Sapiens v1 or Sapiens2) and its published heatmap head. Single-device code.
 
-transformers' `VitPoseBackbone` is the Sapiens v1 backbone (LayerNorm eps 1e-6, no class position), Sapiens2 is in
-transformers under its own name; no transformer is written here.
+transformers' `VitPoseBackbone` is the Sapiens v1 backbone (with LayerNorm eps 1e-6, no class position), and Sapiens2 is
+part of transformers: this module implements no transformer.
 
 Shape letters: b people, k keypoints, c channels, H W the input image, h w the heatmap.
 """
@@ -25,14 +25,14 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.models.attention import BY_DEVICE
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 
-# ImageNet's, as Sapiens was trained with (RGB, 0..255).
+# Of ImageNet, as in the training of Sapiens (RGB, 0..255).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What fixes one network. `upsample` and `convs` are the head's channels; both families upsample by 4."""
+    """The shape of a network. `upsample` and `convs` are the head's channels; both families upsample by 4."""
 
     family: Literal["sapiens", "sapiens2"]
     width: int
@@ -44,16 +44,16 @@ class Size:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values: Sapiens2's queries share them in pairs."""
+        """Number of heads of keys and values: in Sapiens2 two query heads share one."""
         return self.heads // 2 if self.family == "sapiens2" else self.heads
 
     def heatmap_hw(self, input_hw: tuple[int, int]) -> tuple[int, int]:
-        """The heatmap's size: each upsampling layer doubles the patch grid."""
+        """Height and width of the heatmap: each upsampling layer doubles the patch grid."""
         up = 2 ** len(self.upsample)
         return input_hw[0] // self.patch * up, input_hw[1] // self.patch * up
 
 
-# Published: facebookresearch/sapiens and sapiens2. The 0.1b has no published pose head; it gets the 0.4b's.
+# Published: facebookresearch/sapiens and sapiens2. The 0.1b has no published pose head; it has that of the 0.4b here.
 SIZES = {
     "sapiens_tiny": Size(family="sapiens", width=128, depth=4, heads=4, upsample=(64, 32), convs=(32, 32)),
     "sapiens_0.3b": Size(family="sapiens", width=1024, depth=24, heads=16),
@@ -79,13 +79,13 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What of a training step is kept and what is computed again; it changes memory and time, never the losses.
+    """Which activations of a step are stored and which are recomputed. Changes memory and time, not the losses.
 
     Attributes:
-        checkpointed_blocks: blocks, from the first on, of which only the input is kept. The last ones are kept whole
-            first: the backward frees them before the others need room.
+        checkpointed_blocks: number of blocks, from the first on, that store only their input. The last blocks are the
+            ones to store whole: the backward pass frees them before it recomputes the others.
         head_chunk: people whose heatmaps and loss are computed at a time; None is all of them.
-        compiled: the blocks run compiled.
+        compiled: the blocks are compiled.
     """
 
     checkpointed_blocks: int = 0
@@ -131,14 +131,14 @@ def _conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 1), nn.InstanceNorm2d(outputs), nn.SiLU()
 
 
-def named(name: str) -> Size:
+def get_size(name: str) -> Size:
     """The size of this name.
 
     Raises:
         UserError: there is none.
     """
     if name not in SIZES:
-        raise UserError(f"no such model {name!r}; there are: {', '.join(SIZES)}")
+        raise UserError(f"--model.name {name!r}: no such model (expected one of {', '.join(SIZES)})")
     return SIZES[name]
 
 
@@ -149,18 +149,20 @@ class SapiensPose(nn.Module):
         name: a key of `SIZES`.
         num_keypoints: K.
         input_hw: the crop's height and width in pixels, multiples of the patch.
-        depth: fewer blocks than the published network has, to measure one of them.
+        depth: number of blocks in place of the published one, to measure single blocks.
 
     Raises:
-        UserError: no such size; an input that patches do not tile.
+        UserError: no such size, or an input size that is no multiple of the patch.
     """
 
     def __init__(self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None) -> None:
         super().__init__()
-        size = named(name)
+        size = get_size(name)
         size = replace(size, depth=depth or size.depth)
         if any(pixels % size.patch for pixels in input_hw):
-            raise UserError(f"input {input_hw[0]}x{input_hw[1]}: {name} needs multiples of its {size.patch}-px patch")
+            raise UserError(
+                f"--data.input_hw {input_hw[0]}x{input_hw[1]}: {name} needs multiples of its {size.patch}-px patch"
+            )
         self.name, self.size = name, size
         self.num_keypoints, self.input_hw = num_keypoints, input_hw
         build = _build_sapiens if size.family == "sapiens" else _build_sapiens2
@@ -178,9 +180,9 @@ class SapiensPose(nn.Module):
         return [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def lay_out(self, layout: Layout) -> None:
-        """Keep and compute again what the layout says, from the next forward on."""
-        # Non-reentrant: the reentrant kind gives no gradients where a checkpointed input needs none. Nothing in a block
-        # is random: the generators' states need not be kept for the second forward.
+        """Apply a layout, from the next forward on."""
+        # Non-reentrant: reentrant checkpoints give no gradients if their input needs none. Blocks draw no random
+        # numbers, so the state of the generators need not be restored for the recomputation.
         self.backbone.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for index, block in enumerate(self.blocks):
             block.gradient_checkpointing = index < layout.checkpointed_blocks
@@ -191,8 +193,8 @@ class SapiensPose(nn.Module):
     def forward(
         self, image: UInt8[Tensor, "b 3 H W"], criterion: Criterion | None = None
     ) -> Float[Tensor, "b k h w"] | tuple[Float[Tensor, ""], Float[Tensor, "t"]]:
-        """Heatmaps; with a criterion, their loss and its terms, and the head only ever holds a chunk of them."""
-        # A frozen backbone keeps no activations, whether its blocks are checkpointed or not.
+        """Heatmaps; with a criterion, their loss and its terms, in chunks of people."""
+        # A frozen backbone stores no activations, whether its blocks are checkpointed or not.
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features = self._features(_normalize(image).to(next(self.parameters()).dtype))
@@ -201,9 +203,9 @@ class SapiensPose(nn.Module):
     def _features(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c grid_h grid_w"]:
         grid_hw = [pixels.shape[-2] // self.size.patch, pixels.shape[-1] // self.size.patch]
         if self.size.family == "sapiens":
-            # By its parts: the backbone's own forward records the output of every block, which would stay in memory.
+            # By its parts: the backbone's own forward returns the output of every block, which would stay in memory.
             tokens = self.backbone.embeddings(pixels)
-            del pixels  # a variable would keep them through the whole forward
+            del pixels  # the variable would keep them in memory through the whole forward
             tokens = self.backbone.layernorm(self.backbone.encoder(tokens).last_hidden_state)
         else:
             tokens = self.backbone(pixels).last_hidden_state[:, -grid_hw[0] * grid_hw[1] :]
@@ -212,8 +214,8 @@ class SapiensPose(nn.Module):
     def layer_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """The ordered, complete partition of the parameters, from input to output.
 
-        embeddings, block_0 ... block_{depth - 1}, norm, head. Freezing and layer-wise lr decay both read it, so what a
-        layer is stands only here.
+        embeddings, block_0 ... block_{depth - 1}, norm, head. The one definition of a layer, for freezing and for
+        layer-wise learning rate decay.
         """
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {
             name: [] for name in ("embeddings", *(f"block_{i}" for i in range(self.size.depth)), "norm", "head")
@@ -223,30 +225,30 @@ class SapiensPose(nn.Module):
         return groups
 
     def freeze(self, patterns: Sequence[str]) -> None:
-        """Let the layer groups that match a shell pattern not learn, and all others learn.
+        """Freeze the layer groups that match a shell pattern, and unfreeze all others.
 
         Raises:
-            UserError: a pattern that matches no group, or patterns that leave nothing to learn.
+            UserError: a pattern that matches no group, or patterns that freeze everything.
         """
         groups = self.layer_groups()
         for pattern in patterns:
             if not fnmatch.filter(groups, pattern):
-                raise UserError(f"frozen: {pattern!r} matches no layer group; there are: {', '.join(groups)}")
+                raise UserError(f"frozen: {pattern!r} matches no layer group (expected one of {', '.join(groups)})")
         for group, members in groups.items():
             frozen = any(fnmatch.fnmatch(group, pattern) for pattern in patterns)
             for _, parameter in members:
                 parameter.requires_grad_(not frozen)
         if not any(p.requires_grad for p in self.parameters()):
-            raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to learn")
+            raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to train. Freeze fewer layer groups")
 
     def description(self) -> dict[str, Any]:
-        """What rebuilds this network, for config.json."""
+        """The description of this network for config.json, from which it can be rebuilt."""
         shape = {"num_keypoints": self.num_keypoints, "input_hw": list(self.input_hw), "size": asdict(self.size)}
         return {"name": self.name, **shape}
 
 
 def _group_of(parameter_name: str) -> str:
-    """The layer group of a parameter by its name in either family; everything else is an embedding."""
+    """The layer group of a parameter, by its name in either family."""
     parts = parameter_name.split(".")
     if parts[0] == "head":
         return "head"
@@ -256,8 +258,8 @@ def _group_of(parameter_name: str) -> str:
 
 
 def _normalize(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-    # Per channel with plain numbers: a tensor of constants would be a copy to the device, and a wait, in every step;
-    # a buffer would be rounded by an engine that casts the module.
+    # Per channel with Python numbers: a tensor of constants would be copied to the device, with a synchronization, in
+    # every step; a buffer would be rounded by an engine that casts the module.
     channels = zip(image.float().unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
@@ -278,13 +280,13 @@ def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) ->
     with torch.no_grad():
         positions[:, 0] = 0.0
         positions[:, 1:] = sine_cosine_positions(grid_hw, size.width)
-    # VitPose adds slot 0 to every position; Sapiens has no such slot. Without a gradient it stays what it is: zero.
+    # VitPose adds slot 0 to every position; Sapiens has no such slot. Without a gradient it stays zero.
     positions.register_hook(_without_first_slot)
     return backbone, HeatmapHead(size, num_keypoints)
 
 
 def sine_cosine_positions(grid_hw: tuple[int, int], width: int) -> Float[Tensor, "n c"]:
-    """What Sapiens' position embedding starts from: half of the channels for the column, half for the row.
+    """The initial position embedding of Sapiens: half of the channels for the column, half for the row.
 
     As in its MAE pre-training (He et al. 2021, https://arxiv.org/abs/2111.06377, official code's `pos_embed.py`).
     """
@@ -304,7 +306,7 @@ def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -
     pose = Sapiens2ForPoseEstimation(config)
     head = Sapiens2PoseHead(config)
     head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)
-    # Published: kaiming. With few keypoints its maps start at a standard deviation of 3.3, and the loss at 10.
+    # Published: kaiming. With few keypoints, maps then have an initial standard deviation of 3.3, and the loss is 10.
     nn.init.normal_(head.predictor.weight, std=0.001)
     return pose.model, head
 
@@ -333,12 +335,12 @@ def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -
 
 @contextmanager
 def use_input_size(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None]:
-    """Let a network take crops of another size: the position embedding of Sapiens v1 is resized to their patch grid.
+    """Run a network on crops of another size: the position embedding of Sapiens v1 is resized to their patch grid.
 
-    Sapiens2 computes its positions from the image. Any other module is left unchanged.
+    Sapiens2 computes its positions from the image. Other modules are left unchanged.
 
     Raises:
-        UserError: the embedding is sharded over the ranks (ZeRO-3).
+        UserError: the embedding is sharded across ranks (ZeRO-3).
     """
     network = getattr(model, "module", model)
     if not isinstance(network, SapiensPose) or network.size.family != "sapiens" or input_hw == network.input_hw:
@@ -347,7 +349,7 @@ def use_input_size(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None
     embeddings, patch = network.backbone.embeddings, network.size.patch
     own = embeddings.position_embeddings
     if hasattr(own, "ds_id"):
-        raise UserError("--eval.scales: not under ZeRO-3, whose ranks share out the positions; use eval.py afterwards")
+        raise UserError("--eval.scales: not under ZeRO-3, which shards the positions. Use eval.py after training")
     grid_hw, target_hw = ((hw[0] // patch, hw[1] // patch) for hw in (network.input_hw, input_hw))
     resized = torch.cat([own[:, :1], resize_positions(own[:, 1:], grid_hw, target_hw).to(own.dtype)], dim=1)
     try:
@@ -362,7 +364,7 @@ def use_input_size(model: nn.Module, input_hw: tuple[int, int]) -> Iterator[None
 def resize_positions(
     positions: Float[Tensor, "1 n c"], grid_hw: tuple[int, int], target_hw: tuple[int, int]
 ) -> Float[Tensor, "1 m c"]:
-    """Position embeddings of another patch grid: bicubic, in fp32, no antialiasing.
+    """Resize position embeddings to another patch grid: bicubic, in fp32, without antialiasing.
 
     As published (pretrain/mmpretrain/models/utils/embed.py).
     """

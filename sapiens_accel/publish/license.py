@@ -1,9 +1,9 @@
-"""Where a run's weights come from, and the license that its own weights therefore have.
+"""The origin of a run's weights, and the license that follows from it.
 
-Sapiens v1 is CC BY-NC 4.0 (https://github.com/facebookresearch/sapiens/blob/main/LICENSE): what is made from it stays
-non-commercial. Sapiens2 has a license of its own (https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md):
-what is made from it goes on under the same terms, with a copy of them. What is of unknown origin gets its
-family's license.
+Sapiens v1 is CC BY-NC 4.0 (https://github.com/facebookresearch/sapiens/blob/main/LICENSE): adaptations stay
+non-commercial. Sapiens2 has its own license (https://github.com/facebookresearch/sapiens2/blob/main/LICENSE.md):
+adaptations are passed on under the same terms, with a copy of them. Weights of unknown origin get the license of their
+family.
 """
 
 import re
@@ -20,10 +20,10 @@ from sapiens_accel.errors import read_tree
 from sapiens_accel.hub.download import LICENSE_FILES, parse_reference
 from sapiens_accel.publish.markdown import REPOSITORY, repository_link
 
-OUR_TAG = "sapiens_accel"  # on every card of ours: such a card's license is one that was derived here
+OUR_TAG = "sapiens_accel"  # on every card that this package writes: only such a card's license is trusted
 BY_A_RUN = ", by way of an earlier run"
 _PUBLISHERS = ("facebook", "noahcao")
-# Names of published files, and the repository that each is from.
+# Names of published files, and the repository of each.
 _PUBLISHED = (
     (r"sapiens2_([\d.]+b)_(pretrain|pose)\.safetensors", r"facebook/sapiens2-\2-\1"),
     (r"sapiens_([\d.]+b)_epoch_\d+(_clean)?\.pth", r"facebook/sapiens-pretrain-\1"),
@@ -33,7 +33,7 @@ _PUBLISHED = (
 
 @dataclass(frozen=True, kw_only=True)
 class LicenseTerms:
-    """A license as a card's metadata name it, and what is said about it there."""
+    """A license in the metadata of a model card, and the notice in its text."""
 
     metadata: Mapping[str, str]
     notice: str
@@ -64,14 +64,14 @@ APACHE = LicenseTerms(
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What weights were made from.
+    """The weights that a run started from.
 
     Attributes:
-        license: of what is made from them.
-        base: their repository on the Hub, where it is known.
-        place: the local file or folder that they were read from, where it is known.
+        license: the license of weights adapted from them.
+        base: their repository on the Hub, if known.
+        place: the local file or folder that they were read from, if known.
         description: the same for a reader, as Markdown.
-        terms: repositories that are known to hold the license's text.
+        terms: repositories that hold the text of the license.
     """
 
     license: LicenseTerms
@@ -81,28 +81,29 @@ class Origin:
     terms: tuple[str, ...] = ()
 
 
-def of(run: Mapping[str, Any], stage: str, seen: tuple[Path, ...] = ()) -> Origin:
-    """The origin of a stage's weights, from its run's config.yaml.
+def find_origin(run: Mapping[str, Any], stage: str, visited: tuple[Path, ...] = ()) -> Origin:
+    """The origin of a stage's weights.
 
     Args:
-        run: the tree of config.yaml.
-        seen: run folders that were asked already; weights that lead back to them have no beginning.
+        run: the tree of the run's config.yaml.
+        visited: run directories on the way here, so that a cycle of them ends.
     """
     name = run["model"]["name"]
-    # Else a later run in the same folder wrote over its settings, or the folder was set aside by one.
+    # Else a later run in the same directory has overwritten the settings of this stage.
     is_its_own = stage in STAGES and run.get("stage") in ("all", stage)
     if is_its_own and run.get("weights"):
-        return _of_weights(str(run["weights"]), name, seen)
-    began = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
-    if name.endswith("_tiny") or began:
+        return _origin_of_weights(str(run["weights"]), name, visited)
+    starts_here = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
+    if name.endswith("_tiny") or starts_here:
         return Origin(license=APACHE, base=None, place=None, description="random weights")
-    return _by_family(name, None, None, f"what was in the run folder when `{stage}` began; nothing tells what that was")
+    description = f"weights of unknown origin that were in the run directory when `{stage}` began"
+    return _by_family(name, None, None, description)
 
 
 def license_text(origin: Origin) -> Path | None:
-    """The license's own text: beside the weights that it came with, in the Hub's cache, or downloaded. None: nowhere.
+    """The file with the text of the license: beside the weights, in the Hub's cache, or downloaded. None: not found.
 
-    Only Sapiens2's has to be passed on as a copy.
+    Only the Sapiens2 License has to be passed on as a copy.
     """
     if origin.license is not SAPIENS2:
         return None
@@ -110,48 +111,48 @@ def license_text(origin: Origin) -> Path | None:
     beside = [place / name for name in LICENSE_FILES] if place else []
     cached = [try_to_load_from_cache(repo, name) for repo in origin.terms for name in LICENSE_FILES]
     for path in [*beside, *(Path(path) for path in cached if isinstance(path, str))]:
-        if _is_sapiens2s(path):
+        if _is_sapiens2_license(path):
             return path
     for repo in origin.terms:
         for name in LICENSE_FILES:
             try:
                 path = Path(HfApi().hf_hub_download(repo, name))
-            except Exception:  # no such file, no network, no access: the caller tells that there is no text
+            except Exception:  # no such file, no network, no access: the caller warns that the text is missing
                 continue
-            if _is_sapiens2s(path):
+            if _is_sapiens2_license(path):
                 return path
     return None
 
 
-def _is_sapiens2s(path: Path) -> bool:
-    # Weights may lie in any folder: the license beside them may be another project's.
+def _is_sapiens2_license(path: Path) -> bool:
+    # The license beside weights in any folder may be that of another project.
     return path.is_file() and "sapiens" in path.read_text(errors="replace").lower()
 
 
-def _of_weights(text: str, name: str, seen: tuple[Path, ...]) -> Origin:
+def _origin_of_weights(text: str, name: str, visited: tuple[Path, ...]) -> Origin:
     path = Path(text).expanduser()
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+", path.as_posix())
     if cached:
-        return _of_repo(f"{cached[1]}/{cached[2]}", name, path)
+        return _origin_of_repo(f"{cached[1]}/{cached[2]}", name, path)
     if not path.exists() and (wanted := parse_reference(text)):
-        return _of_repo(wanted.repo, name, None)
+        return _origin_of_repo(wanted.repo, name, None)
     for pattern, repo in _PUBLISHED:
-        if found := re.fullmatch(pattern, path.name):
-            return _by_family(name, found.expand(repo), path, f"`{path.name}`")  # the pattern has no mark of Markdown
+        if match := re.fullmatch(pattern, path.name):
+            return _by_family(name, match.expand(repo), path, f"`{path.name}`")  # names that match hold no Markdown
     folder = path if path.is_dir() else path.parent
     for run_folder in (folder, *folder.resolve().parents[:2]):
         file = run_folder / "config.yaml"
-        if file.is_file() and run_folder not in seen and path.exists():
+        if file.is_file() and run_folder not in visited and path.exists():
             tree = read_tree(file, yaml.safe_load, "YAML")
             model = tree.get("model")
             if isinstance(model, Mapping) and isinstance(model.get("name"), str):
-                earlier = of(tree, folder.parent.name, (*seen, run_folder))
+                earlier = find_origin(tree, folder.parent.name, (*visited, run_folder))
                 description = earlier.description.removesuffix(BY_A_RUN) + BY_A_RUN
                 return replace(earlier, place=earlier.place or path, description=description)
     return _by_card(folder / "README.md", name, None, path) or _by_family(name, None, path, "weights of unknown origin")
 
 
-def _of_repo(repo: str, name: str, path: Path | None) -> Origin:
+def _origin_of_repo(repo: str, name: str, path: Path | None) -> Origin:
     if repo.split("/")[0] in _PUBLISHERS:
         return _by_family(name, repo, path, repository_link(repo))
     card = try_to_load_from_cache(repo, "README.md")
@@ -162,22 +163,22 @@ def _of_repo(repo: str, name: str, path: Path | None) -> Origin:
 
 
 def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Origin | None:
-    """What an earlier card of ours says; another's is no proof of a license."""
+    """The origin by a card that this package wrote; any other card is no proof of a license."""
     try:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
     except Exception:  # no metadata, not YAML
         return None
     if data is None or OUR_TAG not in (data.get("tags") or ()):
         return None
-    found = [license for license in (CC_BY_NC, SAPIENS2, APACHE) if data.get("license") == license.metadata["license"]]
-    if not found:
+    known = [license for license in (CC_BY_NC, SAPIENS2, APACHE) if data.get("license") == license.metadata["license"]]
+    if not known:
         return None
-    above = data.get("base_model")
-    above = above if isinstance(above, str) and REPOSITORY.fullmatch(above) else None
-    base = repo or above
+    base_model = data.get("base_model")
+    base_model = base_model if isinstance(base_model, str) and REPOSITORY.fullmatch(base_model) else None
+    base = repo or base_model
     description = repository_link(base) if base else "weights of an earlier run of sapiens_accel"
-    terms = tuple(repo for repo in (repo, above, _published_repo(name)) if repo)
-    return Origin(license=found[0], base=base, place=path, description=description, terms=terms)
+    terms = tuple(repo for repo in (repo, base_model, _published_repo(name)) if repo)
+    return Origin(license=known[0], base=base, place=path, description=description, terms=terms)
 
 
 def _by_family(name: str, repo: str | None, path: Path | None, description: str) -> Origin:

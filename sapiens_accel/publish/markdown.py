@@ -1,19 +1,19 @@
-"""Text from files in a model card: names and numbers as they are, and nothing that Markdown or HTML would act on."""
+"""Text from files for a model card, escaped so that Markdown and HTML show it literally."""
 
 import re
 import string
 
 from sapiens_accel.errors import escape
 
-# Words joined by single marks that mean nothing within a word: nearly every name. They stand as they are.
+# Words joined by single characters without a meaning in Markdown: nearly every name. They need no escape.
 PLAIN = re.compile(r"[^\W_]+([ _./-][^\W_]+)*")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def literal(text: object) -> str:
-    """Text on one line, of which Markdown, HTML and tables show every letter; within backticks the backslashes too.
+    """Escape text to one line that Markdown, HTML and tables show literally. Not for use within backticks.
 
-    CommonMark: a backslash before any ASCII punctuation makes it literal; GitHub's tables take it before a bar.
+    CommonMark: a backslash before any ASCII punctuation makes it literal; GitHub's tables accept it before a bar.
     """
     shown = escape(str(text), keep="")
     if PLAIN.fullmatch(shown):
@@ -22,5 +22,5 @@ def literal(text: object) -> str:
 
 
 def repository_link(name: str) -> str:
-    """A link to a repository of the Hub; the text alone if no repository can have that name."""
+    """A link to a repository on the Hub; the escaped text alone if it cannot be the name of a repository."""
     return f"[{name}](https://huggingface.co/{name})" if REPOSITORY.fullmatch(name) else literal(name)

@@ -1,6 +1,6 @@
-"""The model card of a run: what was measured and how, how it was trained, from what, and under which license.
+"""The model card of a run: results and how they were measured, training settings, origin and license.
 
-All of it is read from the run folder; nothing is promised beyond what eval.json holds.
+Everything is read from the run directory; no result is stated that eval.json or metrics.jsonl does not hold.
 """
 
 import json
@@ -31,7 +31,7 @@ from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import SAPIENS2, Origin
 from sapiens_accel.publish.markdown import literal
 
-LICENSE_NAME, CURVE_NAME, PICTURE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
+LICENSE_NAME, CURVE_NAME, IMAGE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 TEMPLATE = "card.md.jinja"
 DRAWN = "drawn people"
 STAGE_COLORS: dict[str, tuple[int, int, int]] = dict(
@@ -41,21 +41,21 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 900, 220, 80, 24, 36, 44
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GRAY, INK = (225, 225, 225), (40, 40, 40)
 Points = list[tuple[float, float]]
-MOST = 2**53  # of a number in a card; beyond it steps are not exact
+LARGEST_NUMBER = 2**53  # in a card; beyond it a float does not hold every step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a run folder tells about the weights of a stage, read at one moment.
+    """The content of a run directory about the weights of a stage, read at one moment.
 
     Attributes:
         run: the tree of config.yaml.
-        network: what the weights' config.json says of it.
-        scores: by stage, METRICS (0..1) and how they were measured; only of weights that were evaluated.
-        lines: of metrics.jsonl.
+        network: our part of the weights' config.json.
+        scores: by stage, METRICS (0..1) and how they were measured; only for evaluated weights.
+        lines: the lines of metrics.jsonl.
         image: JPEG of predictions.
-        num_labeled: training people with labels.
-        has_code: Python files lie beside the weights; they are ours.
+        num_labeled: number of labeled training people.
+        has_code: there are Python files (of ours) beside the weights.
     """
 
     run: Mapping[str, Any]
@@ -70,7 +70,7 @@ class Facts:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those that this run trained, up to the one whose weights these are."""
+        """The stages that this run has trained, up to the stage of these weights."""
         return _trained(self.run, self.stage)
 
     @property
@@ -79,36 +79,36 @@ class Facts:
 
 
 def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path | None = None) -> Facts:
-    """Read what there is.
+    """Read the facts from a run directory.
 
     Args:
-        folder: the weights. Default: RUN/STAGE/weights.
-        step: the one whose weights these are; of other weights no score is taken. Default: whatever was written last.
+        folder: the weights. Default: RUN_DIR/STAGE/weights.
+        step: training step of the weights; scores of other steps are ignored. Default: the last evaluation.
 
     Raises:
-        UserError: no run folder, or without this stage's weights; a file of it that is broken.
+        UserError: it is no run directory, or has no weights of this stage; a file in it is damaged.
     """
     file, weights = run_folder / "config.yaml", (folder or run_folder / stage / "weights") / "config.json"
     if not file.is_file():
-        raise UserError(f"{run_folder}: no config.yaml in it; expected a run folder of train.py")
+        raise UserError(f"{run_folder}: no config.yaml in it (expected a run directory of train.py)")
     if not weights.is_file():
-        raise UserError(f"{run_folder}: no {stage}/weights in it; nothing was trained there, or not that stage")
+        raise UserError(f"{run_folder}: no {stage}/weights in it: this stage was not trained there")
     run = asdict(config.load([], prog="the model card", base=file))
-    lines = lines_of(run_folder)
+    lines = read_lines(run_folder)
     steps = {name: step if name == stage else None for name in _trained(run, stage)}
     scores = {name: _score(run_folder / name, run, lines, steps[name]) for name in steps}
     image, labeled = run_folder / "pictures" / f"{stage}_predictions.jpg", run_folder / "labelled_ann_ids.json"
-    is_of_these = image.is_file() and _judged(run_folder / stage, step) is not None
+    is_current = image.is_file() and _read_evaluation(run_folder / stage, step) is not None
     return Facts(
         run=run,
         stage=stage,
         network=read_config(weights)[0],
         scores={name: score for name, score in scores.items() if score},
         lines=lines,
-        image=image.read_bytes() if is_of_these else None,
+        image=image.read_bytes() if is_current else None,
         num_labeled=_num_labeled(labeled) if labeled.is_file() else None,
         has_code=any(weights.parent.glob("*.py")),
-        origin=origin.of(run, stage),
+        origin=origin.find_origin(run, stage),
     )
 
 
@@ -116,24 +116,24 @@ def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(stage) + 1] if run.get("stage") == "all" else (stage,)  # pyright: ignore
 
 
-def _judged(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
-    """What eval.json says, if it speaks of this step's weights.
+def _read_evaluation(stage_folder: Path, step: int | None) -> dict[str, Any] | None:
+    """The content of eval.json; None if there is none or it is of another step.
 
     Raises:
-        UserError: it is no evaluation.
+        UserError: the file holds no evaluation.
     """
     file = stage_folder / "eval.json"
     if not file.is_file():
         return None
-    found = read_tree(file, json.loads, "JSON")
+    tree = read_tree(file, json.loads, "JSON")
     kinds = {"split": str, "boxes": str, "flip": bool}
-    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(tree.get(name), kind) for name, kind in kinds.items()):
         raise UserError(
-            f"{file}: not an evaluation: expected {', '.join(kinds)} in it; move it away, or evaluate again"
+            f"{file}: not an evaluation (expected {', '.join(kinds)} in it). Move it away, or evaluate again"
         )
-    if found["split"] not in ("train", "val"):
-        raise UserError(f"{file}: split: expected train or val, found {found['split']!r}")
-    return found if step in (None, found.get("weights_step", found.get("step"))) else None
+    if tree["split"] not in ("train", "val"):
+        raise UserError(f"{file}: split: expected train or val, found {tree['split']!r}")
+    return tree if step in (None, tree.get("weights_step", tree.get("step"))) else None
 
 
 def _num_labeled(file: Path) -> int:
@@ -146,45 +146,46 @@ def _num_labeled(file: Path) -> int:
 def _score(
     stage_folder: Path, run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], step: int | None
 ) -> dict[str, Any] | None:
-    if judged := _judged(stage_folder, step):
-        return judged
-    mine = [line for line in lines if line.get("stage") == stage_folder.name and line.get("step") == step]
-    at_step = [line for line in mine if "AP" in line]
-    if not at_step:
+    if evaluation := _read_evaluation(stage_folder, step):
+        return evaluation
+    at_step = [line for line in lines if line.get("stage") == stage_folder.name and line.get("step") == step]
+    evaluated = [line for line in at_step if "AP" in line]
+    if not evaluated:
         return None
-    return {**at_step[-1], **evaluate.protocol_settings(EvalConfig(**run["eval"]))}
+    return {**evaluated[-1], **evaluate.protocol_settings(EvalConfig(**run["eval"]))}
 
 
-def lines_of(run_folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds.
+def read_lines(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl.
 
     Raises:
-        UserError: a line of it is of no stage or step.
+        UserError: a line has no stage or step.
     """
-    file, found = run_folder / "metrics.jsonl", []
+    file, lines = run_folder / "metrics.jsonl", []
     for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # the run was cut off while it wrote this one
+            continue  # the run was killed while it wrote this line
         entry = entry if isinstance(entry, dict) else {}
-        if not isinstance(entry.get("stage"), str) or type(entry.get("step")) is not int or abs(entry["step"]) > MOST:
-            raise UserError(f"{file}: line {number}: expected a stage and a step; remove the line")
-        found.append(entry)
-    return found
+        step = entry.get("step")
+        if not isinstance(entry.get("stage"), str) or type(step) is not int or abs(step) > LARGEST_NUMBER:
+            raise UserError(f"{file}: line {number}: no stage or step (expected both). Remove the line")
+        lines.append(entry)
+    return lines
 
 
 def write(folder: Path, facts: Facts, repo_id: str, license: Path | None) -> None:
-    """Write README.md, the images and a copy of the license into a folder.
+    """Write README.md, its images and a copy of the license into a folder.
 
     Args:
-        license: the text of a license that must be passed on.
+        license: file with the text of a license that must be passed on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if license:
         (folder / LICENSE_NAME).write_bytes(license.read_bytes())
     if facts.image:
-        (folder / PICTURE_NAME).write_bytes(facts.image)
+        (folder / IMAGE_NAME).write_bytes(facts.image)
     curve = draw_curve(facts.lines, facts.stages)
     if curve is not None:
         draw.save_image(curve, folder / CURVE_NAME)
@@ -194,7 +195,7 @@ def write(folder: Path, facts: Facts, repo_id: str, license: Path | None) -> Non
 
 
 def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) -> str:
-    """The card as Markdown, with its metadata in front: card.md.jinja. Whatever came from a file is literal in it."""
+    """The card as Markdown with YAML metadata, by card.md.jinja. Text from files is escaped in it."""
     loader = PackageLoader("sapiens_accel.publish", package_path="")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["literal"] = literal
@@ -219,7 +220,7 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
         people_by_split={score["split"]: _people(facts, score["split"]) for score in facts.scores.values()},
         from_labeled_boxes=any(score["boxes"] == "ground truth" for score in facts.scores.values()),
         by_keypoint=_by_keypoint(facts, keypoints),
-        image_name=PICTURE_NAME,
+        image_name=IMAGE_NAME,
         training_people=_people(facts, "train"),
         teacher=run[facts.stage].get("teacher") if facts.stage == "ssl" else None,
         settings=_settings(facts) if own_settings else None,
@@ -229,7 +230,7 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
 
 
 def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
-    """What the Hub sorts and filters by."""
+    """The metadata of the card, by which the Hub sorts and filters."""
     license = dict(facts.origin.license.metadata)
     if has_license:
         license["license_link"] = LICENSE_NAME
@@ -262,7 +263,7 @@ def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
 
 
 def _results(facts: Facts) -> list[list[str]]:
-    """The rows of the table: METRICS of each stage's weights, x 100, and how they were measured."""
+    """The rows of the table of results: METRICS of each stage x 100, and how they were measured."""
     rows = []
     for stage, score in facts.scores.items():
         cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
@@ -271,7 +272,7 @@ def _results(facts: Facts) -> list[list[str]]:
 
 
 def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
-    """Numbers of single keypoints (NAME/KEYPOINT, or NAME with a value for each), where the evaluation has any."""
+    """The rows of metrics by keypoint (NAME/KEYPOINT, or NAME with a value for each), if the evaluation has any."""
     flat: dict[str, Any] = {}
     for name, value in facts.scores.get(facts.stage, {}).items():
         flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -284,7 +285,7 @@ def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
 
 
 def _settings(facts: Facts) -> list[list[str]]:
-    """A column for each stage, and what it was trained with."""
+    """The rows of the table of training settings, with a column for each stage."""
     rows = [["", *(f"`{stage}`" for stage in facts.stages)]]
     return rows + [[name, *(_setting(facts, stage, name) for stage in facts.stages)] for name in _SETTINGS]
 
@@ -306,7 +307,7 @@ def _setting(facts: Facts, stage: str, name: str) -> str:
 
 
 def _people(facts: Facts, split: str) -> str:
-    # The names of COCO's files are the defaults: people of one's own may well be in files of these names.
+    # COCO's file names are the defaults, so a file of such a name may hold other people: name the file, not COCO.
     data = facts.run["data"]
     if facts.is_drawn:
         return f"{data['synthetic'][f'num_{split}']} {DRAWN}"
@@ -318,36 +319,36 @@ def _how(score: Mapping[str, Any]) -> str:
 
 
 def _measured(score: Mapping[str, Any], name: str) -> bool:
-    # pycocotools says -1 where there is nobody to measure.
+    # pycocotools returns -1 where there are no people to measure.
     value = score.get(name)
     return _is_finite(value) and value >= 0
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < MOST
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
 # ---- The training curve: loss above, AP below, stage after stage
 
 
 def draw_curve(lines: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> UInt8[Array, "h w 3"] | None:
-    """The loss (logarithmic) and AP x 100 over the steps of the stages, one after the other. None: nothing to draw.
+    """Draw the loss (logarithmic) and AP x 100 over the steps of consecutive stages. None: there is no loss to draw.
 
     Args:
-        lines: of metrics.jsonl, in any order of stages.
+        lines: the lines of metrics.jsonl, in any order of stages.
     """
     losses, scores, first = {}, {}, 0.0
     for stage in stages:
-        mine = [line for line in lines if line.get("stage") == stage and "step" in line]
+        of_stage = [line for line in lines if line.get("stage") == stage and "step" in line]
         losses[stage] = [
             (first + line["step"], math.log10(line["loss"]))
-            for line in mine
+            for line in of_stage
             if _is_finite(line.get("loss")) and line["loss"] > 0
         ]
         scores[stage] = [
-            (first + line["step"], 100 * max(line["AP"], 0.0)) for line in mine if _is_finite(line.get("AP"))
+            (first + line["step"], 100 * max(line["AP"], 0.0)) for line in of_stage if _is_finite(line.get("AP"))
         ]
-        first += max((line["step"] for line in mine), default=0)
+        first += max((line["step"] for line in of_stage), default=0)
     if not any(losses.values()):
         return None
     canvas = np.full((2 * (TOP + HEIGHT) + GAP + 20, WIDTH, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Weights go to the Hugging Face Hub while the training goes on: in the background, with a model card.
+"""Upload weights to the Hugging Face Hub in the background of the training, with a model card.
 
 python -m sapiens_accel.hub push RUN_DIR [--stage ssl] [--hub_model_id ORG/NAME] [--hub_private]
 """
@@ -26,21 +26,21 @@ from sapiens_accel.config.commands import push_parser
 from sapiens_accel.config.schema import STAGES, Config
 from sapiens_accel.errors import Interrupted, UserError, escape
 from sapiens_accel.hub.download import FILE, WEIGHTS_ENDINGS, fetch
-from sapiens_accel.hub.errors import is_final, status_of, why, without_token
+from sapiens_accel.hub.errors import explain, hide_token, is_final, status_of
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish.model_card import Facts
 
 __all__ = ["NoUploads", "Uploads", "fetch", "uploads"]  # fetch: one module for both directions
 
-WAITS = (5, 15, 45, 120)  # seconds before each further try; the client itself tries a request again for some 25 s
+RETRY_SECONDS = (5, 15, 45, 120)  # before each retry; the client itself retries a request for some 25 s
 FINISH_SECONDS = 3600
 CHECK_SECONDS = 20
 STAGING = ".hub"
 T = TypeVar("T")
 
 
-# ---- One push: a stage's weights as they are now, their card and their license
+# ---- One push: a stage's weights, their model card and their license
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Push:
     """One commit that waits for its turn.
 
     Attributes:
-        folder: a private copy of the files.
-        into: folders of the repository to put them in, "" for its top; the first one names the push.
-        facts: what the card is made of; it goes to the top. None: no card.
+        folder: a copy of the files that later saves do not change.
+        into: folders of the repository to write them to, "" for its root; the first one identifies the push.
+        facts: the content of the model card, which is written to the last of these folders. None: no card.
     """
 
     folder: Path
@@ -59,24 +59,36 @@ class Push:
     facts: Facts | None
 
 
-def publish(push: Push, repo_id: str, private: bool) -> str:
-    """Make the card and the repository, and commit; the repository's address.
+def prepare_push(
+    copy: Path, weights: Path, message: str, into: tuple[str, ...] = ("",), facts: Facts | None = None
+) -> Push:
+    """Copy a weights folder as it is now into the empty or missing folder `copy`.
 
     Raises:
-        UserError: the repository is public and a private one is wanted.
-        Exception: whatever the client raises.
+        UserError: there is no such weights folder.
+    """
+    snapshot(weights, copy / "files")
+    return Push(folder=copy, into=into, message=message, facts=facts)
+
+
+def publish(push: Push, repo_id: str, private: bool) -> str:
+    """Write the card, create the repository if it does not exist, and commit. Return the repository's URL.
+
+    Raises:
+        UserError: the repository is public, and `private` asks for a private one.
+        Exception: any that the client raises.
     """
     license = None
     if push.facts:
         license = origin.license_text(push.facts.origin)
         if push.facts.origin.license is origin.SAPIENS2 and license is None:
-            say("warning: the Sapiens2 License was found nowhere; add its text to the repository by hand", error=True)
+            say("warning: the text of the Sapiens2 License is missing; add it to the repository by hand", error=True)
         card.write(push.folder / "card", push.facts, repo_id, license)
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private:
         refuse_public(api.model_info(repo_id), repo_id)
-    for into in push.into:  # one by one: of files that are there already, the Hub takes the name alone
+    for into in push.into:  # one commit each: the Hub takes a file that it has already without a second upload
         adds = {f"{into}/{name}".lstrip("/"): path for name, path in _files(push.folder / "files").items()}
         if into == push.into[-1]:
             adds |= _files(push.folder / "card")
@@ -86,15 +98,15 @@ def publish(push: Push, repo_id: str, private: bool) -> str:
 
 
 def snapshot(folder: Path, copy: Path) -> None:
-    """A copy that later writes do not change. Weights are linked: they are never written over, but replaced."""
+    """Copy a folder. Weights are hard-linked: a save replaces their file and never writes into it."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such weights folder")
     copy.mkdir(parents=True)
     for name, path in _files(folder).items():
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix in WEIGHTS_ENDINGS:
-            with contextlib.suppress(OSError):  # a file system without links
+            with contextlib.suppress(OSError):  # the file system has no hard links
                 os.link(path, target)
                 continue
         shutil.copyfile(path, target)
@@ -107,12 +119,14 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def refuse_public(info: Any, repo_id: str) -> None:
     if not info.private:
-        raise UserError(f"{repo_id} is there and public, and --hub_private was asked for; make it private on the Hub")
+        raise UserError(
+            f"--hub_private: {repo_id} is public (expected a private repository). Make it private on the Hub"
+        )
 
 
 def say(text: str, error: bool = False) -> None:
     """Print a line on stdout or stderr."""
-    # Between the lines of a progress bar, not across it.
+    # tqdm.write does not break a progress bar.
     tqdm.write(f"hub: {escape(text)}", file=sys.stderr if error else sys.stdout)
     (sys.stderr if error else sys.stdout).flush()
 
@@ -121,19 +135,19 @@ def say(text: str, error: bool = False) -> None:
 
 
 class Uploads:
-    """Pushes to one repository, one after the other, on a thread of its own; nothing here blocks or raises.
+    """Pushes to one repository, one after the other, on a background thread; no method blocks (but `finish`) or raises.
 
     Args:
-        run_folder: of train.py.
+        run_folder: run directory of train.py.
         strategy: see `Config.hub_strategy`.
         last_stage: the run's last one.
         best: the AP that weights must exceed to be the best.
 
     Attributes:
-        waits: seconds before each further try.
+        retry_seconds: before each retry.
     """
 
-    waits: Sequence[float] = WAITS
+    retry_seconds: Sequence[float] = RETRY_SECONDS
 
     def __init__(
         self,
@@ -150,11 +164,12 @@ class Uploads:
         self.changed = threading.Condition()
         self.waiting: list[Push] = []
         self.running: Push | None = None
-        self.failed: dict[str, str] = {}  # by its first folder: what a push that failed, and none since, failed of
+        # By the first folder of a push: why the last one failed, and its number. A later success removes the entry.
+        self.failed: dict[str, str] = {}
         self.failed_at: dict[str, int] = {}
         self.url: str | None = None
         self.stage, self.count, self.thread = last_stage, 0, None
-        shutil.rmtree(run_folder / STAGING, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(run_folder / STAGING, ignore_errors=True)  # left behind by a run that was killed
 
     def saved(
         self,
@@ -165,13 +180,15 @@ class Uploads:
         score: float | None = None,
         last: bool = False,
     ) -> None:
-        """A stage has written weights: push them if the strategy asks for these.
+        """Push the weights that a stage has just written, if the strategy includes them.
+
+        A newer push takes the place of one of the same folder that waits.
 
         Args:
-            weights: the folder. Default: RUN/STAGE/weights.
-            step: the one whose weights these are. Default: what eval.json speaks of.
+            weights: their folder. Default: RUN_DIR/STAGE/weights.
+            step: their training step. Default: that of eval.json.
             score: their AP, if they were evaluated.
-            last: whether these are what the stage hands over.
+            last: these are the final weights of the stage.
         """
         is_best = score is not None and score > self.best
         self.best = max(self.best, score) if score is not None else self.best
@@ -180,21 +197,18 @@ class Uploads:
             return
         into = ("",) if self.strategy != "all" else (stage, "") if is_end else (stage,)
         when = "final weights" if last else f"step {step}" if step is not None else "weights"
+        self.stage = stage
+        self.count += 1
         try:
-            self.stage = stage
-            self._put(weights or self.run_folder / stage / "weights", f"{stage}: {when}", into, stage, step)
+            facts = card.collect(self.run_folder, stage, step, weights)
+            folder = weights or self.run_folder / stage / "weights"
+            copy = self.run_folder / STAGING / str(self.count)
+            self._enqueue(prepare_push(copy, folder, f"{stage}: {when}", into, facts))
         except Exception as error:
-            self._fail(into[0], error)
-
-    def push(self, folder: Path, message: str, into: str = "") -> None:
-        """Commit a folder's files as they are now, without a card; a newer push takes the place of one that waits."""
-        try:
-            self._put(folder, message, (into,))
-        except Exception as error:
-            self._fail(into, error)
+            self._record_failure(into[0], error)
 
     def finish(self, timeout: float = FINISH_SECONDS) -> None:
-        """Wait for what is under way, and tell where it is or how to push it by hand."""
+        """Wait for the pushes, and print the repository's URL, or the command that pushes what has not arrived."""
         with self.changed:
             if (self.running or self.waiting) and timeout:
                 say(f"waiting for the push to {self.repo_id} (Ctrl-C leaves it)")
@@ -220,18 +234,12 @@ class Uploads:
             hurry = kind and (kind is Interrupted or not issubclass(kind, Exception))
             self.finish(0 if hurry else FINISH_SECONDS)
 
-    def _put(
-        self, folder: Path, message: str, into: tuple[str, ...], stage: str | None = None, step: int | None = None
-    ) -> None:
-        self.count += 1
-        copy = self.run_folder / STAGING / str(self.count)
-        snapshot(folder, copy / "files")
-        facts = card.collect(self.run_folder, stage, step, folder) if stage else None
+    def _enqueue(self, push: Push) -> None:
         with self.changed:
-            for old in [push for push in self.waiting if push.into[0] == into[0]]:
+            for old in [other for other in self.waiting if other.into[0] == push.into[0]]:
                 self.waiting.remove(old)
                 shutil.rmtree(old.folder, ignore_errors=True)
-            self.waiting.append(Push(folder=copy, into=into, message=message, facts=facts))
+            self.waiting.append(push)
             self.changed.notify_all()
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, name="hub", daemon=True)
@@ -243,40 +251,40 @@ class Uploads:
                 self.changed.wait_for(lambda: self.waiting)
                 push = self.running = self.waiting.pop(0)
             try:
-                self._try(push)
+                self._push_with_retries(push)
             except BaseException as error:  # a bug of ours must not end the thread that `finish` waits for
-                self._fail(push.into[0], error)
+                self._record_failure(push.into[0], error)
             shutil.rmtree(push.folder, ignore_errors=True)
             with self.changed:
                 self.running = None
                 self.changed.notify_all()
 
-    def _try(self, push: Push) -> None:
+    def _push_with_retries(self, push: Push) -> None:
         name, number = push.into[0], int(push.folder.name)
-        for wait in (*self.waits, None):
+        for wait in (*self.retry_seconds, None):
             try:
-                with _quiet():
+                with _silence_client():
                     self.url = publish(push, self.repo_id, self.private)
-                if self.failed_at.get(name, 0) < number:  # else a newer one could not even be begun
+                if self.failed_at.get(name, 0) < number:  # else a newer one has failed before it was queued
                     self.failed.pop(name, None)
                 return
             except Exception as error:
                 if wait is None or is_final(error):
-                    return self._fail(name, error, number)
-            with self.changed:  # what is newer need not wait for this one
+                    return self._record_failure(name, error, number)
+            with self.changed:  # a newer push of the same folder makes further retries of this one needless
                 if self.changed.wait_for(lambda: any(other.into[0] == name for other in self.waiting), wait):
                     return
 
-    def _fail(self, name: str, error: BaseException, number: int | None = None) -> None:
-        reason = without_token(why(error, self.repo_id))
+    def _record_failure(self, name: str, error: BaseException, number: int | None = None) -> None:
+        reason = hide_token(explain(error, self.repo_id))
         if reason not in self.failed.values():
-            say(f"warning: the push to {self.repo_id} failed: {reason}; the training goes on", error=True)
+            say(f"warning: the push to {self.repo_id} failed: {reason}; the training continues", error=True)
         self.failed[name] = reason
         self.failed_at[name] = self.count if number is None else number
 
 
 class NoUploads:
-    """What all ranks but the first have, and a run that pushes nothing."""
+    """In place of `Uploads` on all ranks but the first, and in a run that pushes nothing."""
 
     def saved(
         self,
@@ -300,21 +308,21 @@ class NoUploads:
 
 
 def uploads(run: Config, is_main: bool) -> Uploads | NoUploads:
-    """What a run pushes with, after a look at whether it may.
+    """The uploads of a run, after a check of its access to the Hub.
 
     Raises:
-        UserError: no token, one that the Hub does not know or that may only read, or a public repository where a
-            private one is wanted. A Hub that cannot be reached is a warning.
+        UserError: no token, one that the Hub does not know or that is read-only, or a public repository where a
+            private one is required. A Hub that cannot be reached is a warning.
     """
     if not run.push_to_hub or not is_main:
         return NoUploads()
-    assert run.hub_model_id, "config.load asks for it"
+    assert run.hub_model_id, "config.load requires it"
     check(run.hub_model_id, run.hub_private)
     if run.dry_run:
         return NoUploads()
     folder, best = Path(run.output_dir), float("-inf")
     if run.resume_from_checkpoint:
-        best = max((line["AP"] for line in card.lines_of(folder) if (line.get("AP")) is not None), default=best)
+        best = max((line["AP"] for line in card.read_lines(folder) if (line.get("AP")) is not None), default=best)
     return Uploads(
         run.hub_model_id,
         folder,
@@ -326,34 +334,34 @@ def uploads(run: Config, is_main: bool) -> Uploads | NoUploads:
 
 
 def check(repo_id: str, private: bool) -> None:
-    """Ask the Hub whether a push can work; see `uploads`."""
+    """Ask the Hub whether a push would be allowed; raises as `uploads`."""
     try:
-        who = _within(CHECK_SECONDS, HfApi().whoami)
-        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        user = _call_within(CHECK_SECONDS, HfApi().whoami)
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(
-                "this token may only read; make one that may write at https://huggingface.co/settings/tokens"
+                "this token may only read (expected write access). Create one at https://huggingface.co/settings/tokens"
             )
-        owners = [str(owner.get("name")) for owner in (who, *who.get("orgs", ()))]
+        owners = [str(owner.get("name")) for owner in (user, *user.get("orgs", ()))]
         if repo_id.split("/")[0] not in owners:
-            say(f"warning: --hub_model_id {repo_id}: your token is of {', '.join(owners)}", error=True)
+            say(f"warning: --hub_model_id {repo_id}: the token belongs to {', '.join(owners)}", error=True)
         if private:
             with contextlib.suppress(RepositoryNotFoundError):
-                refuse_public(_within(CHECK_SECONDS, lambda: HfApi().model_info(repo_id)), repo_id)
+                refuse_public(_call_within(CHECK_SECONDS, lambda: HfApi().model_info(repo_id)), repo_id)
     except Exception as error:
-        reason = without_token(why(error, repo_id))
+        reason = hide_token(explain(error, repo_id))
         if isinstance(error, UserError | LocalTokenNotFoundError) or status_of(error) in (401, 403):
             raise UserError(f"--push_to_hub: {reason}") from None
-        say(f"warning: --push_to_hub: {reason}; the training starts, pushes are tried all the same", error=True)
+        say(f"warning: --push_to_hub: {reason}; the training starts, and pushes will be tried", error=True)
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns or raises; ConnectionError if it takes longer (the client itself waits for ever)."""
-    found: list[T] = []
+def _call_within(seconds: float, call: Callable[[], T]) -> T:
+    """Return or raise as `call` does; ConnectionError after so many seconds (the client itself has no limit)."""
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(call())
+            results.append(call())
         except BaseException as error:
             errors.append(error)
 
@@ -362,14 +370,14 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     thread.join(seconds)
     if errors:
         raise errors[0]
-    if not found:
+    if not results:
         raise ConnectionError(f"no answer within {seconds:g} s")
-    return found[0]
+    return results[0]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the client's progress bars and notes on every try: the run has a progress line of its own."""
+def _silence_client() -> Iterator[None]:
+    """Turn off the client's progress bars and its log line for each retry: the run has its own progress bar."""
     logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -389,14 +397,13 @@ def main(words: Sequence[str]) -> None:
     facts = card.collect(asked.run_folder, asked.stage or (trained or STAGES)[-1])
     repo_id = asked.hub_model_id or facts.run.get("hub_model_id")
     if not repo_id:
-        raise UserError("to which repository? Name it by --hub_model_id ORG/NAME")
+        raise UserError(f"{asked.run_folder}: no repository to push to (expected --hub_model_id ORG/NAME)")
     config.check_model_id(repo_id)
     with tempfile.TemporaryDirectory(prefix=".hub_", dir=asked.run_folder) as copy:
-        snapshot(asked.run_folder / facts.stage / "weights", Path(copy) / "files")
-        on_top = None if asked.into else facts
-        mine = Push(folder=Path(copy), into=(asked.into,), message=f"{facts.stage}: final weights", facts=on_top)
+        folder, message = asked.run_folder / facts.stage / "weights", f"{facts.stage}: final weights"
+        push = prepare_push(Path(copy), folder, message, (asked.into,), None if asked.into else facts)
         try:
-            url = publish(mine, repo_id, asked.hub_private or bool(facts.run.get("hub_private")))
+            url = publish(push, repo_id, asked.hub_private or bool(facts.run.get("hub_private")))
         except Exception as error:
-            raise UserError(f"the push to {repo_id} failed: {without_token(why(error, repo_id))}") from None
+            raise UserError(f"the push to {repo_id} failed: {hide_token(explain(error, repo_id))}") from None
     print(f"pushed: {url}")

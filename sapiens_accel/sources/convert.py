@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sapiens_accel.config.parse import check_model_id
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
-from sapiens_accel.hub.errors import why, without_token
+from sapiens_accel.hub.errors import explain, hide_token
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources import shards
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         except UserError as error:
             raise UserError(str(error).replace("--hub_model_id", "--push_to_hub")) from None
         if not get_token():  # told before hours of writing
-            raise UserError(f"--push_to_hub {asked.push_to_hub}: {why(LocalTokenNotFoundError(), '')}")
+            raise UserError(f"--push_to_hub {asked.push_to_hub}: {explain(LocalTokenNotFoundError(), '')}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one in COCO's form")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -295,7 +295,7 @@ def _push(folder: Path, name: str, *, private: bool) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", commit_message="Data as shards")
     except Exception as error:
         raise UserError(
-            f"--push_to_hub {name}: {without_token(why(error, repo))}; the shards are whole in {folder}: once that is "
+            f"--push_to_hub {name}: {hide_token(explain(error, repo))}; the shards are whole in {folder}: once that is "
             f"mended, `hf upload {name} {folder} --repo-type dataset`"
         ) from None
     return f"{api.endpoint}/{repo}"

@@ -25,7 +25,7 @@ from sapiens_accel.config import credentials
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
-from sapiens_accel.hub.errors import why, without_token
+from sapiens_accel.hub.errors import explain, hide_token
 from sapiens_accel.sources import shards
 from sapiens_accel.sources.coco import load_json, show_value
 from sapiens_accel.sources.columns import ColumnMapping, infer_mapping, read_categories, read_metadata
@@ -141,7 +141,7 @@ def _list_remote(root: str, listed: str) -> Iterator[ShardFile]:
         system, path = fsspec.core.url_to_fs(credentials.put_back(listed))
         files = system.find(path, detail=True)
     except Exception as error:
-        raise UserError(f"--data.root {root}: {without_token(why(error, root))}") from None
+        raise UserError(f"--data.root {root}: {hide_token(explain(error, root))}") from None
     for name, details in sorted(files.items()):
         if name.endswith(tuple(KINDS)):
             address = credentials.take(system.unstrip_protocol(name))
@@ -209,7 +209,7 @@ def _inspect(name: str, kind: Kind) -> Inspected:
             return Inspected(file.schema_arrow, parts)
         return Inspected(shards.mapped(name).schema, [_count_rows(name)])
     except Exception as error:
-        reason = without_token(shards.one_line(error))
+        reason = hide_token(shards.one_line(error))
         raise UserError(f"{name}: no {kind} file that can be read: {reason}") from None
 
 

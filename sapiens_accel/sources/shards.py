@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from sapiens_accel.config import credentials
 from sapiens_accel.errors import UserError
-from sapiens_accel.hub.errors import why, without_token
+from sapiens_accel.hub.errors import explain, hide_token
 from sapiens_accel.sources import columns, schema
 from sapiens_accel.sources.coco import BROKEN
 from sapiens_accel.sources.columns import ColumnMapping
@@ -202,7 +202,7 @@ def _read_row_group(file: str, number: int, columns: list[str] | None = None) ->
     try:
         return open_parquet(file).read_row_group(number, columns=columns)
     except Exception as error:  # of the file, of the network, of whatever client reads the address
-        reason = without_token(why(error, file))
+        reason = hide_token(explain(error, file))
         raise UserError(f"{file}: row group {number} cannot be read: {reason}") from None
 
 
@@ -288,7 +288,7 @@ class ShardedSource:
         try:
             yield from self._read_tables(columns)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.manifest.origin} or one beside it: {without_token(one_line(error))}") from None
+            raise UserError(f"{self.manifest.origin} or one beside it: {hide_token(one_line(error))}") from None
 
     def _read_tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         manifest = self.manifest

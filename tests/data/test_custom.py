@@ -458,7 +458,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = replace(config, more=(replace(more, root=str(tmp_path / "none")),))
     assert f"--data.more: root {tmp_path / 'none'}: no such folder" in _refusal(lambda: _batches(config, 0, 1))
     words = ["--recipe", "demo", "--data.weight", "2"]
-    assert "--data.weight 2: of one data set alone" in _refusal(lambda: load(words))
+    assert "--data.weight 2: there is only one dataset" in _refusal(lambda: load(words))
     words = ["--recipe", "demo", "--data.more", "[{train_annotation: a.json, train_images: b}]"]
     assert "no such key 'data.more.train_annotation'; did you mean data.more.train_annotations?" in _refusal(
         lambda: load(words)

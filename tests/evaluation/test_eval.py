@@ -19,8 +19,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
+from sapiens_accel.config import commands
+from sapiens_accel.config.options import options
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.coco_metrics import METRICS
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import synthetic
@@ -180,7 +181,7 @@ def _refused(main: Main, *words: object) -> str:
 
 
 def test_wrong_options_are_refused(main: Main, weights: Path) -> None:
-    assert "expected what to judge first" in _refused(main)
+    assert "nothing to evaluate" in _refused(main)
     for name in ("/no/such/folder", "runs/nope"):
         said = _refused(main, name)
         assert said.startswith(f"{name}: no such run directory or weights here") and "--weights" not in said
@@ -208,13 +209,21 @@ def test_weights_of_another_skeleton_are_refused(main: Main, weights: Path, tmp_
 
 
 def test_words() -> None:
-    split: Callable[[Sequence[str]], Any] = candidates.split_words
+    split: Callable[[Sequence[str]], Any] = commands.parse_evaluation
     assert split(["a", "b/c", "--flip"]) == (["a", "b/c"], ["--eval.flip"])
     assert split(["a", "--scales", "0.5", "1.0", "--boxes", "x"])[1] == ["--eval.scales=[0.5,1.0]", "--eval.boxes", "x"]
     assert split(["a", "--eval.scales", "2"])[1] == ["--eval.scales=[2]"]
     assert split(["a", "--scales=[0.5,1.0]"])[1] == ["--eval.scales=[0.5,1.0]"]
     assert split(["a", "--scales", "[0.5,1.0]", "--seed", "1"])[1] == ["--eval.scales=[0.5,1.0]", "--seed", "1"]
     assert split(["a", "--pictures=3"])[1] == ["--eval.num_pictures=3"]
+
+
+def test_every_option_of_evaluation_has_a_short_name_that_is_no_other_option() -> None:
+    short = commands.evaluation_options()
+    assert set(short.values()) == {key for key in options() if key.startswith("eval.")}
+    assert not short.keys() & options().keys()
+    expected = {"boxes": "eval.boxes", "pictures": "eval.num_pictures", "worst": "eval.num_worst"}
+    assert {name: short[name] for name in expected} == expected
 
 
 # ---- Processes and batches

@@ -21,6 +21,7 @@ from networks import untrained
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from sapiens_accel.config import commands
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
@@ -28,7 +29,6 @@ from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics, evaluate, figures, html_report, predict
-from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.error_analysis import NOBODY, Kind
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
@@ -493,7 +493,7 @@ def test_133_keypoints_and_augmentation_by_row(
 
 
 def test_short_options() -> None:
-    split = candidates.split_words
+    split = commands.parse_evaluation
     assert split(["a", "--html", "--worst", "3"])[1] == ["--eval.html", "--eval.num_worst", "3"]
     assert config.load(split(["a", "--html"])[1]).eval.html == "auto"
     assert config.load(split(["a", "--html", "x.html"])[1]).eval.html == "x.html"

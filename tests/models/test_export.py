@@ -408,7 +408,7 @@ def test_what_cannot_be_written_is_told_in_one_line(tmp_path: Path, monkeypatch:
             _refused([folder, "--to", "onnx", out], f"needs {package};", "pip install sapiens_accel[onnx]")
     assert not list(tmp_path.glob("*.onnx*")) and not list(tmp_path.glob("*.pt2"))
     (tmp_path / "weights" / weights.FILE).write_bytes(b"no tensors")
-    _refused([folder, "--to", "onnx", out], "does not load")
+    _refused([folder, "--to", "onnx", out], "cannot be loaded")
     (tmp_path / "weights" / weights.FILE).unlink()
     _refused([folder, "--to", "onnx", out], weights.FILE)
 

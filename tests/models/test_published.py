@@ -108,7 +108,7 @@ def test_every_tensor_of_a_published_v1_pose_network_has_its_place(name: str) ->
     assert published.family_of(file) == "sapiens"
     expected = _on_meta(name, 308)
     expected[POSITIONS] = (1, 64 * 48, width)  # before the empty slot is put in front
-    assert _shapes(published.renamed(file, "sapiens")) == expected
+    assert _shapes(published.rename(file, "sapiens")) == expected
 
 
 @pytest.mark.parametrize("name", sorted(native.V2))
@@ -121,7 +121,7 @@ def test_every_tensor_of_a_published_sapiens2_network_has_its_place(name: str, p
     expected = _on_meta(name, 308)
     if not up:
         expected = {key: shape for key, shape in expected.items() if key.startswith("backbone.")}
-    assert _shapes(published.renamed(file, "sapiens2")) == expected
+    assert _shapes(published.rename(file, "sapiens2")) == expected
 
 
 def test_every_published_size_is_looked_at() -> None:
@@ -300,7 +300,7 @@ def test_a_training_file_of_mmengine(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_file_that_wants_to_call_something_is_named_with_it(tmp_path: Path) -> None:
     tree = {"state_dict": _v1(), "meta": {"where": Path("x")}}
-    _refused(_save(tree, tmp_path / "x.pth"), "not a file of plain tensors", "pathlib", "nothing is called")
+    _refused(_save(tree, tmp_path / "x.pth"), "not a file of plain tensors", "pathlib", "no code in it is run")
 
 
 def test_a_program_is_refused(tmp_path: Path) -> None:
@@ -547,7 +547,7 @@ def test_the_size_of_a_file_is_told(tmp_path: Path) -> None:
 def test_a_deeper_or_shallower_network_is_refused(tmp_path: Path, depth: int) -> None:
     """Of a deeper one every tensor of ours would find a fellow."""
     path = _save(native.random(native.v1_backbone(128, depth, 12), 1), tmp_path / "x.pth")
-    _refused(path, f"a sapiens 128 wide, {depth} blocks", "give weights of this size")
+    _refused(path, f"a sapiens 128 wide, {depth} blocks", "Give weights of this size")
 
 
 def test_a_network_with_a_window_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Skeletons against the facts of their data sets."""
 
 import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_the_308_names_are_the_published_ones_in_their_order() -> None:
         307: "r_border_of_pupil_midpoint_2",
     }  # fmt: skip
     assert {k: SAPIENS308.names[k] for k in places} == places
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "digest"),
+    [
+        (WHOLEBODY133, "fe75c189a870946e293cd04399c93a7863a35073a3e5d05787e0256a3db29996"),
+        (SAPIENS308, "bad46bacc7c1817bf911d2e900884efdb540454ffa1424a30279ebad59fa192f"),
+    ],
+)
+def test_the_files_hold_what_was_once_built_from_the_rules_of_the_names(skeleton: Skeleton, digest: str) -> None:
+    tree = asdict(skeleton)
+    assert tree.pop("mirror_known") and not tree.pop("categories") and tree.pop("people") is None
+    assert hashlib.sha256(json.dumps(tree).encode()).hexdigest() == digest
 
 
 def test_the_133_are_body_feet_face_and_hands() -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,6 @@ ROOT = Path(__file__).parents[2]
 REPO = "me/pose"
 SOON = (0.01, 0.01, 0.01)
 SAPIENS2_TERMS = b"Sapiens2 License\n\nterms of the test"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A Hub that this process's client talks to, with a cache of its own, logged in."""
-    with serve() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
 
 
 @pytest.fixture
@@ -95,7 +80,7 @@ def _write_weights(folder: Path, seed: int) -> None:
 def _uploads(run_folder: Path, **how: Any) -> hub.Uploads:
     waits = how.pop("waits", SOON)
     found = hub.Uploads(REPO, run_folder, **how)
-    found.waits = waits
+    found.retry_seconds = waits
     return found
 
 
@@ -173,7 +158,7 @@ def test_a_cache_that_lacks_a_shard_is_not_whole(server: Server, monkeypatch: py
     folder = Path(hub.fetch("a/b"))
     (folder / min(SHARDS)).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and a/b is not whole"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and a/b is not complete"):
         hub.fetch("a/b")
 
 
@@ -251,7 +236,7 @@ def _gone(server: Server) -> str:
         (_with(POSE, "a/b"), ["a/b has no weights", f"a/b:{DEEP}"]),
         (_with({"x.pth": b"1", "y.pth": b"2"}, "a/b"), ["several weights", "a/b:x.pth, a/b:y.pth"]),
         (_with({"README.md": b"card", "x.pt2": b"2"}, "a/b"), ["no weights"]),
-        (_half, ["model-00002-of-00002.safetensors", "not there"]),
+        (_half, ["model-00002-of-00002.safetensors", "missing"]),
         (_gated, ["a/b is gated", "/a/b", "hf auth login"]),
         (_private, ["the Hub does not know the token", "hf auth login"]),
         (_offline, ["HF_HUB_OFFLINE is set", "cache"]),
@@ -338,27 +323,29 @@ def test_when_what_is_pushed(
 
 def test_a_push_returns_at_once_and_takes_the_files_as_they_are(server: Server, run_folder: Path) -> None:
     """Nothing is answered until all pushes were made: one that waited for the server would never come back."""
-    folder, uploads = run_folder / "ssl" / "weights", _uploads(run_folder)
+    folder, uploads = run_folder / "ssl" / "weights", _uploads(run_folder, strategy="every_save")
     as_it_was = (folder / "model.safetensors").read_bytes()
     server.gate.clear()
-    uploads.push(folder, "first")
+    uploads.saved("ssl", step=1)
     with uploads.changed:
         assert uploads.changed.wait_for(lambda: uploads.running, 30)
     _write_weights(folder, 7)
-    uploads.push(folder, "second")
+    uploads.saved("ssl", step=2)
     _write_weights(folder, 8)
-    uploads.push(folder, "third")
-    _write_weights(folder, 9)
-    uploads.push(folder, "other", into="beside")
+    uploads.saved("ssl", step=3)
+    _write_weights(run_folder / "phase2" / "weights", 9)
+    uploads.strategy = "all"
+    uploads.saved("phase2", last=True)
     assert server.repos == {}
     uploads.finish(0.01)
     server.gate.set()
     uploads.finish(60)
     commits = server.repos[REPO].commits
-    assert [message for _, message, _ in commits] == ["first", "third", "other"], "the second was superseded"
+    messages = [message for _, message, _ in commits]
+    assert messages == ["ssl: step 1", "ssl: step 3", "phase2: final weights"], "the second was superseded"
     assert commits[0][2]["model.safetensors"] == as_it_was and commits[0][2]["modeling_pose.py"] == b"# 3\n"
     assert commits[1][2]["modeling_pose.py"] == b"# 8\n"
-    assert commits[2][2]["beside/modeling_pose.py"] == b"# 9\n"
+    assert commits[2][2]["phase2/modeling_pose.py"] == b"# 9\n"
 
 
 @pytest.mark.parametrize(
@@ -414,7 +401,7 @@ def test_what_does_not_pass_is_told_once_with_the_command_to_push_by_hand(
     said = capsys.readouterr()
     assert "pushed: http" not in said.out
     failures = [line for line in said.err.splitlines() if "warning" in line]
-    assert len(failures) == 1 and reason in failures[0] and "the training goes on" in failures[0], said.err
+    assert len(failures) == 1 and reason in failures[0] and "the training continues" in failures[0], said.err
     by_hand = re.search(r"by hand: python -m sapiens_accel\.hub (push .*)", said.err)
     assert by_hand and said.err.count("by hand") == 1
     assert list((run_folder / ".hub").glob("*")) == [] if (run_folder / ".hub").exists() else True
@@ -444,7 +431,7 @@ def test_what_is_broken_here_does_not_reach_the_training(
     (run_folder / "ssl" / "eval.json").write_text("{")
     uploads = _uploads(run_folder)
     uploads.saved("ssl", last=True)
-    uploads.push(run_folder / "nowhere", "nothing there")
+    uploads.saved("ssl", last=True, weights=run_folder / "nowhere")
     (run_folder / "config.yaml").unlink()
     uploads.saved("ssl", last=True)
     uploads.finish(30)
@@ -462,7 +449,7 @@ def test_a_private_repository_is_private_and_a_public_one_is_left_alone(
         uploads.saved("ssl", last=True)
     assert server.repos[REPO].files == {}
     said = capsys.readouterr().err
-    assert "is there and public" in said and "--hub_private" in said
+    assert "is public" in said and "--hub_private" in said
 
 
 def test_the_token_is_nowhere(server: Server, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -631,11 +618,11 @@ def test_settings_that_a_later_run_wrote_over_are_not_told(run_folder: Path) -> 
     file = run_folder / "config.yaml"
     file.write_text(file.read_text().replace("stage: all", "stage: ssl"))
     text = _card(run_folder, "phase2").text
-    assert "learning rate" not in text and "wrote its own settings over" in text and "| `phase2` |" in text
+    assert "learning rate" not in text and "overwritten the settings of this" in text and "| `phase2` |" in text
 
 
 def test_the_curve_shows_every_stage(run_folder: Path) -> None:
-    lines = card.lines_of(run_folder)
+    lines = card.read_lines(run_folder)
     picture = card.draw_curve(lines, STAGES)
     assert picture is not None
     for stage in STAGES:
@@ -743,7 +730,7 @@ def test_sapiens2s_license_goes_along(
     data = ModelCard(files["README.md"].decode()).data
     assert data.license_name == "sapiens2-license"
     if where == "nowhere":
-        assert "LICENSE.md" not in files and data.license_link.startswith("https://") and "found nowhere" in said
+        assert "LICENSE.md" not in files and data.license_link.startswith("https://") and "License is missing" in said
         assert "has to be added" in files["README.md"].decode()
     else:
         assert files["LICENSE.md"] == SAPIENS2_TERMS and data.license_link == "LICENSE.md" and said == ""
@@ -784,7 +771,7 @@ def test_a_push_by_hand_that_fails_is_one_line_and_an_exit_code(
     [
         (["push", "{run}"], ["--hub_model_id ORG/NAME"]),
         (["push", "{run}", "--hub_model_id", "pose"], ["--hub_model_id pose"]),
-        (["push", "{run}/phase1", "--hub_model_id", REPO], ["phase1: no config.yaml", "run folder"]),
+        (["push", "{run}/phase1", "--hub_model_id", REPO], ["phase1: no config.yaml", "run directory"]),
         (["push", "{run}", "--stage", "phase3", "--hub_model_id", REPO], ["phase3"]),
         (["push"], ["RUN_DIR"]),
         ([], ["push"]),
