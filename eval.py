@@ -1,9 +1,9 @@
-"""Evaluate: a run's stages, weights of any layout or a name on the Hub to the COCO table, and images.
+"""Evaluate the stages of a run, weights of any layout or weights on the Hub by COCO metrics, or predict on images.
 
 python eval.py WEIGHTS|RUN_DIR|HUB_REPO [more of them] [--data.root DIR] [--boxes gt|FILE] [--flip false]
     [--scales 0.5 1.0 1.5 2.0] [--ensemble] [--compare] [--save_predictions FILE] [--csv long|deeplabcut]
     [--pictures N] [--worst N] [--html [FILE]] [any option of a run]
-python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images PICTURE|FOLDER|VIDEO [--boxes FILE|detector|NAME] [any of the above]
+python eval.py WEIGHTS|RUN_DIR|HUB_REPO --images IMAGE|FOLDER|VIDEO [--boxes FILE|detector|NAME] [any of the above]
 """
 
 import sys
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Ours before torch and accelerate: sapiens_accel sets how threads wait, which torch reads when it is loaded.
+# Before torch and accelerate: importing sapiens_accel sets how threads wait, which torch reads when it is loaded.
 from sapiens_accel.config import commands
 from sapiens_accel.config import parse as config
 
@@ -42,12 +42,14 @@ def main(argv: Sequence[str]) -> None:
     accelerator = distributed.start()
     with accelerator.main_process_first():
         paths = [networks.resolve_path(reference) for reference in references]
-    # Every stage that has weights, unless one is named; whatever the training was started with.
+    # Every stage that has weights, unless one is named; not the stage of the run's config.yaml.
     run = config.load(["--stage=all", *words], prog="eval.py", base=networks.find_run_config(paths[0]))
     output = Path(run.output_dir) if any(word.startswith("--output_dir") for word in words) else None
     candidates = [one for path in paths for one in networks.list_weights(path, run, output)]
     if run.eval.ensemble and len(candidates) < 2:
-        raise UserError(f"--eval.ensemble: of {candidates[0].weights} alone; give the weights of several networks")
+        raise UserError(
+            f"--eval.ensemble: only one network, {candidates[0].weights}. Give the weights of several networks"
+        )
     if run.eval.images:
         predict_media.predict_media(accelerator, candidates, run)
     else:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> None:
-    """Evaluate each network, and the ensemble of all where that is asked for, on the same people."""
+    """Evaluate each network, and the ensemble of all with --eval.ensemble, on the same people."""
     people, skeleton = open_people(accelerator, candidates, run)
     run = run if skeleton.mirror_known else run.without_mirroring()
     results: dict[str, EvaluationResult] = {}
@@ -76,7 +78,7 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
             if run.eval.csv and accelerator.is_main_process:
                 tables.append(write_predictions(results[row], config_of_row, candidates[0].folder, row, skeleton))
         if accelerator.is_main_process:
-            row = list(results)[-1]  # with all the augmentation that is asked for
+            row = list(results)[-1]  # the variant with all augmentation
             folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
             if run.eval.num_pictures:
                 grid = figures.draw_predictions(results[row].predictions, people, skeleton, run.eval.num_pictures)
@@ -112,7 +114,7 @@ def write_predictions(result: EvaluationResult, config: EvalConfig, folder: Path
 
 
 def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> tuple[People, Skeleton]:
-    """The labeled people, and those of their keypoints that all weights know."""
+    """The labeled people, and the keypoints of theirs that all weights have."""
     with accelerator.main_process_first():
         files = build.locate_files(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations

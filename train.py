@@ -1,4 +1,4 @@
-"""Train: for each stage build, step, log, save, evaluate, and hand the weights to the next one.
+"""Train the stages of a run: build, step, log, save and evaluate each, and pass its weights to the next one.
 
 accelerate launch train.py                                                          the demo: no data, no GPU needed
 accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe sapiens_1b_coco --data.root DIR
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> None:
-    """Open the data, decide what the run does with its directory, and train the stages that are not finished."""
+    """Open the data, compare the run with its directory, and train the stages that are not finished."""
     uploads = failures.on_each_rank(lambda: uploader.uploads(run, accelerator.is_main_process))
     with accelerator.main_process_first():
         given = uploader.fetch(run.weights) if run.weights else None
@@ -68,7 +68,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 table[name] = done.get(name) or train(
                     build_stage(context, given if name == run.stages[0] else None), plans[name], uploads, stop
                 )
-            accelerator.free_memory()  # what the stage held is unreachable only now
+            accelerator.free_memory()  # only now the objects of the stage are unreachable
             if run.dry_run:
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
             if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
@@ -81,24 +81,24 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
 
 
 def check_folders(run: Config) -> None:
-    """Refuse folders in which nothing can be written, before the data are read and checked.
+    """Refuse folders that cannot be written, before the data are read and checked.
 
     Raises:
-        UserError: with the folder.
+        UserError: a folder cannot be written.
     """
     if not run.dry_run:
         files.check_writable(Path(run.output_dir), "--output_dir")
     cache = build.cache_folder(run.data)
-    if not (cache / "people").is_dir():  # a cache that is filled may be shared, and read-only
+    if not (cache / "people").is_dir():  # a filled cache may be shared and read-only
         files.check_writable(cache, "--data.cache_dir")
 
 
 def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest) -> Metrics:
-    """Run one stage to its last step, and return the metrics of the weights that it hands over.
+    """Train one stage to its last step, and return the metrics of its final weights.
 
     Raises:
-        Interrupted: a signal asked for a stop; the state is saved.
-        UserError: likewise, because a launcher was killed; or something failed, and the state is saved if it could be.
+        Interrupted: a signal asked to stop; the state is saved.
+        UserError: the launcher was killed, and the state is saved; or a step failed, and it is saved if possible.
     """
     run, name, last, log = stage.context.run, stage.context.name, stage.context.last, stage.logger
     accelerator, progress = stage.context.accelerator, Progress(stage)
@@ -124,7 +124,7 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
 
         # ---- Hand over
         if not run.dry_run:
-            progress.save()  # a signal during an evaluation of minutes waits longer than most launchers do
+            progress.save()  # most launchers kill a process before a signal can end an evaluation of minutes
             stage.evaluate(last)
         metrics = log.finish()
     uploads.saved(name, score=metrics.get("AP"), last=True)

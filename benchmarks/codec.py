@@ -25,7 +25,7 @@ from elsewhere import Elsewhere
 
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.heatmap import BLUR_KERNEL, Codec
-from sapiens_accel.selftest.throughput import over, spread
+from sapiens_accel.selftest.throughput import spread, spread_of_ratios
 
 Row = dict[str, Any]
 STEPS = ("encode", "decode")
@@ -112,7 +112,7 @@ def compare(codec: Codec, asked: argparse.Namespace, num_joints: int, peer: "Pee
         row[step] = {name: _ms(taken[name, step], 0, asked.batch) for name in names}
         row[f"{step}_wall"] = {name: _ms(taken[name, step], 1, asked.batch)["median"] for name in names}
         cpu = {name: [time for time, _ in taken[name, step]] for name in names}
-        row[f"{step}_ratio"] = {name: over(cpu[name], cpu["ours"]) for name in names[1:]}
+        row[f"{step}_ratio"] = {name: spread_of_ratios(cpu[name], cpu["ours"]) for name in names[1:]}
     row["agreement"] = {name: agreement(codec, points_xy, maps, *peer.results(name)) for name in names[1:]}
     return row
 

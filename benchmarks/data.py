@@ -35,7 +35,7 @@ from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.selftest.throughput import over, spread
+from sapiens_accel.selftest.throughput import spread, spread_of_ratios
 
 Row = dict[str, Any]
 Pass = Callable[
@@ -183,7 +183,7 @@ def measured(passes: dict[str, Pass], rounds: int, num_people: int) -> dict[str,
         rates = [spread([num_people / time[clock] for time in times]) for clock in (0, 1)]
         rows[name] = {"name": name, "people_per_second": rates[0], "by_the_wall": rates[1]["median"]}
     for peer in (name for name in taken if not name.startswith("ours")):
-        rows[peer]["ratio"] = over(*([time for time, _ in taken[name]] for name in (peer, "ours")))
+        rows[peer]["ratio"] = spread_of_ratios(*([time for time, _ in taken[name]] for name in (peer, "ours")))
     return rows
 
 

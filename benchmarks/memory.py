@@ -110,7 +110,7 @@ def gpu() -> tuple[str, tuple[int, int]]:
     Asked in another process, since a context of this one would take memory from the cases.
     """
     with tempfile.TemporaryDirectory() as folder:
-        machine = checks.look_at_machine(Path(folder))
+        machine = checks.inspect_machine(Path(folder))
     if machine.gpu is None or machine.capability is None:
         raise UserError(f"no GPU can be used: {machine.problem}")
     return machine.gpu, machine.capability

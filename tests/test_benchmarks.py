@@ -289,5 +289,5 @@ def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch
     least = 2 * planned.stage.num_parameters + 24 * 32 * 768 * 1024 * 2
     assert least < planned.floor < least + 3 * GIB
     assert case_of(json.loads(json.dumps(case.as_json()))) == case
-    with pytest.raises(UserError, match="--ways zero9: no such way; there are: plain, "):
+    with pytest.raises(UserError, match="--ways zero9: no such way \\(expected one of plain, "):
         way_of("zero9")

@@ -116,8 +116,8 @@ class DataConfig:
     relative to the current folder or to data.root. Default: derived from the category in the JSON and its names.
     eval.py uses the skeleton.json beside the weights."""
     boxes: Literal["annotation", "keypoints", "image"] = "annotation"
-    """Boxes of labeled people, in training and evaluation: annotation, their `bbox` (if it is missing or has no width or
-    height, a box around the keypoints); keypoints, the box around the labeled keypoints; image, the whole image, for
+    """Boxes of labeled people, in training and evaluation: annotation, their `bbox` (if it is missing or has no width
+    or height, a box around the keypoints); keypoints, the box around the labeled keypoints; image, the whole image, for
     images of one animal or person each (use it with box_padding 1 and input_hw in the images' aspect)."""
     box_margin: NonNegative = 0.15
     """Boxes around keypoints: margin on each side, as a fraction of the width or height of the keypoints."""
@@ -370,8 +370,8 @@ class EvalConfig:
     score_threshold: Fraction = 0.2
     """Keypoints with a score below this are ignored in the person's score."""
     area: Literal["annotation", "box"] = "annotation"
-    """Area of a person in OKS: that of the annotation, or 0.53 of the box, as CrowdPose and AI Challenger are evaluated.
-    It is always the second if the JSON has no `area`; every table states which."""
+    """Area of a person in OKS: that of the annotation, or 0.53 of the box, as CrowdPose and AI Challenger are
+    evaluated. It is always the second if the JSON has no `area`; every table states which."""
     max_people: PositiveCount = 20
     """Number of predictions of an image that are evaluated, the best ones. COCO's number is 20."""
     backend: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"

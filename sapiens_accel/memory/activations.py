@@ -1,7 +1,7 @@
-"""Bytes of activations that the parts of a training step take, found by running them on fake tensors.
+"""Activation memory of the phases of a training step, measured by running the step on fake tensors.
 
-A fake tensor has a shape and no data: a block of the 5B runs in milliseconds and allocates nothing. What is alive is
-followed operation by operation, as torch.distributed._tools.mem_tracker does it (which stops at frozen parameters).
+A fake tensor has a shape and no data: a block of the 5B runs in milliseconds and allocates nothing. Live storages are
+tracked operation by operation, as in torch.distributed._tools.mem_tracker (which fails on frozen parameters).
 
 Shape letters: p people of a micro-batch (labeled and unlabeled), n people of one chunk of the head.
 """
@@ -29,11 +29,11 @@ from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherPrediction, TeacherSetup
 from sapiens_accel.training.objectives import Objective, Supervised
 
-SMALLEST_BLOCK = 512  # bytes: the allocator rounds up to it
+ALLOCATION_UNIT = 512  # bytes: the allocator rounds sizes up to a multiple of it
 
 
 class Linear(tuple[float, float, float]):
-    """Bytes: a constant, and so many for each of p people and n people of a chunk."""
+    """Bytes as a linear function: a constant, a rate for each of p people, and one for each of n people in a chunk."""
 
     def __call__(self, p: int, n: int = 0) -> float:
         return self[0] + self[1] * p + self[2] * n
@@ -41,20 +41,20 @@ class Linear(tuple[float, float, float]):
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What the phases of one micro-batch's forward and backward take, beside parameters and their gradients.
+    """Memory of the phases of a micro-batch's forward and backward, without parameters and their gradients.
 
     Attributes:
-        stem: kept by the embeddings, the first block's input with it.
-        kept: kept by a checkpointed block: the next one's input.
-        saved: kept by a whole block, likewise.
-        neck: kept between the last block and the head.
-        head: the most that the head and the loss take beyond what is kept before them.
-        gradient: what they leave behind: the features' gradient and the head's own.
-        whole: the most that the backward of a whole block takes beyond what is kept when it begins.
-        again: the most that forward and backward of a checkpointed block take, beyond what is kept before that block.
-        forward: the most that a forward without gradients takes, heatmaps included.
-        block_flops: of one block's forward, a person.
-        head_flops: of the head's forward, a person.
+        stem: stored by the embeddings, including the first block's input.
+        kept: stored by a checkpointed block: the next block's input.
+        saved: stored by a block without checkpoint, including the next block's input.
+        neck: stored between the last block and the head.
+        head: peak of the head and the loss, above what is stored before them.
+        gradient: left by the head: the gradients of the features and of the head's parameters.
+        whole: peak of the backward of a block without checkpoint, above what is stored when it begins.
+        again: peak of recomputation and backward of a checkpointed block, above what is stored before that block.
+        forward: peak of a forward without gradients, including the heatmaps.
+        block_flops: operations in the forward of one block for a person.
+        head_flops: operations in the forward of the head for a person.
     """
 
     stem: Linear
@@ -78,7 +78,7 @@ class NetworkShape:
         name: a key of `SIZES`.
         input_hw: px.
         sigma: of the target heatmaps, heatmap px.
-        padded: attention is that of GPUs where no flash kernel runs.
+        padded: attention is padded, as on GPUs without a flash kernel.
     """
 
     name: str
@@ -90,13 +90,13 @@ class NetworkShape:
 
 @lru_cache(maxsize=32)
 def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) -> Footprint:
-    """Measure a stage's step.
+    """Measure the step of a stage.
 
     Args:
-        half: the arithmetic is in 16 bits ...
-        cast: ... by autocast over weights in fp32, and not in weights of 16 bits.
+        half: computation is in 16 bits ...
+        cast: ... by autocast over fp32 weights; else the weights have 16 bits.
     """
-    # transformers remembers the patch coordinates that it computed first: they must not be fake ones.
+    # transformers caches patch coordinates in their first computation: the cache must not hold fake tensors.
     size = SIZES[network.name]
     grid = [pixels // size.patch for pixels in network.input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
@@ -115,7 +115,7 @@ def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) 
 
 
 def _line(small: float, large: float, chunked: float, p: int) -> Linear:
-    """Through the measurements at (p, 1), (2 p, 1) and (2 p, 2)."""
+    """The linear function through measurements at (p, 1), (2 p, 1) and (2 p, 2)."""
     per_person, per_chunk = (large - small) / p, chunked - large
     return Linear((small - per_person * p - per_chunk, per_person, per_chunk))
 
@@ -127,11 +127,11 @@ class _Precision:
 
 
 def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: int, n: int) -> dict[str, float]:
-    """One step of a network of two blocks, the first checkpointed and the second whole, p people in chunks of n."""
+    """Measure a step of p people in chunks of n, with two blocks of which only the first is checkpointed."""
     with torch.device("meta"):
         model = SapiensPose(network.name, network.num_keypoints, network.input_hw, depth=2).train()
     model.backbone.config._attn_implementation = PADDED if network.padded else "sdpa"
-    if "block_*" in plan.frozen:  # the others are taken to learn: what is frozen beside it saves little
+    if "block_*" in plan.frozen:  # other frozen groups save little and are counted as trained
         model.freeze(("embeddings", "block_*", "norm"))
     model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
     objective = _objective(model, plan, network.sigma)
@@ -155,7 +155,7 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
-    """Fake tensors in place of the meta device's, floating ones of this dtype."""
+    """Replace meta tensors by fake tensors; parameters get this dtype."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
@@ -167,11 +167,11 @@ def _fill(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _forget_gradient(parameter: Tensor) -> None:
-    parameter.grad = None  # gradients of parameters are counted elsewhere
+    parameter.grad = None  # parameter gradients are counted in `estimate`
 
 
 def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective:
-    """The stage's own, with a teacher in name only: its forward is counted beside."""
+    """The objective of a stage, with a placeholder for the teacher, whose forward is counted separately."""
     codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=sigma)
     supervised = Supervised(codec=codec)
     if plan.teacher is None:
@@ -184,7 +184,7 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
 
 
 def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:
-    """The loss of a micro-batch of p people."""
+    """A function that computes the loss of a micro-batch of p people."""
     (height, width), k = model.input_hw, model.num_keypoints
     b = p // (1 + plan.ratio)
     view = View(torch.zeros(b, 3, height, width, dtype=torch.uint8), torch.zeros(b, 2, 3), torch.zeros(b))
@@ -201,7 +201,7 @@ def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -
 
 
 def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], autocast: Any) -> dict[str, float]:
-    """Run a step, and note the bytes alive where one phase ends and the next begins."""
+    """Run a step, and record live and peak bytes between its phases."""
     at: dict[str, int] = {}
     peak: dict[str, int] = {}
 
@@ -230,7 +230,7 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
     note("end")
     for hook in hooks:
         hook.remove()
-    if "gradient of first" not in at:  # frozen: each block's input is freed once it has been used
+    if "gradient of first" not in at:  # frozen: each block's input is freed after its use
         head = {"head": peak["head"] - at["neck"], "gradient": at["head"] - at["neck"]}
         backbone = {"stem": at["stem"] - start, "neck": at["neck"] - at["stem"]}
         return {**dict.fromkeys(("kept", "saved", "whole", "again"), 0), **head, **backbone}
@@ -247,11 +247,11 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make.
+    """Tracks the storages that operations allocate.
 
     Attributes:
-        now: bytes alive.
-        peak: the most of it since the last `mark`.
+        now: live bytes.
+        peak: maximum of `now` since the last `mark`.
     """
 
     def __init__(self, *known: Any) -> None:
@@ -270,14 +270,14 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and self._is_new(leaf):
                 storage = leaf.untyped_storage()
-                num = -(-storage.nbytes() // SMALLEST_BLOCK) * SMALLEST_BLOCK
+                num = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
                 self.now += num
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._freed, num)
         return result
 
     def _is_new(self, tensor: Tensor) -> bool:
-        """Whether the storage has not been seen; a view's has."""
+        """Whether the tensor's storage has not been counted yet; that of a view has."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self.seen:

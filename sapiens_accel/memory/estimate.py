@@ -1,7 +1,7 @@
-"""What one way to run a stage needs, part by part, and the largest micro-batch that fits. All of it is predicted.
+"""Predict the memory of a stage for one way to launch it, part by part, and the largest micro-batch that fits.
 
-The state (weights, gradients, masters, Adam, teacher, buckets) is counted from the parameters and from what DeepSpeed
-allocates; the activations are measured on fake tensors (`footprint`).
+The state (weights, gradients, master weights, Adam, teacher, buckets) is counted from the parameters and from what
+DeepSpeed allocates; activations are measured on fake tensors (`footprint`).
 """
 
 import math
@@ -22,38 +22,39 @@ from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.training import optim
 
-# Not measured yet: allowances, to be calibrated on a GPU.
-CONTEXT = 1.0 * GIB  # of a card's memory: CUDA, its libraries, the display
+# Allowances, not measured yet: to be calibrated on a GPU.
+CONTEXT = 1.0 * GIB  # GPU memory of CUDA, its libraries and the display
 WORKSPACE = 0.125 * GIB  # of cuBLAS and cuDNN
-NCCL = 0.25 * GIB  # of the ranks' communication
-FRAGMENTATION = 0.04  # of what comes and goes in a step
-PROCESS = 3.0 * GIB  # of host memory: Python, torch and CUDA's side of it
-WORKER = 0.6 * GIB  # of host memory: a decoding process
-IN_FLIGHT = 3  # block inputs that are on the GPU at a time when they are offloaded
+NCCL = 0.25 * GIB  # buffers of communication between ranks
+FRAGMENTATION = 0.04  # as a fraction of what a step allocates and frees
+PROCESS = 3.0 * GIB  # host memory of Python, torch and CUDA in a process
+WORKER = 0.6 * GIB  # host memory of a data loading process
+IN_FLIGHT = 3  # offloaded block inputs that are on the GPU at a time
 FLATTENED_SUMS, FLATTENED = 500_000_000, 50_000_000  # elements that DeepSpeed copies into one tensor, in fp32
-MOST_CHUNK, FEW = 16, 4  # people of a head chunk: more gain nothing, fewer leave the GPU waiting
+MAX_CHUNK, MIN_CHUNK = 16, 4  # people of a head chunk: larger chunks gain nothing, smaller ones leave the GPU idle
 
-# Blocks are kept whole, to save time, only up to this part of the memory: the rest is for what the prediction misses.
-SPENT = 0.5
+# Blocks go without checkpoints, which saves time, only up to this fraction of the memory: the rest is a reserve for
+# errors of the prediction.
+UNCHECKPOINTED_LIMIT = 0.5
 
-# To rank strategies only: rates of a 16 GB card and its host.
-FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10  # 16-bit arithmetic, bytes of PCIe, bytes of host memory, each per second
+# Rates per second of a 16 GB card and its host, only to rank ways: 16-bit operations, bytes of PCIe, of host memory.
+FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way, planned for one stage.
+    """The plan of a stage for one way to launch it.
 
     Attributes:
         share: this rank's micro-batches.
-        gpu: bytes on a device by part, at the moment when they are most.
-        later: bytes by part that come and go at other moments.
-        host: bytes of host memory by part, all ranks of this machine together.
-        allowance: bytes of a device beyond what torch allocates: workspaces, fragmentation.
-        seconds: of one optimizer step, to compare ways with each other and for nothing else.
-        room: bytes of a device that may be used; None where memory does not limit.
-        host_room: likewise of the host.
-        otherwise: the options to try if memory runs out all the same.
+        gpu: bytes on a device by part, at the peak.
+        later: bytes on a device by part, of parts that exist only at other times.
+        host: bytes of host memory by part, summed over all ranks of this machine.
+        allowance: bytes on a device beyond what torch allocates: workspaces, fragmentation.
+        seconds: rough time of an optimizer step, only to compare ways with each other.
+        room: usable bytes of a device; None if memory is not a limit.
+        host_room: the same for the host.
+        otherwise: options to try if memory runs out in spite of the plan.
     """
 
     way: Way
@@ -70,7 +71,7 @@ class Plan:
 
     @property
     def gpu_peak(self) -> float:
-        """What torch.cuda.max_memory_allocated() is predicted to say."""
+        """The prediction of torch.cuda.max_memory_allocated()."""
         return sum(self.gpu.values())
 
     @property
@@ -85,14 +86,14 @@ class Plan:
     def __str__(self) -> str:
         blocks = f"{self.layout.checkpointed_blocks} blocks checkpointed"
         chunk = f", head in chunks of {self.layout.head_chunk}" if self.layout.head_chunk else ""
-        kept = {"device": "", "sharded": ", teacher shared among the ranks", "host": ", teacher kept on the host"}
+        teacher = {"device": "", "sharded": ", teacher sharded across ranks", "host": ", teacher in host memory"}
         limit = "" if self.room is None else f"; {self.gpu_peak / GIB:.1f} of {self.room / GIB:.1f} GiB (predicted)"
-        return f"{self.share}, {blocks}{chunk}{kept[self.way.teacher]}{limit}"
+        return f"{self.share}, {blocks}{chunk}{teacher[self.way.teacher]}{limit}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What of a stage decides its memory: the network's parameters as they are frozen, and the footprint of a step."""
+    """The properties of a stage that determine its memory: parameters, frozen or not, and the footprint of a step."""
 
     plan: StageConfig
     memory: MemoryConfig
@@ -105,10 +106,10 @@ class Stage:
     largest: int
     depth: int
     image_bytes: int
-    queries: int  # elements of all heads' queries of a person, as attention gets them
+    queries: int  # elements of the queries of a person over all heads, padded if attention pads them
     map_bytes: int
     num_workers: int
-    footprint_of: Callable[[bool], Footprint]  # of whether the arithmetic is cast from fp32 weights
+    footprint_of: Callable[[bool], Footprint]  # argument: whether autocast casts fp32 weights
 
     @property
     def ratio(self) -> int:
@@ -166,9 +167,9 @@ class Room:
     """The memory that a plan may use.
 
     Attributes:
-        device: bytes of a GPU; None where its memory does not limit.
-        host: bytes of this machine's memory; likewise.
-        cuda: the device is a GPU: count what only CUDA's kernels take.
+        device: bytes of a GPU; None if its memory is not a limit.
+        host: bytes of host memory of this machine; None likewise.
+        cuda: the device is a GPU: count the memory of CUDA's kernels too.
     """
 
     device: float | None = None
@@ -181,19 +182,19 @@ UNLIMITED = Room()
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A micro-batch in numbers, from which each phase of a step is counted; sizes in bytes of one device.
+    """The sizes from which the phases of a step are counted, in bytes on a device.
 
-    The first `checkpointed` blocks keep their input alone, and the `whole` ones after them keep everything.
+    The first `checkpointed` blocks store only their input, the `whole` ones after them store everything.
 
     Attributes:
-        people: labeled and unlabeled ones of the micro-batch; `chunk` of them go through the head at a time.
-        on_device: checkpointed blocks whose input is on the device at a time.
-        stem, neck, kept, saved: see `Footprint`; of all people.
-        attention: both fused kernels sum the queries' gradient in fp32.
-        gradients: of all parameters that learn.
-        gradients_forward: of them, those that exist during a forward.
-        gradients_early: those that exist while the last blocks' backward runs.
-        alone: one process without DeepSpeed or accumulation, whose gradients come one by one, block after block.
+        people: labeled and unlabeled people of the micro-batch; `chunk` of them go through the head at a time.
+        on_device: number of checkpointed blocks whose input is on the device at a time.
+        stem, neck, kept, saved: see `Footprint`; for all people.
+        attention: gradient of the queries, which both fused kernels sum in fp32.
+        gradients: gradients of all trained parameters.
+        gradients_forward: the part of them that exists during a forward.
+        gradients_early: the part of them that exists during the backward of the last blocks.
+        alone: one process without DeepSpeed or accumulation, in which gradients appear block by block.
     """
 
     people: int
@@ -214,7 +215,7 @@ class _Step:
 
 
 def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = UNLIMITED) -> Plan:
-    """Count everything for one way, micro-batch and layout."""
+    """Predict the memory of one way with a micro-batch and a layout."""
     strategy, accumulates = way.strategy, share.accumulation > 1
     footprint = stage.footprint_of(strategy.zero == 0 and strategy.half)
     state = state_bytes(stage, way, accumulates)
@@ -265,8 +266,8 @@ def _describe_step(stage: Stage, way: Way, share: Share, layout: Layout, gradien
         saved=footprint.saved(people),
         attention=4.0 * people * stage.queries if cuda else 0.0,
         gradients=gradients,
-        # A gradient exists from its backward to the optimizer's step; ZeRO-3's buffer of them is there all the time,
-        # and ZeRO-1 and 2 make theirs for all of them when the first bucket is full, early in the backward.
+        # A gradient exists from its backward to the optimizer's step. ZeRO-3 holds its gradient buffer all the time;
+        # ZeRO-1 and 2 allocate theirs for all gradients when the first bucket is full, early in the backward.
         gradients_forward=gradients if accumulates or way.strategy.zero == 3 else 0.0,
         gradients_early=0.0 if plain and not accumulates else gradients,
         alone=plain and not accumulates,
@@ -274,7 +275,7 @@ def _describe_step(stage: Stage, way: Way, share: Share, layout: Layout, gradien
 
 
 def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, float]]:
-    """Bytes of the moments of a step that can be its peak, by part, in the order of the backward."""
+    """Bytes by part in each phase of a step that can be its peak, in the order of forward and backward."""
     phases = {"head": _head_phase(step)}
     if step.whole and step.saved:
         phases["whole"] = _whole_blocks_phase(step)
@@ -289,9 +290,9 @@ def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, floa
 
 
 def _head_phase(step: _Step) -> dict[str, float]:
-    """The end of the forward: all blocks have kept what they keep, and one chunk of people is in the head.
+    """The end of the forward: all blocks have stored their activations, and one chunk of people is in the head.
 
-    The chunked head takes its gradient num_local, in the forward, so the loss adds nothing later.
+    The chunked head computes its gradient in the forward, so the loss adds nothing later.
     """
     return {
         "features": step.stem + step.neck,
@@ -303,7 +304,7 @@ def _head_phase(step: _Step) -> dict[str, float]:
 
 
 def _whole_blocks_phase(step: _Step) -> dict[str, float]:
-    """The backward of the last block, a whole one: nothing has been freed yet but the head's chunk."""
+    """The backward of the last block, if it is not checkpointed: only the head's chunk has been freed so far."""
     return {
         "features": step.stem + step.neck + step.footprint.gradient(step.people),
         "block_checkpoints": step.on_device * step.kept,
@@ -314,9 +315,9 @@ def _whole_blocks_phase(step: _Step) -> dict[str, float]:
 
 
 def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
-    """The first block that is computed again: the whole ones are freed, most inputs of checkpointed ones are kept.
+    """The first recomputed block: blocks without checkpoints are freed, most inputs of checkpointed ones are not.
 
-    One process alone has the gradients of the head and of the whole blocks by now.
+    A process alone has the gradients of the head and of the blocks without checkpoints by now.
     """
     gradients = step.gradients_early
     if step.alone:
@@ -330,9 +331,9 @@ def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
 
 
 def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
-    """The last block of the backward, the network's first: no input of a block is kept, all gradients are there.
+    """The last recomputed block, the first of the network: no other block input is stored, and gradients are complete.
 
-    One process alone lacks those of this block and of the embeddings before it.
+    A process alone lacks the gradients of this block and of the embeddings.
     """
     return {
         "features": step.stem,
@@ -342,28 +343,28 @@ def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
 
 
 def _forward_phase(step: _Step) -> dict[str, float]:
-    """A frozen backbone: its forward keeps nothing, so one block's forward can be the peak."""
+    """A frozen backbone stores no activations, so the forward of one block can be the peak."""
     return {"features": step.footprint.forward(step.people), "gradients": step.gradients_forward}
 
 
 def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
-    """The teacher's forward on the unlabeled people, and the decoding of its heatmaps, before the student's step."""
+    """The teacher's forward on unlabeled people and the decoding of its heatmaps, before the student's step."""
     unlabeled = share.micro_batch * stage.ratio
     maps = unlabeled * stage.map_bytes
-    # In fp32: the maps, blurred along each axis, padded, and their logarithm.
+    # fp32 copies of the maps: cast, blurred along each axis, padded, and their logarithm.
     decoding = 5 * unlabeled * stage.map_bytes
     return {"features": max(step.footprint.forward(unlabeled), maps + decoding), "gradients": step.gradients_forward}
 
 
 def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
-    """Bytes on a device that stay through a step; `gradients` when all of them are there."""
+    """Bytes on a device that persist through a step; `gradients` is their size once all exist."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     everything, learning = stage.num_parameters, stage.num_learning
     sixteen = strategy.half and strategy.zero > 0
     word = 2 if sixteen else 4
-    # Accumulated in fp32 (`engine.prepare`); DeepSpeed then keeps the sum on the device, offloading or not.
+    # Accumulation is in fp32 (`engine.prepare`); DeepSpeed then keeps the sums on the device, even with offload.
     in_fp32 = accumulates and strategy.bf16
-    # Under ZeRO-1 that is DeepSpeed's BF16_Optimizer, which keeps a backward's gradients in 16 bits beside the sums.
+    # Under ZeRO-1 DeepSpeed's BF16_Optimizer does it, which holds 16-bit gradients of a backward beside the sums.
     beside = in_fp32 and strategy.zero == 1 and not strategy.offload
     summed = 6 if beside else 4 if in_fp32 else word
     part = learning / ranks
@@ -379,10 +380,10 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     if strategy.zero == 3:
         state["zero_buckets"] += word * min(strategy.live, everything)
     if beside and ranks > 1:
-        state["zero_buckets"] = 4.0 * min(FLATTENED_SUMS, learning)  # what the ranks add up at a time
+        state["zero_buckets"] = 4.0 * min(FLATTENED_SUMS, learning)  # elements that ranks reduce at a time
     if strategy.offload:
         state |= {"masters": 0.0, "adam": 0.0}
-        # A buffer of the largest parameter, and in fp32 its gradient on the way down, and again for its norm.
+        # A buffer for the largest parameter, and its gradient in fp32 twice: for the copy to the host and for its norm.
         state["zero_buckets"] += (word + 8) * stage.largest
         if not in_fp32 or strategy.zero == 3:
             state["gradients"] = 0.0
@@ -392,7 +393,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
 
 
 def _teacher_bytes(stage: Stage, way: Way) -> float:
-    """Of the average on a device. What an update takes beside it is bounded and there between two steps only."""
+    """Bytes of the teacher on a device. The buffers of its update are small and exist only between two steps."""
     if stage.plan.teacher is None:
         return 0.0
     average, copy = 4.0 * stage.num_parameters, (2.0 if way.strategy.half else 4.0) * stage.num_parameters
@@ -400,10 +401,10 @@ def _teacher_bytes(stage: Stage, way: Way) -> float:
 
 
 def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[str, float]:
-    """Bytes of the machine's memory at the worst moment: all ranks load, or the state has been built."""
+    """Bytes of host memory at the peak: while all ranks load weights, or with the complete state."""
     strategy, ranks, num_local = way.strategy, way.strategy.num_ranks, way.strategy.num_local
     always = {"process": PROCESS * num_local, "workers": WORKER * stage.num_workers * num_local}
-    loading = 8.0 * stage.num_parameters * num_local  # the network and the file, in fp32, on every rank
+    loading = 8.0 * stage.num_parameters * num_local  # network and file in fp32 on every rank
     state: dict[str, float] = {}
     if strategy.offload:
         groups = [size / ranks for size in stage.groups]
@@ -424,24 +425,24 @@ def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[s
 
 
 def _pinned(sizes: Sequence[float]) -> float:
-    """torch rounds each piece of pinned memory up to a power of two."""
+    """Bytes of pinned memory: torch rounds each allocation up to a power of two."""
     return float(sum(2 ** math.ceil(math.log2(size)) for size in sizes if size > 0))
 
 
 def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, footprint: Footprint) -> float:
-    """A rough time of one optimizer step, which ranks the ways; nobody has measured it."""
+    """A rough time of an optimizer step, only to rank ways; it is not calibrated by measurements."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     p, steps = share.micro_batch * (1 + stage.ratio), share.accumulation
     learns = stage.num_learning > stage.head_learning
     passes = (3 if learns else 1) * stage.depth + (layout.checkpointed_blocks if learns else 0)
     flops = p * (passes * footprint.block_flops + 3 * footprint.head_flops)
     flops += share.micro_batch * stage.ratio * (stage.depth * footprint.block_flops + footprint.head_flops)
-    # Casts between fp32 and 16 bits; hooks at every layer.
+    # Casts between fp32 and 16 bits (ZeRO 0), hooks at every layer (ZeRO-3).
     overhead = {0: 1.1, 3: 1.05}.get(strategy.zero, 1.0)
-    few = 1 + 1 / p  # launches and small matrices
-    compute = steps * flops * overhead * few / FLOPS
+    small_batch = 1 + 1 / p  # kernel launches and small matrices
+    compute = steps * flops * overhead * small_batch / FLOPS
     copies = 0.0
-    if strategy.offload:  # the gradients' way down hides behind the backward, most of it
+    if strategy.offload:  # copies of gradients to the host mostly overlap with the backward
         copies += 28 * stage.num_learning / ranks / HOST + 2 * stage.num_learning / BUS * (0.3 * steps + 1)
     if strategy.zero == 3:
         copies += steps * 3 * 2 * stage.num_parameters / BUS * 0.5
@@ -459,25 +460,25 @@ def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, footprint: Fo
 
 
 def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0) -> Plan:
-    """The largest micro-batch that fits, with the fewest checkpointed blocks; if none does, what needs the least.
+    """Plan the largest micro-batch that fits, with the fewest checkpointed blocks; if none fits, the smallest memory.
 
-    A larger micro-batch with the teacher's average elsewhere comes before a smaller one with it on the device.
+    A larger micro-batch with the teacher off the device is preferred to a smaller one with the teacher on it.
 
     Raises:
-        UserError: the global batch does not divide into processes x micro-batch; a number of blocks that there is not;
-            an average shared among one process.
+        UserError: the global batch is no multiple of processes x micro-batch; more checkpointed blocks than the network
+            has; a sharded teacher with one process.
     """
     asked, ranks = stage.memory, way.strategy.num_ranks
     if asked.checkpointed_blocks is not None and not 0 <= asked.checkpointed_blocks <= stage.depth:
-        raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: the network has {stage.depth}")
+        raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: expected at most {stage.depth}")
     places = _places(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
-    # A whole block of ZeRO-3 would keep its gathered weights; and what is offloaded should be little.
+    # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
     every = way.offload_activations or way.strategy.zero == 3
     all_blocks = [stage.depth] if every and room.device is not None else list(range(stage.depth + 1))
     blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
-    if room.device is None:  # memory does not limit: nothing is computed twice
+    if room.device is None:  # memory is not a limit: no recomputation
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
         return Plan(way=replace(way, teacher=places[0]), share=share, layout=layout)
@@ -490,45 +491,45 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
             for chunk in _chunks(stage, way, share, checkpointed, cuda=room.cuda, smallest=last):
                 layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk, compiled=asked.compile_blocks)
                 plan = predict(stage, way, share, layout, room)
-                spends = not last and plan.gpu_peak + plan.allowance > SPENT * room.device
-                if plan.fits and not spends:
+                is_tight = not last and plan.gpu_peak + plan.allowance > UNCHECKPOINTED_LIMIT * room.device
+                if plan.fits and not is_tight:
                     return plan
                 tried.append(plan)
     return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
 
 
 def _places(stage: Stage, ranks: int) -> list[Place]:
-    """Where a teacher's average may be kept, fastest first."""
+    """The possible places of the teacher's average, fastest first."""
     asked = stage.memory.teacher
     if asked == "sharded" and ranks == 1 and stage.plan.teacher:
-        raise UserError("--memory.teacher sharded: there is one process to share among; expected device or host")
+        raise UserError("--memory.teacher sharded: there is only one process (expected device or host)")
     if stage.plan.teacher is None:
         return ["device"]
     return [asked] if asked else ["device", "sharded", "host"] if ranks > 1 else ["device", "host"]
 
 
 def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, *, cuda: bool, smallest: bool) -> Sequence[int]:
-    """Chunks of the head to try: the largest that does not raise the peak, but not so few that the GPU waits.
+    """Head chunks to try: the largest that does not raise the peak, but at least MIN_CHUNK.
 
     Args:
-        smallest: try a single person too, when nothing else is left to save.
+        smallest: also try a single person, since nothing else can save memory.
     """
     if stage.memory.head_chunk:
         return [stage.memory.head_chunk]
     p = share.micro_batch * (1 + stage.ratio)
-    free = 1
-    for n in range(1, min(p, MOST_CHUNK) + 1):
+    largest = 1
+    for n in range(1, min(p, MAX_CHUNK) + 1):
         layout = Layout(checkpointed_blocks=checkpointed, head_chunk=n)
         plan = predict(stage, way, share, layout, Room(cuda=cuda))
         if "head_chunk" in plan.gpu:
             break
-        free = n
-    few = max(free, min(p, FEW))
-    return [few, 1] if smallest and few > 1 else [few]
+        largest = n
+    chunk = max(largest, min(p, MIN_CHUNK))
+    return [chunk, 1] if smallest and chunk > 1 else [chunk]
 
 
 def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int | None) -> int:
-    """Labeled people of one process in one optimizer step.
+    """Labeled people of a process in an optimizer step.
 
     Raises:
         UserError: the global batch is not a multiple of processes x micro-batch.

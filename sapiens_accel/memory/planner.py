@@ -1,8 +1,8 @@
-"""Before a run: what it needs, and the fastest way to fit it on the GPUs that there are.
+"""Plan the memory of a run before it starts, and find the fastest way to launch it on the available GPUs.
 
     python -m sapiens_accel.memory --recipe sapiens_1b_coco --stage phase2 --gpu_memory 16GiB --host_memory 64GiB
 
-Nothing is allocated and no GPU is needed. All of it is predicted (`estimate`).
+Nothing is allocated and no GPU is needed: everything is predicted (`estimate`).
 """
 
 import dataclasses
@@ -35,9 +35,11 @@ from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
 
 COLUMNS = """
-way: ZeRO stage and what waits on the host; micro-batch: people of one forward; checkpointed: blocks computed again in
-the backward, to save memory; head chunk: people in the head at a time; GPU peak: of each GPU; host: memory of the
-machine; time: of an optimizer step, as a multiple of the fastest way that fits."""
+way: ZeRO stage and what is kept in host memory; micro-batch: labeled people in a forward pass; checkpointed: blocks
+that are recomputed in the backward pass, to save memory; head chunk: people in the head at a time; GPU peak: of each
+GPU; host: memory of the machine; time: of an optimizer step, as a multiple of the fastest way that fits."""
+
+FIX = "Use a smaller model or more GPUs"
 
 UNITS = {
     "B": 1,
@@ -59,12 +61,12 @@ Table = Mapping[StageName, Sequence[Plan]]
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchInfo:
-    """What the plan of a run has to know of its launch.
+    """The launch of a run, for its plan.
 
     Attributes:
         capability: compute capability of the GPUs; None on CPUs.
-        rank: of this process.
-        words: the command line, to print the one that would fit.
+        rank: rank of this process.
+        words: the arguments of train.py, to print a command that fits.
     """
 
     strategy: Strategy
@@ -77,7 +79,7 @@ class LaunchInfo:
 def plan_run(
     accelerator: Accelerator, run: Config, words: Sequence[str], num_keypoints: int = 17
 ) -> dict[StageName, Plan]:
-    """The plan of each stage of this launch, for the memory that its devices have free; see `plan_stages`."""
+    """Plan each stage for the free memory of the launch's devices; see `plan_stages`."""
     free = distributed.free_bytes(accelerator)
     free_host = None if free is None else distributed.least(accelerator, host.free_bytes())
     launch = LaunchInfo(
@@ -91,20 +93,18 @@ def plan_run(
 
 
 def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dict[StageName, Plan]:
-    """The plan of each stage, made before the first of them, so that the last is not refused after days.
+    """Plan all stages before the first one starts, so that a later one is not refused after days.
 
     Raises:
-        UserError: a stage that does not fit (not with --memory.force); options that do not go together.
+        UserError: a stage does not fit (unless --memory.force), or options contradict each other.
     """
     memory, strategy = run.memory, launch.strategy
     if memory.adam_8bit and strategy.zero:
-        raise UserError("--memory.adam_8bit is for launches without DeepSpeed, such as single_gpu.yaml")
+        raise UserError("--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)")
     if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
-        raise UserError("--memory.adam_8bit needs torchao: pip install torchao")
+        raise UserError("--memory.adam_8bit: torchao is not installed. Run pip install torchao")
     if memory.compile_blocks and strategy.zero == 3:
-        raise UserError(
-            "--memory.compile_blocks does not go with ZeRO-3, which gathers a block's weights while it runs"
-        )
+        raise UserError("--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs")
     offloads, eight_bit = memory.offload_activations, memory.adam_8bit
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
     padded = attention.needs_padding(launch.capability, half=strategy.half)
@@ -120,16 +120,16 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
 
 
 def _smaller_options(stage: Stage, plan: Plan) -> str:
-    """The options that need less memory than this plan, should it run out: the nearest, by the plan's own count."""
+    """The smallest change of options that needs less memory than this plan, as far as it can be predicted."""
     part = plan.share.micro_batch * plan.share.accumulation
     for size in (n for n in range(plan.share.micro_batch - 1, 0, -1) if part % n == 0):
         share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
         if plan.room is None or predict(stage, plan.way, share, plan.layout).gpu_peak < 0.95 * plan.gpu_peak:
-            # Planned anew, blocks would be kept whole in the room that this makes.
+            # Without this option the next plan would use the freed memory for blocks without checkpoints ...
             blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {plan.layout.checkpointed_blocks}"
-            # ... and a teacher would come back to the device.
-            kept = "" if plan.way.teacher == "device" else f" --memory.teacher {plan.way.teacher}"
-            return f"--memory.micro_batch {size}{blocks}{kept}"
+            # ... and without this one it would move the teacher back to the device.
+            teacher = "" if plan.way.teacher == "device" else f" --memory.teacher {plan.way.teacher}"
+            return f"--memory.micro_batch {size}{blocks}{teacher}"
     if not plan.way.offload_activations:
         return "--memory.offload_activations"
     return "another launch: `python -m sapiens_accel.memory` lists them"
@@ -138,28 +138,29 @@ def _smaller_options(stage: Stage, plan: Plan) -> str:
 def _describe_shortage(plan: Plan) -> str:
     needs = plan.gpu_peak + plan.allowance
     if plan.room is not None and needs > plan.room:
-        where = f"needs {needs / GIB:.1f} GiB of GPU memory (predicted), {max(plan.room, 0) / GIB:.1f} GiB can be used"
+        usable = max(plan.room, 0) / GIB
+        shortage = f"needs {needs / GIB:.1f} GiB of GPU memory (predicted), {usable:.1f} GiB can be used"
         largest = sorted(plan.gpu, key=lambda part: -plan.gpu[part])[:3]
-        return f"{where} ({', '.join(f'{part} {plan.gpu[part] / GIB:.1f}' for part in largest)}, ...)"
+        return f"{shortage} ({', '.join(f'{part} {plan.gpu[part] / GIB:.1f}' for part in largest)}, ...)"
     assert plan.host_room is not None
     return f"needs {plan.host_peak / GIB:.1f} GiB of host memory (predicted), {plan.host_room / GIB:.1f} GiB are free"
 
 
 def _suggest_launch(run: Config, plan: Plan, launch: LaunchInfo, num_keypoints: int) -> str:
-    """The nearest launch that fits all stages, of the same GPUs."""
+    """The fastest launch on the same GPUs that fits all stages, as a command."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
-        return "take a launch with more ZeRO or offload on these machines"
+        return "use a launch with a higher ZeRO stage or with offload"
     asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
     free = dataclasses.replace(run, memory=asked)
     table = _plan_all_ways(free, plan.way.strategy.num_ranks, launch.room, num_keypoints, launch.capability)
     best = _choose_fastest(table)
     if best is None:
         return _describe_nothing_fits(table)
-    return f"the nearest that fits: {command(best[0].way, _without(launch.words, '--memory.'))}"
+    return f"launch it by {command(best[0].way, _without(launch.words, '--memory.'))}"
 
 
 def _plan_all_ways(run: Config, gpus: int, room: Room, num_keypoints: int, capability: tuple[int, int] | None) -> Table:
-    """Every stage by every way, in 16 bits; GPUs without a flash kernel for those have no bf16 either."""
+    """Plan every stage for every way, in 16 bits. GPUs without a flash kernel have no bf16 either."""
     padded = attention.needs_padding(capability)
     every = list_ways(gpus, "fp16" if padded else "bf16")
     stages: dict[StageName, Stage] = {
@@ -169,9 +170,9 @@ def _plan_all_ways(run: Config, gpus: int, room: Room, num_keypoints: int, capab
 
 
 def _choose_fastest(table: Table) -> list[Plan] | None:
-    """The plans of the way that fits all stages and takes the least time over them.
+    """The plans of the fastest way that fits all stages; None if none does.
 
-    Moments in 8 bits change the losses a little: they are for where nothing else fits.
+    8-bit moments change the losses a little, so these ways are chosen only if no other fits.
     """
     columns = [list(plans) for plans in zip(*table.values(), strict=True)]
     fitting = [plans for plans in columns if all(plan.fits for plan in plans)]
@@ -183,24 +184,23 @@ def _describe_nothing_fits(table: Table) -> str:
         if not any(plan.fits for plan in plans):
             least = min(plans, key=lambda plan: plan.gpu_peak + plan.allowance)
             gpu, host = (least.gpu_peak + least.allowance) / GIB, least.host_peak / GIB
-            takes = f"takes {gpu:.1f} GiB of it and {host:.1f} GiB of host memory (predicted)"
-            why = f"{name}: what needs the least GPU memory, {least.way.name}, {takes}"
-            return f"nothing fits: {why}; take a smaller model or more GPUs"
-    return "no one launch fits all stages; ask for each with --stage"
+            needs = f"needs {gpu:.1f} GiB of it and {host:.1f} GiB of host memory (predicted)"
+            return f"{name}: no launch fits: the one of least GPU memory, {least.way.name}, {needs}. {FIX}"
+    return "no single launch fits all stages. Plan each of them with --stage"
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
-    """A command line without the options that begin so, and their values."""
-    kept, value_follows = [], False
+    """Remove the options that begin like one of `options`, and their values, from a command line."""
+    remaining, value_follows = [], False
     for word in words:
-        gone = word.startswith(options) or (value_follows and not word.startswith("--"))
-        if not gone:
-            kept.append(word)
-        value_follows = gone and word.startswith("--") and "=" not in word
-    return kept
+        is_removed = word.startswith(options) or (value_follows and not word.startswith("--"))
+        if not is_removed:
+            remaining.append(word)
+        value_follows = is_removed and word.startswith("--") and "=" not in word
+    return remaining
 
 
-# ---- Out of memory all the same
+# ---- Out of memory in spite of the plan
 
 
 @contextmanager
@@ -211,13 +211,13 @@ def explain_out_of_memory(
     drop: Callable[[], None] | None = None,
     save: Callable[[], Path | None] | None = None,
 ) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to do, after what was trained has been saved.
+    """Save the state when memory runs out, and replace torch's error by a line that says what to do.
 
-    Of several processes only some may have failed, and saving needs all: then the last checkpoint has to do.
+    With several processes the state is not saved: only some may have failed, and saving needs all of them.
 
     Args:
-        drop: forgets the gradients of the step that was cut off.
-        save: writes the state of the last whole step and returns where; None where there is nothing to save.
+        drop: frees the gradients of the interrupted step.
+        save: writes the state of the last complete step and returns its folder, or None if there is nothing to save.
 
     Raises:
         UserError: in place of torch's error.
@@ -230,24 +230,24 @@ def explain_out_of_memory(
             raise
         torn = failures.is_torn(error)
         reason = (str(error) or "MemoryError").split(". ")[0].splitlines()[0]
-        traceback.clear_frames(error.__traceback__)  # they hold the activations
+        traceback.clear_frames(error.__traceback__)  # its frames hold the activations
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if drop:
         drop()
-    kept = save() if save and not torn and accelerator.num_processes == 1 else None
+    saved = save() if save and not torn and accelerator.num_processes == 1 else None
     predicted = f" ({plan.gpu_peak / GIB:.1f} GiB were predicted)" if plan.gpu else ""
-    again = f"the state is in {kept}: go on with --resume_from_checkpoint latest and" if kept else "try"
-    tried = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
-    explained = UserError(f"{name}: {tried}; {again} {plan.otherwise} [{reason}]")
-    if torn:  # whoever else saves on errors has to know
+    fix = f"The state is saved in {saved}: resume with --resume_from_checkpoint latest and" if saved else "Try"
+    what = f"out of memory with micro-batch {plan.share.micro_batch}{predicted}"
+    explained = UserError(f"{name}: {what}. {fix} {plan.otherwise} [{reason}]")
+    if torn:  # so that no outer handler saves the state
         failures.mark_torn(explained)
     raise explained
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, of cuBLAS and cuDNN on it, of pinned memory, or of the host under a run on the CPU."""
+    """Whether an error means out of memory: on a device, in cuBLAS or cuDNN, of pinned memory, or of the host."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
@@ -265,7 +265,7 @@ def main(words: Sequence[str]) -> None:
     run = config.load(rest, prog="python -m sapiens_accel.memory")
     table = _plan_all_ways(run, asked.gpus, room, _num_keypoints(run), parse_capability(asked.capability))
     best = _choose_fastest(table)
-    # Each way names these options itself.
+    # The printed commands add these options themselves.
     words = _with_placeholders(run, _without(rest, "--memory.offload_activations", "--memory.adam_8bit"))
     if asked.json:
         print(json.dumps(_as_json(table, best, words), indent=2))
@@ -276,28 +276,28 @@ def main(words: Sequence[str]) -> None:
 
 
 def _with_placeholders(run: Config, words: Sequence[str]) -> list[str]:
-    """The arguments of a launch, with `--data.root DIR` and `--weights WEIGHTS` where a run has neither.
+    """The arguments of a launch, with `--data.root DIR` and `--weights WEIGHTS` added if the run lacks them.
 
-    The demo needs none: its tiny network learns people that are drawn, from random weights.
+    The demo needs neither: it trains a tiny network from random weights on drawn people.
     """
     if run.recipe == "demo":
         return list(words)
     data = ["--data.root", "DIR"] if run.data.root is None else []
-    begins_anew = run.weights is None and starting_point(Path(run.output_dir), run.stages[0]) is None
-    return [*words, *data, *(["--weights", "WEIGHTS"] if begins_anew else [])]
+    needs_weights = run.weights is None and starting_point(Path(run.output_dir), run.stages[0]) is None
+    return [*words, *data, *(["--weights", "WEIGHTS"] if needs_weights else [])]
 
 
 def _num_keypoints(run: Config) -> int:
-    """Of the data where it is there, else COCO's 17."""
+    """The number of keypoints of the dataset if its annotations exist; else COCO's 17."""
     exists = run.data.root is not None and (Path(run.data.root) / run.data.train_annotations).is_file()
     return build.open_skeleton(run.data)[0].num_keypoints if exists else 17
 
 
 def parse_capability(text: str) -> tuple[int, int]:
-    """A compute capability.
+    """Parse a compute capability.
 
     Raises:
-        UserError: not one of a GPU that can be trained on.
+        UserError: it is not that of a GPU that can be trained on.
     """
     match = re.fullmatch(r"(\d+)\.(\d)", text)
     if not match or (int(match[1]), int(match[2])) < LEAST_CAPABILITY:
@@ -306,10 +306,10 @@ def parse_capability(text: str) -> tuple[int, int]:
 
 
 def parse_bytes(option: str, text: str) -> float:
-    """A size with its unit, in bytes.
+    """Parse a size with a unit into bytes.
 
     Raises:
-        UserError: no number, no unit or one that is not known.
+        UserError: not a positive number, or no known unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
@@ -319,7 +319,7 @@ def parse_bytes(option: str, text: str) -> float:
 
 
 def _as_json(table: Table, best: list[Plan] | None, words: Sequence[str]) -> dict[str, Any]:
-    """Of several stages: the hungriest one's plan for each way."""
+    """JSON of the table; of several stages, the one that needs the most GPU memory represents each way."""
     worst = [max(plans, key=lambda plan: plan.gpu_peak) for plans in zip(*table.values(), strict=True)]
     recommended = None if best is None else _plan_json(max(best, key=lambda plan: plan.gpu_peak), words)
     return {"predicted": True, "recommended": recommended, "strategies": [_plan_json(plan, words) for plan in worst]}
@@ -345,14 +345,14 @@ def _plan_json(plan: Plan, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _parts(plan: Plan) -> dict[str, Mapping[str, float]]:
-    """`gpu` adds up to the peak; the allowance comes on top of it; `gpu_at_other_times` is not there at the peak."""
+    """The parts of a plan: `gpu` adds up to the peak, the allowance is added to it, `gpu_at_other_times` is not."""
     allowance = {"context": CONTEXT, "workspaces_and_fragmentation": plan.allowance}
     return {"gpu": plan.gpu, "gpu_allowance": allowance, "gpu_at_other_times": plan.later, "host": plan.host}
 
 
 def _show(run: Config, table: Table, best: list[Plan] | None, words: Sequence[str], asked: Any) -> None:
     print(f"{run.recipe} ({run.model.name}, {run.data.input_hw[0]}x{run.data.input_hw[1]}), predicted, in GiB")
-    cuda = f"of which {CONTEXT / GIB:g} GiB are CUDA's"
+    cuda = f"of which CUDA takes {CONTEXT / GIB:g} GiB"
     padded = attention.needs_padding(parse_capability(asked.capability))
     arithmetic = "fp16, memory-efficient attention" if padded else "bf16, flash attention"
     print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; {arithmetic}; host {asked.host_memory}")

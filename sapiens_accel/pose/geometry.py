@@ -1,8 +1,9 @@
-"""One 2x3 matrix for each view: the crop of a person, its inverse, and what follows from them.
+"""Crops of people as 2x3 matrices: construction, inverse, warping of images and heatmaps.
 
-Frames: *image* px is the photograph, *input* px the crop that the network sees; x to the right, y down, and the center
-of the first pixel is (0, 0). The unbiased convention (UDP, Huang et al. 2020, https://arxiv.org/abs/1911.07524)
-measures sizes between the centers of the first and the last pixel, W - 1, and it lives only here.
+Frames: *image* px are those of the image file, *input* px those of the crop that the network gets; x to the right, y
+down, and the center of the first pixel is (0, 0). The unbiased convention (UDP, Huang et al. 2020,
+https://arxiv.org/abs/1911.07524) measures sizes between the centers of the first and the last pixel, W - 1. It is
+implemented in this module alone.
 """
 
 import math
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from sapiens_accel.pose.visibility import is_labeled
 
-REDUCTIONS = (1, 2, 4, 8)  # what a JPEG decoder does
-FOUR_CHANNELS_AT_MOST = 2**21  # pixels; to copy a larger image with a fourth channel takes longer than it saves
+REDUCTIONS = (1, 2, 4, 8)  # of JPEG decoders
+FOUR_CHANNEL_LIMIT = 2**21  # pixels; converting a larger image to four channels takes longer than it saves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A rotated rectangle of the image, and whether it is seen mirrored.
+    """A rotated rectangle of the image, possibly mirrored.
 
     Attributes:
         center_xy: its center, image px.
         size_wh: its width and height, image px; `fit_aspect` makes their ratio that of the input.
-        degrees: how far its content turns in the input image, clockwise as one sees it (y is down).
+        degrees: rotation of its content in the input image, clockwise on the screen (y is down).
         flip: the input image is mirrored; the caller swaps left and right keypoints.
     """
 
@@ -39,7 +40,7 @@ class Crop:
     flip: bool = False
 
     def matrix(self, input_hw: tuple[int, int]) -> Float[Array, "2 3"]:
-        """input_from_image: float64, the UDP warp of mmpose's `get_udp_warp_matrix`, then the mirror if any."""
+        """input_from_image: float64, the UDP warp of mmpose's `get_udp_warp_matrix`, then the mirror if `flip`."""
         input_h, input_w = input_hw
         (center_x, center_y), (width, height) = self.center_xy, self.size_wh
         scale_x, scale_y = (input_w - 1) / width, (input_h - 1) / height
@@ -72,28 +73,28 @@ def fit_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple
 def warp(
     image: UInt8[Array, "image_h image_w 3"], matrix: Float[Array, "2 3"], input_hw: tuple[int, int]
 ) -> UInt8[Array, "h w 3"]:
-    """The input image: bilinear, black outside the image. A single map, float [h, w], stays one."""
+    """Warp an image to the input image: bilinear, black outside of the image. Also works on one map, float [h, w]."""
     size_wh = (input_hw[1], input_hw[0])
     if image.ndim == 2:
         return cv2.warpAffine(image, matrix, size_wh, flags=cv2.INTER_LINEAR)
-    left, top, right, bottom = _seen(matrix, input_hw, image.shape[:2])
+    left, top, right, bottom = _visible_rectangle(matrix, input_hw, image.shape[:2])
     if left >= right or top >= bottom:
         return np.zeros((*input_hw, 3), np.uint8)
-    seen, matrix = image[top:bottom, left:right], matrix.copy()
+    visible, matrix = image[top:bottom, left:right], matrix.copy()
     matrix[:, 2] += matrix[:, :2] @ (left, top)
-    if seen.shape[0] * seen.shape[1] > FOUR_CHANNELS_AT_MOST:
-        return cv2.warpAffine(seen, matrix, size_wh, flags=cv2.INTER_LINEAR)
-    # The same bytes in half the time: pixels of four bytes are what processors load.
-    warped = cv2.warpAffine(cv2.cvtColor(seen, cv2.COLOR_RGB2RGBA), matrix, size_wh, flags=cv2.INTER_LINEAR)
+    if visible.shape[0] * visible.shape[1] > FOUR_CHANNEL_LIMIT:
+        return cv2.warpAffine(visible, matrix, size_wh, flags=cv2.INTER_LINEAR)
+    # The same bytes in half the time: aligned pixels of four bytes are faster to load.
+    warped = cv2.warpAffine(cv2.cvtColor(visible, cv2.COLOR_RGB2RGBA), matrix, size_wh, flags=cv2.INTER_LINEAR)
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
 
-def _seen(
+def _visible_rectangle(
     matrix: Float[Array, "2 3"], input_hw: tuple[int, int], image_hw: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
-    """The image pixels that the input shows: left, top, and one past right and bottom. To prepare others takes time.
+    """The rectangle of image pixels that the input shows: left, top, and one past right and bottom.
 
-    In plain numbers: so few are sooner done without numpy.
+    In Python numbers, which are faster than numpy for so few of them.
     """
     (height, width), (image_h, image_w) = input_hw, image_hw
     (a, b, x), (c, d, y) = matrix.tolist()
@@ -109,15 +110,15 @@ def _seen(
 
 
 def choose_reduction(crop: Crop, input_hw: tuple[int, int]) -> int:
-    """How much smaller the image may be decoded, 1, 2, 4 or 8, so that no input pixel is nearer than its pixels are."""
+    """The factor (1, 2, 4 or 8) by which the image may be reduced in decoding without enlarging it in the input."""
     image_from_input = min(crop.size_wh[0] / (input_hw[1] - 1), crop.size_wh[1] / (input_hw[0] - 1))
     return max(factor for factor in REDUCTIONS if factor <= max(1.0, image_from_input))
 
 
 def adjust_to_reduction(matrix: Float[Array, "2 3"], reduction: int) -> Float[Array, "2 3"]:
-    """input_from_reduced: the same view of an image whose pixels are reduction x reduction pixels' means.
+    """input_from_reduced: the same view of an image each of whose pixels is the mean of reduction x reduction pixels.
 
-    The center of the first pixel of the reduced image is amid the pixels that it stands for, (reduction - 1) / 2.
+    The center of the first pixel of the reduced image is at (reduction - 1) / 2 of the full image, in x and y.
     """
     if reduction == 1:
         return matrix
@@ -126,12 +127,12 @@ def adjust_to_reduction(matrix: Float[Array, "2 3"], reduction: int) -> Float[Ar
 
 
 def apply(matrix: Float[Array, "2 3"], points_xy: Float[Array, "*batch 2"]) -> Float[Array, "*batch 2"]:
-    """The points where the matrix puts them."""
+    """Transform points by a matrix."""
     return points_xy @ matrix[:, :2].T + matrix[:, 2]
 
 
 def invert(matrix: Float[Array, "2 3"]) -> Float[Array, "2 3"]:
-    """The way back: image_from_input of an input_from_image."""
+    """The inverse of a matrix: image_from_input of an input_from_image."""
     return np.linalg.inv(np.vstack([matrix, [0.0, 0.0, 1.0]]))[:2]
 
 
@@ -141,9 +142,9 @@ def apply_batch(matrices: Float[Tensor, "b 2 3"], points_xy: Float[Tensor, "b k 
 
 
 def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 2 3"]:
-    """strong @ inv(weak): takes points of the teacher's view into the student's, both input px.
+    """strong @ inv(weak): maps points of the teacher's view to the student's, both in input px.
 
-    In float64 whatever comes in: a matrix holds offsets of thousands of pixels, and half precision has no inverse.
+    Computed in float64: matrices hold offsets of thousands of pixels, and torch inverts none in half precision.
     """
     last = torch.eye(3, dtype=torch.float64, device=weak.device)[2].expand(len(weak), 1, 3)
     square = [torch.cat([matrix.double(), last], dim=1) for matrix in (strong, weak)]
@@ -158,12 +159,12 @@ def warp_maps(
     other_input_hw: tuple[int, int] | None = None,
     other_hw: tuple[int, int] | None = None,
 ) -> Float[Tensor, "b k other_h other_w"]:
-    """Heatmaps of one view as another shows them: bilinear, zeros where the first has nothing to say.
+    """Warp heatmaps of one view to another view: bilinear, zeros outside of the first one.
 
     Args:
-        matrices: take points of the first view into the other, input px.
-        input_hw: of the first view. A map's corners are the input's (UDP): shares of the extent are the same in both.
-        other_input_hw, other_hw: the other view's input and heatmap; the first one's by default.
+        matrices: map points of the first view to the other, input px.
+        input_hw: of the first view. Corners of map and input coincide (UDP), so relative positions are equal in both.
+        other_input_hw, other_hw: sizes of the other view's input and heatmap. Default: those of the first view.
     """
     (height, width), (other_h, other_w) = other_hw or maps.shape[-2:], other_input_hw or input_hw
     x = torch.linspace(0, other_w - 1, width, device=maps.device)
@@ -176,7 +177,7 @@ def warp_maps(
 
 
 def relative_positions(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int, int]) -> Float[Tensor, "*batch 2"]:
-    """Points as shares of a width and a height; by plain numbers, since a tensor of them would be waited for."""
+    """Points relative to width and height. With Python numbers: a tensor of them would cause a synchronization."""
     x, y = points_xy.unbind(-1)
     return torch.stack([x / size_hw[1], y / size_hw[0]], dim=-1)
 
@@ -184,7 +185,7 @@ def relative_positions(points_xy: Float[Tensor, "*batch 2"], size_hw: tuple[int,
 def in_crop(
     boxes_xywh: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], padding: float, input_hw: tuple[int, int]
 ) -> Bool[Array, "n k"]:
-    """Which labeled keypoints the upright crop of their person holds, as `geometry.crop_around_box` cuts it."""
+    """Whether each labeled keypoint is inside the upright crop of its person (`crop_around_box`)."""
     aspect = input_hw[1] / input_hw[0]
     width, height = (boxes_xywh[:, 2:] * padding).T
     sizes = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)

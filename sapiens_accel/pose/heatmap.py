@@ -18,12 +18,12 @@ from torch import Tensor
 BLUR_KERNEL = 11  # published for every heatmap size and sigma
 BLUR_SIGMA = 2.0  # what OpenCV derives from a kernel of 11: 0.3 * ((11 - 1) / 2 - 1) + 0.8
 REACH = BLUR_KERNEL // 2
-LOWEST, HIGHEST = 1e-3, 50.0  # what the reference clamps blurred maps to, before their logarithm
+LOWEST, HIGHEST = 1e-3, 50.0  # range to which the reference clamps blurred maps, before the logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """What fixes the maps: input and heatmap size (height, width) and the Gaussian's sigma in heatmap px."""
+    """Encodes and decodes heatmaps of given input and heatmap size (height, width) and sigma (heatmap px)."""
 
     input_hw: tuple[int, int]
     heatmap_hw: tuple[int, int]
@@ -32,20 +32,20 @@ class Codec:
     def encode(
         self, points_xy: Float[Tensor, "b k 2"], weights: Float[Tensor, "b k"]
     ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k"]]:
-        """Target maps, peak 1 at the sub-pixel point, cut to the published square of 3 sigma around its pixel.
+        """Encode target maps: peak 1 at the sub-pixel point, cut to the published square of 3 sigma around its pixel.
 
         Args:
             points_xy: input px.
-            weights: target weights; a keypoint of weight 0, or of a negative one, gets an empty map.
+            weights: target weights; the map of a keypoint of weight 0, or of a negative weight, is empty.
 
         Returns:
-            The float32 maps, and the weights: 0 for keypoints whose whole square lies outside the map, and positive
-            where they were negative: that these maps are empty is to be learned.
+            The float32 maps, and the weights: 0 for keypoints whose square is entirely outside of the map, and the
+            absolute value of negative ones, whose empty maps are targets too.
         """
         height, width = self.heatmap_hw
         radius = int(3 * self.sigma)
         x, y = self._to_heatmap(points_xy).unbind(-1)
-        # The cast of the reference truncates towards 0, also for points left of and above the map.
+        # The cast of the reference truncates towards 0, even for points left of and above the map.
         pixel_x, pixel_y = (x + 0.5).trunc(), (y + 0.5).trunc()
         outside = (pixel_x - radius >= width) | (pixel_y - radius >= height)
         outside |= (pixel_x + radius + 1 < 0) | (pixel_y + radius + 1 < 0)
@@ -55,25 +55,25 @@ class Codec:
         column = self._profile(x, pixel_x, width, radius)
         row = self._profile(y, pixel_y, height, radius).mul_(drawn[..., None])
         row, column = row[..., :, None], column[..., None, :]
-        return torch.mul(row, column, out=_room((*x.shape, height, width), x.device)), weights
+        return torch.mul(row, column, out=_empty((*x.shape, height, width), x.device)), weights
 
     def decode(self, heatmaps: Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k 2"], Float[Tensor, "b k"]]:
-        """Keypoints with sub-pixel accuracy, and their scores.
+        """Decode keypoints with sub-pixel accuracy, and their scores.
 
         Returns:
-            Points in input px, and the score of each: its map's raw maximum. A map without anything above 0 gives the
-            middle of the map and the score of its maximum.
+            Points in input px, and the score of each: the maximum of its map. A map without positive values gives the
+            middle of the map.
         """
         maps = heatmaps.flatten(0, 1)
         peak_xy, scores = _peak(maps)
         x, y = (peak_xy + _dark_step(maps, peak_xy, scores)).unbind(-1)
-        seen = scores > 0
+        has_peak = scores > 0
         middle_x, middle_y = ((size - 1) / 2 for size in reversed(self.heatmap_hw))
-        points_xy = torch.stack([torch.where(seen, x, middle_x), torch.where(seen, y, middle_y)], dim=-1)
+        points_xy = torch.stack([torch.where(has_peak, x, middle_x), torch.where(has_peak, y, middle_y)], dim=-1)
         people = heatmaps.shape[:2]
         return self._to_input(points_xy.unflatten(0, people)), scores.unflatten(0, people)
 
-    # With plain numbers, not tensors of them: a copy to the device would wait for it in every step.
+    # With Python numbers: tensors of them would be copied to the device, with a synchronization, in every step.
 
     def _to_heatmap(self, points_xy: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
         scale_x, scale_y = self._heatmap_per_input()
@@ -90,24 +90,24 @@ class Codec:
     def _profile(
         self, center: Float[Tensor, "b k"], pixel: Float[Tensor, "b k"], size: int, radius: int
     ) -> Float[Tensor, "b k size"]:
-        """The Gaussian along one axis; the map is the product of two, so no exponential is taken per map pixel."""
+        """The Gaussian along one axis. A map is the product of two of them, which saves an exponential per pixel."""
         axis = torch.arange(size, device=center.device, dtype=torch.float32)
         inside = (axis >= pixel[..., None] - radius) & (axis <= pixel[..., None] + radius)
         exponent = (axis - center[..., None]).square_().mul_(-0.5 / self.sigma**2)
-        # Further down float32 underflows, which takes a CPU 7 times as long; the square ends long before, near -5.
+        # Below, float32 underflows, which is 7 times as slow on a CPU; the square ends long before, near -5.
         return exponent.clamp_min_(-80.0).exp_().mul_(inside)
 
 
 def flip(heatmaps: Float[Tensor, "b k h w"], mirror: Sequence[int]) -> Float[Tensor, "b k h w"]:
-    """The maps of a mirrored image as maps of the image itself; under UDP nothing shifts."""
+    """Mirror the maps of a mirrored image back; under UDP without a shift."""
     return heatmaps[:, list(mirror)].flip(-1)
 
 
-def _room(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "..."]:
-    """Memory for float32 maps, not set to anything.
+def _empty(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "..."]:
+    """An uninitialized float32 tensor.
 
-    On Linux numpy asks for large pages and torch does not. Maps of a batch are new memory in every step, and with small
-    pages to get it took 4 times as long as to write it.
+    On a CPU it is allocated by numpy, which on Linux requests huge pages, as torch does not: every step allocates maps
+    anew, and with small pages the allocation took 4 times as long as writing the maps.
     """
     if device.type != "cpu":
         return torch.empty(shape, device=device)
@@ -115,9 +115,9 @@ def _room(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "..."]:
 
 
 def _peak(maps: Float[Tensor, "n h w"]) -> tuple[Int[Tensor, "n 2"], Float[Tensor, "n"]]:
-    """Each map's highest pixel, the first of equals, and its value.
+    """The highest pixel of each map (the first of equals) and its value.
 
-    The rows' maxima first: without an index the reduction is 3 times as fast on a CPU, and the rest is small.
+    The maxima of rows are computed first: a reduction without an index is 3 times as fast on a CPU.
     """
     peak, y = maps.amax(-1).max(-1)
     row = maps.gather(1, y[:, None, None].expand(-1, 1, maps.shape[-1])).squeeze(1)
@@ -127,39 +127,43 @@ def _peak(maps: Float[Tensor, "n h w"]) -> tuple[Int[Tensor, "n 2"], Float[Tenso
 def _dark_step(
     maps: Float[Tensor, "n h w"], peak_xy: Int[Tensor, "n 2"], peak: Float[Tensor, "n"]
 ) -> Float[Tensor, "n 2"]:
-    """From each map's highest pixel to the top of the parabola through its logarithm, heatmap px.
+    """The step from each map's highest pixel to the maximum of the parabola through its logarithm, heatmap px.
 
-    Inside: one Newton step on the blurred map, as published. That blur sees zeros beyond the map and pulls points near
-    the border inwards (by 2.7 input px on average at sigma 6), so there the parabola is fitted to the map's own pixels.
+    Inside: one Newton step on the blurred map, as published. The blur includes zeros outside of the map and pulls
+    points near the border inwards (by 2.7 input px on average at sigma 6), so there the parabola is fitted to pixels
+    that are not blurred.
     """
     height, width = maps.shape[-2:]
     x, y = peak_xy.unbind(-1)
     near_border = (x <= REACH) | (y <= REACH) | (x >= width - 1 - REACH) | (y >= height - 1 - REACH)
     window = _window(maps, peak_xy)
-    # Blurring takes most of the time and the step reads 9 pixels of it, so only the window that they see is blurred.
+    # Blurring takes most of the time, and the step reads 9 blurred pixels, so only the window around these is blurred.
     blurred = _blur(window)[:, REACH:-REACH, REACH:-REACH]
     lowest = blurred.amin((-2, -1))
     clamped = ((lowest < LOWEST) | (peak > HIGHEST)) & (peak > 0) & ~near_border
-    few = _few(clamped)
-    blurred[few] *= _peak_kept(maps[few], peak[few])
+    affected = _select(clamped)
+    blurred[affected] *= _peak_scale(maps[affected], peak[affected])
     step = -_newton(blurred.clamp(LOWEST, HIGHEST).log())
-    few = _few(near_border)
-    step[few] = torch.where(near_border[few, None], _fitted_step(window[few, 1:-1, 1:-1]), step[few])
-    # Further than the blur reaches, a step has left the data that it was computed from.
+    affected = _select(near_border)
+    fitted = _fitted_step(window[affected, 1:-1, 1:-1])
+    step[affected] = torch.where(near_border[affected, None], fitted, step[affected])
+    # A longer step would leave the pixels that it was computed from.
     return step.nan_to_num(0.0).clamp(-REACH, REACH)
 
 
-def _few(needed: Bool[Tensor, "n"]) -> Int[Tensor, "m"] | slice:
-    """The maps that what only some need is computed for. On a CPU those alone; on a GPU all: there it is fast, and to
-    learn which they are the host would have to wait."""
+def _select(needed: Bool[Tensor, "n"]) -> Int[Tensor, "m"] | slice:
+    """The maps to compute something for that only some of them need: on a CPU only these, on a GPU all of them.
+
+    A GPU is fast enough, and a selection would need a synchronization.
+    """
     return needed.nonzero()[:, 0] if needed.device.type == "cpu" else slice(None)
 
 
 def _fitted_step(h: Float[Tensor, "n m m"]) -> Float[Tensor, "n 2"]:
-    """Least squares of log h = a + bx + cy + dx^2 + ey^2 over the pixels around the peak that lie on the map.
+    """Least squares of log h = a + bx + cy + dx^2 + ey^2 over the pixels around the peak that are on the map.
 
-    The weights are h^2, since noise on h is noise / h on its logarithm, times the published blur's own window. Exact
-    for a Gaussian wherever its top is; zeros beyond the map have no weight.
+    Weights are h^2, since noise on h is noise / h on its logarithm, times the window of the published blur. Exact for a
+    Gaussian with any maximum; zeros outside of the map have no weight.
     """
     h = h.flatten(1).clamp_min(0.0)
     h = h / h.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -170,7 +174,7 @@ def _fitted_step(h: Float[Tensor, "n m m"]) -> Float[Tensor, "n 2"]:
     weights = h**2 * torch.exp(-(x**2 + y**2) * (REACH / BLUR_SIGMA) ** 2 / 2)
     normal = (weights @ products).unflatten(-1, (5, 5))
     right = (weights * h.clamp_min(1e-3).log()) @ terms
-    fit = torch.linalg.solve_ex(normal, right)[0]  # solve_ex: does not wait for the device to check for singularity
+    fit = torch.linalg.solve_ex(normal, right)[0]  # solve_ex: without a check for singularity, which would synchronize
     linear, square = fit[..., 1:3], fit[..., 3:5]
     return torch.where(square < 0, -linear / (2 * square), 0.0) * REACH
 
@@ -189,7 +193,7 @@ def _newton(p: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n 2"]:
 
 
 def _window(maps: Float[Tensor, "n h w"], center_xy: Int[Tensor, "n 2"]) -> Float[Tensor, "n m m"]:
-    """The float32 square around each center that its 3x3 pixels see when blurred, zeros beyond the map."""
+    """The float32 square around each center that the blurred 3x3 pixels depend on, zeros outside of the map."""
     height, width = maps.shape[-2:]
     offset = torch.arange(-REACH - 1, REACH + 2, device=maps.device)
     columns, rows = (center_xy[..., None] + offset).unbind(1)
@@ -200,23 +204,23 @@ def _window(maps: Float[Tensor, "n h w"], center_xy: Int[Tensor, "n 2"]) -> Floa
     return pixels.float().masked_fill(beyond, 0.0)
 
 
-def _peak_kept(maps: Float[Tensor, "n h w"], peak: Float[Tensor, "n"]) -> Float[Tensor, "n 1 1"]:
-    """What scales blurred maps back to their own maxima, as the reference does.
+def _peak_scale(maps: Float[Tensor, "n h w"], peak: Float[Tensor, "n"]) -> Float[Tensor, "n 1 1"]:
+    """The factor that scales blurred maps back to their original maxima, as the reference does.
 
-    It is a constant of the logarithm and drops out of its differences, unless a pixel is clamped. It is 1 or more, and
-    no scaled pixel is above the peak: so only pixels below LOWEST before scaling, or a peak above HIGHEST, need it.
+    It is a constant in the logarithm and cancels in its differences, unless a pixel is clamped. It is at least 1, and
+    no scaled pixel exceeds the peak: only pixels below LOWEST before scaling, or a peak above HIGHEST, need it.
     """
     top = _blur(maps.float()).amax((-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
     return (peak / top)[:, None, None]
 
 
 def _blur(maps: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch h w"]:
-    """The published blur, zeros beyond the map; as two matrix products 7 times as fast on a CPU as by convolution."""
-    return _blurring(maps.shape[-2], maps.device) @ (maps @ _blurring(maps.shape[-1], maps.device))
+    """The published blur, zeros outside of the map; two matrix products are 7 times as fast as a convolution (CPU)."""
+    return _blur_matrix(maps.shape[-2], maps.device) @ (maps @ _blur_matrix(maps.shape[-1], maps.device))
 
 
-def _blurring(size: int, device: torch.device) -> Float[Tensor, "size size"]:
-    """The blur along an axis as a matrix, its own transpose."""
+def _blur_matrix(size: int, device: torch.device) -> Float[Tensor, "size size"]:
+    """The blur along an axis as a symmetric matrix."""
     axis = torch.arange(size, device=device, dtype=torch.float32)
     distance = (axis - axis[:, None]).abs()
     window = torch.exp(-(distance**2) / (2 * BLUR_SIGMA**2)) * (distance <= REACH)

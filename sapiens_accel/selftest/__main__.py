@@ -1,4 +1,4 @@
-"""Prove a machine: what a user who has just installed wants to know, in one command.
+"""Test a machine after installation: launches, kernels, precision, memory and speed, in one command.
 
 python -m sapiens_accel.selftest [--only launches,memory] [--minutes 9] [--out selftest]
 """
@@ -14,22 +14,22 @@ from sapiens_accel.selftest import checks, launches
 from sapiens_accel.selftest.checks import Check, Machine
 
 GROUPS = {
-    "launches": "the README's launches start, save and resume",
-    "attention": "which attention kernel each head dim gets",
-    "fp16": "a step that overflows is seen and left out",
+    "launches": "the launches of the README start, save and resume",
+    "attention": "the attention kernel of each head dimension",
+    "fp16": "a step that overflows is detected and skipped",
     "waits": "where the host waits for the GPU",
-    "offload": "copies of offloaded activations overlap with the arithmetic",
-    "memory": "the predicted peak against the measured one",
-    "speed": "people/s against a plain transformers loop, with and without compiled blocks",
-    "epochs": "how long an epoch of COCO would take (predicted)",
+    "offload": "copies of offloaded activations overlap with computation",
+    "memory": "predicted and measured peak memory",
+    "speed": "people/s compared with a plain transformers loop, with and without compiled blocks",
+    "epochs": "time of an epoch of COCO (predicted)",
 }
 MINUTES = {"cuda": 9.0, "cpu": 3.0}
-LIMIT = "15GiB"  # what torch may allocate in the checks of memory: a card of 16 GB
-LARGE = 40 * 2**30  # bytes of a card that holds a 1B and its peer, and 32 people
+LIMIT = "15GiB"  # memory limit of torch in the checks of memory, as on a 16 GB card
+LARGE = 40 * 2**30  # bytes of a GPU that holds a 1B and the plain loop's copy with 32 people
 
 
 def checks_for(machine: Machine, out: Path, scratch: Path) -> list[Check]:
-    """Everything there is to check, the most valuable first; what this machine cannot do has its reason."""
+    """All checks, the most important ones first; those that cannot run on this machine have a reason to skip."""
     return [
         *launches.checks(machine, out, scratch),
         *(_probe(name, machine, out) for name in ("attention", "fp16", "waits", "offload")),
@@ -43,7 +43,7 @@ NO_GPU = "needs a GPU"
 
 
 def _run_module(name: str, group: str, words: Sequence[str], limit: float, out: Path, skip: str | None = None) -> Check:
-    """A check that a module of this package makes in a process of its own: `words` are the module and its arguments."""
+    """A check by a module of this package in a separate process: `words` are the module and its arguments."""
     module, *arguments = words
     result = str(checks.folder_of(out, name) / "result.json")
     command = [sys.executable, "-m", f"sapiens_accel.selftest.{module}", result, *arguments]
@@ -65,7 +65,7 @@ def _memory(machine: Machine, out: Path) -> list[Check]:
         ("sapiens_1b", "ssl", "zero2_offload+activations"),
         ("sapiens_2b", "phase2", "zero2_offload"),
     ]
-    skip = None if machine.has_repository else "needs accelerate_configs/: run it in a clone of the repository"
+    skip = None if machine.has_repository else "needs accelerate_configs/: run it in a checkout of the repository"
     card = ["--limit", LIMIT]
     if machine.capability:
         card += ["--capability", ".".join(map(str, machine.capability))]
@@ -80,7 +80,7 @@ def _speed(machine: Machine, out: Path) -> list[Check]:
         words = ["throughput", "sapiens_tiny", "--hw", "128", "96", "--batch", "4"]
         return [_run_module("speed sapiens_tiny", "speed", words, 60, out)]
     words = ["--batch", "32" if machine.gpu_bytes >= LARGE else "8", "--compile"]
-    skip = None if machine.gpu_bytes >= LARGE else "its 16 bytes a parameter, and a peer's, need a card of 40 GiB"
+    skip = None if machine.gpu_bytes >= LARGE else "16 bytes a parameter, for two networks, need a GPU of 40 GiB"
     return [
         _run_module("speed sapiens_0.3b", "speed", ["throughput", "sapiens_0.3b", *words], 110, out),
         _run_module("speed sapiens_1b", "speed", ["throughput", "sapiens_1b", *words], 150, out, skip),
@@ -91,17 +91,17 @@ def main(words: Sequence[str]) -> None:
     names = "".join(f"\n  {name:11}{text}" for name, text in GROUPS.items())
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.selftest",
-        description=f"Prove that training works on this machine. Nothing is downloaded.\n{names}",
+        description=f"Test that training works on this machine. Nothing is downloaded.\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--only", help="some of them: launches,attention,...")
-    parser.add_argument("--minutes", type=float, help="the time there is (9 on a GPU, 3 on a CPU)")
+    parser.add_argument("--only", help="groups of checks to run: launches,attention,...")
+    parser.add_argument("--minutes", type=float, help="time limit (9 on a GPU, 3 on a CPU)")
     parser.add_argument("--out", default="selftest", help="folder of selftest.json and the logs (selftest)")
     asked = parser.parse_args(words)
     wanted = asked.only.split(",") if asked.only else list(GROUPS)
     if unknown := [name for name in wanted if name not in GROUPS]:
-        raise UserError(f"--only {asked.only}: no such check {unknown[0]!r}; there are: {', '.join(GROUPS)}")
+        raise UserError(f"--only {asked.only}: no such check {unknown[0]!r} (expected some of {', '.join(GROUPS)})")
     if asked.minutes is not None and not asked.minutes > 0:
         raise UserError(f"--minutes {asked.minutes:g}: expected more than 0")
     out = Path(asked.out).absolute()
@@ -109,7 +109,7 @@ def main(words: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {asked.out}: {error.strerror}") from None
-    machine = checks.look_at_machine(out)
+    machine = checks.inspect_machine(out)
     minutes = asked.minutes or MINUTES["cuda" if machine.gpu else "cpu"]
     head = checks.heading(machine)
     print(

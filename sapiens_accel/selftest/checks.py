@@ -1,6 +1,6 @@
-"""Checks that run as processes with a time limit; their rows as a table and as selftest.json.
+"""Run checks as processes with a time limit, and report their rows as a table and as selftest.json.
 
-python -m sapiens_accel.selftest.checks RESULT.json     looks at this machine
+python -m sapiens_accel.selftest.checks RESULT.json     describes this machine
 """
 
 import datetime
@@ -22,22 +22,22 @@ from typing import Any, Literal
 
 import psutil
 
-REPOSITORY = Path(__file__).parents[2]  # of a checkout: train.py, accelerate_configs/ and ds_configs/ lie there
+REPOSITORY = Path(__file__).parents[2]  # the checkout with train.py, accelerate_configs/ and ds_configs/
 DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "torchao")
-SHORTEST = 1 / 3  # of its limit: a check that would get less of the time that is left is not begun
+MIN_TIME = 1 / 3  # of its limit: a check with less time left is skipped
 
 Status = Literal["passed", "warning", "failed", "skipped"]
 WORST_FIRST: tuple[Status, ...] = ("failed", "warning", "passed", "skipped")
-Row = dict[str, Any]  # name, status, text, and numbers of its own
+Row = dict[str, Any]  # name, status, text, and numbers of the check
 
 
-class Skipped(Exception):  # noqa: N818  (nothing went wrong)
-    """What cannot be checked on this machine. Its text is the reason."""
+class Skipped(Exception):  # noqa: N818  (not an error)
+    """A check cannot run on this machine. The text is the reason."""
 
 
 class Result:
-    """The rows of a check, written after each: the rows of a process that is killed are not lost."""
+    """The rows of a check, written to a file after each row, so that a killed process loses none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,12 +50,12 @@ class Result:
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Turn an error of one probe into its row, so that the others go on."""
+        """Turn an error of one probe into a row, so that the other probes still run."""
         try:
             yield
         except Skipped as reason:
             self.add({"name": name, "status": "skipped", "text": str(reason)})
-        except Exception as error:  # any: a line that no machine here could run may raise anything
+        except Exception as error:  # any: code that was never run on this kind of GPU may raise anything
             import traceback
 
             traceback.print_exc()
@@ -71,15 +71,16 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Commands that run one after the other, and what is read of their results.
+    """Commands that run one after the other, and a function that reads their results.
 
     Attributes:
-        name, group: of the table, and of --only.
-        commands: their words; none for a check that only reads.
-        limit: seconds for all of them together.
-        read: the rows, from the check's folder; raises what guard() turns into a row.
+        name: shown in the table.
+        group: selected by --only.
+        commands: the commands; none if results of other checks are read.
+        limit: seconds for all commands together.
+        read: returns the rows from the check's folder; its exceptions become a row (`Result.guard`).
         needs: name of a check that must have passed.
-        skip: why it cannot run on this machine.
+        skip: reason why the check cannot run on this machine.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a check; `text` is the reason of a status without rows."""
+    """The outcome of a check; `text` explains a status without rows."""
 
     name: str
     group: str
@@ -114,7 +115,7 @@ def read_result(folder: Path) -> list[Row]:
 
 
 def run_check(check: Check, out: Path, seconds_left: float, before: Sequence[Outcome]) -> Outcome:
-    """Run a check, unless it cannot run, lacks one that it needs, or has no time left."""
+    """Run a check, or skip it: if it cannot run here, if a check that it needs has not passed, or for lack of time."""
     limit = min(check.limit, seconds_left)
 
     def outcome(status: Status, text: str, rows: Sequence[Row] = (), seconds: float = 0.0) -> Outcome:
@@ -128,12 +129,12 @@ def run_check(check: Check, out: Path, seconds_left: float, before: Sequence[Out
     passed = {earlier.name for earlier in before if earlier.status in ("passed", "warning")}
     if check.needs and check.needs not in passed:
         return outcome("skipped", f"{check.needs} has not passed")
-    if limit < SHORTEST * check.limit:
+    if limit < MIN_TIME * check.limit:
         return outcome(
             "skipped", f"{max(seconds_left, 0):.0f} s left, it may take {check.limit:.0f} s; raise --minutes"
         )
     folder = folder_of(out, check.name)
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier selftest
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier selftest
     folder.mkdir(parents=True)
     since, failure = time.monotonic(), ""
     for index, command in enumerate(check.commands):
@@ -153,11 +154,11 @@ def run_check(check: Check, out: Path, seconds_left: float, before: Sequence[Out
     with result.guard(check.name):
         result.rows = check.read(folder)
     worst: Any = min((row["status"] for row in result.rows), key=WORST_FIRST.index, default=WORST_FIRST[0])
-    return outcome(worst, "" if result.rows else "it wrote no result", result.rows, seconds)
+    return outcome(worst, "" if result.rows else "the check wrote no result", result.rows, seconds)
 
 
 def environment() -> dict[str, str]:
-    """Of the processes: they import this package, wherever they are started, and ask nothing of a network."""
+    """The environment of the processes: they import this package from any folder, and use no network."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
@@ -169,9 +170,9 @@ def environment() -> dict[str, str]:
 
 
 def run_process(command: Sequence[str], log: Path, limit: float) -> int | None:
-    """Run a command with its output in a file, and return its exit code; None if it was killed at its limit.
+    """Run a command with its output in a file, and return its exit code; None if it was killed at its time limit.
 
-    Nothing that it started outlives it, whichever way it ends.
+    All its descendants are killed when it ends.
     """
     with log.open("w") as file:
         file.write(f"$ {' '.join(command)}\n")
@@ -185,8 +186,8 @@ def run_process(command: Sequence[str], log: Path, limit: float) -> int | None:
         deadline = time.monotonic() + limit
         try:
             while True:
-                # A launcher gives its workers sessions of their own: no signal to its group reaches them.
-                with _gone_is_fine():
+                # Launchers start workers in new sessions, so a signal to the process group does not reach them.
+                with _ignore_ended_processes():
                     seen |= set(family.children(recursive=True))
                 try:
                     return process.wait(min(0.25, max(deadline - time.monotonic(), 0)))
@@ -198,29 +199,29 @@ def run_process(command: Sequence[str], log: Path, limit: float) -> int | None:
 
 
 def kill(process: subprocess.Popen, descendants: set[psutil.Process]) -> None:
-    """Kill the process, its group and every descendant that is still there, and wait for their end."""
-    with _gone_is_fine():
+    """Kill the process, its group and all remaining descendants, and wait for their end."""
+    with _ignore_ended_processes():
         if process.poll() is None:
             descendants = descendants | set(psutil.Process(process.pid).children(recursive=True))
-    with _gone_is_fine():
+    with _ignore_ended_processes():
         os.killpg(process.pid, signal.SIGKILL)
     for descendant in descendants:
-        with _gone_is_fine():
+        with _ignore_ended_processes():
             descendant.kill()  # psutil checks that the id still means the same process
     process.wait()
     psutil.wait_procs(list(descendants), timeout=5)
 
 
 @contextmanager
-def _gone_is_fine() -> Iterator[None]:
+def _ignore_ended_processes() -> Iterator[None]:
     with suppress(ProcessLookupError, PermissionError, psutil.Error):
         yield
 
 
 def error_line(log: Path) -> str:
-    """The line of a log that says most about why its process failed: the last one that names an error."""
+    """The line of a log that explains a failure best: the last one that names an error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # The launcher's own report of a failed worker comes last, and says nothing of the reason.
+    # The last error is the launcher's report about the worker, without the reason.
     errors = [
         line for line in lines[1:] if re.search(r"\b\w*(Error|error)\b: ", line) and "ChildFailedError" not in line
     ]
@@ -232,7 +233,7 @@ def error_line(log: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the checks depend on. `gpu` is None on a machine without one; `problem` says why one cannot be used."""
+    """The machine. `gpu` is None without a GPU; `problem` is the reason if there is one that cannot be used."""
 
     gpu: str | None = None
     num_gpus: int = 0
@@ -247,8 +248,8 @@ class Machine:
         return self.capability is not None and self.capability >= (8, 0)
 
 
-def look_at_machine(out: Path) -> Machine:
-    """Ask in another process: a CUDA context of this one would take memory from the checks."""
+def inspect_machine(out: Path) -> Machine:
+    """Describe the machine in another process, since a CUDA context here would take memory from the checks."""
     log, result = out / "machine.txt", out / "machine.json"
     code = run_process([sys.executable, "-m", __name__, str(result)], log, 120)
     if code != 0:
@@ -259,19 +260,17 @@ def look_at_machine(out: Path) -> Machine:
 
 
 def describe_machine() -> Machine:
-    """This machine, by a small product on its GPU."""
+    """Describe this machine, and test its GPU by a small matrix product."""
     import torch
 
     known = {"driver": driver(), "has_repository": has_repository()}
     if not torch.cuda.is_available():
-        seen = (
-            f"driver {known['driver']} is here, but torch {torch.__version__} sees no GPU" if known["driver"] else None
-        )
-        return Machine(**known, problem=seen)
+        problem = f"driver {known['driver']} is installed, but torch {torch.__version__} finds no GPU"
+        return Machine(**known, problem=problem if known["driver"] else None)
     device = torch.cuda.get_device_properties(0)
     product = torch.ones(64, 64, device="cuda:0") @ torch.ones(64, 64, device="cuda:0")
     if float(product[0, 0]) != 64:
-        raise RuntimeError(f"{device.name} multiplies wrongly: 64 x 1 x 1 is {float(product[0, 0])} there")
+        raise RuntimeError(f"{device.name} computes wrong products (expected 64, found {float(product[0, 0])})")
     return Machine(
         **known,
         gpu=device.name,
@@ -292,14 +291,14 @@ def has_repository() -> bool:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The model name of the processor."""
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return match[1] if match else platform.processor() or platform.machine()
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of what is installed here."""
+    """Versions of installed packages; None for others."""
     return {name: _version(name) for name in packages}
 
 
@@ -311,7 +310,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout, with "+" where files differ from it."""
+    """The commit of the checkout, followed by "+" if files were changed."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -321,7 +320,7 @@ def commit() -> str | None:
 
 
 def heading(machine: Machine) -> dict[str, Any]:
-    """What stands above the checks in selftest.json."""
+    """The head of selftest.json: date, versions, machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -333,11 +332,11 @@ def heading(machine: Machine) -> dict[str, Any]:
     }
 
 
-# ---- All of them
+# ---- All checks
 
 
 def run_checks(checks: Sequence[Check], out: Path, seconds: float, head: dict[str, Any]) -> list[Outcome]:
-    """Run the checks in their order until the time is up; selftest.json is written after each."""
+    """Run the checks in order within a time limit; selftest.json is written after each."""
     begun, outcomes = time.monotonic(), []
     for index, check in enumerate(checks, start=1):
         elapsed = time.monotonic() - begun
@@ -350,7 +349,7 @@ def run_checks(checks: Sequence[Check], out: Path, seconds: float, head: dict[st
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Every check and its rows, for the terminal."""
+    """The outcomes and their rows as text."""
     lines = []
     for outcome in outcomes:
         lines.append(f"{outcome.status:8}{outcome.seconds:6.0f} s  {outcome.name}")

@@ -1,4 +1,4 @@
-"""The launches of the README as checks: each starts, saves and resumes, with its YAML as it is."""
+"""The launches of the README as checks: each starts, saves and resumes, with the shipped YAML."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SMALL = (
     "--stage=phase2", "--phase2.global_batch=8", "--data.synthetic.num_train=32", "--data.synthetic.num_unlabelled=4",
     "--data.synthetic.num_val=8", "--data.num_workers=0", "--log_every=1", f"--save_every={SAVED}", "--report_to=none",
 )  # fmt: skip
-# By name: the YAML and what follows it. The order is that of value.
+# The YAML and further options by name, the most important ones first.
 LAUNCHES: dict[str, tuple[str, ...]] = {
     "single_gpu": ("single_gpu.yaml",),
     "zero2": ("zero2.yaml",),
@@ -26,13 +26,13 @@ LAUNCHES: dict[str, tuple[str, ...]] = {
     "fp16": ("single_gpu.yaml", "--mixed_precision", "fp16"),
     "zero3": ("zero3.yaml",),
 }
-ON_CPU = ("single_gpu", "zero2")  # in the time that there is
+ON_CPU = ("single_gpu", "zero2")  # the others need a GPU or too much time
 SECONDS = {"cuda": 60.0, "cpu": 120.0}
 BUILD_SECONDS = 120.0  # DeepSpeedCPUAdam is compiled on first use
 
 
 def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
-    """For each launch one check that starts it and saves, and one that resumes it."""
+    """For each launch a check that starts and saves, and one that resumes."""
     for name, (file, *options) in LAUNCHES.items():
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{file}"]
         launch += [*fewer_processes(file, max(machine.num_gpus, 1)), *options, "train.py"]
@@ -40,9 +40,9 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
         seconds = SECONDS["cuda" if machine.gpu else "cpu"]
         skip = None
         if not machine.has_repository:
-            skip = f"no train.py and accelerate_configs/ in {REPOSITORY}: run it in a clone of the repository"
+            skip = f"no train.py and accelerate_configs/ in {REPOSITORY}: run it in a checkout of the repository"
         elif not machine.gpu and name not in ON_CPU:
-            skip = "needs a GPU: it is for a precision or for memory that a CPU does not have"
+            skip = "needs a GPU: for its precision or its memory"
         shown = f"accelerate launch {' '.join(launch[3:])}"
         yield Check(
             name=f"launch {name}",
@@ -64,43 +64,43 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
 
 
 def fewer_processes(file: str, num_gpus: int) -> list[str]:
-    """What the README says to add where a launch has more processes than there are GPUs."""
+    """The option for a launch that has more processes than there are GPUs, as in the README."""
     path = REPOSITORY / "accelerate_configs" / file
     asked = yaml.safe_load(path.read_text())["num_processes"] if path.is_file() else 1
     return ["--num_processes", str(num_gpus)] if asked > num_gpus else []
 
 
 def read_start(run: Path, shown: str, folder: Path) -> list[Row]:
-    """A row of a launch that has ended: its device and precision, its losses, a checkpoint and weights.
+    """A row for a launch that has ended: device and precision, losses, a checkpoint and weights.
 
     Raises:
-        RuntimeError: something of it is not there, or a loss is no finite number.
+        RuntimeError: any of these is missing, or a loss is not finite.
     """
     lines = metrics_lines(run)
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     losses = losses_of(lines)
     if list(losses) != list(range(1, SAVED + 1)):
-        raise RuntimeError(f"{run.name}: losses of the steps {list(losses)}; expected 1 to {SAVED}")
+        raise RuntimeError(f"{run.name}: wrong steps (expected losses of 1 to {SAVED}, found {list(losses)})")
     for needed in (f"phase2/checkpoints/step_{SAVED}", "phase2/weights/model.safetensors"):
         if not (run / needed).exists():
-            raise RuntimeError(f"{run.name} left no {needed}")
+            raise RuntimeError(f"{run.name}: {needed} is missing")
     text = f"{first_line(folder)}; loss {losses[1]:.4g} to {losses[SAVED]:.4g}, saved"
     return [{"name": shown, "status": "passed", "text": text, "losses": losses}]
 
 
 def read_resumed(run: Path, started: Path, folder: Path) -> list[Row]:
-    """A row of a launch that has resumed: it has added its steps to those of the first one.
+    """A row for a launch that has resumed, and so added its steps to those of the first launch.
 
     Raises:
-        RuntimeError: it began anew, or a loss is no finite number.
+        RuntimeError: it started from step 1, or a loss is not finite.
     """
     lines, before = metrics_lines(run), (started / "metrics.jsonl").read_text().splitlines()
     losses = losses_of(lines)
-    # A run that begins anew writes its first steps again, with other times.
-    kept = [line for line in before if "loss" in json.loads(line)]
-    if not kept or any(line not in lines for line in kept) or list(losses) != list(range(1, LAST + 1)):
-        raise RuntimeError(f"{run.name} did not go on at step {SAVED + 1}: it has losses of the steps {list(losses)}")
-    text = f"went on at step {SAVED + 1}; loss {losses[SAVED + 1]:.4g} to {losses[LAST]:.4g}"
+    # A run from step 1 would write the first steps again, with other times.
+    first_lines = [line for line in before if "loss" in json.loads(line)]
+    if not first_lines or any(line not in lines for line in first_lines) or list(losses) != list(range(1, LAST + 1)):
+        raise RuntimeError(f"{run.name}: not resumed at step {SAVED + 1} (found losses of steps {list(losses)})")
+    text = f"resumed at step {SAVED + 1}; loss {losses[SAVED + 1]:.4g} to {losses[LAST]:.4g}"
     return [{"name": f"{run.name}, resumed", "status": "passed", "text": text, "losses": losses}]
 
 
@@ -112,7 +112,7 @@ def losses_of(lines: Sequence[str]) -> dict[int, float]:
     """Loss by step.
 
     Raises:
-        RuntimeError: one is no finite number.
+        RuntimeError: a loss is not finite.
     """
     trees = [json.loads(line) for line in lines]
     losses = {tree["step"]: float(tree["loss"]) for tree in trees if "loss" in tree}
@@ -123,6 +123,6 @@ def losses_of(lines: Sequence[str]) -> dict[int, float]:
 
 
 def first_line(folder: Path) -> str:
-    """What train.py says of processes, device, ZeRO stage and precision."""
+    """The line of train.py about processes, device, ZeRO stage and precision."""
     match = re.search(r"^demo: (.+)$", (folder / "log_0.txt").read_text(errors="replace"), re.MULTILINE)
     return match[1] if match else "started"

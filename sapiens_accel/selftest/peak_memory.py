@@ -1,4 +1,4 @@
-"""The planned peak of a training step beside the measured one, each case in a process of its own.
+"""Compare the predicted and the measured peak memory of a training step, each case in a separate process.
 
 python -m sapiens_accel.selftest.peak_memory RESULT.json MODEL STAGE WAY [--capability 7.5] [--limit 15GiB] ...
 """
@@ -27,7 +27,7 @@ from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment, look_at_machine
+from sapiens_accel.selftest.checks import REPOSITORY, Result, Row, Skipped, environment, inspect_machine
 from sapiens_accel.selftest.training_step import (
     Measurement,
     TrainingCase,
@@ -37,34 +37,34 @@ from sapiens_accel.selftest.training_step import (
     start_accelerator,
 )
 
-TOLERANCE = 0.10  # of the measured peak: the plan's allowance covers more
+TOLERANCE = 0.10  # relative error; the allowance of the plan is larger
 
 
 def way_of(name: str, precision: str = "bf16") -> Way:
-    """A way on one device, by its name, in "bf16", "fp16" or "no" (fp32).
+    """A way on one device, by its name, in precision "bf16", "fp16" or "no" (fp32).
 
     Raises:
         UserError: there is none.
     """
     known = {way.name: way for way in list_ways(1, precision)}
     if name not in known:
-        raise UserError(f"--ways {name}: no such way; there are: {', '.join(known)}")
+        raise UserError(f"--ways {name}: no such way (expected one of {', '.join(known)})")
     return known[name]
 
 
 def half_precision(capability: tuple[int, int]) -> str:
-    """The 16-bit precision in which a launch trains on GPUs of this compute capability."""
+    """The 16-bit precision for GPUs of a compute capability."""
     return "bf16" if capability >= distributed.BF16_CAPABILITY else "fp16"
 
 
 def plan_for_gpu(run: Config, name: StageName, way: str, limit: float, capability: tuple[int, int]) -> Plan:
-    """A stage planned for `limit` bytes of a GPU of this compute capability, as train.py would plan it there."""
+    """Plan a stage for `limit` bytes of a GPU of this compute capability, as train.py would."""
     stage = measure_stage(run, name, padded=attention.needs_padding(capability))
     return fit(stage, name, way_of(way, half_precision(capability)), Room(device=limit, host=host.free_bytes()))
 
 
 def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) -> TrainingCase:
-    """What the plan says, with everything that a process of its own needs to run it."""
+    """The case of a plan, with all that a separate process needs to run it."""
     way, layout, share = plan.way, plan.layout, plan.share
     return TrainingCase(
         model=model,
@@ -84,7 +84,7 @@ def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) 
 
 
 def launch_case(case: TrainingCase, limit: int) -> Measurement:
-    """Run the case by `accelerate launch`, as a user would train with it, with `limit` bytes for torch on a GPU."""
+    """Run a case by `accelerate launch`, as in training, with a memory limit (bytes) for torch."""
     file = f"accelerate_configs/{case.launch}.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     launch += ["--num_processes", "1", "--main_process_port", "0"]
@@ -103,10 +103,10 @@ def launch_case(case: TrainingCase, limit: int) -> Measurement:
 
 
 def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
-    """A row with the predicted and the measured peak of a planned case, and people a second.
+    """A row with predicted and measured peak memory of a planned case, and people a second.
 
     Raises:
-        Skipped: the plan says that it does not fit here.
+        Skipped: the case is predicted not to fit.
     """
     if not plan.fits:
         needs = (
@@ -126,7 +126,7 @@ def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
 
 
 def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
-    """As `compare_on_gpu` for a tiny network on the CPU: what torch's profiler saw allocated."""
+    """As `compare_on_gpu` for a tiny network on the CPU, measured by torch's profiler."""
     layout = Layout(checkpointed_blocks=case.checkpointed_blocks, head_chunk=case.head_chunk)
     plan = predict(stage, way_of(case.way, "no"), case.share, layout, Room(cuda=False))
     measurement = measure_on_cpu(start_accelerator("no"), case)
@@ -134,7 +134,7 @@ def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
 
 
 def compare(name: str, predicted: float, measurement: Measurement) -> Row:
-    """A row with the error of a prediction in per cent of what was measured."""
+    """A row with the error of a prediction in percent of the measurement."""
     if measurement["measured"] is None:
         return {"name": name, "status": "failed", "text": measurement["outcome"], "predicted_bytes": round(predicted)}
     error = predicted / measurement["measured"] - 1
@@ -153,11 +153,11 @@ def _size(num: float) -> str:
 
 
 def _capability(asked: str | None) -> tuple[int, int]:
-    """The one that the command line names, or the GPU's, which another process looks up."""
+    """The compute capability of the command line, or that of the GPU, as found by another process."""
     if asked:
         return planner.parse_capability(asked)
     with tempfile.TemporaryDirectory() as folder:
-        machine = look_at_machine(Path(folder))
+        machine = inspect_machine(Path(folder))
     if machine.capability is None:
         raise UserError(f"no GPU can be used: {machine.problem}")
     return machine.capability
@@ -175,7 +175,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=32)
     asked: Any = parser.parse_args(words)
     result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.parse_bytes("limit", asked.limit))
-    # torch.cuda is not asked for more here: a context of this process would take memory from the case's.
+    # No further call of torch.cuda: a CUDA context of this process would take memory from the case.
     cuda = torch.cuda.is_available()
     with result.guard(f"{asked.model} {asked.stage} {asked.way}"):
         run = run_of(asked.model, asked.stage, hw, asked.batch)

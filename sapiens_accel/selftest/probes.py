@@ -1,4 +1,4 @@
-"""What only the device itself can say of a training step, one probe a process.
+"""Probes of a training step that need the device itself, one probe per process.
 
 python -m sapiens_accel.selftest.probes RESULT.json attention|fp16|waits|offload
 """
@@ -36,7 +36,7 @@ from sapiens_accel.selftest.training_step import (
     take_steps,
 )
 
-# Each head dim of the published sizes, with and without grouped queries (every Sapiens2 has them).
+# All head dimensions of the published sizes, with and without grouped queries (in every Sapiens2).
 ATTENTION_MODELS = ("sapiens_0.3b", "sapiens_2b", "sapiens2_0.4b", "sapiens2_5b")
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
@@ -51,12 +51,12 @@ KERNELS = {
     "overrideable": "the device's own",
     "_softmax": "MATH",
 }
-EXPECTED_WAITS = 2  # a step: whether the norm is finite, and in fp16 the loss scaler's own question
+EXPECTED_WAITS = 2  # in a step: whether the norm is finite, and in fp16 the check of the loss scaler
 OFFLOAD_HW = (512, 384)
-OVERLAP = 0.5  # of the copies' time, under arithmetic: below it offloading costs what it copies
+OVERLAP = 0.5  # fraction of the copy time under computation; below it offloading costs its full copy time
 
 
-# ---- Which attention kernel
+# ---- Attention kernels
 
 
 class OperationNames(TorchDispatchMode):
@@ -72,10 +72,10 @@ class OperationNames(TorchDispatchMode):
 
 
 def attention_kernel(model: SapiensPose, image: Tensor) -> str:
-    """The attention that a forward of the network, with gradients, really runs on this device."""
-    with OperationNames() as seen:
+    """The attention kernel that a forward of the network with gradients runs on this device."""
+    with OperationNames() as operations:
         model(image)
-    names = [name.removeprefix("aten.") for name in seen.names]
+    names = [name.removeprefix("aten.") for name in operations.names]
     scaled = [name for name in names if name.startswith("_scaled_dot_product")]
     for part, kernel in KERNELS.items():
         if any(part in name for name in (scaled or names)):
@@ -84,7 +84,7 @@ def attention_kernel(model: SapiensPose, image: Tensor) -> str:
 
 
 def attention(device: torch.device) -> Iterator[Row]:
-    """A row for each head dim and precision: the kernel of the real network, and every kernel's time and memory."""
+    """A row for each head dimension and precision: the kernel of the network, and time and memory of every kernel."""
     cuda = device.type == "cuda"
     hw = (512, 384) if cuda else (64, 48)
     precisions = [torch.float16, torch.bfloat16] if cuda else [torch.float32]
@@ -108,7 +108,7 @@ def attention(device: torch.device) -> Iterator[Row]:
 
 
 def time_attention(name: str, dtype: torch.dtype, backend: SDPBackend, device: torch.device) -> str:
-    """Milliseconds and MiB of an attention of 16 people by one backend, forward and backward; or why not."""
+    """Milliseconds and MiB of forward and backward of an attention for 16 people with one backend; or why it failed."""
     size, tokens = SIZES[name], 768
     shape = (16, size.heads, tokens, size.width // size.heads)
     groups = 2 if size.family == "sapiens2" else 1
@@ -119,7 +119,7 @@ def time_attention(name: str, dtype: torch.dtype, backend: SDPBackend, device: t
     try:
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)
-        with sdpa_kernel([backend]), warnings.catch_warnings(action="ignore"):  # torch's reasons why another would do
+        with sdpa_kernel([backend]), warnings.catch_warnings(action="ignore"):  # with torch's reasons
             for index in range(4):
                 if index == 1:
                     torch.cuda.synchronize(device)
@@ -132,11 +132,11 @@ def time_attention(name: str, dtype: torch.dtype, backend: SDPBackend, device: t
     return f"{milliseconds:.2f} ms, {(torch.cuda.max_memory_allocated(device) - base) / 2**20:.0f} MiB"
 
 
-# ---- Steps of the real loop
+# ---- Steps of the training loop
 
 
 def tiny_case(stage: StageName, precision: str, model: str = "sapiens_tiny") -> TrainingCase:
-    """A stage of a tiny network with everything that takes memory out of a step: chunks, checkpoints, accumulation."""
+    """A stage of a tiny network with head chunks, checkpointed blocks and accumulation."""
     return TrainingCase(
         model=model,
         stage=stage,
@@ -158,7 +158,7 @@ def best_precision(device: torch.device) -> str:
 
 
 def fp16(device: torch.device) -> Iterator[Row]:
-    """Whether a step whose gradients overflow is seen as skipped and changes nothing; with loss scaling on a GPU."""
+    """Whether a step with infinite gradients is skipped and changes no weight; on a GPU with loss scaling."""
     precision = "fp16" if device.type == "cuda" else "no"
     accelerator = start_accelerator(precision)
     case = replace(tiny_case("phase2", precision), accumulation=1)
@@ -172,16 +172,16 @@ def fp16(device: torch.device) -> Iterator[Row]:
         skipped.append(step.skipped)
         changed.append(float(weight.detach().double().sum()))
     name = {"fp16": "fp16 with loss scaling", "no": "fp32"}[precision]
-    # The first steps of loss scaling may overflow by the scale alone, so that only the bad one is certain.
-    seen, kept = skipped[1], changed[1] == changed[0]
-    status = "passed" if seen and kept else "failed"
-    text = f"a step of infinite loss was {'seen as skipped' if seen else 'NOT SEEN as skipped'}"
-    text += f", and the weights {'stayed' if kept else 'CHANGED'}"
+    # The first steps of loss scaling may overflow because of the scale: only the bad step must be skipped.
+    detected, unchanged = skipped[1], changed[1] == changed[0]
+    status = "passed" if detected and unchanged else "failed"
+    text = f"a step of infinite loss was {'skipped' if detected else 'NOT REPORTED as skipped'}"
+    text += f", and the weights {'did not change' if unchanged else 'CHANGED'}"
     yield {"name": f"skipped step, {name}", "status": status, "text": text, "skipped": skipped}
 
 
 def waits(device: torch.device) -> Iterator[Row]:
-    """How often, and where, the host waits for the device in an optimizer step of each stage, as torch warns of it."""
+    """How often and where the host waits for the device in an optimizer step of each stage, by torch's warnings."""
     precision = best_precision(device)
     for model, stage in itertools.product(("sapiens_tiny", "sapiens2_tiny"), STAGES):
         accelerator = start_accelerator(precision)
@@ -189,7 +189,7 @@ def waits(device: torch.device) -> Iterator[Row]:
         batch = random_batch(case.micro_batch, case.num_unlabeled, case.input_hw, accelerator.device)
         stream = take_steps(accelerator, case, build_network(case.run, stage), itertools.repeat(batch))
         next(stream)
-        next(stream)  # the first ones make state
+        next(stream)  # the first steps create the optimizer's state
         places = synchronizations(lambda stream=stream: next(stream))
         count = places.total()
         text = f"{count} wait{'s' * (count != 1)} in a step of {case.accumulation} micro-batches"
@@ -200,7 +200,7 @@ def waits(device: torch.device) -> Iterator[Row]:
 
 
 def synchronizations(work: Callable[[], Any]) -> Counter[str]:
-    """Our lines, and the line of torch in them, at which torch warns that the work makes the host wait."""
+    """The lines of this package (else of torch) at which torch warns of a synchronization, with their counts."""
     places: Counter[str] = Counter()
 
     def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
@@ -222,11 +222,11 @@ def synchronizations(work: Callable[[], Any]) -> Counter[str]:
     return places
 
 
-# ---- Do the copies of offloaded activations overlap with the arithmetic
+# ---- Overlap of the copies of offloaded activations with computation
 
 
 def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) -> Iterator[Row]:
-    """Time and peak of a step with the blocks' inputs on the device and on the host, and how the copies overlap."""
+    """Time and peak memory of a step with block inputs on the device and on the host, and the overlap of the copies."""
     precision = best_precision(device)
     measured: dict[bool, dict[str, Any]] = {}
     for offloads in (False, True):
@@ -241,9 +241,8 @@ def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) 
             offload_activations=offloads,
         )
         network = build_network(case.run, "phase2", str(accelerator.device))
-        people = random_batch(
-            batch, 0, case.input_hw, accelerator.device
-        )  # after the seed of the network: the same ones
+        # After the seed of the network, so that both cases have the same people.
+        people = random_batch(batch, 0, case.input_hw, accelerator.device)
         stream = take_steps(accelerator, case, network, itertools.repeat(people))
         measured[offloads] = {"loss": float(next(stream).logs["loss"])} | timed_steps(stream, accelerator.device)
         events = traced_events(lambda stream=stream: next(stream)) if offloads else ()
@@ -264,15 +263,15 @@ def offload(device: torch.device, model: str = "sapiens_0.3b", batch: int = 16) 
     }
     copies, kernels = intervals(events)
     if not copies or not kernels:
-        raise Skipped("the profiler saw no copies or kernels on this device (it needs CUPTI)")
-    part, seconds = overlap(copies, kernels), sum(end - start for start, end in copies) / 1e9
-    text = f"{part:.0%} of {seconds * 1e3:.0f} ms of copies run beside kernels"
-    status = "passed" if part >= OVERLAP else "warning"
-    yield {"name": "overlap of the copies", "status": status, "text": text, "overlap": round(part, 4)}
+        raise Skipped("the profiler recorded no copies or kernels on this device (it needs CUPTI)")
+    fraction, seconds = overlap(copies, kernels), sum(end - start for start, end in copies) / 1e9
+    text = f"{fraction:.0%} of {seconds * 1e3:.0f} ms of copies run beside kernels"
+    status = "passed" if fraction >= OVERLAP else "warning"
+    yield {"name": "overlap of the copies", "status": status, "text": text, "overlap": round(fraction, 4)}
 
 
 def timed_steps(stream: Iterator[Any], device: torch.device, num: int = 3) -> dict[str, float]:
-    """Seconds of a step and bytes at its peak, after one step more."""
+    """Seconds and peak bytes of a step, after one step of warm-up."""
     next(stream)
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.synchronize(device)
@@ -284,19 +283,19 @@ def timed_steps(stream: Iterator[Any], device: torch.device, num: int = 3) -> di
 
 
 def traced_events(work: Callable[[], Any]) -> Sequence[Any]:
-    """The profiler's events of the work."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    """The profiler's events of a call."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiling:
         work()
         torch.cuda.synchronize()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    return seen.profiler.kineto_results.events()
+    assert profiling.profiler is not None and profiling.profiler.kineto_results is not None
+    return profiling.profiler.kineto_results.events()
 
 
 Interval = tuple[int, int]  # begin and end, ns
 
 
 def intervals(events: Sequence[Any]) -> tuple[list[Interval], list[Interval]]:
-    """When the device copied to or from the host, and when it ran kernels."""
+    """The intervals of copies between device and host, and those of kernels."""
     copies, kernels = [], []
     for event in events:
         if not str(event.device_type()).endswith("CUDA") or not event.duration_ns():
@@ -311,7 +310,7 @@ def intervals(events: Sequence[Any]) -> tuple[list[Interval], list[Interval]]:
 
 
 def overlap(copies: Sequence[Interval], kernels: Sequence[Interval]) -> float:
-    """The part of the copies' time at which a kernel runs too, 0 to 1."""
+    """The fraction of the copy time during which a kernel runs too, 0 to 1."""
     busy: list[list[int]] = []
     for start, end in sorted(kernels):
         if busy and start <= busy[-1][1]:
@@ -321,9 +320,6 @@ def overlap(copies: Sequence[Interval], kernels: Sequence[Interval]) -> float:
     total = sum(end - start for start, end in copies)
     both = sum(max(0, min(end, stop) - max(start, begin)) for start, end in copies for begin, stop in busy)
     return both / total
-
-
-# ----
 
 
 PROBES: dict[str, Callable[[torch.device], Iterator[Row]]] = {
@@ -337,7 +333,7 @@ PROBES: dict[str, Callable[[torch.device], Iterator[Row]]] = {
 def main(words: Sequence[str]) -> None:
     path, name = words
     if name not in PROBES:
-        raise UserError(f"{name}: no such probe; there are: {', '.join(PROBES)}")
+        raise UserError(f"{name}: no such probe (expected one of {', '.join(PROBES)})")
     result = Result(Path(path))
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     with result.guard(name), torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -1,10 +1,10 @@
-"""People a second of our training step against a plain loop over transformers' network, and its share of the peak.
+"""People a second of our training step, compared with a plain loop over transformers' network, and its utilization.
 
     python -m sapiens_accel.selftest.throughput RESULT.json MODEL [--hw 512 384] [--batch 32] [--compile]
     python -m sapiens_accel.selftest.throughput RESULT.json --epochs OUT      hours of an epoch, from the rates in OUT
 
-The peer is what a user would write instead: bf16 autocast over fp32 weights, AdamW, checkpointed blocks; nothing of
-this project is in it but Sapiens v1's head, which transformers does not have. Both take turns in one process.
+The peer is a plain training loop: bf16 autocast over fp32 weights, AdamW, checkpointed blocks. It uses nothing of this
+package but the head of Sapiens v1, which transformers does not have. Both take turns in one process.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory.estimate import FEW, Plan, Room, fit, measure_stage, predict
+from sapiens_accel.memory.estimate import MIN_CHUNK, Plan, Room, fit, measure_stage, predict
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
@@ -44,8 +44,8 @@ from sapiens_accel.selftest.checks import Result, Row, Skipped
 from sapiens_accel.selftest.peak_memory import case_of_plan
 from sapiens_accel.selftest.training_step import build_network, codec_of, random_batch, run_of, take_steps
 
-# Dense 16-bit products with fp32 sums of NVIDIA's data sheets, by a part of the device's name; the first that is in it
-# counts.
+# Dense 16-bit products with fp32 sums, from NVIDIA's data sheets, by a part of the device's name; the first match is
+# used.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -65,14 +65,14 @@ PEAK_TFLOPS = {
 }
 SETTINGS = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
 COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
-Runner = tuple[Callable[[], None], Iterator[Any]]  # what sets the layout of a runner, and its steps
+Runner = tuple[Callable[[], None], Iterator[Any]]  # a function that sets the layout, and the steps
 
 
 # ---- The peer
 
 
 class PlainViT(nn.Module):
-    """transformers' ViTPose backbone, run by its own forward, and the head on all people at once."""
+    """transformers' ViTPose backbone with its own forward, and the head without chunks."""
 
     def __init__(self, model: SapiensPose) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class PlainViT(nn.Module):
 
 
 class PlainSapiens2(nn.Module):
-    """transformers' own."""
+    """transformers' Sapiens2ForPoseEstimation."""
 
     def __init__(self, model: SapiensPose) -> None:
         super().__init__()
@@ -100,18 +100,18 @@ class PlainSapiens2(nn.Module):
 
 
 def peer_of(model: SapiensPose, device: torch.device) -> nn.Module:
-    """The peer, with the weights that the model has now."""
+    """The peer, with a copy of the model's weights."""
     peer = (PlainViT if model.size.family == "sapiens" else PlainSapiens2)(model)
     for part in peer.children():
         if isinstance(part, PreTrainedModel):
-            part.activation_checkpointing_enable()  # what gradient_checkpointing_enable() is called now
+            part.activation_checkpointing_enable()  # the new name of gradient_checkpointing_enable()
     return peer.to(device).train()
 
 
 def plain_steps(
     peer: nn.Module, batch: Batch, codec: Codec, loss_weight: float, lr: float, autocast: torch.dtype | None
 ) -> Iterator[Tensor]:
-    """A plain loop over the same batch; yields the loss of each step, on the device."""
+    """A plain training loop over one batch; yields the loss of each step, on the device."""
     labeled, device = batch.labeled, batch.labeled.view.image.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     optimizer = torch.optim.AdamW(peer.parameters(), lr=lr)
@@ -130,7 +130,7 @@ def plain_steps(
 
 @lru_cache
 def part_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[int, int]:
-    """Of one person's forward, backbone and head; counted on the meta device: products, convolutions, attention."""
+    """Operations in one person's forward, of backbone and head: products, convolutions, attention, by meta tensors."""
     with torch.device("meta"):
         model = SapiensPose(name, num_keypoints, input_hw)
         image = torch.zeros(1, 3, *input_hw, dtype=torch.uint8)
@@ -142,12 +142,12 @@ def part_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> tupl
 
 
 def forward_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> int:
-    """Of one person's forward, as `part_flops`."""
+    """Operations in one person's forward, as in `part_flops`."""
     return sum(part_flops(name, num_keypoints, input_hw))
 
 
 def peak_tflops(device: str) -> float | None:
-    """What the device could do at most; None where the table does not have it."""
+    """The peak rate of a device; None if it is not in the table."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
 
 
@@ -156,15 +156,17 @@ def peak_tflops(device: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What is timed, and how often.
+    """The settings of a comparison.
 
     Attributes:
         input_hw: of the crop, px.
-        batch: people of one step, one micro-batch.
+        batch: people of a step, one micro-batch.
         limit: bytes that torch may allocate on a GPU.
-        repetitions: turns of each runner; steps of a turn; warm_up steps of each before any is timed.
-        compiled: with compiled blocks too.
-        layouts: which of `layouts_to_time`; None is all.
+        repetitions: turns of each runner.
+        steps: steps of a turn.
+        warm_up: steps of each runner before the first turn.
+        compiled: also time compiled blocks.
+        layouts: keys of `layouts_to_time`; None is all.
     """
 
     input_hw: tuple[int, int]
@@ -178,10 +180,10 @@ class Timing:
 
 
 def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | None) -> Iterator[Row]:
-    """Build both with the same weights, let them take turns, and compare: a row, and with compiled blocks a fuller one.
+    """Build ours and the peer with equal weights and time them in turns: a row, and one more with compiled blocks.
 
     Raises:
-        UserError: ours does not fit beside the peer.
+        UserError: ours does not fit into the memory that the peer leaves.
     """
     device = accelerator.device
     if device.type == "cuda":
@@ -189,7 +191,7 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
         torch.cuda.set_per_process_memory_fraction(min(1.0, timing.limit / total))
     run = run_of(name, "phase2", timing.input_hw, timing.batch, f"--memory.micro_batch={timing.batch}")
     model, batch = build_network(run, "phase2"), random_batch(timing.batch, 0, timing.input_hw, device)
-    theirs, loss_of_peer = start_peer(accelerator, run, model, batch)
+    peer_steps, loss_of_peer = start_peer(accelerator, run, model, batch)
     plan = plan_ours(accelerator, run)
     case = replace(case_of_plan(name, "phase2", timing.input_hw, plan), precision=accelerator.mixed_precision)
     ours = take_steps(accelerator, case, model, repeat(batch))
@@ -197,7 +199,7 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
 
     layouts = {key: layout for key, layout in layouts_to_time(run, plan).items() if key in (timing.layouts or [key])}
     runners: dict[str, Runner] = {key: (partial(model.lay_out, layout), ours) for key, layout in layouts.items()}
-    others: dict[str, Runner] = {} if theirs is None else {"peer": (lambda: None, theirs)}
+    others: dict[str, Runner] = {} if peer_steps is None else {"peer": (lambda: None, peer_steps)}
     flops = 3 * forward_flops(name, SKELETON.num_keypoints, timing.input_hw)
     losses = {"ours": loss, "peer": loss_of_peer}
     settings = {key: value for key, value in case.as_json().items() if key in SETTINGS}
@@ -213,11 +215,11 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
 def start_peer(
     accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch
 ) -> tuple[Iterator[Tensor] | None, float | None]:
-    """The peer after its first step and that step's loss; None where the device cannot hold it."""
+    """The peer after its first step, and the loss of that step; None if it runs out of memory."""
     try:
         return _started(accelerator, run, model, batch)
     except torch.OutOfMemoryError:
-        pass  # until here its frames hold what it has allocated
+        pass  # only after the except block the frames of the error are freed
     free_memory()
     return None, None
 
@@ -230,7 +232,7 @@ def _started(accelerator: Accelerator, run: Config, model: SapiensPose, batch: B
 
 
 def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
-    """Ours, in what the peer leaves free; on a CPU nothing is computed twice.
+    """Plan ours for the memory that the peer leaves; on a CPU without recomputation.
 
     Raises:
         UserError: it does not fit.
@@ -243,17 +245,17 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
     if not plan.fits:
         needs = f"{(plan.gpu_peak + plan.allowance) / GIB:.1f} GiB beside the peer's state"
         raise UserError(
-            f"{run.model.name}: {plan.share.micro_batch} people need {needs}; take a smaller --batch or model"
+            f"{run.model.name}: {plan.share.micro_batch} people need {needs}. Use a smaller --batch or model"
         )
     return plan
 
 
 def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
-    """Ours as planned; with all blocks checkpointed, as the peer has it; with the head the other way."""
+    """Our layout as planned, with all blocks checkpointed (as the peer), and with or without head chunks."""
     stage = measure_stage(run, "phase2", plan.way.strategy.half)
     num, chunk = plan.share.micro_batch, plan.layout.head_chunk
     chunked = chunk is not None and chunk < num
-    other = {"ours_one_chunk": None} if chunked else {"ours_chunked": FEW if num > FEW else 1}
+    other = {"ours_one_chunk": None} if chunked else {"ours_chunked": MIN_CHUNK if num > MIN_CHUNK else 1}
     wanted = {
         "ours": plan.layout,
         "ours_checkpointed": replace(plan.layout, checkpointed_blocks=stage.depth),
@@ -269,7 +271,7 @@ def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
 
 
 def seconds_of(runners: Mapping[str, Runner], timing: Timing, device: torch.device) -> dict[str, list[float]]:
-    """Of one step of each runner, repetition by repetition; they take turns, so that a slow minute meets them all."""
+    """Seconds of a step by runner and repetition. Runners take turns, so that disturbances affect all of them."""
     for arrange, stream in runners.values():
         arrange()
         for _ in range(timing.warm_up):
@@ -303,21 +305,21 @@ def summarize(taken: Mapping[str, list[float]], batch: int, flops: int, peak: fl
     """People a second, their ratios to the peer's (repetition by repetition) and the utilization."""
     rates = {name: spread([batch / t for t in times]) for name, times in taken.items() if times}
     pairs = {name: "peer_again" if name == "ours_compiled" else "peer" for name in taken if name.startswith("ours")}
-    ratios = {ours: over(taken[theirs], taken[ours]) for ours, theirs in pairs.items() if taken.get(theirs)}
+    ratios = {key: spread_of_ratios(taken[peer], taken[key]) for key, peer in pairs.items() if taken.get(peer)}
     chunked = taken.get("ours_chunked", taken["ours"])
     whole = taken["ours"] if "ours_chunked" in taken else taken.get("ours_one_chunk")
     return {
         "people_per_second": rates,
         "ratio": ratios or None,
-        "chunks_cost": over(chunked, whole) if whole else None,
+        "chunks_cost": spread_of_ratios(chunked, whole) if whole else None,
         "tflops_per_person": round(flops / 1e12, 6),
         "mfu": {name: round(rate["median"] * flops / peak / 1e12, 4) for name, rate in rates.items()} if peak else None,
         "outcome": "measured" if "peer" in taken else "ours measured; the peer ran out of memory",
     }
 
 
-def over(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """The spread of quotients, pair by pair."""
+def spread_of_ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The spread of quotients of pairs."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""Training steps as train.py takes them, on random people: built from a case, with their peak memory and their time.
+"""Take training steps as train.py does, on random people, and measure their peak memory and time.
 
 accelerate launch --config_file accelerate_configs/zero2.yaml -m sapiens_accel.selftest.training_step TASK RESULT
 """
@@ -34,26 +34,26 @@ from sapiens_accel.training import ema, optim
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 
-SCHEDULE = 1000  # steps of the schedule that the few measured ones are taken from
+SCHEDULE = 1000  # length of the schedule; only its first steps are measured
 OUT_OF_MEMORY = "out of memory"
-STEPS = {"cuda": 3, "cpu": 2}  # the first one makes the optimizer's state
+STEPS = {"cuda": 3, "cpu": 2}  # the first one creates the optimizer's state
 
 Measurement = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCase:
-    """A stage, and one way to run it on one device.
+    """A stage and a way to run it on one device.
 
     Attributes:
         model: a key of `SIZES`.
         way: its name in `memory.strategies.list_ways`.
         launch: its file in accelerate_configs/.
-        precision: "no", "bf16" or "fp16", as the launch files say it.
+        precision: "no", "bf16" or "fp16", as in the launch files.
         input_hw: of the crop, px.
-        micro_batch: labeled people of one forward and backward.
+        micro_batch: labeled people in a forward and backward pass.
         checkpointed_blocks, head_chunk: see `Layout`.
-        teacher: where stage ssl keeps the teacher's fp32 average.
+        teacher: place of the teacher's fp32 average in stage ssl.
     """
 
     model: str
@@ -84,7 +84,7 @@ class TrainingCase:
 
     @property
     def num_unlabeled(self) -> int:
-        """Unlabeled people of a micro-batch."""
+        """Unlabeled people in a micro-batch."""
         return num_unlabeled(self.run.of(self.stage), self.micro_batch)
 
     def as_json(self) -> dict[str, Any]:
@@ -92,18 +92,18 @@ class TrainingCase:
 
 
 def case_of(tree: dict[str, Any]) -> TrainingCase:
-    """What `TrainingCase.as_json` made, after JSON has turned its tuple into a list."""
+    """The inverse of `TrainingCase.as_json`; JSON has turned its tuple into a list."""
     return TrainingCase(**{**tree, "input_hw": tuple(tree["input_hw"])})
 
 
 def run_of(model: str, stage: StageName, input_hw: tuple[int, int], batch: int, *options: str) -> Config:
-    """The model's own recipe (the demo's for a tiny one) at this input size and global batch.
+    """The recipe of a model (demo for a tiny one) with this input size and global batch.
 
     Raises:
-        UserError: no such model, an option that does not exist.
+        UserError: no such model or option.
     """
     if model not in SIZES:
-        raise UserError(f"no such model {model!r}; there are: {', '.join(SIZES)}")
+        raise UserError(f"no such model {model!r} (expected one of {', '.join(SIZES)})")
     recipe = "demo" if model.endswith("tiny") else f"{model}_coco"
     size = [f"--data.input_hw=[{input_hw[0]},{input_hw[1]}]", f"--{stage}.global_batch={batch}"]
     return config.load([f"--recipe={recipe}", f"--model.name={model}", *size, *options])
@@ -125,12 +125,12 @@ def random_batch(num: int, unlabeled: int, input_hw: tuple[int, int], device: to
 
 
 def num_unlabeled(plan: StageConfig, num: int) -> int:
-    """Unlabeled people that come with so many labeled ones."""
+    """Number of unlabeled people for a number of labeled ones."""
     return num * plan.ratio
 
 
 def build_network(run: Config, stage: StageName, device: str = "cpu") -> SapiensPose:
-    """The stage's network with its first weights, made on the CPU, as train.py makes it, or faster on the device."""
+    """The initial network of a stage; built on the CPU, as in train.py, or faster on the device."""
     set_seed(run.seed)
     with torch.device(device):
         model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
@@ -141,7 +141,7 @@ def build_network(run: Config, stage: StageName, device: str = "cpu") -> Sapiens
 def take_steps(
     accelerator: Accelerator, case: TrainingCase, model: SapiensPose, batches: Iterator[Batch]
 ) -> Iterator[Step]:
-    """Build the stage; what is returned takes one optimizer step each time it is asked, until the batches end."""
+    """Build the stage, and return an iterator that takes an optimizer step for each item, until the batches end."""
     plan = case.run.of(case.stage)
     model.lay_out(case.layout)
     teacher = ema.moving_average(accelerator, deepcopy(model), case.teacher) if plan.teacher else None
@@ -175,22 +175,22 @@ def codec_of(run: Config) -> Codec:
 
 
 def start_accelerator(precision: str) -> Accelerator:
-    """An Accelerator of this process at a precision ("no", "bf16", "fp16"); the one before it is forgotten."""
+    """A new Accelerator with a precision ("no", "bf16", "fp16"), in place of the previous one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     return distributed.start()
 
 
-# ---- The peak of one case, as the allocator saw it
+# ---- Peak memory of a case, by the allocator
 
 
 def measure_on_gpu(accelerator: Accelerator, case: TrainingCase, limit: float) -> Measurement:
-    """Build the case and take its steps with `limit` bytes for torch's allocator.
+    """Build the case and take its steps with a memory limit (bytes) for torch's allocator.
 
     Returns:
-        Bytes: `measured` is the most that the steps allocated, `building` the most before them, `reserved` what the
-        allocator took for it, `device_used` all that was in use of the device at the end, CUDA's context with it.
+        Bytes: `measured` is the peak of the steps, `building` the peak before them, `reserved` the memory reserved by
+        the allocator, `device_used` all used memory of the device at the end, CUDA's context included.
 
     Raises:
         torch.OutOfMemoryError
@@ -218,7 +218,7 @@ def measure_on_gpu(accelerator: Accelerator, case: TrainingCase, limit: float) -
 
 
 def measure_on_cpu(accelerator: Accelerator, case: TrainingCase) -> Measurement:
-    """Build the case and take its steps; the batches are made before, and are not part of what is measured."""
+    """Build the case and take its steps; batches are created before and not measured."""
     num = STEPS["cpu"] * case.accumulation
     people = (case.micro_batch, case.num_unlabeled, case.input_hw, accelerator.device)
     batches = [random_batch(*people) for _ in range(num)]
@@ -231,21 +231,19 @@ def measure_on_cpu(accelerator: Accelerator, case: TrainingCase) -> Measurement:
 
 
 def bytes_made_before(case: TrainingCase) -> int:
-    """Bytes of the images that `measure_on_cpu` makes first: one step's, of what the plan calls data."""
-    views = (
-        case.micro_batch + 2 * case.num_unlabeled
-    )  # what the teacher's labels add, the cut-out images, is made inside
+    """Bytes of the images of a step that `measure_on_cpu` creates before; the plan counts them as data."""
+    views = case.micro_batch + 2 * case.num_unlabeled  # images with cutout are created in the step, and measured
     return case.accumulation * views * 3 * case.input_hw[0] * case.input_hw[1]
 
 
 def peak_of(work: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator had given out at a time, beyond those of before."""
+    """The peak bytes of torch's CPU allocator during a call, above the bytes before it."""
     gc.collect()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # two lines of the profiler's own for each case
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints two lines for each case
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiling:
         work()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    events: list[Any] = seen.profiler.kineto_results.events()  # its stub lacks `nbytes`
+    assert profiling.profiler is not None and profiling.profiler.kineto_results is not None
+    events: list[Any] = profiling.profiler.kineto_results.events()  # its stub lacks `nbytes`
     now = peak = 0
     for _, num in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         now += num
@@ -254,7 +252,7 @@ def peak_of(work: Callable[[], None]) -> int:
 
 
 def main(words: list[str]) -> None:
-    """Run the case of TASK.json and write its measurement into RESULT.json."""
+    """Run the case of TASK.json, and write its measurement to RESULT.json."""
     task = json.loads(Path(words[0]).read_text())
     case, limit = case_of(task["case"]), task["limit"]
     try:
