@@ -239,7 +239,7 @@ class SapiensPose(nn.Module):
             for _, parameter in members:
                 parameter.requires_grad_(not frozen)
         if not any(p.requires_grad for p in self.parameters()):
-            raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to train. Freeze fewer layer groups")
+            raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to learn. Freeze fewer layer groups")
 
     def description(self) -> dict[str, Any]:
         """The description of this network for config.json, from which it can be rebuilt."""

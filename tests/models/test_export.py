@@ -352,7 +352,7 @@ def test_torch_export_gives_the_same_maps_for_any_number_of_people(
 ) -> None:
     model, folder = shallow
     export.main([str(folder), "--to", "torch_export", str(tmp_path / "pose.pt2")])
-    notes = {name: "" for name in graph.NOTES}
+    notes = {name: "" for name in graph.ATTACHED_FILES}
     run = torch.export.load(tmp_path / "pose.pt2", extra_files=notes).module()
     assert json.loads(notes["skeleton.json"])["names"] == list(COCO17.names)
     for num in (1, 3, 4):
