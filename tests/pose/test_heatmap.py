@@ -247,7 +247,7 @@ def test_where_only_some_maps_need_it_decode_is_that_of_each_map_alone(monkeypat
         alone_xy, alone = codec.decode(heatmaps[person : person + 1, k : k + 1])
         torch.testing.assert_close(alone_xy[0, 0], points_xy[person, k], rtol=0, atol=2e-3)
         assert alone == scores[person, k]
-    monkeypatch.setattr(heatmap, "_few", lambda needed: slice(None))
+    monkeypatch.setattr(heatmap, "_select", lambda needed: slice(None))
     torch.testing.assert_close(codec.decode(heatmaps)[0], points_xy, rtol=0, atol=2e-3)
 
 
