@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.commands import doctor_parser
-from sapiens_accel.config.schema import Config, DataConfig, MoreData
+from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, MoreData
 from sapiens_accel.data import augment, build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, spread_rows
@@ -31,8 +32,11 @@ from sapiens_accel.doctor import labels as label_checks
 from sapiens_accel.doctor.annotations import ReadAnnotations
 from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
 from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation.boxes import load_boxes
+from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw
+from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import images
 
@@ -199,6 +203,7 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
     text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
         *_findings_of_lines("reader", sets.warnings),
+        *_evaluation_faults(sets.split(run.eval.split), skeleton, run.eval),
         *preview.check_crops(run, labels, skeleton),
         Finding(level="note", check="grid", text=text),
     ]
@@ -265,6 +270,42 @@ def summarize(say: Callable[[object], object], sets: Sets, run: Config, lines: S
     certain = [finding for finding in worst if finding.level == "error" and not finding.check.endswith("/mirror")]
     if certain:
         raise UserError(_line(certain[0], shown=1))
+
+
+def check_evaluation(say: Callable[[object], object], sets: Sets, run: Config) -> None:
+    """Go through all that evaluation needs of the data, before hours of training end with what could have been said.
+
+    Raises:
+        UserError: what evaluation would raise.
+    """
+    for finding in _evaluation_faults(sets.split(run.eval.split), sets.skeleton, run.eval):
+        if finding.level == "error":
+            raise UserError(finding.text)
+        say(f"{finding.level}: {_line(finding, shown=1)}")
+
+
+def _evaluation_faults(people: People, skeleton: Skeleton, config: EvalConfig) -> list[Finding]:
+    """What is wrong, and what is to be known, with the annotations and boxes that people are evaluated by."""
+    try:
+        truth = read_ground_truth(people, skeleton.num_keypoints)
+        boxes = load_boxes(config.boxes, people)
+    except UserError as error:
+        return [Finding(level="error", check="evaluation", text=str(error))]
+    findings = []
+    if truth.num_without_area and config.area == "annotation":
+        text = (
+            f"{truth.num_without_area} of {len(people)} people to evaluate have no 'area': OKS, and so AP, is measured "
+            f"by {AREA_OF_BOX:g} of their box's"
+        )
+        findings.append(Finding(level="warning", check="area", text=text))
+    if len(truth.categories) > 1:
+        counts = Counter(truth.category_of.values())
+        named = ", ".join(f"{name} {counts[one]}" for one, (_, name) in truth.categories.items())
+        text = f"{len(truth.categories)} categories, evaluated together and each: {named}"
+        findings.append(Finding(level="note", check="categories", text=text))
+    if boxes.note and not boxes.labeled:
+        findings.append(Finding(level="warning", check="boxes", text=boxes.note))
+    return findings
 
 
 def _opened(sets: Sets) -> dict[str, People]:

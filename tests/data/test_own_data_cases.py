@@ -80,7 +80,7 @@ class Refused:
 OUTCOMES: dict[str, Works | Refused] = {
     "animalpose_raw": Refused(text="no list 'images' in it"),
     "ann_id_missing": Works(),
-    "ap10k": Works(people=(12, 8), pairs=7),
+    "ap10k": Works(people=(12, 8), pairs=7, lines=("3 categories, evaluated together and each: antelope 3, bison 3",)),
     "bbox_missing": Refused(text="--data.boxes keypoints"),
     "bbox_missing_half": Works(lines=("3 of 6 people have no box with a width and a height",)),
     "bbox_xyxy": Works(people=(12, 6), lines=("12 boxes look like corners, x1, y1, x2, y2",), doctor=("corners",)),
@@ -89,7 +89,7 @@ OUTCOMES: dict[str, Works | Refused] = {
     "category_text_both": Works(),
     "coco_annotator": Works(lines=("1 of 6 people have no box with a width and a height",)),
     "conv_nan": Works(files=COCO_LAYOUT),
-    "conv_noarea": Works(files=COCO_LAYOUT),
+    "conv_noarea": Works(files=COCO_LAYOUT, lines=("4 of 4 people to evaluate have no 'area'",)),
     "crowdpose": Works(people=(18, 12), keypoints=14, pairs=6),
     "cvat_numbers": Works(pairs=None, files=CVAT, lines=("left and right of the keypoints are not known",)),
     "cvat_sublabels": Works(keypoints=4, pairs=1, files=CVAT),
@@ -167,6 +167,7 @@ def open_case(config: DataConfig) -> tuple[Sets, str]:
     skeleton, note = build.open_skeleton(config)
     sets = build.open_people(config, skeleton, unlabeled=False)
     doctor.summarize(said.append, sets, Config(data=config), note)
+    doctor.check_evaluation(said.append, sets, Config(data=config))
     return sets, "\n".join(map(str, said))
 
 
