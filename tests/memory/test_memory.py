@@ -282,7 +282,7 @@ def test_where_a_whole_teacher_does_not_fit_the_host_keeps_it() -> None:
 
 
 def test_a_teacher_cannot_be_shared_among_one() -> None:
-    with pytest.raises(UserError, match=r"--memory.teacher sharded: only one process .*expected device or host"):
+    with pytest.raises(UserError, match=r"--memory.teacher sharded: there is only one .*expected device or host"):
         planned("demo", 15, "--stage", "ssl", "--memory.teacher", "sharded")
     assert planned("demo", 15, "--stage", "ssl", "--memory.teacher", "host")["ssl"].way.teacher == "host"
     assert planned("demo", 15, "--stage", "phase2", "--memory.teacher", "sharded")["phase2"].way.teacher == "device"
