@@ -133,14 +133,14 @@ def choose(files: Sequence[str], wanted: Reference) -> tuple[list[str], str]:
     inside = f"{wanted.path}/" if wanted.path else ""
     if wanted.path is not None and wanted.path in files:
         return [wanted.path, *_license_files(files)], wanted.path
-    here = [name.removeprefix(inside) for name in files if name.startswith(inside)]
-    if not here:
+    present = [name.removeprefix(inside) for name in files if name.startswith(inside)]
+    if not present:
         raise UserError(f"{wanted.repo} has no {wanted.path!r}{_list_weights(files, wanted)}")
-    here = [name for name in here if "/" not in name]
-    weights = _find_weights(here)
+    present = [name for name in present if "/" not in name]
+    weights = _find_weights(present)
     if len({name for name in weights if name != INDEX}) == 0 or (len(weights) > 1 and INDEX not in weights):
         raise UserError(f"{wanted.repo} has {'no' if not weights else 'several'} weights{_list_weights(files, wanted)}")
-    beside = [name for name in here if any(fnmatch.fnmatch(name, pattern) for pattern in BESIDE)]
+    beside = [name for name in present if any(fnmatch.fnmatch(name, pattern) for pattern in BESIDE)]
     names = [inside + name for name in (*weights, *beside)]
     # A folder is read by its model.safetensors; a file of any other name is returned itself.
     returned = wanted.path or "" if {FILE, INDEX} & set(weights) else inside + weights[0]

@@ -257,7 +257,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *known: Any) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.counted: set[int] = set()
         for tensor in tree_leaves([list(tensors) for tensors in known]):
             self._is_new(tensor)
 
@@ -280,10 +280,10 @@ class LiveBytes(TorchDispatchMode):
         """Whether the tensor's storage has not been counted yet; that of a view has."""
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self.seen:
+        if key in self.counted:
             return False
-        self.seen.add(key)
-        weakref.finalize(storage, self.seen.discard, key)
+        self.counted.add(key)
+        weakref.finalize(storage, self.counted.discard, key)
         return True
 
     def _freed(self, num: int) -> None:

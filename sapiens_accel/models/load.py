@@ -74,25 +74,25 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
         UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is missing or
             does not fit; values that are not finite.
     """
-    found, own = published.read(reference), model.state_dict()
-    _check_size(found, model)
-    state = dict(found.state)
-    reshaped = _fit_positions(state, found, own, model)
-    mapping, new = _fit_rows(state, found, own, model, names)
+    weights, own = published.read(reference), model.state_dict()
+    _check_size(weights, model)
+    state = dict(weights.state)
+    reshaped = _fit_positions(state, weights, own, model)
+    mapping, new = _fit_rows(state, weights, own, model, names)
     mapped = list(_rows(model)) if mapping else []
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
-    _check_backbone(found, state, own, absent, model)
-    _check_values(found, fitting, own)
+    _check_backbone(weights, state, own, absent, model)
+    _check_values(weights, fitting, own)
     model.load_state_dict(fitting, strict=False)
     return Report(
-        source=str(found.file),
+        source=str(weights.file),
         loaded=sorted(set(fitting) - {*reshaped, *mapped}),
         reshaped=reshaped,
         mapped=mapped,
-        reinitialized=[key for key in absent if key in found.state],
-        missing=[key for key in absent if key not in found.state],
-        unused=sorted(set(found.state) - set(fitting)),
+        reinitialized=[key for key in absent if key in weights.state],
+        missing=[key for key in absent if key not in weights.state],
+        unused=sorted(set(weights.state) - set(fitting)),
         mapping=mapping,
         new_keypoints=new,
     )
@@ -124,36 +124,36 @@ def description(folder: Path) -> dict[str, Any]:
 # ---- Checks
 
 
-def _check_size(found: Weights, model: SapiensPose) -> None:
+def _check_size(weights: Weights, model: SapiensPose) -> None:
     patches = {"sapiens": "patch_embeddings.projection.weight", "sapiens2": "patch_embeddings.weight"}
-    projection = found.state.get(f"backbone.embeddings.{patches[found.family]}")
-    blocks = [int(block[1]) for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))]
+    projection = weights.state.get(f"backbone.embeddings.{patches[weights.family]}")
+    blocks = [int(block[1]) for key in weights.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))]
     width, depth = len(projection) if projection is not None and projection.ndim else None, max(blocks, default=-1) + 1
-    if found.family == model.size.family and width in (model.size.width, None) and depth == model.size.depth:
+    if weights.family == model.size.family and width in (model.size.width, None) and depth == model.size.depth:
         return
     sizes = [
-        name for name, size in SIZES.items() if (size.family, size.width, size.depth) == (found.family, width, depth)
+        name for name, size in SIZES.items() if (size.family, size.width, size.depth) == (weights.family, width, depth)
     ]
-    what = f"{sizes[0]} ({width} wide, {depth} blocks)" if sizes else f"a {found.family} {width} wide, {depth} blocks"
+    what = f"{sizes[0]} ({width} wide, {depth} blocks)" if sizes else f"a {weights.family} {width} wide, {depth} blocks"
     ours = f"{model.name} is {model.size.width} wide, {model.size.depth} blocks"
     remedy = f"Give --model.name {sizes[0]}, or other weights" if sizes else "Give weights of this size"
-    family = "" if found.family == model.size.family else f", and of family {model.size.family}"
-    raise UserError(f"--weights {found.file}: this is {what}; {ours}{family}. {remedy}")
+    family = "" if weights.family == model.size.family else f", and of family {model.size.family}"
+    raise UserError(f"--weights {weights.file}: this is {what}; {ours}{family}. {remedy}")
 
 
-def _check_backbone(found: Weights, state: State, own: State, absent: Sequence[str], model: SapiensPose) -> None:
+def _check_backbone(weights: Weights, state: State, own: State, absent: Sequence[str], model: SapiensPose) -> None:
     lost = [key for key in absent if key.startswith("backbone.")]
     if not lost:
         return
     first, expected = lost[0], "x".join(map(str, own[lost[0]].shape))
     what = f"is {'x'.join(map(str, state[first].shape))}" if first in state else "is missing"
     raise UserError(
-        f"--weights {found.file}: {first!r} {what}; {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
+        f"--weights {weights.file}: {first!r} {what}; {model.name} at {model.input_hw[0]}x{model.input_hw[1]} needs "
         f"{expected} ({len(lost)} backbone tensors are missing or do not fit). Download the file again, or give others"
     )
 
 
-def _check_values(found: Weights, fitting: State, own: State) -> None:
+def _check_values(weights: Weights, fitting: State, own: State) -> None:
     """Refuse values that are not finite, one tensor at a time, so that at most one is copied."""
     for key, value in fitting.items():
         values = (
@@ -164,7 +164,7 @@ def _check_values(found: Weights, fitting: State, own: State) -> None:
         if not (-most <= low and high <= most):
             bad = int((~(values.double().abs() <= most)).sum())
             raise UserError(
-                f"--weights {found.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
+                f"--weights {weights.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
                 f"(nan, inf): the training that wrote it has diverged. Use weights of an earlier step"
             )
 
@@ -172,7 +172,7 @@ def _check_values(found: Weights, fitting: State, own: State) -> None:
 # ---- Positions
 
 
-def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose) -> list[str]:
+def _fit_positions(state: State, weights: Weights, own: State, model: SapiensPose) -> list[str]:
     """Resize Sapiens v1's position embedding to the model's grid, after VitPose's empty slot 0. Returns resized keys.
 
     A published embedding may begin with a class position; it has the shape of that slot and must not be loaded into it.
@@ -180,8 +180,8 @@ def _fit_positions(state: State, found: Weights, own: State, model: SapiensPose)
     if POSITIONS not in state or POSITIONS not in own or state[POSITIONS].shape[::2] != own[POSITIONS].shape[::2]:
         return []
     source, patch = state[POSITIONS], model.size.patch
-    target_hw, known_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, found.input_hw or (0, 0)))
-    counts = [source.shape[1], source.shape[1] - 1] if found.as_published else [source.shape[1] - 1]
+    target_hw, known_hw = ((hw[0] // patch, hw[1] // patch) for hw in (model.input_hw, weights.input_hw or (0, 0)))
+    counts = [source.shape[1], source.shape[1] - 1] if weights.as_published else [source.shape[1] - 1]
     grid_hw = _grid_hw(counts, known_hw, target_hw)
     if grid_hw is None:
         return []
@@ -213,27 +213,28 @@ def _rows(model: SapiensPose) -> tuple[str, str]:
 
 
 def _fit_rows(
-    state: State, found: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
+    state: State, weights: Weights, own: State, model: SapiensPose, names: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:
     """Reorder the last layer's rows by keypoint name. Returns a description, and the keypoints without a row.
 
     The description is empty if the rows are in this order already, or if the file's names are unknown.
     """
     keys = _rows(model)
-    if names is None or found.names in (None, tuple(names)) or not all(key in state for key in keys):
+    if names is None or weights.names in (None, tuple(names)) or not all(key in state for key in keys):
         return "", ()
-    shared = [name for name in names if name in found.names]
-    if not shared or any(state[key].shape != (len(found.names), *own[key].shape[1:]) for key in keys):
+    shared = [name for name in names if name in weights.names]
+    if not shared or any(state[key].shape != (len(weights.names), *own[key].shape[1:]) for key in keys):
         # No keypoint in common, even if their number is equal; or another number of channels.
         for key in keys:
             del state[key]
         return "", ()
-    to, source = ([list(order).index(name) for name in shared] for order in (names, found.names))
+    to, source = ([list(order).index(name) for name in shared] for order in (names, weights.names))
     for key in keys:
         rows = own[key].detach().clone()
         rows[to] = state[key][source].to(rows)
         state[key] = rows
-    how = f"{len(shared)} of {len(names)} keypoints by name, of the file's {len(found.names)} (by {found.names_from})"
+    total = f"of the file's {len(weights.names)} (by {weights.names_from})"
+    how = f"{len(shared)} of {len(names)} keypoints by name, {total}"
     return how, tuple(name for name in names if name not in shared)
 
 

@@ -182,20 +182,20 @@ def run_process(command: Sequence[str], log: Path, limit: float) -> int | None:
             cwd=REPOSITORY, env=environment(), start_new_session=True,
         )  # fmt: skip
         family = psutil.Process(process.pid)
-        seen: set[psutil.Process] = set()
+        descendants: set[psutil.Process] = set()
         deadline = time.monotonic() + limit
         try:
             while True:
                 # Launchers start workers in new sessions, so a signal to the process group does not reach them.
                 with _ignore_ended_processes():
-                    seen |= set(family.children(recursive=True))
+                    descendants |= set(family.children(recursive=True))
                 try:
                     return process.wait(min(0.25, max(deadline - time.monotonic(), 0)))
                 except subprocess.TimeoutExpired:
                     if time.monotonic() >= deadline:
                         return None
         finally:
-            kill(process, seen)
+            kill(process, descendants)
 
 
 def kill(process: subprocess.Popen, descendants: set[psutil.Process]) -> None:
