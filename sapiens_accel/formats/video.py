@@ -62,7 +62,7 @@ def main(asked: Namespace) -> None:
     file = asked.out / "annotations" / f"person_boxes_{asked.folder}.json"
     total = _add(file, images, boxes, _category(asked))
     still = len(indices) - len(images)
-    print(f"{folder}: {count(len(images), 'frame')} of {film}, {count(sum(map(len, boxes)), 'box')}")
+    print(f"{folder}: {count(len(images), 'frame')} of {film}, {sum(map(len, boxes))} box(es)")
     if still:
         print(f"left out: {count(still, 'frame')} in which nothing moves")
     if finder and finder.share_moving > MOVING_CAMERA:

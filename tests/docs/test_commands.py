@@ -55,6 +55,7 @@ NOT_RUN = {
 }
 # They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
 NOT_RUN_PREFIX = ("python benchmarks/", "python -m sapiens_accel.selftest.")
+NOT_RUN_FILES = ("docs/laboratory_animal.md",)  # tests/docs/test_laboratory_animal.py runs it from top to bottom
 NAMES = ("accelerate launch",)  # of a program, in a sentence
 
 COUNTS = {"num_train": 12, "num_unlabelled": 8, "num_val": 6}
@@ -75,7 +76,10 @@ PIP = [one for one in PARTS if one.text.startswith("pip install")]
 RUN = [
     one
     for one in PARTS
-    if one not in PIP and one.text not in {*NOT_RUN, *NAMES} and not one.text.startswith(NOT_RUN_PREFIX)
+    if one not in PIP
+    and one.file not in NOT_RUN_FILES
+    and one.text not in {*NOT_RUN, *NAMES}
+    and not one.text.startswith(NOT_RUN_PREFIX)
 ]
 
 
@@ -237,9 +241,9 @@ def _prepare(workspace: Path, command: str, environment: dict[str, str]) -> None
         _bash("python -m sapiens_accel.data convert coco COCO OUT --to parquet", workspace, environment)
 
 
-def _bash(command: str, folder: Path, environment: dict[str, str]) -> str:
+def _bash(command: str, folder: Path, environment: dict[str, str], seconds: float = SECONDS) -> str:
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
     )
     said = f"$ {command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     assert done.returncode == 0, said
