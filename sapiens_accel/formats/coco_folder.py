@@ -4,7 +4,6 @@ annotations/person_keypoints_{train,val}2017.json, train2017/ and val2017/, what
 """
 
 import json
-import math
 import os
 import shutil
 from collections import Counter
@@ -14,20 +13,39 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from jaxtyping import Float
+from numpy import ndarray as Array
 from tqdm import tqdm
 
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.formats.dataset import PoseCategory, PoseDataset, PoseImage, PoseInstance, read_size
 from sapiens_accel.inference.media import save_image
+from sapiens_accel.pose.person_boxes import (
+    ANNOTATED,
+    BOX_MARGIN,
+    FROM_KEYPOINTS,
+    GUESSED_SIDE,
+    NO_BOX,
+    WHOLE_IMAGE,
+    BoxRule,
+    PeopleBoxes,
+    choose_boxes,
+)  # fmt: skip
+from sapiens_accel.pose.visibility import is_labeled
 
 FILES = {
     "train": (DataConfig.train_annotations, DataConfig.train_images),
     "val": (DataConfig.val_annotations, DataConfig.val_images),
 }
 SKELETON = "skeleton.yaml"
-MARGIN = 0.1  # of a box from keypoints, on each side, as a share of its longer side
-SMALLEST_SIDE = 0.1  # of such a box, as a share of the image's longer side: one keypoint alone has no size
+ORIGINS = {
+    ANNOTATED: "of the tool",
+    FROM_KEYPOINTS: f"from the keypoints, with a margin of {BOX_MARGIN:g}",
+    GUESSED_SIDE: "from keypoints in a line or a single one, with the median side of the others",
+    WHOLE_IMAGE: "of whole images",
+    NO_BOX: "missing, without a keypoint to make one from",
+}
 
 Split = Literal["train", "val"]
 
@@ -39,14 +57,13 @@ class WriteOptions:
     Attributes:
         val: the share of the images that validate, where the tool has no split.
         seed: of the choice of images or sessions.
-        boxes: annotation: the tool's own where there is one, else from the keypoints; keypoints: all from them;
-            image: the whole image.
+        boxes: as --data.boxes: the tool's own where there is one, else from the keypoints; all from them; whole images.
         link: images are links, not copies.
     """
 
     val: float = 0.2
     seed: int = 0
-    boxes: Literal["annotation", "keypoints", "image"] = "annotation"
+    boxes: BoxRule = "annotation"
     link: bool = False
 
 
@@ -54,7 +71,7 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     """Write the folder, whole or not at all, and say what is in it, a line each.
 
     Raises:
-        UserError: there is nothing to train on, `out` is there already, an image cannot be read.
+        UserError: nothing to train on, a keypoint that is none, an `out` that is there, an image that cannot be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: there already (expected a new folder). Name another one, or remove it")
@@ -62,13 +79,14 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
         raise UserError(
             f"no labeled keypoint in the {count(len(dataset.images), 'image')} that were read (expected some)"
         )
+    _check_keypoints(dataset.images)
     lines = split_images(dataset.images, options)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     boxes: Counter[str] = Counter()
     try:
         for split in FILES:
             images = [image for image, one in zip(dataset.images, lines.splits, strict=True) if one == split]
-            _write_split(temporary, split, images, dataset.categories, options, boxes)
+            boxes += _write_split(temporary, split, images, dataset.categories, options)
         if mirror := _mirror_pairs(dataset.categories):
             (temporary / SKELETON).write_text(yaml.safe_dump({"mirror": mirror}, default_flow_style=None, width=120))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +99,19 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     told += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
     told += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
     return told
+
+
+def _check_keypoints(images: list[PoseImage]) -> None:
+    """
+    Raises:
+        UserError: a coordinate that is no number, or a v that is not 0, 1 or 2, with its image.
+    """
+    for image in images:
+        for one in image.instances:
+            if not np.isfinite(one.keypoints).all():
+                raise UserError(f"{image.name}: keypoints that are NaN or infinite (expected pixels of an image)")
+            if len(odd := one.keypoints[~np.isin(one.keypoints[:, 2], (0, 1, 2)), 2]):
+                raise UserError(f"{image.name}: v of a keypoint is {odd[0]:g} (expected 0, 1 or 2). Is it a score?")
 
 
 def _describe(split: str, dataset: PoseDataset, lines: "ImageSplits") -> str:
@@ -162,9 +193,8 @@ def _write_split(
     images: list[PoseImage],
     categories: list[PoseCategory],
     options: WriteOptions,
-    boxes: Counter[str],
-) -> None:
-    """The JSON and the images of one split."""
+) -> Counter[str]:
+    """Write the JSON and the images of one split; where the boxes are from."""
     annotations, folder = FILES[split]
     tree: dict[str, Any] = {
         "images": [],
@@ -176,9 +206,11 @@ def _write_split(
     ann_ids = [one.fields.get("id") for image in images for one in image.instances]
     has_ann_ids = all(isinstance(one, int) for one in ann_ids) and len(set(ann_ids)) == len(ann_ids)
     names: set[str] = set()
+    sizes = []
     for number, image in enumerate(tqdm(images, desc=split, unit="image", disable=None, leave=False), 1):
         name = _free_name(image.name, names)
         size_wh = _place_image(image, root / folder / name, link=options.link)
+        sizes.append(size_wh)
         image_id = image.fields["id"] if has_ids else number
         session = {"session": image.group} if image.group else {}
         tree["images"].append(
@@ -187,11 +219,13 @@ def _write_split(
         for one in image.instances:
             ann_id = one.fields["id"] if has_ann_ids else len(tree["annotations"]) + 1
             ours = {"id": ann_id, "image_id": image_id, "category_id": one.category + 1}
-            tree["annotations"].append(one.fields | ours | _numbers(one, size_wh, options, boxes))
+            tree["annotations"].append(one.fields | ours | _numbers(one))
+    counts = _add_boxes(tree["annotations"], images, sizes, options.boxes)
     file = root / annotations
     file.parent.mkdir(parents=True, exist_ok=True)
     (root / folder).mkdir(exist_ok=True)
     file.write_text(json.dumps(tree))
+    return counts
 
 
 def _category(category: PoseCategory, number: int) -> dict[str, Any]:
@@ -226,35 +260,54 @@ def _place_image(image: PoseImage, target: Path, *, link: bool) -> tuple[int, in
     return read_size(image.source if isinstance(image.source, Path) else target)
 
 
-def _numbers(one: PoseInstance, size_wh: tuple[int, int], options: WriteOptions, boxes: Counter[str]) -> dict[str, Any]:
-    """Keypoints and box of an annotation."""
-    labeled = one.keypoints[one.keypoints[:, 2] > 0]
-    box, what = one.box_xywh, "of the tool"
-    if options.boxes == "image":
-        box, what = (0.0, 0.0, float(size_wh[0]), float(size_wh[1])), "of whole images"
-    elif (options.boxes == "keypoints" or box is None or min(box[2:]) <= 0) and len(labeled):
-        box, what = box_of_keypoints(labeled[:, :2], size_wh), f"from the keypoints with a margin of {MARGIN:.0%}"
-    boxes[what] += 1
-    numbers = [round(float(value), 3) for value in one.keypoints.reshape(-1)]
-    v = one.keypoints[:, 2].astype(int).tolist()
-    numbers[2::3] = v
-    fields: dict[str, Any] = {"iscrowd": 0} if "iscrowd" not in one.fields else {}
-    if box is not None:
-        fields["bbox"] = [round(value, 3) for value in box]
-    return fields | {"keypoints": numbers, "num_keypoints": len(labeled)}
+def _numbers(one: PoseInstance) -> dict[str, Any]:
+    """Keypoints of an annotation, and whether it is a crowd."""
+    numbers: list[float] = [round(float(value), 3) for value in one.keypoints.reshape(-1)]
+    numbers[2::3] = one.keypoints[:, 2].astype(int).tolist()
+    fields = {"iscrowd": 0} if "iscrowd" not in one.fields else {}
+    return fields | {"keypoints": numbers, "num_keypoints": int(is_labeled(one.keypoints).sum())}
 
 
-def box_of_keypoints(points_xy: np.ndarray, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
-    """x, y, width, height (image px) of the labeled keypoints, with a margin, inside the image.
+def _add_boxes(
+    annotations: list[dict[str, Any]], images: list[PoseImage], sizes: list[tuple[int, int]], rule: BoxRule
+) -> Counter[str]:
+    """Write the box of each annotation, inside of its image, and count where they are from.
 
-    The margin is MARGIN of the longer side on each side; no side is shorter than SMALLEST_SIDE of the image.
+    The rules are those of --data.boxes (`pose.person_boxes`), with its margin, for each category by itself.
+
+    Args:
+        annotations: of all instances of the images, in their order.
     """
-    low, high = points_xy.min(axis=0), points_xy.max(axis=0)
-    margin = MARGIN * float((high - low).max())
-    least = SMALLEST_SIDE * max(size_wh)
-    center, half = (low + high) / 2, np.maximum((high - low) / 2 + margin, least / 2)
-    low, high = np.maximum(center - half, 0), np.minimum(center + half, np.array(size_wh, float))
-    x, y, w, h = (float(value) for value in (*low, *(high - low)))
-    if not all(map(math.isfinite, (x, y, w, h))):
-        raise UserError("keypoints that are no finite numbers (expected pixels of an image)")
-    return x, y, w, h
+    people = [(one, size) for image, size in zip(images, sizes, strict=True) for one in image.instances]
+    counts: Counter[str] = Counter()
+    for category in sorted({one.category for one, _ in people}):
+        places = [place for place, (one, _) in enumerate(people) if one.category == category]
+        keypoints = np.array([people[place][0].keypoints for place in places])
+        annotated = np.array([people[place][0].box_xywh or (0, 0, 0, 0) for place in places], float)
+        size_wh = np.array([people[place][1] for place in places], float)
+        chosen = _choose_boxes(annotated, keypoints, size_wh, rule)
+        for place, box, size, origin in zip(places, chosen.boxes_xywh, size_wh, chosen.origins, strict=True):
+            counts[ORIGINS[int(origin)]] += 1
+            if origin != NO_BOX:
+                is_made = origin in (FROM_KEYPOINTS, GUESSED_SIDE)
+                inside = np.concatenate([np.maximum(box[:2], 0), np.minimum(box[:2] + box[2:], size)])
+                inside[2:] -= inside[:2]
+                # A box around keypoints that are all outside of the image stays as it is: the doctor names it.
+                shown = inside if is_made and min(inside[2:]) > 0 else box
+                annotations[place]["bbox"] = [round(float(value), 3) for value in shown]
+    return counts
+
+
+def _choose_boxes(
+    annotated: Float[Array, "n 4"], keypoints: Float[Array, "n k 3"], size_wh: Float[Array, "n 2"], rule: BoxRule
+) -> PeopleBoxes:
+    labeled, unknown = is_labeled(keypoints), np.full(2, np.nan)
+    points = keypoints[..., :2]
+
+    def typical_wh() -> Float[Array, "2"]:
+        which: BoxRule = "keypoints" if rule == "keypoints" else "annotation"
+        boxes = choose_boxes(annotated, points, labeled, size_wh, (which, BOX_MARGIN), lambda: unknown)
+        sides = boxes.boxes_xywh[labeled.any(axis=1) & (boxes.origins <= FROM_KEYPOINTS), 2:]
+        return np.median(sides, axis=0) if len(sides) else unknown
+
+    return choose_boxes(annotated, points, labeled, size_wh, (rule, BOX_MARGIN), typical_wh)

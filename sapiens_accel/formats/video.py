@@ -17,7 +17,6 @@ from numpy import ndarray as Array
 from sapiens_accel.config.commands import FRAMES
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError, count
-from sapiens_accel.formats.coco_folder import MARGIN
 from sapiens_accel.formats.dataset import DEFAULT_CATEGORY
 from sapiens_accel.inference.media import frame_name, is_video, read_frames, save_image, video_length
 from sapiens_accel.runtime.files import write_text
@@ -27,6 +26,7 @@ THUMBNAIL = 32  # px, of the images that are compared
 MOST_COMPARED = 2_000  # frames; of a longer video they are spread evenly
 NUM_BACKGROUND = 51  # frames whose median is the background: what moves is elsewhere in most of them
 LEAST_CHANGE = 20  # gray levels that count as motion: noise of a camera is below
+MARGIN = 0.1  # of a box, on each side, as a share of its longer side
 SMALLEST_SHARE = 0.001  # of the image; a smaller area that moves is noise
 MOVING_CAMERA = 0.5  # share of the image that moves in the median frame where the camera does
 

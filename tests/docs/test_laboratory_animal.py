@@ -1,4 +1,4 @@
-"""docs/laboratory_animal.md on the data that it is about, to the letter: its YAML, and its commands one after the other.
+"""docs/laboratory_animal.md on the data that it is about, to the letter: its YAML and its commands, one by one.
 
 CollectedData.csv and the film are written from the test data's annotations and frames, in lightning-pose's layout.
 """

@@ -125,3 +125,13 @@ def test_an_annotation_of_no_image_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"crowdpose\.json: annotation 7003: its image 999 is not among 'images'$"):
         run("crowdpose", file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("place", "value", "expected"), [(2, 0.7, "v of a keypoint is 0.7"), (0, float("nan"), "NaN")])
+def test_scores_and_no_numbers_are_refused(tmp_path: Path, place: int, value: float, expected: str) -> None:
+    file = foreign.crowdpose(tmp_path)
+    tree = json.loads(file.read_text())
+    tree["annotations"][3]["keypoints"][place] = value
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=rf"^day1/img\d+\.png: .*{expected}"):
+        run("crowdpose", file, tmp_path / "out")

@@ -14,7 +14,7 @@ from foreign import EDGES, HEIGHT, NAMES, WIDTH
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats import convert
-from sapiens_accel.formats.coco_folder import MARGIN, WriteOptions, box_of_keypoints, split_images
+from sapiens_accel.formats.coco_folder import WriteOptions, split_images
 from sapiens_accel.formats.dataset import PoseImage
 
 SPLITS = {"train": "train2017", "val": "val2017"}
@@ -45,6 +45,14 @@ def read_back(out: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str
     return by_name, categories, split_of
 
 
+def box_of_keypoints(points: np.ndarray) -> np.ndarray:
+    """x, y, w, h: 0.15 of each side more on each side, cut off at the image's border."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    low, high = low - 0.15 * (high - low), high + 0.15 * (high - low)
+    low, high = np.maximum(low, 0), np.minimum(high, (WIDTH, HEIGHT))
+    return np.concatenate([low, high - low])
+
+
 def check_mice(
     out: Path, *, animals: int = 2, boxes: bool, tolerance: float = 5e-3, names: tuple[str, ...] = NAMES
 ) -> dict[str, str]:
@@ -61,7 +69,7 @@ def check_mice(
             np.testing.assert_array_equal(points[places][:, 2] > 0, mouse.points[:, 2] > 0)
             assert one["num_keypoints"] == (mouse.points[:, 2] > 0).sum() == (points[:, 2] > 0).sum()
             labeled = mouse.points[mouse.points[:, 2] > 0, :2]
-            expected = mouse.box if boxes else box_of_keypoints(labeled, (WIDTH, HEIGHT))
+            expected = mouse.box if boxes else box_of_keypoints(labeled)
             np.testing.assert_allclose(one["bbox"], expected, atol=0.02)
     return split_of
 
@@ -289,12 +297,22 @@ def test_images_of_no_session_are_drawn() -> None:
     assert chosen[0] == chosen[1] != chosen[2] and chosen[0].count("val") == 8
 
 
-def test_a_box_of_keypoints_has_a_margin_and_a_size() -> None:
-    """MARGIN of the longer side on each side, inside the image; one keypoint alone has a tenth of the image."""
-    box = box_of_keypoints(np.array([[100.0, 50], [150, 150]]), (320, 240))
-    np.testing.assert_allclose(box, (100 - 100 * MARGIN, 50 - 100 * MARGIN, 50 + 200 * MARGIN, 100 + 200 * MARGIN))
-    np.testing.assert_allclose(box_of_keypoints(np.array([[100.0, 50]]), (320, 240)), (84, 34, 32, 32))
-    np.testing.assert_allclose(box_of_keypoints(np.array([[0.0, 0]]), (320, 240)), (0, 0, 16, 16))
+def test_a_single_keypoint_has_the_box_of_the_others_and_a_zero_sized_one_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Label Studio and SLEAP write boxes without width or height for one keypoint, and two in a line."""
+    folder = foreign.yolo(tmp_path / "mice")
+    train, val = folder / "labels" / "train", folder / "labels" / "val"
+    (train / "img000.txt").write_text("0 0.5 0.5 0 0 0.5 0.5 2" + " 0 0 0" * 3)
+    (val / "img004.txt").write_text("0 0.5 0.5 0.25 0 0.25 0.25 2 0.5 0.5 2" + " 0 0 0" * 2)
+    run("yolo", folder, tmp_path / "out")
+    by_name, _, _ = read_back(tmp_path / "out")
+    others = [one["bbox"] for name in ("img001", "img002", "img003") for one in by_name[name]]
+    width, height = np.median(others, axis=0)[2:]
+    np.testing.assert_allclose(by_name["img000"][0]["bbox"], [160 - width / 2, 120 - height / 2, width, height])
+    np.testing.assert_allclose(by_name["img004"][0]["bbox"], [80 - 12, 60 - 9, 80 + 24, 60 + 18])
+    said = capsys.readouterr().out
+    assert "1 from keypoints in a line or a single one" in said and "1 from the keypoints, with a margin" in said
 
 
 def test_two_images_of_one_name_both_stay(tmp_path: Path) -> None:
