@@ -158,12 +158,20 @@ class DataConfig:
     absent_is_background: bool = False
     """v=0 means that a keypoint is not in the image: the network learns an empty heatmap for it. By default it means
     that nobody labeled it, and nothing is learned of it."""
+    clip_boxes: bool = False
+    """Boxes of labeled people end at the image's border, as published; otherwise they are taken as they are."""
+    outside_keypoints: Literal["near", "ignored"] = "near"
+    """Keypoints that lie outside of the crop: near, those whose Gaussian still reaches into the heatmap are learned
+    (published Sapiens, and mmpose); ignored, none (published Sapiens2)."""
     occluded_weight: NonNegative = 0.5
     """Target weight of a labeled but occluded keypoint (v=1). Published: 1.0. Unlabeled is 0 and visible is 1."""
     num_workers: Count = 4
     """Decoding processes for each rank; the batches are the same bytes for any number."""
     allow_other: bool = False
     """Resume even if the people of training or validation differ from those of the run that is resumed."""
+    on_leak: Literal["stop", "skip"] = "stop"
+    """What to do about an image of data.more that is an image of validation as well, whatever its name and encoding:
+    stop and name it, or leave its people out."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """If an image cannot be decoded: stop and name it, or skip its people and name it."""
     check_images: Literal["auto", "ends", "decode"] = "auto"
@@ -192,9 +200,12 @@ class AugmentConfig:
     rotation_p: Fraction = 0.6
     """... with this probability."""
     shift: Fraction = 0.16
-    """The box is shifted by shift * t of its size, in x and y ..."""
+    """The box is shifted by shift * t of its size (shift_of), in x and y ..."""
     shift_p: Fraction = 0.3
     """... with this probability."""
+    shift_of: Literal["crop", "box"] = "crop"
+    """... where its size is that of the crop, which has the input's aspect, or of the padded box itself, as published:
+    for a narrow person, a third of it."""
     photometric_p: Fraction = 0.5
     """Probability of each photometric change: brightness and contrast, hue and saturation, channel order."""
     blur_p: Fraction = 0.1

@@ -227,9 +227,12 @@ class PeopleReader:
     ) -> PeopleBoxes:
         reading = self.known_reading
         rule = (reading.boxes, reading.box_margin)
-        return person_boxes.choose_boxes(
+        chosen = person_boxes.choose_boxes(
             boxes, keypoints[..., :2], is_labeled(keypoints), size_wh, rule, lambda: self.typical_wh
         )
+        if not reading.clips_boxes:
+            return chosen
+        return replace(chosen, boxes_xywh=person_boxes.clip_boxes(chosen.boxes_xywh, size_wh))
 
     # ---- One annotation of a JSON
 

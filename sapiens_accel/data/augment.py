@@ -77,6 +77,8 @@ class Augmenter:
         half = self._half_body(keypoints, rng) if rng.random() < config.half_body_p else None
         crop = half or base
         shift = _truncated_normal(rng, 1.0, 2) * config.shift * (rng.random() < config.shift_p)
+        if config.shift_of == "box" and crop.box_wh is not None:
+            shift = shift * np.divide(crop.box_wh, crop.size_wh)
         scale = 1 + config.scale * _truncated_normal(rng, 1.0, 1)[0]
         degrees = config.rotation * _truncated_normal(rng, 1.0, 1)[0] * (rng.random() < config.rotation_p)
         return replace(_moved(crop, shift, scale, degrees), flip=flip)
@@ -139,8 +141,9 @@ class Augmenter:
         if min(width, height) < 1.0:  # all in one line: no box
             return None
         center_x, center_y = points_xy.mean(axis=0)
-        size_wh = fit_aspect((float(width), float(height)), self.input_hw)
-        return Crop(center_xy=(float(center_x), float(center_y)), size_wh=size_wh)
+        box_wh = (float(width), float(height))
+        size_wh = fit_aspect(box_wh, self.input_hw)
+        return Crop(center_xy=(float(center_x), float(center_y)), size_wh=size_wh, box_wh=box_wh)
 
 
 def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> Pixels:
@@ -235,7 +238,7 @@ def _try_out(where: str, transform: BasicTransform) -> None:
 def _reason(error: Exception) -> str:
     """An error of albumentations in one line; pydantic lists what is wrong with each argument."""
     list_faults: Any = getattr(error.__cause__, "errors", None)
-    faults = list_faults() if callable(list_faults) else []
+    faults: Any = list_faults() if callable(list_faults) else []
     texts = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, found {fault['input']!r}" for fault in faults]
     return " ".join(("; ".join(texts) or f"{type(error).__name__}: {error}").split())[:300]
 

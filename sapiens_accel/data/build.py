@@ -76,8 +76,9 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
     parts = [checked["train"]]
     for one in others:
         people, warning = _labeled_people(one, config, skeleton, root, cache)
-        parts.append(_check(people, config))
-        warnings += [warning, people.box_note]
+        people, leaks = leakage.leave_out_copies(_check(people, config), checked["val"], config.on_leak, cache)
+        parts.append(people)
+        warnings += [warning, people.box_note, leaks]
     for people in parts:
         check_targets(people, config)
     num_skipped = sum(people.num_skipped for people in parts)
@@ -211,7 +212,11 @@ def choose_reading(
             f"not mean there that they are not in the image; leave it out, or the dataset"
         )
     return dataclasses.replace(
-        reading, threshold=config.visibility_threshold, boxes=config.boxes, box_margin=config.box_margin
+        reading,
+        threshold=config.visibility_threshold,
+        boxes=config.boxes,
+        box_margin=config.box_margin,
+        clips_boxes=config.clip_boxes,
     ), warning
 
 

@@ -243,6 +243,10 @@ def _with_labels(
     points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
     if config.absent_is_background:
         weights = np.where(weights > 0, weights, np.float32(-1))
+    if config.outside_keypoints == "ignored":
+        # As sapiens2, sapiens/pose/src/datasets/transforms/pose_transforms.py: 0 <= x < width.
+        inside = ((points_xy >= 0) & (points_xy < config.input_hw[::-1])).all(axis=1)
+        weights = np.where(inside | (weights < 0), weights, np.float32(0))
     return Labeled(view, torch.from_numpy(points_xy), torch.from_numpy(weights), _scalar(row["ann_id"]))
 
 

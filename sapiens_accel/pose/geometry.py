@@ -7,7 +7,7 @@ implemented in this module alone.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -32,12 +32,14 @@ class Crop:
         size_wh: its width and height, image px; `fit_aspect` makes their ratio that of the input.
         degrees: rotation of its content in the input image, clockwise on the screen (y is down).
         flip: the input image is mirrored; the caller swaps left and right keypoints.
+        box_wh: width and height of the padded box, image px, before it got the input's aspect.
     """
 
     center_xy: tuple[float, float]
     size_wh: tuple[float, float]
     degrees: float = 0.0
     flip: bool = False
+    box_wh: tuple[float, float] | None = field(default=None, compare=False)
 
     def matrix(self, input_hw: tuple[int, int]) -> Float[Array, "2 3"]:
         """input_from_image: float64, the UDP warp of mmpose's `get_udp_warp_matrix`, then the mirror if `flip`."""
@@ -60,7 +62,8 @@ class Crop:
 def crop_around_box(box_xywh: Float[Array, "4"], padding: float, input_hw: tuple[int, int]) -> Crop:
     """The upright crop around a box (image px): enlarged by `padding`, then the short side to the input's aspect."""
     x, y, w, h = (float(v) for v in box_xywh)
-    return Crop(center_xy=(x + w / 2, y + h / 2), size_wh=fit_aspect((w * padding, h * padding), input_hw))
+    padded = (w * padding, h * padding)
+    return Crop(center_xy=(x + w / 2, y + h / 2), size_wh=fit_aspect(padded, input_hw), box_wh=padded)
 
 
 def fit_aspect(size_wh: tuple[float, float], input_hw: tuple[int, int]) -> tuple[float, float]:

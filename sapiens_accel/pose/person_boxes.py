@@ -75,6 +75,19 @@ def choose_boxes(
     return PeopleBoxes(boxes_xywh=boxes, origins=origins, areas=areas)
 
 
+def clip_boxes(boxes_xywh: Float[Array, "n 4"], size_wh: Float[Array, "n 2"]) -> Float[Array, "n 4"]:
+    """Boxes that end at the border of their images: corners within 0 and W - 1, H - 1.
+
+    As published (sapiens, pose/mmpose/datasets/datasets/base/base_coco_style_dataset.py). A box of which nothing would
+    be left, and one whose image's size is not known (not a number), stays as it is.
+    """
+    first, last = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+    border = np.where(np.isfinite(size_wh), size_wh - 1, np.inf)
+    first, last = (np.minimum(np.maximum(corner, 0), border) for corner in (first, last))
+    clips = np.asarray((last > first).all(axis=1) & np.isfinite(size_wh).all(axis=1))
+    return np.where(clips[:, None], np.concatenate([first, last - first], axis=1), boxes_xywh)
+
+
 def measure_keypoints(
     keypoints_xy: Float[Array, "n k 2"], labeled: Bool[Array, "n k"]
 ) -> tuple[Float[Array, "n 2"], Float[Array, "n 2"]]:

@@ -49,6 +49,7 @@ class Reading:
         threshold: v is a score, from which on a keypoint has a label; None: v is COCO's.
         boxes: where people's boxes are from; see `person_boxes.choose_boxes`.
         box_margin: of boxes from keypoints, on each side, as a share of that side of the keypoints' own box.
+        clips_boxes: whether boxes end at the border of the image, where its size is known.
     """
 
     categories: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class Reading:
     threshold: float | None = None
     boxes: BoxRule = "annotation"
     box_margin: float = BOX_MARGIN
+    clips_boxes: bool = False
 
 
 PLAIN = Reading()

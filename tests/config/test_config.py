@@ -18,6 +18,7 @@ COCO_RECIPES = [
     *(f"sapiens2_{size}_coco" for size in ("0.1b", "0.4b", "0.8b", "1b", "5b")),
 ]
 OFFICIAL_RECIPES = [f"sapiens_{size}_coco_official" for size in ("0.3b", "0.6b", "1b", "2b")]
+MIXED = "sapiens_0.3b_coco_mpii_crowdpose_aic"
 # Sapiens v1: one decay for all sizes. Sapiens2: one for each; the 0.1B has no published one.
 LAYER_DECAY = {"sapiens2_0.4b": 0.80, "sapiens2_0.8b": 0.85, "sapiens2_1b": 0.90, "sapiens2_5b": 0.94}
 
@@ -26,7 +27,7 @@ LAYER_DECAY = {"sapiens2_0.4b": 0.80, "sapiens2_0.8b": 0.85, "sapiens2_1b": 0.90
 
 
 def test_there_is_a_recipe_for_every_network(recipes: dict[str, Config]) -> None:
-    assert set(recipes) == {"demo", *COCO_RECIPES, *OFFICIAL_RECIPES}
+    assert set(recipes) == {"demo", *COCO_RECIPES, *OFFICIAL_RECIPES, MIXED}
     for name, run in recipes.items():
         assert run.recipe == name and run.output_dir == f"runs/{name}"
         if name != "demo":
@@ -53,11 +54,13 @@ def test_coco_recipes_hold_the_specification(recipes: dict[str, Config], name: s
         assert plan.optim.layer_decay == decay
 
 
-@pytest.mark.parametrize("name", OFFICIAL_RECIPES)
+@pytest.mark.parametrize("name", [*OFFICIAL_RECIPES, MIXED])
 def test_official_recipes_are_the_published_ones(recipes: dict[str, Config], name: str) -> None:
     run, plan = recipes[name], recipes[name].phase2
     assert (run.data.input_hw, run.data.sigma, run.data.occluded_weight) == ((1024, 768), 6, 1.0)
     assert (run.augment.half_body_p, run.augment.coarse_dropout_p) == (0.3, 1.0)
+    assert (run.augment.shift_of, run.data.clip_boxes, run.data.reduced_decode) == ("box", True, False)
+    assert run.data.outside_keypoints == "near"
     assert (plan.epochs, plan.global_batch, plan.frozen, plan.teacher) == (210, 32, (), None)
     assert (plan.optim.lr, plan.optim.weight_decay, plan.optim.layer_decay) == (5e-4, 0.1, 0.85)
     assert (plan.optim.betas, plan.optim.clip_norm, plan.optim.warmup_steps) == ((0.9, 0.999), 1.0, 500)
