@@ -82,7 +82,8 @@ def gather_unlabeled(
         raise UserError(
             f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
-            f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%"
+            f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
+            f"or leave stage ssl out, --stage phase2"
         )
     warnings = (_warn_of_other_boxes(people, train) for people in found)
     return people_tables.join_people(found), tuple(line for line in warnings if line)

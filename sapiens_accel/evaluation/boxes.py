@@ -30,7 +30,7 @@ class Boxes:
         scores: of the boxes; 1 for ground truth.
         source: ground truth, or the detector's file.
         labeled: whether row i is the labeled person i.
-        category_ids: [n], as numbers; None: those of the labeled people, or of a single category.
+        category_ids: [n], as numbers, None where not known; None: those of the labeled people, or of a single category.
         note: what was left out, in a line; empty if nothing was.
     """
 
@@ -104,12 +104,14 @@ def detector_boxes(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
             f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
-    categories = evaluated_categories(people)
-    kept = [row for row in here if row[1] in categories]
+    categories, kinds = evaluated_categories(people), {row[1] for row in here}
+    # A detector of one class, for animals of several kinds.
+    is_of_any = len(categories) > 1 and len(kinds) == 1
+    kept = [row for row in here if is_of_any or row[1] in categories]
     if not kept:
-        kinds = sorted({str(one.category_id) for one in found})
+        theirs = sorted({str(one.category_id) for one in found})
         wanted = ", ".join(f"{given} ({name})" for given, name in list(categories.values())[:9])
-        raise UserError(f"{file}: no detection of category {wanted}; its categories: {', '.join(kinds[:9])}")
+        raise UserError(f"{file}: no detection of category {wanted}; its categories: {', '.join(theirs[:9])}")
     folder = _folder(people)
     faults = [_find_fault(row[2], images[row[0]]) for row in kept]
     if all(faults):
@@ -122,6 +124,11 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     }
     parts = [f"{count} {what}" for what, count in left_out.items() if count]
     kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
+    lines = [f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}"] if parts else []
+    if is_of_any:
+        lines.append(
+            f"{file}: all of category {here[0][1]}: boxes of any of {len(categories)} categories, and no AP of each"
+        )
     _check_files(file, kept, images, people.root / folder)
     return Boxes(
         root=people.root,
@@ -131,8 +138,8 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         scores=np.array([row[3] for row in kept]),
         source=f"detector ({file.name})",
         labeled=False,
-        category_ids=[row[1] for row in kept],
-        note=f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}" if parts else "",
+        category_ids=[None if is_of_any else row[1] for row in kept],
+        note="; ".join(lines),
     )
 
 

@@ -129,7 +129,8 @@ def compute_metrics(
     for part, place in parts.items():
         of_part, _ = _measured(tree, found, place, scoring, areas)
         metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
-    for category, (_, kind) in truth.categories.items() if len(truth.categories) > 1 else ():
+    several = len(truth.categories) > 1 and not any(result["category_id"] is None for result in found)
+    for category, (_, kind) in truth.categories.items() if several else ():
         some = [result for result in found if result["category_id"] == category]
         others = [person for person in tree["annotations"] if person["category"] == category]
         of_kind, _ = _measured({**tree, "annotations": others}, some, whole, scoring, None)

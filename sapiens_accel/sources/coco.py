@@ -244,7 +244,9 @@ def find_image_fault(image: dict[str, Any]) -> str | None:
     if not isinstance(name, str) or not PurePosixPath(name).name:
         return f"id {show_value(key)}: expected the name of a file, found {show_value(name)}"
     if name.startswith("/") or ".." in name.split("/"):
-        return f"id {show_value(key)}: {show_value(name)} leads out of the folder of images; expected a name inside it"
+        hint = f", such as {show_value(name.lstrip('/'))}" if ".." not in name.split("/") else ""
+        expected = f"expected a name inside it{hint}"
+        return f"id {show_value(key)}: {show_value(name)} leads out of the folder of images; {expected}"
     odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters
     if not (name.isascii() and name.isprintable()) and any(unicodedata.category(letter) in odd for letter in name):
         return f"id {show_value(key)}: expected a name of letters that can be shown, found {show_value(name)}"

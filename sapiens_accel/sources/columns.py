@@ -21,7 +21,7 @@ from jaxtyping import Int
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources.coco import show_value
+from sapiens_accel.sources.coco import number_of_id
 
 pc: Any = pyarrow.compute  # its functions are made at run time
 # Ours, and what they are called; the first that is there counts.
@@ -49,7 +49,6 @@ NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "a
 TYPES = {"image_id": pa.types.is_integer, "file_name": pa.types.is_string,
          "width": pa.types.is_integer, "height": pa.types.is_integer}  # fmt: skip
 IMAGE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-WHOLE_NUMBER = r"^\s*-?[0-9]{1,40}\s*$"  # Arrow would read a hexadecimal text, too
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,8 @@ def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
     made = {name: _column(table, theirs) for name, theirs in mapping.columns.items() if theirs in table.column_names}
     nested = made.pop("people", None)
     made.pop("image", None)
+    if "image_id" in made and pa.types.is_string((texts := _simplify(made["image_id"])).type):
+        made["given_id"] = texts
     for name in set(made) & set(TYPES):
         theirs = mapping.columns[name]
         made[name] = _to_ids(made[name], name, theirs) if name == "image_id" else _to_type(made[name], name, theirs)
@@ -237,18 +238,16 @@ def to_image_table(table: pa.Table, mapping: ColumnMapping) -> pa.Table:
 
 
 def _to_ids(values: pa.Array, name: str, theirs: str) -> pa.Array:
-    """Whole numbers, however they are written: as floats (pandas, if one is missing) and texts too, as in a JSON."""
+    """Whole numbers, however they are written: as floats (pandas, if one is missing) and as any texts, as in a JSON."""
     values = _simplify(values)
     kind = values.type
     if pa.types.is_string(kind):
-        odd = values.filter(pc.invert(pc.match_substring_regex(values, WHOLE_NUMBER)))
-        if len(odd):
-            raise UserError(
-                f"column {theirs!r} holds {show_value(odd[0].as_py())}; expected whole numbers, such as 7 or '000007'; "
-                f"name another by --data.columns '{{{name}: THEIR_NAME}}', or rename it to number them by their rows"
-            )
-        values = pc.utf8_trim_whitespace(values)
-    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        distinct = values.dictionary_encode()
+        numbers = [None if text is None else number_of_id(text) for text in distinct.dictionary.to_pylist()]
+        if odd := [text for text in numbers if not (text is None or (isinstance(text, int) and abs(text) < 2**63))]:
+            raise UserError(f"column {theirs!r} holds {odd[0]!r}; expected ids, numbers of at most 64 bits or texts")
+        return pa.array(numbers, pa.int64()).take(distinct.indices)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise UserError(f"column {theirs!r} is {kind}; expected whole numbers")
     return values if pa.types.is_integer(kind) else _cast(values, pa.int64(), theirs)
 

@@ -253,7 +253,7 @@ class ShardedSource:
             for row in table.to_pylist() if table.num_columns else [{}] * table.num_rows:
                 record, image_id = len(images), row.get("image_id")
                 name = f"{record}/{row.get('file_name') or record}"
-                sizes = {key: row[key] for key in ("width", "height") if row.get(key)}
+                sizes = {key: row[key] for key in ("width", "height", "given_id") if row.get(key)}
                 images.append({"id": record if image_id is None else image_id, "file_name": name, **sizes})
         return images
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sapiens_accel.config.schema import DataConfig
+from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.detections import read_detections
+from sapiens_accel.data.people import keypoints_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes, coco_metrics
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
+from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import synthetic
@@ -74,6 +76,34 @@ def test_ids_are_the_numbers_that_they_are(drawn: Path, tmp_path: Path, write: C
     (tmp_path / "boxes.json").write_text(json.dumps(them))
     detected = boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)
     assert detected.image_ids.tolist() == theirs.val.rows["image_id"][:] and not detected.note
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda i: f"img-{i}.jpg", lambda i: f"{i:032x}-ü", lambda i: 2**63 - 1 - i, lambda i: f"{i:012d}", lambda i: -i],
+    ids=["text", "not ASCII", "64 bits", "twelve digits", "negative"],
+)
+@pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
+def test_any_ids_are_evaluated_and_written_back(
+    drawn: Path, tmp_path: Path, write: Callable[[int], Any], backend: Any
+) -> None:
+    pytest.importorskip(backend)
+    ours = _open(_with_ids(drawn, tmp_path / "root", write), tmp_path / "cache")
+    labels = keypoints_of(ours.val.rows)
+    found = Predictions(points_xy=labels[..., :2], scores=np.ones(labels.shape[:2]))
+    config = DataConfig(input_hw=(64, 48))
+    results, _ = coco_metrics.coco_results(found, boxes.load_boxes("gt", ours.val), COCO17, config, EvalConfig())
+    assert coco_metrics.compute_metrics(results, ours.val, COCO17, backend)[0]["AP"] == pytest.approx(1.0)
+    coco_metrics.save_results(results, tmp_path / "saved.json", ours.val, COCO17)
+    listed = {image["id"] for image in json.loads(ours.val.annotations.read_text())["images"]}
+    assert {one["image_id"] for one in json.loads((tmp_path / "saved.json").read_text())} == listed
+    # A detector that writes the same ids, and one that does not.
+    them = [{"image_id": one, "category_id": 1, "bbox": [9, 9, 50, 90], "score": 0.5} for one in sorted(listed)]
+    (tmp_path / "boxes.json").write_text(json.dumps(them))
+    assert len(boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)) == len(listed)
+    (tmp_path / "boxes.json").write_text(json.dumps([{**one, "image_id": "elsewhere"} for one in them]))
+    with pytest.raises(UserError, match=r"of another image set: .*the first is elsewhere"):
+        boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)
 
 
 @pytest.mark.parametrize("odd", [" ", 2.5, True, [1]])

@@ -8,26 +8,33 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
-from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People, keypoints_of
+from sapiens_accel.data.dataset import EvaluationPeople, Labeled, Sets, View
+from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import coco_metrics, evaluate
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
+from sapiens_accel.evaluation.ground_truth import evaluated_categories
 from sapiens_accel.evaluation.predict import Predictions
+from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.sources import images
+from sapiens_accel.training.objectives import Supervised
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = REPOSITORY / os.environ.get("SAPIENS_ACCEL_TEST_DATA", "../shared/data") / "own_data_cases"
@@ -243,6 +250,146 @@ def test_a_case_works(name: str, tmp_path: Path) -> None:
     assert [text for text in outcome.doctor if not any(text in finding for finding in findings)] == [], findings
     if name != "val_other_order":  # its file has another order than the run
         assert saved_ap(sets.val, skeleton, tmp_path / "saved.json", complete) == pytest.approx(outcome.ap, abs=1e-9)
+
+
+def _detected(file: Path, sets: Sets) -> tuple[Boxes, coco_metrics.Metrics, list[dict[str, Any]]]:
+    """A detector's boxes, in which everybody's keypoints are found: the metrics, and what is saved."""
+    boxes, labels = load_boxes(str(file), sets.val), keypoints_of(sets.val.rows)
+    centers = boxes_of(sets.val.rows)[:, :2] + boxes_of(sets.val.rows)[:, 2:] / 2
+    images = np.array(sets.val.rows["image_id"][:])
+    points = []
+    for image_id, box in zip(boxes.image_ids, boxes.boxes_xywh, strict=True):
+        here = np.flatnonzero(images == image_id)
+        nearest = here[np.linalg.norm(centers[here] - box[:2] - box[2:] / 2, axis=1).argmin()]
+        points.append(labels[nearest, :, :2])
+    found = Predictions(points_xy=np.stack(points), scores=np.ones((len(boxes), labels.shape[1])))
+    results, _ = coco_metrics.coco_results(found, boxes, sets.skeleton, DataConfig(input_hw=(64, 48)), EvalConfig())
+    saved = file.with_name("saved.json")
+    coco_metrics.save_results(results, saved, sets.val, sets.skeleton)
+    metrics, _ = coco_metrics.compute_metrics(results, sets.val, sets.skeleton, "pycocotools")
+    return boxes, metrics, json.loads(saved.read_text())
+
+
+def test_boxes_of_several_categories_and_of_a_detector_of_one_class(tmp_path: Path) -> None:
+    """Boxes of all categories but the first were dropped, and all was saved under the first."""
+    root = lay("ap10k", tmp_path)
+    sets, _ = open_case(config_of(root, OUTCOMES["ap10k"]))
+    boxes, metrics, saved = _detected(root / "det_species.json", sets)
+    assert len(boxes) == 8 and metrics["AP"] == pytest.approx(1.0)
+    assert [metrics[f"category/{kind}/AP"] for kind in ("antelope", "bison", "dog")] == pytest.approx([1.0] * 3)
+    assert Counter(one["category_id"] for one in saved) == {1: 3, 4: 3, 8: 2}
+    assert evaluated_categories(sets.val) == {1: (1, "antelope"), 4: (4, "bison"), 8: (8, "dog")}
+    for name in ("det0", "det1", "det17"):
+        boxes, metrics, _ = _detected(root / f"{name}.json", sets)
+        assert len(boxes) == 8 and metrics["AP"] == pytest.approx(1.0) and "category/dog/AP" not in metrics
+        assert "boxes of any of 3 categories, and no AP of each" in boxes.note
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "pairs", "first"),
+    [("coco17", 8, "nose"), ("names.yaml", 8, "nose"), ("mirror_int.yaml", 8, "1"), ("mirror_str.yaml", 8, "1"),
+     ("mirror_empty.yaml", 0, "1")],
+)  # fmt: skip
+def test_names_that_a_tool_wrote_can_be_replaced(tmp_path: Path, skeleton: str, pairs: int, first: str) -> None:
+    case = OUTCOMES["cvat_numbers"]
+    sets, said = open_case(config_of(lay("cvat_numbers", tmp_path), case, skeleton=skeleton))
+    assert sets.skeleton.mirror_known and sum(a < b for a, b in enumerate(sets.skeleton.mirror)) == pairs
+    assert sets.skeleton.names[0] == first and (len(sets.train), len(sets.val)) == (6, 4)
+    assert ("its keypoints 1, 2, 3, ... are nose, left_eye, right_eye, ..., in this order" in said) == (first == "nose")
+    assert saved_ap(sets.val, sets.skeleton, tmp_path / "saved.json", complete) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["names_absent_14", "names_absent_17_dog", "roboflow"])
+def test_keypoints_without_names_are_named_by_a_yaml(tmp_path: Path, name: str) -> None:
+    root = lay(name, tmp_path)
+    count = {"names_absent_14": 14, "names_absent_17_dog": 17, "roboflow": 5}[name]
+    names = ["nose", *(f"{side}_{part}" for part in range(count // 2) for side in ("left", "right"))][:count]
+    (root / "mine.yaml").write_text(f"names: {json.dumps(names)}\nmirror: []\n")
+    sets, _ = open_case(config_of(root, OUTCOMES[name], skeleton="mine.yaml"))
+    assert sets.skeleton.names == tuple(names) and sets.skeleton.mirror_known
+    assert sets.skeleton.categories == {"names_absent_17_dog": ("dog",), "roboflow": ("cow",)}.get(name, ())
+    if name == "roboflow":
+        (root / "mine.yaml").write_text(f"names: {json.dumps(names[:4])}")
+        with pytest.raises(UserError, match=r"names: no such keypoint 'nose' in the data"):
+            open_case(config_of(root, OUTCOMES[name], skeleton="mine.yaml"))
+
+
+def test_scores_are_labels_from_a_threshold_on(tmp_path: Path) -> None:
+    config = config_of(lay("v_is_score", tmp_path), OUTCOMES["v_is_score"], visibility_threshold=0.6)
+    sets, _ = open_case(config)
+    tree = json.loads(sets.val.annotations.read_text())
+    scores = np.array([one["keypoints"][2::3] for one in tree["annotations"]])
+    assert np.array_equal(keypoints_of(sets.val.rows)[..., 2], np.where(scores >= 0.6, 2, 0))
+    report, _, _ = doctor.check_data(Config(data=config))
+    assert report.count("error") == 0
+
+    def as_labels(tree: dict[str, Any]) -> None:
+        for one in tree["annotations"]:
+            one["keypoints"][2::3] = [2 if v >= 0.6 else 0 for v in one["keypoints"][2::3]]
+        complete(tree)
+
+    assert saved_ap(sets.val, sets.skeleton, tmp_path / "saved.json", as_labels) == pytest.approx(1.0)
+
+
+def test_absent_is_background_learns_empty_maps_of_what_has_no_label(tmp_path: Path) -> None:
+    config = config_of(lay("v0_with_xy", tmp_path), OUTCOMES["v0_with_xy"])
+    sets, _ = open_case(config)
+    codec = Codec(input_hw=(64, 48), heatmap_hw=(16, 12), sigma=1.0)
+    samples = [
+        EvaluationPeople(sets.train, one, sets.skeleton)[0]
+        for one in (config, replace(config, absent_is_background=True))
+    ]
+    (plain, plain_weights), (empty, weights) = (codec.encode(one.points_xy[None], one.weights[None]) for one in samples)
+    labeled = torch.from_numpy(keypoints_of(sets.train.rows)[0, :, 2] > 0)
+    assert torch.equal(plain, empty) and not empty[0, ~labeled].any() and labeled.sum() not in (0, 17)
+    assert torch.equal(plain_weights[0] > 0, labeled) and torch.equal(weights[0], torch.ones(17))
+    loss = Supervised(codec=codec).heatmap_loss(torch.ones_like(plain), batched(samples[1]), slice(0, 1))
+    expected = (torch.ones_like(plain) - plain).square().mean(dim=(2, 3)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def batched(sample: Labeled) -> Labeled:
+    view = View(*(part[None] for part in sample.view))
+    return Labeled(view, sample.points_xy[None], sample.weights[None], sample.ann_id[None])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda one: {"category_id": 7}, "6 of other categories (category_id 7; expected 1 person)"),
+        (lambda one: {"category_id": "dog"}, "6 of other categories"),
+        (lambda one: {"iscrowd": 1}, "6 crowds"),
+        (lambda one: {"keypoints": [0] * 51}, "6 without a labeled keypoint (v > 0)"),
+        (
+            lambda one: (
+                {"category_id": 7} if one["id"] < 3 else {"iscrowd": 1} if one["id"] < 5 else {"keypoints": None}
+            ),
+            "2 of other categories (category_id 7; expected 1 person), 2 crowds, 2 without a labeled keypoint",
+        ),
+    ],
+)
+def test_nobody_is_left_for_each_cause_by_name(tmp_path: Path, change: Callable[[dict], dict], text: str) -> None:
+    root = lay("dlc_names", tmp_path)
+    tree = json.loads((root / "train.json").read_text())
+    tree["annotations"] = [one | change(one) for one in tree["annotations"]]
+    (root / "train.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError) as caught:
+        open_case(config_of(root, OUTCOMES["dlc_names"]))
+    assert f"6 of its 6 annotations are left out of the labeled people: {text}" in str(caught.value)
+    assert str(caught.value).endswith("; nobody is left")
+
+
+def test_twelve_bits_in_sixteen_are_read_at_their_range(tmp_path: Path) -> None:
+    root = lay("tiff_12in16", tmp_path)
+    file = root / "train" / "train_0000.tif"
+    deep = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+    assert deep.dtype == np.uint16 and 256 < deep.max() < 4096
+    found = images.read_image(file)
+    assert np.array_equal(found[..., 0], (deep if deep.ndim == 2 else deep[..., 2]) >> 4)
+    # What uses more than 12 bits is read as ever.
+    deep[0, 0] = 60_000
+    cv2.imwrite(str(file), deep)
+    assert np.array_equal(images.read_image(file)[..., 0], (deep if deep.ndim == 2 else deep[..., 2]) >> 8)
 
 
 @pytest.mark.parametrize("name", [name for name, outcome in OUTCOMES.items() if isinstance(outcome, Refused)])

@@ -16,8 +16,9 @@ import pytest
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation.ground_truth import read_images
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.sources import images
+from sapiens_accel.sources import coco, images
 
 IMAGE = cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
 PERSON: dict[str, Any] = {"id": 3, "category_id": 1, "iscrowd": 0, "area": 400.0, "bbox": [4.0, 4.0, 40.0, 40.0],
@@ -122,11 +123,22 @@ def test_ids_are_whole_numbers_however_they_are_written(tmp_path: Path, ids: pa.
     assert _open(tmp_path / "b", table).rows["ann_id"][:] == [7, 8]
 
 
+def test_ids_that_are_texts_are_known_again(tmp_path: Path) -> None:
+    people = _open(tmp_path / "a", _with("image_id", pa.array(["img-7", "0x8"])), ".arrow")
+    ids = people.rows["image_id"][:]
+    assert ids == [coco.number_of_id("img-7"), coco.number_of_id("0x8")]
+    assert [coco.given_id(read_images(people)[number]) for number in ids] == ["img-7", "0x8"]
+
+
 @pytest.mark.parametrize(
     ("name", "column", "named"),
     [
-        ("image_id", pa.array(["7", "img_8"]), "'image_id' holds 'img_8'; expected whole numbers"),
-        ("image_id", pa.array(["7", "0x8"]), "'image_id' holds '0x8'"),
+        ("image_id", pa.array(["7", " "]), "'image_id' holds ' '; expected ids"),
+        (
+            "image_id",
+            pa.array(["7", str(2**70)]),
+            f"'image_id' holds {2**70}; expected ids, numbers of at most 64 bits",
+        ),
         ("image_id", pa.array([7.0, 8.5]), "'image_id' is double; expected int64"),
         ("image_id", pa.array([[7], [8]]), "'image_id' is list"),
         ("file_name", pa.array([1.5, 2.5]), "'file_name' is double; expected text"),
