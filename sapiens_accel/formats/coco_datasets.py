@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats.dataset import ImageFinder, PoseCategory, PoseDataset, PoseImage, PoseInstance
-from sapiens_accel.sources.coco import BROKEN, load_json, reason, show_value
+from sapiens_accel.formats.dataset import ODD, ImageFinder, PoseCategory, PoseDataset, PoseImage, PoseInstance
+from sapiens_accel.sources.coco import load_json, reason, show_value
 
 CROWDPOSE_NAMES = (
     "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip",
@@ -90,7 +90,7 @@ def _read_trees(
             found += _images(
                 tree, split, finder, partial(_instance, has_corners=has_corners, most_v=_most_v(tree)), left_out
             )
-        except BROKEN as error:
+        except ODD as error:
             raise UserError(f"{file}: {reason(error)}") from None
         finder.check(file)
     return PoseDataset(categories=categories, images=found, left_out=left_out)

@@ -33,6 +33,7 @@ from sapiens_accel.pose.person_boxes import (
     choose_boxes,
 )  # fmt: skip
 from sapiens_accel.pose.visibility import is_labeled
+from sapiens_accel.sources.coco import find_image_fault
 
 FILES = {
     "train": (DataConfig.train_annotations, DataConfig.train_images),
@@ -79,7 +80,7 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
         raise UserError(
             f"no labeled keypoint in the {count(len(dataset.images), 'image')} that were read (expected some)"
         )
-    _check_keypoints(dataset.images)
+    _check(dataset)
     lines = split_images(dataset.images, options)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     boxes: Counter[str] = Counter()
@@ -101,13 +102,19 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     return told
 
 
-def _check_keypoints(images: list[PoseImage]) -> None:
+def _check(dataset: PoseDataset) -> None:
     """
     Raises:
-        UserError: a coordinate that is no number, or a v that is not 0, 1 or 2, with its image.
+        UserError: a name that leads out of the folder; another number of keypoints than the category has, a coordinate
+            that is no number, or a v that is not 0, 1 or 2, with its image.
     """
-    for image in images:
+    for image in dataset.images:
+        if fault := find_image_fault({"id": 0, "file_name": image.name}):
+            raise UserError(f"an image's name: {fault.removeprefix('id 0: ')}")
         for one in image.instances:
+            expected = len(dataset.categories[one.category].keypoints)
+            if len(one.keypoints) != expected:
+                raise UserError(f"{image.name}: expected {expected} keypoints, found {len(one.keypoints)}")
             if not np.isfinite(one.keypoints).all():
                 raise UserError(f"{image.name}: keypoints that are NaN or infinite (expected pixels of an image)")
             if len(odd := one.keypoints[~np.isin(one.keypoints[:, 2], (0, 1, 2)), 2]):

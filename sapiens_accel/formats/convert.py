@@ -24,8 +24,9 @@ from sapiens_accel.formats import (
     yolo,
 )  # fmt: skip
 from sapiens_accel.formats.coco_folder import WriteOptions
-from sapiens_accel.formats.dataset import PoseDataset
+from sapiens_accel.formats.dataset import ODD, PoseDataset
 from sapiens_accel.sources import convert as shards
+from sapiens_accel.sources.coco import reason
 
 Reader = Callable[[Path, Path | None], PoseDataset]
 
@@ -63,12 +64,24 @@ def main(argv: Sequence[str]) -> None:
     _refuse_options_of_video(asked)
     if not 0 < asked.val < 1:
         raise UserError(f"--val {asked.val:g}: expected a share between 0 and 1, such as 0.2")
-    dataset = READERS[asked.format](asked.source, asked.images)
+    dataset = read(asked.format, asked.source, asked.images)
     if asked.category:
         dataset = rename(dataset, asked.category)
     options = WriteOptions(val=asked.val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
     told = coco_folder.write(dataset, asked.out, options)
     print(*told, f"written: {asked.out}; train with --data.root {asked.out}", sep="\n")
+
+
+def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:
+    """What the files of a tool hold.
+
+    Raises:
+        UserError: what is missing, broken or ambiguous; a value of another type than the tool writes.
+    """
+    try:
+        return READERS[form](source, images)
+    except ODD as error:
+        raise UserError(f"{source}: not as {form} writes it: {reason(error)}") from None
 
 
 def _refuse_options_of_video(asked: Namespace) -> None:

@@ -18,6 +18,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.formats.dataset import (
     ABSENT,
     OCCLUDED,
+    ODD,
     VISIBLE,
     ImageFinder,
     LooseBox,
@@ -31,7 +32,7 @@ from sapiens_accel.formats.dataset import (
     group_points,
     order_names,
 )  # fmt: skip
-from sapiens_accel.sources.coco import BROKEN, reason
+from sapiens_accel.sources.coco import reason
 
 CATEGORY = "person"  # of points in no box
 SHAPES = ("skeleton", "points", "box")
@@ -69,7 +70,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     finder.check(file)
     try:
         categories, gathered = _gather([frame for frame, _ in kept], _skeletons(root), file)
-    except BROKEN as error:
+    except ODD as error:
         raise UserError(f"{file}: {reason(error)}") from None
     found_images = [
         PoseImage(name=_short(frame.name), source=source, instances=many, group=frame.group)

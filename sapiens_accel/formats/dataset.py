@@ -15,7 +15,9 @@ from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.sources import images as photo
+from sapiens_accel.sources.coco import BROKEN
 
+ODD = (*BROKEN, IndexError)  # what a file with other values than the tool's raises
 VISIBLE, OCCLUDED, ABSENT = 2, 1, 0  # v of COCO
 DEFAULT_CATEGORY = "animal"  # of tools that name none: DeepLabCut, lightning-pose, SLEAP
 EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # the tag, and the values that exchange width and height

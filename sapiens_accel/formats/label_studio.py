@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats.dataset import (
+    ODD,
     ImageFinder,
     LooseBox,
     LooseInstance,
@@ -17,7 +18,7 @@ from sapiens_accel.formats.dataset import (
     gather_categories,
     group_points,
 )  # fmt: skip
-from sapiens_accel.sources.coco import BROKEN, load_json, reason
+from sapiens_accel.sources.coco import load_json, reason
 
 CATEGORY = "person"  # of keypoints in no rectangle
 POINTS, RECTANGLES = "keypointlabels", "rectanglelabels"
@@ -41,7 +42,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         where = f"{path}: task {task.get('id', number)}"
         try:
             instances = _instances(task, where, left_out)
-        except BROKEN as error:
+        except ODD as error:
             raise UserError(f"{where}: {reason(error)}") from None
         left_out["tasks without an annotation"] += not instances
         if instances and (file := finder.find(_image_of(task, where))):

@@ -9,6 +9,7 @@ from typing import Any
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats.dataset import (
     OCCLUDED,
+    ODD,
     VISIBLE,
     ImageFinder,
     LooseBox,
@@ -20,7 +21,7 @@ from sapiens_accel.formats.dataset import (
     group_points,
     name_below,
 )  # fmt: skip
-from sapiens_accel.sources.coco import BROKEN, load_json, reason
+from sapiens_accel.sources.coco import load_json, reason
 
 CATEGORY = "person"  # of points in no rectangle
 
@@ -45,7 +46,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         try:
             instances = group_points(*_shapes(tree, left_out), str(file))
             name, source = _image_of(tree, file, images, missing)
-        except BROKEN as error:
+        except ODD as error:
             raise UserError(f"{file}: {reason(error)}") from None
         left_out["images without a point or rectangle"] += not instances
         if instances and source is not None:

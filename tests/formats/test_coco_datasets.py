@@ -135,3 +135,13 @@ def test_scores_and_no_numbers_are_refused(tmp_path: Path, place: int, value: fl
     file.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=rf"^day1/img\d+\.png: .*{expected}"):
         run("crowdpose", file, tmp_path / "out")
+
+
+def test_no_image_is_written_outside_of_out(tmp_path: Path) -> None:
+    file = foreign.crowdpose(tmp_path)
+    tree = json.loads(file.read_text())
+    tree["images"][0]["file_name"] = "../../../day1/img000.png"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"leads out of the folder"):
+        run("crowdpose", file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
