@@ -51,11 +51,11 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
         given = uploader.fetch(run.weights) if run.weights else None
         skeleton, note = build.open_skeleton(run.data)
         run = run if skeleton.mirror_known else run.without_mirroring()
-        sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
+        sets = build.open_people(run.data, skeleton, unlabeled=any(run.get_stage(stage).ratio for stage in run.stages))
     doctor.summarize(accelerator.print, sets, run, note)
     # Rank 0 alone computes metrics.
     failures.on_each_rank(lambda: accelerator.is_main_process and doctor.check_evaluation(accelerator.print, sets, run))
-    lasts = {stage: sampling.num_steps(run.of(stage), len(sets.train), run.max_steps) for stage in run.stages}
+    lasts = {stage: sampling.num_steps(run.get_stage(stage), len(sets.train), run.max_steps) for stage in run.stages}
     plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)

@@ -75,7 +75,7 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]
     # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.
     outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
-    most = peak(accelerator, case.name, run.of(case.stage), share, layout, batches)
+    most = peak(accelerator, case.name, run.get_stage(case.stage), share, layout, batches)
     return {"predicted": predicted.gpu_peak - outside, "measured": most}
 
 

@@ -134,7 +134,8 @@ def _locate(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any])
 
 def _warn(config: Config) -> None:
     """Warn once about options that are known to make a model worse."""
-    literal = [name for name in config.stages if (teacher := config.of(name).teacher) and teacher.loss == "literal"]
+    teachers = {name: config.get_stage(name).teacher for name in config.stages}
+    literal = [name for name, teacher in teachers.items() if teacher and teacher.loss == "literal"]
     if literal and os.environ.get("RANK", "0") == "0":
         print(f"warning: --{literal[0]}.teacher.loss literal: {LITERAL_WARNING}", file=sys.stderr, flush=True)
 

@@ -468,7 +468,7 @@ class Config:
     def stages(self) -> tuple[StageName, ...]:
         return STAGES if self.stage == "all" else (self.stage,)
 
-    def of(self, stage: StageName) -> StageConfig:
+    def get_stage(self, stage: StageName) -> StageConfig:
         return getattr(self, stage)
 
     def without_mirroring(self) -> "Config":

@@ -264,7 +264,7 @@ def disk_bytes(run: Config, skeleton: Skeleton) -> float:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     total = 0.0
     for stage in run.stages:
-        networks = 2 if run.of(stage).teacher else 1
+        networks = 2 if run.get_stage(stage).teacher else 1
         checkpoints = run.keep_checkpoints + 2
         total += 4 * networks + checkpoints * (12 + 8 * networks)
     return total * parameters

@@ -43,7 +43,7 @@ def first_stage_people(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingP
     """The people of the run's first stage, as it will learn from them."""
     stage = run.stages[0]
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
-    return TrainingPeople(sets, augmenter, run.data, run.of(stage), seed=run.seed, stage=stage)
+    return TrainingPeople(sets, augmenter, run.data, run.get_stage(stage), seed=run.seed, stage=stage)
 
 
 def draw_grid(people: TrainingPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:

@@ -131,7 +131,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
     else:
         for name, train in read_of.items():
             report.findings += _under(f"{name} and val", _leaks(root, train, val))
-        if any(run.of(stage).ratio for stage in run.stages):
+        if any(run.get_stage(stage).ratio for stage in run.stages):
             report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
     return report, label_checks.join_labels([_with_keypoints(train.labels) for train in read_of.values()]), skeleton
 
@@ -194,7 +194,8 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
     """What the run's own reader says, and what the network would see."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it skips has been said, and stdout may be JSON
-            sets = build.open_people(run.data, skeleton, unlabeled=any(run.of(stage).ratio for stage in run.stages))
+            uses_unlabeled = any(run.get_stage(stage).ratio for stage in run.stages)
+            sets = build.open_people(run.data, skeleton, unlabeled=uses_unlabeled)
     except UserError as error:
         return [Finding(level="error", check="reader", text=str(error))]
     report.grid = str(

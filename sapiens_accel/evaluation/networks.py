@@ -156,7 +156,7 @@ def _meaning(candidate: Candidate, there: Category, names: Sequence[str]) -> Ske
     theirs, _ = _keypoints_of(candidate)
     stored = _stored(candidate)
     if stored is not None and stored.names == theirs:
-        return stored.of(names)
+        return stored.select(names)
     return infer_skeleton.infer_skeleton([replace(there, names=tuple(names))], None)[0]
 
 

@@ -1,4 +1,4 @@
-"""Predict the memory of a stage for one way to launch it, part by part, and the largest micro-batch that fits.
+"""Predict the memory of a stage for one way to launch it, part by part.
 
 The state (weights, gradients, master weights, Adam, teacher, buckets) is counted from the parameters and from what
 DeepSpeed allocates; activations are measured on fake tensors (`footprint`).
@@ -6,15 +6,13 @@ DeepSpeed allocates; activations are measured on fake tensors (`footprint`).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 
 import torch
 
-from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageConfig, StageName
+from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.errors import UserError
 from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.attention import padded_dim
@@ -31,11 +29,6 @@ PROCESS = 3.0 * GIB  # host memory of Python, torch and CUDA in a process
 WORKER = 0.6 * GIB  # host memory of a data loading process
 IN_FLIGHT = 3  # offloaded block inputs that are on the GPU at a time
 FLATTENED_SUMS, FLATTENED = 500_000_000, 50_000_000  # elements that DeepSpeed copies into one tensor, in fp32
-MAX_CHUNK, MIN_CHUNK = 16, 4  # people of a head chunk: larger chunks gain nothing, smaller ones leave the GPU idle
-
-# Blocks go without checkpoints, which saves time, only up to this fraction of the memory: the rest is a reserve for
-# errors of the prediction.
-UNCHECKPOINTED_LIMIT = 0.5
 
 # Rates per second of a 16 GB card and its host, only to rank ways: 16-bit operations, bytes of PCIe, of host memory.
 FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10
@@ -127,7 +120,7 @@ def measure_stage(
     Raises:
         UserError: a frozen pattern that matches nothing.
     """
-    plan = run.of(name)
+    plan = run.get_stage(name)
     with torch.device("meta"):
         model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
     model.freeze(plan.frozen)
@@ -457,86 +450,3 @@ def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, footprint: Fo
     if stage.plan.teacher and way.teacher != "device" and ranks > 1:
         copies += 2 * stage.num_parameters / BUS * 0.5
     return compute + copies + (0.002 if way.adam_8bit else 0.0)
-
-
-def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0) -> Plan:
-    """Plan the largest micro-batch that fits, with the fewest checkpointed blocks; if none fits, the smallest memory.
-
-    A larger micro-batch with the teacher off the device is preferred to a smaller one with the teacher on it.
-
-    Raises:
-        UserError: the global batch is no multiple of processes x micro-batch; more checkpointed blocks than the network
-            has; a sharded teacher with one process.
-    """
-    asked, ranks = stage.memory, way.strategy.num_ranks
-    if asked.checkpointed_blocks is not None and not 0 <= asked.checkpointed_blocks <= stage.depth:
-        raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: expected at most {stage.depth}")
-    places = _places(stage, ranks)
-    part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
-    sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
-    # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
-    every = way.offload_activations or way.strategy.zero == 3
-    all_blocks = [stage.depth] if every and room.device is not None else list(range(stage.depth + 1))
-    blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
-    if room.device is None:  # memory is not a limit: no recomputation
-        share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
-        layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
-        return Plan(way=replace(way, teacher=places[0]), share=share, layout=layout)
-    tried = []
-    for size, place in product(sizes, places):
-        way = replace(way, teacher=place)
-        share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
-        for checkpointed in blocks:
-            last = checkpointed == blocks[-1]
-            for chunk in _chunks(stage, way, share, checkpointed, cuda=room.cuda, smallest=last):
-                layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk, compiled=asked.compile_blocks)
-                plan = predict(stage, way, share, layout, room)
-                is_tight = not last and plan.gpu_peak + plan.allowance > UNCHECKPOINTED_LIMIT * room.device
-                if plan.fits and not is_tight:
-                    return plan
-                tried.append(plan)
-    return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
-
-
-def _places(stage: Stage, ranks: int) -> list[Place]:
-    """The possible places of the teacher's average, fastest first."""
-    asked = stage.memory.teacher
-    if asked == "sharded" and ranks == 1 and stage.plan.teacher:
-        raise UserError("--memory.teacher sharded: there is only one process (expected device or host)")
-    if stage.plan.teacher is None:
-        return ["device"]
-    return [asked] if asked else ["device", "sharded", "host"] if ranks > 1 else ["device", "host"]
-
-
-def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, *, cuda: bool, smallest: bool) -> Sequence[int]:
-    """Head chunks to try: the largest that does not raise the peak, but at least MIN_CHUNK.
-
-    Args:
-        smallest: also try a single person, since nothing else can save memory.
-    """
-    if stage.memory.head_chunk:
-        return [stage.memory.head_chunk]
-    p = share.micro_batch * (1 + stage.ratio)
-    largest = 1
-    for n in range(1, min(p, MAX_CHUNK) + 1):
-        layout = Layout(checkpointed_blocks=checkpointed, head_chunk=n)
-        plan = predict(stage, way, share, layout, Room(cuda=cuda))
-        if "head_chunk" in plan.gpu:
-            break
-        largest = n
-    chunk = max(largest, min(p, MIN_CHUNK))
-    return [chunk, 1] if smallest and chunk > 1 else [chunk]
-
-
-def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int | None) -> int:
-    """Labeled people of a process in an optimizer step.
-
-    Raises:
-        UserError: the global batch is not a multiple of processes x micro-batch.
-    """
-    if plan.global_batch % (ranks * (micro_batch or 1)):
-        raise UserError(
-            f"--{name}.global_batch {plan.global_batch} is not divisible by {ranks} processes"
-            + (f" x micro-batch {micro_batch} (--memory.micro_batch)" if micro_batch else "")
-        )
-    return plan.global_batch // ranks

@@ -25,7 +25,8 @@ from sapiens_accel.config.commands import memory_parser
 from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory.estimate import CONTEXT, Plan, Room, Stage, fit, measure_stage, predict
+from sapiens_accel.memory.estimate import CONTEXT, Plan, Room, Stage, measure_stage, predict
+from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.strategies import Way, command, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.load import starting_point
@@ -358,7 +359,7 @@ def _show(run: Config, table: Table, best: list[Plan] | None, words: Sequence[st
     print(f"{asked.gpus} GPU(s) with {asked.gpu_memory}, {cuda}; {arithmetic}; host {asked.host_memory}")
     print(COLUMNS)
     for name, plans in table.items():
-        print(f"\n{name}, global batch {run.of(name).global_batch}")
+        print(f"\n{name}, global batch {run.get_stage(name).global_batch}")
         layout = f"{'micro-batch':>12}{'checkpointed':>14}{'head chunk':>12}"
         print(f"  {'way':26}{layout}{'GPU peak':>10}{'host':>8}{'time':>10}")
         fastest = min((plan.seconds for plan in plans if plan.fits), default=None)

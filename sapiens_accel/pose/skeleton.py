@@ -66,7 +66,7 @@ class Skeleton:
     def lower(self) -> tuple[int, ...]:
         return tuple(k for k in range(self.num_keypoints) if k not in self.upper)
 
-    def of(self, names: Sequence[str]) -> "Skeleton":
+    def select(self, names: Sequence[str]) -> "Skeleton":
         """The skeleton of the named keypoints alone, in this order; names are compared by their words.
 
         A keypoint whose mirror partner is not among them becomes its own partner.

@@ -35,7 +35,7 @@ def checks_for(machine: Machine, out: Path, scratch: Path) -> list[Check]:
         *(_probe(name, machine, out) for name in ("attention", "fp16", "waits", "offload")),
         *_memory(machine, out),
         *_speed(machine, out),
-        _run_module("epochs", "epochs", ["throughput", "--epochs", str(out)], 60, out, None if machine.gpu else NO_GPU),
+        _run_module("epochs", "epochs", ["epochs", str(out)], 60, out, None if machine.gpu else NO_GPU),
     ]
 
 

@@ -21,7 +21,8 @@ from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.memory import planner
-from sapiens_accel.memory.estimate import Plan, Room, Stage, fit, measure_stage, predict
+from sapiens_accel.memory.estimate import Plan, Room, Stage, measure_stage, predict
+from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.strategies import Way, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout

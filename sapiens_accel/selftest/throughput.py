@@ -1,7 +1,6 @@
 """People a second of our training step, compared with a plain loop over transformers' network, and its utilization.
 
     python -m sapiens_accel.selftest.throughput RESULT.json MODEL [--hw 512 384] [--batch 32] [--compile]
-    python -m sapiens_accel.selftest.throughput RESULT.json --epochs OUT      hours of an epoch, from the rates in OUT
 
 The peer is a plain training loop: bf16 autocast over fp32 weights, AdamW, checkpointed blocks. It uses nothing of this
 package but the head of Sapiens v1, which transformers does not have. Both take turns in one process.
@@ -9,7 +8,6 @@ package but the head of Sapiens v1, which transformers does not have. Both take 
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -28,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Sapiens2ForPoseEstimation
 
-from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory.estimate import MIN_CHUNK, Plan, Room, fit, measure_stage, predict
+from sapiens_accel.memory.estimate import Plan, Room, measure_stage, predict
+from sapiens_accel.memory.fitting import MIN_CHUNK, fit
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
@@ -64,7 +62,6 @@ PEAK_TFLOPS = {
     "Tesla T4": 65.0,
 }
 SETTINGS = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
-COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
 Runner = tuple[Callable[[], None], Iterator[Any]]  # a function that sets the layout, and the steps
 
 
@@ -225,7 +222,7 @@ def start_peer(
 
 
 def _started(accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch) -> tuple[Iterator[Tensor], float]:
-    plan, autocast = run.of("phase2"), distributed.autocast_dtype(accelerator)
+    plan, autocast = run.get_stage("phase2"), distributed.autocast_dtype(accelerator)
     network = peer_of(model, accelerator.device)
     stream = plain_steps(network, batch, codec_of(run), plan.loss_weight, plan.optim.lr, autocast)
     return stream, float(next(stream))
@@ -329,57 +326,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in summary.items()}
 
 
-# ---- How long an epoch would take
-
-
-def epoch_rows(rates: Mapping[str, float], hw: tuple[int, int], recipes: Mapping[str, Config]) -> Iterator[Row]:
-    """Predicted hours that each recipe takes for each labeled person of COCO once, by stage.
-
-    From the measured phase2 rate of the nearest size at equal FLOP/s. A forward of backbone and head counts F and H: an
-    epoch of phase1 takes F + 3 H a person, phase2 3 (F + H), ssl with its unlabeled people 3 (F + H) for each of both
-    and the teacher's F + H. What is recomputed is taken to be in proportion.
-
-    Args:
-        rates: people a second in phase2 by model, measured with crops of `hw` px.
-    """
-    k = SKELETON.num_keypoints
-    flops = {model: forward_flops(model, k, hw) for model in rates}
-    for recipe, run in recipes.items():
-        backbone, head = part_flops(run.model.name, k, run.data.input_hw)
-        whole = backbone + head
-        # Nearest in FLOPs: a larger network comes closer to what the device can do.
-        nearest = min(rates, key=lambda model: abs(flops[model] / whole - 1) + abs(whole / flops[model] - 1))
-        per_second = rates[nearest] * 3 * flops[nearest]
-        work = {
-            "phase1": backbone + 3 * head,
-            "phase2": 3 * whole,
-            "ssl": (3 + 4 * run.ssl.ratio) * whole,
-        }
-        hours = {stage: round(COCO_PEOPLE * flop / per_second / 3600, 2) for stage, flop in work.items()}
-        text = ", ".join(f"{stage} {value:g} h" for stage, value in hours.items())
-        yield {
-            "name": f"epoch of {recipe}",
-            "status": "passed",
-            "text": f"predicted from {nearest}: {text}",
-            "predicted": True,
-            "hours": hours,
-            "from": nearest,
-        }
-
-
-def measured_rates(out: Path) -> tuple[dict[str, float], tuple[int, int]]:
-    """Phase2's people a second by model that the checks in this folder have measured, and their crop.
-
-    Raises:
-        Skipped: there are none.
-    """
-    rows = [row for path in sorted(out.glob("*/result.json")) for row in json.loads(path.read_text())]
-    measured = [row for row in rows if row.get("phase2_rate")]
-    if not measured:
-        raise Skipped("no rate was measured")
-    return {row["model"]: row["phase2_rate"] for row in measured}, tuple(measured[-1]["input_hw"])
-
-
 # ---- Rows of the selftest
 
 
@@ -400,22 +346,12 @@ def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="selftest.throughput", allow_abbrev=False)
     parser.add_argument("result")
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--epochs", metavar="OUT")
+    parser.add_argument("model")
     parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--compile", action="store_true")
     asked: Any = parser.parse_args(words)
     result, hw = Result(Path(asked.result)), tuple(asked.hw)
-    if asked.epochs:
-        with result.guard("epochs"):
-            rates, measured_hw = measured_rates(Path(asked.epochs))
-            folder = Path(config.__file__).parents[1] / "recipes"
-            names = [path.stem for path in sorted(folder.glob("*_coco*.yaml"))]
-            recipes = {name: config.load(["--recipe", name]) for name in names}
-            for row in epoch_rows(rates, measured_hw, recipes):
-                result.add(row)
-        return
     cuda = torch.cuda.is_available()
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16" if cuda else "no")
     peak = peak_tflops(torch.cuda.get_device_name()) if cuda else None

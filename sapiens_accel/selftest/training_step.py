@@ -85,7 +85,7 @@ class TrainingCase:
     @property
     def num_unlabeled(self) -> int:
         """Unlabeled people in a micro-batch."""
-        return num_unlabeled(self.run.of(self.stage), self.micro_batch)
+        return num_unlabeled(self.run.get_stage(self.stage), self.micro_batch)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,7 +134,7 @@ def build_network(run: Config, stage: StageName, device: str = "cpu") -> Sapiens
     set_seed(run.seed)
     with torch.device(device):
         model = SapiensPose(run.model.name, SKELETON.num_keypoints, run.data.input_hw)
-    model.freeze(run.of(stage).frozen)
+    model.freeze(run.get_stage(stage).frozen)
     return model
 
 
@@ -142,7 +142,7 @@ def take_steps(
     accelerator: Accelerator, case: TrainingCase, model: SapiensPose, batches: Iterator[Batch]
 ) -> Iterator[Step]:
     """Build the stage, and return an iterator that takes an optimizer step for each item, until the batches end."""
-    plan = case.run.of(case.stage)
+    plan = case.run.get_stage(case.stage)
     model.lay_out(case.layout)
     teacher = ema.moving_average(accelerator, deepcopy(model), case.teacher) if plan.teacher else None
     groups = optim.param_groups(model.layer_groups(), plan.optim)

@@ -98,7 +98,7 @@ class StageContext:
 
     @property
     def config(self) -> StageConfig:
-        return self.run.of(self.name)
+        return self.run.get_stage(self.name)
 
     @property
     def folder(self) -> Path:

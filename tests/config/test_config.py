@@ -45,7 +45,7 @@ def test_coco_recipes_hold_the_specification(recipes: dict[str, Config], name: s
     assert run.phase2.frozen == run.ssl.frozen == ()
     assert run.phase1.teacher is None and run.phase2.teacher is None and run.ssl.teacher is not None
     for stage in STAGES:
-        plan = run.of(stage)
+        plan = run.get_stage(stage)
         assert (plan.global_batch, plan.steps, plan.loss_weight) == (32, None, 1.0)
         assert (plan.optim.weight_decay, plan.optim.betas) == (0.05, (0.9, 0.999))
         assert (plan.optim.clip_norm, plan.optim.warmup_steps) == (1.0, 500)

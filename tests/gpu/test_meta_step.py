@@ -24,7 +24,7 @@ def meta_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stage_of(stage: StageName, **teacher: Any) -> StageConfig:
-    found = config.load(["--recipe", "sapiens_1b_coco"]).of(stage)
+    found = config.load(["--recipe", "sapiens_1b_coco"]).get_stage(stage)
     return replace(found, teacher=replace(found.teacher, **teacher)) if found.teacher else found
 
 

@@ -19,8 +19,8 @@ from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
+from sapiens_accel.memory import fitting, strategies
 from sapiens_accel.memory import planner as memory
-from sapiens_accel.memory import strategies
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.memory.strategies import Way
@@ -48,7 +48,7 @@ def way(name: str, ranks: int = 1) -> Way:
 
 @lru_cache
 def fitted(name: str, stage: StageName, by: str, room: float = ROOM, ranks: int = 1) -> Plan:
-    return plan.fit(counted(name, stage), stage, way(by, ranks), Room(device=room, host=1000 * GIB))
+    return fitting.fit(counted(name, stage), stage, way(by, ranks), Room(device=room, host=1000 * GIB))
 
 
 # ---- Against real steps
@@ -244,11 +244,11 @@ def test_a_teacher_makes_way_for_a_larger_micro_batch_only() -> None:
     stage, seen = counted("sapiens_0.3b_coco", "ssl"), []
     for tenths in (160, 120, 100, 90, 80, 75, 70):
         room = tenths / 10 * GIB
-        alone, together = (plan.fit(stage, "ssl", way("zero2", ranks), Room(device=room)) for ranks in (1, 4))
+        alone, together = (fitting.fit(stage, "ssl", way("zero2", ranks), Room(device=room)) for ranks in (1, 4))
         assert alone.way.teacher != "sharded"
         for found in (alone, together):
             held = {
-                place: plan.fit(_keeping(stage, place), "ssl", found.way, Room(device=room))
+                place: fitting.fit(_keeping(stage, place), "ssl", found.way, Room(device=room))
                 for place in ("device", "sharded", "host")
                 if place != "sharded" or found is together
             }
@@ -269,15 +269,15 @@ def _keeping(stage: plan.Stage, place: str) -> plan.Stage:
 
 def test_where_a_whole_teacher_does_not_fit_the_host_keeps_it() -> None:
     stage, by = counted("sapiens_1b_coco", "ssl"), way("zero2_offload+activations")
-    least = plan.fit(_keeping(stage, "device"), "ssl", by, Room(device=0.1 * GIB))
+    least = fitting.fit(_keeping(stage, "device"), "ssl", by, Room(device=0.1 * GIB))
     room = least.gpu_peak + least.allowance - 0.1 * GIB
-    assert not plan.fit(_keeping(stage, "device"), "ssl", by, Room(device=room, host=1000 * GIB)).fits
-    found = plan.fit(stage, "ssl", by, Room(device=room, host=1000 * GIB))
+    assert not fitting.fit(_keeping(stage, "device"), "ssl", by, Room(device=room, host=1000 * GIB)).fits
+    found = fitting.fit(stage, "ssl", by, Room(device=room, host=1000 * GIB))
     assert found.fits and found.way.teacher == "host" and "teacher in host memory" in str(found)
     assert found.host["ema_teacher"] == 4 * stage.num_parameters
     rest = found.host_peak - 0.1 * GIB
     assert not plan.predict(stage, found.way, found.share, found.layout, Room(device=room, host=rest)).fits
-    assert plan.fit(stage, "ssl", by, Room(device=139 * GIB, host=1000 * GIB)).way.teacher == "device"
+    assert fitting.fit(stage, "ssl", by, Room(device=139 * GIB, host=1000 * GIB)).way.teacher == "device"
     assert found.seconds > plan.predict(stage, by, found.share, found.layout).seconds
 
 
@@ -287,7 +287,7 @@ def test_a_teacher_cannot_be_shared_among_one() -> None:
     assert planned("demo", 15, "--stage", "ssl", "--memory.teacher", "host")["ssl"].way.teacher == "host"
     assert planned("demo", 15, "--stage", "phase2", "--memory.teacher", "sharded")["phase2"].way.teacher == "device"
     stage = counted("demo", "ssl", "--memory.teacher=sharded")
-    assert plan.fit(stage, "ssl", way("zero2", 2)).way.teacher == "sharded"
+    assert fitting.fit(stage, "ssl", way("zero2", 2)).way.teacher == "sharded"
 
 
 def test_a_large_gpu_computes_nothing_twice() -> None:
@@ -312,13 +312,13 @@ def test_more_room_is_never_worse() -> None:
 def test_what_is_asked_for_is_not_chosen() -> None:
     words = ("--memory.micro_batch=4", "--memory.checkpointed_blocks=7", "--memory.head_chunk=3")
     stage = counted("sapiens_0.3b_coco", "phase2", *words)
-    found = plan.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
+    found = fitting.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
     assert (found.share.micro_batch, found.share.accumulation) == (4, 8)
     assert found.layout == Layout(checkpointed_blocks=7, head_chunk=3)
 
 
 def test_where_memory_does_not_limit_nothing_is_spared() -> None:
-    found = plan.fit(counted("demo", "phase2"), "phase2", way("plain"))
+    found = fitting.fit(counted("demo", "phase2"), "phase2", way("plain"))
     assert found.layout == Layout() and found.share.micro_batch == 32 and found.fits
 
 
@@ -366,7 +366,7 @@ def test_what_to_try_next_takes_less() -> None:
     assert chosen.share.micro_batch == 32 and chosen.otherwise == "--memory.offload_activations"
     chosen = planned("sapiens_0.3b_coco", 15, "--stage=phase2")["phase2"]
     stage = counted("sapiens_0.3b_coco", "phase2", *chosen.otherwise.split())
-    smaller = plan.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
+    smaller = fitting.fit(stage, "phase2", way("zero2"), Room(device=ROOM))
     assert smaller.share.micro_batch < 32 and smaller.gpu_peak < 0.95 * chosen.gpu_peak
 
 

@@ -78,7 +78,7 @@ def _check_build(run: Config) -> None:
     model = _on_meta(run.model.name, run.data.input_hw)
     assert model.heatmap_hw == (run.data.input_hw[0] // 4, run.data.input_hw[1] // 4)
     for stage in STAGES:
-        model.freeze(run.of(stage).frozen)
+        model.freeze(run.get_stage(stage).frozen)
 
 
 def test_the_heatmap_has_the_size_it_claims(tiny: SapiensPose, picture: Tensor) -> None:

@@ -220,7 +220,7 @@ def test_a_yaml_goes_before_what_is_known(tmp_path: Path) -> None:
 def test_whether_left_and_right_are_known(names: tuple[str, ...], known: bool) -> None:
     one = Category(file=Path("a.json"), categories=("mouse",), kind="mouse", names=names)
     skeleton, lines = custom.infer_skeleton([one], None)
-    assert skeleton.mirror_known is known and skeleton.of(names[:1]).mirror_known is known
+    assert skeleton.mirror_known is known and skeleton.select(names[:1]).mirror_known is known
     assert any("left and right of the keypoints are not known" in line for line in lines) is not known
 
 

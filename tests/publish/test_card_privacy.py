@@ -18,7 +18,7 @@ from sapiens_accel.config.schema import ModelConfig
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.coco_metrics import METRICS
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.publish import model_card, uploader
+from sapiens_accel.publish import model_card, push
 from sapiens_accel.publish.markdown import literal, repository_link
 
 SECRET = "hunter2"
@@ -113,7 +113,7 @@ def test_nothing_pushed_names_this_machine(tmp_path: Path) -> None:
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"weights": str(other), "hub_model_id": "me/pose"}))
     _written(folder)
-    uploader.snapshot(folder / "phase1" / "weights", tmp_path / "pushed" / "files")
+    push.snapshot(folder / "phase1" / "weights", tmp_path / "pushed" / "files")
     pushed = [*(folder / "card").rglob("*"), *(tmp_path / "pushed").rglob("*")]
     pushed = [file for file in pushed if file.is_file()]
     assert {"README.md", "config.json", "skeleton.json", "model.safetensors"} <= {file.name for file in pushed}

@@ -18,7 +18,7 @@ from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest import __main__ as selftest
-from sapiens_accel.selftest import checks, launches, peak_memory, probes, throughput, training_step
+from sapiens_accel.selftest import checks, epochs, launches, peak_memory, probes, training_step
 from sapiens_accel.selftest.checks import Skipped
 from sapiens_accel.selftest.training_step import TrainingCase
 
@@ -200,7 +200,7 @@ def test_offloading_is_compared_on_a_cards_answers(driver: dict[str, Any], monke
 
 def test_the_hours_of_an_epoch_follow_from_a_measured_rate(recipes: dict[str, Any]) -> None:
     few = {name: recipes[name] for name in ("sapiens_0.3b_coco", "sapiens_0.3b_coco_official", "sapiens_0.6b_coco")}
-    rows = {row["name"]: row for row in throughput.epoch_rows({"sapiens_0.3b": 40.0}, (512, 384), few)}
+    rows = {row["name"]: row for row in epochs.epoch_rows({"sapiens_0.3b": 40.0}, (512, 384), few)}
     hours = rows["epoch of sapiens_0.3b_coco"]["hours"]
     assert hours["phase2"] == round(149_813 / 40 / 3600, 2)  # the very case that was measured
     assert hours["ssl"] == pytest.approx(7 / 3 * hours["phase2"], abs=0.01)
@@ -212,14 +212,14 @@ def test_the_hours_of_an_epoch_follow_from_a_measured_rate(recipes: dict[str, An
 
 def test_rates_come_from_the_checks_before(tmp_path: Path) -> None:
     with pytest.raises(Skipped, match="no rate was measured"):
-        throughput.measured_rates(tmp_path)
+        epochs.measured_rates(tmp_path)
     for name, row in {
         "a": {"text": "no rate"},
         "b": {"phase2_rate": 3.0, "model": "m", "input_hw": [512, 384]},
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps([row]))
-    assert throughput.measured_rates(tmp_path) == ({"m": 3.0}, (512, 384))
+    assert epochs.measured_rates(tmp_path) == ({"m": 3.0}, (512, 384))
 
 
 @pytest.mark.slow
