@@ -225,8 +225,8 @@ def test_whether_left_and_right_are_known(names: tuple[str, ...], known: bool) -
 
 
 def test_some_of_a_skeleton() -> None:
-    assert COCO17.of(COCO17.names) == COCO17
-    some = COCO17.of(["right_hip", "left_hip", "left_knee", "nose"])
+    assert COCO17.select(COCO17.names) == COCO17
+    some = COCO17.select(["right_hip", "left_hip", "left_knee", "nose"])
     assert (some.mirror, some.upper, some.sigmas) == ((1, 0, 2, 3), (3,), (0.107, 0.107, 0.087, 0.026))
     assert set(map(frozenset, some.edges)) == {frozenset((0, 1)), frozenset((1, 2))}
 
