@@ -64,13 +64,15 @@ def export_parser() -> argparse.ArgumentParser:
 def detect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sapiens_accel.boxes",
-        description="Detect the people in images, and write their boxes for stage ssl and eval.py.",
+        description="Detect people or animals in images, and write their boxes for stage ssl and eval.py.",
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
     add("pictures", type=Path, help="an image, a folder (with all below it) or a video")
     add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
     add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
+    add("--detector.class", dest="detector_class", default="person", metavar="NAME",
+        help="which of the detector's classes to look for, or several, separated by commas (person)")  # fmt: skip
     least, overlap = DETECTOR_THRESHOLD, DETECTOR_MAX_IOU
     add("--threshold", type=float, default=least, help=f"minimum score ({least}; ssl uses boxes of 0.5 or more)")
     add("--max_iou", type=float, default=overlap, help=f"keep one of two boxes that overlap by more ({overlap})")
@@ -156,9 +158,14 @@ PARSERS = {
 
 @cache
 def evaluation_options() -> Mapping[str, str]:
-    """The short names of the options of `EvalConfig`: `--flip` is `--eval.flip`, `--worst` is `--eval.num_worst`."""
+    """The short names of the options of `EvalConfig`: `--flip` is `--eval.flip`, `--worst` is `--eval.num_worst`.
+
+    `--detector.class` is what `python -m sapiens_accel.boxes` calls it.
+    """
     keys = [key for key in options() if key.startswith("eval.")]
-    return {key.removeprefix("eval.").removeprefix("num_"): key for key in keys}
+    return {"detector.class": "eval.detector_class"} | {
+        key.removeprefix("eval.").removeprefix("num_"): key for key in keys
+    }
 
 
 def parse_evaluation(argv: Sequence[str]) -> tuple[list[str], list[str]]:

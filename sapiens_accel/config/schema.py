@@ -364,6 +364,9 @@ class EvalConfig:
     images: str | None = None
     """eval.py: predict on these images in place of an evaluation: an image, a folder (with its subfolders) or a video.
     boxes is then gt (the whole image is one person), a JSON of boxes, detector, or a detector's folder or Hub name."""
+    detector_class: str = "person"
+    """eval.py --images with a detector: which of its classes to detect, several separated by commas (--detector.class
+    mouse)."""
     min_box_score: Fraction = 0.5
     """eval.py --images: boxes with a score below this are left out."""
     flip: bool = True

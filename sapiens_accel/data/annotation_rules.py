@@ -263,7 +263,7 @@ class PeopleReader:
             UserError: the first annotation against the rules.
         """
         tree = tree or self.source.read()
-        images = _ImageList(image_names(tree, self.source.file), {one["id"]: _size_of(one) for one in tree["images"]})
+        images = _ImageList(image_names(tree, self.source.file), {one["id"]: size_of(one) for one in tree["images"]})
         ids = category_ids(tree.get("categories") or (), self.known_reading)
         for index, annotation in enumerate(tree["annotations"]):
             try:
@@ -612,7 +612,7 @@ def clear_unlabeled(keypoints: Float[Array, "*n 3"]) -> Float[Array, "*n 3"]:
     return np.where(gone[..., None], 0.0, keypoints) if gone.any() else keypoints
 
 
-def _size_of(image: dict[str, Any]) -> tuple[float, float]:
+def size_of(image: dict[str, Any]) -> tuple[float, float]:
     """An image's width and height; not a number where the file does not say both."""
     width: Any
     height: Any

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,25 @@ from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import people as people_tables
 from sapiens_accel.data.people import People, PeopleFiles
 from sapiens_accel.errors import UserError
+from sapiens_accel.pose.sides import words
+from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import coco
 
 
 class PersonBoxes(NamedTuple):
-    """The people of one image, the surest first: boxes x y w h in image px, within the image."""
+    """The people of one image: boxes x y w h in image px.
+
+    Attributes:
+        category_ids: of each; empty: all are of the same category.
+    """
 
     boxes_xywh: Float[Array, "n 4"]
     scores: Float[Array, "n"]
+    category_ids: tuple[Any, ...] = ()
 
 
+# Why boxes of a file are not among those that are looked at.
+NOT_TAKEN = ("of other categories", "of crowds", "without 'bbox'")
 NOBODY = PersonBoxes(np.zeros((0, 4)), np.zeros(0))
 
 
@@ -160,58 +170,104 @@ class BoxesFile:
     """The boxes of a file, for the images of these names: a list of detections, or a COCO annotation file.
 
     A detection's image is its `file_name`, or the one that its `image_id` names (see `make_ids`). Boxes without a score
-    count as sure; those below `min_score`, crowds and other categories than people are left out.
+    count as sure. Taken are, of an annotation file, the categories that the skeleton has, by their name or by the names
+    of their keypoints; else all. A list has no names: all of it if it has a single category or the skeleton has
+    several; else category 1 where there is one. The rest, those below `min_score`, and crowds are left out.
 
     Attributes:
-        told: what of it is of other images, in a line; empty if nothing is.
+        categories: those that are taken, names by their ids.
+        told: what of it is left out, in a line; empty if nothing is.
 
     Raises:
         UserError: no such file, no boxes in it, a box that is none, or none of these images.
     """
 
-    def __init__(self, file: Path, names: Sequence[str], min_score: float) -> None:
-        self.file, self.min_score = file, min_score
+    def __init__(self, file: Path, names: Sequence[str], min_score: float, skeleton: Skeleton = COCO17) -> None:
+        self.file, self.min_score, self._skeleton = file, min_score, skeleton
+        self.categories: dict[Any, str] = {}
         if not file.is_file():
             raise UserError(
                 f"--eval.boxes {file}: no such file; expected whole, a JSON of boxes, detector, or one's name"
             )
+        self._left_out: Counter[str] = Counter()
         found = list(self._detections() if coco.is_detections(file) else self._annotations())
         if not found:
             raise UserError(f"{file}: no box in it; expected a list of detections or a COCO annotation file")
-        self._of: dict[str, list[tuple[Any, float]]] = {}
+        self._of: dict[str, list[Detection]] = {}
         places, others = _places(names), 0
         for key, one in found:
             name = places.get(key, places.get(Path(key).name if isinstance(key, str) else f"{key:012d}"))
             if name is None:
                 others += 1
-            elif one.score >= min_score and (one.box_xywh[2:] > 0).all():
-                self._of.setdefault(name, []).append((one.box_xywh, one.score))
+            elif one.score < min_score:
+                self._left_out[f"with a score below {min_score:g} (--eval.min_box_score)"] += 1
+            elif not (one.box_xywh[2:] > 0).all():
+                self._left_out["without a width or a height"] += 1
+            else:
+                self._of.setdefault(name, []).append(one)
         if others == len(found):
             raise UserError(
                 f"{file}: of other images: the first of its {len(found)} boxes is of {found[0][0]}, the first of "
                 f"these {len(names)} images is {names[0] if names else '(none)'}"
             )
-        self.told = f"{file}: {others} of its {len(found)} boxes are of other images" if others else ""
+        parts = {"of other images": others, **self._left_out}
+        listed = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+        num = len(found) + sum(count for what, count in self._left_out.items() if what.startswith(NOT_TAKEN))
+        self.told = f"{file}: of its {num} boxes are left out: {listed}" if listed else ""
 
     def of(self, name: str) -> PersonBoxes:
         """The people of an image."""
-        if name not in self._of:
+        if not (here := self._of.get(name)):
             return NOBODY
-        boxes, scores = zip(*self._of[name], strict=True)
-        return PersonBoxes(np.stack(boxes), np.array(scores))
+        boxes, scores = np.stack([one.box_xywh for one in here]), np.array([one.score for one in here])
+        return PersonBoxes(boxes, scores, tuple(one.category_id for one in here))
 
     def _detections(self) -> Iterator[tuple[Any, Detection]]:
-        for one in read_detections(self.file, ("bbox",)):
-            if one.category_id == 1:
+        found = [one._replace(category_id=coco.number_of_id(one.category_id)) for one in self._read_list()]
+        ids = list(dict.fromkeys(one.category_id for one in found))
+        if len(ids) > 1 and len(self._skeleton.categories) <= 1 and 1 in ids:
+            ids = [1]
+        one_name = " or ".join(self._skeleton.categories) or "person"
+        self.categories = {key: one_name if len(ids) == 1 else str(key) for key in ids}
+        for one in found:
+            if one.category_id in self.categories:
                 yield one.image_id if one.file_name is None else one.file_name, one
+            else:
+                self._left_out[f"{NOT_TAKEN[0]} (category_id {one.category_id})"] += 1
+
+    def _read_list(self) -> list[Detection]:
+        return read_detections(self.file, ("bbox",))
 
     def _annotations(self) -> Iterator[tuple[Any, Detection]]:
         names = {image["id"]: image["file_name"] for image in read_list(self.file, "images", ("id", "file_name"))}
-        person = annotation_rules.person_category(self.file)
-        for index, thing in enumerate(read_list(self.file, "annotations", ("image_id", "bbox"))):
-            if not thing.get("iscrowd") and thing.get("category_id", person) == person:
-                one = _detection(self.file, index, thing, ())
+        listed = {one.get("id"): one for one in coco.CocoFile(self.file).categories}
+        taken = _choose_categories(list(listed.values()), self._skeleton)
+        ids = {one.get("id"): coco.given_id(one) for one in taken} or {1: 1}
+        self.categories = {coco.given_id(one): str(one.get("name")) for one in taken} or {1: "person"}
+        first = next(iter(ids))
+        for index, thing in enumerate(read_list(self.file, "annotations", ("image_id",))):
+            category = thing.get("category_id", first)
+            if thing.get("iscrowd"):
+                self._left_out[NOT_TAKEN[1]] += 1
+            elif taken and category not in ids:
+                name = listed.get(category, {}).get("name", category)
+                self._left_out[f"{NOT_TAKEN[0]} ({name})"] += 1
+            elif not thing.get("bbox"):
+                self._left_out[NOT_TAKEN[2]] += 1
+            else:
+                one = _detection(self.file, index, thing, ())._replace(category_id=ids.get(category, 1))
                 yield names.get(coco.number_of_id(one.image_id), one.image_id), one
+
+
+def _choose_categories(listed: list[dict[str, Any]], skeleton: Skeleton) -> list[dict[str, Any]]:
+    """The categories of an annotation file whose boxes are of what the skeleton is of; all, if nothing tells."""
+    names, keypoints = set(skeleton.categories or ("person",)), [words(name) for name in skeleton.names]
+
+    def has_keypoints(one: dict[str, Any]) -> bool:
+        theirs = one.get("keypoints")
+        return isinstance(theirs, list) and [words(str(name)) for name in theirs] == keypoints
+
+    return [one for one in listed if one.get("name") in names or has_keypoints(one)] or listed
 
 
 def _places(names: Sequence[str]) -> dict[Any, str]:

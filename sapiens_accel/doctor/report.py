@@ -34,9 +34,11 @@ from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import load_boxes
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
+from sapiens_accel.evaluation.networks import read_people_sizes
 from sapiens_accel.models import sapiens as model
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.oks import AREA_OF_BOX
+from sapiens_accel.pose.person_boxes import PeopleSizes, measure_sizes
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import images
 
@@ -125,6 +127,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
             of_set += annotation_checks.check_images(root, read, config.check_images, config.on_bad_image)
         report.findings += _under(name, of_set)
     val = read_of.pop("val")
+    report.findings += _compare_sizes(run, [_with_keypoints(train.labels) for train in read_of.values()], val)
     if config.streaming:
         text = "--data.streaming: images of training were neither looked at nor compared with those of validation"
         report.findings.append(Finding(level="note", check="train/pictures", text=text))
@@ -134,6 +137,26 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
         if any(run.get_stage(stage).ratio for stage in run.stages):
             report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
     return report, label_checks.join_labels([_with_keypoints(train.labels) for train in read_of.values()]), skeleton
+
+
+def _compare_sizes(run: Config, train: Sequence[Labels], val: ReadAnnotations) -> list[Finding]:
+    """Whether people of validation, and of what the weights were trained with, are as large in their images as here."""
+    sizes, of_val = (_measure(labels) for labels in (label_checks.join_labels(train), _with_keypoints(val.labels)))
+    if sizes is None:
+        return []
+    findings = []
+    if of_val and (misfit := of_val.describe_misfit(sizes)):
+        text = f"people of validation are of another size than those of training: their {misfit}"
+        findings.append(Finding(level="warning", check="val/sizes", text=text))
+    trained = read_people_sizes(Path(run.weights)) if run.weights and Path(run.weights).exists() else None
+    if trained and (misfit := sizes.describe_misfit(trained)):
+        text = f"people are of another size than those that {run.weights} was trained with: their {misfit}"
+        findings.append(Finding(level="warning", check="train/sizes", text=text))
+    return findings
+
+
+def _measure(labels: Labels) -> PeopleSizes | None:
+    return measure_sizes(labels.boxes_xywh, labels.size_wh)
 
 
 def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:

@@ -10,10 +10,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
+from sapiens_accel.data.annotation_rules import size_of
 from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
+from sapiens_accel.pose.person_boxes import measure_sizes
+from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.coco import number_of_id
 
 GROUND_TRUTH = "gt"
@@ -61,6 +64,16 @@ def load_boxes(given: str, people: People) -> Boxes:
     if file is None:
         raise UserError(f"--eval.boxes {given}: no such file; expected gt, or a detector's results in COCO's form")
     return detector_boxes(file, people)
+
+
+def describe_misfit(boxes: Boxes, people: People, skeleton: Skeleton) -> str:
+    """A line, if boxes are of another size in their images than people of the weights' training; else empty."""
+    images, trained = read_images(people), skeleton.people
+    if trained is None or not len(boxes):
+        return ""
+    sizes = measure_sizes(boxes.boxes_xywh, np.array([size_of(images[key]) for key in boxes.image_ids.tolist()]))
+    misfit = sizes.describe_misfit(trained) if sizes else ""
+    return f"warning: {boxes.source}: {misfit}: keypoints will be far less accurate" if misfit else ""
 
 
 def ground_truth_boxes(people: People) -> Boxes:

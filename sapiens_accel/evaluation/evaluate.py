@@ -25,7 +25,7 @@ from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
-from sapiens_accel.evaluation.boxes import Boxes, load_boxes
+from sapiens_accel.evaluation.boxes import Boxes, describe_misfit, load_boxes
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, CountingRules, Metrics
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
 from sapiens_accel.evaluation.keypoint_csv import ImageRow, PersonRow
@@ -123,7 +123,8 @@ def evaluate_networks(
             rules = CountingRules(config.area, config.max_people)
             metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules)
             quality = measure_keypoints(matched, people, skeleton)
-            notes = [boxes.note] * bool(boxes.note) + describe_unmeasured(people, skeleton)
+            notes = [line for line in (boxes.note, describe_misfit(boxes, people, skeleton)) if line]
+            notes += describe_unmeasured(people, skeleton)
             notes += describe_crowding(people, config) + describe_unmatched(matched)
             notes += explain_metrics(metrics, matched, people, skeleton)
             metrics |= measure_distances(quality)

@@ -21,6 +21,7 @@ from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose import infer_skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.infer_skeleton import Category, short
+from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, skeleton_from_tree, words
 from sapiens_accel.runtime import distributed
 
@@ -176,6 +177,16 @@ def _stored(candidate: Candidate) -> Skeleton | None:
         raise UserError(
             f"{file}: not the skeleton of weights: {reason}; mend it or move the weights away from it"
         ) from None
+
+
+def read_people_sizes(weights: Path) -> PeopleSizes | None:
+    """How large people were in the images that weights were trained with; None where nothing beside them says it.
+
+    Raises:
+        UserError: as `published.find`; what is beside them is no skeleton.
+    """
+    stored = _stored(Candidate(name=weights.name, weights=weights, folder=weights))
+    return stored.people if stored else None
 
 
 def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:

@@ -28,6 +28,7 @@ from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import Pictures
 from sapiens_accel.sources.images import describe_fault
+from sapiens_accel.sources.schema import Reading
 
 LEAST = {"batch_size": 1, "num_workers": 0, "every": 1, "threshold": 0, "max_iou": 0}
 
@@ -110,6 +111,7 @@ class DetectionJob:
         category: the category_id of a person.
         batch_size: images of one forward.
         num_workers: reading processes.
+        classes: of the detector, which count as people.
     """
 
     images: Pictures
@@ -118,6 +120,7 @@ class DetectionJob:
     out: Path
     batch_size: int
     num_workers: int
+    classes: str = "person"
 
 
 def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
@@ -131,6 +134,7 @@ def detect(detector: Detector, job: DetectionJob) -> tuple[int, list[str]]:
     images, out = job.images, job.out
     listing = "\n".join(f"{name} {(images.root / name).stat().st_size}" for name in images.names)
     settings = {"detector": detector.name, "threshold": detector.threshold, "max_iou": detector.max_iou}
+    settings |= {} if job.classes == "person" else {"class": job.classes}
     about = {**settings, "batch_size": job.batch_size, "pictures": hashlib.sha256(listing.encode()).hexdigest()[:16]}
     kept = Partial(out, about)
     done = sum(map(len, kept.done))
@@ -169,11 +173,14 @@ def main(words: Sequence[str]) -> None:
     ids = (
         boxes_json.read_ids(asked.annotations, images.names) if asked.annotations else boxes_json.make_ids(images.names)
     )
-    category = annotation_rules.person_category(asked.annotations) if asked.annotations else 1
-    detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou)
+    category = 1
+    if asked.annotations:
+        category = annotation_rules.person_category(asked.annotations, Reading(categories=(asked.detector_class,)))
+    classes = asked.detector_class
+    detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou, classes=classes)
     job = DetectionJob(
         images=images, ids=ids, category=category, out=asked.out,
-        batch_size=asked.batch_size, num_workers=asked.num_workers,
+        batch_size=asked.batch_size, num_workers=asked.num_workers, classes=classes,
     )  # fmt: skip
     try:
         num, bad = detect(detector, job)
@@ -182,7 +189,8 @@ def main(words: Sequence[str]) -> None:
         sys.exit(130)
     notes = [images.note, *(f"skipped: {images.root / name} {describe_fault(images.root / name)}" for name in bad)]
     searched = f"{len(images.names) - len(bad)} images of {images.root}" + f", {len(bad)} skipped" * bool(bad)
-    print(*filter(None, notes), f"{asked.out}: {num} people in {searched}", sep="\n")
+    what = "people" if classes == "person" else f"boxes of {classes}"
+    print(*filter(None, notes), f"{asked.out}: {num} {what} in {searched}", sep="\n")
     folder, file = images.root.resolve(), asked.out.resolve()
     print(f"stage ssl: --data.unlabelled_images {folder} --data.unlabelled_annotations {file}")
     print(f"eval.py: --boxes {file}")

@@ -23,6 +23,7 @@ from sapiens_accel.sources import images as photo
 # https://huggingface.co/PekingU/rtdetr_v2_r50vd
 DEFAULT = "PekingU/rtdetr_v2_r50vd"
 THRESHOLD, MAX_IOU = 0.05, 0.7
+SHOWN_CLASSES = 90  # of a refusal: COCO's, all of them
 SMALLEST = 1.0  # px: a thinner box holds nobody
 
 
@@ -34,16 +35,17 @@ class Prepared(NamedTuple):
 
 
 class Detector:
-    """A detector of transformers, of which people alone are asked for; one picture's boxes depend on no other.
+    """A detector of transformers, asked for people or other classes; one image's boxes depend on no other image.
 
     Args:
         name: a folder, or a repository on the Hub.
         threshold: boxes with a score up to this are left out.
         max_iou: of two boxes that overlap by more, the surer one stays.
         knob: the option that named it, for what is said about it.
+        classes: names of its classes that are asked for, separated by commas.
 
     Raises:
-        UserError: nothing there, no detector of transformers, weights that are not whole, no class of people.
+        UserError: nothing there, no detector of transformers, weights that are not whole, no such class.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Detector:
         threshold: float = THRESHOLD,
         max_iou: float = MAX_IOU,
         knob: str = "--detector",
+        classes: str = "person",
     ) -> None:
         self.name, self.device, self.threshold, self.max_iou = name, device, threshold, max_iou
         folder = _local(name, knob)
@@ -70,11 +73,16 @@ class Detector:
         if note["missing_keys"]:
             missing = sorted(note["missing_keys"])
             raise UserError(f"{knob} {name}: incomplete: no {missing[0]!r} ({len(missing)} such) in its weights")
-        labels = model.config.id2label
-        self.people = [int(key) for key, label in labels.items() if str(label).lower() == "person"]
-        if not self.people:
-            shown = ", ".join(str(label) for label in list(labels.values())[:5])
-            raise UserError(f"{knob} {name}: no class 'person' among its {len(labels)} ({shown}, ...)")
+        labels = {int(key): str(label) for key, label in model.config.id2label.items()}
+        wanted = [one.strip() for one in classes.split(",")]
+        known = {label.lower() for label in labels.values()}
+        for one in wanted:
+            if one.lower() not in known:
+                shown = ", ".join(list(labels.values())[:SHOWN_CLASSES]) + ", ..." * (len(labels) > SHOWN_CLASSES)
+                raise UserError(
+                    f"{knob} {name}: no class {one!r} among its {len(labels)} ({shown}); name one by --detector.class"
+                )
+        self.people = [key for key, label in labels.items() if label.lower() in {one.lower() for one in wanted}]
         self.model: Any = model.to(device).eval()
 
     def scan(

@@ -1,7 +1,7 @@
 """What was found in a user's own images: keypoints.json, and everybody drawn, image by image or as a video."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -29,6 +29,7 @@ class Person(NamedTuple):
     score: float
     box_xywh: Float[Array, "4"]
     box_score: float
+    category_id: Any = 1
 
 
 def category_name(skeleton: Skeleton) -> str:
@@ -43,18 +44,28 @@ class KeypointsWriter:
     y are a guess. The scores themselves are `keypoint_scores`, one each.
     """
 
-    def __init__(self, file: Path, skeleton: Skeleton, threshold: float, info: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        skeleton: Skeleton,
+        threshold: float,
+        info: dict[str, Any],
+        categories: Mapping[Any, str] | None = None,
+    ) -> None:
         self.file, self.threshold = file, threshold
         self._part = file.with_name(f".{file.name}.part")
         self._images: list[dict[str, Any]] = []
         self._num = 0
         self._stream: TextIO | None = None  # nothing is written before there is something
         edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
-        kind = {"id": 1, "name": category_name(skeleton), "keypoints": skeleton.names, "skeleton": edges}
-        kind |= {"supercategory": "person"} if kind["name"] == "person" else {}
+        kinds = [
+            {"id": key, "name": name, "keypoints": skeleton.names, "skeleton": edges}
+            | ({"supercategory": "person"} if name == "person" else {})
+            for key, name in (categories or {1: category_name(skeleton)}).items()
+        ]
         third = f"v: 2 where the score is above {threshold:g}, else 0"
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
-        self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps([kind])},\n"annotations": ['
+        self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps(kinds)},\n"annotations": ['
 
     def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person]) -> None:
         """An image and its people."""
@@ -87,7 +98,7 @@ class KeypointsWriter:
             for number in (x, y, v)
         ]
         return {
-            "category_id": 1,
+            "category_id": person.category_id,
             "iscrowd": 0,
             "bbox": person.box_xywh.round(2).tolist(),
             "area": round(float(person.box_xywh[2:].prod()), 2),
@@ -122,17 +133,29 @@ class MediaWriter:
     Args:
         path: what was asked for.
         about: noted in the JSON: how people were looked for.
+        categories: of people, names by their ids; default: 1, that of the weights.
     """
 
     def __init__(
-        self, path: Path, folder: Path, skeleton: Skeleton, evaluation: EvalConfig, about: dict[str, Any]
+        self,
+        path: Path,
+        folder: Path,
+        skeleton: Skeleton,
+        evaluation: EvalConfig,
+        about: dict[str, Any],
+        categories: Mapping[Any, str] | None = None,
     ) -> None:
+        self.categories = categories or {1: category_name(skeleton)}
         self.path, self.folder, self.skeleton, self.about = path, folder, skeleton, about
         self.draws, self.threshold = evaluation.num_pictures > 0, evaluation.score_threshold
         is_video = media.is_video(path)
         self.film = Film(folder / "drawn.mp4", media.video_length(path)[1]) if is_video else None
         self.file = KeypointsWriter(
-            folder / "keypoints.json", skeleton, self.threshold, {**about, "pictures": str(path.resolve())}
+            folder / "keypoints.json",
+            skeleton,
+            self.threshold,
+            {**about, "pictures": str(path.resolve())},
+            self.categories,
         )
         self.table = self._open_table(evaluation) if evaluation.csv else None
         self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
@@ -154,8 +177,7 @@ class MediaWriter:
                 self._draw(piece.root / file, name, people)
 
     def _table_row(self, name: str, people: Sequence[Person]) -> ImageRow:
-        category = category_name(self.skeleton)
-        rows = [PersonRow(one.points_xy, one.scores, one.score, category) for one in people]
+        rows = [PersonRow(one.points_xy, one.scores, one.score, self.categories[one.category_id]) for one in people]
         if self.film is None:
             return ImageRow(name, rows, self.file.num_images)
         return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name))

@@ -6,10 +6,10 @@ A video goes through in pieces of some frames, so that its length takes no memor
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,10 @@ from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup, predict
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
-from sapiens_accel.inference.outputs import MediaWriter, Person, Piece
+from sapiens_accel.inference.outputs import MediaWriter, Person, Piece, category_name
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
+from sapiens_accel.pose.person_boxes import measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import describe_fault
 
@@ -40,19 +41,30 @@ Thing = TypeVar("Thing")
 Seen = TypeVar("Seen")
 
 
-Where = Callable[[Piece], list[PersonBoxes]]
+@dataclass(frozen=True, kw_only=True)
+class PeopleFinder:
+    """Where people are in images.
+
+    Attributes:
+        find: the people of each image of a piece.
+        about: who finds them, in words.
+        categories: of those who are found, names by their ids.
+    """
+
+    find: Callable[[Piece], list[PersonBoxes]]
+    about: str
+    categories: Mapping[Any, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is the same for all pieces: the networks, looked at as one, and who finds people (`boxes`, in words)."""
+    """What is the same for all pieces: the networks, looked at as one, and who finds people."""
 
     path: Path
     run: Config
     skeleton: Skeleton
     networks: Sequence[PoseNetwork]
-    where: Where
-    boxes: str
+    finder: PeopleFinder
 
 
 def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: Config) -> None:
@@ -75,10 +87,10 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
         accelerator.print(note)
     skeleton = candidates.infer_weights_skeleton(several)
     run = run if skeleton.mirror_known else run.without_mirroring()
-    where, boxes = _where(accelerator, evaluation, names, run.data.num_workers)
+    finder = _choose_finder(accelerator, run, names, skeleton)
     for group in groups:
         networks = candidates.build_networks(accelerator, group, run, skeleton)
-        task = Task(path=path, run=run, skeleton=skeleton, networks=networks, where=where, boxes=boxes)
+        task = Task(path=path, run=run, skeleton=skeleton, networks=networks, finder=finder)
         folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
         _look_at(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
 
@@ -106,21 +118,23 @@ def _names(path: Path) -> tuple[list[str], str]:
 # ---- Where people are
 
 
-def _where(
-    accelerator: Accelerator, evaluation: EvalConfig, names: Sequence[str], num_workers: int
-) -> tuple[Where, str]:
-    given, min_score = evaluation.boxes, evaluation.min_box_score
+def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], skeleton: Skeleton) -> PeopleFinder:
+    given, min_score, kind = run.eval.boxes, run.eval.min_box_score, category_name(skeleton)
     if given in (GROUND_TRUTH, WHOLE):
-        return _whole, "whole images"
+        return PeopleFinder(find=_whole, about="whole images", categories={1: kind})
     if given.endswith(".json") or Path(given).is_file():
-        file = BoxesFile(Path(given), names, min_score)
+        file = BoxesFile(Path(given), names, min_score, skeleton)
         if file.told:
             accelerator.print(file.told)
-        return lambda piece: [file.of(name) for name in piece.names], f"of {given}"
-    name = DEFAULT if given == BY_DETECTOR else given
+        return PeopleFinder(
+            find=lambda piece: [file.of(name) for name in piece.names], about=f"of {given}", categories=file.categories
+        )
+    name, classes = DEFAULT if given == BY_DETECTOR else given, run.eval.detector_class
     with accelerator.main_process_first():
-        detector = Detector(name, accelerator.device, min_score, knob="--eval.boxes")
-    return partial(_detected, accelerator, detector, num_workers), f"of the detector {name}"
+        detector = Detector(name, accelerator.device, min_score, knob="--eval.boxes", classes=classes)
+    find = partial(_detected, accelerator, detector, run.data.num_workers)
+    kind = kind if skeleton.categories else classes
+    return PeopleFinder(find=find, about=f"of the detector {name}", categories={1: kind})
 
 
 def _whole(piece: Piece) -> list[PersonBoxes]:
@@ -189,40 +203,84 @@ def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Se
 
 def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
     evaluation = task.run.eval
-    about = {"weights": weights, "boxes": task.boxes, "flip": evaluation.flip, "scales": list(evaluation.scales)}
-    made = MediaWriter(task.path, folder, task.skeleton, evaluation, about) if accelerator.is_main_process else None
-    num_pictures = 0
+    about = {"weights": weights, "boxes": task.finder.about, "flip": evaluation.flip, "scales": list(evaluation.scales)}
+    made = None
+    if accelerator.is_main_process:
+        made = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
+    num_pictures = num_outside = 0
+    warning = ""
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_pictures += len(piece.files)
         for name in piece.bad:
             accelerator.print(f"skipped: {task.path / name} {describe_fault(task.path / name)}")
-        everybody = _people(accelerator, piece, task)
+        boxes, outside = _find_boxes(piece, task)
+        num_outside += outside
+        if not warning and (warning := _describe_misfit(boxes, piece, task)):
+            accelerator.print(warning)
+        everybody = _people(accelerator, piece, task, boxes)
         if made is not None:
             made.add(piece, everybody)
     if not num_pictures:
         raise UserError(f"{task.path}: none of its images can be used")
+    if num_outside:
+        accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
     if made is not None:
         print(made.close())
 
 
-def _people(accelerator: Accelerator, piece: Piece, task: Task) -> list[list[Person]]:
-    """The people of each image, the surest first."""
-    found = task.where(piece)
-    at = [index for index, people in enumerate(found) for _ in people.scores]
-    if not at:
-        return [[] for _ in found]
+def _find_boxes(piece: Piece, task: Task) -> tuple[Boxes | None, int]:
+    """The boxes in a piece's images, by the places of the images; None: there are none. And how many lie outside."""
+    found = task.finder.find(piece)
+    at = np.array([index for index, people in enumerate(found) for _ in people.scores], dtype=np.int64)
+    if not len(at):
+        return None, 0
+    boxes_xywh = np.concatenate([people.boxes_xywh for people in found])
+    sizes_wh = np.array(piece.sizes, dtype=np.float64)[at, ::-1]
+    low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+    kept = np.flatnonzero(((high > 0) & (low < sizes_wh)).all(axis=1))
+    first = next(iter(task.finder.categories))
+    categories = [key for people in found for key in people.category_ids or [first] * len(people.scores)]
+    if not len(kept):
+        return None, len(at)
     boxes = Boxes(
-        root=piece.root, file_names=[piece.files[index] for index in at], image_ids=np.array(at),
-        boxes_xywh=np.concatenate([people.boxes_xywh for people in found]),
-        scores=np.concatenate([people.scores for people in found]), source=task.boxes, labeled=False,
+        root=piece.root, file_names=[piece.files[index] for index in at[kept]], image_ids=at[kept],
+        boxes_xywh=boxes_xywh[kept], scores=np.concatenate([people.scores for people in found])[kept],
+        source=task.finder.about, labeled=False, category_ids=[categories[place] for place in kept],
     )  # fmt: skip
+    return boxes, len(at) - len(kept)
+
+
+def _describe_misfit(boxes: Boxes | None, piece: Piece, task: Task) -> str:
+    """A line, if people's boxes are of another size than in the weights' training images; else empty."""
+    trained = task.skeleton.people
+    if boxes is None or trained is None:
+        return ""
+    sizes = measure_sizes(boxes.boxes_xywh, np.array(piece.sizes, dtype=np.float64)[boxes.image_ids, ::-1])
+    if sizes is None or not (misfit := sizes.describe_misfit(trained)):
+        return ""
+    return (
+        f"warning: {task.finder.about}: {misfit}: keypoints will be far less accurate. Give boxes as in training: "
+        f"--boxes detector, or a JSON of boxes"
+    )
+
+
+def _people(accelerator: Accelerator, piece: Piece, task: Task, boxes: Boxes | None) -> list[list[Person]]:
+    """The people of each image, the surest first."""
+    if boxes is None:
+        return [[] for _ in piece.files]
     setup = PredictionSetup(skeleton=task.skeleton, data=task.run.data, config=task.run.eval, device=accelerator.device)
     predictions = predict(task.networks, boxes, setup, processes_of(accelerator))
     scores = boxes.scores * person_scores(predictions.scores, task.run.eval.score_threshold)
+    categories = boxes.category_ids or []
     parts = (predictions.points_xy, predictions.scores, scores.tolist(), boxes.boxes_xywh, boxes.scores.tolist())
-    everybody = [Person(*row) for row in zip(*parts, strict=True)]
-    places = [np.flatnonzero(boxes.image_ids == index) for index in range(len(found))]
-    return [_different([everybody[place] for place in here], task) for here in places]
+    everybody = [Person(*row) for row in zip(*parts, categories, strict=True)]
+    of_image: list[list[Person]] = []
+    for index in range(len(piece.files)):
+        here = [everybody[place] for place in np.flatnonzero(boxes.image_ids == index)]
+        kinds = dict.fromkeys(person.category_id for person in here)
+        kept = [_different([one for one in here if one.category_id == kind], task) for kind in kinds]
+        of_image.append(sorted(chain(*kept), key=lambda person: -person.score) if len(kinds) > 1 else [*chain(*kept)])
+    return of_image
 
 
 def _different(people: list[Person], task: Task) -> list[Person]:

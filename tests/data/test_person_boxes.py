@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
+import yaml
 
 from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import build
@@ -207,6 +209,35 @@ def test_boxes_stay_the_same_in_shards_and_streams(tmp_path: Path) -> None:
             assert len(found[-1]) == 24 and _note_of(sets) == _note_of(of_json)
         assert found[0] == found[1] == found[2]
         assert streamed.skeleton.people is not None and of_json.skeleton.people == of_shards.skeleton.people
+
+
+def _run(*words: object) -> str:
+    done = forks.run(words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@with_cases
+def test_a_run_without_boxes_from_training_to_its_own_images(tmp_path: Path) -> None:
+    """DeepLabCut's habit, and boxes from keypoints: train, evaluate, and look at images, by the programs."""
+    root = _lay_out("bbox_missing", tmp_path / "case")
+    common = ("--data.num_workers", 0, "--data.cache_dir", tmp_path / "cache")
+    files = [f"--data.{split}_{what}={split}{end}" for split in ("train", "val") for what, end in
+             (("annotations", ".json"), ("images", ""))]  # fmt: skip
+    words = ("--data.root", root, *files, *common, "--stage", "phase2", "--max_steps", 1, "--report_to", "none",
+             "--phase2.global_batch", 2)  # fmt: skip
+    for rule, share, told in (("keypoints", 0.2, "boxes are made from the keypoints"), ("image", 1.0, "whole images")):
+        out = tmp_path / rule
+        said = _run("train.py", *words, "--data.boxes", rule, "--output_dir", out)
+        assert f"train.json: {told}" in said or f"train.json: boxes are {told}" in said
+        assert ("proposed for whole images" in said) == (rule == "image")
+        assert yaml.safe_load((out / "config.yaml").read_text())["data"]["boxes"] == rule
+        sizes = json.loads((out / "phase2/weights/skeleton.json").read_text())["people"]
+        assert sizes["share"][1] == pytest.approx(share, abs=0.1) and len(sizes["aspect"]) == 3
+        assert "val.json: boxes are" in _run("eval.py", out, *common)
+        said = _run("eval.py", out, "--images", root / "val", *common)
+        assert ("boxes take up 100% of their image" in said) == (rule == "keypoints")
 
 
 def _note_of(sets: Sets) -> str:

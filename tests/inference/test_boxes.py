@@ -100,6 +100,19 @@ def test_boxes_are_those_of_transformers(kind: str, folder: Path, tmp_path: Path
     assert len({tuple(row["bbox"]) for row in found}) > len(files), "what is seen depends on the image"
 
 
+def test_a_detector_is_asked_for_another_class(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mouse's boxes are those that the same network calls mouse; two classes are their sum."""
+    name, found = tiny(tmp_path / "animals", "rt_detr", ("mouse", "person", "Rat")), {}
+    for classes in ("Mouse", "rat", "mouse,rat"):
+        words = ("--detector", name, "--detector.class", classes, "--threshold", 0.05, "--max_iou", 1)
+        _main(folder, "--out", tmp_path / "b.json", *words)
+        found[classes] = sorted((row["file_name"], *row["bbox"]) for row in _read(tmp_path / "b.json"))
+        assert f"boxes of {classes} in 7 images" in capsys.readouterr().out
+    assert found["mouse,rat"] == sorted(found["Mouse"] + found["rat"]) and min(map(len, found.values())) > 5
+
+
 def test_of_boxes_that_overlap_the_surer_one_stays() -> None:
     rng = np.random.default_rng(0)
     found = np.concatenate([rng.uniform(0, 60, (40, 2)), rng.uniform(10, 60, (40, 2))], axis=1)
@@ -304,7 +317,7 @@ def test_wrong_detectors_are_refused(
 ) -> None:
     words = (folder, "--out", tmp_path / "b.json", "--detector")
     text = _refused(*words, tiny(tmp_path / "blind", labels=("dog", "cup")))
-    assert "blind: no class 'person' among its 2 (dog, cup, ...)" in text
+    assert "blind: no class 'person' among its 2 (dog, cup); name one by --detector.class" in text
     assert "--detector not/a/name/at/all: no such file or folder" in _refused(*words, "not/a/name/at/all")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = _refused(*words, "org/absent_detector")
