@@ -163,9 +163,8 @@ def evaluation_options() -> Mapping[str, str]:
     `--detector.class` is what `python -m sapiens_accel.boxes` calls it.
     """
     keys = [key for key in options() if key.startswith("eval.")]
-    return {"detector.class": "eval.detector_class"} | {
-        key.removeprefix("eval.").removeprefix("num_"): key for key in keys
-    }
+    short = {"detector.class": "eval.detector_class"}
+    return short | {key.removeprefix("eval.").removeprefix("num_"): key for key in keys}
 
 
 def parse_evaluation(argv: Sequence[str]) -> tuple[list[str], list[str]]:

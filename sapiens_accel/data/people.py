@@ -118,8 +118,13 @@ class PeopleFiles:
         counts = left_out | {annotation_rules.NO_LABEL: int((~is_labeled).sum())}
         why = annotation_rules.describe_left_out(counts, source, self.reading)
         count = f"{sum(counts.values())} of its {len(rows) + sum(left_out.values())} annotations"
-        line = f"{file}: {count} are left out of the labeled people: {why}"
-        return People(rows=rows, root=self.root, annotations=file, reading=self.reading, left_out=line if why else "")
+        line = f"{file}: {count} are left out of the labeled people: {why}" if why else ""
+        unboxed = left_out.get(annotation_rules.NO_SIZE, 0)
+        note = f"warning: {file}: {unboxed} annotations without a box of a width and a height are left out"
+        return People(
+            rows=rows, root=self.root, annotations=file, reading=self.reading, left_out=line,
+            box_note=note if unboxed and keypoints == "optional" else "",
+        )  # fmt: skip
 
 
 def labeled_people(

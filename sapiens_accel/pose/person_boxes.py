@@ -153,9 +153,9 @@ class PeopleSizes:
         if fits_size and fits_aspect:
             return ""
         return (
-            f"boxes take up {self.share[1]:.0%} of their image (median; width / height {aspect:.2f}), labeled people "
-            f"of training {trained.share[0]:.1%} to {trained.share[2]:.0%} ({trained.aspect[0]:.2f} to "
-            f"{trained.aspect[2]:.2f})"
+            f"boxes take up {self.share[1]:.0%} of their image and have a width / height of {aspect:.2f} (median); "
+            f"labeled people of training take up {trained.share[0]:.1%} to {trained.share[2]:.0%} (5 to 95 % of them), "
+            f"with a width / height of {trained.aspect[1]:.2f}"
         )
 
 
