@@ -137,15 +137,12 @@ def _instance(annotation: dict[str, Any], numbers: dict[Any, int], has_corners: 
     keypoints = np.asarray(annotation["keypoints"], float).reshape(-1, 3)
     if most_v == 1:
         keypoints = keypoints * (1, 1, 2)
-    box = annotation.get("bbox")
-    if box is not None and len(box) != 4:
-        raise ValueError(f"annotation {annotation.get('id')}: expected a box of 4 numbers, found {show_value(box)}")
-    if box and has_corners:
-        box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     fields = {key: annotation[key] for key in KEPT_OF_ANNOTATIONS if key in annotation}
-    return PoseInstance(
-        category=numbers[annotation["category_id"]],
-        keypoints=keypoints,
-        box_xywh=box and tuple(map(float, box)),
-        fields=fields,
-    )
+    number = numbers[annotation["category_id"]]
+    if annotation.get("bbox") is None:
+        return PoseInstance(category=number, keypoints=keypoints, fields=fields)
+    if len(box := [float(value) for value in annotation["bbox"]]) != 4:
+        raise ValueError(f"annotation {annotation.get('id')}: expected a box of 4 numbers, found {show_value(box)}")
+    x, y, w, h = box
+    box_xywh = (x, y, w - x, h - y) if has_corners else (x, y, w, h)
+    return PoseInstance(category=number, keypoints=keypoints, box_xywh=box_xywh, fields=fields)

@@ -16,6 +16,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.formats import convert
 from sapiens_accel.formats.coco_folder import WriteOptions, split_images
 from sapiens_accel.formats.dataset import PoseImage
+from sapiens_accel.inference.media import Film
 
 SPLITS = {"train": "train2017", "val": "val2017"}
 
@@ -147,6 +148,29 @@ def test_sleap(tmp_path: Path, embed: bool) -> None:
     np.testing.assert_allclose(colors, [40 * number for number in range(6)], atol=2)
     assert categories[0]["name"] == "mouse" and categories[0]["skeleton"] == [[a + 1, b + 1] for a, b in EDGES]
     assert (tmp_path / "out" / "skeleton.yaml").read_text() == "mirror:\n- [left_ear, right_ear]\n"
+
+
+def test_sleap_with_a_film(tmp_path: Path) -> None:
+    """Its frames are decoded: frame n has a gray of 30 n."""
+    sio = pytest.importorskip("sleap_io")
+    film = Film(tmp_path / "cage.mp4", 10)
+    for number in range(8):
+        film.add(np.full((HEIGHT, WIDTH, 3), 30 * number, np.uint8))
+    film.close()
+    skeleton, points = sio.Skeleton(list(NAMES)), np.arange(8.0).reshape(4, 2) * 20
+    video = sio.Video.from_filename(str(tmp_path / "cage.mp4"))
+    frames = [
+        sio.LabeledFrame(video=video, frame_idx=index, instances=[sio.Instance.from_numpy(points, skeleton=skeleton)])
+        for index in (0, 3, 4, 7)
+    ]
+    sio.Labels(frames).save(str(tmp_path / "labels.slp"), embed=False)
+    run("sleap", tmp_path / "labels.slp", tmp_path / "out")
+    by_name, categories, split_of = read_back(tmp_path / "out")
+    assert split_of == {"000000": "train", "000003": "train", "000004": "train", "000007": "val"}  # the last frames
+    assert categories[0]["name"] == "animal"
+    for path in (tmp_path / "out").rglob("*.jpg"):
+        assert abs(int(np.median(cv2.imread(str(path)))) - 30 * int(path.stem)) <= 4
+    np.testing.assert_allclose(np.array(by_name["000003"][0]["keypoints"]).reshape(4, 3)[:, :2], points, atol=0.01)
 
 
 def test_sleap_counts_what_a_model_has_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
