@@ -133,7 +133,9 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
         report.findings.append(Finding(level="note", check="train/pictures", text=text))
     else:
         for name, train in read_of.items():
-            report.findings += _under(f"{name} and val", _leaks(root, train, val))
+            of_set = _leaks(root, train, val, None if name == "train" else cache)
+            skips = name != "train" and config.on_leak == "skip"
+            report.findings += _under(f"{name} and val", _skip_leaks(of_set) if skips else of_set)
         if any(run.get_stage(stage).ratio for stage in run.stages):
             report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
     return report, label_checks.join_labels([_with_keypoints(train.labels) for train in read_of.values()]), skeleton
@@ -242,13 +244,19 @@ def _with_keypoints(labels: Labels) -> Labels:
     return labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
 
 
-def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations) -> list[Finding]:
-    """Validation images that are learned from; and ids that are in both files, which harms nobody here."""
+def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations, looks: Path | None = None) -> list[Finding]:
+    """Validation images that are learned from; and ids that are in both files, which harms nobody here.
+
+    Args:
+        looks: the cache of `leakage.find_copies`, which finds images in any encoding; None: it is not asked.
+    """
     ours, theirs = (
         {path: image_id for name, image_id in read.image_ids.items() if images.exists(path := root / name)}
         for read in (train, val)
     )
     leaks = leakage.find_leaks(ours, theirs)
+    if looks is not None and ours and theirs:
+        leaks |= leakage.find_copies(list(ours), list(theirs), looks)
     findings = []
     if leaks:
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
@@ -259,6 +267,15 @@ def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations) -> list[Fin
         text = f"{len(common)} image ids are in both files"
         findings.append(Finding(level="note", check="ids", text=text, culprits=tuple(map(str, common))))
     return findings
+
+
+def _skip_leaks(findings: Sequence[Finding]) -> list[Finding]:
+    """The same where the run leaves the people of such images out."""
+    text = "; their people are left out (--data.on_leak skip)"
+    return [
+        dataclasses.replace(one, level="note", text=one.text + text) if one.check == "leaks" else one
+        for one in findings
+    ]
 
 
 def _below(root: Path, path: Path) -> Path:

@@ -231,6 +231,25 @@ def test_copies_are_found_in_any_encoding_and_photographs_are_not_taken_for_one_
     assert leakage.find_copies(photos[:20], photos[20:], tmp_path / "other") == {}, "from the cache or not"
 
 
+def test_frames_of_a_fixed_camera_are_no_copies_of_one_another(tmp_path: Path) -> None:
+    """A small dark animal on one background, elsewhere in each frame; the same frame in another encoding is a copy."""
+    rng = np.random.default_rng(0)
+    background = cv2.resize(
+        rng.integers(80, 220, (12, 16, 3), dtype=np.uint8), (320, 240), interpolation=cv2.INTER_CUBIC
+    )
+    frames = []
+    for index in range(12):
+        frame = cv2.ellipse(
+            background.copy(), (30 + 22 * index, 60 + 10 * index), (22, 14), 0, 0, 360, (20, 20, 20), -1
+        )
+        frames.append(tmp_path / f"{index}.png")
+        cv2.imwrite(str(frames[-1]), frame)
+    assert leakage.find_copies(frames[:6], frames[6:], tmp_path) == {}
+    copy = tmp_path / "copy.jpg"
+    cv2.imwrite(str(copy), cv2.resize(np.asarray(cv2.imread(str(frames[8]))), (160, 120), interpolation=cv2.INTER_AREA))
+    assert leakage.find_copies([*frames[:6], copy], frames[6:], tmp_path) == {copy: frames[8]}
+
+
 def test_a_set_of_validations_images_alone_is_refused(four: Path, tmp_path: Path) -> None:
     one = MoreData(train_annotations="coco/annotations/person_keypoints_val2017.json", train_images="coco/val2017")
     data = replace(_recipe(four, tmp_path), more=(one,))

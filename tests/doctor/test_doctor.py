@@ -496,6 +496,10 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     assert told.pop("train 2/area").culprits[0].startswith("annotation 5 (") and not told
     assert len(labels) == 240 and report.people["train 2"]["visible"]["left_wrist"] == 0
     assert report.people["train 2"]["visible"]["nose"] == report.people["train"]["visible"]["nose"] > 0
+    run = _run(root, more=(more,), on_leak="skip")
+    report, _, _ = doctor.check_data(run)
+    (found,) = [finding for finding in report.findings if finding.check == "train 2 and val/leaks"]
+    assert found.level == "note" and found.text.endswith("their people are left out (--data.on_leak skip)")
     sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     doctor.summarize(said.append, sets, run)
     assert [line for line in map(str, said[1:]) if "/ids" in line] == []
