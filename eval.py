@@ -31,7 +31,7 @@ from sapiens_accel.evaluation.predict import PredictionSetup
 from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime import distributed, failures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     references, words = commands.parse_evaluation(argv)
     accelerator = distributed.start()
-    with accelerator.main_process_first():
-        paths = [networks.resolve_path(reference) for reference in references]
+    paths = failures.on_main_first(accelerator, lambda: [networks.resolve_path(reference) for reference in references])
     # Every stage that has weights, unless one is named; not the stage of the run's config.yaml.
     run = config.load(["--stage=all", *words], prog="eval.py", base=networks.find_run_config(paths[0]))
     output = Path(run.output_dir) if any(word.startswith("--output_dir") for word in words) else None
@@ -115,12 +114,16 @@ def write_predictions(result: EvaluationResult, config: EvalConfig, folder: Path
 
 def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> tuple[People, Skeleton]:
     """The labeled people, and the keypoints of theirs that all weights have."""
-    with accelerator.main_process_first():
+
+    def open_split() -> tuple[People, Skeleton, str]:
         files = build.locate_files(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
         root, cache = build.places(files)
         skeleton, note = networks.choose_skeleton(candidates, root / annotations, files.category, cache)
         people = evaluate.use_areas(build.open_split(run.data, skeleton, run.eval.split), run.eval)
+        return people, skeleton, note
+
+    people, skeleton, note = failures.on_main_first(accelerator, open_split)
     if note:
         accelerator.print(note)
     return people, skeleton

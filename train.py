@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data import augment, build, sampling
+from sapiens_accel.data.dataset import Sets
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import Interrupted, run_main
 from sapiens_accel.evaluation import evaluate
@@ -38,33 +39,39 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
-    failures.on_each_rank(lambda: check_folders(run))
-    failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))
-    with run_folder.lock_run(accelerator, run):
-        train_stages(accelerator, run, argv)
+    with distributed.explain_lost_ranks(accelerator):
+        failures.on_each_rank(lambda: check_folders(run))
+        failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))
+        with run_folder.lock_run(accelerator, run):
+            train_stages(accelerator, run, argv)
+
+
+def open_data(run: Config) -> tuple[str | None, Config, Sets, tuple[str, ...]]:
+    """Return the path of `--weights`, the options (without mirroring if sides are unknown), the datasets, and notes."""
+    given = uploader.fetch(run.weights) if run.weights else None
+    skeleton, note = build.open_skeleton(run.data)
+    run = run if skeleton.mirror_known else run.without_mirroring()
+    sets = build.open_people(run.data, skeleton, unlabeled=any(run.get_stage(stage).ratio for stage in run.stages))
+    return given, run, sets, note
 
 
 def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> None:
     """Open the data, compare the run with its directory, and train the stages that are not finished."""
     uploads = failures.on_each_rank(lambda: uploader.uploads(run, accelerator.is_main_process))
-    with accelerator.main_process_first():
-        given = uploader.fetch(run.weights) if run.weights else None
-        skeleton, note = build.open_skeleton(run.data)
-        run = run if skeleton.mirror_known else run.without_mirroring()
-        sets = build.open_people(run.data, skeleton, unlabeled=any(run.get_stage(stage).ratio for stage in run.stages))
+    given, run, sets, note = failures.on_main_first(accelerator, lambda: open_data(run))
     doctor.summarize(accelerator.print, sets, run, note)
     # Rank 0 alone computes metrics.
     failures.on_each_rank(lambda: accelerator.is_main_process and doctor.check_evaluation(accelerator.print, sets, run))
     lasts = {stage: sampling.num_steps(run.get_stage(stage), len(sets.train), run.max_steps) for stage in run.stages}
-    plans = planner.plan_run(accelerator, run, argv, skeleton.num_keypoints)
+    plans = planner.plan_run(accelerator, run, argv, sets.skeleton.num_keypoints)
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
-    with uploads, distributed.explain_lost_ranks(accelerator), StopRequest() as stop:
+    with uploads, StopRequest() as stop:
         for name in run.stages:
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name],
-                begin=partial(record.begin, accelerator, sets),
+                begin=partial(record.begin, accelerator, sets), stop_is_asked=lambda: stop.asked,
             )  # fmt: skip
             with planner.explain_out_of_memory(accelerator, name, plans[name]):
                 table[name] = done.get(name) or train(
@@ -116,18 +123,20 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
             if done % run.log_every == 0 or done == last:
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
             saved = progress.save_if_due()
-            progress.stop_if_asked(stop, saved)
-            if run.eval_every and done % run.eval_every == 0 and done < last:
-                stage.evaluate(done)
-            elif done == 1 < last:
-                log.begin(done, stage.network, stage.objective)
+            progress.stop_if_asked(stop)
+            with progress.evaluating(stop):
+                if run.eval_every and done % run.eval_every == 0 and done < last:
+                    stage.evaluate(done)
+                elif done == 1 < last:
+                    log.begin(done, stage.network, stage.objective)
             if saved:
                 uploads.saved(name, step=done, weights=saved / "weights", score=log.ap(done))
 
-        # ---- Hand over
+        # ---- Evaluate and export
         if not run.dry_run:
-            progress.save()  # most launchers kill a process before a signal can end an evaluation of minutes
-            stage.evaluate(last)
+            progress.save()  # it must not be lost to what happens during an evaluation of minutes
+            with progress.evaluating(stop):
+                stage.evaluate(last)
         metrics = log.finish()
     uploads.saved(name, score=metrics.get("AP"), last=True)
     stage.release()

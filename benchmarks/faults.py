@@ -1,273 +1,69 @@
-"""Faults in training runs, drawn by a seed: what each run leaves behind, as a table.
+"""Faults in training runs: what each leaves behind, and whether the run that is resumed is the one without faults.
 
-    python benchmarks/faults.py [--faults 60] [--seed 0] [--out benchmarks/results/faults.json]
+    python benchmarks/faults.py [--faults 60] [--seed 0] [--minutes 60] [--out benchmarks/results/faults_DATE.json]
 
-Each run is a fork of this process, which has everything imported: one process, or two that talk over gloo, plain or by
-ZeRO-2. A fault strikes after a random step. Counted are hangs (a process that is still there 30 s after the fault),
-steps that are lost beyond the last save, and wrong records: a resumed run whose losses are not those of a run without
-faults.
+A fault strikes a tiny run after a random step: signals and a killed launcher by `accelerate launch`, the others in
+forks of this process (`fault_runs.py`). A full disk is one of a few MiB where this user may mount (root),
+and otherwise, as a read-only or a broken one, errors of the calls that write. Then the run is resumed. Counted are
+hangs (a process that is still there 30 s after the fault), steps lost beyond the last save, and wrong records: losses
+other than those of a run without faults, missing or doubled steps, files that cannot be read, exit code 0, a traceback
+of ours. Faults that the file has already are not run again, so that a campaign can be continued.
 """
 
 import argparse
+import datetime
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from errno import EIO, ENOSPC, EROFS
+from errno import EIO, EROFS
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as a launcher sets it: losses are compared by their bits
 
-import psutil
-from accelerate.state import AcceleratorState, GradientState
+import yaml
+from fault_runs import (
+    LIMIT,
+    ROOT,
+    START,
+    STOPS,
+    Run,
+    Started,
+    fail_writes,
+    launch,
+    saved_step,
+    seconds_to_end,
+    start,
+    wait_for_step,
+)
+from safetensors import safe_open
 
-import train
-from sapiens_accel.errors import run_main
 from sapiens_accel.training import checkpoint
 
-ROOT = Path(__file__).parents[1]
-LIMIT = 30.0  # seconds from a fault to the end of the last process
-START = 240.0  # seconds to the step after which the fault strikes
-STOPS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-ERRORS = {"full disk": ENOSPC, "read-only": EROFS, "broken disk": EIO}
-STAGES = ("phase2", "ssl")
-WORDS = [
-    "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=2",
-    "--data.input_hw=[64,48]", "--log_every=1", "--ssl.teacher.on_alarm=warn",
-    *(f"--{stage}.{knob}" for stage in STAGES
-      for knob in ("steps=2000", "global_batch=4", "optim.warmup_steps=2", "loss_weight=100")),
-]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run: its stage, processes, ZeRO-2 or not, loading processes, and when it saves by itself."""
-
-    stage: str = "phase2"
-    processes: int = 1
-    zero2: bool = False
-    workers: int = 0
-    save_every: int = 100_000
-    words: tuple[str, ...] = ()
-
-    def arguments(self, folder: Path) -> list[str]:
-        return [
-            *WORDS, f"--stage={self.stage}", f"--data.num_workers={self.workers}", f"--save_every={self.save_every}",
-            f"--output_dir={folder}", *self.words,
-        ]  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class Started:
-    """Processes of a run that is under way, by rank; what they print is in `log`."""
-
-    run: Run
-    folder: Path
-    log: Path
-    ranks: list[int] = field(default_factory=list)
-    codes: dict[int, int] = field(default_factory=dict)
-    family: set[int] = field(default_factory=set)
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return losses_of(self.folder)
-
-    def loaders(self, rank: int) -> list[int]:
-        return [child.pid for child in psutil.Process(self.ranks[rank]).children(recursive=True)]
-
-    def note_family(self) -> None:
-        for pid in self.ranks:
-            with suppress(psutil.Error):
-                self.family |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
-
-    def ended(self) -> bool:
-        for pid in self.ranks:
-            if pid not in self.codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
-        return len(self.codes) == len(self.ranks)
-
-    def alive(self) -> list[int]:
-        self.ended()
-        return [pid for pid in self.family if _is_alive(pid)]
-
-    def kill(self) -> None:
-        self.note_family()
-        for pid in self.family:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        while not self.ended():
-            time.sleep(0.05)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def losses_of(folder: Path) -> dict[int, float]:
-    """Loss by step, of the lines of metrics.jsonl that are whole."""
-    losses: dict[int, float] = {}
-    with suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError):
-                tree = json.loads(line)
-                if "loss" in tree:
-                    losses[tree["step"]] = tree["loss"]
-    return losses
-
-
-def saved_step(folder: Path, stage: str) -> int:
-    """The step of the last whole checkpoint, 0 without one."""
-    whole = checkpoint.list_checkpoints(folder / stage / "checkpoints")
-    return checkpoint.step_of(whole[-1]) if whole else 0
-
-
-def start(
-    run: Run, folder: Path, more: Sequence[str] = (), before: Callable[[int], object] = lambda rank: None
-) -> Started:
-    """Fork the processes of a run; `before` is called in each of them, with its rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    started = Started(run=run, folder=folder, log=folder.with_name(f"{folder.name}.log"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(run.processes):
-        pid = os.fork()
-        if not pid:
-            _be_rank(run, rank, port, started.log, [*run.arguments(folder), *more], before)
-        started.ranks.append(pid)
-    return started
-
-
-def _be_rank(run: Run, rank: int, port: int, log: Path, words: list[str], before: Callable[[int], object]) -> None:
-    os.setpgid(0, 0)
-    output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    if run.processes > 1 or run.zero2:
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.processes, "LOCAL_WORLD_SIZE": run.processes}
-        os.environ |= {name: str(value) for name, value in world.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if run.zero2:
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": ""}
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "ds_configs" / "zero2.json")
-    else:  # with ZeRO it is refused
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
-    sys.argv = ["train.py", *words]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in (*STOPS, "SIGCHLD"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    code = 0
-    try:
-        before(rank)
-        run_main(train.main)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    _end_as_python(code)
-
-
-def _end_as_python(code: int) -> None:
-    """What the interpreter does at its end, for a fork: it must not return into its parent's code."""
-    import atexit
-    import threading
-
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def wait_for_step(started: Started, step: int) -> bool:
-    """Wait until a step is logged; whether that was so before the run ended."""
-    deadline = time.monotonic() + START
-    while time.monotonic() < deadline and not started.ended():
-        if max(started.losses, default=0) >= step:
-            started.note_family()
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def seconds_to_end(started: Started, limit: float = LIMIT) -> float | None:
-    """Seconds until the last process of a run has ended; None if one is still there after the limit (it is killed)."""
-    began = time.monotonic()
-    while time.monotonic() - began < limit:
-        if started.ended() and not started.alive():
-            return time.monotonic() - began
-        started.note_family()
-        time.sleep(0.05)
-    started.kill()
-    return None
-
-
-def fail_writes(kind: int, folder: Path, pattern: str, *, after: float = 0.0) -> None:
-    """Let every file below `folder` whose path matches `pattern` fail to be opened for writing, made or renamed.
-
-    The errors of C++ and Rust writers, which Python does not see, are made where they are called.
-    """
-    import cv2
-    import safetensors.torch
-    import torch
-
-    fails = re.compile(pattern)
-    begins = time.monotonic() + after
-
-    def refuse(path: object) -> None:
-        if time.monotonic() < begins or not isinstance(path, str | bytes | os.PathLike):
-            return
-        text = os.fsdecode(path)
-        if text.startswith(str(folder)) and fails.search(text):
-            raise OSError(kind, os.strerror(kind), text)
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event == "open" and arguments and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            refuse(arguments[0])
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            refuse(arguments[0])
-            if event == "os.rename":
-                refuse(arguments[1])
-
-    sys.addaudithook(hook)
-
-    def guard(known: Callable, place: int) -> Callable:
-        def call(*arguments: object, **options: object) -> object:
-            refuse(arguments[place])
-            return known(*arguments, **options)
-
-        return call
-
-    cv2.imwrite = guard(cv2.imwrite, 0)
-    torch.save = guard(torch.save, 1)
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("sapiens_accel", "accelerate", "safetensors")) and hasattr(module, "save_file"):
-            module.save_file = guard(safetensors.torch.save_file, 1)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-# ---- The campaign
+LAUNCHED = (*STOPS, "killed launcher")
+# After these the step that was under way can still be saved; after the others, what was saved before counts.
+SAVING = (*STOPS, "killed launcher", "killed loader")
+ERRORS = {"read-only": EROFS, "broken disk": EIO}
+DISKS = ("full disk", *ERRORS)
+FAULTS = (*LAUNCHED, "killed loader", "killed rank", *DISKS, "cut link", "torn file")
+RUNS = [
+    Run(stage=stage, processes=processes, zero2=zero2, save_every=2)
+    for stage in ("phase2", "ssl")
+    for processes, zero2 in ((1, False), (2, False), (2, True))
+]
+LAST_STEP, LONGEST = 12, 40  # of a run with a broken disk; of the run without faults, at first
+OUR_TRACEBACK = re.compile(r'File "[^"]*(/train\.py|/sapiens_accel/[^"]*)", line')
+DISK_MIB = 64
 
 
 @dataclass(kw_only=True)
@@ -275,138 +71,297 @@ class Outcome:
     """A fault, and what became of the run.
 
     Attributes:
+        index: its number in the campaign, which decides all that is drawn.
+        target: what it struck.
+        step: after this one.
         seconds: from the fault to the end of the last process; None for a hang.
+        logged: the last step before it.
+        saved: the step of the last whole checkpoint after it.
         lost: steps that were logged and that the checkpoint lacks, beyond what the run could still save.
+        resumed_to: the last step of the run that was resumed.
         wrong: what is wrong with the records, if anything.
     """
 
+    index: int
     fault: str
     run: Run
+    target: str = ""
     step: int = 0
     codes: list[int] = field(default_factory=list)
     seconds: float | None = None
+    logged: int = 0
     saved: int = 0
     lost: int = 0
+    resumed_to: int = 0
     wrong: str = ""
 
-
-# After which faults the step that was under way can still be saved; after the others, what was saved before counts.
-SAVING = (*STOPS, "killed launcher", "killed loader")
-FAULTS = (*STOPS, "killed launcher", "killed loader", "killed rank", *ERRORS, "cut link", "torn file")
-RUNS = [
-    Run(stage=stage, processes=processes, zero2=zero2)
-    for stage in STAGES
-    for processes, zero2 in ((1, False), (2, False), (2, True))
-]
-SAVED_EVERY, LAST_STEP = 2, 12
+    def note(self, problem: str) -> None:
+        """Record the first thing that is wrong."""
+        self.wrong = self.wrong or problem
 
 
-def strike(fault: str, started: Started, draw: random.Random) -> None:
-    """Let a fault happen to a run that is under way; faults of the disk are there from its start."""
-    victim = draw.choice(started.ranks)
+def strike(fault: str, started: Started, draw: random.Random) -> str:
+    """Let a fault happen to a run that is under way, and return what it struck."""
+    rank = draw.randrange(len(started.ranks))
     if fault in STOPS:
-        os.kill(victim, getattr(signal, fault))
-    elif fault == "killed launcher":  # its processes hear of it as a SIGTERM each (`signals.follow_launcher`)
-        for pid in started.ranks:
-            os.kill(pid, signal.SIGTERM)
+        targets = {"launcher": started.children, f"rank {rank}": [started.ranks[rank]]}
+        targets["every process"] = [*started.children, *started.ranks]
+        name = draw.choice(sorted(targets))
+        number, pids = getattr(signal, fault), targets[name]
+    elif fault == "killed launcher":
+        name, number, pids = "launcher", signal.SIGKILL, started.children
+    elif fault == "killed rank":
+        name, number, pids = f"rank {rank}", signal.SIGKILL, [started.ranks[rank]]
     elif fault == "killed loader":
-        os.kill(draw.choice(started.loaders(started.ranks.index(victim))), signal.SIGKILL)
-    else:  # the whole run at once where only one process would leave the others waiting
-        for pid in started.ranks if fault != "killed rank" else [victim]:
-            os.kill(pid, signal.SIGKILL)
+        name, number, pids = f"a loader of rank {rank}", signal.SIGKILL, [draw.choice(started.loaders(rank))]
+    else:  # the machine goes down
+        name, number, pids = "every process", signal.SIGKILL, started.ranks
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return name
 
 
-def damage(fault: str, started: Started, draw: random.Random) -> None:
-    """What a run finds when it is resumed: a link that leads nowhere, or a checkpoint with a torn file."""
+def damage(fault: str, started: Started, draw: random.Random) -> str:
+    """Leave a link that leads nowhere, or a torn file in the last checkpoint; returns which."""
     checkpoints = started.folder / started.run.stage / "checkpoints"
     if fault == "cut link":
         for name in ("latest", "best"):
             (checkpoints / name).unlink(missing_ok=True)
             (checkpoints / name).symlink_to("step_0")
-    elif fault == "torn file" and (whole := checkpoint.list_checkpoints(checkpoints)):
-        file = draw.choice(sorted(path for path in whole[-1].rglob("*") if path.is_file()))
-        file.write_bytes(file.read_bytes()[:-1])
+        return "latest and best"
+    whole = checkpoint.list_checkpoints(checkpoints)
+    if not whole:
+        return "no checkpoint"
+    file = draw.choice(sorted(path for path in whole[-1].rglob("*") if path.is_file() and path.stat().st_size))
+    file.write_bytes(file.read_bytes()[:-1])
+    return str(file.relative_to(started.folder))
 
 
-def try_fault(fault: str, run: Run, folder: Path, draw: random.Random, expected: dict[int, float]) -> Outcome:
-    """Run, strike, resume to the last step, and compare with the losses of a run without faults."""
-    workers = 1 if fault == "killed loader" else 0
-    run = replace(run, workers=workers, save_every=SAVED_EVERY)
-    outcome = Outcome(fault=fault, run=run, step=draw.randrange(3, 8))
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mount a disk of a few MiB on a folder while entered; gives whether that is possible."""
+    folder.mkdir()
+    size = f"size={DISK_MIB}m"
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False, capture_output=True
+    ).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=False)
+
+
+def fill(disk: Path) -> Path:
+    """Write a file until a disk is full; returns it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+    return filler
+
+
+def break_run(outcome: Outcome, folder: Path, draw: random.Random) -> Started:
+    """Run, let the fault happen, and note how the run ended."""
+    fault, run = outcome.fault, outcome.run
     kind, pattern = ERRORS.get(fault), draw.choice((r"/checkpoints/", r"metrics\.jsonl", "/tensorboard/", "."))
-    disk = (lambda _: fail_writes(kind, folder, pattern, after=draw.uniform(0, 4))) if kind else (lambda _: None)
-    words = [f"--max_steps={LAST_STEP if kind else 2000}"]
-    started = start(run, folder, words, disk)
+    words = [f"--max_steps={LAST_STEP if fault in DISKS else 2000}"]
+    if fault in LAUNCHED:
+        started = launch(run, folder, words)
+    elif kind:
+        outcome.target, after = f"writes of {pattern}", draw.uniform(0, 4)
+        started = start(run, folder, words, lambda _: fail_writes(kind, folder, pattern, after=after))
+    else:
+        started = start(run, folder, words)
     if not kind:
         if not wait_for_step(started, outcome.step):
-            outcome.wrong = "it ended before the fault"
-        time.sleep(draw.uniform(0, 0.3))
+            outcome.note("it ended before the fault")
+        if fault != "full disk":  # of its few steps none may be missed
+            time.sleep(draw.uniform(0, 0.5))
         if not started.ended():
-            strike(fault, started, draw)
-    outcome.seconds = seconds_to_end(started, START if kind else LIMIT)
-    outcome.codes = [started.codes[pid] for pid in started.ranks]
-    outcome.saved = saved_step(folder, run.stage)
-    logged = max(started.losses, default=0)
-    if not kind:
-        outcome.lost = max(0, logged - outcome.saved - (0 if fault in SAVING else SAVED_EVERY))
-    if "Traceback" in started.log.read_text():
-        outcome.wrong = outcome.wrong or "a traceback"
-    damage(fault, started, draw)
-    again = start(run, folder, [f"--max_steps={LAST_STEP + 8}", "--resume_from_checkpoint=latest"])
-    wait_for_step(again, LAST_STEP + 8)
+            if fault == "full disk":
+                outcome.target = fill(folder.parent).name
+            else:
+                outcome.target = strike(fault, started, draw)
+    outcome.seconds = seconds_to_end(started, START if fault in DISKS else LIMIT)
+    (folder.parent / "filler").unlink(missing_ok=True)
+    outcome.codes = [started.codes[pid] for pid in started.children]
+    outcome.saved, outcome.logged = saved_step(folder, run.stage), max(started.losses, default=0)
+    return started
+
+
+def check_end(outcome: Outcome, log: str) -> None:
+    """Note lost steps, and what is wrong with the way in which a run has ended."""
+    if OUR_TRACEBACK.search(log):
+        outcome.note("a traceback of ours")
+    if outcome.fault in DISKS:  # nothing could be saved meanwhile
+        if not set(outcome.codes) <= {0, 2}:
+            outcome.note(f"exit codes {outcome.codes}")
+        return
+    outcome.lost = max(0, outcome.logged - outcome.saved - (0 if outcome.fault in SAVING else outcome.run.save_every))
+    if 0 in outcome.codes:
+        outcome.note(f"exit codes {outcome.codes}")
+    if outcome.fault in SAVING and "--resume_from_checkpoint latest" not in log:
+        outcome.note("no line says how to continue")
+
+
+def check_records(outcome: Outcome, folder: Path, expected: dict[int, float]) -> None:
+    """Note what is wrong with the files of a run that was resumed and went to its end."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    steps, last = [step for step, _ in losses], outcome.resumed_to
+    # A disk fault may cost lines: those that are there must be right.
+    if steps != sorted(set(steps)) or (outcome.fault not in DISKS and steps != list(range(1, last + 1))):
+        outcome.note(f"steps {steps}")
+    if different := [step for step, loss in losses if loss != expected[step]]:
+        outcome.note(f"other losses at steps {different}")
+    stage = folder / outcome.run.stage
+    metrics = json.loads((stage / "eval.json").read_text())
+    if metrics["step"] != last or saved_step(folder, outcome.run.stage) != last:
+        outcome.note(f"eval.json of step {metrics['step']}, checkpoint {saved_step(folder, outcome.run.stage)}")
+    for whole in checkpoint.list_checkpoints(stage / "checkpoints"):
+        if broken := checkpoint._broken(whole):
+            outcome.note(f"{whole.name}: {broken}")
+    with safe_open(stage / "weights" / "model.safetensors", "pt") as weights:
+        if not weights.keys():
+            outcome.note("weights without tensors")
+    yaml.safe_load((folder / "config.yaml").read_text())
+    if left := [path.name for path in folder.rglob("*") if path.name == "run.lock" or path.suffix == ".tmp"]:
+        outcome.note(f"left behind: {left}")
+
+
+def try_fault(outcome: Outcome, folder: Path, draw: random.Random, expected: Callable[[int], dict[int, float]]) -> None:
+    """Run, strike, resume, and compare with the losses of a run without faults."""
+    if outcome.fault == "killed loader":
+        outcome.run = replace(outcome.run, workers=1)
+    outcome.step = draw.randrange(3, 8)
+    started = break_run(outcome, folder, draw)
+    if outcome.seconds is None:
+        return
+    check_end(outcome, started.log.read_text())
+    if outcome.fault in ("cut link", "torn file"):
+        outcome.target = damage(outcome.fault, started, draw)
+    outcome.resumed_to = max(LAST_STEP, outcome.logged) + 8
+    more = [f"--max_steps={outcome.resumed_to}", "--resume_from_checkpoint=latest"]
+    again = start(outcome.run, folder, more)
     if seconds_to_end(again, START) is None or set(again.codes.values()) != {0}:
-        outcome.wrong = outcome.wrong or f"resuming ended with {sorted(again.codes.values())}"
-    # A disk fault may cost lines of metrics.jsonl: those that are there must be right.
-    losses = again.losses
-    if not kind and sorted(losses) != list(range(1, LAST_STEP + 9)):
-        outcome.wrong = outcome.wrong or f"steps {sorted(losses)}"
-    if different := [step for step, loss in losses.items() if loss != expected.get(step)]:
-        outcome.wrong = outcome.wrong or f"other losses at steps {different}"
-    return outcome
+        outcome.note(f"resuming ended with {sorted(again.codes.values())}")
+        return
+    try:
+        check_records(outcome, folder, expected(outcome.resumed_to))
+    except Exception as error:  # whatever a wrong file makes of its reader
+        outcome.note(f"{type(error).__name__}: {error}")
+
+
+class Campaign:
+    """The faults of a seed, and what became of those that were tried."""
+
+    def __init__(self, seed: int, count: int, out: Path, scratch: Path) -> None:
+        self.seed, self.out, self.scratch = seed, out, scratch
+        # Each kind meets run after run.
+        kinds = [
+            (FAULTS[i % len(FAULTS)], RUNS[(i // len(FAULTS) + i % len(FAULTS)) % len(RUNS)]) for i in range(count)
+        ]
+        self.outcomes = [Outcome(index=index, fault=fault, run=run) for index, (fault, run) in enumerate(kinds)]
+        self.tree = json.loads(out.read_text()) if out.is_file() else {}
+        self.rows: list[dict] = [] if self.tree.get("seed") != seed else self.tree["outcomes"]
+        self.seconds = self.tree.get("seconds", 0) if self.rows else 0
+        self.expected: dict[Run, dict[int, float]] = {}
+
+    def left(self) -> list[Outcome]:
+        """Those that were not tried yet, in the order of a shuffled campaign."""
+        tried = {row["index"] for row in self.rows}
+        left = [outcome for outcome in self.outcomes if outcome.index not in tried]
+        random.Random(self.seed).shuffle(left)
+        return left
+
+    def losses_without_faults(self, run: Run, last: int) -> dict[int, float]:
+        """Losses of a run by step, up to `last` or further."""
+        if last not in self.expected.get(run, {}):
+            folder, longest = self.scratch / f"whole{len(self.expected)}_{last}", max(LONGEST, last)
+            whole = start(run, folder, [f"--max_steps={longest}", f"--save_every={longest}"])
+            seconds_to_end(whole, START)
+            self.expected[run] = whole.losses
+            shutil.rmtree(folder, ignore_errors=True)
+        return self.expected[run]
+
+    def try_one(self, outcome: Outcome) -> None:
+        """Try a fault, print a line and write the table."""
+        began, disk, run = time.monotonic(), self.scratch / f"disk{outcome.index}", outcome.run
+        draw = random.Random(f"{self.seed} {outcome.index}")
+        with small_disk(disk) if outcome.fault == "full disk" else _plain_folder(disk):
+            try_fault(outcome, disk / "run", draw, partial(self.losses_without_faults, run))
+            if (outcome.seconds is None or outcome.wrong or outcome.lost) and (disk / "run.log").is_file():
+                print((disk / "run.log").read_text()[-3000:], file=sys.stderr, flush=True)
+        shutil.rmtree(disk, ignore_errors=True)
+        ended = "HANGS" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
+        where = f"{outcome.index:>3} {outcome.fault:16}{outcome.run!s:30}{outcome.target:32}"
+        print(f"{where}{ended:>8}, lost {outcome.lost}, {outcome.wrong or 'right'}", flush=True)
+        self.rows.append({**asdict(outcome), "launched": outcome.fault in LAUNCHED, "commit": _commit()})
+        self.seconds += time.monotonic() - began
+        self.write()
+
+    def write(self) -> None:
+        rows = self.rows
+        by_kind = {fault: sum(row["fault"] == fault for row in rows) for fault in FAULTS}
+        table = {
+            "seed": self.seed,
+            "faults": len(rows),
+            "hangs": sum(row["seconds"] is None for row in rows),
+            "lost_steps": sum(row["lost"] for row in rows),
+            "wrong_records": sum(bool(row["wrong"]) for row in rows),
+            "by_launch": sum(row["launched"] for row in rows),
+            "by_kind": by_kind,
+            "seconds": round(self.seconds),
+            "limit_seconds": LIMIT,
+            "cpus": os.cpu_count(),
+            "outcomes": sorted(rows, key=lambda row: row["index"]),
+        }
+        self.out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+@contextmanager
+def _plain_folder(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    yield
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def main(words: Sequence[str]) -> None:
+    out = ROOT / f"benchmarks/results/faults_{datetime.date.today().isoformat()}.json"
     parser = argparse.ArgumentParser(prog="benchmarks/faults.py", allow_abbrev=False)
     parser.add_argument("--faults", type=int, default=60, help="how many (60)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    parser.add_argument("--minutes", type=float, default=20, help="none is begun after these (20)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/faults.json", help="the table to write")
+    parser.add_argument("--minutes", type=float, default=60, help="no fault is begun after these (60)")
+    parser.add_argument("--only", type=int, nargs="*", help="the faults of these numbers, again")
+    parser.add_argument(
+        "--runs", type=int, nargs="*", default=range(len(RUNS)), help="those of these kinds of run (0-5)"
+    )
+    parser.add_argument("--out", type=Path, default=out, help=f"the table to write or to continue ({out.name})")
     asked = parser.parse_args(words)
-    draw, began, outcomes = random.Random(asked.seed), time.monotonic(), []
-    faults, expected = [FAULTS[index % len(FAULTS)] for index in range(asked.faults)], {}
-    draw.shuffle(faults)
-    with tempfile.TemporaryDirectory(prefix="faults") as name:
-        os.environ["SAPIENS_ACCEL_CACHE"] = str(Path(name, "cache"))
-        for index, fault in enumerate(faults):
-            run = draw.choice(RUNS)
+    began = time.monotonic()
+    # Not a TemporaryDirectory, which every fork would delete at its end.
+    scratch = Path(tempfile.mkdtemp(prefix="faults"))
+    try:
+        os.environ["SAPIENS_ACCEL_CACHE"] = str(scratch / "cache")
+        campaign = Campaign(asked.seed, asked.faults, asked.out, scratch)
+        if asked.only is not None:
+            campaign.rows = [row for row in campaign.rows if row["index"] not in asked.only]
+        for outcome in campaign.left():
+            is_asked = asked.only is None or outcome.index in asked.only
+            if not is_asked or RUNS.index(outcome.run) not in asked.runs:
+                continue
             if time.monotonic() - began > 60 * asked.minutes:
                 break
-            if run not in expected:
-                whole = start(run, Path(name, f"whole{len(expected)}"), [f"--max_steps={LAST_STEP + 8}"])
-                seconds_to_end(whole, START)
-                expected[run] = whole.losses
-            outcome = try_fault(fault, run, Path(name, f"run{index}"), draw, expected[run])
-            outcomes.append(outcome)
-            where = f"{run.stage}, {run.processes} process(es){', ZeRO-2' * run.zero2}"
-            ended = "HANGS" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
-            print(f"{fault:16}{where:32}{ended:>8}, lost {outcome.lost}, {outcome.wrong or 'right'}", flush=True)
-            shutil.rmtree(Path(name, f"run{index}"), ignore_errors=True)
-            _write(asked, outcomes, time.monotonic() - began)
-
-
-def _write(asked: argparse.Namespace, outcomes: Sequence[Outcome], seconds: float) -> None:
-    """The table so far."""
-    table = {
-        "seed": asked.seed,
-        "faults": len(outcomes),
-        "hangs": sum(one.seconds is None for one in outcomes),
-        "lost_steps": sum(one.lost for one in outcomes),
-        "wrong_records": sum(bool(one.wrong) for one in outcomes),
-        "seconds": round(seconds),
-        "limit_seconds": LIMIT,
-        "outcomes": [asdict(one) for one in outcomes],
-    }
-    asked.out.write_text(json.dumps(table, indent=1) + "\n")
+            campaign.try_one(outcome)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -348,8 +348,8 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
         assert (written[stage]["split"], written[stage]["flip"]) == ("train", False)
         # What was trained stays finished: a resumed run must not train it again because it was evaluated.
         last = 80 if stage == "phase2" else 2
-        assert stage in run_folder.finished(folder, {stage: last}, "latest")
-        assert not run_folder.finished(folder, {stage: last + 1}, "latest")
+        assert stage in run_folder.read_finished(folder, {stage: last}, "latest")
+        assert not run_folder.read_finished(folder, {stage: last + 1}, "latest")
 
 
 # ---- A run that was cut goes on

@@ -41,10 +41,12 @@ def _take_one(match: re.Match[str]) -> str:
     name, _, port = host.rpartition(":")
     rest = match.string[match.end() :].partition("::")[0]
     odd_port = name and not port.isdigit() and not host.startswith("[")
-    if odd_port and "@" in rest and scheme.removesuffix("://") not in SCHEMES_WITHOUT_USER:
+    # Before the last @ is a password with these characters in it; a part of it would be taken for the host.
+    if (odd_port or ":" in user) and "@" in rest and scheme.removesuffix("://") not in SCHEMES_WITHOUT_USER:
         raise UserError(
-            f"{scheme}***@{rest.rpartition('@')[2]}: the password ends at its first / ? # or quote (expected "
-            "USER:PASSWORD@ before the host). Write these characters as %2F %3F %23 %22 %27"
+            f"{scheme}***@{rest.rpartition('@')[2]}: an @ after the first / ? # or quote, where the password ends "
+            "(expected USER:PASSWORD@ before the host). Write these characters of the password as %2F %3F %23 %22 %27, "
+            "and @ of the path as %40"
         )
     if not at or not is_secret(scheme, user):
         return match[0]

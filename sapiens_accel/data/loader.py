@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -32,6 +33,8 @@ from sapiens_accel.runtime import signals
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SHARED = Path("/dev/shm")
+CHECK_SECONDS = 5.0  # between two looks at loading processes
+PAUSED_SECONDS = 300.0  # without a batch, after which a loading process that was suspended counts as lost
 Loaded = TypeVar("Loaded")
 
 
@@ -57,10 +60,10 @@ def batches(
 
 
 def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
-    """What it loads. An error of its loading processes is one line, and none of them outlives this process.
+    """Yield a loader's batches; errors of its loading processes become one line, and none of them outlives this one.
 
     Raises:
-        UserError: one of a loading process, which comes wrapped in that process's traceback; or one has died.
+        UserError: a loading process raised one, has died, or is suspended.
     """
     batches = iter(loader)
     workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
@@ -73,8 +76,10 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
             # torch raises the death of a worker from a signal handler, at any moment: in the middle of an optimizer
             # step, say. Without it, the next batch that is waited for brings the same error, within 5 s.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    watch = _Watch(workers)
     try:
-        yield from batches
+        with watch:
+            yield from watch.batches(batches)
     except UserError as error:
         # torch gives an error of a loading process this process's traceback as its text. What follows the last name of
         # the error in it is the line itself, in which each end of a line was escaped when it was raised.
@@ -83,9 +88,56 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
             raise
         raise UserError(line.partition("\n")[0]) from None
     except (RuntimeError, OSError, EOFError) as error:
-        if reason := _why_loading_failed(error, workers):
+        if reason := watch.reason or _why_loading_failed(error, workers):
             raise UserError(f"--data.num_workers {len(workers)}: {reason}") from None
         raise
+
+
+class _Watch:
+    """Kills a loading process that is suspended (SIGSTOP) once no batch has come for `PAUSED_SECONDS`.
+
+    torch waits for it without a limit, even in a loader with a timeout: its process hands over a batch's shared memory.
+
+    Attributes:
+        reason: why a process was killed, if one was.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess]) -> None:
+        self.workers, self.reason, self._since, self._ended = workers, "", 0.0, threading.Event()
+
+    def __enter__(self) -> "_Watch":
+        if self.workers:
+            threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def batches(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The same, with the time since which each is waited for."""
+        self._since = time.monotonic()
+        for batch in batches:
+            self._since = 0.0
+            yield batch
+            self._since = time.monotonic()
+
+    def _look(self) -> None:
+        while not self._ended.wait(CHECK_SECONDS):
+            waited = time.monotonic() - self._since if self._since else 0.0
+            for worker in self.workers if waited > PAUSED_SECONDS else ():
+                if _is_suspended(worker.pid):
+                    self.reason = (
+                        f"no batch for {waited:.0f} s: loading process {worker.pid} is suspended (SIGSTOP, or a "
+                        "debugger). Find out what suspends it, or use --data.num_workers 0"
+                    )
+                    worker.kill()
+
+
+def _is_suspended(pid: int | None) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
 
 
 LOADING: weakref.WeakSet[BaseProcess] = weakref.WeakSet()

@@ -32,6 +32,7 @@ from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.person_boxes import measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.runtime import failures
 from sapiens_accel.sources.images import describe_fault
 
 FRAMES = 64  # of a video, at a time
@@ -130,8 +131,9 @@ def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], 
             find=lambda piece: [file.of(name) for name in piece.names], about=f"of {given}", categories=file.categories
         )
     name, classes = DEFAULT if given == BY_DETECTOR else given, run.eval.detector_class
-    with accelerator.main_process_first():
-        detector = Detector(name, accelerator.device, min_score, knob="--eval.boxes", classes=classes)
+    detector = failures.on_main_first(
+        accelerator, lambda: Detector(name, accelerator.device, min_score, knob="--eval.boxes", classes=classes)
+    )
     find = partial(_detected, accelerator, detector, run.data.num_workers)
     kind = kind if skeleton.categories else classes
     return PeopleFinder(find=find, about=f"of the detector {name}", categories={1: kind})

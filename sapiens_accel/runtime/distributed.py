@@ -1,4 +1,4 @@
-"""The launch of this process: Accelerator, device, precision, ZeRO stage, and what the ranks send each other."""
+"""The launch of this process: Accelerator, device, precision, ZeRO stage, and collectives."""
 
 import os
 import re
@@ -20,26 +20,26 @@ from sapiens_accel.runtime import launch, signals
 from sapiens_accel.runtime.device import check_device
 
 BF16_CAPABILITY = (8, 0)
-# Gloo's words, and NCCL's for a remote end. Its ncclSystemError (a small /dev/shm, say) is no lost process.
+# Messages of Gloo and NCCL for a lost process. ncclSystemError (for example a small /dev/shm) is none.
 LOST = re.compile(r"connection (closed|reset|refused)|ncclRemoteError", re.IGNORECASE)
 LOST_SECONDS = 10
-PATIENCE = timedelta(hours=3)  # rank 0 reads and checks the data, or converts a checkpoint, while the others wait
+PATIENCE = timedelta(hours=3)  # the other ranks wait while rank 0 reads and checks data or converts a checkpoint
 PARTS = ("optimizer", "param")  # of a training state that DeepSpeed can offload
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a launch lays out a training state.
+    """How a launch distributes a training state.
 
     Attributes:
-        zero: DeepSpeed's ZeRO stage; 0 is none.
-        num_ranks: processes, one a device.
-        num_local: of them, those on this machine.
-        half: 16-bit arithmetic ...
-        bf16: ... in bf16, whose gradients are accumulated in fp32.
-        offload: the optimizer's state lives on the host, and the gradients go there during the backward.
-        offload_weights: the weights live there too, and come by when they are needed.
-        bucket: elements of the buffers in which gradients are put together, all buffers of one device.
+        zero: DeepSpeed's ZeRO stage; 0 without ZeRO.
+        num_ranks: processes, one for each device.
+        num_local: those on this machine.
+        half: 16-bit arithmetic.
+        bf16: bf16 arithmetic, whose gradients are accumulated in fp32.
+        offload: the optimizer's state is in host memory; gradients are copied there during the backward.
+        offload_weights: the weights are in host memory, and are copied to the device when they are used.
+        bucket: elements of the gradient buffers, all buffers of one device.
         live: ZeRO-3: gathered weights that may be on a device at a time, elements.
     """
 
@@ -55,10 +55,10 @@ class Strategy:
 
 
 def start() -> Accelerator:
-    """The Accelerator of this launch, at the best precision that was asked for and that the device really has.
+    """Create the Accelerator of this launch, in the precision that was asked for if the device has it.
 
     Raises:
-        UserError: the launch asks for what this package cannot run.
+        UserError: the launch asks for something that this package cannot run.
     """
     signals.follow_launcher()
     launch.check()
@@ -67,13 +67,13 @@ def start() -> Accelerator:
         check_device(int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
     precision = precision_of_device(launch.precision_asked(), cuda)
     launch.check_enabled(precision)
-    # Without a backend named, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
-    # The others wait while rank 0 reads and checks the data, which takes COCO minutes on a slow disk.
+    # Without a backend, DeepSpeed on a CPU counts one process; with cpu=True, ZeRO would silently be dropped.
+    # The others wait while rank 0 reads and checks the data, which takes minutes for COCO on a slow disk.
     backend = "gloo" if not cuda and "LOCAL_RANK" in os.environ else None
     if cuda and not {"LOCAL_RANK", "ACCELERATE_TORCH_DEVICE"} & set(os.environ):
-        # Accelerate's device of a single process has no index, and several of torch.cuda's functions need one.
+        # Accelerate's device for a single process has no index, which several functions of torch.cuda need.
         os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{torch.cuda.current_device()}"
-    # Each weight is used once in a forward: autocast's cache would keep all of their 16-bit copies for nothing.
+    # Each weight is used once in a forward: autocast's cache of 16-bit copies would only take memory.
     handlers = [
         InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
         AutocastKwargs(cache_enabled=False),
@@ -90,10 +90,10 @@ def start() -> Accelerator:
 
 
 def precision_of_device(asked: str, cuda: bool) -> str:
-    """The precision that the device has: the one that was asked for, or the other one of 16 bits.
+    """Return the precision that was asked for, or the other 16-bit one if the device lacks it.
 
-    bf16 only where the hardware has it (compute capability 8.0): torch emulates it on older cards, slowly. A CPU has no
-    fp16 that could train: neither DeepSpeed nor accelerate let it.
+    bf16 needs compute capability 8.0: torch emulates it on older GPUs, slowly. On a CPU neither DeepSpeed nor
+    accelerate train in fp16.
     """
     if asked == "bf16" and cuda and torch.cuda.get_device_capability() < BF16_CAPABILITY:
         return "fp16"
@@ -101,13 +101,13 @@ def precision_of_device(asked: str, cuda: bool) -> str:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one, so that the launcher sees a clean end."""
+    """Destroy the process group, if there is one, so that the launcher sees a clean end."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def description(accelerator: Accelerator) -> str:
-    """One line: processes, device, ZeRO stage, precision and why."""
+    """Describe processes, device, ZeRO stage and precision in one line."""
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
     zero = f", ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else ""
     precision, asked = accelerator.mixed_precision, launch.precision_asked()
@@ -131,22 +131,23 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
-    """The live config of DeepSpeed's plugin; an empty one without DeepSpeed."""
+    """Return the config object of DeepSpeed's plugin; an empty one without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin if is_deepspeed(accelerator) else None
     return plugin.deepspeed_config if plugin else {}
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The dtype of mixed-precision arithmetic, None for fp32."""
+    """Return the dtype of mixed-precision arithmetic, None for fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
 @contextmanager
 def explain_lost_ranks(accelerator: Accelerator) -> Iterator[None]:
-    """Where a collective fails because another process has ended: one line in place of a traceback.
+    """Replace the traceback of a collective that fails because another process has ended by one line.
 
     Raises:
-        UserError: only after a while: on one machine the launcher ends this process before, and that one's line stands.
+        UserError: after LOST_SECONDS. On one machine the launcher ends this process before that, so that only the
+            process that failed prints its line.
     """
     try:
         yield
@@ -156,20 +157,20 @@ def explain_lost_ranks(accelerator: Accelerator) -> Iterator[None]:
         time.sleep(LOST_SECONDS)
         text = " ".join(str(error).split())[-400:]
         raise UserError(
-            f"rank {accelerator.process_index}: another process of this launch has ended: {text}. See its output, and "
-            "start all machines again, with --resume_from_checkpoint latest"
+            f"rank {accelerator.process_index}: another process of this launch has ended: {text}. See its output, "
+            "and restart all machines with --resume_from_checkpoint latest"
         ) from None
 
 
 def gather(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The tensors of all ranks, of one shape, concatenated along their first dimension."""
+    """Concatenate the tensors of all ranks, of equal shape, along their first dimension."""
     return torch.as_tensor(accelerator.gather(tensor))
 
 
 def gather_parts(whole: Tensor) -> None:
-    """Fill a flat tensor of one equal part for each rank, of which each has written its own, on all of them.
+    """All-gather in place a flat tensor of equal parts, of which each rank has written its own.
 
-    In place: neither side allocates anything. All ranks must call it.
+    Nothing is allocated. All ranks must call it.
     """
     rank, num = torch.distributed.get_rank(), torch.distributed.get_world_size()
     part = len(whole) // num
@@ -179,7 +180,7 @@ def gather_parts(whole: Tensor) -> None:
 
 
 def strategy(accelerator: Accelerator) -> Strategy:
-    """How this launch lays out a training state, for the memory plan."""
+    """Return how this launch distributes a training state, for the memory plan."""
     ranks, precision = accelerator.num_processes, accelerator.mixed_precision
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
     zero_config = deepspeed_config(accelerator).get("zero_optimization", {})
@@ -187,7 +188,7 @@ def strategy(accelerator: Accelerator) -> Strategy:
 
 
 def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: int, precision: str) -> Strategy:
-    """What the `zero_optimization` of a DeepSpeed config means; an empty one is no DeepSpeed."""
+    """Interpret the `zero_optimization` of a DeepSpeed config; an empty one means no DeepSpeed."""
     offload, offload_weights = (
         (zero_config.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in PARTS
     )
@@ -208,16 +209,16 @@ def strategy_of(zero_config: Mapping[str, Any], *, num_ranks: int, num_local: in
 
 
 def overlaps(zero_config: Mapping[str, Any], num_ranks: int) -> bool:
-    """Whether what DeepSpeed sends goes beside the arithmetic, if its config wants that.
+    """Return whether DeepSpeed overlaps communication with computation.
 
-    To other ranks, or to the host. One rank without offload would only pay for it: a second bucket, and a wait.
+    With other ranks or with the host. A single rank without offload would only pay for it: a second bucket and a wait.
     """
     offloads = any((zero_config.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in PARTS)
     return bool(zero_config.get("overlap_comm", zero_config.get("stage") == 3)) and (num_ranks > 1 or offloads)
 
 
 def free_bytes(accelerator: Accelerator) -> int | None:
-    """Memory of a GPU that a stage can have: the least of all ranks, so that they plan alike. None on a CPU."""
+    """Return the GPU memory available to a stage: the least of all ranks, so that plans agree. None on a CPU."""
     device = accelerator.device
     if device.type != "cuda":
         return None
@@ -228,7 +229,7 @@ def free_bytes(accelerator: Accelerator) -> int | None:
 
 
 def least(accelerator: Accelerator, value: float) -> float:
-    """The smallest of all ranks' values, so that they decide alike. Over the hosts, as `any_rank`."""
+    """Return the smallest of all ranks' values, so that they decide alike; through host memory, as `any_rank`."""
     if accelerator.num_processes == 1:
         return value
     own = torch.tensor(value, dtype=torch.float64)
@@ -237,12 +238,12 @@ def least(accelerator: Accelerator, value: float) -> float:
 
 
 def most(accelerator: Accelerator, value: float) -> float:
-    """The largest of all ranks' values."""
+    """Return the largest of all ranks' values."""
     return -least(accelerator, -value)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether it holds on any rank: all of them act alike. Over the hosts, so that no device is waited for."""
+    """Return whether a flag is set on any rank; through host memory, so that no device is synchronized."""
     if accelerator.num_processes == 1:
         return flag
     flags = torch.tensor(int(flag))
@@ -252,22 +253,22 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
 
 @lru_cache(maxsize=1)
 def _host_group() -> Any:
-    """A group that talks over the hosts' network; all ranks must ask for it at the same time, once."""
+    """Create a process group of gloo, once. All ranks must call it together."""
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD
-    if name := os.environ.get("NCCL_SOCKET_IFNAME"):  # a host name of 127.0.1.1 (Debian) is of no use to other machines
+    if name := os.environ.get("NCCL_SOCKET_IFNAME"):  # other machines cannot reach a host name of 127.0.1.1 (Debian)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name.lstrip("=^").split(",")[0])
     try:
         return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
         raise UserError(
-            f"the machines do not reach each other by their host names: {' '.join(str(error).split())[-200:]}. "
+            f"this launch: the machines cannot reach each other by host name ({' '.join(str(error).split())[-200:]}). "
             "Set GLOO_SOCKET_IFNAME to the network interface between them (ip addr shows them)"
         ) from None
 
 
 def world(accelerator: Accelerator) -> dict[str, Any]:
-    """What decides whether one launch can read another's state."""
+    """Return what decides whether this launch can load another one's state."""
     return {
         "num_processes": accelerator.num_processes,
         "zero_stage": zero_stage(accelerator),

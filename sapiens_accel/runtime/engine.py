@@ -1,12 +1,13 @@
-"""Model and optimizer as a launch runs them, and whole fp32 parameters: the only file that imports deepspeed.
+"""Model and optimizer under the launch's engine, and full fp32 parameters: the only file that imports deepspeed.
 
 One recipe means the same training on 1 or on 8 devices: micro-batch and accumulation are derived from the global batch,
-and `prepare` writes them, with the clipping, into DeepSpeed's config anew for each stage (its "auto" values are filled
-once only: a second stage would silently keep the first one's).
+and `prepare` writes them, with the clipping, into DeepSpeed's config for each stage (its "auto" values are filled only
+once: a second stage would silently keep those of the first).
 """
 
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from accelerate.utils.other import TORCH_SAFE_GLOBALS
+from accelerate.utils import RNG_STATE_NAME, broadcast_object_list
+from accelerate.utils.other import TORCH_SAFE_GLOBALS, load
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,7 +39,7 @@ def prepare(
     accumulation: int,
     clip_norm: float,
 ) -> tuple[nn.Module, Any]:
-    """The model (a backbone and a `head`) and its optimizer as this launch runs them."""
+    """Wrap the model (a backbone and a `head`) and its optimizer for this launch."""
     accelerator.gradient_accumulation_steps = accumulation
     if is_deepspeed(accelerator):
         read_visible_devices()
@@ -54,7 +56,7 @@ def prepare(
             # Sums of bf16 gradients lose their small terms.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if accelerator.mixed_precision == "bf16":
-            # In fp32 and fp16 it leaves out a step whose gradients are no numbers by itself.
+            # In fp32 and fp16 it skips steps with non-finite gradients by default.
             config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
     if zero_stage(accelerator) == 3:
         _gather_head_at_once(model.get_submodule("head"))
@@ -65,15 +67,15 @@ def prepare(
     if [name for name, _ in _module(prepared_model).named_parameters()] != names:
         raise RuntimeError("the launch renames the model's parameters: its exported weights could not be loaded")
     keep_least_scale(prepared_optimizer)
-    if is_engine(prepared_model):  # `accelerator.backward` calls it: only here can an error of the step be marked
+    if is_engine(prepared_model):  # `accelerator.backward` calls its step: an error in it can be marked only here
         prepared_model.step = failures.changing_weights()(prepared_model.step)
     return prepared_model, prepared_optimizer
 
 
 def keep_least_scale(optimizer: Any) -> None:
-    """Let DeepSpeed's fp16 loss scale stay at its minimum, so that the steps skipped there are counted as ours are.
+    """Let DeepSpeed's fp16 loss scale stay at its minimum, so that skipped steps are counted as on other launches.
 
-    By default it raises a bare Exception at about the 18th overflow in a row, without the step or the people.
+    By default it raises a bare Exception at about the 18th overflow in a row, without step and annotation ids.
     """
     scaler: Any = getattr(getattr(optimizer, "optimizer", optimizer), "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
@@ -83,7 +85,7 @@ def keep_least_scale(optimizer: Any) -> None:
 def read_visible_devices() -> None:
     """Let DeepSpeed ask torch, not NVML, for free memory where cards are visible by UUID (SLURM, MIG).
 
-    It takes what CUDA_VISIBLE_DEVICES lists for numbers.
+    DeepSpeed expects numbers in CUDA_VISIBLE_DEVICES.
     """
     from deepspeed.accelerator import cuda_accelerator
 
@@ -93,10 +95,10 @@ def read_visible_devices() -> None:
 
 
 def _gather_head_at_once(head: nn.Module) -> None:
-    """Let ZeRO-3 gather the head's weights once for all of its chunks, not for each.
+    """Let ZeRO-3 gather the head's weights once for all of its chunks, not for each chunk.
 
-    DeepSpeed reduces the gradients of such a module when those of its inputs are known. If none of them needs one (the
-    backbone is frozen), torch runs that hook before the parameters have theirs: so the features always need one.
+    DeepSpeed reduces the gradients of such a module when the gradients of its inputs are computed. If no input requires
+    one (the backbone is frozen), torch runs that hook too early: so the features always require gradients.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -114,35 +116,34 @@ def _with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def take_step(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, clip_norm: float
 ) -> tuple[Tensor | float | None, bool]:
-    """Clip the gradients to the global norm (0: not at all) and step, unless they are no numbers.
+    """Clip the gradients to the global norm (0: no clipping) and step, unless they are not finite.
 
-    Under DeepSpeed `accelerator.backward` has done both. The wait for one number here costs a kernel launch in a step
-    of seconds, and saves the run.
+    Under DeepSpeed `accelerator.backward` has done both. Waiting for the norm costs one synchronization a step.
 
     Returns:
-        The norm as it was, and whether the step was taken.
+        The norm before clipping, and whether the step was taken.
     """
     if is_engine(model):
         engine: Any = model
-        # Without ZeRO there is no such check; no launch that is shipped here runs so.
+        # DeepSpeed without ZeRO has no such check; no shipped config uses it.
         return engine.get_global_grad_norm(), not getattr(engine.optimizer, "overflow", False)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
     taken = norm is None or math.isfinite(norm)
     if taken:
         optimizer.step()
     elif accelerator.scaler is not None:
-        # Not by `optimizer.step_was_skipped`: torch's scaler always calls a fused optimizer, so that is never set.
+        # `optimizer.step_was_skipped` is never set: torch's scaler always calls a fused optimizer.
         accelerator.scaler.update()  # lowers the scale where a gradient overflowed
     return norm, taken
 
 
 def is_engine(model: Any) -> bool:
-    """Whether DeepSpeed runs this module: then it also sets the precision of its forward."""
+    """Return whether this module is a DeepSpeed engine, which also sets the precision of its forward."""
     return hasattr(model, "get_global_grad_norm")
 
 
 def drop_gradients(model: Any) -> None:
-    """Free the gradients of a step that was cut off, and count it as not begun."""
+    """Free the gradients of a step that was interrupted, and reset DeepSpeed's count of its micro-steps."""
     for parameter in model.parameters():
         parameter.grad = None
     if is_engine(model):
@@ -151,9 +152,9 @@ def drop_gradients(model: Any) -> None:
 
 
 def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[Exception], ...]) -> str | None:
-    """Accelerate's state of this launch into a folder; what went wrong on this rank, if anything. For all ranks.
+    """Save Accelerate's state into a folder; returns this rank's error, if any. All ranks must call it.
 
-    DeepSpeed's ranks wait for each other inside: one whose disk is full must come to that point too.
+    DeepSpeed's ranks wait for each other inside, so a rank whose disk is full must reach that point too.
     """
     problems: list[Exception] = []
     writer: Any = _engine(accelerator).checkpoint_engine if is_deepspeed(accelerator) else None
@@ -176,7 +177,7 @@ def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[E
     return " ".join(str(problems[0]).split())[:200] if problems else None
 
 
-# Conversion in a process of its own, where no pickle may create anything but what `safe_classes` names.
+# DeepSpeed's converter in a separate process, in which pickles may create objects of `safe_classes` only.
 CONVERT = """
 import multiprocessing, torch
 from deepspeed.checkpoint import ds_to_universal
@@ -190,23 +191,25 @@ PICKLES = (".pt", ".bin", ".pkl")
 
 
 def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = False, trusted: bool = False) -> None:
-    """Restore what `save_state` wrote, all but the optimizer's settings: those stay this run's. All ranks must call it.
+    """Restore what `save_state` wrote, except the optimizer's settings. All ranks must call it.
 
-    A state dict brings the parameter groups of the run that saved it back: its betas, weight decay and layer-wise
-    rates; DeepSpeed's also its gradient clipping. What a run does is decided by its options alone.
+    A state dict contains the parameter groups of the run that saved it: betas, weight decay and layer-wise rates;
+    DeepSpeed's also the gradient clipping. The options of this run decide those instead.
 
     Args:
-        universal: another number of processes saved it, under the same ZeRO stage (1 or 2).
-        trusted: unpickle whatever is in it. Otherwise only tensors, numbers and the classes that a checkpoint needs.
+        universal: it was saved by another number of processes, under the same ZeRO stage (1 or 2).
+        trusted: unpickle any class. Otherwise only tensors, numbers and the classes that a checkpoint needs.
 
     Raises:
-        UserError: a file holds other classes or functions; DeepSpeed could not convert the checkpoint.
+        UserError: a file holds other classes or functions; random states cannot be restored; DeepSpeed could not
+            convert the checkpoint.
     """
     optimizers: list[Any] = accelerator._optimizers
     groups = [_settings(group) for optimizer in optimizers for group in optimizer.param_groups]
     zero: Any = _engine(accelerator).optimizer if is_deepspeed(accelerator) else None
     clip_norm = getattr(zero, "clip_grad", None)
     with _safe_unpickling(accelerator, folder, trusted):
+        failures.on_each_rank(lambda: _check_random_states(folder, accelerator.process_index))
         _load_universal(accelerator, folder, trusted) if universal else accelerator.load_state(str(folder))
     for group, settings in zip((g for o in optimizers for g in o.param_groups), groups, strict=True):
         group.update(settings)
@@ -214,13 +217,37 @@ def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = Fals
         zero.clip_grad = clip_norm
 
 
+def _check_random_states(folder: Path, rank: int) -> None:
+    """Restore this rank's random states: accelerate ignores every error in that.
+
+    A run of fewer processes has saved none for this rank, which is no error.
+
+    Raises:
+        UserError: the file cannot be read, or does not hold the states of Python, NumPy and torch.
+    """
+    file = folder / f"{RNG_STATE_NAME}_{rank}.pkl"
+    if not file.is_file():
+        return
+    try:
+        states = load(file)
+        random.setstate(states["random_state"])
+        np.random.set_state(states["numpy_random_seed"])
+        torch.set_rng_state(states["torch_manual_seed"])
+    except Exception as error:  # of any kind: the file may hold anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{file}: random states cannot be restored (expected those of Python, NumPy and torch, found {said}). Use "
+            "another checkpoint (--resume_from_checkpoint)"
+        ) from None
+
+
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Of a parameter group; "step" is state, which some of DeepSpeed's optimizers keep there."""
+    """Return the settings of a parameter group; "step", which some of DeepSpeed's optimizers keep there, is state."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def safe_classes(deepspeed: bool) -> list[Any]:
-    """What the pickles of a checkpoint create beside tensors; none of them runs anything of the file's choice."""
+    """List the classes in the pickles of a checkpoint, beside tensors; none of them can run code from the file."""
     if not deepspeed:
         return list(TORCH_SAFE_GLOBALS)
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -232,7 +259,7 @@ def safe_classes(deepspeed: bool) -> list[Any]:
 
 @contextmanager
 def _safe_unpickling(accelerator: Accelerator, folder: Path, trusted: bool) -> Iterator[None]:
-    """Let every `torch.load`, DeepSpeed's too, create only `safe_classes`."""
+    """Restrict every `torch.load`, DeepSpeed's too, to `safe_classes`."""
     if trusted:
         yield
         return
@@ -242,8 +269,8 @@ def _safe_unpickling(accelerator: Accelerator, folder: Path, trusted: bool) -> I
             unsafe = [_find_unsafe(folder) if accelerator.is_main_process else None]
             if found := broadcast_object_list(unsafe)[0]:
                 raise UserError(
-                    f"{found}; a checkpoint needs none, and loading it may run anything. "
-                    "If you trust whoever wrote it, add --trust_checkpoint"
+                    f"{found}, which no checkpoint needs: loading it may run any code. "
+                    "If you trust its author, add --trust_checkpoint"
                 )
             os.environ[FORCE_SAFE] = "1"
             yield
@@ -253,24 +280,24 @@ def _safe_unpickling(accelerator: Accelerator, folder: Path, trusted: bool) -> I
 
 
 def _find_unsafe(folder: Path) -> str | None:
-    """The first file with classes or functions that are not safe, and which; nothing of it is run."""
+    """Name the first file with other classes or functions, without running any of it; None if there is none."""
     for file in sorted(path for path in folder.rglob("*") if path.suffix in PICKLES):
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        except Exception as error:  # whatever a damaged or a hostile pickle makes of the parser
+        except Exception as error:  # of any kind: the pickle may be damaged or hostile
             names = [f"a file that is not one of torch.save ({type(error).__name__})"]
         if names:
-            return f"{file}: classes or functions that are not known as safe (found {', '.join(sorted(names)[:3])})"
+            return f"{file}: contains classes or functions not known to be safe (found {', '.join(sorted(names)[:3])})"
     return None
 
 
 def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> None:
-    """DeepSpeed's own converter writes the state parameter by parameter; each rank reads its part; the copy is removed.
+    """Convert the state with DeepSpeed's converter, parameter by parameter; load it; delete the converted copy.
 
     Raises:
         UserError: the conversion failed.
     """
-    converted = folder.parent.with_name("universal.tmp")  # beside the checkpoints: the next save clears what is left
+    converted = folder.parent.with_name("universal.tmp")  # beside the checkpoints: the next save deletes leftovers
     failed = 0.0
     if accelerator.is_main_process:
         shutil.rmtree(converted, ignore_errors=True)
@@ -287,7 +314,10 @@ def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> No
         for extra in folder.glob("random_states_*.pkl") if not failed else ():
             shutil.copyfile(extra, converted / extra.name)
     if least(accelerator, -failed) < 0:
-        raise UserError(f"{folder}: DeepSpeed could not convert it for {count(accelerator.num_processes, 'process')}")
+        processes = count(accelerator.num_processes, "process")
+        raise UserError(
+            f"{folder}: DeepSpeed could not convert it for {processes} (see above). Use as many as saved it"
+        )
     engine = _engine(accelerator)
     engine._config.load_universal_checkpoint = True
     try:
@@ -305,7 +335,7 @@ def _engine(accelerator: Accelerator) -> Any:
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:
-    """Give back the memory of a stage before the next one is built."""
+    """Free the memory of a stage before the next one is built."""
     for item in prepared:
         if is_deepspeed(accelerator) and hasattr(item, "destroy"):
             item.destroy()
@@ -313,7 +343,7 @@ def release(accelerator: Accelerator, *prepared: Any) -> None:
 
 
 def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole value of each parameter, as the forward sees it. Under ZeRO-3 all ranks iterate to the end."""
+    """Yield name and full value of each parameter, as used in the forward. Under ZeRO-3 all ranks must iterate it."""
     for name, parameter in _module(model).named_parameters():
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -325,26 +355,26 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tupl
 
 
 def full_values(accelerator: Accelerator, model: nn.Module) -> Iterator[Tensor]:
-    """The values of `full_parameters`."""
+    """Yield the values of `full_parameters`."""
     return (value for _, value in full_parameters(accelerator, model))
 
 
 def frozen_masters(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
-    """Copies of the frozen parameters before `prepare`, on rank 0, where the engine is going to round them.
+    """Copy the frozen parameters on rank 0 before `prepare`, if the engine is going to round them.
 
-    A 16-bit DeepSpeed engine casts every parameter and keeps fp32 masters of those that learn only.
+    A 16-bit DeepSpeed engine casts every parameter, and keeps fp32 copies of the trained ones only.
     """
     rounds = is_deepspeed(accelerator) and accelerator.mixed_precision != "no" and accelerator.is_main_process
     return {n: p.detach().clone() for n, p in model.named_parameters() if rounds and not p.requires_grad}
 
 
 def _module(model: nn.Module) -> nn.Module:
-    """What an engine or DistributedDataParallel wraps. Accelerate's own way there imports deepspeed in any run."""
+    """Return the wrapped module. Accelerate's `unwrap_model` would import deepspeed in every run."""
     return getattr(model, "module", model)
 
 
 def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
-    """All weights in fp32 on the CPU of rank 0 (empty elsewhere): the optimizer's masters where there are any.
+    """Gather all weights in fp32 on the CPU of rank 0 (empty on the others), from the optimizer's fp32 copies if any.
 
     All ranks must call it.
     """

@@ -1,7 +1,7 @@
-"""DeepSpeed's C++ extensions, which torch compiles on first use: what a launch needs, what is missing, and stale locks.
+"""DeepSpeed's C++ extensions, which torch compiles on first use: those of a launch, missing tools, and stale locks.
 
-torch lets one process build and the others wait on a file `lock`, without a limit: a build that was killed would block
-every later launch, in silence.
+One process builds and the others wait on a file `lock` without a limit: a build that was killed would block every later
+launch without a message.
 """
 
 import ast
@@ -30,9 +30,9 @@ BUILD_TIME = "1 to 2 minutes"
 
 
 def needed_operations(zero: Mapping[str, Any], *, cuda: bool) -> list[str]:
-    """The extensions that a launch uses: with optimizer offload Adam, with NVMe its file access, on CPUs the ranks'.
+    """List the extensions of a launch: Adam with optimizer offload, file access with NVMe, communication on CPUs.
 
-    DeepSpeed builds the ranks' communication on a CPU for a single rank too.
+    DeepSpeed builds the communication on a CPU for a single rank too.
     """
     places = [(zero.get(f"offload_{part}") or {}).get("device") or "none" for part in ("optimizer", "param")]
     needed = ["cpu_adam"] if places[0] != "none" else []
@@ -41,7 +41,7 @@ def needed_operations(zero: Mapping[str, Any], *, cuda: bool) -> list[str]:
 
 
 def folder() -> Path:
-    """Where torch builds extensions; one subfolder each."""
+    """Return the folder in which torch builds extensions, each in a subfolder."""
     if configured := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(configured)
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
@@ -51,7 +51,7 @@ def folder() -> Path:
 
 
 def is_built(operation: str) -> bool:
-    """Whether it came with the installation, or torch has compiled it before."""
+    """Return whether an extension came with the installation, or was compiled before."""
     spec = importlib.util.find_spec("deepspeed")
     listing = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
     if listing and listing.is_file():
@@ -62,7 +62,7 @@ def is_built(operation: str) -> bool:
 
 
 def missing_tools() -> Iterator[str]:
-    """What torch's builder of extensions needs and this machine lacks."""
+    """Yield what torch needs to build extensions and this machine lacks."""
     if not compiler():
         yield "a C++ compiler (apt-get install g++, or CXX) is"
     if not shutil.which("ninja"):
@@ -72,15 +72,15 @@ def missing_tools() -> Iterator[str]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch would call."""
+    """Return the C++ compiler that torch would call."""
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
-    """Locks that no process of this machine holds, and their age in seconds.
+    """Find locks that no process of this machine holds, and their age in seconds.
 
     Args:
-        operations: of these extensions alone.
+        operations: the extensions to look at; all by default.
     """
     names = operations or [path.name for path in folder().glob("*") if path.is_dir()]
     locks = [lock for name in names if (lock := folder() / name / "lock").is_file()]
@@ -89,7 +89,7 @@ def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
 
 
 def _open_files() -> set[str]:
-    """Files that processes of this machine have open, of those that may be asked."""
+    """Return the files that processes of this machine have open, as far as this user may see them."""
     files = set()
     for process in psutil.process_iter():
         with suppress(OSError):  # it has ended, or is another user's
@@ -100,10 +100,10 @@ def _open_files() -> set[str]:
 
 
 def check_builds(operations: list[str]) -> None:
-    """Refuse a launch for which something must be compiled that cannot be compiled here. For every rank.
+    """Refuse a launch whose extensions cannot be compiled here. Every rank calls it.
 
     Raises:
-        UserError: with what is missing.
+        UserError: a tool is missing.
     """
     missing = [name for name in operations if not is_built(name)]
     if missing and (lacks := list(missing_tools())):
@@ -114,7 +114,7 @@ def check_builds(operations: list[str]) -> None:
 
 
 def prepare_builds(operations: list[str]) -> None:
-    """Before DeepSpeed loads: remove stale locks, and say that a build runs. For one rank."""
+    """Remove stale locks and announce a build, before DeepSpeed is imported. One rank calls it."""
     local = _is_local(folder())
     for lock, age in find_stale_locks(operations).items():
         # What processes of other users have open cannot be seen, so their locks must be old, too.
@@ -135,7 +135,7 @@ def _is_ours(lock: Path) -> bool:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether the folder's file system is of a kind that only this machine writes to."""
+    """Return whether the folder is on a local file system."""
     whole = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if whole.is_relative_to(part.mountpoint)]
     return bool(mounts) and max(mounts, key=lambda part: len(part.mountpoint)).fstype in LOCAL_FILE_SYSTEMS

@@ -1,4 +1,4 @@
-"""A stage that fails: what was trained is saved where that is still possible, and one line says how to continue."""
+"""Errors of one rank end all of them; a stage that fails is saved if possible, and one line says how to continue."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 from sapiens_accel.errors import Interrupted, UserError, continue_with
 
 Result = TypeVar("Result")
-IN_THE_STEP = "the optimizer was changing the weights: they are of no whole step"
+IN_THE_STEP = "the optimizer was changing the weights: they belong to no complete step"
 
 
 @contextmanager
 def changing_weights() -> Iterator[None]:
-    """Mark an error inside: until the optimizer and the teacher are done, the weights are of no whole step."""
+    """Mark an error that is raised inside: until optimizer and teacher are done, the weights are inconsistent."""
     try:
         yield
     except Exception as error:
@@ -25,21 +25,21 @@ def changing_weights() -> Iterator[None]:
 
 
 def mark_torn(error: Exception) -> None:
-    """Note on an error that the weights are of no whole step, and must not be saved."""
+    """Note on an error that the weights are inconsistent and must not be saved."""
     if not is_torn(error):
         error.add_note(IN_THE_STEP)
 
 
 def is_torn(error: BaseException) -> bool:
-    """Whether an error struck while the weights were changing."""
+    """Return whether an error was raised while the weights were changing."""
     return IN_THE_STEP in getattr(error, "__notes__", ())
 
 
 class SharedError(UserError):
-    """A UserError that all ranks raise at the same moment, between two steps: together they can still save.
+    """A UserError that all ranks raise at the same point, between two steps, so that they can still save together.
 
     Attributes:
-        cause: what happened on this rank, if it was our bug.
+        cause: the exception of this rank, if it is a bug of this package.
     """
 
     def __init__(self, text: str, cause: Exception | None = None) -> None:
@@ -48,10 +48,10 @@ class SharedError(UserError):
 
 
 def on_each_rank(action: Callable[[], Result]) -> Result:
-    """What an action returns on this rank; where it fails on any, all end. All ranks must call it.
+    """Run an action on every rank; if it fails on one, all of them raise. All ranks must call it.
 
     Raises:
-        UserError: one of this rank's own, or what happened on another; our bugs are raised where they are.
+        UserError: the action's own, or a description of another rank's error.
     """
     result, problem = None, None
     try:
@@ -66,8 +66,22 @@ def on_each_rank(action: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
+def on_main_first(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Run an action on rank 0, which downloads and fills caches, and then on the others. All ranks must call it.
+
+    Accelerate's `main_process_first` leaves the others waiting where rank 0 fails.
+
+    Raises:
+        UserError: as `on_each_rank`.
+    """
+    is_main = accelerator.is_main_process
+    first = on_each_rank(lambda: action() if is_main else None)
+    others = on_each_rank(lambda: None if is_main else action())
+    return cast(Result, first if is_main else others)
+
+
 def describe(error: Exception) -> str:
-    """An error in one line, for the ranks on which it did not happen."""
+    """Describe an error in one line, for the other ranks."""
     if isinstance(error, UserError):
         return str(error)
     return f"another process of this launch has failed: {type(error).__name__}: {error}; see its output"
@@ -75,16 +89,16 @@ def describe(error: Exception) -> str:
 
 @contextmanager
 def save_on_failure(accelerator: Accelerator, name: str, save: Callable[[], Path | None]) -> Iterator[None]:
-    """Save the last whole step of a stage before an error ends it.
+    """Save the last complete step of a stage when an error ends it.
 
-    One process alone can always do so; several only where all of them raise (`SharedError`).
+    A single process always can; several can only if all of them raise (`SharedError`).
 
     Args:
-        name: of the stage.
-        save: writes what is not saved yet, and returns where; None where there is nothing to save, or it cannot be.
+        name: the stage's name.
+        save: saves the state if that is not done yet, and returns the checkpoint; None without one.
 
     Raises:
-        UserError: the same error, with where the step is and how to continue.
+        UserError: the same error, with the checkpoint and the command that continues.
     """
     try:
         yield
@@ -94,13 +108,13 @@ def save_on_failure(accelerator: Accelerator, name: str, save: Callable[[], Path
         shared = isinstance(error, SharedError)
         possible = (shared or accelerator.num_processes == 1) and not is_torn(error)
         saved = save() if possible else None
-        where = f"the last whole step is in {saved}; {continue_with()}" if saved else ""
+        where = f"the last complete step is in {saved}; {continue_with()}" if saved else ""
         cause = error.cause if isinstance(error, SharedError) else error
         if isinstance(error, UserError) and not (shared and cause):
-            if where:
+            if where and "--resume_from_checkpoint" not in str(error):  # it may say itself how to continue
                 raise UserError(f"{str(error).rstrip('.')}; {where}") from None
             raise
-        if where:  # a traceback follows: it is our bug
+        if where:  # a traceback follows
             accelerator.print(f"{name}: failed; {where}")
         if shared and cause:
             raise cause from None

@@ -1,7 +1,7 @@
-"""What the launcher asks of this process, by its environment: checked before anything starts.
+"""The launcher's settings for this process, checked before anything starts.
 
-`accelerate launch` and torchrun hand everything on as environment variables. What this package sets itself, from its
-own options, is refused there in one line, so that nothing that a config file says is dropped in silence.
+`accelerate launch` and torchrun pass them as environment variables. Those that this package sets from its own options
+are refused in one line, so that no setting of a config file is silently ignored.
 """
 
 import json
@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 FIELDS_VARIABLE = "ACCELERATE_CONFIG_DS_FIELDS"
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
-# What decides the maths belongs to our options: one recipe means the same training under every launch.
+# Settings that change the training are options of this package: one recipe means the same under every launch.
 OURS = {
     "gradient_clipping": "--STAGE.optim.clip_norm",
     "gradient_accumulation_steps": "--STAGE.global_batch and --memory.micro_batch",
@@ -58,20 +58,20 @@ def uses_deepspeed() -> bool:
 
 
 def uses_cuda() -> bool:
-    """Whether this process is going to run on a GPU."""
+    """Return whether this process will run on a GPU."""
     return torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
 
 
 def precision_asked() -> str:
-    """`mixed_precision` as the launch asks for it: no, bf16 or fp16."""
+    """Return the launch's `mixed_precision`: no, bf16 or fp16."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
 def use_all_cores() -> int:
-    """Let this process work on its share of the physical cores, unless the user has set OMP_NUM_THREADS.
+    """Use this process's share of the physical cores, unless the user has set OMP_NUM_THREADS; returns the threads.
 
-    Launchers set it to 1. torch's threads follow at once, and DeepSpeed's Adam with them (its extension has OpenMP
-    from torch); the variable is for libraries that are loaded later.
+    Launchers set it to 1. torch's threads change at once, and DeepSpeed's Adam with them (its extension uses torch's
+    OpenMP); the variable is for libraries that are loaded later.
     """
     if not _user_set_threads():
         cores = min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, host.usable_cores())
@@ -82,7 +82,7 @@ def use_all_cores() -> int:
 
 
 def _user_set_threads() -> bool:
-    """Whether OMP_NUM_THREADS was there before the launcher: its own environment shows it."""
+    """Return whether OMP_NUM_THREADS was set before the launcher started, by the launcher's environment."""
     launcher = _launcher()
     if launcher is None:
         return "OMP_NUM_THREADS" in os.environ
@@ -95,7 +95,7 @@ def _user_set_threads() -> bool:
 
 
 def _launcher() -> psutil.Process | None:
-    """The process that launched this one, if it is accelerate or torchrun."""
+    """Return the process that launched this one, if it is accelerate or torchrun."""
     for process in psutil.Process().parents()[:3]:
         try:
             if is_launcher(process.cmdline()):
@@ -106,9 +106,9 @@ def _launcher() -> psutil.Process | None:
 
 
 def is_launcher(words: Sequence[str]) -> bool:
-    """Whether a process with this command line is accelerate's launcher or torchrun.
+    """Return whether a command line is that of accelerate's launcher or torchrun.
 
-    What counts is the program itself: its own arguments, or the folder it is in, may well be called accelerate.
+    By the program only: its folder and arguments may contain the word accelerate too.
     """
     words = list(words)
     if words and re.fullmatch(r"python[\d.]*", Path(words[0]).name):
@@ -121,7 +121,7 @@ def is_launcher(words: Sequence[str]) -> bool:
 
 
 def config_file() -> Path | None:
-    """The accelerate config that the launcher of this process has read, if any."""
+    """Return the accelerate config that this process's launcher has read, if any."""
     launcher = _launcher()
     try:
         words = launcher.cmdline() if launcher else []
@@ -137,11 +137,11 @@ def config_file() -> Path | None:
 
 
 def check() -> None:
-    """Refuse what this package cannot run, and find the DeepSpeed JSON of the launch.
+    """Refuse settings that this package cannot run, and find the DeepSpeed JSON of the launch.
 
-    The launcher's environment is changed: the path of the JSON becomes absolute, and the note that the config file says
-    something beside it is taken away once it is known to say the same (accelerate would refuse it, `mixed_precision`
-    included, although it hands that on by itself).
+    Environment variables are changed: the path of the JSON becomes absolute, and accelerate's list of keys beside it
+    is cleared once their values are known to agree (accelerate would refuse them, even `mixed_precision`, which it
+    passes itself).
 
     Raises:
         UserError: with the file and the key.
@@ -166,7 +166,7 @@ def check() -> None:
 
 
 def zero_config() -> Mapping[str, Any]:
-    """`zero_optimization` of the launch's DeepSpeed config; without a JSON, what accelerate's own keys make of it."""
+    """Return `zero_optimization` of the launch's DeepSpeed config; without a JSON, from accelerate's own keys."""
     if name := os.environ.get(JSON_VARIABLE):
         return json.loads(Path(name).read_text())["zero_optimization"]
     parts = ("offload_optimizer", "offload_param")
@@ -176,7 +176,7 @@ def zero_config() -> Mapping[str, Any]:
 
 
 def _prepare_host() -> None:
-    """What DeepSpeed compiles, and the cores that its optimizer step gets on the host."""
+    """Prepare what DeepSpeed compiles, and the cores for its optimizer step on the host."""
     zero = zero_config()
     needed = extensions.needed_operations(zero, cuda=uses_cuda())
     extensions.check_builds(needed)
@@ -212,10 +212,10 @@ def _check_environment(where: Path | str) -> None:
 
 
 def find_json(name: str, where: Path | str) -> Path:
-    """A DeepSpeed JSON: in the working folder, beside the accelerate config `where` or above it, or in this checkout.
+    """Find a DeepSpeed JSON: in the working folder, beside or above the accelerate config `where`, or in this checkout.
 
     Raises:
-        UserError: it is in none of them.
+        UserError: it is in none of these folders.
     """
     beside = [where.parent, where.parent.parent] if isinstance(where, Path) else []
     for folder in (Path.cwd(), *beside, CHECKOUT):

@@ -1,7 +1,7 @@
-"""The lock of a run directory: one run at a time, on one machine or on many that share the disk.
+"""The lock of a run directory: one run at a time, on one machine or on several that share the disk.
 
-The lock is a file that names its process. It is created by a hard link, or exclusively where there are none: both are
-atomic on NFS too. Its process touches it, so that other machines see that it lives.
+The lock is a file that names its process. It is created by a hard link, or with O_EXCL where there are none: both are
+atomic on NFS too. The process touches it regularly, so that other machines see that it is alive.
 """
 
 import contextlib
@@ -21,41 +21,41 @@ from sapiens_accel.errors import UserError
 
 LOCK = "run.lock"
 TOUCH_SECONDS = 30.0
-SILENT_SECONDS = 600.0  # after which a lock of a process that cannot be looked at is stale
+SILENT_SECONDS = 600.0  # since the last touch, after which the lock of a process on another machine is stale
 
 
 @contextmanager
 def lock_directory(folder: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which is created if need be, while entered.
+    """Hold the lock of a directory while entered; the directory is created if necessary.
 
-    A lock whose process has ended is taken over, with a line: at once where that process was one of this machine (and
-    container), else when it was not touched for ten minutes.
+    The lock of a process that has ended is taken over, with a line: at once if the process ran on this machine (and in
+    this container), otherwise ten minutes after the last touch.
 
     Raises:
-        UserError: another run has it, or may have it: the lock cannot be read; the directory cannot be written.
+        UserError: another run holds the lock, or the lock cannot be read; the directory cannot be written.
     """
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         own = _acquire(folder / LOCK)
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error}). Give another --output_dir") from None
+        raise UserError(f"--output_dir {folder}: cannot be written ({error}). Use another --output_dir") from None
     ended = threading.Event()
     threading.Thread(target=_touch, args=(folder / LOCK, own, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        with contextlib.suppress(OSError):  # it becomes stale by itself
+        with contextlib.suppress(OSError):  # a lock that stays becomes stale
             if _read(folder / LOCK) == own:
                 (folder / LOCK).unlink(missing_ok=True)
         if is_new:
-            with contextlib.suppress(OSError):  # something was written in it
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def _acquire(lock: Path) -> str:
-    """Create the lock; returns what is in it."""
+    """Create the lock; returns its contents."""
     own = json.dumps(_describe_process(), indent=2)
     draft = lock.with_name(f"{LOCK}.{socket.gethostname()}.{os.getpid()}")
     draft.write_text(own)
@@ -66,13 +66,13 @@ def _acquire(lock: Path) -> str:
             except OSError as error:
                 raise UserError(
                     f"--output_dir {lock.parent}: another run may be writing in it: {lock.name} cannot be read "
-                    f"({error.strerror}). Give another --output_dir; if no run writes in it, delete {lock}"
+                    f"({error.strerror}). Use another --output_dir; if no run writes in it, delete {lock}"
                 ) from None
             if there is None:
-                continue  # it was released in between
+                continue  # it was released meanwhile
             if not _is_stale(lock, there, draft):
                 raise UserError(_explain(lock, there))
-            # By a rename, so that of two that take it over one moves it, and the other finds another one or none.
+            # By a rename: of two processes that take it over, only one can move it.
             moved = draft.with_name(draft.name + ".stale")
             with contextlib.suppress(FileNotFoundError):
                 lock.rename(moved)
@@ -87,7 +87,7 @@ def _acquire(lock: Path) -> str:
 
 
 def _create(lock: Path, draft: Path, text: str) -> bool:
-    """Whether the lock could be created; not if there is one."""
+    """Return whether the lock could be created; it cannot if one exists."""
     try:
         os.link(draft, lock)
     except FileExistsError:
@@ -113,7 +113,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _start_of(pid: object) -> str | None:
-    """When a process began, so that a later one of the same number is another one; None if there is none."""
+    """Return when a process started, which tells it from a later one of the same number; None if there is none."""
     if not isinstance(pid, int):
         return None
     try:
@@ -126,7 +126,7 @@ def _start_of(pid: object) -> str | None:
 
 
 def _exists(pid: object) -> bool:
-    """Whether there is a process of this number, also where /proc hides those of other users (hidepid)."""
+    """Return whether a process of this number exists, also where /proc hides those of other users (hidepid)."""
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
@@ -139,7 +139,7 @@ def _exists(pid: object) -> bool:
 
 
 def _pid_namespace() -> str:
-    """Containers of one machine number their processes apart, and may share its name."""
+    """Return the process namespace: containers of one machine may share its host name, and number processes apart."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -154,7 +154,7 @@ def _first_line(file: str) -> str:
 
 
 def _read(lock: Path) -> str | None:
-    """What is in a lock; None if there is none. Raises OSError for one that is there and cannot be read."""
+    """Return the contents of a lock; None if there is none. Raises OSError if it exists and cannot be read."""
     try:
         return lock.read_text(errors="replace")
     except FileNotFoundError:
@@ -170,10 +170,10 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _is_stale(lock: Path, text: str, draft: Path) -> bool:
-    """Whether the process of a lock has ended.
+    """Return whether the process of a lock has ended.
 
     Args:
-        draft: a file that was written now, beside it: the file server's clock is compared with itself.
+        draft: a file beside it that was just written: times of one file server are compared, not of two clocks.
     """
     holder, here = _parse(text), _describe_process()
     if all(holder.get(key) == here[key] for key in ("host", "namespace")):
@@ -196,7 +196,7 @@ def _name(text: str) -> str:
 
 def _explain(lock: Path, text: str) -> str:
     return (
-        f"--output_dir {lock.parent}: another run is writing in it: {_name(text)} holds {lock.name}. Give another "
+        f"--output_dir {lock.parent}: another run is writing in it: {_name(text)} holds {lock.name}. Use another "
         f"--output_dir, or wait; if that process no longer runs, delete {lock}"
     )
 
@@ -205,7 +205,7 @@ def _touch(lock: Path, own: str, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_SECONDS):
         with contextlib.suppress(OSError):
             there = _read(lock)
-            if there not in (None, own):  # this process was suspended, or its disk was away, for too long
+            if there not in (None, own):  # this process was suspended, or could not reach its disk, for too long
                 print(f"warning: {lock}: was taken over by {_name(there)} which writes in it as well", flush=True)
                 return
             os.utime(lock)

@@ -1,4 +1,4 @@
-"""A stop that is asked for from outside (preemption, Ctrl-C, a closed terminal): noted, so that the step is saved."""
+"""Signals that ask a run to stop (preemption, Ctrl-C, a closed terminal): recorded, so that the step can be saved."""
 
 import ctypes
 import os
@@ -12,18 +12,18 @@ import psutil
 
 from sapiens_accel.runtime import launch
 
-# SIGHUP: the terminal or the ssh connection was closed. SIGUSR1, SIGUSR2: what batch systems warn with before the end.
+# SIGHUP: the terminal or the ssh connection was closed. SIGUSR1, SIGUSR2: warnings of batch systems before the end.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
-# A launcher that gets a signal passes it, or another one, on: that is one request, not a second one.
+# A launcher passes a signal, or another one, on to its processes: within these seconds it is the same request.
 ECHO_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class StopRequest:
-    """While entered, the first signal of `SIGNALS` is noted; the same one again, a while later, stops the process.
+    """Records the first signal of `SIGNALS` while entered; the same one again, seconds later, ends the process.
 
-    A signal that is ignored stays ignored: SIGHUP under nohup, SIGINT of a background job.
+    Ignored signals stay ignored: SIGHUP under nohup, SIGINT of a background job.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StopRequest:
 
     @property
     def launcher_is_gone(self) -> bool:
-        """Whether this process of several machines' lost its launcher: the others' launchers would wait for it."""
+        """Whether the launcher of this machine, one of several, has ended: the other launchers would wait for it."""
         return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and os.getppid() != self._parent
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +65,7 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Get a SIGTERM when the launcher ends (Linux): one that dies of a signal does not pass it on."""
+    """Receive SIGTERM when the launcher ends (Linux): a launcher that is killed does not pass a signal on."""
     parent = psutil.Process().parent()
     try:
         launched = parent is not None and launch.is_launcher(parent.cmdline())
@@ -76,15 +76,15 @@ def follow_launcher() -> None:
 
 
 def _ask_for_signal(number: int) -> None:
-    """Get this signal when the parent process ends; on Linux alone."""
+    """Receive this signal when the parent process ends; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def leave_to_parent() -> None:
-    """For loading processes: ignore what reaches the whole group, such as Ctrl-C, and end when the parent does.
+    """In a loading process, ignore signals to the process group, such as Ctrl-C, and end with the parent.
 
-    The step that is being finished needs its images.
+    The parent still needs images to finish its step.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,9 @@
-"""Resumable state on disk: written whole or not at all, checked before it is read, found again, pruned.
+"""Checkpoints: written completely or not at all, verified before they are loaded, and pruned.
 
 STAGE/checkpoints/step_N holds Accelerate's state (model, optimizer, random states of every rank; DeepSpeed's shards),
-the objective's (the teacher), the weights as a run hands them on, and position.json: the step, the world that wrote it
-and every file's size and checksum. It is written under another name and renamed. `latest` and `best` beside the
-checkpoints are links for people; this module derives both.
+the objective's state (the teacher), the weights for export, and position.json: the step, the launch that saved it, and
+the size and checksum of every file. It is written under another name and renamed. `latest` and `best` beside the
+checkpoints are links for users; this module does not read them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError, count, read_tree
@@ -44,16 +44,16 @@ from sapiens_accel.training.objectives import Objective
 CHECKSUM = "checksum"
 POSITION, OBJECTIVE, SCORE = "position.json", "objective.safetensors", "score.json"
 STATE = "state"
-# torch's and DeepSpeed's words for a state that does not fit what was built.
+# What torch and DeepSpeed say of a state whose shapes or groups differ from the network's and the optimizer's.
 OTHER_STATE = re.compile(r"parameter group|size mismatch|Error\(s\) in loading state_dict")
-SAVE_SECONDS, SAVE_SHARE = 1800, 20  # between two checkpoints; times what one costs, at least
-SPARE = 1.02  # of the last checkpoint's size: what the next one needs on the disk
+SAVE_SECONDS, SAVE_SHARE = 1800, 20  # between two checkpoints: seconds, and at least this many times the time of a save
+SPARE = 1.02  # space that the next checkpoint needs, as a multiple of the last one's size
 Weights = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a checkpoint stands, the world that wrote it, and its files: size in bytes and CRC-32."""
+    """What position.json says: stage and step, the launch that saved it, and of each file size in bytes and CRC-32."""
 
     stage: str
     step: int
@@ -65,12 +65,12 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Saver:
-    """What a checkpoint of a stage is made of.
+    """What a checkpoint of a stage contains, and where it is written.
 
     Attributes:
-        folder: of the stage, in the run directory.
-        keep: checkpoints that are kept, beside the best one.
-        collect: returns the whole weights by folder, on rank 0; all ranks call it.
+        folder: the stage's folder in the run directory.
+        keep: the number of last checkpoints that are kept; the best one is kept too.
+        collect: returns the full weights by folder, on rank 0; all ranks call it.
         write: writes them into a folder; rank 0 calls it.
     """
 
@@ -86,16 +86,16 @@ class Saver:
 class SaveSchedule:
     """When a checkpoint is due: after every so many steps, or by default by epochs and time.
 
-    By default: at the end of each epoch and half an hour after the one before, but only so often that saving takes at
-    most a twentieth of the time (small sets have epochs of a second, large states take minutes); and at the end.
+    By default: at the end of each epoch and half an hour after the last checkpoint, but only so often that saving takes
+    at most a twentieth of the time (small datasets have epochs of a second, large states take minutes); and at the end.
 
     Attributes:
-        every: steps, if asked for.
+        every: steps between two checkpoints, from `--save_every`.
         epoch: steps of an epoch.
         last: the stage's last step.
-        saved_at: the step of the checkpoint before.
-        since, cost: when that was written (seconds), and how long it took; after one that failed, which may have been
-            refused at once, not less than the one before.
+        saved_at: the step of the last checkpoint.
+        since, cost: when it was written, and how long that took (seconds). A save that failed, perhaps at once,
+            does not lower the cost.
     """
 
     every: int | None
@@ -106,7 +106,7 @@ class SaveSchedule:
     cost: float = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Whether the state after this step is to be saved, by this process's clock."""
+        """Return whether the state after this step should be saved, by this process's clock."""
         if self.every is not None:
             return step // self.every > self.saved_at // self.every
         passed = time.monotonic() - self.since
@@ -115,7 +115,7 @@ class SaveSchedule:
         return step > self.saved_at and is_due
 
     def measure(self, step: int, write: Callable[[], Path | None]) -> Path | None:
-        """Save by `write`, and note that and how long it takes; returns the checkpoint, None if it failed."""
+        """Call `write`, record the step and the time it takes, and return the checkpoint (None if it failed)."""
         begun = time.monotonic()
         saved = write()
         self.saved_at, self.since = step, time.monotonic()
@@ -125,10 +125,10 @@ class SaveSchedule:
 
 
 def save(saver: Saver, step: int) -> Path | None:
-    """Write STAGE/checkpoints/step_N, and delete the oldest ones beyond `keep` and the best. All ranks must call it.
+    """Write STAGE/checkpoints/step_N, and delete older ones but the last `keep` and the best. All ranks must call it.
 
     Returns:
-        The checkpoint; None if it could not be written: then the ones before it are whole, and the reason was printed.
+        The checkpoint; None if it could not be written: the earlier ones are complete, and the reason was printed.
     """
     accelerator, objective, stage = saver.accelerator, saver.objective, saver.folder.name
     folder = saver.folder / "checkpoints"
@@ -158,15 +158,45 @@ def save(saver: Saver, step: int) -> Path | None:
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(folder)
-        whole = f"; {earlier[-1]} is whole" if earlier else ""
+        whole = f"; {earlier[-1]} is complete" if earlier else ""
         print(f"{stage}: warning: step {step} could not be saved: {problem}{whole}; training continues", flush=True)
     accelerator.wait_for_everyone()
     return None
 
 
+def estimate_size(accelerator: Accelerator, model: nn.Module, *, teacher: bool, adam_8bit: bool) -> int:
+    """Bytes that a checkpoint of a network takes that is not prepared yet.
+
+    For each parameter: its value as the launch keeps it (none under ZeRO-3), the two moments of AdamW and DeepSpeed's
+    fp32 copy if it is trained, 4 bytes in each folder of weights, and 4 in the teacher's state.
+    """
+    num, learning = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_learning)
+        for only_learning in (False, True)
+    )
+    is_deepspeed, half = distributed.is_deepspeed(accelerator), accelerator.mixed_precision != "no"
+    value = 0 if distributed.zero_stage(accelerator) == 3 else 2 if is_deepspeed and half else 4
+    optimizer = (2 if adam_8bit else 8) + 4 * is_deepspeed
+    return num * (value + 4 + 8 * teacher) + learning * optimizer
+
+
+def warn_of_little_room(stage_folder: Path, needed: int) -> None:
+    """Print a line where the disk has not room for the first checkpoint of a stage. Rank 0 calls it."""
+    if list_checkpoints(stage_folder / "checkpoints"):  # `save` takes the size of the last one
+        return
+    free = shutil.disk_usage(stage_folder.parent).free
+    if free < needed:
+        sizes = f"expected about {needed / GIB:.2f} GiB, found {free / GIB:.2f} GiB free"
+        print(
+            f"{stage_folder.name}: warning: --output_dir {stage_folder.parent}: too little room for the first "
+            f"checkpoint ({sizes}). Make room: what cannot be saved is lost when the run stops",
+            flush=True,
+        )
+
+
 def _print_size(saver: Saver, target: Path) -> None:
     with suppress(UserError, OSError):  # it is written, and the other ranks wait
-        size = sum(size for size, _ in position(target).files.values()) / GIB
+        size = sum(size for size, _ in read_position(target).files.values()) / GIB
         kept = f"the last {saver.keep} and the best are kept"
         print(f"{saver.folder.name}: a checkpoint takes {size:.2f} GiB; {kept}", flush=True)
 
@@ -176,9 +206,9 @@ def _first(problems: Iterable[str | None]) -> str | None:
 
 
 def _make_room(folder: Path, temporary: Path) -> str | None:
-    """Delete unfinished checkpoints and make the new folder; returns what prevented it, if anything.
+    """Delete unfinished checkpoints and create the new folder; returns the error, if any.
 
-    Where the next one does not fit beside those that are kept, all but the last and the best are deleted.
+    Where the disk has too little space, all checkpoints but the last and the best are deleted.
     """
 
     def make() -> None:
@@ -187,26 +217,26 @@ def _make_room(folder: Path, temporary: Path) -> str | None:
         temporary.mkdir(parents=True)
         checkpoints = list_checkpoints(folder)
         try:
-            files = position(checkpoints[-1]).files if checkpoints else {}
-        except UserError:  # a damaged one says nothing of the room that the next one needs
+            files = read_position(checkpoints[-1]).files if checkpoints else {}
+        except UserError:  # it is damaged: the size of the next one is unknown
             files = {}
         needed = SPARE * sum(size for size, _ in files.values())
         free = shutil.disk_usage(folder).free
-        if free < needed and {*checkpoints} - {checkpoints[-1], best(folder)} and _is_whole(checkpoints[-1]):
-            print(f"warning: {free / GIB:.1f} GiB are free in {folder}: all but the last checkpoint and the best are "
+        if free < needed and {*checkpoints} - {checkpoints[-1], find_best(folder)} and _is_whole(checkpoints[-1]):
+            print(f"warning: {folder}: {free / GIB:.1f} GiB are free: all checkpoints but the last and the best are "
                   "deleted to make room for the next", flush=True)  # fmt: skip
             _prune(folder, 1)
             free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(f"{free / GIB:.1f} GiB are free in {folder}, {needed / GIB:.1f} GiB are needed")
+            raise OSError(f"too little space in {folder} (expected {needed / GIB:.1f} GiB, found {free / GIB:.1f} GiB)")
 
     return error_of(make)
 
 
 def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> None:
-    """Write position.json, last; each rank reads its share of the files, of which rank 0 has the list.
+    """Write position.json, last; each rank reads a share of the files that rank 0 lists.
 
-    On a file server, another machine's listing may lack what was written just now.
+    On a network file system, another machine may not list yet what was just written.
     """
     names, problem, own = [], None, []
     try:
@@ -222,7 +252,7 @@ def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> 
         own = [(name, _fingerprint(folder / name)) for name in mine]
     except OSError as error:
         problem = error
-    every = gather_object(own)  # before anything is raised: the others are there
+    every = gather_object(own)  # before anything is raised: the other ranks wait in it
     if problem:
         raise problem
     if accelerator.is_main_process:
@@ -232,7 +262,7 @@ def _describe(accelerator: Accelerator, folder: Path, stage: str, step: int) -> 
 
 
 def _checksum(tree: Mapping[str, Any]) -> str:
-    """Of position.json itself, apart from this entry."""
+    """SHA-256 of the entries of position.json but this one."""
     rest = {name: value for name, value in tree.items() if name != CHECKSUM}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -247,28 +277,28 @@ def _fingerprint(path: Path) -> tuple[int, int]:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     if target.exists():
-        set_aside(target)  # of another history
+        set_aside(target)  # of another run from an earlier checkpoint
     temporary.rename(target)
     _point("latest", target)
 
 
 def _prune(folder: Path, keep: int) -> None:
     whole = list_checkpoints(folder)
-    kept = {*whole[-keep:], best(folder)}
+    kept = {*whole[-keep:], find_best(folder)}
     for old in whole:
         if old not in kept:
-            # Renamed first: a folder of that name is whole, also if this process is killed while it deletes.
+            # Renamed first: if this process is killed meanwhile, no incomplete folder has a checkpoint's name.
             shutil.rmtree(old.rename(old.with_name(old.name + UNFINISHED)))
 
 
 def _point(name: str, target: Path) -> None:
-    """Let the link `name` beside a checkpoint lead to it; not where the file system has no links.
+    """Point the link `name` beside a checkpoint to it, unless the file system has no links.
 
-    Where a run directory was copied with its links followed, a second copy of a checkpoint has that name: it makes way.
+    In a run directory that was copied with its links followed, `name` is a copy of a checkpoint: it is deleted.
     """
     link = target.with_name(name)
     temporary = link.with_name(name + UNFINISHED)
-    with suppress(OSError):  # links are for people: nothing reads them
+    with suppress(OSError):  # links are for users: nothing here reads them
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         if link.is_dir() and not link.is_symlink():
@@ -277,37 +307,37 @@ def _point(name: str, target: Path) -> None:
 
 
 def record_score(stage_folder: Path, step: int, ap: float) -> bool:
-    """Note the AP of a step if it was saved; whether it is the best of the saved ones. Rank 0 calls it."""
+    """Record the AP of a step if it was saved; returns whether it is the highest of those. Rank 0 calls it."""
     checkpoint = stage_folder / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
         return False
     write_json(checkpoint / SCORE, {"AP": ap})
-    is_best = best(checkpoint.parent) == checkpoint
+    is_best = find_best(checkpoint.parent) == checkpoint
     if is_best:
         _point("best", checkpoint)
     return is_best
 
 
-def best(folder: Path) -> Path | None:
-    """The checkpoint of the highest AP among those that were evaluated; of equals, the last."""
+def find_best(folder: Path) -> Path | None:
+    """Return the evaluated checkpoint of the highest AP (of several, the last), None if there is none."""
     found = [((read_json(path / SCORE) or {}).get("AP"), path) for path in list_checkpoints(folder)]
-    scores = [(score, path) for score, path in found if isinstance(score, int | float)]  # not of a damaged file
+    scores = [(score, path) for score, path in found if isinstance(score, int | float)]  # the file may be damaged
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
 
 
-# ---- Going on
+# ---- Resuming
 
 Way = Literal["whole", "universal", "weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
-        way: whole: everything, as it was. universal: everything, for another number of processes, through DeepSpeed's
-            universal checkpoint. weights: weights, step and teacher, with a fresh optimizer.
+        way: whole: everything is restored. universal: likewise, on another number of processes, through DeepSpeed's
+            universal checkpoint. weights: weights, step and teacher are restored, the optimizer's state is not.
     """
 
     folder: Path
@@ -316,7 +346,7 @@ class Resume:
 
     @property
     def weights(self) -> str | None:
-        """Where to begin with, if the state itself cannot be read by this launch: the student's, where there is one."""
+        """The weights to start from if this launch cannot load the state: the student's, if there is one."""
         student = self.folder / "student"
         return None if self.way != "weights" else str(student if student.is_dir() else self.folder / "weights")
 
@@ -325,13 +355,13 @@ class Resume:
         then = f"{processes}, {_kind(self.position.zero_stage, self.position.precision)}"
         said = {
             "whole": "",
-            "universal": f"; written by {then}, and read through a universal checkpoint",
-            "weights": f"; written by {then}: weights, step and teacher are taken, and the optimizer STARTS ANEW",
+            "universal": f"; saved by {then}: converted by DeepSpeed's universal checkpoint",
+            "weights": f"; saved by {then}: weights, step and teacher are restored, the optimizer's state is NOT",
         }
         return f"resumes from {self.folder}{said[self.way]}"
 
     def load(self, accelerator: Accelerator, objective: Objective, *, trusted: bool = False) -> int:
-        """Restore what can be restored into what was built; returns the step. All ranks must call it.
+        """Load the checkpoint into network, optimizer and objective; returns the step. All ranks must call it.
 
         Raises:
             UserError: as `engine.load_state`.
@@ -345,25 +375,25 @@ class Resume:
                     raise
                 said = " ".join(str(error).split())[:300]
                 raise UserError(
-                    f"{self.folder}: its state is of another network or optimizer ({said}). "
-                    "Give the options of the run that saved it (model, frozen, crop), or begin a new run"
+                    f"{self.folder}: the state of another network or optimizer ({said}). Use the options of the run "
+                    "that saved it (model, frozen, crop), or start a new run"
                 ) from None
-        # It restores the micro-steps of the run that saved; a checkpoint stands between two optimizer steps.
+        # Accelerate restores its count of micro-steps; a checkpoint is saved between two optimizer steps.
         accelerator.step = 0
         objective.load_state_dict(load_file(self.folder / OBJECTIVE))
         return self.position.step
 
 
-def to_resume(
+def find_checkpoint(
     accelerator: Accelerator, run_folder: Path, asked: str | None, stage: str, *, dry_run: bool = False
 ) -> Resume | None:
-    """The checkpoint that a stage resumes from, if any: its last whole one, or the folder asked for if its own.
+    """Return the checkpoint that a stage resumes from: its last complete one, or the folder asked for if it is its own.
 
-    A truncated or corrupt one is named and set aside (a dry run renames nothing), and the one before it is taken. All
+    Of `latest`, truncated or corrupt ones are named and renamed (not in a dry run), and the one before is used. All
     ranks must call it.
 
     Raises:
-        UserError: on all ranks: the folder asked for is not whole; a file cannot be read, which says nothing of it.
+        UserError: on all ranks: the folder asked for is incomplete; a file cannot be read, so that this is not known.
     """
     if asked is None:
         return None
@@ -378,7 +408,7 @@ def to_resume(
         raise UserError(problem)
     if chosen is None:
         return None
-    there = position(chosen)
+    there = read_position(chosen)
     return Resume(folder=chosen, position=there, way=_way(there, distributed.world(accelerator)))
 
 
@@ -386,10 +416,10 @@ def _choose(run_folder: Path, asked: str, stage: str, *, dry_run: bool) -> Path 
     if asked == "latest":
         return _last_whole(run_folder / stage / "checkpoints", dry_run=dry_run)
     chosen = Path(asked)
-    if position(chosen).stage != stage:
+    if read_position(chosen).stage != stage:
         return None
     if broken := _broken(chosen):
-        raise UserError(f"--resume_from_checkpoint {asked}: {broken}; take another one, or latest")
+        raise UserError(f"--resume_from_checkpoint {asked}: {broken}. Use another one, or latest")
     return chosen
 
 
@@ -398,26 +428,26 @@ def _last_whole(folder: Path, *, dry_run: bool) -> Path | None:
         broken = _broken(checkpoint)
         if broken is None:
             return checkpoint
-        aside, done = checkpoint.with_name(checkpoint.name + CORRUPT), "passed over"
+        aside, done = checkpoint.with_name(checkpoint.name + CORRUPT), "skipped"
         if not dry_run:
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
-            done = f"set aside as {aside.name}"
-        print(f"warning: {checkpoint} is not whole: {broken}; {done}, trying the one before it")
+            done = f"renamed to {aside.name}"
+        print(f"warning: {checkpoint} is incomplete: {broken}; {done}, trying the one before it")
     return None
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    with suppress(UserError):  # it cannot be read
+    with suppress(UserError):  # a file cannot be read
         return _broken(checkpoint) is None
     return False
 
 
 def _broken(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything.
+    """Return what is wrong with a checkpoint's files, None if nothing is.
 
     Raises:
-        UserError: one is there and cannot be read. It may be whole: the file server or the permissions are at fault.
+        UserError: a file exists and cannot be read (file server, permissions): the checkpoint may be complete.
     """
 
     def differs(name: str) -> str | None:
@@ -428,7 +458,7 @@ def _broken(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if found.st_size != size:
                 return f"{name} has {found.st_size} bytes of {size}"
-            return None if _fingerprint(path)[1] == checksum else f"{name} is not what was written (checksum)"
+            return None if _fingerprint(path)[1] == checksum else f"{name} has changed (checksum)"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
         except OSError as error:
@@ -437,7 +467,7 @@ def _broken(checkpoint: Path) -> str | None:
     try:
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             (checkpoint / POSITION).read_bytes()
-        files = position(checkpoint).files
+        files = read_position(checkpoint).files
     except OSError as error:
         raise _unreadable(checkpoint / POSITION, error) from None
     except UserError as error:
@@ -448,8 +478,8 @@ def _broken(checkpoint: Path) -> str | None:
 
 def _unreadable(file: Path, error: OSError) -> UserError:
     return UserError(
-        f"{file}: cannot be read ({error.strerror or error}), so nothing says whether that checkpoint is whole. Make "
-        "it readable, or give --resume_from_checkpoint another one"
+        f"{file}: cannot be read ({error.strerror or error}), so it is not known whether that checkpoint is complete. "
+        "Make it readable, or use another one (--resume_from_checkpoint)"
     )
 
 
@@ -457,8 +487,8 @@ def _way(then: Position, now: Mapping[str, int | str]) -> Way:
     if (then.zero_stage, then.precision) != (now["zero_stage"], now["precision"]):
         return "weights"
     if then.num_processes == now["num_processes"] or then.zero_stage == 0:
-        return "whole"  # without ZeRO, every process holds everything
-    # Of ZeRO-3's universal checkpoint, deepspeed 0.19 gives every parameter group the first one's settings.
+        return "whole"  # without ZeRO, every process has the whole state
+    # From ZeRO-3's universal checkpoint, deepspeed 0.19 gives every parameter group the settings of the first one.
     return "universal" if then.zero_stage in (1, 2) else "weights"
 
 
@@ -466,30 +496,31 @@ def _kind(zero: int, precision: str) -> str:
     return f"{f'ZeRO-{zero}' if zero else 'no ZeRO'}, {'fp32' if precision == 'no' else precision}"
 
 
-def position(folder: Path) -> Position:
-    """Where a checkpoint folder stands.
+def read_position(folder: Path) -> Position:
+    """Read position.json of a checkpoint.
 
     Raises:
-        UserError: it is not one.
+        UserError: there is none, or it is damaged.
     """
     file = folder / POSITION
     if not file.is_file():
         raise UserError(
-            f"--resume_from_checkpoint {folder}: not a checkpoint; expected latest or STAGE/checkpoints/step_N"
+            f"--resume_from_checkpoint {folder}: not a checkpoint (expected latest or STAGE/checkpoints/step_N, found "
+            f"no {POSITION})"
         )
     tree = read_tree(file, json.loads, "JSON")
     if CHECKSUM in tree and tree[CHECKSUM] != _checksum(tree):
-        raise UserError(f"{file}: not what was written (checksum); take another checkpoint")
+        raise UserError(f"{file}: has changed since it was written (checksum). Use another checkpoint")
     try:
         found = Position(**{name: value for name, value in tree.items() if name != CHECKSUM})
         _check_types(found)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: not a checkpoint's description: {error}") from None
+        raise UserError(f"{file}: not the description of a checkpoint: {error}. Use another checkpoint") from None
     return found
 
 
 def _check_types(found: Position) -> None:
-    """Raise ValueError or TypeError for a description that says nothing; those of version 0.1 have no checksum."""
+    """Raise ValueError or TypeError for values of wrong types: descriptions of version 0.1 have no checksum."""
     numbers = (found.step, found.num_processes, found.zero_stage)
     if found.stage not in STAGES or not isinstance(found.precision, str):
         raise ValueError(f"stage {found.stage!r}, precision {found.precision!r}")
@@ -501,11 +532,11 @@ def _check_types(found: Position) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """List the checkpoints in a folder, oldest first."""
     steps = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(steps, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))

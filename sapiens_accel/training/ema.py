@@ -1,4 +1,4 @@
-"""MovingAverage: the fp32 moving average of a network's parameters, on the device, sharded or in host memory."""
+"""The fp32 moving average of a network's parameters: on the device, sharded over the ranks, or in host memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +17,10 @@ ALIGN = 64  # elements: alignment of every tensor in the flat copy, as the fast 
 
 
 class Ranks(NamedTuple):
-    """The ranks that share an average; by default this one alone.
+    """The ranks that share an average; by default only this one.
 
     Attributes:
-        share: completes, on all ranks, a flat tensor of one equal part a rank, of which each rank has written its own.
+        share: all-gathers in place a flat tensor of equal parts, of which each rank has written its own.
     """
 
     rank: int = 0
@@ -50,8 +50,8 @@ class MovingAverage:
     of ranks and any device give the same bits.
 
     Args:
-        network: a network of its own with the student's values in fp32. Where it is on the host and the average is not
-            kept on `device`, nothing of it is ever there in fp32.
+        network: a separate network with the student's values in fp32. If it is on the host and the place is not
+            `device`, its fp32 values are never copied to the device.
         device: where the forward runs; by default where the network is.
         dtype: of the copy, for `sharded` and `host`.
     """
@@ -70,7 +70,7 @@ class MovingAverage:
         device = device or next(network.parameters()).device
         self._own: Tensor | None = None  # this rank's part of the flat average
         self._copy: Tensor | None = None  # all of it in `dtype`; the network's parameters are views of it
-        # Through these, pinned, the host's part goes down and up: pinning the part itself would round its size up to a
+        # Pinned buffers through which the host's part is copied: pinning the part itself would round its size up to a
         # power of two.
         self._down: Tensor | None = None
         self._up: Tensor | None = None
@@ -201,7 +201,7 @@ def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
 
 
 def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
-    """A moving average that starts at the values of `network`, sharded over the ranks unless its place is `device`."""
+    """Create a moving average of the values of `network`, sharded over the ranks unless its place is `device`."""
     if place == "host":
         launch.use_all_cores()
     several = accelerator.num_processes > 1

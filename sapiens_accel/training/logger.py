@@ -1,4 +1,4 @@
-"""What a stage logs: metrics.jsonl, TensorBoard, images and the progress line, on rank 0; and its evaluations."""
+"""Logs of a stage, on rank 0: metrics.jsonl, TensorBoard, images, the progress line; and its evaluations."""
 
 import json
 import math
@@ -36,7 +36,7 @@ from sapiens_accel.runtime import distributed, files
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.training import checkpoint
 from sapiens_accel.training import pseudo_label_quality as holdout
-from sapiens_accel.training.loop import Step
+from sapiens_accel.training.loop import Step, stop_between_batches
 from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.pseudo_label_quality import Holdout
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 NUM_CROPS = 8
-MAX_SKIPPED = 20  # steps in a row: a network that has diverged that far does not recover
-SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while it searches its loss scale
+MAX_SKIPPED = 20  # steps in a row: a network that diverged that far does not recover
+SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while the loss scale is searched
 NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
 KEPT = "kept.json"
@@ -63,7 +63,7 @@ class Placement(Protocol):
 
 
 class StagePlan(Protocol):
-    """What the memory plan decides about a stage (`memory.estimate.Plan` is one); printed as one line."""
+    """The memory plan of a stage (`memory.estimate.Plan` is one); printed as one line."""
 
     @property
     def share(self) -> Share: ...
@@ -77,13 +77,14 @@ class StagePlan(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """What a stage of a run is, before anything of it is built.
+    """The description of a stage before it is built.
 
     Attributes:
-        start: the weights that the stage begins with; None for random ones.
+        start: the weights that the stage starts from; None for random ones.
         first: steps that are done already.
-        last: the step that the stage ends with.
+        last: the stage's last step.
         begin: called by all ranks with `first` when the stage is built, before anything is written.
+        stop_is_asked: whether a signal asked this process for a stop; it ends evaluations.
     """
 
     accelerator: Accelerator
@@ -95,6 +96,7 @@ class StageContext:
     start: str | None = None
     first: int = 0
     begin: Callable[[int], None] = lambda first: None
+    stop_is_asked: Callable[[], bool] = lambda: False
 
     @property
     def config(self) -> StageConfig:
@@ -116,7 +118,7 @@ class Evaluated(NamedTuple):
 class StageLogger:
     """The scalars, evaluations, images and alarms of one stage.
 
-    Lines of metrics.jsonl that are later than the stage's first step, of a run that was interrupted, are dropped.
+    When a run is resumed, lines of metrics.jsonl after the step it resumes from are removed.
     """
 
     def __init__(self, context: StageContext, augmenter: Augmenter) -> None:
@@ -138,7 +140,7 @@ class StageLogger:
         self._resume_state()
 
     def _open_holdout(self, augmenter: Augmenter) -> Holdout | None:
-        """Labeled people to measure pseudo-labels on, for a stage with pseudo-labels."""
+        """Return labeled people to measure pseudo-labels on, if the stage has any."""
         teacher = self.context.config.teacher
         if teacher is None or not teacher.ratio:
             return None
@@ -162,32 +164,32 @@ class StageLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         report = threading.excepthook
-        # The thread that writes keeps its error for whoever calls it next, and would print its traceback as well.
+        # The writer's thread raises its error at the next call, and would print its traceback as well.
         threading.excepthook = lambda args: None if _is_writer(args.thread) else report(args)
         self.board = SummaryWriter(str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first + 1)
 
     def _resume_state(self) -> None:
-        """Restore the alarms' first values, and which weights the stage has handed over. All ranks must call it."""
+        """Restore the alarms' first values, and which weights were exported. All ranks must call it."""
         folder, start, teacher = self.context.folder, self.context.start, self.context.config.teacher
         resumes = self.first and self.accelerator.is_main_process
         earlier = _first_values(self.run_folder / "metrics.jsonl", self.stage) if resumes else {}
         kept = files.read_json(folder / KEPT) if resumes else None
         earlier, kept = broadcast_object_list([earlier, kept])
-        good = f"those that it began with, {start}" if start else "none: it began with random ones"
+        good = f"the initial weights, {start}" if start else "none: the initial weights are random"
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
         self.alarms = Alarms(good=good, stops=teacher is None or teacher.on_alarm == "stop", first=earlier)
         step, metrics = (kept or {}).get("step"), (kept or {}).get("metrics")
-        if isinstance(step, int) and isinstance(metrics, dict) and step <= self.first:  # not of a damaged file
+        if isinstance(step, int) and isinstance(metrics, dict) and step <= self.first:  # the file may be damaged
             self.kept = Evaluated(step, metrics)
 
     @property
     def unhealthy(self) -> bool:
-        """Whether the present state must not be saved: a checkpoint of it would replace a better one."""
+        """Whether the current state must not be saved: its checkpoint would replace a better one."""
         return self.alarms.unhealthy or self.skipped > 0
 
     def step(self, done: Step) -> None:
-        """Count a step; of a skipped one, name the people. All ranks must call it.
+        """Count a step, and log the annotation ids of a skipped one. All ranks must call it.
 
         Raises:
             Stopped: too many steps in a row were skipped.
@@ -197,7 +199,7 @@ class StageLogger:
         if not done.skipped:
             return
         people = gather_object(list(done.ann_ids))
-        # The people whose loss was not finite; if all losses were, then all people.
+        # The people whose loss was not finite; all people if every loss was finite.
         ann_ids = sorted([number for number, finite in people if not finite] or [number for number, _ in people])
         self._line(done.number, {"skipped_in_a_row": self.skipped, "ann_ids": ann_ids})
         if self.skipped >= MAX_SKIPPED:
@@ -214,7 +216,7 @@ class StageLogger:
     def scalars(self, step: int, logs: Mapping[str, Tensor | float]) -> None:
         """Average the logs over the ranks and write them, with speed and memory. All ranks must call it.
 
-        This waits for the device, so it is not called in every step.
+        It waits for the device, so it is not called at every step.
         """
         device = self.accelerator.device
         values = torch.stack([torch.as_tensor(value, device=device).float() for value in logs.values()])
@@ -236,35 +238,35 @@ class StageLogger:
         shown = {"loss": "loss", "keep": "keep", "peak": "teacher_peak", "people/s": "people_per_second"}
         texts = {short: f"{means[name]:.3g}" for short, name in shown.items() if name in means}
         self.progress.set_postfix(texts)
-        # Without a terminal there is no progress bar: a log file gets a line now and then.
+        # Without a terminal there is no progress bar: a line is printed every PRINT_SECONDS.
         if self.progress.disable and (now - self.printed > PRINT_SECONDS or step == self.last):
             self.printed = now
             numbers = ", ".join(f"{short} {value}" for short, value in texts.items())
             self.accelerator.print(f"{self.stage}: step {step} of {self.last}, {numbers}", flush=True)
 
     def mark_kept(self, weights: Path) -> None:
-        """Record that the weights that were evaluated last are written as the stage's weights."""
+        """Record that the weights that were just evaluated are exported."""
         assert self.evaluated
         self.kept = self.evaluated
         self.alarms.good = f"in {weights}"
         if self.writes:
-            # It describes other weights.
+            # It describes the weights that were exported before.
             self._on_disk(lambda: (weights.parent / "eval.json").unlink(missing_ok=True))
             record = {"step": self.kept.step, "metrics": self.kept.metrics}
             self._on_disk(lambda: files.write_json(weights.parent / KEPT, record))
         self.restart_clock(self.evaluated.step)
 
     def restart_clock(self, step: int) -> None:
-        """Leave the time of an evaluation or a save out of the speed."""
+        """Exclude the time of an evaluation or a save from the speed."""
         self.since, self.since_step = time.perf_counter(), step
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values, and the warnings that they give rise to. All ranks must call it, with equal values.
+        """Write values, and the warnings that they cause. All ranks must call it, with equal values.
 
         Raises:
-            Stopped: the values say that the stage must not go on.
+            Stopped: an alarm stops the stage.
         """
-        # JSON has no infinity (the gradient norm of an fp16 overflow) and no NaN: they become null.
+        # JSON has neither infinity (the gradient norm of an fp16 overflow) nor NaN: they become null.
         self._line(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
         self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
         try:
@@ -287,7 +289,7 @@ class StageLogger:
             self._on_disk(lambda: file.write(line) and file.flush())
 
     def _on_disk(self, action: Callable[[], object]) -> None:
-        """Write something that training does not depend on: a full disk is one warning, and training continues."""
+        """Write something that training does not depend on: if the disk is full, warn once and continue."""
         try:
             action()
         except files.NOT_WRITTEN as error:
@@ -296,7 +298,7 @@ class StageLogger:
             self.disk_failed = True
 
     def _on_board(self, action: Callable[["SummaryWriter"], object]) -> None:
-        """Write to TensorBoard. Its own thread writes and ends at its first error, so that is the end of it."""
+        """Write to TensorBoard; its thread ends at its first error, and nothing is written after that."""
         if not self.board:
             return
         failed = self.disk_failed
@@ -307,9 +309,12 @@ class StageLogger:
         self.disk_failed = self.disk_failed or failed
 
     def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
-        """Write the first metrics of a stage with a teacher; the alarms compare with them. All ranks must call it.
+        """Write the first metrics of a stage with a teacher, the reference of its alarms. All ranks must call it.
 
-        After the first step: before it, the teacher has no reference for the confidence of a keypoint.
+        It follows the first step: before that, the teacher has no reference for the confidence of a keypoint.
+
+        Raises:
+            EvaluationStopped: a stop was asked for.
         """
         if not self.holdout or self.run.dry_run:
             return
@@ -318,9 +323,12 @@ class StageLogger:
         self.restart_clock(step)
 
     def evaluate(self, step: int, engine: nn.Module, objective: Objective) -> None:
-        """Evaluate the weights that the stage would hand over; with a teacher, its student and pseudo-labels as well.
+        """Evaluate the weights that would be exported; with a teacher, also the student and the pseudo-labels.
 
         All ranks must call it.
+
+        Raises:
+            EvaluationStopped: a stop was asked for; nothing is written.
         """
         metrics, predictions = self._score(objective.result(engine), objective.codec)
         if self.context.config.teacher:
@@ -336,16 +344,17 @@ class StageLogger:
         self.restart_clock(step)
 
     def ap(self, step: int) -> float | None:
-        """The AP of a step's weights, if they were evaluated."""
+        """Return the AP of a step's weights, if they were evaluated."""
         return self.evaluated.metrics["AP"] if self.evaluated and self.evaluated.step == step else None
 
     def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions | None]:
-        """Metrics and predictions; of a network that has diverged zeros and none, so that the run is not lost."""
+        """Return metrics and predictions; zeros and None for a network that diverged, so that the run continues."""
         network = evaluate.wrap_network(self.accelerator, model, codec)
         try:
-            result = evaluate.evaluate_networks(
-                self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
-            )
+            with stop_between_batches(self.accelerator, model, self.context.stop_is_asked):
+                result = evaluate.evaluate_networks(
+                    self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
+                )
         except Diverged as error:
             self.accelerator.print(f"{self.stage}: warning: AP counts as 0: {error}")
             return dict.fromkeys(evaluate.METRICS, 0.0), None
@@ -371,10 +380,10 @@ class StageLogger:
             self._picture("crops", crop_picture(people, self.first, codec, self.skeleton), self.first)
 
     def finish(self) -> Metrics:
-        """Write eval.json and predictions of the weights that the stage hands over (not in a dry run), and close.
+        """Write eval.json and predictions of the exported weights (not in a dry run), and close.
 
         Returns:
-            Their metrics; none in a dry run.
+            Their metrics; empty in a dry run.
         """
         if self.kept is None or self.evaluated is None:
             self.close()
@@ -383,7 +392,7 @@ class StageLogger:
         if step < self.last:
             worse = f"AP {self.evaluated.metrics['AP']:.3f}, after {metrics['AP']:.3f}"
             self.accelerator.print(
-                f"{self.stage}: the weights of step {step} are kept; the last ones are worse ({worse})"
+                f"{self.stage}: the exported weights are those of step {step}; the last ones are worse ({worse})"
             )
         self._conclude(metrics)
         if self.writes:
@@ -394,41 +403,41 @@ class StageLogger:
                     evaluate.measure_keypoints(predictions, self.people, self.skeleton), self.skeleton
                 )
             self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
-            if predictions:  # weights that were kept before the run was resumed have none
+            if predictions:  # there are none of weights that were exported before the run was resumed
                 if num := self.run.eval.num_pictures:
                     picture = figures.draw_predictions(predictions, self.people, self.skeleton, num)
                     self._picture("predictions", picture, step)
-                if self.kept is not self.evaluated:  # the image there is shows worse weights
+                if self.kept is not self.evaluated:  # the existing image is of other weights
                     self._worst(step, predictions)
         self.close()
         return metrics
 
     def _conclude(self, metrics: Metrics) -> None:
-        """Print what the stage as a whole did not do: raise the AP, or learn from unlabeled people."""
+        """Warn if the stage did not raise the AP, or did not learn from unlabeled people."""
         if not self.writes:
             return
         first = self._first_ap()
         if first is not None and round(metrics["AP"], 3) < round(first, 3):
             print(
-                f"{self.stage}: warning: AP {metrics['AP']:.3f}, and {first:.3f} for the weights that it began with: "
-                f"the stage made them worse. Lower --{self.stage}.optim.lr, or go on without this stage",
+                f"{self.stage}: warning: AP {metrics['AP']:.3f}, and {first:.3f} for the initial weights: the stage "
+                f"made them worse. Lower --{self.stage}.optim.lr, or leave this stage out",
                 flush=True,
             )
         keeps = [entry["keep"] for entry in _entries(self.run_folder / "metrics.jsonl", self.stage) if "keep" in entry]
         if keeps and max(keep or 0.0 for keep in keeps) < NOTHING_KEPT:
             print(
-                f"{self.stage}: warning: keep was 0.00 from begin to end: nothing was learned from unlabeled people. "
-                f"Lower --{self.stage}.teacher.threshold, or begin with better weights",
+                f"{self.stage}: warning: keep was 0.00 in the whole stage: nothing was learned from unlabeled people. "
+                f"Lower --{self.stage}.teacher.threshold, or start from better weights",
                 flush=True,
             )
 
     def _first_ap(self) -> float | None:
-        """The AP of the weights that the stage began with, if it is known for the same protocol."""
+        """Return the AP of the initial weights, if it is known for the same protocol."""
         if self.context.config.teacher:
             return self.alarms.first.get("AP")
         start = Path(self.context.start or "")
         if self.run_folder.resolve() not in start.resolve().parents:
-            return None  # another run's: its people of validation may be others
+            return None  # of another run, whose validation set may be another
         earlier = files.read_json(start.parent / "eval.json") or {}
         settings = evaluate.protocol_settings(self.run.eval)
         return earlier.get("AP") if all(earlier.get(name) == value for name, value in settings.items()) else None
@@ -440,7 +449,7 @@ class StageLogger:
         self._on_board(lambda board: board.close())
 
     def _worst(self, step: int, predictions: Predictions) -> None:
-        """The people of the lowest OKS; without their heatmaps, which would take another forward of all ranks."""
+        """Draw the people of lowest OKS; without heatmaps, which would take another forward of all ranks."""
         if num := self.run.eval.num_worst:
             worst = figures.analyze_predictions(predictions, self.people, self.skeleton, num)
             self._picture("worst", figures.draw_sheet(worst), step, ending="png")
@@ -458,7 +467,7 @@ def _is_writer(thread: threading.Thread | None) -> bool:
 
 
 def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
-    """Augmented crops of a step: above with their keypoints, below under their target heatmaps."""
+    """Draw augmented crops of a step: above with their keypoints, below with their target heatmaps."""
     num = min(NUM_CROPS, people.global_batch)
     samples = [people[Key(step, position, False)] for position in range(num)]
     above, below = [], []
@@ -484,7 +493,7 @@ def _without_later_lines(file: Path, stage: str, step: int) -> Path:
                 entry = json.loads(line)
                 is_kept = entry["stage"] != stage or entry["step"] <= step
             except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # the run was killed while it wrote this line
+                continue  # incomplete: the run was killed while it wrote this line
             if is_kept:
                 kept.append(line + "\n")
         temporary = file.with_suffix(".tmp")
@@ -494,7 +503,7 @@ def _without_later_lines(file: Path, stage: str, step: int) -> Path:
 
 
 def _first_values(file: Path, stage: str) -> dict[str, float]:
-    """The first number under each name in a stage's lines."""
+    """Return the first number of each name in a stage's lines."""
     values: dict[str, float] = {}
     for entry in _entries(file, stage):
         values = {name: value for name, value in entry.items() if isinstance(value, float)} | values
@@ -502,12 +511,12 @@ def _first_values(file: Path, stage: str) -> dict[str, float]:
 
 
 def _entries(file: Path, stage: str) -> Iterator[dict[str, Any]]:
-    """A stage's lines of metrics.jsonl."""
+    """Yield a stage's lines of metrics.jsonl."""
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:
             entry = json.loads(line)
             is_its_own = entry["stage"] == stage
         except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # the run was killed while it wrote this line
+            continue  # incomplete: the run was killed while it wrote this line
         if is_its_own:
             yield entry

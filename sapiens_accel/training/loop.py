@@ -1,6 +1,7 @@
-"""steps(): the generator that every stage runs."""
+"""The optimizer steps of a stage, and how an evaluation between them ends when a stop is asked for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -25,10 +26,10 @@ class Step(NamedTuple):
     """The result of an optimizer step.
 
     Attributes:
-        number: steps done, this one included.
-        logs: this rank's, on the device: reading them waits for it.
-        skipped: the gradients were not finite; nothing has changed.
-        ann_ids: of a skipped step, this rank's labeled people, and whether the loss of their micro-batch was finite.
+        number: steps done, including this one.
+        logs: this rank's values, on the device: reading them waits for it.
+        skipped: the gradients were not finite, and nothing was changed.
+        ann_ids: for a skipped step, this rank's labeled people, and whether the loss of their micro-batch was finite.
     """
 
     number: int
@@ -43,10 +44,10 @@ class StepConfig:
 
     Attributes:
         accumulation: micro-batches of one rank in an optimizer step.
-        optim: rate, schedule and clipping.
+        optim: learning rate, schedule and clipping.
         first: steps that are done already.
-        num_steps: length of the whole schedule.
-        offload: activations wait for their backward in host memory.
+        num_steps: length of the schedule.
+        offload: activations are kept in host memory until the backward.
     """
 
     accumulation: int
@@ -67,7 +68,7 @@ def steps(
     """Train, and yield after each optimizer step.
 
     Args:
-        batches: this rank's micro-batches from step `config.first` on; the stage ends with them.
+        batches: this rank's micro-batches from step `config.first` on; training ends with them.
     """
     step = config.first
     while micro_batches := _fetch(accelerator, batches, config.accumulation):
@@ -95,11 +96,37 @@ def steps(
         yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))
 
 
-def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list[Batch]:
-    """The next micro-batches; none after the last step.
+class EvaluationStopped(Exception):  # noqa: N818  (nothing went wrong)
+    """A stop was asked for during an evaluation, on any rank."""
+
+
+@contextmanager
+def stop_between_batches(accelerator: Accelerator, model: nn.Module, is_asked: Callable[[], bool]) -> Iterator[None]:
+    """End an evaluation before the next forward of the model once a stop is asked for on any rank.
+
+    All ranks must call it, and the model equally often: an evaluation takes minutes, and launchers kill what a signal
+    does not end in 30 s.
 
     Raises:
-        SharedError: they could not be loaded, here or on another rank.
+        EvaluationStopped: on all ranks.
+    """
+
+    def check(*_: object) -> None:
+        if distributed.any_rank(accelerator, is_asked()):
+            raise EvaluationStopped
+
+    hook = model.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list[Batch]:
+    """Return the next micro-batches; none after the last step.
+
+    Raises:
+        SharedError: they could not be loaded on this rank or another one.
     """
     fetched, problem = [], None
     try:
@@ -107,13 +134,13 @@ def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list
     except Exception as error:
         problem = error
     if distributed.any_rank(accelerator, problem is not None):
-        # All say what happened, wherever it did: the launcher may end that process before it is heard.
+        # All ranks report the error: the launcher may kill the rank that had it before it prints.
         text = next(filter(None, gather_object([problem and failures.describe(problem)])))
         raise failures.SharedError(text, None if isinstance(problem, UserError) else problem)
     return fetched
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:
-    """Annotation ids of the labeled people, and whether the loss of their micro-batch is finite."""
+    """List annotation ids of the labeled people, and whether the loss of their micro-batch is finite."""
     each = zip(batches, losses, strict=True)
     return [(ann_id, bool(loss.isfinite())) for batch, loss in each for ann_id in batch.labeled.ann_id.tolist()]

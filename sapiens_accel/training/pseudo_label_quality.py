@@ -1,4 +1,4 @@
-"""Labeled people put through the unlabeled path of stage ssl: the quality of its pseudo-labels, and images of them.
+"""The quality of the pseudo-labels of stage ssl, measured on labeled people, and images of them.
 
 Shape letters: b people, k keypoints, H W the input.
 """
@@ -28,9 +28,9 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, cut_out
 
-NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is labeled_pair to +-0.01, and they take seconds
+NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, in seconds
 NUM_SHOWN = 6
-NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint is right
+NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint counts as right
 
 
 class LabeledPair(NamedTuple):
@@ -46,7 +46,7 @@ ShownPeople = Sequence[tuple[LabeledPair, TeacherPrediction]]  # of one person e
 
 
 class Holdout(Dataset[LabeledPair]):
-    """Up to 256 labeled people, evenly spread over a set; their views are the same each time."""
+    """Up to 256 labeled people, evenly spread over a dataset; their views are the same each time."""
 
     def __init__(
         self, people: People, augmenter: Augmenter, config: DataConfig, *, num_cutouts: int, seed: int
@@ -83,7 +83,7 @@ def probe(
     num_ranks: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[dict[str, float], ShownPeople]:
-    """The quality of the pseudo-labels of the hold-out (the same on all ranks), and some of this rank's people.
+    """Measure the pseudo-labels of the hold-out (equal on all ranks), and return some of this rank's people to draw.
 
     `pseudo_precision`: the share of its keypoints with a label of both kinds that lie within 5 % of the crop's diagonal
     of the truth. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
@@ -149,12 +149,12 @@ def _sums(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Hol
 def is_near(
     predicted_xy: Float[Tensor, "*b k 2"], true_xy: Float[Tensor, "*b k 2"], input_hw: tuple[int, int]
 ) -> Bool[Tensor, "*b k"]:
-    """Whether a point is within 5 % of the crop's diagonal of the true one."""
+    """Return whether a point is within 5 % of the crop's diagonal of the true one."""
     return (predicted_xy - true_xy).norm(dim=-1) <= NEAR * math.hypot(*input_hw)
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The function of every tensor of a tree of tuples."""
+    """Apply a function to every tensor of a tree of tuples."""
     if isinstance(tree, Tensor):
         return function(tree)
     if tree is None:
@@ -164,10 +164,10 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def panel(shown_people: ShownPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
-    """One person a column: the teacher's view and points (hollow: not kept), what the student learns, and the errors.
+    """Draw a person in each column: the teacher's view and keypoints (hollow: not kept), the student's, and the errors.
 
-    The student's view has its squares of the mean color; lines go from what it learns to the truth, red where they
-    are longer than 5 % of the diagonal.
+    The student's view has its cutouts; lines lead from the pseudo-label to the truth, red if they are longer than 5 %
+    of the diagonal.
     """
     columns = [_column(labeled_pair, prediction, skeleton) for labeled_pair, prediction in shown_people]
     return draw.arrange_grid([cell for row in zip(*columns, strict=True) for cell in row], columns=len(columns))

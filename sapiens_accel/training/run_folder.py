@@ -1,8 +1,8 @@
-"""The run directory: which stages are finished in it, what a new run moves out of its way, and what it records.
+"""The run directory: which stages are finished in it, what a new run renames there, and what it records.
 
-RUN_DIR/config.yaml is what the run is, data.json and labelled_ann_ids.json which people it learns from, STAGE/ what a
-stage writes. One rule: a stage that left nothing there is added to the run; a stage that is trained again begins a new
-run, and the whole old one is moved to RUN_DIR.1; with `--resume_from_checkpoint` the run that is there is continued.
+RUN_DIR/config.yaml holds the options, data.json and labelled_ann_ids.json the people of training, STAGE/ what a stage
+writes. A stage that has no files there yet is added to the run; a stage that is trained again starts a new run, and the
+whole old one is moved to RUN_DIR.1; `--resume_from_checkpoint` continues the run.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from sapiens_accel.runtime import failures
 from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
-from sapiens_accel.training.checkpoint import list_checkpoints, position, step_of
+from sapiens_accel.training.checkpoint import list_checkpoints, read_position, step_of
 
-MAX_RECORDED_PEOPLE = 1_000_000  # of more, the ids of labeled people are not recorded, and so many make the digest
+MAX_RECORDED_PEOPLE = 1_000_000  # with more, no ids of labeled people are recorded, and the digest takes a sample
 METRICS, DATA, LABELED_IDS = "metrics.jsonl", "data.json", "labelled_ann_ids.json"
 
 
 @contextlib.contextmanager
 def lock_run(accelerator: Accelerator, run: Config) -> Iterator[None]:
-    """Hold the lock of the run directory, by rank 0, while entered; a dry run takes none. All ranks must call it.
+    """Let rank 0 hold the lock of the run directory while entered; not in a dry run. All ranks must call it.
 
     Raises:
-        UserError: on all ranks: another run is writing in it.
+        UserError: on all ranks: another run is writing in the directory.
     """
     with contextlib.ExitStack() as held:
         if not run.dry_run:
@@ -50,17 +50,17 @@ def lock_run(accelerator: Accelerator, run: Config) -> Iterator[None]:
 
 
 def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """What rank 0's action returns, on all ranks.
+    """Run an action on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError: as the action, on all ranks; what else it raises is raised on rank 0, and named by the others.
+        UserError: as the action, on all ranks. Any other exception is raised on rank 0, and a UserError on the others.
     """
     outcome: list[Any] = [None, None]
     failure = None
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
-        except Exception as error:  # whatever it is: the others would wait for hours
+        except Exception as error:  # of any kind: the other ranks would wait for hours
             failure, outcome[1] = error, failures.describe(error)
     result, problem = broadcast_object_list(outcome)
     if failure is not None:
@@ -72,18 +72,18 @@ def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 @dataclass(kw_only=True)
 class RunPlan:
-    """What a run does with its directory; decided before anything is written in it.
+    """What a run does with its directory; decided before anything is written there.
 
     Attributes:
         run: the options.
-        data: what data.json is going to say.
-        resumed: the stage that is resumed, if one, ...
-        checkpoint: ... from this checkpoint, if one was named.
-        replaces: the directory holds a run that is moved aside as a whole.
-        retrained: stages of a run that is continued, which begin again.
-        changes: the differences from the record that apply.
-        sections: what stays of the record, by its first key: the options of stages that are not trained, and the
-            weights that a run began with which is resumed, or which a stage is added to.
+        data: the contents of data.json.
+        resumed: the stage that is resumed, if any.
+        checkpoint: the checkpoint that it is resumed from, if one was named.
+        replaces: the directory holds a run, which is moved to RUN_DIR.1.
+        retrained: later stages of a run that is continued, which are trained from their start.
+        changes: options that differ from the record and are applied.
+        sections: entries of the record that are kept: the options of stages that are not trained; the initial weights
+            of a run that is resumed, or to which a stage is added.
     """
 
     run: Config
@@ -97,15 +97,15 @@ class RunPlan:
     has_begun: bool = False
 
     def begin(self, accelerator: Accelerator, sets: Sets, first: int) -> None:
-        """Make room in the directory and write the records, once, when it is known that the run can start.
+        """Rename what is replaced and write the records, once, when the run is known to start. Not in a dry run.
 
-        A dry run writes nothing. All ranks must call it.
+        All ranks must call it.
 
         Args:
-            first: the step that the first stage starts after.
+            first: steps of the first stage that are done.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the directory cannot be written.
         """
         if self.has_begun or self.run.dry_run:
             return
@@ -131,12 +131,12 @@ class RunPlan:
             write_labeled_ids(folder / LABELED_IDS, sets.train, self.run.data)
         except OSError as error:
             raise UserError(
-                f"--output_dir {folder}: cannot be written ({error}). Make room, or give another one"
+                f"--output_dir {folder}: cannot be written ({error}). Make room, or use another --output_dir"
             ) from None
 
 
 def plan_run(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[str]) -> RunPlan:
-    """Decide what a run does with its directory, and print how it differs from what is recorded there.
+    """Decide what a run does with its directory, and print how its options differ from the record there.
 
     All ranks must call it. Nothing is written.
 
@@ -144,8 +144,8 @@ def plan_run(accelerator: Accelerator, run: Config, sets: Sets, done: Iterable[s
         done: the stages that are finished, and not trained again.
 
     Raises:
-        UserError: what is recorded cannot be continued by these options or on these data; the weights to start from
-            are in a folder that is moved.
+        UserError: the recorded run cannot be continued with these options or on these data; the initial weights are in
+            a folder that is moved.
     """
     return _on_main(accelerator, lambda: _plan(run, sets, list(done)))
 
@@ -162,9 +162,9 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
         if checkpoints:
             plan.resumed, step = trained[0], step_of(checkpoints[-1])
         elif not done:
-            print(f"warning: --resume_from_checkpoint latest: no checkpoint in {folder}; training starts at step 1")
+            print(f"warning: --resume_from_checkpoint latest: no checkpoint in {folder}. Training starts at step 1")
     elif asked:
-        there = position(Path(asked))
+        there = read_position(Path(asked))
         plan.resumed, step, source = there.stage, there.step, Path(asked).resolve().parents[2]
     is_continued = asked == "latest" or (asked is not None and source == folder.resolve())
     if is_continued:
@@ -174,7 +174,7 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
         plan.replaces = any(stage in begun for stage in trained)
     _refuse_weights_that_move(run, plan)
     if not trained:
-        print(f"nothing is trained: {', '.join(done)} reached the last step in {folder}; give more steps, or another "
+        print(f"nothing is trained: {', '.join(done)} reached the last step in {folder}. Set more steps, or another "
               "--output_dir")  # fmt: skip
     how = Continuation(
         file=source / record.FILE,
@@ -190,12 +190,13 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
 
 
 def _compare(plan: RunPlan, how: Continuation) -> None:
-    """Compare the options and the data with what is recorded, and print each difference."""
+    """Compare the options and the data with the record, and print each difference."""
     stay = [stage for stage in find_begun(how.file.parent) if stage not in how.trained]
-    if plan.replaces:  # the stages after the first one that is trained are moved aside, with their record
+    if plan.replaces:  # the stages after the first one that is trained move to RUN_DIR.1, with their record
         stay = [stage for stage in stay if STAGES.index(stage) < STAGES.index(plan.run.stages[0])]
-    is_continued = bool(how.resumed or how.from_earlier or how.finished)
-    tree = record.read_record(how.file) if is_continued or stay else None
+    # Stages of other commands that stay in the record share its common options, such as `weights`.
+    is_continued = bool(how.resumed or how.from_earlier or how.finished or stay)
+    tree = record.read_record(how.file) if is_continued else None
     plan.sections = {stage: tree[stage] for stage in stay if tree and stage in tree}
     if how.resumed or how.from_earlier:
         plan.sections["weights"] = tree.get("weights") if tree else None
@@ -210,10 +211,10 @@ def _compare(plan: RunPlan, how: Continuation) -> None:
 
 
 def _judge_data(earlier: Mapping[str, Any], plan: RunPlan, how: Continuation) -> list[str]:
-    """Lines about people who are others than those that are recorded.
+    """Lines about datasets that differ from the record.
 
     Raises:
-        UserError: so it is in a stage that is resumed, and that was not allowed.
+        UserError: a stage is resumed, and `--data.allow_other` is not set.
     """
     if not how.trained:
         return []
@@ -221,7 +222,7 @@ def _judge_data(earlier: Mapping[str, Any], plan: RunPlan, how: Continuation) ->
     if how.resumed and earlier.get("keypoints", names) != names:
         raise UserError(
             f"{file}: {how.resumed} is resumed with other keypoints (expected {', '.join(earlier['keypoints'])}, found "
-            f"{', '.join(names)}). Begin a new run: another --output_dir, and no --resume_from_checkpoint"
+            f"{', '.join(names)}). Start a new run: another --output_dir, and no --resume_from_checkpoint"
         )
     for split in ("train", "val", "unlabelled"):
         before, now = earlier.get(split), plan.data.get(split)
@@ -230,8 +231,8 @@ def _judge_data(earlier: Mapping[str, Any], plan: RunPlan, how: Continuation) ->
         what = f"{file}: other people of {split} (expected {_count(before)}, found {_count(now)})"
         if how.resumed and not plan.run.data.allow_other:
             raise UserError(
-                f"{what}, and {how.resumed} is resumed. Give the data of before, add --data.allow_other, or begin a "
-                "new run: another --output_dir"
+                f"{what}, and {how.resumed} is resumed. Use the data that it was trained on, add --data.allow_other, "
+                "or start a new run: another --output_dir"
             )
         lines.append(f"{what}: applied in {how.trained[0]}")
     return lines
@@ -242,7 +243,7 @@ def _count(people: Mapping[str, Any]) -> str:
 
 
 def describe_data(sets: Sets) -> dict[str, Any]:
-    """What data.json says: of each split the file, the number of people and a digest of them; the keypoints."""
+    """Return the contents of data.json: file, number of people and digest of each split; the keypoints."""
     splits = {"train": sets.train, "val": sets.val, "unlabelled": sets.unlabeled}
     described = {
         name: {"annotations": people.annotations.name, "num_people": len(people), "digest": digest_people(people)}
@@ -253,7 +254,7 @@ def describe_data(sets: Sets) -> dict[str, Any]:
 
 
 def digest_people(people: People) -> str:
-    """A digest of ids, boxes and keypoints, wherever the files lie; of a stream, of how many people its parts have."""
+    """Return a digest of ids, boxes and keypoints, not of paths; of a stream, of the number of people in each part."""
     digest = hashlib.sha256(str(len(people)).encode())
     counts = getattr(people.rows, "counts", None)
     if counts is not None:
@@ -267,7 +268,7 @@ def digest_people(people: People) -> str:
 
 
 def find_begun(folder: Path) -> list[str]:
-    """The stages that have left anything in a run directory."""
+    """List the stages that have files or log lines in a run directory."""
     logged = set()
     with contextlib.suppress(OSError):
         logged = {stage for stage in STAGES for line in _lines(folder / METRICS) if _stage_of(line) == stage}
@@ -279,7 +280,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _stage_of(line: str) -> str | None:
-    """The stage of a line of metrics.jsonl; None of a line that a killed run left."""
+    """Return the stage of a line of metrics.jsonl; None for an incomplete line of a run that was killed."""
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError):
@@ -293,49 +294,63 @@ def _refuse_weights_that_move(run: Config, plan: RunPlan) -> None:
     for stage in moved:
         if start and folder / stage in start.parents:
             raise UserError(
-                f"--weights {run.weights}: in {folder / stage}, which this run moves out of its way. Give another "
+                f"--weights {run.weights}: in {folder / stage}, which this run moves to another name. Use another "
                 "--output_dir"
             )
 
 
 def _move_run_aside(folder: Path, carried: Sequence[str]) -> None:
-    """RUN_DIR becomes the first free of RUN_DIR.1, ...; a new one has what these stages handed over, and the lock.
+    """Rename RUN_DIR to the first free of RUN_DIR.1, ..., and create a new one with these stages' results and the lock.
 
-    What is carried over are hard links (copies where there are none), without checkpoints.
+    The results are hard links (copies where the file system has none), without checkpoints. If that fails, the old run
+    is renamed back.
+
+    Raises:
+        UserError: the directory cannot be renamed.
+        OSError: something could not be carried over.
     """
     folder = folder.resolve()
     fresh, aside = folder.with_name(folder.name + UNFINISHED), _first_free(folder)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
     carried = [stage for stage in carried if stage in find_begun(folder)]
-    for stage in carried:
-        for part in (stage, f"tensorboard/{stage}"):
-            if (folder / part).is_dir():
-                shutil.copytree(
-                    folder / part, fresh / part, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints")
-                )
-        for picture in folder.glob(f"pictures/{stage}_*"):
-            (fresh / "pictures").mkdir(exist_ok=True)
-            _link(picture, fresh / "pictures" / picture.name)
-    if carried:
-        kept = [line + "\n" for line in _lines(folder / METRICS) if _stage_of(line) in carried]
-        (fresh / METRICS).write_text("".join(kept))
-        for file in folder.glob(f"{Path(LABELED_IDS).stem}*.json"):
-            shutil.copyfile(file, fresh / file.name)
-    if (folder / LOCK).is_file():
-        shutil.copyfile(folder / LOCK, fresh / LOCK)
     try:
         folder.rename(aside)
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(
-            f"--output_dir {folder}: holds an earlier run, and cannot be renamed to {aside} ({error.strerror}); "
-            f"a folder that a volume is mounted on never can. Give a folder in it: --output_dir {folder / 'run'}"
+            f"--output_dir {folder}: contains an earlier run and cannot be renamed to {aside} ({error.strerror}); "
+            f"a mount point never can. Use a folder in it: --output_dir {folder / 'run'}"
         ) from None
-    fresh.rename(folder)
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        if (aside / LOCK).is_file():
+            shutil.copyfile(aside / LOCK, fresh / LOCK)
+        _carry_over(aside, fresh, carried)
+        fresh.rename(folder)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        aside.rename(folder)
+        raise
     (aside / LOCK).unlink(missing_ok=True)
     more = f"; {', '.join(carried)} carried over without checkpoints" if carried else ""
-    print(f"{folder}: holds an earlier run, which is now {aside}{more}", flush=True)
+    print(f"{folder}: contained an earlier run, which is now {aside}{more}", flush=True)
+
+
+def _carry_over(old: Path, new: Path, stages: Sequence[str]) -> None:
+    """Link the stages' results and images into a new run; copy their log lines and the records of labeled people."""
+    for stage in stages:
+        for part in (stage, f"tensorboard/{stage}"):
+            if (old / part).is_dir():
+                shutil.copytree(
+                    old / part, new / part, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints")
+                )
+        for image in old.glob(f"pictures/{stage}_*"):
+            (new / "pictures").mkdir(exist_ok=True)
+            _link(image, new / "pictures" / image.name)
+    if stages:
+        kept = [line + "\n" for line in _lines(old / METRICS) if _stage_of(line) in stages]
+        (new / METRICS).write_text("".join(kept))
+        for file in old.glob(f"{Path(LABELED_IDS).stem}*.json"):
+            shutil.copyfile(file, new / file.name)
 
 
 def _first_free(folder: Path) -> Path:
@@ -348,12 +363,12 @@ def _first_free(folder: Path) -> Path:
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # no hard links on this file system
+    except OSError:  # the file system has no hard links
         shutil.copyfile(source, target)
 
 
 def _set_stage_aside(folder: Path, stage: str) -> None:
-    """All that a stage left in a run that is continued goes to STAGE.1, ..., its log lines and images too."""
+    """Move all files of a stage of a run that is continued to STAGE.1, ..., its log lines and images too."""
     (folder / stage).mkdir(exist_ok=True)
     aside = _first_free(folder / stage)
     set_aside(folder / stage)
@@ -366,17 +381,17 @@ def _set_stage_aside(folder: Path, stage: str) -> None:
 
 
 def find_finished(accelerator: Accelerator, run: Config, lasts: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """What `finished` returns on rank 0: other machines may see another state of the disk. All ranks must call it."""
-    return _on_main(accelerator, lambda: finished(Path(run.output_dir), lasts, run.resume_from_checkpoint))
+    """Return rank 0's `read_finished`: other machines may see another state of the disk. All ranks must call it."""
+    return _on_main(accelerator, lambda: read_finished(Path(run.output_dir), lasts, run.resume_from_checkpoint))
 
 
-def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
-    """The metrics of the stages that a resumed run does not train again.
+def read_finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> dict[str, dict[str, float]]:
+    """Return the metrics of the stages that a resumed run does not train again.
 
     Args:
-        lasts: the run's stages, in order, and the step that each ends with.
-        asked: `--resume_from_checkpoint`. With `latest`, the stages that reached their last step are finished. With a
-            checkpoint, the stages before its own: that one and those after it are trained from there.
+        lasts: the last step of each stage of the run, in order.
+        asked: `--resume_from_checkpoint`. With `latest`, the stages that reached their last step are finished; with a
+            checkpoint, the stages before the checkpoint's own.
 
     Raises:
         UserError: the folder is not a checkpoint, or it is a checkpoint of a stage that is not trained.
@@ -385,7 +400,7 @@ def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> d
     if asked is None:
         return {}
     if asked != "latest":
-        stage = position(Path(asked)).stage
+        stage = read_position(Path(asked)).stage
         if stage not in stages:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: a checkpoint of stage {stage} (expected one of "
@@ -396,7 +411,7 @@ def finished(run_folder: Path, lasts: Mapping[str, int], asked: str | None) -> d
     for stage in stages:
         metrics = _metrics(run_folder / stage, lasts[stage])
         if not metrics:
-            break  # later stages began with other weights than this stage is going to hand over
+            break  # later stages started from other weights than those that this stage will produce
         done[stage] = metrics
     return done
 
@@ -410,7 +425,7 @@ def _metrics(stage_folder: Path, last: int) -> dict[str, float] | None:
 
 
 def _forget_after(stage_folder: Path, step: int) -> None:
-    """Rename what a stage left after a step: resuming from that step makes another history."""
+    """Rename checkpoints and results of a stage that are later than the step from which it is resumed."""
     folder = stage_folder / "checkpoints"
     later = [path for path in list_checkpoints(folder) if step_of(path) > step]
     for path in [*later, stage_folder / "eval.json", stage_folder / "kept.json"]:
@@ -422,13 +437,13 @@ def _forget_after(stage_folder: Path, step: int) -> None:
 
 
 def write_labeled_ids(path: Path, people: People, config: DataConfig) -> None:
-    """Write which people are labeled, and by which rule, as JSON; ids in ascending order.
+    """Write the ids of the labeled people, ascending, and the rule that selects them, as JSON.
 
-    An earlier record of other people is renamed to NAME.1.json, NAME.2.json, ... with a warning: weights trained by it
-    have learned from labels that are withheld now.
+    An earlier record of other people is renamed to NAME.1.json, NAME.2.json, ... with a warning: weights of that run
+    were trained on labels that are withheld now.
 
     Args:
-        people: those that a run learns from, without images that cannot be decoded.
+        people: the people of training, without images that cannot be decoded.
 
     Raises:
         UserError: the earlier record is not JSON.
@@ -450,7 +465,7 @@ def _keep_record(path: Path, record: dict[str, Any]) -> None:
         set(old.get("ann_ids", ()))
     except (UserError, TypeError) as error:
         raise UserError(
-            f"{path}: not JSON of ids ({error}); it records the labeled people of an earlier run. Move it away"
+            f"{path}: not JSON of ids ({error}), although it records the labeled people of an earlier run. Move it away"
         ) from None
     if all(old.get(key) == record.get(key) for key in ("annotations", "ann_ids")):
         return
@@ -458,17 +473,16 @@ def _keep_record(path: Path, record: dict[str, Any]) -> None:
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(kept)
-    # Ids of another JSON are those of other people. Without `labels` no label is withheld; images may be left out.
+    # Ids of another annotation file belong to other people. Without `labels` no label is withheld.
     comparable = record["labels"] is not None and old.get("annotations") == record["annotations"]
     lost = set(old.get("ann_ids", ())) - set(record.get("ann_ids", ())) if comparable else ()
     line = (
-        f"warning: {path}: {old.get('num_people')} people had labels in an earlier run in this folder, "
-        f"{record['num_people']} have now; the earlier record is kept as {kept.name}"
+        f"warning: {path}: {old.get('num_people')} people were labeled in an earlier run in this folder, "
+        f"{record['num_people']} are now; the earlier record is {kept.name}"
     )
     if lost:
         line += (
-            f"; {len(lost)} people had labels then and not now: weights of an earlier stage in this folder have "
-            f"learned from labels that this run withholds; for a fair comparison give "
-            f"another --output_dir (or --weights)"
+            f"; {len(lost)} people were labeled then and are not now: weights of an earlier stage in this folder were "
+            f"trained on labels that this run withholds. For a fair comparison use another --output_dir (or --weights)"
         )
     print(line, flush=True)

@@ -12,7 +12,7 @@ COLLAPSED = 0.5  # of the first peak: annotation noise and augmentation move it 
 INFLATED = 1.2  # a target's peak is 1; the decoder's overshoot and noise reach 1.1
 SPREAD = 0.3  # of the first spread: one batch's differs from the next by a third
 KEPT = (0.05, 0.98)
-MOVED = 0.01  # in fp32 nearly every weight moves; what rounds the average away leaves it at 0
+MOVED = 0.01  # in fp32 nearly every weight moves; if updates are rounded away, none does
 GRADIENTS = 10.0  # of the unlabeled loss to the labeled one; in balance they are within 0.2 to 2
 PRECISION_LOST = 0.03
 STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what it averages
@@ -20,7 +20,7 @@ AP_LOST = 0.005
 
 
 class Stopped(UserError):  # noqa: N818  (not an error of the program)
-    """More steps would undo what the stage has learned."""
+    """An alarm stops the stage: more steps would make its weights worse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Rule:
         in_a_row: values in a row for which the condition must hold.
         steps: steps for which it must hold.
         stops: the rule stops the stage.
-        harms: the weights that were handed over earlier are better than the present ones.
+        harms: the weights that were exported earlier are better than the current ones.
     """
 
     needs: tuple[str, ...]
@@ -147,12 +147,12 @@ class Alarms:
 
     @property
     def unhealthy(self) -> bool:
-        """Whether a rule holds that stops the stage if it lasts."""
+        """Whether the condition of a rule that stops the stage is met."""
         return self.stops and any(rule.stops for rule in self.held)
 
     @property
     def healthy(self) -> bool:
-        """Whether the present weights may replace those that were handed over earlier."""
+        """Whether the current weights may replace those that were exported earlier."""
         return not (self.unhealthy or any(rule.harms for rule in self.held))
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:

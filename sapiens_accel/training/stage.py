@@ -1,6 +1,7 @@
-"""A stage of training, built and ready to step: network, optimizer, objective, batches, logger."""
+"""A stage of training: network, optimizer, objective, batches and logger, and how far it has come."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,21 +26,21 @@ from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
-from sapiens_accel.training.loop import Step, StepConfig, steps
+from sapiens_accel.training.loop import EvaluationStopped, Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
 
-AGAIN = "Start all machines again, with --resume_from_checkpoint latest"
+AGAIN = "Restart all machines with --resume_from_checkpoint latest"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage:
-    """One stage of a run, built; `train.py` says in which order its parts are used.
+    """The parts of one stage of a run; `train.py` uses them.
 
     Attributes:
-        model: the Sapiens network; `network` is the same as the launch wraps it (DeepSpeed, DistributedDataParallel).
-        frozen: fp32 values of parameters that do not learn, on rank 0, where the engine rounds them.
-        num_steps: length of the whole schedule; the stage may end before it (`--max_steps`).
+        model: the Sapiens network; `network` is its wrapper of the launch (DeepSpeed, DistributedDataParallel).
+        frozen: fp32 values of the frozen parameters, on rank 0, if the engine rounds them.
+        num_steps: length of the schedule; the stage may end earlier (`--max_steps`).
     """
 
     context: StageContext
@@ -54,7 +55,7 @@ class TrainingStage:
     schedule: SaveSchedule
 
     def steps(self) -> Iterator[Step]:
-        """Train from the first step that is not done to the last one; yields after each optimizer step."""
+        """Train the steps that are left; yields after each optimizer step."""
         context = self.context
         accelerator, share, run = context.accelerator, context.plan.share, context.run
         numbers = range(context.first, context.last)
@@ -69,9 +70,9 @@ class TrainingStage:
         return steps(accelerator, self.network, self.optimizer, self.objective, batches, config)
 
     def save_if_due(self, step: int) -> Path | None:
-        """Write a checkpoint if one is due after this step; returns where. All ranks must call it.
+        """Write a checkpoint if one is due after this step, and return it. All ranks must call it.
 
-        Without `--save_every` that is a matter of time, which rank 0 measures: all ranks act on what it says.
+        Without `--save_every` time decides, which rank 0 measures for all.
         """
         is_due, accelerator = self.schedule.is_due(step), self.context.accelerator
         if self.schedule.every is None:
@@ -79,7 +80,7 @@ class TrainingStage:
         return self.save(step) if is_due else None
 
     def save(self, step: int) -> Path | None:
-        """Write a checkpoint; returns where, None if the disk is full. All ranks must call it."""
+        """Write a checkpoint and return it, None if that failed. All ranks must call it."""
         saver = Saver(
             accelerator=self.context.accelerator,
             folder=self.context.folder,
@@ -93,30 +94,30 @@ class TrainingStage:
         return saved
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the weights of this step, and hand them over if they are the best so far. All ranks must call it."""
+        """Evaluate the weights of this step, and export them if they are the best so far. All ranks must call it."""
         self.logger.evaluate(step, self.network, self.objective)
         if self._keeps_best(step):
-            self._hand_over(needed=step == self.context.last)
+            self._export(needed=step == self.context.last)
 
     def _keeps_best(self, step: int) -> bool:
-        """Whether the weights that were evaluated last replace those that the stage hands over.
+        """Return whether the weights that were just evaluated replace the exported ones.
 
-        Without a teacher that is decided at the last step. With one, weights are handed over while the stage is
-        healthy, so that a stage that is stopped leaves good ones; the last ones do not replace better ones.
+        Without a teacher they do at the last step only. With one, while no alarm is raised, so that a stage that is
+        stopped leaves good weights.
         """
         if step == self.context.last:
             return self.logger.alarms.healthy or self.logger.kept is None
         return self.logger.alarms.healthy and self.context.config.teacher is not None
 
-    def _hand_over(self, *, needed: bool) -> None:
-        """Write the weights that were evaluated last to STAGE/weights. All ranks must call it."""
+    def _export(self, *, needed: bool) -> None:
+        """Write the weights that were just evaluated to STAGE/weights. All ranks must call it."""
         folder, dtype = self.context.folder, getattr(torch, self.context.run.weights_dtype)
         action = partial(self._write, folder, self._collect(), dtype=dtype)
         if files.write_on_main(self.context.accelerator, action, folder / "weights", needed=needed):
             self.logger.mark_kept(folder / "weights")
 
     def _collect(self) -> checkpoint.Weights:
-        """The weights that the stage would hand over, by folder, on rank 0. All ranks must call it."""
+        """Return the weights to export, by folder, on rank 0. All ranks must call it."""
         state = engine.full_state(self.context.accelerator, self.network)
         return self.objective.results({**state, **self.frozen})
 
@@ -125,7 +126,7 @@ class TrainingStage:
         export.write(folder, collected, dtype=dtype, model=self.model, skeleton=sets.skeleton, sigma=sigma)
 
     def drop_gradients(self) -> None:
-        """Free the gradients of a step that did not finish."""
+        """Free the gradients of an unfinished step."""
         engine.drop_gradients(self.network)
 
     def release(self) -> None:
@@ -137,59 +138,74 @@ class Progress:
     """How far a stage has come, and how much of it is saved.
 
     Attributes:
-        done: the last whole step.
+        done: the last complete step.
     """
 
     def __init__(self, stage: TrainingStage) -> None:
         self.stage, self.done, self._saved = stage, stage.context.first, stage.context.first
+        self._checkpoint: Path | None = None  # of step `_saved`, if this process has written it
 
     def save(self) -> Path | None:
-        """Save what is not saved yet, unless the state is in trouble. All ranks must call it."""
-        if self.done <= self._saved or self.stage.logger.unhealthy or self.stage.context.run.dry_run:
+        """Save the last step unless the state is unhealthy, and return its checkpoint. All ranks must call it."""
+        if self.done <= self._saved:
+            return self._checkpoint
+        if self.stage.logger.unhealthy or self.stage.context.run.dry_run:
             return None
         self._saved = self.done
-        return self.stage.save(self.done)
+        self._checkpoint = self.stage.save(self.done)
+        return self._checkpoint
 
     def save_if_due(self) -> Path | None:
-        """Save if it is time to. Due while the state is in trouble, as on a skipped step, it comes once it is well."""
+        """Save if a checkpoint is due; in an unhealthy state it stays due. All ranks must call it."""
         if self.stage.context.run.dry_run or self.stage.logger.unhealthy:
             return None
-        saved = self.stage.save_if_due(self.done)
-        self._saved = self.done if saved else self._saved
+        if saved := self.stage.save_if_due(self.done):
+            self._saved, self._checkpoint = self.done, saved
         return saved
 
-    def stop_if_asked(self, stop: StopRequest, saved: Path | None = None) -> None:
-        """End the stage after this step if a signal came on any rank. All ranks must call it.
+    @contextmanager
+    def evaluating(self, stop: StopRequest) -> Iterator[None]:
+        """Save the step and end the stage if a signal ends the evaluation inside. All ranks must call it.
 
-        Args:
-            saved: the checkpoint of this very step, if there is one.
+        Raises:
+            Interrupted, UserError: as `stop_if_asked`.
+        """
+        try:
+            yield
+        except EvaluationStopped:
+            self.stop_if_asked(stop)
+            raise
+
+    def stop_if_asked(self, stop: StopRequest) -> None:
+        """End the stage after this step if a signal came on any rank. All ranks must call it.
 
         Raises:
             Interrupted: the state is saved.
-            UserError: likewise, because the launcher of another machine was killed.
+            UserError: likewise; the launcher of another machine was killed.
         """
         context = self.stage.context
         number = int(distributed.most(context.accelerator, stop.number))
         if not number:
             return
         self.stage.logger.close()
-        where = "no step was to be saved"
+        where = "there was no step to save"
         if self.done > context.first and not context.run.dry_run:
-            where = self._save_for_stop(saved)
+            where = self._save_for_stop()
         self._saved = self.done
         if distributed.any_rank(context.accelerator, stop.launcher_is_gone):
             raise UserError(f"{context.name}: the launcher of another machine has ended; {where}. {AGAIN}")
         raise Interrupted(f"{context.name}: stopped by {Signals(number).name}; {where}", number)
 
-    def _save_for_stop(self, saved: Path | None) -> str:
-        """Where this step is, or the last good one. A step or two that were skipped have harmed nothing."""
+    def _save_for_stop(self) -> str:
+        """Save this step unless the stage is unhealthy; a few skipped steps do no harm. Returns where the state is."""
         log = self.stage.logger
         if not (log.alarms.unhealthy or log.skipped > SCALE_SEARCH):
-            return f"step {self.done} is in {saved or self.stage.save(self.done) or 'NO checkpoint'}"
+            written = self._checkpoint if self._saved == self.done else None
+            return f"step {self.done} is in {written or self.stage.save(self.done) or 'NO checkpoint'}"
         earlier = checkpoint.list_checkpoints(self.stage.context.folder / "checkpoints")
         good = earlier[-1] if earlier else log.alarms.good
         return (
-            f"step {self.done} is not saved: the stage is in trouble (see its warnings); the last good state is {good}"
+            f"step {self.done} is not saved: the stage is unhealthy (see its warnings); the last good state is {good}"
         )
 
 
@@ -199,17 +215,17 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     All ranks must call it; rank 0 prints where the weights come from.
 
     Args:
-        given: weights that the run was given (`--weights`), for its first stage.
+        given: the weights of `--weights`, for the run's first stage.
 
     Raises:
-        UserError: weights or a checkpoint that cannot be read; a frozen pattern that matches nothing.
+        UserError: weights or a checkpoint cannot be read; a frozen pattern matches nothing.
     """
     accelerator, run, config, plan = context.accelerator, context.run, context.config, context.plan
     skeleton = context.sets.skeleton
     set_seed(run.seed)
     model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
     folder, asked = Path(run.output_dir), run.resume_from_checkpoint
-    resume = checkpoint.to_resume(accelerator, folder, asked, context.name, dry_run=run.dry_run)
+    resume = checkpoint.find_checkpoint(accelerator, folder, asked, context.name, dry_run=run.dry_run)
     start = (resume and resume.weights) or given or weights.starting_point(folder, context.name)
     loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{context.name}: {resume or loaded}")
@@ -217,6 +233,9 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     model.lay_out(plan.layout)
     teacher = ema.moving_average(accelerator, deepcopy(model), plan.way.teacher) if config.teacher else None
     frozen = engine.frozen_masters(accelerator, model)
+    size = checkpoint.estimate_size(
+        accelerator, model, teacher=config.teacher is not None, adam_8bit=run.memory.adam_8bit
+    )
     groups = optim.param_groups(model.layer_groups(), config.optim)
     optimizer = optim.adamw(groups, config.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
     network, optimizer = engine.prepare(
@@ -238,6 +257,8 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
     context.begin(first)
+    if accelerator.is_main_process and not run.dry_run:
+        checkpoint.warn_of_little_room(context.folder, size)
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)

@@ -217,12 +217,12 @@ def test_labels_that_an_earlier_stage_saw_are_told_and_its_record_is_kept(
     assert _record(tmp_path, drawn, cache) == everybody and capsys.readouterr().out == "", "the same people: no word"
     few = _record(tmp_path, drawn, cache, labels=5)
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith(f"warning: {tmp_path / 'labelled_ann_ids.json'}: 20 people had ")
-    for named in ("5 have now", "labelled_ann_ids.1.json", "15 people had labels then", "withholds", "--output_dir"):
+    assert said.count("\n") == 1 and said.startswith(f"warning: {tmp_path / 'labelled_ann_ids.json'}: 20 people were ")
+    for named in ("5 are now", "labelled_ann_ids.1.json", "15 people were labeled then", "withholds", "--output_dir"):
         assert named in said
     assert _record(tmp_path, drawn, cache) == everybody
     said = capsys.readouterr().out
-    assert "5 people had labels" in said and "20 have now" in said and "withholds" not in said, "nothing is withheld"
+    assert "5 people were labeled" in said and "20 are now" in said and "withholds" not in said, "nothing is withheld"
     kept = [_tree(tmp_path / f"labelled_ann_ids{number}.json")["ann_ids"] for number in ("", ".1", ".2")]
     assert kept == [everybody, everybody, few] and len(list(tmp_path.iterdir())) == 3
 
@@ -233,11 +233,11 @@ def test_as_many_other_people_are_told_but_ids_of_another_json_are_not_compared(
     folder = tmp_path / "run"
     folder.mkdir()
     draws = [_record(folder, root, cache, labels=8, labels_by="random", labels_seed=seed) for seed in (0, 1)]
-    assert f"{len(set(draws[0]) - set(draws[1]))} people had labels then and not now" in capsys.readouterr().out
+    assert f"{len(set(draws[0]) - set(draws[1]))} people were labeled then and are not now" in capsys.readouterr().out
     (root / "annotations" / "other.json").write_bytes((root / TRAIN).read_bytes())
     _record(folder, root, cache, labels=8, train_annotations="annotations/other.json")
     said = capsys.readouterr().out
-    assert "8 people had labels" in said and "8 have now" in said and "withholds" not in said
+    assert "8 people were labeled" in said and "8 are now" in said and "withholds" not in said
 
 
 def test_people_left_out_with_a_broken_picture_are_not_withheld(
@@ -248,7 +248,7 @@ def test_people_left_out_with_a_broken_picture_are_not_withheld(
     left = dataclasses.replace(train, rows=train.rows.select(range(19)), num_skipped=1)
     run_folder.write_labeled_ids(tmp_path / "labelled_ann_ids.json", left, DataConfig())
     said = capsys.readouterr().out
-    assert "20 people had labels" in said and "19 have now" in said and "withholds" not in said
+    assert "20 people were labeled" in said and "19 are now" in said and "withholds" not in said
 
 
 def test_a_broken_record_is_named(drawn: Path, cache: Path, tmp_path: Path) -> None:

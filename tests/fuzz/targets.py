@@ -258,12 +258,12 @@ def resume_run(folder: Path) -> None:
     run, target = RUN[0], folder
     run = dataclasses.replace(run, output_dir=str(target), resume_from_checkpoint="latest")
     lasts = {"ssl": 4}
-    done = run_folder.finished(target, lasts, "latest")
+    done = run_folder.read_finished(target, lasts, "latest")
     run_folder.plan_run(accelerator(), run, SETS[0], done).begin(accelerator(), SETS[0], 2)
-    found = checkpoint.to_resume(accelerator(), target, "latest", "ssl")
+    found = checkpoint.find_checkpoint(accelerator(), target, "latest", "ssl")
     if found and found.way == "whole":
         load_file(found.folder / checkpoint.OBJECTIVE)
-    checkpoint.best(target / "ssl/checkpoints")
+    checkpoint.find_best(target / "ssl/checkpoints")
     logger._without_later_lines(target / "metrics.jsonl", "ssl", 2)
     logger._first_values(target / "metrics.jsonl", "ssl")
     load.starting_point(target, "ssl")

@@ -1,10 +1,11 @@
 """Whoever stops a run: its last whole step is saved, one line says what happened, and every process ends in time.
 
-Each run is tiny, and forked from this process (`benchmarks/faults.py`).
+Each run is tiny, and forked from this process (`benchmarks/fault_runs.py`).
 """
 
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import sys
@@ -17,8 +18,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import faults
-from faults import Run, Started
+import fault_runs as faults
+from fault_runs import Run, Started
 
 from sapiens_accel.training import checkpoint
 
@@ -96,6 +97,16 @@ def test_under_nohup_a_closed_terminal_stops_nothing(begin: Callable[..., Starte
     assert "SIGHUP" not in stopped(run, 128 + signal.SIGTERM)
 
 
+def test_a_step_that_was_saved_already_is_named_too(begin: Callable[..., Started]) -> None:
+    """Nothing said where it was, nor how to continue."""
+    started = begin(Run(workers=1, save_every=1), step=3)
+    os.kill(started.loaders(0)[0], signal.SIGKILL)
+    text = stopped(started, 2)
+    assert (
+        f"the last complete step is in {started.folder}/phase2/checkpoints/step_{is_saved(started)}; continue" in text
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 @pytest.mark.parametrize("run", [Run(workers=2), Run(processes=2, workers=1)], ids=["one", "two"])
 def test_a_loading_process_that_dies(begin: Callable[..., Started], run: Run, number: signal.Signals) -> None:
@@ -104,7 +115,7 @@ def test_a_loading_process_that_dies(begin: Callable[..., Started], run: Run, nu
     text = stopped(started, 2)
     step, said = is_saved(started), {signal.SIGKILL: "was killed (SIGKILL)", signal.SIGBUS: "/dev/shm is full"}[number]
     assert f"train.py: error: --data.num_workers {run.workers}: " in text and said in text
-    assert f"the last whole step is in {started.folder}/phase2/checkpoints/step_{step}; continue with" in text
+    assert f"the last complete step is in {started.folder}/phase2/checkpoints/step_{step}; continue with" in text
     assert "Traceback" not in text
 
 
@@ -126,7 +137,7 @@ def test_an_error_of_our_own_saves_the_step_before_its_traceback(begin: Callable
     faults.wait_for_step(run, 3)
     text = stopped(run, 1)
     assert is_saved(run) == 3
-    assert "phase2: failed; the last whole step is in " in text and "ValueError: a bug" in text
+    assert "phase2: failed; the last complete step is in " in text and "ValueError: a bug" in text
 
 
 def test_a_collapsed_state_replaces_no_checkpoint(begin: Callable[..., Started]) -> None:
@@ -138,7 +149,10 @@ def test_a_collapsed_state_replaces_no_checkpoint(begin: Callable[..., Started])
     run = begin(Run(), before=collapse)
     os.killpg(run.ranks[0], signal.SIGTERM)
     text = stopped(run, 128 + signal.SIGTERM)
-    assert "is not saved: the stage is in trouble" in text and "the last good state is none: it began with" in text
+    assert (
+        "is not saved: the stage is unhealthy" in text
+        and "the last good state is none: the initial weights are random" in text
+    )
     assert faults.saved_step(run.folder, "phase2") == 0
 
 
@@ -153,6 +167,123 @@ def test_the_last_step_is_saved_before_its_evaluation(begin: Callable[..., Start
     run = begin(Run(), "--max_steps=3", before=die, step=0)
     stopped(run, -signal.SIGKILL)
     assert faults.saved_step(run.folder, "phase2") == 3
+
+
+def evaluate_for_minutes(_: int) -> None:
+    """Let each batch of an evaluation take a second, and say so."""
+    from sapiens_accel.evaluation import predict
+
+    known = predict._mean_maps
+
+    def slow(*args: object) -> object:
+        print("evaluates", flush=True)
+        time.sleep(1)
+        return known(*args)
+
+    predict._mean_maps = slow
+
+
+LONG = ("--data.synthetic.num_val=80", "--eval.batch_size=1", "--eval.flip=false")
+
+
+@pytest.mark.parametrize(
+    ("run", "last"),
+    [
+        pytest.param(run, last, id=f"{run}, {'last' if last else 'between'}", marks=marks)
+        for run, last, marks in (
+            (Run(), False, ()),
+            (Run(), True, ()),
+            (Run(stage="ssl", processes=2, zero2=True), False, ()),
+            (TWO, False, pytest.mark.slow),
+            (TWO, True, pytest.mark.slow),
+            (Run(stage="ssl"), False, pytest.mark.slow),
+        )
+    ],
+)
+def test_a_signal_during_an_evaluation_ends_it_and_saves_the_step(
+    begin: Callable[..., Started], run: Run, last: bool
+) -> None:
+    """It went on for minutes, and launchers kill what a signal does not end in 30 s."""
+    words = ("--max_steps=3",) if last else ("--eval_every=3", "--max_steps=6")
+    evaluated = 1 if run.stage == "ssl" else 3  # with a teacher, after the first step too
+    started = begin(run, *LONG, *words, before=evaluate_for_minutes, step=evaluated)
+    wait_for_text(started, "evaluates")
+    os.kill(started.ranks[-1], signal.SIGTERM)
+    text = stopped(started, 128 + signal.SIGTERM)
+    step = max(started.losses)
+    assert step == evaluated and f"step {step} is in " in text and "Traceback" not in text
+    assert [path.name for path in (started.folder / run.stage / "checkpoints").glob("step_*")] == [f"step_{step}"]
+    assert not (started.folder / run.stage / "eval.json").exists()
+
+
+def wait_for_text(started: Started, text: str) -> None:
+    deadline = time.monotonic() + faults.START
+    while text not in started.log.read_text() and time.monotonic() < deadline and not started.ended():
+        time.sleep(0.05)
+    assert text in started.log.read_text(), started.log.read_text()
+
+
+@pytest.mark.parametrize("error", ["UserError", "ValueError"])
+def test_an_error_of_rank_0_with_the_data_ends_the_others(begin: Callable[..., Started], error: str) -> None:
+    """They waited for rank 0 to finish, for three hours."""
+
+    def fail_on_rank_0(rank: int) -> None:
+        from sapiens_accel.data import build
+        from sapiens_accel.errors import UserError
+
+        def open_people(*_: object, **__: object) -> None:
+            raise UserError("person.json: broken") if error == "UserError" else ValueError("a bug")
+
+        if rank == 0:
+            build.open_people = open_people
+
+    started = begin(TWO, before=fail_on_rank_0, step=0)
+    text = stopped(started, 2, *([1] if error == "ValueError" else []))
+    if error == "UserError":
+        assert text.count("train.py: error: person.json: broken") == 2 and "Traceback" not in text
+    else:
+        assert text.count("Traceback") == 1
+        assert "train.py: error: another process of this launch has failed: ValueError: a bug; see its output" in text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [Run(workers=2), pytest.param(Run(processes=2, workers=1), marks=pytest.mark.slow)],
+    ids=["one", "two"],
+)
+def test_a_suspended_loading_process_is_not_waited_for_for_ever(begin: Callable[..., Started], run: Run) -> None:
+    def be_impatient(_: int) -> None:
+        from sapiens_accel.data import loader
+
+        loader.CHECK_SECONDS, loader.PAUSED_SECONDS = 1, 3
+
+    started = begin(run, before=be_impatient)
+    os.kill(started.loaders(0)[0], signal.SIGSTOP)
+    text = stopped(started, 2)
+    assert (
+        f"train.py: error: --data.num_workers {run.workers}: no batch for " in text and "is suspended (SIGSTOP" in text
+    )
+    assert f"the last complete step is in {started.folder}/phase2/checkpoints/step_{is_saved(started)}" in text
+
+
+def test_a_loading_process_that_is_suspended_for_a_while_loses_nothing(begin: Callable[..., Started]) -> None:
+    def check_often(_: int) -> None:
+        from sapiens_accel.data import loader
+
+        loader.CHECK_SECONDS = 1
+
+    run = begin(Run(workers=1), before=check_often)
+    (worker,) = run.loaders(0)
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(3)
+    at = max(run.losses)
+    time.sleep(1)
+    assert max(run.losses) == at, "nothing comes of it"
+    os.kill(worker, signal.SIGCONT)
+    assert faults.wait_for_step(run, at + 5)
+    os.kill(run.ranks[0], signal.SIGTERM)
+    stopped(run, 128 + signal.SIGTERM)
+    assert sorted(run.losses) == list(range(1, is_saved(run) + 1))
 
 
 def test_all_ranks_say_what_one_could_not_load(begin: Callable[..., Started]) -> None:
@@ -274,6 +405,38 @@ def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, k
     else:
         assert "warning: " in text and (started.folder / "phase2" / "weights" / "model.safetensors").is_file()
         assert faults.saved_step(started.folder, "phase2") == (0 if writer == "checkpoints" else 4)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run(),
+        Run(stage="ssl"),
+        Run(zero2=True),
+        pytest.param(Run(stage="ssl", processes=2, zero2=True), marks=pytest.mark.slow),
+        pytest.param(Run(words=("--phase2.frozen=[embeddings]",)), marks=pytest.mark.slow),
+    ],
+    ids=["plain", "ssl", "zero2", "ssl zero2", "frozen"],
+)
+def test_the_first_checkpoint_has_the_size_that_was_estimated(begin: Callable[..., Started], run: Run) -> None:
+    """And where the disk has less, a line says so before the first step."""
+
+    def fill_the_disk(_: int) -> None:
+        known = shutil.disk_usage
+
+        def usage(path: object) -> tuple[int, int, int]:
+            is_asked = sys._getframe(1).f_code.co_name == "warn_of_little_room"
+            return known("/")._replace(free=0) if is_asked else known("/")
+
+        shutil.disk_usage = usage  # pyright: ignore[reportAttributeAccessIssue]
+        checkpoint.GIB = 1
+
+    started = begin(run, "--max_steps=1", before=fill_the_disk, step=0)
+    text = stopped(started, 0)
+    said = re.search(r"too little room for the first checkpoint \(expected about (\d+)\.00 GiB, found 0\.00 GiB", text)
+    assert said, text
+    files = checkpoint.read_position(started.folder / run.stage / "checkpoints" / "step_1").files
+    assert float(said[1]) == pytest.approx(sum(size for size, _ in files.values()), rel=0.03)
 
 
 @pytest.mark.slow

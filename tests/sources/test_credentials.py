@@ -118,7 +118,8 @@ def test_secrets_are_taken_and_put_back_and_nothing_else(address: str, left: str
 @pytest.mark.parametrize(
     "address",
     [f"https://u:{SECRET}{mark}q@host/d" for mark in "/?#'"]
-    + [f"https://host/d{query}={SECRET}" for query in ("?token", "?a=1&X-Amz-Signature")],
+    + [f"https://host/d{query}={SECRET}" for query in ("?token", "?a=1&X-Amz-Signature")]
+    + [f"https://u:p@{mark}{SECRET}@host/d" for mark in ("ss/", "ss?", "/", "ss/@", "ss:80/")],
 )
 def test_a_secret_that_cannot_be_taken_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="USER:PASSWORD@ before the host") as caught:

@@ -73,7 +73,7 @@ class Run:
         return checkpoint.save(saver, step)
 
     def resume(self, asked: str = "latest") -> checkpoint.Resume | None:
-        return checkpoint.to_resume(self.accelerator, self.folder, asked, STAGE)
+        return checkpoint.find_checkpoint(self.accelerator, self.folder, asked, STAGE)
 
 
 @pytest.fixture
@@ -150,6 +150,21 @@ def test_a_planted_pickle_is_not_executed(run: Run, tmp_path: Path, file: str) -
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
+@pytest.mark.parametrize("states", [{}, {"random_state": (3, (1, 2), None)}], ids=["none", "damaged"])
+def test_random_states_that_cannot_be_restored_are_refused(run: Run, states: dict) -> None:
+    """Accelerate trains on without a word."""
+    saved = run.save(1)
+    assert saved
+    torch.save(states, saved / "state" / "random_states_0.pkl")
+    redescribe(saved)
+    found = run.resume()
+    assert found
+    with pytest.raises(
+        UserError, match=r"random_states_0\.pkl: random states cannot be restored .*--resume_from_checkp"
+    ):
+        found.load(run.accelerator, run.objective)
+
+
 def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
     folder = run.folder / STAGE
     for step, ap in ((1, 0.2), (2, 0.5), (3, None), (4, 0.3), (5, 0.5)):
@@ -183,13 +198,13 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(run: Run, damage,
     for step in (3, 4):
         run.save(step)
     damage(run.folder / STAGE / "checkpoints" / "step_4" / file)
-    with pytest.raises(UserError, match=rf"step_4: {file} .*take another one") as raised:
+    with pytest.raises(UserError, match=rf"step_4: {file} .*Use another one") as raised:
         run.resume(str(run.folder / STAGE / "checkpoints" / "step_4"))
     assert "\n" not in str(raised.value)
     found = run.resume()
     assert found is not None and found.position.step == 3
     said = capsys.readouterr().out
-    assert "step_4 is not whole" in said and file in said
+    assert "step_4 is incomplete" in said and file in said
     assert "step_4.corrupt" in names(run)
     assert run.save(4), "the step can be written again"
 
@@ -214,8 +229,8 @@ def test_a_dry_run_renames_no_damaged_checkpoint(run: Run, capsys) -> None:
     for step in (3, 4):
         run.save(step)
     _truncate(run.folder / STAGE / "checkpoints" / "step_4" / "objective.safetensors")
-    found = checkpoint.to_resume(run.accelerator, run.folder, "latest", STAGE, dry_run=True)
-    assert found and found.position.step == 3 and "step_4 is not whole" in capsys.readouterr().out
+    found = checkpoint.find_checkpoint(run.accelerator, run.folder, "latest", STAGE, dry_run=True)
+    assert found and found.position.step == 3 and "step_4 is incomplete" in capsys.readouterr().out
     assert names(run) == ["latest", "step_3", "step_4"]
 
 
@@ -230,8 +245,8 @@ def test_a_changed_description_is_named(run: Run, old: str, new: str) -> None:
     file = saved / "position.json"
     assert file.read_text().count(old) == 1
     file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(UserError, match=r"step_4/position\.json: not what was written"):
-        checkpoint.position(saved)
+    with pytest.raises(UserError, match=r"step_4/position\.json: has changed"):
+        checkpoint.read_position(saved)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +260,10 @@ def test_a_description_of_version_0_1_is_checked_by_its_types(run: Run, change: 
     tree = json.loads((saved / "position.json").read_text())
     del tree["checksum"]
     (saved / "position.json").write_text(json.dumps(tree))
-    assert checkpoint.position(saved).step == 4
+    assert checkpoint.read_position(saved).step == 4
     (saved / "position.json").write_text(json.dumps(tree | change))
-    with pytest.raises(UserError, match=r"not a checkpoint's description"):
-        checkpoint.position(saved)
+    with pytest.raises(UserError, match=r"not the description of a checkpoint"):
+        checkpoint.read_position(saved)
 
 
 class Clock:
@@ -307,7 +322,7 @@ def test_a_disk_that_fills_up_leaves_the_one_before_it(run: Run, capsys) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
-    assert "step 2 could not be saved" in said and "step_1 is whole; training continues" in said
+    assert "step 2 could not be saved" in said and "step_1 is complete; training continues" in said
     assert names(run) == ["latest", "step_1"]
     found = run.resume()
     assert found is not None and found.position.step == 1
@@ -322,7 +337,7 @@ def test_what_does_not_fit_is_not_begun(run: Run, capsys) -> None:
     del tree["checksum"]
     (first / "position.json").write_text(json.dumps(tree))
     assert run.save(2) is None
-    assert "GiB are free" in capsys.readouterr().out
+    assert "too little space in " in capsys.readouterr().out
 
 
 def test_a_disk_with_room_for_two_is_saved_to_for_ever(run: Run, monkeypatch, capsys) -> None:
@@ -330,7 +345,7 @@ def test_a_disk_with_room_for_two_is_saved_to_for_ever(run: Run, monkeypatch, ca
     first = run.save(1)
     assert first
     assert "phase2: a checkpoint takes 0.00 GiB; the last 2 and the best are kept" in capsys.readouterr().out
-    size = sum(size for size, _ in checkpoint.position(first).files.values())
+    size = sum(size for size, _ in checkpoint.read_position(first).files.values())
 
     def disk_usage(folder: Path) -> Any:
         used = sum(path.stat().st_size for path in folder.glob("step_*/**/*") if path.is_file())
@@ -352,7 +367,7 @@ def test_a_damaged_score_is_none(run: Run, text: str) -> None:
         run.save(step)
         checkpoint.record_score(run.folder / STAGE, step, 0.5)
     (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text(text)
-    assert checkpoint.best(run.folder / STAGE / "checkpoints") == run.folder / STAGE / "checkpoints" / "step_1"
+    assert checkpoint.find_best(run.folder / STAGE / "checkpoints") == run.folder / STAGE / "checkpoints" / "step_1"
 
 
 def test_what_a_killed_run_left_unfinished_is_no_checkpoint(run: Run) -> None:
@@ -379,12 +394,12 @@ def test_a_torn_note_is_no_note(run: Run) -> None:
         checkpoint.record_score(run.folder / STAGE, step, 0.1)
     (run.folder / STAGE / "checkpoints" / "step_2" / "score.json").write_text("")
     assert run.save(3)
-    found = checkpoint.best(run.folder / STAGE / "checkpoints")
+    found = checkpoint.find_best(run.folder / STAGE / "checkpoints")
     assert found is not None and found.name == "step_1"
     (run.folder / STAGE / "eval.json").write_text('{"step": 1')
     (run.folder / STAGE / "weights").mkdir()
     (run.folder / STAGE / "weights" / "model.safetensors").touch()
-    assert run_folder.finished(run.folder, {STAGE: 1}, "latest") == {}
+    assert run_folder.read_finished(run.folder, {STAGE: 1}, "latest") == {}
 
 
 def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run, sets: Sets) -> None:
@@ -394,7 +409,7 @@ def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run, sets: S
         (run.folder / stage / "weights").mkdir(parents=True)
         (run.folder / stage / "weights" / "model.safetensors").touch()
         (run.folder / stage / "eval.json").write_text(json.dumps({"step": step, "AP": 0.5}))
-    done = run_folder.finished(run.folder, lasts, "latest")
+    done = run_folder.read_finished(run.folder, lasts, "latest")
     assert done == {}
     (run.folder / "phase1" / "checkpoints" / "step_2").mkdir(parents=True)
     plan = run_folder._plan(_options(run.folder, stage="all", resume_from_checkpoint="latest"), sets, list(done))
@@ -402,7 +417,7 @@ def test_what_an_unfinished_stage_comes_before_is_trained_anew(run: Run, sets: S
     plan.begin(run.accelerator, sets, 2)
     assert stages_of(run.folder) == ["phase1", "phase2.1", "ssl.1"]
     (run.folder / "phase1" / "eval.json").write_text(json.dumps({"step": 4, "AP": 0.5}))
-    assert list(run_folder.finished(run.folder, lasts, "latest")) == ["phase1"]
+    assert list(run_folder.read_finished(run.folder, lasts, "latest")) == ["phase1"]
 
 
 def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run, sets: Sets) -> None:
@@ -425,7 +440,7 @@ def test_going_on_from_an_earlier_one_sets_aside_what_came_after_it(run: Run, se
     assert found is not None and found.position.step == 2
     run.step()
     assert run.save(4), "the same step of the new history"
-    assert checkpoint.best(stage / "checkpoints") is None
+    assert checkpoint.find_best(stage / "checkpoints") is None
 
 
 @pytest.mark.parametrize(
@@ -471,7 +486,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     moments = done.stdout.splitlines()[-int(kills) :]
     assert all(moment.startswith("after step ") for moment in moments)
     print(*moments, sep="\n")
-    assert "is not whole" not in done.stdout
+    assert "is incomplete" not in done.stdout
     assert done.stdout.count("resumes from") == int(kills) - 1
     found = _losses(folder)
     whole = tmp_path / "whole"
@@ -496,7 +511,7 @@ def test_the_command_that_a_signal_leaves_resumes_the_run(name: str, tmp_path: P
     assert f"{name}: stopping after this step" in said and "Traceback" not in said
     assert "--resume_from_checkpoint latest" in said
     (whole,) = checkpoint.list_checkpoints(tmp_path / "run" / "phase2" / "checkpoints")
-    step = checkpoint.position(whole).step
+    step = checkpoint.read_position(whole).step
     assert len(_losses(tmp_path / "run")) == step, "the last whole step is what was saved"
     assert checkpoint._broken(whole) is None
     # The command that was printed is taken at its word.

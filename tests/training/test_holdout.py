@@ -295,7 +295,7 @@ def test_a_stage_is_seen_while_it_runs(cache: Path, peaked: Path) -> None:
     assert {"student_AP", "pseudo_precision", "step"} <= json.loads((folder / "ssl" / "eval.json").read_text()).keys()
     board = next((folder / "tensorboard" / "ssl").iterdir()).read_bytes()
     assert b"panel" in board and b"pseudo_precision" in board and b"student_AP" in board
-    assert run_folder.finished(folder, {"ssl": 5}, "latest")
+    assert run_folder.read_finished(folder, {"ssl": 5}, "latest")
 
 
 @pytest.mark.launch
@@ -317,7 +317,7 @@ def test_a_stage_that_collapses_stops_and_leaves_its_last_good_weights(cache: Pa
         model = SapiensPose("sapiens_tiny", 17, (64, 48))
         weights.load(model, str(folder / "ssl" / name))
         assert model.head.final_layer.weight.std() > 0.03
-    assert not run_folder.finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
+    assert not run_folder.read_finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
 
 
 @pytest.mark.launch
@@ -326,7 +326,7 @@ def test_without_an_evaluation_a_stop_names_the_weights_it_started_from(cache: P
     done = _train(cache, folder, f"--weights={peaked}", "--report_to=none", *WITHER)
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(said) == 1 and said[0].endswith(f"are those that it began with, {peaked}")
+    assert len(said) == 1 and said[0].endswith(f"are the initial weights, {peaked}")
     assert [line["step"] for line in _lines(folder) if "pseudo_coverage" in line] == [1]
     assert [line["step"] for line in _lines(folder) if "AP" in line] == [1], "no other evaluation was asked for"
     assert not (folder / "ssl").exists()

@@ -112,6 +112,17 @@ def test_a_stage_that_begins_with_given_weights_leaves_the_record_of_the_others(
     assert now["phase1"] == begun["phase1"] and now["weights"] == str(tmp_path / "weights")
 
 
+def test_weights_of_two_commands_are_both_recorded(main: Main, run: Path, tmp_path: Path) -> None:
+    """One key of config.yaml holds the last ones, a comment those before."""
+    for name in "ab":
+        shutil.copytree(run / "phase1" / "weights", tmp_path / name)
+    main(tmp_path / "other", "--stage=phase1", f"--weights={tmp_path / 'a'}", "--max_steps=1")
+    main(tmp_path / "other", "--stage=phase2", f"--weights={tmp_path / 'b'}", "--max_steps=1")
+    text = (tmp_path / "other" / "config.yaml").read_text()
+    assert yaml.safe_load(text)["weights"] == str(tmp_path / "b")
+    assert f"# changed: phase2 from step 1 on: weights was {tmp_path / 'a'}, is {tmp_path / 'b'}\n" in text
+
+
 def test_the_weights_that_a_run_began_with_stay_in_its_record(main: Main, run: Path, tmp_path: Path) -> None:
     """Their license is that of what the run hands over."""
     given = f"--weights={run / 'phase1' / 'weights'}"
@@ -131,9 +142,21 @@ def test_a_directory_that_cannot_be_renamed_is_one_line(tmp_path: Path, monkeypa
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(UserError, match=r"cannot be renamed .*busy.*mounted.*--output_dir"):
+    with pytest.raises(UserError, match=r"cannot be renamed .*busy.*mount point.*--output_dir"):
         run_folder._move_run_aside(tmp_path / "run", ["phase1"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_cannot_be_carried_over_stays_where_it_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(run)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "_link", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        run_folder._move_run_aside(run, ["phase1"])
+    assert contents(run) == before and not list(run.parent.glob("run.*"))
 
 
 def test_every_stage_again_carries_nothing_over(run: Path, main: Main) -> None:
@@ -210,16 +233,16 @@ def test_a_finished_run_says_that_nothing_is_trained(run: Path, main: Main, caps
 
 
 def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    """Worse than the weights that it began with (by the same protocol); nothing learned from unlabeled people."""
+    """Worse than the initial weights (by the same protocol); nothing learned from unlabeled people."""
     file = run / "phase1" / "eval.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"AP": 0.9}))
     main(run, "--stage=phase2", "--max_steps=1")
-    assert "phase2: warning: AP 0.000, and 0.900 for the weights that it began with" in capsys.readouterr().out
+    assert "phase2: warning: AP 0.000, and 0.900 for the initial weights" in capsys.readouterr().out
     main(run, "--stage=phase2", "--max_steps=1", "--eval.flip=false")
-    assert "began with" not in capsys.readouterr().out, "another protocol gives other numbers"
+    assert "initial weights" not in capsys.readouterr().out, "another protocol gives other numbers"
     main(run, "--stage=ssl", "--max_steps=2", "--ssl.teacher.threshold=1", "--ssl.teacher.confidence=raw")
     said = capsys.readouterr().out
-    assert "ssl: warning: keep was 0.00 from begin to end" in said and "began with" not in said
+    assert "ssl: warning: keep was 0.00 in the whole stage" in said and "initial weights" not in said
 
 
 def test_by_default_a_run_is_saved_at_the_end_of_its_first_epoch(run: Path, main: Main) -> None:
@@ -250,7 +273,7 @@ def test_a_checkpoint_of_another_run_is_compared_with_its_own_record(run: Path, 
     main(tmp_path / "other", "--stage=phase2", asked, "--max_steps=3")
     assert lines_of(tmp_path / "other") == [("phase2", 3)]
     (run / "config.yaml").unlink()  # with nothing to compare with, the state itself says so
-    with pytest.raises(UserError, match=r"step_2: its state is of another network or optimizer"):
+    with pytest.raises(UserError, match=r"step_2: the state of another network or optimizer"):
         main(tmp_path / "third", "--stage=phase2", asked, "--phase2.frozen=[head]")
     assert not (tmp_path / "third").exists()
 

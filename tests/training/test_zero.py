@@ -186,10 +186,10 @@ def test_a_run_goes_on_in_another_world(cache, reference):
     jobs += [job(ssl_down, **ssl, extra=[*after(reference), *again])]
     jobs += [job(fresh, **ssl, extra=[*after(reference), f"--resume_from_checkpoint={plain}"])]
     said = launch(jobs, cache, processes=1, deepspeed=True)
-    assert said.count("written by 2 processes, ZeRO-2, fp32, and read through a universal checkpoint") == 2
-    assert "written by 1 process, no ZeRO, fp32: weights, step and teacher are taken, and the optimizer" in said
+    assert said.count("saved by 2 processes, ZeRO-2, fp32: converted by DeepSpeed's universal checkpoint") == 2
+    assert "saved by 1 process, no ZeRO, fp32: weights, step and teacher are restored, the optimizer" in said
     said = launch([job(up, **run, extra=[*heavy, *again])], cache, processes=2, deepspeed=True)
-    assert "written by 1 process, ZeRO-2, fp32, and read through a universal checkpoint" in said
+    assert "saved by 1 process, ZeRO-2, fp32: converted by DeepSpeed's universal checkpoint" in said
     for folder in (down, up):
         assert_same(folder, whole, "phase2")
     assert_same(ssl_down, reference, "ssl")
