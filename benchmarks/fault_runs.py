@@ -78,6 +78,7 @@ class Started:
         ranks: the training processes, by rank; of a launch known once a step is logged.
         codes: exit codes of the children that have ended.
         family: every process of the run that was seen.
+        limit: seconds until its end, from the moment when it is waited for.
     """
 
     run: Run
@@ -88,6 +89,7 @@ class Started:
     ranks: list[int] = field(default_factory=list)
     codes: dict[int, int] = field(default_factory=dict)
     family: set[int] = field(default_factory=set)
+    limit: float = LIMIT
 
     @property
     def losses(self) -> dict[int, float]:

@@ -40,7 +40,9 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     def start(run: Run, *more: str, before: Callable[[int], object] = lambda rank: None, step: int = 2) -> Started:
         runs.append(faults.start(run, tmp_path / f"run{len(runs)}", more, before))
-        if step:
+        if not step:  # it is waited for from its start
+            runs[-1].limit = faults.START
+        else:
             assert faults.wait_for_step(runs[-1], step), runs[-1].log.read_text()
         return runs[-1]
 
@@ -51,9 +53,9 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 def stopped(run: Started, *codes: int) -> str:
     """What a run has printed, after it has ended in time with one of these exit codes on every rank."""
-    seconds = faults.seconds_to_end(run)
+    seconds = faults.seconds_to_end(run, run.limit)
     text = run.log.read_text()
-    assert seconds is not None, f"a process still runs after {faults.LIMIT} s: {text}"
+    assert seconds is not None, f"a process still runs after {run.limit} s: {text}"
     assert set(run.codes.values()) <= set(codes), (run.codes, text)
     return text
 
