@@ -84,7 +84,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
     images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
     if accelerator.is_main_process:
-        area = evaluate.describe_area(sets.split(run.eval.split), skeleton, run.eval)
+        area = evaluate.describe_area(sets.split(run.eval.split), sets.skeleton, run.eval)
         title = evaluate.format_protocol(run.eval, area)
         print(f"\n{evaluate.format_table(table, title)}\n\nimages:", *images, sep="\n  ")
 

@@ -63,7 +63,7 @@ RUNS = [
 ]
 LAST_STEP, LONGEST = 12, 40  # of a run with a broken disk; of the run without faults, at first
 OUR_TRACEBACK = re.compile(r'File "[^"]*(/train\.py|/sapiens_accel/[^"]*)", line')
-DISK_MIB = 64
+DISK_MIB = 512
 
 
 @dataclass(kw_only=True)
