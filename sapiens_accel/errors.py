@@ -23,8 +23,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 DISK_ERRORS += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
 SECONDS_FOR_RANK_0 = 12
 SECONDS_TO_END = 15.0  # after a program has failed, until its process is killed
-# User and password in a URL: up to the last @, since a password may contain / and @; or a user or token alone, up to the
-# last @ before the first /.
+# User and password in a URL: up to the last @, since a password may contain / and @; a user or token alone: up to
+# the last @ before the first /.
 USER = re.compile(r"(?<![\w+.-])([\w+.-]{1,30}://)([^/\s:'\"]*:(?!:|\d*/)[^\s'\"]{0,300}|[^/\s'\"]+)@")
 SECRET_KEYS = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+")
 # In these schemes a container, a repository or a name precedes the @.
