@@ -399,9 +399,10 @@ class StageLogger:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.protocol_settings(self.run.eval)}
             if predictions:
-                whole |= tables.keypoint_scalars(
-                    evaluate.measure_keypoints(predictions, self.people, self.skeleton), self.skeleton
-                )
+                quality = evaluate.measure_keypoints(predictions, self.people, self.skeleton)
+                single = tables.keypoint_scalars(quality, self.skeleton)
+                # Some names are those of metrics of all keypoints too: a stage that is finished is read back by them.
+                whole = {**single, **whole, "keypoints": {name: single[name] for name in single if name in whole}}
             self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
             if predictions:  # there are none of weights that were exported before the run was resumed
                 if num := self.run.eval.num_pictures:
