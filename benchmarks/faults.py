@@ -31,6 +31,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as a launcher sets it: losses are compared by their bits
 
+import record
 import yaml
 from fault_runs import (
     LIMIT,
@@ -316,9 +317,8 @@ class Campaign:
             "seconds": round(self.seconds),
             "limit_seconds": LIMIT,
             "cpus": os.cpu_count(),
-            "outcomes": sorted(rows, key=lambda row: row["index"]),
         }
-        self.out.write_text(json.dumps(table, indent=1) + "\n")
+        record.write(self.out, table, outcomes=sorted(rows, key=lambda row: row["index"]))
 
 
 @contextmanager
