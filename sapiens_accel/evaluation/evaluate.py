@@ -170,7 +170,8 @@ def list_image_rows(
     given_ids = {one.get("id"): given_id(one) for one in annotations}
     for result, index in zip(results, chosen.tolist(), strict=True):
         points = np.array(result["keypoints"]).reshape(-1, 3)
-        _, category = categories.get(result["category_id"], next(iter(categories.values())))
+        is_known = result["category_id"] is not None
+        _, category = categories.get(result["category_id"], next(iter(categories.values()))) if is_known else ("", "")
         ann_id = ann_ids[index] if boxes.labeled else ""
         person = PersonRow(points[:, :2], points[:, 2], result["score"], category, given_ids.get(ann_id, ann_id))
         several[result["image_id"]].append(person)

@@ -267,8 +267,10 @@ def _results(facts: Facts) -> list[list[str]]:
     rows = []
     for stage, score in facts.scores.items():
         cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
-        rows.append([f"`{stage}`", score["split"], literal(score["boxes"]), "yes" if score["flip"] else "no", *cells])
-    return [["weights", "people", "boxes", "flip test", *METRICS], *rows] if rows else []
+        area = literal(str(score.get("area_used") or score.get("area") or "not recorded"))
+        how = [score["split"], literal(score["boxes"]), "yes" if score["flip"] else "no", area]
+        rows.append([f"`{stage}`", *how, *cells])
+    return [["weights", "people", "boxes", "flip test", "area", *METRICS], *rows] if rows else []
 
 
 def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:

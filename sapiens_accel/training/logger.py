@@ -398,6 +398,7 @@ class StageLogger:
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.protocol_settings(self.run.eval)}
+            whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
             if predictions:
                 quality = evaluate.measure_keypoints(predictions, self.people, self.skeleton)
                 single = tables.keypoint_scalars(quality, self.skeleton)

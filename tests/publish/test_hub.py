@@ -57,6 +57,7 @@ def _run_folder(folder: Path, model: str = "sapiens_tiny", stages: tuple[str, ..
         lines += [{"stage": stage, "step": step, "loss": 1 / step, "lr": 1e-3} for step in (5, 10)]
         lines += [{"stage": stage, "step": 5, "AP": 0.05}, {"stage": stage, "step": 10, **numbers}]
         how = {"step": 10, "weights_step": 10, "split": "val", "boxes": "ground truth", "flip": True}
+        how["area_used"] = "as annotated"
         (folder / stage / "eval.json").write_text(json.dumps(numbers | how))
         picture = generator.integers(0, 255, (40, 60, 3)).astype(np.uint8)
         (folder / "pictures").mkdir(exist_ok=True)
@@ -577,6 +578,7 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
         "val",
         "ground truth",
         "yes",
+        "as annotated",
         "30.0",
         "31.0",
         "32.0",
