@@ -124,7 +124,7 @@ def _no_labels(root: Path) -> list[str]:
     for person in tree["annotations"]:
         person["keypoints"] = [0] * 51
     _write(root, tree)
-    return [str(root / TRAIN), "32 people"]
+    return [str(root / TRAIN), "32 of its 32 annotations"]
 
 
 def _zero_targets(root: Path) -> list[str]:
