@@ -14,12 +14,14 @@ from sapiens_accel.evaluation import predict, tables
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.error_analysis import Diagnosis, Kind, Reason, diagnose
 from sapiens_accel.evaluation.evaluate import EvaluationResult
+from sapiens_accel.evaluation.ground_truth import read_ground_truth, read_images
 from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.draw import Color
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
+from sapiens_accel.sources.coco import given_id
 from sapiens_accel.sources.images import read_image
 
 PERSON_HW = (384, 384)
@@ -48,8 +50,8 @@ class Case:
         panels: images of one size: labeled, predicted, the errors and, where there is a network, its heatmaps.
     """
 
-    ann_id: int
-    image_id: int
+    ann_id: int | str
+    image_id: int | str
     file_name: str
     oks: float
     reason: Reason
@@ -159,7 +161,7 @@ def analyze_predictions(
     seen = [index for index in chosen if looked[index, 2:].all()]
     maps = dict(zip(seen, zip(*heatmaps(seen), strict=True), strict=True)) if heatmaps and seen else {}
     panel_hw = DENSE_PANEL_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
-    cases = []
+    cases, truth, listed = [], read_ground_truth(people, skeleton.num_keypoints), read_images(people)
     for index in chosen:
         row = people.rows[index]
         panel = _frame(own[index], looked[index], labels[index], panel_hw)
@@ -171,8 +173,8 @@ def analyze_predictions(
             panels.append(_heat(image, panel, maps.get(index)))
         cases.append(
             Case(
-                ann_id=row["ann_id"],
-                image_id=row["image_id"],
+                ann_id=truth.given_ids.get(row["ann_id"], row["ann_id"]),
+                image_id=given_id(listed[row["image_id"]]),
                 file_name=row["file_name"],
                 oks=float(found.oks[index]),
                 reason=found.reason(index, skeleton),

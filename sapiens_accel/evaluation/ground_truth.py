@@ -23,6 +23,7 @@ class GroundTruth:
             `categories`.
         categories: those that are evaluated, by their id: the id as the file has it, and the name.
         category_of: the category of each of the rows, by the id of its annotation.
+        given_ids: of annotations whose id is a text, by the number that it stands for.
         unmeasured_ids: of the people with labeled keypoints, no crowds, who are not among the rows.
         num_without_area: of the people who are, those without `area`, which is then a share of their box.
     """
@@ -30,6 +31,7 @@ class GroundTruth:
     dataset: dict[str, Any]
     categories: Mapping[Any, tuple[Any, str]]
     category_of: Mapping[Any, Any]
+    given_ids: Mapping[Any, Any]
     unmeasured_ids: tuple[Any, ...]
     num_without_area: int = 0
 
@@ -60,7 +62,7 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
         if is_row or not is_crowd:
             keypoints = annotation_rules.keypoint_numbers(person, num_keypoints, people.reading)
         if not is_row and any(v > 0 for v in (keypoints or ())[2::3]):
-            unmeasured.append(person.get("id", -1))
+            unmeasured.append(given_id(person))
         if is_row:
             category_of[person["id"]] = category
             num_without_area += "area" not in person
@@ -86,6 +88,7 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
         dataset={"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]},
         categories=categories,
         category_of=category_of,
+        given_ids={person["id"]: person["given_id"] for person in tree["annotations"] if "given_id" in person},
         unmeasured_ids=tuple(unmeasured),
         num_without_area=num_without_area,
     )

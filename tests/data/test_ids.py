@@ -97,6 +97,10 @@ def test_any_ids_are_evaluated_and_written_back(
     coco_metrics.save_results(results, tmp_path / "saved.json", ours.val, COCO17)
     listed = {image["id"] for image in json.loads(ours.val.annotations.read_text())["images"]}
     assert {one["image_id"] for one in json.loads((tmp_path / "saved.json").read_text())} == listed
+    truth = read_ground_truth(ours.val, 17)
+    people = [truth.given_ids.get(number, number) for number in ours.val.rows["ann_id"][:]]
+    tree = json.loads(ours.val.annotations.read_text())
+    assert people == [one["id"] for one in tree["annotations"] if one["id"] in people] and people
     # A detector that writes the same ids, and one that does not.
     them = [{"image_id": one, "category_id": 1, "bbox": [9, 9, 50, 90], "score": 0.5} for one in sorted(listed)]
     (tmp_path / "boxes.json").write_text(json.dumps(them))
