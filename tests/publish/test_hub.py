@@ -586,7 +586,7 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
         "-",
         *(f"{35 + i:.1f}" for i in range(5)),
     ]
-    assert [row[4] for row in rows] == ["10.0", "20.0", "30.0"]
+    assert [row[5] for row in rows] == ["10.0", "20.0", "30.0"]
     assert "23 labeled people" in made.text and "It has only seen drawn people" in made.text
     assert "| learning rate | 0.0025, constant | 0.0025, cosine | 0.002, cosine |" in made.text
     assert "| steps | 10 | 10 | 10 |" in made.text and "By keypoint" not in made.text
