@@ -345,7 +345,10 @@ def test_a_source_of_other_content_is_refused_in_a_line(tmp_path: Path) -> None:
         "found 3",
     )
     _refused(
-        _table(tmp_path / "c", image=picture, people=[[person, person | {"id": 8, "bbox": [1.0, 2, 3]}]]), cache, "8", "bbox"
+        _table(tmp_path / "c", image=picture, people=[[person, person | {"id": 8, "bbox": [1.0, 2, 3]}]]),
+        cache,
+        "8",
+        "bbox",
     )
     _refused(_table(tmp_path / "d", image=picture, people=[[person]]), cache, "does not decode", "train.shards/0/0")
     odd = _table(tmp_path / "e", image=picture)
