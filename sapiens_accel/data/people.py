@@ -147,7 +147,14 @@ def labeled_people(
         )
     origins = _read_beside(people.rows, BOXES)
     note = describe_boxes(np.bincount(origins[labeled], minlength=NO_BOX), people.annotations, reading)
-    return replace(select_people(people, labeled), box_note=note)
+    chosen = select_people(people, labeled)
+    shared = len(chosen) - len(set(chosen.rows["file_name"][:])) if reading.boxes == "image" else 0
+    if shared:
+        note = (
+            f"warning: {note}; {shared} of {len(chosen)} people share their image with another one: the network cannot "
+        )
+        note += "tell which of them is meant"
+    return replace(chosen, box_note=note)
 
 
 def describe_boxes(counts: Int[Array, "origins"], annotations: Path, reading: Reading) -> str:
