@@ -33,7 +33,7 @@ from sapiens_accel.evaluation.ground_truth import evaluated_categories
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources import images
+from sapiens_accel.sources import convert, images
 from sapiens_accel.training.objectives import Supervised
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -285,6 +285,32 @@ def test_boxes_of_several_categories_and_of_a_detector_of_one_class(tmp_path: Pa
         assert "boxes of any of 3 categories, and no AP of each" in boxes.note
 
 
+def test_several_categories_and_text_ids_from_parquet(tmp_path: Path) -> None:
+    root = lay("ap10k", tmp_path)
+    for split in ("train", "val"):
+        tree = json.loads((root / f"{split}.json").read_text())
+        for image in tree["images"]:
+            image["id"] = f"img-{image['id']}"
+        tree["annotations"] = [
+            one | {"image_id": f"img-{one['image_id']}", "id": f"a{one['id']}"} for one in tree["annotations"]
+        ]
+        (root / f"{split}.json").write_text(json.dumps(tree))
+    names = dict(zip(("train_annotations", "train_images", "val_annotations", "val_images"), PLAIN, strict=True))
+    convert.main(
+        ["convert", "coco", str(root), str(tmp_path / "shards"), *(f"--{key}={name}" for key, name in names.items())]
+    )
+    cache = str(tmp_path / "cache")
+    sets, said = open_case(DataConfig(root=str(tmp_path / "shards"), cache_dir=cache, num_workers=0, input_hw=(64, 48)))
+    assert (len(sets.train), len(sets.val)) == (12, 8) and "3 categories, evaluated together and each" in said
+    boxes, found = perfect(sets.val, sets.skeleton)
+    boxes = evaluate.with_categories(boxes, sets.val, sets.skeleton)
+    results, _ = coco_metrics.coco_results(found, boxes, sets.skeleton, DataConfig(input_hw=(64, 48)), EvalConfig())
+    metrics, _ = coco_metrics.compute_metrics(results, sets.val, sets.skeleton, "pycocotools")
+    kinds = ("antelope", "bison", "dog")
+    assert [metrics["AP"], *(metrics[f"category/{kind}/AP"] for kind in kinds)] == pytest.approx([1.0] * 4)
+    assert Counter(one["category_id"] for one in results) == {1: 3, 4: 3, 8: 2}
+
+
 @pytest.mark.parametrize(
     ("skeleton", "pairs", "first"),
     [("coco17", 8, "nose"), ("names.yaml", 8, "nose"), ("mirror_int.yaml", 8, "1"), ("mirror_str.yaml", 8, "1"),
@@ -382,7 +408,7 @@ def test_nobody_is_left_for_each_cause_by_name(tmp_path: Path, change: Callable[
 def test_twelve_bits_in_sixteen_are_read_at_their_range(tmp_path: Path) -> None:
     root = lay("tiff_12in16", tmp_path)
     file = root / "train" / "train_0000.tif"
-    deep = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+    deep: Any = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     assert deep.dtype == np.uint16 and 256 < deep.max() < 4096
     found = images.read_image(file)
     assert np.array_equal(found[..., 0], (deep if deep.ndim == 2 else deep[..., 2]) >> 4)
