@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_distances_are_those_of_plain_loops() -> None:
     assert np.isnan(nobody.all_distances).all()
     assert set(evaluate.measure_distances(nobody).values()) == {-1.0}
     assert "-" in tables.format_metric(-1.0, "mean_px")
+    # In a stage's eval.json both stand side by side.
+    five = replace(COCO17, names=tuple("abcde"), mirror=(0, 1, 2, 3, 4), sigmas=(0.05,) * 5, upper=(), edges=())
+    scalars = tables.keypoint_scalars(quality, five)
+    assert not set(scalars) & {*METRICS, *evaluate.measure_distances(quality)}
+    assert scalars["keypoint_mean_px"]["b"] == quality.distances.mean_px[1] and scalars["keypoint_mean_px"]["e"] is None
 
 
 def test_tables_show_pixels_as_pixels() -> None:
