@@ -507,6 +507,8 @@ def test_target_weights() -> None:
     assert weights.tolist() == [0.0, 0.5, 1.0, 0.0, 1.0]
     assert weights.dtype == np.float32
     assert target_weights(np.array([1.0, 2.0]), 1.0).tolist() == [1.0, 1.0]
+    # A confidence, as in COCO-WholeBody's lists, is a label as everywhere else.
+    assert target_weights(np.array([0.3, -1.0, 1.5]), 0.5).tolist() == [0.5, 0.0, 0.5]
 
 
 def test_weights_of_a_sample_follow_its_keypoints(run: Run) -> None:
