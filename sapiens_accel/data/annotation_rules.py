@@ -180,8 +180,16 @@ class PeopleReader:
             tree: what `source.read` gave.
 
         Raises:
-            UserError: boxes are to be the annotated ones, and no annotation has any.
+            UserError: boxes are to be the annotated ones, and no annotation has any; or the whole images, and a JSON
+                says the size of none.
         """
+        if self.known_reading.boxes == "image" and self.source.tables(("people",)) is None:
+            images = (tree or self.source.read())["images"]
+            if images and not any(size_of(one) != UNKNOWN_WH for one in images):
+                raise UserError(
+                    f"{self.source.file}: none of its {len(images)} images has a 'width' and a 'height' (px), which "
+                    f"--data.boxes image needs. Add them, or make boxes from the keypoints, --data.boxes keypoints"
+                )
         if self.known_reading.boxes == "annotation" and (num := self._count_without_boxes(tree)):
             raise UserError(
                 f"{self.source.file}: none of its {num} annotations has a box ('bbox'). Make boxes from the keypoints, "

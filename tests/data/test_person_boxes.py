@@ -176,6 +176,21 @@ def test_boxes_that_were_made_are_counted_in_one_line_of_each_file(name: str, te
 
 
 @with_cases
+def test_whole_images_of_unknown_size_are_refused_once(tmp_path: Path) -> None:
+    config = _config(_lay_out("dlc_names", tmp_path / "case"), boxes="image")
+    file = tmp_path / "case" / "train.json"
+    tree = json.loads(file.read_text())
+    for image in tree["images"]:
+        del image["width"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="none of its 6 images has a 'width' and a 'height'"):
+        _open(config)
+    report, _, _ = doctor.check_data(Config(data=config))
+    (error,) = [one for one in report.findings if one.level == "error"]
+    assert error.check == "train/boxes" and "none of its 6 images" in error.text
+
+
+@with_cases
 def test_the_doctor_names_missing_boxes_once(tmp_path: Path) -> None:
     config = _config(_lay_out("bbox_missing", tmp_path / "case"))
     report, _, _ = doctor.check_data(Config(data=config))
