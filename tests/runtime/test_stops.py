@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from errno import EIO, ENOSPC, EPERM, EROFS
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,13 +128,13 @@ def test_an_error_of_our_own_saves_the_step_before_its_traceback(begin: Callable
 
         known, calls = objectives.Supervised.loss, []
 
-        def loss(*args: object) -> object:
+        def loss(*args: Any) -> Any:
             calls.append(1)
             if len(calls) == 4:
                 raise ValueError("a bug")
             return known(*args)
 
-        objectives.Supervised.loss = loss
+        objectives.Supervised.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
 
     run = begin(Run(workers=2), before=fail_at_step_4, step=0)
     faults.wait_for_step(run, 3)
@@ -177,7 +178,7 @@ def evaluate_for_minutes(_: int) -> None:
 
     known = predict._mean_maps
 
-    def slow(*args: object) -> object:
+    def slow(*args: Any) -> Any:
         print("evaluates", flush=True)
         time.sleep(1)
         return known(*args)
