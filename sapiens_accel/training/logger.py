@@ -401,9 +401,7 @@ class StageLogger:
             whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
             if predictions:
                 quality = evaluate.measure_keypoints(predictions, self.people, self.skeleton)
-                single = tables.keypoint_scalars(quality, self.skeleton)
-                # Some names are those of metrics of all keypoints too: a stage that is finished is read back by them.
-                whole = {**single, **whole, "keypoints": {name: single[name] for name in single if name in whole}}
+                whole |= tables.keypoint_scalars(quality, self.skeleton)
             self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
             if predictions:  # there are none of weights that were exported before the run was resumed
                 if num := self.run.eval.num_pictures:
