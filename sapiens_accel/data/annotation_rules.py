@@ -593,11 +593,11 @@ def _names(table: pa.Table, prefix: str, first: int) -> pa.Array:
 def describe_left_out(counts: Mapping[str, int], source: Source, reading: Reading) -> str:
     """How many annotations are not learned from, by cause, in the order in which they are left out."""
     ids = category_ids(source.categories, reading)
-    names = {one.get("id"): one.get("name") for one in source.categories}
+    names = {str(one.get("id")): one.get("name") for one in source.categories}
     kinds = [cause.removeprefix(CATEGORY) for cause in counts if cause.startswith(CATEGORY)]
     others = sum(counts[f"{CATEGORY}{kind}"] for kind in kinds)
-    shown = ", ".join(f"{kind} {name}" if (name := names.get(_as_id(kind))) else kind for kind in sorted(kinds)[:4])
-    wanted = ", ".join(f"{one} {names.get(one)}" for one in ids[:4])
+    shown = ", ".join(f"{kind} {name}" if (name := names.get(kind)) else kind for kind in sorted(kinds)[:4])
+    wanted = ", ".join(f"{one} {names.get(str(one))}" for one in ids[:4])
     texts = {
         f"of other categories (category_id {shown}; expected {wanted})": others,
         "crowds": counts.get(CROWD, 0),
@@ -605,10 +605,6 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
         "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),
     }
     return ", ".join(f"{count} {text}" for text, count in texts.items() if count)
-
-
-def _as_id(text: str) -> Any:
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 # ---- Values of one annotation

@@ -160,6 +160,10 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
         if not is_number or not abs(score) <= sys.float_info.max:
             raise ValueError(f"expected a number as 'score', found {coco.show_value(score)}")
+        if not isinstance(thing.get("category_id"), int | float | str | None):
+            raise ValueError(
+                f"expected a number or a text as 'category_id', found {coco.show_value(thing['category_id'])}"
+            )
         box = annotation_rules.box_of(thing)
     except coco.BROKEN as error:
         raise UserError(f"{file}: detection {index}: {coco.reason(error)}") from None
@@ -240,13 +244,15 @@ class BoxesFile:
 
     def _annotations(self) -> Iterator[tuple[Any, Detection]]:
         names = {image["id"]: image["file_name"] for image in read_list(self.file, "images", ("id", "file_name"))}
-        listed = {one.get("id"): one for one in coco.CocoFile(self.file).categories}
+        categories = coco.CocoFile(self.file).categories
+        listed = {one.get("id"): one for one in categories if isinstance(one.get("id"), int | float | str | None)}
         taken = _choose_categories(list(listed.values()), self._skeleton)
         ids = {one.get("id"): coco.given_id(one) for one in taken} or {1: 1}
         self.categories = {coco.given_id(one): str(one.get("name")) for one in taken} or {1: "person"}
         first = next(iter(ids))
         for index, thing in enumerate(read_list(self.file, "annotations", ("image_id",))):
             category = thing.get("category_id", first)
+            category = category if isinstance(category, int | float | str) else first
             if thing.get("iscrowd"):
                 self._left_out[NOT_TAKEN[1]] += 1
             elif taken and category not in ids:

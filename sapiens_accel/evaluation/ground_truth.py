@@ -50,10 +50,11 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     zeros = [0.0] * (3 * num_keypoints)
     categories = evaluated_categories(people)
     first = next(iter(categories))
-    only = set(categories) if annotation_rules.category_ids(people.source.categories, people.reading) else None
+    only = list(categories) if annotation_rules.category_ids(people.source.categories, people.reading) else None
     annotations, unmeasured, category_of, num_without_area = [], [], {}, 0
     for person in tree["annotations"]:
         category = person.get("category_id", first)
+        category = category if isinstance(category, int | float | str) else first
         if only and category not in only:
             continue
         box, is_crowd = list(person.get("bbox") or [0.0] * 4), bool(person.get("iscrowd"))
@@ -99,7 +100,7 @@ def evaluated_categories(people: People) -> dict[Any, tuple[Any, str]]:
 
     Where none is named as the people are, all of them count; without any there is 1, person.
     """
-    listed = people.source.categories
+    listed = [one for one in people.source.categories if isinstance(one.get("id"), int | float | str | None)]
     counted = annotation_rules.category_ids(listed, people.reading) or [one.get("id") for one in listed]
     found = {one.get("id"): (given_id(one), str(one.get("name"))) for one in listed if one.get("id") in counted}
     return found or {1: (1, "person")}
