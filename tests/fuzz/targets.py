@@ -117,13 +117,13 @@ def boxes_of_images(folder: Path) -> None:
     """Boxes of a user's own images (--images --boxes FILE), crops of all of them."""
     run, images = config_of(folder, folder), folder / "val2017"
     found = media.find_images(images)
-    file = detections.BoxesFile(folder / "boxes.json", found.names, 0.3)
+    file = detections.BoxesFile(folder / "boxes.json", found.names, 0.3, COCO17)
     piece = predict_media._piece(accelerator(), images, found.names, found.names)
-    task = predict_media.Task(
-        path=images, run=run, skeleton=COCO17, networks=[pose_network()], boxes="x",
-        where=lambda piece: [file.of(name) for name in piece.names],
-    )  # fmt: skip
-    people = predict_media._people(accelerator(), piece, task)
+    finder = predict_media.PeopleFinder(
+        find=lambda piece: [file.of(name) for name in piece.names], about="x", categories=file.categories
+    )
+    task = predict_media.Task(path=images, run=run, skeleton=COCO17, networks=[pose_network()], finder=finder)
+    people = predict_media._people(accelerator(), piece, task, predict_media._find_boxes(piece, task)[0])
     made = predict_media.MediaWriter(images, folder / "out", COCO17, run.eval, {"boxes": "x"})
     made.add(piece, people)
     made.close()
