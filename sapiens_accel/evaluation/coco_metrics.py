@@ -162,8 +162,8 @@ def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, sk
 
 def crowd_levels(images: Sequence[Mapping[str, Any]]) -> dict[str, set[Any]]:
     """The ids of the images of each of CROWD_LEVELS; none where an image has no `crowdIndex`."""
-    indices = {image["id"]: image.get("crowdIndex") for image in images}
-    if not all(isinstance(index, int | float) for index in indices.values()):
+    indices = {one["id"]: one["crowdIndex"] for one in images if isinstance(one.get("crowdIndex"), int | float)}
+    if len(indices) < len(images):
         return {}
     return {
         level: {image_id for image_id, index in indices.items() if low <= index < high}
