@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 
 LONGEST = 2_000
 NOT_PERMITTED = (errno.EACCES, errno.EPERM)
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 # The disk is full, over quota, broken or read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 DISK_ERRORS += (errno.EBUSY, errno.EXDEV)  # a folder that a volume is mounted on, which cannot be renamed
@@ -55,8 +56,8 @@ def escape(text: str, keep: str = "\n\t") -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 image`, `2 images`, `2 processes`."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+    """`1 image`, `2 images`, `2 processes`, `2 boxes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "x")) else "s")
 
 
 def is_secret(scheme: str, user: str) -> bool:
@@ -152,7 +153,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         _limit_exit_time(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (*DISK_ERRORS, *NOT_PERMITTED):
+        if error.errno not in (*DISK_ERRORS, *NOT_PERMITTED, *NO_NAME):
             _limit_exit_time(1)
             raise
         print(escape(f"{_program()}: error: {_describe_os_error(error)}"), file=sys.stderr, flush=True)
@@ -165,6 +166,8 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
 
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
+    if error.errno in NO_NAME:
+        return f"{where}{error.strerror}. Give another path"
     if error.errno in NOT_PERMITTED:
         fix = "Correct its permissions, or choose another path"
         return f"{where}{error.strerror}: no permission to read or write it. {fix}"

@@ -160,8 +160,12 @@ class PeopleSizes:
 
 
 def measure_sizes(boxes_xywh: Float[Array, "n 4"], size_wh: Float[Array, "n 2"]) -> PeopleSizes | None:
-    """How large boxes with sides above 0 are in images of these sizes (not a number: not known); None: not known."""
-    known = np.isfinite(size_wh).all(axis=1)
+    """How large the boxes are in images of these sizes; None: not known.
+
+    Left out are sizes that are not known (NaN), and sizes and boxes that are none, which the doctor collects.
+    """
+    numbers = np.concatenate([boxes_xywh, size_wh], axis=1)
+    known = np.isfinite(numbers).all(axis=1) & (numbers[:, 2:] > 0).all(axis=1)
     if not known.any():
         return None
     boxes, sizes = boxes_xywh[known], size_wh[known]

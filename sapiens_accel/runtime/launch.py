@@ -4,6 +4,7 @@
 are refused in one line, so that no setting of a config file is silently ignored.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -219,8 +220,9 @@ def find_json(name: str, where: Path | str) -> Path:
     """
     beside = [where.parent, where.parent.parent] if isinstance(where, Path) else []
     for folder in (Path.cwd(), *beside, CHECKOUT):
-        if (folder / name).is_file():
-            return (folder / name).resolve()
+        with contextlib.suppress(OSError):  # a name that is too long to be one
+            if (folder / name).is_file():
+                return (folder / name).resolve()
     looked = ", ".join(str(folder) for folder in dict.fromkeys((Path.cwd(), *beside, CHECKOUT)))
     raise UserError(f"{where}: deepspeed_config_file: {name} is not there (looked in {looked}). Give its whole path")
 
