@@ -165,7 +165,7 @@ def measure_sizes(boxes_xywh: Float[Array, "n 4"], size_wh: Float[Array, "n 2"])
     Left out are sizes that are not known (NaN), and sizes and boxes that are none, which the doctor collects.
     """
     numbers = np.concatenate([boxes_xywh, size_wh], axis=1)
-    known = np.isfinite(numbers).all(axis=1) & (numbers[:, 2:] > 0).all(axis=1)
+    known = np.isfinite(numbers).all(axis=1) & (numbers[:, 2:] > 1e-3).all(axis=1)  # quotients stay finite
     if not known.any():
         return None
     boxes, sizes = boxes_xywh[known], size_wh[known]
