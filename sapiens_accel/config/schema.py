@@ -313,6 +313,17 @@ class TeacherConfig:
     peak."""
     cutout: Annotated[int, Range(0, 64)] = 5
     """Number of squares of the mean color in the student's view, each centered on one of the teacher's keypoints."""
+    confidence_floor: Fraction = 0.2
+    """Lower limit of the usual peak of a good keypoint, so that a kind of keypoint for which all of the teacher's peaks
+    are low does not count as confident."""
+    min_kept: Fraction = 0.2
+    """Fraction of a person's keypoints that must be above the threshold for any of them to be learned from."""
+    views: Annotated[int, Range(1, 4)] = 1
+    """Views of each unlabeled person that the teacher predicts. With more than one the mean of their heatmaps is used,
+    whose peaks are high only where the views agree. Each further view costs another forward of the teacher."""
+    max_grad_ratio: NonNegative | None = None
+    """Upper limit of the unlabeled loss's gradient norm at the heatmaps, as a multiple of the labeled loss's. The
+    weight is lowered to hold it, by the ratio that the steps before had. Default: no limit."""
 
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""

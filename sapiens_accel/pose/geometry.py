@@ -154,6 +154,14 @@ def strong_from_weak(strong: Float[Tensor, "b 2 3"], weak: Float[Tensor, "b 2 3"
     return (square[0] @ torch.linalg.inv_ex(square[1])[0])[:, :2].to(strong.dtype)
 
 
+def about_center(degrees: float, scale: float, input_hw: tuple[int, int]) -> Float[Tensor, "1 2 3"]:
+    """The matrix that turns an input image about its middle, clockwise on the screen, and enlarges it: input px."""
+    angle, center = math.radians(degrees), torch.tensor([(input_hw[1] - 1) / 2, (input_hw[0] - 1) / 2])
+    cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
+    turn = torch.tensor([[cosine, -sine], [sine, cosine]])
+    return torch.cat([turn, (center - turn @ center)[:, None]], dim=1)[None]
+
+
 def warp_maps(
     maps: Float[Tensor, "b k h w"],
     matrices: Float[Tensor, "b 2 3"],

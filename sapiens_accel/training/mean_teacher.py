@@ -23,11 +23,12 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.objectives import Objective, Supervised, heatmap_kl, literal_kl
 
-MIN_KEPT = 4  # keypoints of a person that must be kept for any of them to count
 PEAK_RANGE = (0.3, 1.0)  # of the factor that sharpens a teacher's own map
 CONFIDENCE_MOMENTUM = 0.95
 CONFIDENCE_QUANTILE = 0.9
-CONFIDENCE_FLOOR = 0.2
+# The teacher's further views, in this order: degrees, scale, and whether mirrored where the run mirrors.
+FURTHER_VIEWS = ((0.0, 1.0, True), (12.0, 1.08, False), (-12.0, 0.93, True))
+GRADIENT_MOMENTUM = 0.9  # of the measured ratio: it moves slowly, one batch of it by a third
 CUTOUT_NOISE = 0.05  # of the input's width
 CUTOUT_HALF_SIDE = (0.05, 0.10)  # of the input's width
 
@@ -42,6 +43,7 @@ class TeacherSetup:
         num_steps: length of the stage; decay and ramp follow from it.
         gather: concatenates a tensor over all ranks along its first dimension.
         autocast: dtype of the teacher's forward; None for fp32.
+        mirrors: whether the run mirrors images; the teacher's further views then do too.
     """
 
     average: MovingAverage
@@ -49,6 +51,7 @@ class TeacherSetup:
     num_steps: int
     gather: Callable[[Tensor], Tensor]
     autocast: torch.dtype | None = None
+    mirrors: bool = False
 
 
 def build_objective(stage: StageConfig, codec: Codec, skeleton: Skeleton, setup: TeacherSetup | None) -> Objective:
@@ -89,6 +92,47 @@ class PseudoLabels(NamedTuple):
     logs: dict[str, Tensor]
 
 
+class GradientLimit:
+    """Lowers the weight of the unlabeled loss so that its gradient at the heatmaps stays a share of the labeled one's.
+
+    A step's own gradients are known only when its chunks have been differentiated, so the weight follows the ratio
+    that the steps before had, as a moving average: it changes slowly, as labeled people are learned by heart.
+
+    Args:
+        share: the largest ratio of the norms; None: no limit, and nothing is measured.
+    """
+
+    def __init__(self, share: float | None, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.share, self.gather = share, gather
+        self.ratio = torch.zeros((), device=device)  # of the norms at weight 1; 0: not measured yet
+        self.squares = torch.zeros(2, device=device)  # of this step's micro-batches on this rank
+        self.weight: Tensor | float = 0.0
+
+    def begin_step(self, wanted: float) -> Tensor | float:
+        """The weight of this step: what is wanted, or what the limit allows."""
+        self.squares = torch.zeros_like(self.squares)
+        self.weight = wanted
+        if self.share is not None:
+            # Nothing is measured at ratio 0: the first step is the ramp's.
+            self.weight = torch.where(self.ratio > 0, self.share / self.ratio, wanted).clamp(max=wanted)
+        return self.weight
+
+    def add(self, squares: Float[Tensor, "2"]) -> None:
+        """Count the squared norms of a micro-batch, labeled and unlabeled."""
+        if self.share is not None:
+            self.squares = self.squares + squares
+
+    def end_step(self) -> None:
+        """Measure the step that was taken. All ranks must call it."""
+        if self.share is None:
+            return
+        labeled, unlabeled = self.gather(self.squares[None]).sum(dim=0).sqrt()
+        now = unlabeled / labeled / self.weight
+        # Without a kept or a labeled keypoint, or at weight 0, there is nothing to measure.
+        now = torch.where(now.isfinite() & (now > 0), now, self.ratio)
+        self.ratio = torch.where(self.ratio > 0, torch.lerp(now, self.ratio, GRADIENT_MOMENTUM), now)
+
+
 class MeanTeacher:
     """Supervised, plus the agreement of the student's strong view with a moving average of itself on the weak view.
 
@@ -119,6 +163,12 @@ class MeanTeacher:
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
         self.sample = self.average.sample()
+        self.limit = GradientLimit(config.max_grad_ratio, self.gather, device)
+        self.min_kept = math.ceil(config.min_kept * len(self.mirror))
+        self.further_views = [
+            (geometry.about_center(degrees, scale, self.codec.input_hw).to(device), flip and setup.mirrors)
+            for degrees, scale, flip in FURTHER_VIEWS[: config.views - 1]
+        ]
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
@@ -131,11 +181,13 @@ class MeanTeacher:
         kept = torch.stack([labels.kept.sum() for labels in predictions]).sum().reshape(1)
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
-        factor = self._ramp(step) * self.supervised.loss_weight * len(batches) * len(num_kept)
+        weight = self.limit.begin_step(self._ramp(step))
+        factor = weight * self.supervised.loss_weight * len(batches) * len(num_kept)
         scale, logs = (
             factor / num_kept.sum().clamp_min(1),
             self._logs(predictions, [batch.labeled for batch in batches]),
         )
+        logs["weight_unlabelled"] = torch.zeros_like(scale) + weight
         return [
             PseudoLabels(labels, labels.confidence * labels.kept, cut_out(batch.pair, labels.points_xy), scale, logs)
             for batch, labels in zip(batches, predictions, strict=True)
@@ -171,6 +223,7 @@ class MeanTeacher:
 
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
         loss, (supervised, unsupervised) = model(torch.cat([labeled, prepared.image]), terms)
+        self.limit.add(squares)
         ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         return loss, {
             "loss_labelled": supervised,
@@ -197,6 +250,7 @@ class MeanTeacher:
         return labels.scale * (weights * error).sum()
 
     def after_step(self) -> None:
+        self.limit.end_step()
         self.average.update(self.student_parameters(), self.decay)
 
     def health(self) -> dict[str, Tensor]:
@@ -212,19 +266,45 @@ class MeanTeacher:
 
     def state_dict(self) -> dict[str, Tensor]:
         teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
-        return {"reference": self.reference, **teacher}
+        return {"reference": self.reference, "grad_ratio": self.limit.ratio, **teacher}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.reference.copy_(state["reference"])
-        self.average.load_state_dict({n.removeprefix("teacher."): v for n, v in state.items() if n != "reference"})
+        if "grad_ratio" in state:  # checkpoints of version 0.1 have none
+            self.limit.ratio.copy_(state["grad_ratio"])
+        teacher = {name: value for name, value in state.items() if name.startswith("teacher.")}
+        self.average.load_state_dict({name.removeprefix("teacher."): value for name, value in teacher.items()})
         self.sample = self.average.sample()
 
     def _predict(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
         """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
-        device = pair.weak.image.device
-        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            heatmaps = self.teacher(pair.weak.image)
-        return *self.codec.decode(heatmaps), heatmaps if self.config.compares_maps else None
+        image = pair.weak.image
+        maps = self._forward(image)
+        if self.further_views:
+            seen = torch.ones_like(maps[:, :1])
+            for matrix, flip in self.further_views:
+                more, where = self._see_again(image, matrix.expand(len(image), 2, 3), flip)
+                maps, seen = maps.float() + more, seen + where
+            maps = maps / seen
+        return *self.codec.decode(maps), maps if self.config.compares_maps else None
+
+    def _forward(self, image: UInt8[Tensor, "u 3 H W"]) -> Float[Tensor, "u k h w"]:
+        with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.teacher(image)
+
+    def _see_again(
+        self, image: UInt8[Tensor, "u 3 H W"], matrix: Float[Tensor, "u 2 3"], flip: bool
+    ) -> tuple[Float[Tensor, "u k h w"], Float[Tensor, "u 1 h w"]]:
+        """The maps of a view of the weak view, turned back into it, and where they say anything: 1, else 0."""
+        input_hw = self.codec.input_hw
+        turned = geometry.warp_maps(image.float(), matrix, input_hw)
+        turned = turned.flip(-1) if flip else turned
+        maps = self._forward(turned.round().to(torch.uint8)).float()
+        maps = maps[:, self.mirror].flip(-1) if flip else maps
+        back = geometry.strong_from_weak(torch.eye(2, 3, device=image.device).expand_as(matrix), matrix)
+        maps = torch.cat([maps, torch.ones_like(maps[:, :1])], dim=1)
+        maps = geometry.warp_maps(maps, back, input_hw)
+        return maps[:, :-1], maps[:, -1:]
 
     def _select(
         self, pair: Pair, weak_xy: Float[Tensor, "u k 2"], scores: Float[Tensor, "u k"], maps: Tensor | None
@@ -238,7 +318,7 @@ class MeanTeacher:
         # The reference is per kind of keypoint, and both of a mirrored pair have the same kind.
         confidence, scores = (self._swap(values, swapped) for values in (self._confidence(scores), scores))
         kept = (confidence > self.config.threshold) & self._inside(points_xy)
-        kept &= kept.sum(dim=1, keepdim=True) >= min(MIN_KEPT, kept.shape[1])
+        kept &= kept.sum(dim=1, keepdim=True) >= self.min_kept
         return TeacherPrediction(points_xy, scores, confidence, kept, weak_xy, maps)
 
     def _swap(self, values: Float[Tensor, "u k *rest"], swapped: Bool[Tensor, "u"]) -> Float[Tensor, "u k *rest"]:
@@ -254,7 +334,7 @@ class MeanTeacher:
     def _confidence(self, scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
         if self.config.raw_confidence:
             return scores.clamp(0, 1)
-        return (scores / self.reference.clamp_min(CONFIDENCE_FLOOR)).clamp(0, 1)
+        return (scores / self.reference.clamp_min(self.config.confidence_floor)).clamp(0, 1)
 
     def _inside(self, points_xy: Float[Tensor, "u k 2"]) -> Bool[Tensor, "u k"]:
         x, y = points_xy.unbind(-1)

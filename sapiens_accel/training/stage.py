@@ -251,8 +251,9 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     parameters = partial(engine.full_values, accelerator, network)
     gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
     setup = teacher and TeacherSetup(
-        average=teacher, student_parameters=parameters, num_steps=num_steps, gather=gather, autocast=autocast
-    )
+        average=teacher, student_parameters=parameters, num_steps=num_steps, gather=gather, autocast=autocast,
+        mirrors=run.augment.flip_p > 0,
+    )  # fmt: skip
     objective = build_objective(config, codec, skeleton, setup)
     first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapiens_accel.config.schema import TeacherConfig
@@ -552,6 +553,98 @@ def test_the_gradient_ratio_is_that_of_the_two_losses_by_the_heatmaps(tiny: Sapi
         torch.testing.assert_close(found, norms[1] / norms[0], rtol=1e-4, atol=0)
 
 
+def _gradients(objective: MeanTeacher, student: nn.Module, batch: Batch) -> Tensor:
+    """One step's norms of the labeled and the unlabeled gradient at the heatmaps."""
+    (prepared,) = objective.prepare([batch], 999)
+    heatmaps = student(torch.cat([batch.labeled.view.image, prepared.image])).detach().requires_grad_()
+    num = len(batch.labeled.view.image)
+    labeled = objective.supervised.heatmap_loss(heatmaps[:num], batch.labeled, slice(0, num))
+    unlabeled = objective._agreement(heatmaps[num:], prepared, slice(0, num))
+    norms = [torch.autograd.grad(loss, heatmaps, retain_graph=True)[0].norm() for loss in (labeled, unlabeled)]
+    objective.loss(student, batch, prepared)
+    objective.limit.end_step()
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize("weight", [1.0, 50.0])
+def test_the_unlabeled_gradient_is_held_to_its_share_from_the_second_step_on(tiny: SapiensPose, weight: float) -> None:
+    """The batch and the student stand still, so that what one step measures is exact in the next."""
+    batch, teacher = _tiny_batch()
+    student = tiny.float()
+    free = _mean_teacher(teacher, TINY_CODEC, weight=weight)
+    free_labeled, free_unlabeled = _gradients(free, student, batch)
+    for share in (0.25, 1e6):
+        objective = _mean_teacher(teacher, TINY_CODEC, weight=weight, max_grad_ratio=share)
+        first, second, third = (_gradients(objective, student, batch) for _ in range(3))
+        torch.testing.assert_close(first[1], free_unlabeled, rtol=1e-4, atol=0)
+        expected = torch.minimum(free_unlabeled, share * free_labeled)
+        for labeled, unlabeled in (second, third):
+            torch.testing.assert_close(labeled, free_labeled, rtol=1e-4, atol=0)
+            torch.testing.assert_close(unlabeled, expected, rtol=1e-3, atol=0)
+    assert free_unlabeled > 0.25 * free_labeled
+
+
+def test_a_step_without_a_kept_keypoint_leaves_the_measured_ratio_alone(tiny: SapiensPose) -> None:
+    batch, teacher = _tiny_batch()
+    objective, student = _mean_teacher(teacher, TINY_CODEC, max_grad_ratio=0.25), tiny.float()
+    _gradients(objective, student, batch)
+    ratio, heights = objective.limit.ratio.clone(), teacher.heights
+    teacher.heights = objective.teacher.heights = torch.zeros_like(heights)
+    _gradients(objective, student, batch)
+    assert ratio > 0 and objective.limit.ratio == ratio
+    assert _mean_teacher(teacher, TINY_CODEC).limit.ratio == 0
+
+
+class _Colors(ChunkedHead):
+    """Finds red, green and blue spots: its heatmaps are the color channels, as large as the codec's."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.codec, self.gain = codec, nn.Parameter(torch.ones(()))
+
+    def maps(self, features: Tensor) -> Tensor:
+        size = self.codec.heatmap_hw
+        return self.gain * F.interpolate(features.float() / 255, size, mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("mirrors", [False, True])
+def test_the_mean_of_several_views_has_the_points_of_one(mirrors: bool) -> None:
+    """For a network that sees the same however an image is turned: within 0.15 heatmap px, and nearly as sure."""
+    points_xy = _points(12, CODEC, margin=0.25)[:, :3]
+    whole = Codec(input_hw=CODEC.input_hw, heatmap_hw=CODEC.input_hw, sigma=8.0)
+    image = (255 * whole.encode(points_xy, torch.ones(12, 3))[0]).round().to(torch.uint8)
+    matrices = torch.eye(2, 3).expand(12, 2, 3)
+    view = View(image, matrices, torch.zeros(12, dtype=torch.bool))
+    pair = Pair(view, view, torch.zeros(12, 0, 4))
+    for views in (1, 2, 3, 4):
+        setup = TeacherSetup(
+            average=MovingAverage(_Colors(CODEC)), student_parameters=lambda: (), num_steps=1000,
+            gather=lambda tensor: tensor, mirrors=mirrors,
+        )  # fmt: skip
+        objective = MeanTeacher(Supervised(codec=CODEC), setup, TeacherConfig(views=views), range(3), "rgb")
+        prediction = objective.pseudo_labels(pair)
+        error = (prediction.weak_xy - points_xy) * torch.tensor([47 / 191, 63 / 255])
+        assert error.abs().max() < 0.15
+        assert prediction.scores.min() > 0.9
+
+
+def test_views_that_disagree_are_not_sure() -> None:
+    """A network that sees the same place whatever it is shown: its views, turned back, are at different places."""
+    points_xy = torch.tensor([[[40.0, 60.0]]])
+    constant = _Constant(CODEC.encode(points_xy, torch.ones(1, 1))[0])
+    constant.gain = nn.Parameter(torch.ones(()))
+    view = View(_indexed([0], CODEC.input_hw), torch.eye(2, 3)[None], torch.zeros(1, dtype=torch.bool))
+    scores = []
+    for views in (1, 4):
+        setup = TeacherSetup(
+            average=MovingAverage(constant), student_parameters=lambda: (), num_steps=1000,
+            gather=lambda tensor: tensor, mirrors=True,
+        )  # fmt: skip
+        objective = MeanTeacher(Supervised(codec=CODEC), setup, TeacherConfig(views=views), range(1), ["nose"])
+        scores.append(objective.pseudo_labels(Pair(view, view, torch.zeros(1, 0, 4))).scores.item())
+    assert scores[0] > 0.95 and scores[1] < 0.6
+
+
 def test_a_step_says_how_its_teacher_is() -> None:
     points_xy = _points(50, CODEC)
     heights = torch.ones(50, 17)
@@ -645,7 +738,7 @@ def test_state_round_trip_is_exact(tiny: SapiensPose) -> None:
         objective.prepare([batch], step)
         objective.after_step()
     state = copy.deepcopy(objective.state_dict())
-    assert set(state) == {"reference", "teacher.gain"} and state["reference"].all()
+    assert set(state) == {"reference", "grad_ratio", "teacher.gain"} and state["reference"].all()
     resumed = _mean_teacher(_tiny_batch()[1], TINY_CODEC, student=[torch.tensor(0.7)], ema_decay=0.9)
     resumed.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
