@@ -46,7 +46,7 @@ def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
     add("8bit", plain, adam_8bit=True)
     add("8bit+activations", plain, adam_8bit=True, offload_activations=True)
     if not (folder / "ds_configs").is_dir():
-        raise UserError(f"{folder}: no ds_configs in it (expected a checkout of the repository, as for train.py)")
+        raise UserError(f"{folder}: no ds_configs in it (expected a clone of the repository, as for train.py)")
     for launch in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
         if launch != "zero1" or num_ranks > 1:
             add(launch, launch)

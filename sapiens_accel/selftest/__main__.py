@@ -65,7 +65,7 @@ def _memory(machine: Machine, out: Path) -> list[Check]:
         ("sapiens_1b", "ssl", "zero2_offload+activations"),
         ("sapiens_2b", "phase2", "zero2_offload"),
     ]
-    skip = None if machine.has_repository else "needs accelerate_configs/: run it in a checkout of the repository"
+    skip = None if machine.has_repository else "needs accelerate_configs/: run it in a clone of the repository"
     card = ["--limit", LIMIT]
     if machine.capability:
         card += ["--capability", ".".join(map(str, machine.capability))]

@@ -40,7 +40,7 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
         seconds = SECONDS["cuda" if machine.gpu else "cpu"]
         skip = None
         if not machine.has_repository:
-            skip = f"no train.py and accelerate_configs/ in {REPOSITORY}: run it in a checkout of the repository"
+            skip = f"no train.py and accelerate_configs/ in {REPOSITORY}: run it in a clone of the repository"
         elif not machine.gpu and name not in ON_CPU:
             skip = "needs a GPU: for its precision or its memory"
         shown = f"accelerate launch {' '.join(launch[3:])}"

@@ -260,7 +260,7 @@ def test_running_out_of_memory_frees_what_torch_keeps(monkeypatch: pytest.Monkey
     plan: Any = types.SimpleNamespace(share=types.SimpleNamespace(micro_batch=8), gpu={}, otherwise="--memory.x 1")
     drop = lambda: order.append(("gradients", list(driver.done)))  # noqa: E731
     with (
-        pytest.raises(UserError, match=r"phase2: out of memory with micro-batch 8; try --memory.x 1"),
+        pytest.raises(UserError, match=r"phase2: out of memory with micro-batch 8. Try --memory.x 1"),
         planner.explain_out_of_memory(accelerator, "phase2", plan, drop),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -85,6 +85,7 @@ def test_the_folder_says_what_its_keypoints_are(name: str, tmp_path: Path) -> No
     tree, config = _json(tmp_path / "skeleton.json"), _json(tmp_path / "config.json")
     pairs = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12], [13, 14], [15, 16]]
     assert tree.pop("flip_pairs") == config["flip_pairs"] == pairs and tree.pop("mirror_known") is True
+    assert tree.pop("people") is None  # of no training
     as_tuples = {key: tuple(tuple(v) if isinstance(v, list) else v for v in value) for key, value in tree.items()}
     assert Skeleton(**as_tuples) == COCO17
     assert list(config["id2label"].values()) == list(COCO17.names)

@@ -113,20 +113,29 @@ def test_a_lock_that_says_nothing_is_respected(tmp_path: Path, text: str) -> Non
 def test_of_many_that_take_a_stale_lock_over_one_has_it(tmp_path: Path) -> None:
     for _ in range(5):
         (tmp_path / LOCK).write_text(json.dumps(lock._describe_process() | {"start": "1"}))
-        children = []
+        children, (reader, writer) = [], os.pipe()
         for _ in range(8):
             if not (child := os.fork()):
+                os.close(writer)
                 try:
                     lock._acquire(tmp_path / LOCK)
                 except UserError:
                     os._exit(1)
                 except BaseException:
                     os._exit(2)
-                time.sleep(1)  # while the others try
+                os.read(reader, 1)  # it holds the lock until the others have tried
                 os._exit(0)
             children.append(child)
-        codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-        assert codes == [0] + [1] * 7
+        deadline, codes = time.monotonic() + 60, []
+        while len(codes) < 7 and time.monotonic() < deadline:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            codes += [os.waitstatus_to_exitcode(status)] if child in children else []
+            children = [other for other in children if other != child]
+            time.sleep(0.01)
+        os.close(writer)
+        codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        os.close(reader)
+        assert codes == [1] * 7 + [0]
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

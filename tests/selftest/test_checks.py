@@ -69,7 +69,7 @@ def test_a_check_is_as_good_as_its_worst_row(tmp_path: Path) -> None:
     assert checks.run_check(check_of(writes(tmp_path, *rows[:2])), tmp_path, 60, []).status == "passed"
     assert checks.run_check(check_of(writes(tmp_path, rows[0])), tmp_path, 60, []).status == "skipped"
     none = checks.run_check(check_of(writes(tmp_path)), tmp_path, 60, [])
-    assert (none.status, none.text) == ("failed", "it wrote no result")
+    assert (none.status, none.text) == ("failed", "the check wrote no result")
 
 
 def test_a_failed_command_is_one_line_of_its_log(tmp_path: Path) -> None:

@@ -538,7 +538,7 @@ def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path)
     assert "Traceback" not in done.stderr
     assert "step 1 could not be saved" in done.stdout and "step 40 could not be saved" in done.stdout
     assert "log lines or images are lost, training continues" in done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "make room" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "Make room" in done.stderr
 
 
 @pytest.mark.launch
