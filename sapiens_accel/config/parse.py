@@ -60,6 +60,8 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
     except ArgumentError as error:
         raise UserError(_describe_type_error(" ".join(str(error).split()), words, path, tree)) from None
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
+        for key, value in _values(words):
+            _read_yaml(f"--{key}", value)
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}, or the command line: an option of the wrong type: {reason}") from None
     output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
@@ -147,7 +149,7 @@ def recipe_path(recipe: str) -> Path:
         UserError: there is no such recipe or file.
     """
     if recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
+        if not _is_file(recipe):
             raise UserError(f"--recipe {recipe}: no such file")
         return Path(recipe)
     folder = Path(str(resources.files("sapiens_accel.recipes")))
@@ -185,9 +187,12 @@ def read_transforms(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None:
         return None
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = yaml.safe_load(value)
+        try:
+            value = _read_yaml(where, value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if isinstance(value, str):
-        if not Path(value).is_file():
+        if not _is_file(value):
             raise UserError(
                 f"{where} {value}: no such file (expected a YAML file, or a list: [{{GaussNoise: {{p: 0.3}}}}])"
             )
@@ -286,13 +291,46 @@ def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> No
 def _check_inner_keys(key: str, text: str) -> None:
     """Check the keys of a group that the command line sets as a whole: `--phase2.optim "{lr: 1e-4}"`."""
     try:
-        tree = yaml.safe_load(text)
+        tree = _read_yaml(f"--{key}", text)
     except yaml.YAMLError:
         return  # the parser reports it
     known = list(options())
     for inner in _flatten(tree, f"{key}."):
         if inner not in known:
             raise UserError(f"--{key}: no such key {inner!r}{_nearest(inner, known)}")
+
+
+def _read_yaml(option: str, text: str) -> Any:
+    """The value of an option as YAML.
+
+    Raises:
+        UserError: a value that its tag does not fit (`!!timestamp x`), or nested too deeply. PyYAML raises exceptions
+            of any kind for these, and so does the parser, without the name of the option.
+        yaml.YAMLError: it is not YAML, which the parser reports, or takes as plain text.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{option}: not YAML: {reason}") from None
+
+
+def _is_file(name: str) -> bool:
+    """Whether a file of this name exists; a list in the wrong form can be too long for a name."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
+def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and text of each option of a command line."""
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            yield key, value if equals else following
 
 
 def _nearest(word: str, names: Sequence[str], dashes: str = "") -> str:

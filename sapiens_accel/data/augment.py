@@ -45,6 +45,9 @@ BLUR_SIDES = (3, 5, 7)
 HOLE = (0.2, 0.4)
 AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of grays, as a cross product
 GRAY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
+BUILT_IN_OPTIONS = ("photometric_p", "blur_p", "coarse_dropout_p")
+# Warnings of albumentations about a transform as such, whatever its arguments.
+ADVICE = (r"\w+ is a specialized version of ", r"\w+ is an alias for ")
 
 Pixels = UInt8[Array, "h w 3"]
 
@@ -165,10 +168,17 @@ def open_transforms(listed: Sequence[Mapping[str, Any] | str] | str) -> list[Bas
 
     Raises:
         UserError: a transform that is not there, that moves pixels, or that needs more than an image; an argument that
-            it does not have (albumentations itself would only warn) or a value that it does not take.
+            it does not have (albumentations itself would only warn) or a value that it does not take; an argument of
+            the built-in changes, which are options.
     """
     assert not isinstance(listed, str), "config.parse has read the file"
     pairs = [(name, arguments or {}) for one in listed if isinstance(one, Mapping) for name, arguments in one.items()]
+    for argument in [key for name, arguments in pairs if name == BUILT_IN for key in arguments]:
+        known = [one for one in BUILT_IN_OPTIONS if one == argument] or BUILT_IN_OPTIONS
+        raise UserError(
+            f"--augment.albumentations: {BUILT_IN}: expected no arguments, found {str(argument)[:100]!r}. Use "
+            + ", ".join(f"--augment.{one}" for one in known)
+        )
     return [None if name == BUILT_IN else _open_transform(name, arguments) for name, arguments in pairs]
 
 
@@ -177,7 +187,7 @@ def describe_transforms(config: AugmentConfig) -> list[str]:
     if config.albumentations is None:
         return []
     names = [name for one in config.albumentations if isinstance(one, dict) for name in one]
-    instead = "" if BUILT_IN in names else ", in place of the built-in ones (photometric_p, blur_p, coarse_dropout_p)"
+    instead = "" if BUILT_IN in names else f", in place of the built-in ones ({', '.join(BUILT_IN_OPTIONS)})"
     return [f"changes of pixels: {', '.join(names) or 'none'} (albumentations {albumentations.__version__}){instead}"]
 
 
@@ -200,6 +210,8 @@ def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it warns where it replaces a value by its default
+            for advice in ADVICE:
+                warnings.filterwarnings("ignore", advice)
             transform = kind(**arguments)
     except Exception as error:
         raise UserError(f"{where}: {_reason(error)}") from None

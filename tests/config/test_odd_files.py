@@ -32,3 +32,35 @@ def test_an_odd_recipe_is_one_line(tmp_path: Path, content: bytes, named: str) -
         parse.load(["--recipe", str(file)])
     text = str(caught.value)
     assert str(file) in text and named in text and len(text) <= 2_100, text
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--augment.albumentations", "[{GaussNoise: "], "--augment.albumentations: not YAML: while parsing"),
+        (["--augment.albumentations", "[]x"], "--augment.albumentations: not YAML: expected '<document start>'"),
+        (["--augment.albumentations", "[{? [1] : 2}]"], "--augment.albumentations: not YAML: while constructing"),
+        (["--augment.albumentations", "[!!int x]"], "--augment.albumentations: not YAML: invalid literal"),
+        (["--augment.albumentations", "[!!timestamp x]"], "--augment.albumentations: not YAML"),
+        (["--augment.albumentations", "[" * 3_000], "--augment.albumentations: not YAML: maximum recursion"),
+        (["--augment.albumentations", "a" * 5_000], "no such file"),
+        (["--recipe", "a" * 5_000 + ".yaml"], "no such file"),
+        (["--phase2.optim", "{lr: !!timestamp x}"], "--phase2.optim: not YAML"),
+        (["--phase2.optim={lr: !!timestamp x}"], "--phase2.optim: not YAML"),
+        (["--phase2.optim", "[" * 3_000], "--phase2.optim: not YAML: maximum recursion"),
+        (["--ssl.teacher", "{ratio: !!float x}"], "--ssl.teacher: not YAML: could not convert"),
+        (["--data.more", "[!!timestamp x]"], "--data.more: not YAML"),
+        (["--seed", "3", "--phase2.optim.lr", "!!timestamp x"], "--phase2.optim.lr: not YAML"),
+        (["--eval.scales", "[!!timestamp x]"], "--eval.scales: not YAML"),
+    ],
+)
+def test_an_odd_value_is_one_line_that_names_its_option(words: list[str], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse.load(words)
+    text = str(caught.value)
+    assert named in text and "demo.yaml" not in text and "\n" not in text and "\\n" not in text, text
+
+
+def test_a_folder_may_be_named_as_what_is_no_yaml() -> None:
+    config = parse.load(["--output_dir", "2020-13-45", "--data.root", "[x"])
+    assert (config.output_dir, config.data.root) == ("2020-13-45", "[x")

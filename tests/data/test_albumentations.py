@@ -58,6 +58,10 @@ def _augmenter(listed: str) -> Augmenter:
         ("[Normalize]", r"Normalize: makes float32"),
         ("[{FDA: {}}]", r"FDA: "),
         ("[{MaskDropout: {}}]", r"MaskDropout: "),
+        ("[{built_in: {photometric_p: 0.9}}]", r"built_in: .*'photometric_p'\. Use --augment\.photometric_p$"),
+        ("[{built_in: {nonsense: 3}}]", r"built_in: .*'nonsense'\. Use --augment\.photometric_p, --augment\.blur_p, "),
+        ("[{Blur: {blur_limit: [4, 6]}}]", r"Blur: .*Non-zero kernel sizes must be odd"),
+        ("[{FrequencyMasking: {freq_mask_param: 0}}]", r"FrequencyMasking: freq_mask_param"),
         ("[{GaussNoise: [0.3]}]", r"entry 1: expected NAME or \{NAME: \{ARGUMENT: VALUE\}\}, found"),
         ("[ToGray, {A: {}, B: {}}]", r"entry 2: expected NAME"),
         ("absent.yaml", r"absent\.yaml: no such file \(expected a YAML file, or a list"),
@@ -88,6 +92,7 @@ def test_of_all_transforms_those_that_move_pixels_are_refused() -> None:
     taken = [name for name in augment._pixel_transforms() if _is_taken(name)]
     assert {"GaussNoise", "CLAHE", "RandomBrightnessContrast", "MotionBlur", "CoarseDropout", "ToGray"} <= set(taken)
     assert len(taken) > 40 and not set(taken) & set(moving)
+    assert {"FrequencyMasking", "TimeMasking"} <= set(taken), "albumentations advises against them, whatever they get"
 
 
 def _is_taken(name: str) -> bool:
