@@ -42,7 +42,9 @@ def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
     if whole and (not names or len(names) != 133):
         names, edges = WHOLEBODY133.names, edge_names(WHOLEBODY133)
     listed = {str(kind.get("name")) for kind in every}
-    chosen = {str(kind.get("name")) for kind in kinds}
+    # Where there is nothing to choose by, all that have keypoints count.
+    in_use = kinds or [kind for kind in every if str(kind.get("id")) in firsts] or every
+    chosen = {str(kind.get("name")) for kind in in_use}
     as_ever = chosen == ({"person"} if "person" in listed else listed)
     return Category(
         file=file,

@@ -30,6 +30,7 @@ from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import AREA_OF_BOX, oks_nms, person_scores
 from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
 from sapiens_accel.sources.coco import given_id
+from sapiens_accel.sources.schema import WHOLE_BODY, Reading
 
 Metrics = dict[str, float]
 # Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
@@ -142,22 +143,41 @@ def compute_metrics(
 
 
 def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
-    """Write results as COCO's server takes them; 133 keypoints in COCO-WholeBody's five lists.
+    """Write results as COCO's server takes them, of the keypoints of the annotation file, in its order.
 
-    Ids of images and categories are those of the annotation file, as it writes them.
+    Those that the run does not have are 0, 0, 0. In COCO-WholeBody's five lists where the file has them. Ids of images
+    and categories are those of the annotation file, as it writes them.
     """
     categories, images = evaluated_categories(people), read_images(people)
     first = next(iter(categories.values()))
-    whole = body_parts(skeleton)
+    in_lists = _has_five_lists(people, skeleton)
     written = []
     for result in found:
-        points = result["keypoints"]
-        lists = {key: _part(points, place) for place, key in PARTS.values()} if whole else {"keypoints": points}
+        points = _in_order_of_file(result["keypoints"], people.reading)
+        lists = {key: _part(points, place) for place, key in PARTS.values()} if in_lists else {"keypoints": points}
         category, _ = categories.get(result["category_id"], first)
         ids = {"image_id": given_id(images[result["image_id"]]), "category_id": category}
         written.append({**result, **ids, **lists})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(written))
+
+
+def _in_order_of_file(points: list[float], reading: Reading) -> list[float]:
+    """The inverse of `annotation_rules.keypoint_numbers`."""
+    if reading.source is None or reading.count is None:
+        return points
+    written = [0.0] * (3 * reading.count)
+    for k, place in enumerate(reading.source):
+        if place >= 0:
+            written[3 * place : 3 * place + 3] = points[3 * k : 3 * k + 3]
+    return written
+
+
+def _has_five_lists(people: People, skeleton: Skeleton) -> bool:
+    if (people.reading.count or skeleton.num_keypoints) != WHOLEBODY133.num_keypoints:
+        return False
+    annotations = (one for one in people.source.some_annotations() if isinstance(one, dict))
+    return any(all(one.get(key) is not None for key in WHOLE_BODY) for one in annotations)
 
 
 def crowd_levels(images: Sequence[Mapping[str, Any]]) -> dict[str, set[Any]]:

@@ -43,8 +43,8 @@ FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside on
 LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
          "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
-# Categories whose nameless 17, 133 or 308 keypoints are taken for those of people; things: the JSON has none.
-PEOPLE = {"person", "people", "persons", "human", "humans", "pedestrian", "things"}
+# Categories whose nameless 17, 133 or 308 keypoints are taken for those of people, as they are where a JSON has none.
+PEOPLE = {"person", "people", "persons", "human", "humans", "pedestrian"}
 SHOWN = 6
 
 
@@ -55,7 +55,7 @@ class Category:
     Attributes:
         categories: as in annotation_rules.Reading.
         kind: what they are called.
-        chosen: the names of all of them.
+        chosen: the names of all categories whose keypoints they are; empty if the JSON has no categories.
         names: one name for each keypoint; None if it names none.
         edges: pairs of names.
         count: keypoints of its annotations; None if none has any.
@@ -208,7 +208,8 @@ def _together(several: Sequence[Category]) -> tuple[str, ...]:
     lists = []
     for one in several:
         known = PUBLISHED.get(17 if one.count is None else one.count)  # without any the reader says what is missing
-        if one.names is None and (known is None or not PEOPLE & set(words(one.kind))):
+        are_people = all(PEOPLE & set(words(name)) for name in one.chosen)
+        if one.names is None and (known is None or not are_people):
             a_person = f" ({_name_of(known)} if this {one.kind} has a person's, in that order)" if known else ""
             raise UserError(
                 f"{one.file}: no category names its {one.count} keypoints: expected 'keypoints' in it, or names in a "

@@ -202,7 +202,12 @@ def saved_ap(
         truth.dataset = tree
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(str(file)), "keypoints")
-        evaluation.params.kpt_oks_sigmas = np.array(skeleton.sigmas)
+        sigmas = np.array(skeleton.sigmas)
+        if (source := people.reading.source) is not None:
+            in_file = np.full(people.reading.count or 0, 0.05)
+            in_file[[k for k in source if k >= 0]] = sigmas[[k >= 0 for k in source]]
+            sigmas = in_file
+        evaluation.params.kpt_oks_sigmas = sigmas
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -248,8 +253,44 @@ def test_a_case_works(name: str, tmp_path: Path) -> None:
     findings = [" ".join([finding.text, *finding.culprits]) for finding in report.findings]
     assert report.count("error") == 0, findings
     assert [text for text in outcome.doctor if not any(text in finding for finding in findings)] == [], findings
-    if name != "val_other_order":  # its file has another order than the run
-        assert saved_ap(sets.val, skeleton, tmp_path / "saved.json", complete) == pytest.approx(outcome.ap, abs=1e-9)
+    assert saved_ap(sets.val, skeleton, tmp_path / "saved.json", complete) == pytest.approx(outcome.ap, abs=1e-9)
+
+
+def test_saved_predictions_are_of_the_keypoints_of_the_file(tmp_path: Path) -> None:
+    """A YAML of three of 17 keypoints: pycocotools refused the saved file, or compared one keypoint with another."""
+    case = OUTCOMES["val_other_order"]
+    root = lay("val_other_order", tmp_path)
+    (root / "three.yaml").write_text("names: [left_wrist, nose, right_wrist]")
+    sets, _ = open_case(config_of(root, case, skeleton="three.yaml"))
+    tree = json.loads(sets.val.annotations.read_text())
+    names = tree["categories"][0]["keypoints"]
+    chosen = [names.index(name) for name in sets.skeleton.names]
+
+    def of_three(tree: dict[str, Any]) -> None:
+        complete(tree)
+        for one in tree["annotations"]:
+            one["keypoints"] = [n if k // 3 in chosen else 0 for k, n in enumerate(one["keypoints"])]
+            one["num_keypoints"] = sum(v > 0 for v in one["keypoints"][2::3])
+
+    assert saved_ap(sets.val, sets.skeleton, tmp_path / "saved.json", of_three) == pytest.approx(1.0, abs=1e-9)
+    saved = json.loads((tmp_path / "saved.json").read_text())[0]["keypoints"]
+    assert {k for k in range(len(names)) if any(saved[3 * k : 3 * k + 3])} == set(chosen)
+
+
+def test_nameless_keypoints_of_several_kinds_of_animal_are_refused(tmp_path: Path) -> None:
+    """They were taken for COCO's person, and mirrored as one."""
+    root = lay("names_absent_17_dog", tmp_path)
+    for split in ("train", "val"):
+        tree = json.loads((root / f"{split}.json").read_text())
+        tree["categories"] += [{"id": 90, "name": "cat"}, {"id": 91, "name": "cow"}]
+        for one, key in zip(tree["annotations"], (90, 91), strict=False):
+            one["category_id"] = key
+        (root / f"{split}.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"no category names its 17 keypoints.*if this cat, cow, \.\.\. has a person's"):
+        open_case(config_of(root, OUTCOMES["names_absent_17_dog"]))
+    (root / "mine.yaml").write_text(f"names: {json.dumps([f'point {k}' for k in range(17)])}\nmirror: []\n")
+    sets, _ = open_case(config_of(root, OUTCOMES["names_absent_17_dog"], skeleton="mine.yaml"))
+    assert sets.skeleton.categories == ("cat", "cow", "dog")
 
 
 def _detected(file: Path, sets: Sets) -> tuple[Boxes, coco_metrics.Metrics, list[dict[str, Any]]]:
