@@ -21,6 +21,7 @@ from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.formats.dataset import PoseCategory, PoseDataset, PoseImage, PoseInstance, read_size
 from sapiens_accel.inference.media import save_image
+from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.person_boxes import (
     ANNOTATED,
     BOX_MARGIN,
@@ -47,6 +48,7 @@ ORIGINS = {
     WHOLE_IMAGE: "of whole images",
     NO_BOX: "missing, without a keypoint to make one from",
 }
+WITH_AREA = f"with an area of {AREA_OF_BOX} of the tool's box or of the one from keypoints"
 
 Split = Literal["train", "val"]
 
@@ -72,10 +74,10 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     """Write the folder, whole or not at all, and say what is in it, a line each.
 
     Raises:
-        UserError: nothing to train on, a keypoint that is none, an `out` that is there, an image that cannot be read.
+        UserError: no labeled keypoint, an invalid keypoint, an `out` that exists, an image that cannot be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: there already (expected a new folder). Name another one, or remove it")
+        raise UserError(f"{out}: exists already (expected a new folder). Name another one, or remove it")
     if not any(one.keypoints[:, 2].any() for image in dataset.images for one in image.instances):
         raise UserError(
             f"no labeled keypoint in the {count(len(dataset.images), 'image')} that were read (expected some)"
@@ -94,12 +96,12 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    told = [_describe(split, dataset, lines) for split in FILES]
-    told += [f"split: {lines.how}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
+    summary = [_describe(split, dataset, lines) for split in FILES]
+    summary += [f"split: {lines.how}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
     left_out = [f"{what} ({number})" for what, number in dataset.left_out.items() if number]
-    told += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
-    told += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
-    return told
+    summary += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
+    summary += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
+    return summary
 
 
 def _check(dataset: PoseDataset) -> None:
@@ -140,7 +142,7 @@ def _mirror_pairs(categories: list[PoseCategory]) -> list[list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSplits:
-    """The split of each image, and how it was chosen."""
+    """The split of each image, and how they were chosen."""
 
     splits: list[Split]
     how: str
@@ -280,7 +282,9 @@ def _add_boxes(
 ) -> Counter[str]:
     """Write the box of each annotation, inside of its image, and count where they are from.
 
-    The rules are those of --data.boxes (`pose.person_boxes`), with its margin, for each category by itself.
+    The rules are those of --data.boxes (`pose.person_boxes`), with its margin, for each category by itself. Where the
+    tool has no area and the rule sets its box aside (or the one from keypoints), `area` is written by that box: readers
+    take a missing area from the written box, and by a whole image OKS would hardly see a distance.
 
     Args:
         annotations: of all instances of the images, in their order.
@@ -293,6 +297,7 @@ def _add_boxes(
         annotated = np.array([people[place][0].box_xywh or (0, 0, 0, 0) for place in places], float)
         size_wh = np.array([people[place][1] for place in places], float)
         chosen = _choose_boxes(annotated, keypoints, size_wh, rule)
+        replaced = (chosen.areas > 0) & ((rule == "image") | (rule == "keypoints") & (annotated[:, 2:] > 0).all(axis=1))
         for place, box, size, origin in zip(places, chosen.boxes_xywh, size_wh, chosen.origins, strict=True):
             counts[ORIGINS[int(origin)]] += 1
             if origin != NO_BOX:
@@ -302,6 +307,10 @@ def _add_boxes(
                 # A box around keypoints that are all outside of the image stays as it is: the doctor names it.
                 shown = inside if is_made and min(inside[2:]) > 0 else box
                 annotations[place]["bbox"] = [round(float(value), 3) for value in shown]
+        for place, area in zip(np.array(places)[replaced].tolist(), chosen.areas[replaced], strict=True):
+            if "area" not in annotations[place]:
+                annotations[place]["area"] = round(AREA_OF_BOX * float(area), 3)
+                counts[WITH_AREA] += 1
     return counts
 
 

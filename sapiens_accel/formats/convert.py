@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     if asked.category:
         dataset = rename(dataset, asked.category)
     options = WriteOptions(val=asked.val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
-    told = coco_folder.write(dataset, asked.out, options)
-    print(*told, f"written: {asked.out}; train with --data.root {asked.out}", sep="\n")
+    summary = coco_folder.write(dataset, asked.out, options)
+    print(*summary, f"written: {asked.out}; train with --data.root {asked.out}", sep="\n")
 
 
 def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:

@@ -118,7 +118,7 @@ def test_deeplabcut_by_its_hdf5(tmp_path: Path) -> None:
     check_mice(tmp_path / "out", animals=1, boxes=False)
 
 
-def test_lightning_pose(tmp_path: Path) -> None:
+def test_lightning_pose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One CSV for all sessions, in the folder of labeled-data."""
     every = foreign.shots(1)
     foreign.write_images(tmp_path / "labeled-data", every)
@@ -127,6 +127,26 @@ def test_lightning_pose(tmp_path: Path) -> None:
     run("lightning_pose", file, tmp_path / "out", "--category", "mouse", "--boxes", "image")
     by_name, _, _ = read_back(tmp_path / "out")
     assert {tuple(one["bbox"]) for people in by_name.values() for one in people} == {(0, 0, WIDTH, HEIGHT)}
+    assert (
+        "6 of whole images, 6 with an area of 0.53 of the tool's box or of the one from keyp" in capsys.readouterr().out
+    )
+    # The areas by which OKS is measured are those of the animals, not of the image: as with boxes of keypoints.
+    for shot in every:
+        (one,) = by_name[Path(shot.name).stem]
+        labeled = shot.mice[0].points[shot.mice[0].points[:, 2] > 0, :2]
+        assert one["area"] == pytest.approx(0.53 * (1.3 * np.ptp(labeled, axis=0)).prod(), abs=0.01)
+
+
+@pytest.mark.parametrize("rule", ["annotation", "keypoints", "image"])
+def test_areas_do_not_depend_on_the_written_box(tmp_path: Path, rule: str) -> None:
+    """Where the tool has boxes and no areas; an evaluation takes 0.53 of the written box where there is no `area`."""
+    run("yolo", foreign.yolo(tmp_path / "mice", 3), tmp_path / "out", "--boxes", rule)
+    by_name, _, _ = read_back(tmp_path / "out")
+    for shot in foreign.shots():
+        for one, mouse in zip(by_name[Path(shot.name).stem], shot.mice, strict=True):
+            assert ("area" in one) == (rule != "annotation")
+            area = one.get("area", 0.53 * np.prod(one["bbox"][2:]))
+            assert area == pytest.approx(0.53 * np.prod(mouse.box[2:]), rel=2e-3)
 
 
 @pytest.mark.parametrize("embed", [False, True], ids=["images", "package"])
@@ -414,5 +434,5 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         run("deeplabcut", project, tmp_path / "out", "--val", "1.5")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(UserError, match=r"out: there already"):
+    with pytest.raises(UserError, match=r"out: exists already"):
         run("deeplabcut", project, tmp_path / "out")
