@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -94,16 +95,18 @@ def unwrap_errors(loader: Iterable[Loaded]) -> Iterator[Loaded]:
 
 
 class _Watch:
-    """Kills a loading process that is suspended (SIGSTOP) once no batch has come for `PAUSED_SECONDS`.
+    """Kills a loading process that is suspended (SIGSTOP) while the training waits for a batch for `PAUSED_SECONDS`.
 
     torch waits for it without a limit, even in a loader with a timeout: its process hands over a batch's shared memory.
+    Looks are counted, not seconds: while the whole job is suspended (Ctrl-Z, `scontrol suspend`), nobody looks.
 
     Attributes:
         reason: why a process was killed, if one was.
     """
 
     def __init__(self, workers: Sequence[BaseProcess]) -> None:
-        self.workers, self.reason, self._since, self._ended = workers, "", 0.0, threading.Event()
+        self.workers, self.reason, self._ended = workers, "", threading.Event()
+        self._waits, self._awaited = False, 0  # whether a batch is waited for, and its number
 
     def __enter__(self) -> "_Watch":
         if self.workers:
@@ -114,20 +117,26 @@ class _Watch:
         self._ended.set()
 
     def batches(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The same, with the time since which each is waited for."""
-        self._since = time.monotonic()
+        """The same batches; those that are waited for are numbered."""
+        self._waits = True
         for batch in batches:
-            self._since = 0.0
+            self._waits = False
+            self._awaited += 1
             yield batch
-            self._since = time.monotonic()
+            self._waits = True
 
     def _look(self) -> None:
+        awaited, suspended = 0, Counter[int | None]()  # looks in a row at a suspended process, by its id
         while not self._ended.wait(CHECK_SECONDS):
-            waited = time.monotonic() - self._since if self._since else 0.0
-            for worker in self.workers if waited > PAUSED_SECONDS else ():
-                if _is_suspended(worker.pid):
+            if not self._waits or self._awaited != awaited:
+                awaited = self._awaited
+                suspended.clear()
+                continue
+            for worker in self.workers:
+                suspended[worker.pid] = suspended[worker.pid] + 1 if _is_suspended(worker.pid) else 0
+                if (seconds := suspended[worker.pid] * CHECK_SECONDS) >= PAUSED_SECONDS:
                     self.reason = (
-                        f"no batch for {waited:.0f} s: loading process {worker.pid} is suspended (SIGSTOP, or a "
+                        f"no batch for {seconds:.0f} s: loading process {worker.pid} is suspended (SIGSTOP, or a "
                         "debugger). Find out what suspends it, or use --data.num_workers 0"
                     )
                     worker.kill()

@@ -289,6 +289,30 @@ def test_a_loading_process_that_is_suspended_for_a_while_loses_nothing(begin: Ca
     assert sorted(run.losses) == list(range(1, is_saved(run) + 1))
 
 
+def test_a_job_that_is_suspended_as_a_whole_trains_on(begin: Callable[..., Started]) -> None:
+    """As Ctrl-Z and `scontrol suspend` do, for longer than a single loading process may be suspended."""
+
+    def be_impatient(_: int) -> None:
+        from sapiens_accel.data import loader
+
+        loader.CHECK_SECONDS, loader.PAUSED_SECONDS = 0.25, 4
+
+    run = begin(Run(workers=1), before=be_impatient)
+    (rank,), (worker,) = run.ranks, run.loaders(0)
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(1)  # the training waits for a batch now
+    os.killpg(rank, signal.SIGSTOP)
+    at = max(run.losses)
+    time.sleep(5)
+    os.kill(rank, signal.SIGCONT)  # one after the other, with looks at the loading process between
+    time.sleep(1)
+    os.kill(worker, signal.SIGCONT)
+    assert faults.wait_for_step(run, at + 5), run.log.read_text()
+    os.kill(rank, signal.SIGTERM)
+    stopped(run, 128 + signal.SIGTERM)
+    assert sorted(run.losses) == list(range(1, is_saved(run) + 1))
+
+
 def test_all_ranks_say_what_one_could_not_load(begin: Callable[..., Started]) -> None:
     def fail_on_rank_1(rank: int) -> None:
         from sapiens_accel.data import loader
