@@ -45,6 +45,7 @@ class PeopleColumns:
         place: which annotation of the whole file it was.
         left_out: how many annotations were not taken, by cause (see `describe_left_out`).
         labeled: whether a keypoint has a label.
+        box_area: px^2 of the annotated box, else of the one made from keypoints, whatever `box_xywh` is.
     """
 
     file_name: pa.Array
@@ -52,6 +53,7 @@ class PeopleColumns:
     ann_id: Int[Array, "n"]
     box_xywh: Float[Array, "n 4"]
     area: Float[Array, "n"]
+    box_area: Float[Array, "n"]
     keypoints: Float[Array, "n k 3"]
     place: Int[Array, "n"]
     box_origins: Int[Array, "n"]
@@ -68,6 +70,7 @@ class PeopleColumns:
             ann_id=np.array([row["ann_id"] for row in rows], np.int64),
             box_xywh=np.array([row["box_xywh"] for row in rows], np.float64).reshape(num, 4),
             area=np.array([row["area"] for row in rows], np.float64),
+            box_area=np.array([row["box_area"] for row in rows], np.float64),
             keypoints=np.array([row["keypoints"] for row in rows], np.float64).reshape(num, num_keypoints, 3),
             place=np.arange(num),
             box_origins=np.array([row.get("box_origin", ANNOTATED) for row in rows], np.int64),
@@ -83,7 +86,7 @@ class PeopleColumns:
 
     def row(self, index: int) -> dict[str, Any]:
         """As a row of `people`."""
-        names = ("image_id", "ann_id", "box_xywh", "area", "keypoints")
+        names = ("image_id", "ann_id", "box_xywh", "area", "box_area", "keypoints")
         values = {name: getattr(self, name)[index].tolist() for name in names}
         size_wh = np.nan_to_num(self.size_wh[index]).tolist()
         return {"file_name": self.file_name[index].as_py(), **values, "size_wh": size_wh}
@@ -98,6 +101,7 @@ class PeopleColumns:
             "ann_id": pa.array(self.ann_id),
             "box_xywh": pa.FixedSizeListArray.from_arrays(pa.array(self.box_xywh.reshape(-1)), 4),
             "area": pa.array(self.area),
+            "box_area": pa.array(self.box_area),
             "size_wh": pa.FixedSizeListArray.from_arrays(pa.array(np.nan_to_num(self.size_wh).reshape(-1)), 2),
             "keypoints": pa.ExtensionArray.from_storage(schema.field("keypoints").type, triples),
         }
@@ -327,6 +331,7 @@ class PeopleReader:
             "ann_id": id_of(annotation["id"]),
             "box_xywh": chosen.boxes_xywh[0].tolist(),
             "area": float(area if area or (box[2:] > 0).all() else from_box),
+            "box_area": float(chosen.areas[0]),
             "keypoints": points,
             "box_origin": int(chosen.origins[0]),
             "size_wh": size_wh,
@@ -406,6 +411,7 @@ class PeopleReader:
             ann_id=check.ann_id[chosen],
             box_xywh=made.boxes_xywh[chosen],
             area=area[chosen],
+            box_area=made.areas[chosen],
             keypoints=points[chosen],
             place=_field(people, "place", numbers)[chosen],
             box_origins=made.origins[chosen],

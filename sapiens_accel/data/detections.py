@@ -328,5 +328,6 @@ def _detected_rows(files: PeopleFiles, names: list[str], min_score: float) -> It
             "ann_id": index,
             "box_xywh": box.tolist(),
             "area": float(box[2] * box[3]),
+            "box_area": float(box[2] * box[3]),
             "keypoints": np.zeros((files.num_keypoints, 3)),
         }

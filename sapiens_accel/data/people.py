@@ -45,7 +45,7 @@ from sapiens_accel.sources.source import open_source
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MEASURED = 20_000  # people, evenly spread, whose sizes are looked at
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
 # The files of a table of people: rows, which are labeled, where boxes are from, and their order where it is another.
@@ -58,7 +58,7 @@ class People:
     """Rows of people and the folder that their images are in.
 
     A row: file_name (relative to root), image_id, ann_id, box_xywh [4] and keypoints [K, 3] (x, y, v) in image px, area
-    in px^2, size_wh [2] of the image (0 where it is not known).
+    in px^2, box_area in px^2 (see `PeopleBoxes.areas`), size_wh [2] of the image (0 where it is not known).
 
     Attributes:
         annotations: the file that the rows came from, or the folder of whole images.
@@ -481,6 +481,7 @@ def features_of(num_keypoints: int) -> Features:
             "ann_id": Value("int64"),
             "box_xywh": List(Value("float64"), length=4),
             "area": Value("float64"),
+            "box_area": Value("float64"),
             "size_wh": List(Value("float64"), length=2),
             "keypoints": Array2D((num_keypoints, 3), "float64"),
         }
@@ -498,6 +499,7 @@ def _whole_image_rows(path: Path, folder: str, names: list[str], num_keypoints: 
             "ann_id": index,
             "box_xywh": [0.0, 0.0, float(width), float(height)],
             "area": float(width * height),
+            "box_area": float(width * height),
             "keypoints": np.zeros((num_keypoints, 3)),
             "size_wh": (float(width), float(height)),
         }

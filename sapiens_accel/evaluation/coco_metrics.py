@@ -113,10 +113,8 @@ def compute_metrics(
     truth = read_ground_truth(people, skeleton.num_keypoints)
     tree = truth.dataset
     if rules.area == "box":
-        boxes = [person["bbox"] for person in tree["annotations"]]
-        areas = [AREA_OF_BOX * width * height for _, _, width, height in boxes]
-        pairs = zip(tree["annotations"], areas, strict=True)
-        tree = {**tree, "annotations": [{**person, "area": area} for person, area in pairs]}
+        measured = [{**person, "area": AREA_OF_BOX * person["box_area"]} for person in tree["annotations"]]
+        tree = {**tree, "annotations": measured}
     parts = body_parts(skeleton)
     # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
     areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None

@@ -197,7 +197,8 @@ def use_areas(people: People, config: EvalConfig) -> People:
     """The people with the areas that `--eval.area` says, for whatever compares predictions with them."""
     if config.area == "annotation":
         return people
-    areas = AREA_OF_BOX * boxes_of(people.rows)[:, 2:].prod(axis=1)
+    # Of the box as annotated or around keypoints: with --data.boxes image the row's box is the whole image.
+    areas = AREA_OF_BOX * np.asarray(people.rows["box_area"][:], dtype=np.float64)
     features = people.rows.features
     rows = people.rows.remove_columns("area").add_column("area", areas, feature=features["area"])
     return replace(people, rows=rows)

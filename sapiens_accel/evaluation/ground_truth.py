@@ -37,9 +37,11 @@ class GroundTruth:
 
 
 def _measure_rows(people: People) -> dict[Any, dict[str, Any]]:
-    """The area and the box of each person by the annotation's id: where it has none they are made, see `data.boxes`."""
-    columns = (people.rows["ann_id"][:], people.rows["area"][:], people_tables.boxes_of(people.rows).tolist())
-    return {ann_id: {"area": area, "bbox": box} for ann_id, area, box in zip(*columns, strict=True)}
+    """Each person's area, area of its box and box by the annotation's id; `data.boxes` says how they are made."""
+    rows = people.rows
+    columns = (rows["ann_id"][:], rows["area"][:], rows["box_area"][:], people_tables.boxes_of(rows).tolist())
+    names = ("area", "box_area", "bbox")
+    return {ann_id: dict(zip(names, values, strict=True)) for ann_id, *values in zip(*columns, strict=True)}
 
 
 # One set of people is evaluated many times: by each network and variant of eval.py, and again and again in a training.
@@ -76,11 +78,7 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
                 "category_id": 1,
                 "category": category,
                 "iscrowd": int(is_crowd),
-                **(
-                    rows[person["id"]]
-                    if is_row
-                    else {"area": float(AREA_OF_BOX * (box[2] * box[3]) if area is None else area), "bbox": box}
-                ),
+                **(rows[person["id"]] if is_row else _measure_other(box, area)),
                 "keypoints": (keypoints if is_row else None) or zeros,
             }
         )
@@ -93,6 +91,12 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
         unmeasured_ids=tuple(unmeasured),
         num_without_area=num_without_area,
     )
+
+
+def _measure_other(box: list[float], area: float | None) -> dict[str, Any]:
+    """The same of an annotation that is not among the rows."""
+    box_area = float(box[2] * box[3])
+    return {"area": AREA_OF_BOX * box_area if area is None else float(area), "box_area": box_area, "bbox": box}
 
 
 def evaluated_categories(people: People) -> dict[Any, tuple[Any, str]]:

@@ -213,6 +213,24 @@ def test_areas_are_those_that_were_asked_for_and_the_table_says_which(tmp_path: 
     assert (settings["area"], settings["max_people"]) == ("box", 30)
 
 
+@pytest.mark.parametrize("rule", ["image", "keypoints"])
+def test_areas_of_boxes_are_those_of_the_annotated_ones_whatever_is_cropped(rule: Any, tmp_path: Path) -> None:
+    _write(tmp_path / "people.json", 9, np.random.default_rng(5), area=lambda number: number % 2)
+    annotated = _people(tmp_path)
+    reading = replace(annotated.reading, boxes=rule)
+    people = coco.labeled_people(tmp_path, "people.json", "images", 17, tmp_path / "cache", reading)
+    assert (coco.boxes_of(people.rows) != coco.boxes_of(annotated.rows)).any()
+    assert people.rows["ann_id"][:] == annotated.rows["ann_id"][:]
+    predictions, rules = _noisy(annotated, 25), CountingRules(area="box")
+    results = _results(annotated, predictions, EvalConfig())
+    metrics = [
+        coco_metrics.compute_metrics(results, one, COCO17, "pycocotools", rules)[0] for one in (annotated, people)
+    ]
+    assert metrics[0] == metrics[1] and 0.05 < metrics[0]["AP"] < 0.9
+    areas = [evaluate.use_areas(one, EvalConfig(area="box")).rows["area"][:] for one in (annotated, people)]
+    assert list(areas[0]) == list(areas[1])
+
+
 @pytest.mark.parametrize(("most", "num_images"), [(100, 1), (25, 7)])
 def test_more_people_than_count_is_said_with_the_best_possible_ap(tmp_path: Path, most: int, num_images: int) -> None:
     _write(tmp_path / "people.json", num_images, np.random.default_rng(2), most, full=True)
