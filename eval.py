@@ -67,7 +67,7 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
     for group in [*([one] for one in candidates), *([candidates] if run.eval.ensemble else [])]:
         name = networks.choose_name(group, candidates)
         loaded = networks.build_networks(accelerator, group, run, skeleton)
-        for variant, config_of_row in networks.list_variants(run.eval):
+        for variant, config_of_row in networks.list_variants(run.eval, skeleton.mirror_known):
             row = ", ".join(filter(None, [name, variant]))
             if run.eval.save_predictions and (variant or len(candidates) > 1):
                 file = evaluate.predictions_path(run.eval.save_predictions, row)

@@ -39,6 +39,11 @@ def main(argv: Sequence[str]) -> None:
     run = config.load(argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
+    if run.recipe == Config.recipe and run.data.root:
+        accelerator.print(
+            f"--recipe {run.recipe} trains a toy network ({run.model.name}) with the demo's few steps; for a network "
+            f"of use on {run.data.root} give --recipe sapiens_0.3b_coco --weights facebook/sapiens-pretrain-0.3b"
+        )
     with distributed.explain_lost_ranks(accelerator):
         failures.on_each_rank(lambda: check_folders(run))
         failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))

@@ -339,7 +339,14 @@ def check_sigma(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
         f"sigma {sigma:g} of a heatmap of {heatmap_hw[0]} x {heatmap_hw[1]}: 1/{heatmap_hw[1] / sigma:.0f} of its width"
     )
     fine = low <= sigma <= high and sigma >= LEAST_SIGMA
-    expected = f"; published shares are 1/32 and 1/24: --data.sigma {max(heatmap_hw[1] / 32, LEAST_SIGMA):.2g}"
+    if not fine and high < LEAST_SIGMA:
+        expected = (
+            f"; no sigma suits so small a heatmap: {LEAST_SIGMA:g} px is the least, as a narrower peak lies between "
+            f"pixels, and that is more than 1/20 of the width. Enlarge --data.input_hw"
+        )
+    else:
+        expected = f"; published shares are 1/32 and 1/24: --data.sigma {max(heatmap_hw[1] / 32, LEAST_SIGMA):.2g}"
+        expected += f" ({LEAST_SIGMA:g} px is the least)" if heatmap_hw[1] / 32 < LEAST_SIGMA else ""
     return Finding(level="note" if fine else "warning", check="sigma", text=text + ("" if fine else expected))
 
 

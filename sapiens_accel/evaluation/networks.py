@@ -27,6 +27,8 @@ from sapiens_accel.runtime import distributed
 
 PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not tell
 
+USUAL_NAMES = ("weights", "model", "pytorch_model")  # which tell nothing of the network
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -68,7 +70,7 @@ def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate
         UserError: a run folder without weights of the stages that are asked for.
     """
     if not (path / "config.yaml").is_file():
-        name = path.stem if path.is_file() else path.resolve().name
+        name = _name_of(path)
         return [Candidate(name=name, weights=path, folder=output or Path("evaluations") / name)]
     stages = [stage for stage in run.stages if (path / stage / "weights" / FILE).is_file()]
     if not stages:
@@ -76,6 +78,19 @@ def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate
         of_others = f"; it has those of {', '.join(trained)}" if trained else ""
         raise UserError(f"{path}: no weights of {run.stage} in it (expected STAGE/weights/{FILE}){of_others}")
     return [Candidate(name=stage, weights=path / stage / "weights", folder=output or path) for stage in stages]
+
+
+def _name_of(path: Path) -> str:
+    """What weights are called: RUN_STAGE for those of a run, as each run has a folder STAGE/weights; else by their file
+    or folder, or by the folder around it where its own name is one that tools write."""
+    path, config = path.resolve(), find_run_config(path)
+    if config is not None:
+        parts = [config.resolve().parent.name, *path.relative_to(config.resolve().parent).with_suffix("").parts]
+    else:
+        parts = [path.stem if path.is_file() else path.name]
+        if parts[-1] in USUAL_NAMES:
+            parts = [path.parent.name, *parts] if path.parent.name not in USUAL_NAMES else [path.parent.parent.name]
+    return "_".join(part for part in parts if part not in USUAL_NAMES) or path.stem
 
 
 def choose_name(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
@@ -254,8 +269,11 @@ def _size_name(found: Weights) -> str:
     return name
 
 
-def list_variants(config: EvalConfig) -> Iterator[tuple[str, EvalConfig]]:
+def list_variants(config: EvalConfig, mirror_known: bool = True) -> Iterator[tuple[str, EvalConfig]]:
     """What is asked for, or, with `compare`, first without each kind of augmentation; each by its name.
+
+    Args:
+        mirror_known: of the skeleton; without it there is no flip test.
 
     Raises:
         UserError: there is nothing to leave out.
@@ -266,7 +284,14 @@ def list_variants(config: EvalConfig) -> Iterator[tuple[str, EvalConfig]]:
     flips, scales = ([False, True] if config.flip else [False]), [(1.0,)]
     scales += [config.scales] if config.scales != (1.0,) else []
     if len(flips) == len(scales) == 1:
-        raise UserError("--eval.compare: nothing to compare; give --eval.flip true or --eval.scales 0.5 1.0 1.5 2.0")
+        if mirror_known:
+            more = "give --eval.flip true or --eval.scales 0.5 1.0 1.5 2.0"
+        else:
+            more = (
+                "left and right of the keypoints are not known, so there is no flip test; give "
+                "--eval.scales 0.5 1.0 1.5 2.0, or the pairs as mirror: in --data.skeleton FILE"
+            )
+        raise UserError(f"--eval.compare: nothing to compare; {more}")
     for several in scales:
         for flip in flips:
             parts = ["flip"] * flip + ["scales"] * (several != (1.0,))

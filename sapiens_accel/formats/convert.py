@@ -4,6 +4,7 @@ FORMAT coco is the way out of that form: a folder as parquet or tar shards (sour
 frames without labels for stage ssl.
 """
 
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -69,7 +70,16 @@ def main(argv: Sequence[str]) -> None:
         dataset = rename(dataset, asked.category)
     options = WriteOptions(val=asked.val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
     summary = coco_folder.write(dataset, asked.out, options)
-    print(*summary, f"written: {asked.out}; train with --data.root {asked.out}", sep="\n")
+    print(*summary, f"written: {asked.out}; train with", describe_training(asked.out, options), sep="\n")
+
+
+def describe_training(folder: Path, options: WriteOptions) -> str:
+    """The command that trains published weights on a folder that was written, with the options that it needs."""
+    words = ["accelerate", "launch", "train.py", "--recipe", "sapiens_0.3b_coco", "--stage", "phase2"]
+    words += ["--weights", "facebook/sapiens-pretrain-0.3b", "--data.root", str(folder)]
+    words += ["--data.skeleton", coco_folder.SKELETON] * (folder / coco_folder.SKELETON).is_file()
+    words += ["--data.box_padding", "1"] * (options.boxes == "image")
+    return shlex.join(words)
 
 
 def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:

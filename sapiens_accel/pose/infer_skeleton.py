@@ -43,9 +43,14 @@ FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside on
 LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
          "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
+# A body has halves if its keypoints name limbs of both: a tail, a fin or a snout makes none.
+LOWER_LIMBS = LOWER - {"tail"}
+UPPER_LIMBS = {"shoulder", "elbow", "wrist", "arm", "forearm", "hand", "chest", "neck", "withers", *FRONT}
+BODY = {*PARTS, *LOWER, *UPPER_LIMBS, "head", "face", "mouth", "chin", "paw", "hoof", "snout", "back", "throat"}
 # Categories whose nameless 17, 133 or 308 keypoints are taken for those of people, as they are where a JSON has none.
 PEOPLE = {"person", "people", "persons", "human", "humans", "pedestrian"}
 SHOWN = 6
+NO_HALVES = "no halves of a body known (no half-body crops; upper: [NAME, ...] in --data.skeleton FILE gives them)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +239,7 @@ def _made(
         pairs = [[_index(place, name, asked, "mirror") for name in pair] for pair in asked.mirror]
         mirror, lonely = _from_pairs(pairs, names, asked), ()
     sigmas = _all_sigmas(names, mirror, asked, place)
-    upper = built_in.upper if built_in else tuple(k for k, name in enumerate(names) if not _is_lower(name))
+    upper = built_in.upper if built_in else _upper(names)
     if asked.upper is not None:
         upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
     drawn = built_in or next((one for one in PUBLISHED.values() if set(names) <= set(one.names)), None)
@@ -334,9 +339,16 @@ def _of_part(name: str) -> float | None:
     return round(median(sigma for other, sigma in pairs if part in words(other)), 4)
 
 
-def _is_lower(name: str) -> bool:
-    here = {part for word in words(name) for part in (word, word.removesuffix("s"))}
-    return bool(LOWER & here) and not FRONT & here
+def _upper(names: Sequence[str]) -> tuple[int, ...]:
+    """The upper half of the body; none unless limbs of both halves and most keypoints are known by their names."""
+    several = [{part for word in words(name) for part in (word, word.removesuffix("s"))} for name in names]
+    lower = [bool(LOWER & here) and not FRONT & here for here in several]
+    has_both = any(UPPER_LIMBS & here for here in several) and any(
+        is_lower and LOWER_LIMBS & here for is_lower, here in zip(lower, several, strict=True)
+    )
+    if not has_both or 2 * sum(bool(BODY & here) for here in several) <= len(names):
+        return ()
+    return tuple(k for k, is_lower in enumerate(lower) if not is_lower)
 
 
 def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) -> list[str]:
@@ -346,7 +358,7 @@ def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) 
     whence = {"given": sigmas.num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
     whence = {"known by name": k - sum(whence.values()), **whence}
     shown = f" ({short([f'{made.names[a]} - {made.names[b]}' for a, b in pairs], 3)})" if pairs else ""
-    halves = f"{len(made.upper)} upper, {len(made.lower)} lower" if made.upper and made.lower else "no halves of a body"
+    halves = f"{len(made.upper)} upper, {len(made.lower)} lower" if made.upper and made.lower else NO_HALVES
     lines = [
         f"keypoints: {k} of {kind} ({short(made.names, 3)}); left and right: "
         f"{len(pairs)} pairs{shown}; {halves}; {len(made.edges)} edges; OKS sigmas: "

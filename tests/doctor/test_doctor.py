@@ -574,7 +574,9 @@ def test_joints_lost_by_the_crop_are_counted_and_named() -> None:
      (6, (128, 96), "warning"), (1, (128, 96), "warning"), (0.5, (16, 12), "warning")],
 )  # fmt: skip
 def test_sigma_is_held_against_the_heatmap(sigma: float, hw: tuple[int, int], level: str) -> None:
-    assert examine.check_sigma(sigma, hw).level == level
+    finding = examine.check_sigma(sigma, hw)
+    assert finding.level == level
+    assert ("Enlarge --data.input_hw" in finding.text) == (hw == (16, 12)), "0.8 px would be a warning again"
 
 
 def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

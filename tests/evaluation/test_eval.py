@@ -20,8 +20,11 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
 from sapiens_accel.config import commands
+from sapiens_accel.config import parse as config
 from sapiens_accel.config.options import options
+from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation import networks
 from sapiens_accel.evaluation.coco_metrics import METRICS
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import synthetic
@@ -149,6 +152,25 @@ def test_what_each_augmentation_adds_and_costs(main: Main, weights: Path, tmp_pa
     files = sorted(path.name for path in tmp_path.glob("r*.json"))
     assert files == ["r_first_flip.json", "r_first_flip_scales.json", "r_first_plain.json", "r_first_scales.json"]
     assert len({(tmp_path / name).read_text() for name in files}) == 4, "none is without effect"
+
+
+def test_results_of_two_runs_do_not_mix(tmp_path: Path) -> None:
+    run, folders = config.load([]), []
+    for name in ("one/ssl/weights", "two/ssl/weights", "two/phase2/weights/model.safetensors", "given", "x/model.pt"):
+        path = tmp_path / name
+        (path.parent if path.suffix else path).mkdir(parents=True)
+        if path.suffix:
+            path.touch()
+        if len(parts := name.split("/")) > 2:
+            (tmp_path / parts[0] / "config.yaml").touch()
+        folders.append(networks.list_weights(path, run, None)[0].folder.as_posix())
+    assert folders == [f"evaluations/{name}" for name in ("one_ssl", "two_ssl", "two_phase2", "given", "x")]
+
+
+def test_comparing_without_sides_says_why() -> None:
+    run = EvalConfig(compare=True, flip=False)
+    with pytest.raises(UserError, match=r"left and right of the keypoints are not known, .* --eval.scales 0\.5"):
+        list(networks.list_variants(run, mirror_known=False))
 
 
 def test_several_weights_and_their_ensemble(main: Main, weights: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_command_that_is_named_converts_it(
     assert command and "\n" not in message, message
     monkeypatch.chdir(tmp_path)
     cli.run([*shlex.split(command[1])[1:], "OUT"])
-    assert "train with --data.root OUT" in capsys.readouterr().out
+    assert "--weights facebook/sapiens-pretrain-0.3b --data.root OUT" in capsys.readouterr().out
     assert _open(*cache, "--data.root", "OUT") > 0
 
 

@@ -224,6 +224,23 @@ def test_whether_left_and_right_are_known(names: tuple[str, ...], known: bool) -
     assert any("left and right of the keypoints are not known" in line for line in lines) is not known
 
 
+@pytest.mark.parametrize(
+    ("names", "lower"),
+    [
+        (("nose", "left_ear", "right_ear", "neck", "spine1", "spine2", "tail_base", "tail_tip"), ()),  # a mouse
+        (("snout", "left_ear", "left_hip", "tail_base", "probe", "a", "b", "c", "d", "e"), ()),
+        (("snout", "dorsal_fin", "tail_top", "tail_bottom"), ()),
+        (("nose", "l_shoulder", "r_shoulder", "l_hip", "r_hip"), (3, 4)),
+        (("nose", "neck", "left_front_paw", "left_hind_paw", "tail_base"), (3, 4)),
+    ],
+)
+def test_halves_are_those_of_a_body_with_limbs(names: tuple[str, ...], lower: tuple[int, ...]) -> None:
+    one = Category(file=Path("a.json"), categories=("mouse",), kind="mouse", names=names)
+    skeleton, lines = custom.infer_skeleton([one], None)
+    assert (skeleton.lower if skeleton.upper else ()) == lower
+    assert any("no half-body crops" in line for line in lines) == (not lower)
+
+
 def test_some_of_a_skeleton() -> None:
     assert COCO17.select(COCO17.names) == COCO17
     some = COCO17.select(["right_hip", "left_hip", "left_knee", "nose"])
