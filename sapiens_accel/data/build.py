@@ -73,10 +73,12 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         people_of["unlabelled"], more = gathered
         warnings += more
     checked = {name: _check(people, config) for name, people in people_of.items()}
+    warnings += [people.size_note for people in checked.values()]
     parts = [checked["train"]]
     for one in others:
         people, warning = _labeled_people(one, config, skeleton, root, cache)
         people, leaks = leakage.leave_out_copies(_check(people, config), checked["val"], config.on_leak, cache)
+        warnings.append(people.size_note)
         parts.append(people)
         warnings += [warning, people.box_note, leaks]
     for people in parts:
@@ -125,7 +127,14 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
     val = open_split(config, skeleton, "val")
     others = _open_unlabeled_streams(config, reader, root, cache) if unlabeled else None
     skeleton = dataclasses.replace(skeleton, people=streaming.measure_stream(train))
-    lines = (warning, train.box_note, val.box_note, _propose_whole_images(config, skeleton.people), UNCOMPARED)
+    lines = (
+        warning,
+        train.box_note,
+        val.box_note,
+        val.size_note,
+        _propose_whole_images(config, skeleton.people),
+        UNCOMPARED,
+    )
     return Sets(train, val, others, tuple(line for line in lines if line), skeleton)
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,8 @@ if not sys.stderr.isatty():
 
 SCHEMA_VERSION = 7
 MEASURED = 20_000  # people, evenly spread, whose sizes are looked at
+EIGHTH = 8  # `images.check_images` gives sizes to this many px
+MOST_OF_OTHER_SIZE = 0.25  # of the images: with more of them labels and images do not belong together
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
 # The files of a table of people: rows, which are labeled, where boxes are from, and their order where it is another.
 PEOPLE, LABELED, BOXES, ORDER = "people.arrow", "labelled.npy", "boxes.npy", "order.npy"
@@ -67,6 +69,7 @@ class People:
         parts: what `join_people` joined: a message about a broken image names its own file of annotations.
         reading: how the file was read; evaluation reads it in the same way.
         box_note: of boxes that are not the annotated ones, in a line: how many, and how they were made; may be empty.
+        size_note: of images of another size than their file says, in a line; may be empty.
     """
 
     rows: Dataset
@@ -77,6 +80,7 @@ class People:
     parts: tuple["People", ...] = ()
     reading: Reading = PLAIN
     box_note: str = ""
+    size_note: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -264,7 +268,8 @@ def check_people(
     """The same people once every image is known to be there and to decode.
 
     Raises:
-        UserError: an image that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip.
+        UserError: an image that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip; more
+            than MOST_OF_OTHER_SIZE of those that are decoded have another size than the file says.
     """
     looks_at_some = check == "auto" and len(people) > people.source.max_looked_at
     rows = spread_rows(people.rows, DECODE_AT_MOST) if looks_at_some else people.rows
@@ -278,6 +283,8 @@ def check_people(
         if on_bad_image == "stop":
             raise UserError(f"{people.root / name}: {reason}; mend it, or --data.on_bad_image skip")
         print(f"skipped: {people.root / name} {reason}", flush=True)
+    if wrong := find_other_sizes(_read_known_sizes(rows), looks):
+        people = replace(people, size_note=_describe_other_sizes(people, wrong, len(names) - len(bad)))
     if not bad:
         return people
     good = np.flatnonzero(~np.isin(np.array(people.rows["file_name"][:]), list(bad)))
@@ -286,6 +293,55 @@ def check_people(
         files = dict.fromkeys(str(part.annotations) for part in people.parts or (people,))
         raise UserError(f"{' and '.join(files)}: nobody is left: none of its {len(names)} images can be used")
     return replace(people, rows=people.rows.select(good), num_skipped=num_skipped)
+
+
+def find_other_sizes(
+    sizes_wh: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[int, int] | str]
+) -> dict[str, tuple[str, ...]]:
+    """Images that have another size when read than their file says: what is wrong, with each image that it is about.
+
+    Args:
+        sizes_wh: what the file says, of those of whom it does.
+        looks: what `images.check_images` gave.
+    """
+    turned, other = [], []
+    for name, hw in looks.items():
+        if isinstance(hw, str) or not any(hw) or name not in sizes_wh:
+            continue
+        (width, height), (seen_h, seen_w) = sizes_wh[name], (EIGHTH * side for side in hw)
+        if abs(seen_w - width) >= EIGHTH or abs(seen_h - height) >= EIGHTH:
+            is_turned = abs(seen_w - height) < EIGHTH and abs(seen_h - width) < EIGHTH
+            culprit = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
+            (turned if is_turned else other).append(culprit)
+    texts = {
+        f"{len(turned)} images lie on their side when read: by their EXIF data (were they labeled so?), or width and "
+        "height are exchanged in the JSON": tuple(turned),
+        f"{len(other)} images have another size than the JSON says": tuple(other),
+    }
+    return {text: culprits for text, culprits in texts.items() if culprits}
+
+
+def _read_known_sizes(rows: Dataset) -> dict[str, tuple[float, float]]:
+    """The width and height of each image by its name, of those of which the file says them."""
+    sizes = column_of(rows, "size_wh", (2,)).tolist()
+    return {name: (w, h) for name, (w, h) in zip(rows["file_name"][:], sizes, strict=True) if w > 0 and h > 0}
+
+
+def _describe_other_sizes(people: People, wrong: Mapping[str, tuple[str, ...]], num_images: int) -> str:
+    """A line about a few of them.
+
+    Raises:
+        UserError: they are more than a few.
+    """
+    files = " and ".join(dict.fromkeys(str(part.annotations) for part in people.parts or (people,)))
+    what = "; ".join(f"{text} ({culprits[0]})" for text, culprits in wrong.items())
+    line = (
+        f"{files}: of {num_images} images {what}. Keypoints and boxes are in pixels of the image as it is read: take "
+    )
+    line += "the images that were labeled, or scale the labels, and write 'width' and 'height' as read"
+    if sum(map(len, wrong.values())) > MOST_OF_OTHER_SIZE * num_images:
+        raise UserError(line)
+    return f"warning: {line}"
 
 
 def spread_rows(rows: Dataset, number: int) -> Dataset:

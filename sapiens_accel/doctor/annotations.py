@@ -11,14 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from sapiens_accel.data.annotation_rules import CATEGORY, CROWD, NO_SIZE, PeopleReader
-from sapiens_accel.data.people import DECODE_AT_MOST, People, annotation_file, decodes
+from sapiens_accel.data.people import DECODE_AT_MOST, People, annotation_file, decodes, find_other_sizes
 from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images
 from sapiens_accel.sources.schema import FARTHEST, PLAIN, Fault, Reading
 from sapiens_accel.sources.source import open_source
-
-EIGHTH = 8  # `images.check_images` gives sizes to this many px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,27 +158,8 @@ def check_images(
         first = next(iter(reasons.values()))
         text = f"{len(corrupt)} images cannot be used: the first {first}; mend them, or --data.on_bad_image skip"
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
-    return [*findings, *_compare_sizes(read.sizes_wh, looks)]
-
-
-def _compare_sizes(
-    sizes_wh: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[int, int] | str]
-) -> Iterator[Finding]:
-    turned, other = [], []
-    for name, hw in looks.items():
-        if isinstance(hw, str) or not any(hw) or name not in sizes_wh:
-            continue
-        (width, height), (seen_h, seen_w) = sizes_wh[name], (EIGHTH * side for side in hw)
-        if abs(seen_w - width) >= EIGHTH or abs(seen_h - height) >= EIGHTH:
-            is_turned = abs(seen_w - height) < EIGHTH and abs(seen_h - width) < EIGHTH
-            culprit = f"{name}: {width:g} x {height:g} in the JSON, about {seen_w} x {seen_h} as read"
-            (turned if is_turned else other).append(culprit)
-    if turned:
-        text = f"{len(turned)} images lie on their side when read: by their EXIF data (were they labeled so?), or "
-        text += "width and height are exchanged in the JSON"
-        yield _error("size", text, *turned)
-    if other:
-        yield _error("size", f"{len(other)} images have another size than the JSON says", *other)
+    wrong = find_other_sizes(read.sizes_wh, looks)
+    return [*findings, *(_error("size", text, *culprits) for text, culprits in wrong.items())]
 
 
 def _error(check: str, text: str, *culprits: str) -> Finding:

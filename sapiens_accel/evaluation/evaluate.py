@@ -123,7 +123,7 @@ def evaluate_networks(
             rules = CountingRules(config.area, config.max_people)
             metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules)
             quality = measure_keypoints(matched, people, skeleton)
-            notes = [line for line in (boxes.note, describe_misfit(boxes, people, skeleton)) if line]
+            notes = [line for line in (boxes.note, people.size_note, describe_misfit(boxes, people, skeleton)) if line]
             notes += describe_unmeasured(people, skeleton)
             notes += describe_crowding(people, config) + describe_unmatched(matched)
             notes += explain_metrics(metrics, matched, people, skeleton)

@@ -412,6 +412,25 @@ def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not
     assert not [f for f in report.findings if f.check == "train/size"], "labeled as it is shown"
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_images_of_another_size_than_the_json_says_are_refused_by_the_run_as_well(
+    run: Config, root: Path, scale: float
+) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    for image in tree["images"]:
+        image["width"], image["height"] = int(scale * image["width"]), int(scale * image["height"])
+    tree["images"][0]["width"] += 8
+    (root / TRAIN).write_text(json.dumps(tree))
+    if scale == 1:
+        (line,) = [line for line in _open(run).warnings if "another size" in line]
+        assert line.startswith("warning: ") and "1 images have another size" in line
+        return
+    with pytest.raises(
+        UserError, match=r"of (\d+) images \1 images have another size than the JSON says .* x 640 in the JSON"
+    ):
+        _open(run)
+
+
 def test_100_megapixels_are_read(run: Config, root: Path) -> None:
     _huge(10_000)(_whole(root))
     assert len(_open(run).train) == NUM
