@@ -31,7 +31,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
-from sapiens_accel.pose.visibility import target_weights
+from sapiens_accel.pose.visibility import is_labeled, target_weights
 from sapiens_accel.sources.images import DecodedImage, read_reduced_image
 
 
@@ -242,7 +242,7 @@ def _with_labels(
     seen = transform_keypoints(crop, keypoints, config.input_hw, skeleton)
     points_xy, weights = seen[:, :2].astype(np.float32), target_weights(seen[:, 2], config.occluded_weight)
     if config.absent_is_background:
-        weights = np.where(weights > 0, weights, np.float32(-1))
+        weights = np.where(is_labeled(seen), weights, np.float32(-1))
     if config.outside_keypoints == "ignored":
         # As sapiens2, sapiens/pose/src/datasets/transforms/pose_transforms.py: 0 <= x < width.
         inside = ((points_xy >= 0) & (points_xy < config.input_hw[::-1])).all(axis=1)

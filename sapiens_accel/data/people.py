@@ -30,6 +30,7 @@ from sapiens_accel.data.annotation_rules import PeopleColumns, PeopleReader
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.person_boxes import (
     ANNOTATED,
+    FROM_KEYPOINTS,
     GUESSED_SIDE,
     NO_BOX,
     WHOLE_IMAGE,
@@ -201,6 +202,9 @@ def order_by_image(people: People, folder: str) -> Int[Array, "n"]:
 def withheld_people(train: People, folder: str, places: Int[Array, "n"], min_side: float, cache: Path) -> People:
     """The people at these places of `labeled_people`, with boxes of at least `min_side` px and all keypoints zero.
 
+    Their boxes are annotated ones, or whole images by `--data.boxes image`: a box around keypoints would show what is
+    withheld. Those without one are left out, with a note.
+
     Args:
         train: the labeled people.
 
@@ -209,10 +213,20 @@ def withheld_people(train: People, folder: str, places: Int[Array, "n"], min_sid
     """
     files = files_of(train, folder, cache)
     # A table of its own, row by row the labeled one: what is not in it cannot be learned from by mistake.
-    everybody, people = files.read("needed"), files.read("withheld")
-    chosen = np.flatnonzero(_read_labeled(everybody.rows))[places]
+    everybody = files.read("needed")
+    if files.reading.boxes == "keypoints":
+        files = replace(files, reading=replace(files.reading, boxes="annotation"))
+    people = files.read("withheld")
+    ids = np.array(everybody.rows["ann_id"][:])[np.flatnonzero(_read_labeled(everybody.rows))[places]]
+    place_of = {number: place for place, number in enumerate(people.rows["ann_id"][:])}
+    chosen = np.array([place_of[number] for number in ids.tolist()], np.int64)
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
-    return replace(people, rows=people.rows.select(chosen[sides >= min_side]), annotations=train.annotations)
+    without = int((sides == 0).sum())
+    note = f"{train.annotations}: {without} people with withheld labels are left out: no box of theirs is annotated"
+    return replace(
+        people, rows=people.rows.select(chosen[(sides > 0) & (sides >= min_side)]), annotations=train.annotations,
+        box_note=note if without else "",
+    )  # fmt: skip
 
 
 def unlabeled_people(files: PeopleFiles, min_side: float) -> People:
@@ -470,11 +484,19 @@ def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> tuple[D
 
     def chunks() -> Iterator[PeopleColumns]:
         for people in reader.chunks(needs_keypoints=keypoints != "optional"):
-            yield replace(people, keypoints=people.keypoints * 0) if keypoints == "withheld" else people
+            yield _withhold(people) if keypoints == "withheld" else people
 
-    digest = digest_of(source.digest.encode(), keypoints, files.images, *how)
+    kind = "withheld, boxes too" if keypoints == "withheld" else keypoints
+    digest = digest_of(source.digest.encode(), kind, files.images, *how)
     folder = _cached_chunks(chunks, digest, files.num_keypoints, files.cache)
     return _open_table(folder, files.num_keypoints), json.loads((folder / LEFT_OUT).read_text())
+
+
+def _withhold(people: PeopleColumns) -> PeopleColumns:
+    """The same people without keypoints, and without the boxes that were made from them."""
+    is_made = np.isin(people.box_origins, (FROM_KEYPOINTS, GUESSED_SIDE))
+    boxes_xywh = np.where(is_made[:, None], 0.0, people.box_xywh)
+    return replace(people, keypoints=people.keypoints * 0, box_xywh=boxes_xywh)
 
 
 def _cached_chunks(chunks: Callable[[], Iterator[PeopleColumns]], digest: str, num_keypoints: int, cache: Path) -> Path:

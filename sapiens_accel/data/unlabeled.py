@@ -85,7 +85,7 @@ def gather_unlabeled(
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
             f"or leave stage ssl out, --stage phase2"
         )
-    warnings = [sources[0].box_note if sources[0] else "", *(_warn_of_other_boxes(people, train) for people in found)]
+    warnings = [*(people.box_note for people in found), *(_warn_of_other_boxes(people, train) for people in found)]
     return people_tables.join_people(found), tuple(line for line in warnings if line)
 
 

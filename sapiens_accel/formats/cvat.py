@@ -4,6 +4,7 @@ A point of a skeleton that is `outside` is not labeled, one that is `occluded` h
 what CVAT interpolates between them is left out.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -229,5 +230,11 @@ def _points(shape: ET.Element) -> Iterator[LoosePoint]:
 
 
 def _box(shape: ET.Element) -> LooseBox:
+    """A rectangle; the upright one around it where it is rotated (degrees, clockwise about its center)."""
     left, top, right, bottom = (float(shape.attrib[name]) for name in ("xtl", "ytl", "xbr", "ybr"))
-    return LooseBox(label=shape.attrib["label"], xywh=(left, top, right - left, bottom - top), key=_key(shape))
+    angle = math.radians(float(shape.attrib.get("rotation", 0)))
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
+    width = (right - left) * cosine + (bottom - top) * sine
+    height = (right - left) * sine + (bottom - top) * cosine
+    xywh = ((left + right - width) / 2, (top + bottom - height) / 2, width, height)
+    return LooseBox(label=shape.attrib["label"], xywh=xywh, key=_key(shape))

@@ -135,7 +135,7 @@ def _images(layout: YoloLayout, key: str, optional: bool = False) -> Iterator[Pa
         if place is None and not optional:
             raise UserError(f"{layout.file}: '{key}': no such folder or file: {places[0]}")
         if place is not None and place.is_file():
-            for line in place.read_text().split():
+            for line in filter(None, map(str.strip, place.read_text().splitlines())):
                 yield place.parent / line
         elif place is not None:
             yield from sorted(file for file in place.rglob("*") if file.suffix.lower() in photo.IMAGE_SUFFIXES)

@@ -415,6 +415,16 @@ def test_absent_is_background_learns_empty_maps_of_what_has_no_label(tmp_path: P
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_a_hidden_keypoint_of_no_weight_is_not_absent(tmp_path: Path) -> None:
+    root = lay("v0_with_xy", tmp_path)
+    tree = json.loads((root / "train.json").read_text())
+    tree["annotations"][0]["keypoints"][2:9:3] = [2, 1, 0]
+    (root / "train.json").write_text(json.dumps(tree))
+    config = replace(config_of(root, OUTCOMES["v0_with_xy"]), absent_is_background=True, occluded_weight=0.0)
+    sets, _ = open_case(config)
+    assert EvaluationPeople(sets.train, config, sets.skeleton)[0].weights[:3].tolist() == [1, 0, -1]
+
+
 def batched(sample: Labeled) -> Labeled:
     view = View(*(part[None] for part in sample.view))
     return Labeled(view, sample.points_xy[None], sample.weights[None], sample.ann_id[None])

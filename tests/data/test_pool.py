@@ -175,6 +175,23 @@ def test_small_people_are_withheld_and_join_no_pool(drawn: Path, cache: Path) ->
     assert 0 < len(of_train) < 15
 
 
+def test_no_box_of_withheld_people_shows_their_keypoints(root: Path, cache: Path) -> None:
+    """With boxes from keypoints theirs are the annotated ones; those without are left out, with a count."""
+    tree = _tree(root / TRAIN)
+    without = tree["annotations"][-1]
+    del without["bbox"]
+    (root / TRAIN).write_text(json.dumps(tree))
+    boxes = {one["id"]: one["bbox"] for one in tree["annotations"][:-1]}
+    sets = _open(root, cache, labels=5, boxes="keypoints", unlabelled_min_side=0)
+    assert sets.unlabeled is not None
+    theirs = {row["ann_id"]: row["box_xywh"] for row in sets.unlabeled.rows if row["ann_id"] in boxes}
+    assert len(theirs) == 14 and without["id"] not in _ids(sets.unlabeled)
+    assert all(theirs[number] == pytest.approx(boxes[number]) for number in theirs)
+    assert any("1 people with withheld labels are left out" in line for line in sets.warnings)
+    labeled = next(iter(sets.train.rows))
+    assert labeled["box_xywh"] != pytest.approx(boxes[labeled["ann_id"]])
+
+
 def test_batches_see_the_labeled_people_alone_and_pairs_the_withheld(drawn: Path, cache: Path) -> None:
     sets = _open(drawn, cache, labels=4)
     config = DataConfig(input_hw=(64, 48))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sapiens_accel import cli
 from sapiens_accel.config import parse
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
+from sapiens_accel.formats import cvat, yolo
 
 Words = list[str]
 
@@ -66,6 +68,22 @@ GIVEN: dict[str, Callable[[Path], Words]] = {
     "AnimalPose": lambda folder: _file(_animalpose(folder)),
     "a folder of MPII": lambda folder: _root(foreign.mpii(folder)),
 }
+
+
+def test_a_rotated_rectangle_of_cvat_is_the_upright_one_around_it() -> None:
+    corners = {"xtl": "10", "ytl": "20", "xbr": "50", "ybr": "40"}
+    for angle, expected in ((0, (10, 20, 40, 20)), (90, (20, 10, 20, 40)), (45, (8.787, 8.787, 42.426, 42.426))):
+        shape = ET.Element("box", {**corners, "label": "mouse", "rotation": str(angle)})
+        assert cvat._box(shape).xywh == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_list_file_of_yolo_may_hold_names_with_spaces(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("images/my image.jpg\n\nimages/b.jpg\n")
+    layout = yolo.YoloLayout(
+        file=tmp_path / "data.yaml", root=tmp_path, tree={"train": "train.txt"},
+        num_keypoints=1, dims=3, classes=["mouse"],
+    )  # fmt: skip
+    assert [path.name for path in yolo._images(layout, "train")] == ["my image.jpg", "b.jpg"]
 
 
 @pytest.mark.parametrize("case", GIVEN)
