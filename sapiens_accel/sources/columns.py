@@ -44,7 +44,8 @@ PERSON = {
 }
 Form = Literal["ours", "lists", "rows", "none"]
 NEEDED = ("bbox", "keypoints")
-NUMBERS = {"id": pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "area": pa.float64()}
+PLACE = "place"  # of an annotation in the JSON that was converted: the order of the people
+NUMBERS = {"id": pa.int64(), PLACE: pa.int64(), "category_id": pa.int64(), "iscrowd": pa.int8(), "area": pa.float64()}
 # What the columns of the image table may be of.
 TYPES = {"image_id": pa.types.is_integer, "file_name": pa.types.is_string,
          "width": pa.types.is_integer, "height": pa.types.is_integer}  # fmt: skip
@@ -56,7 +57,7 @@ class ColumnMapping:
     """Where a table has what.
 
     Attributes:
-        form: how people are told: as `people` of ours, in lists, in rows of their own, or not at all.
+        form: how people are stored: as `people` of ours, in lists, in rows of their own, or not at all.
         columns: ours to theirs, of an image.
         fields: ours to theirs, of a person.
         is_ours: whether there is nothing to change.
@@ -278,6 +279,8 @@ def _build_people(table: pa.Table, mapping: ColumnMapping, nested: pa.Array | No
         assert nested is not None
         lengths, flat = _lengths(nested), nested.flatten()
         fields = {name: _child(flat, theirs) for name, theirs in mapping.fields.items()}
+        if (index := flat.type.get_field_index(PLACE)) >= 0 and pa.types.is_integer(flat.type.field(index).type):
+            fields[PLACE] = _child(flat, PLACE)
         return _list_people(lengths, fields)
     if nested is not None:
         given = {name: _child(nested, theirs) for name, theirs in mapping.fields.items()}
@@ -300,6 +303,8 @@ def _build_people(table: pa.Table, mapping: ColumnMapping, nested: pa.Array | No
 def _list_people(lengths: Int[Array, "n"], fields: dict[str, pa.Array]) -> pa.Array:
     made = {name: _convert_field(name, values) for name, values in fields.items()}
     kept = {name: values for name, values in made.items() if values is not None}
+    if "id" in kept and pa.types.is_string((texts := _simplify(fields["id"])).type):
+        kept["given_id"] = texts
     people = pa.StructArray.from_arrays(list(kept.values()), names=list(kept))
     return pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), people)
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
             check_model_id(asked.push_to_hub)
         except UserError as error:
             raise UserError(str(error).replace("--hub_model_id", "--push_to_hub")) from None
-        if not get_token():  # told before hours of writing
+        if not get_token():  # before hours of writing
             raise UserError(f"--push_to_hub {asked.push_to_hub}: {explain(LocalTokenNotFoundError(), '')}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one in COCO's form")
@@ -69,12 +69,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{out}: there already; name a new folder, or remove it")
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        told = write(_splits(asked), temporary, asked.to, round(asked.shard_mb * 1e6), asked.group_rows)
+        summary = write(_splits(asked), temporary, asked.to, round(asked.shard_mb * 1e6), asked.group_rows)
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(*told, f"written: {out}", sep="\n")
+    print(*summary, f"written: {out}", sep="\n")
     if asked.push_to_hub:
         print(f"pushed: {_push(out, asked.push_to_hub, private=asked.private)}")
 
@@ -113,20 +113,21 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
     Raises:
         UserError: a file is missing or broken.
     """
-    told, written, categories, ending = [], [], [], "parquet" if to == "parquet" else "tar"
+    summary, written, categories, ending = [], [], [], "parquet" if to == "parquet" else "tar"
     (out / "data").mkdir(parents=True)
     for split in splits:
         if split.optional and not split.images.is_dir():
             continue
         tree, name = _tree(split), FOLDERS[split.name]
+        _check_ids(split, tree, to)
         bar = tqdm(
-            _rows(split, tree), total=len(tree["images"]), desc=split.name, unit=" pictures", disable=None, leave=False
+            _rows(split, tree), total=len(tree["images"]), desc=split.name, unit=" images", disable=None, leave=False
         )
         groups = _groups(iter(bar), shard_bytes, group_rows)
         made = (_write_parquet if to == "parquet" else _write_tars)(groups, out / "data", name, tree)
         _number(out / "data", name, ending, made)
         people = len(tree["annotations"])
-        told.append(f"{split.name}: {len(tree['images'])} images, {people} annotations, {made} shard(s)")
+        summary.append(f"{split.name}: {len(tree['images'])} images, {people} annotations, {made} shard(s)")
         written.append(split.name)
         categories += [{"split": name, **category} for category in tree.get("categories", ())]
     if to == "parquet" and categories:
@@ -134,7 +135,7 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
     elif categories:
         (out / shards.CATEGORIES).write_text(json.dumps(categories))
     (out / "README.md").write_text(_card(written, ending, named=to == "parquet" and bool(categories)))
-    return told
+    return summary
 
 
 def _tree(split: Split) -> dict[str, Any]:
@@ -147,10 +148,31 @@ def _tree(split: Split) -> dict[str, Any]:
     for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in photo.IMAGE_SUFFIXES)):
         image = photo.read_unchecked_image(path, cv2.IMREAD_COLOR)
         if image is None:
-            raise UserError(f"{path}: does not decode; mend it or move it away")
+            raise UserError(f"{path}: does not decode; repair it or move it away")
         sizes = {"width": image.shape[1], "height": image.shape[0]}
         images.append({"id": index, "file_name": path.name, **sizes})
     return {"images": images, "annotations": [], "categories": []}
+
+
+def _check_ids(split: Split, tree: dict[str, Any], to: str) -> None:
+    """
+    Raises:
+        UserError: ids of images or annotations that the shards cannot keep as they are written: a column is of numbers
+            or of texts, and in tar shards they are numbers.
+    """
+    for key in ("images", "annotations"):
+        num = sum(map(_has_text_id, tree[key]))
+        if num and to != "parquet":
+            raise UserError(f"{split.annotations}: {key}: ids are texts (expected numbers). Use --to parquet")
+        if 0 < num < len(tree[key]):
+            raise UserError(
+                f"{split.annotations}: {key}: {num} of {len(tree[key])} ids are texts (expected all or none). Write "
+                "all as texts"
+            )
+
+
+def _has_text_id(item: dict[str, Any]) -> bool:
+    return isinstance(coco_json.given_id(item), str)
 
 
 def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -158,13 +180,14 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     people: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for place, annotation in enumerate(tree["annotations"]):
         try:
-            people[annotation["image_id"]].append(annotation_to_person(annotation, place))
+            person = annotation_to_person(annotation, place) | {"id": coco_json.given_id(annotation)}
+            people[annotation["image_id"]].append(person)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{split.annotations}: annotations[{place}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]
-    strangers = people.keys() - set(known)
-    if strangers:
-        raise UserError(f"{split.annotations}: image {min(strangers, key=str)} of an annotation is not among 'images'")
+    unknown = people.keys() - set(known)
+    if unknown:
+        raise UserError(f"{split.annotations}: image {min(unknown, key=str)} of an annotation is not among 'images'")
     twice = len(known) - len(set(known))
     if twice or not all(isinstance(one, int) for one in known):
         raise UserError(f"{split.annotations}: images: expected whole numbers as ids, each once")
@@ -174,7 +197,7 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise UserError(f"{split.annotations}: its image {path} is not there")
         yield {
             "image": {"bytes": path.read_bytes(), "path": Path(image["file_name"]).name},
-            "image_id": image["id"],
+            "image_id": coco_json.given_id(image),
             "file_name": image["file_name"],
             "width": image.get("width"),
             "height": image.get("height"),
@@ -191,11 +214,13 @@ def _features(tree: dict[str, Any]) -> Features:
         for field in PERSON
         if has_parts or field.name not in WHOLE
     }
+    if any(map(_has_text_id, tree["annotations"])):
+        annotation["id"] = Value("string")
     sizes = {name: Value("int64") for name in ("width", "height")}
     return Features(
         {
             "image": Image(),
-            "image_id": Value("int64"),
+            "image_id": Value("string" if any(map(_has_text_id, tree["images"])) else "int64"),
             "file_name": Value("string"),
             **sizes,
             "people": List(annotation),
@@ -221,9 +246,9 @@ def _groups(rows: Iterator[dict[str, Any]], shard_bytes: int, most: int) -> Iter
 
 
 def _write_parquet(groups: Iterator[Group], folder: Path, split: str, tree: dict[str, Any]) -> int:
-    told = json.dumps({"version": 1, "categories": tree.get("categories", [])})
+    metadata = json.dumps({"version": 1, "categories": tree.get("categories", [])})
     schema = _features(tree).arrow_schema
-    schema = schema.with_metadata({**(schema.metadata or {}), shards.METADATA: told.encode()})
+    schema = schema.with_metadata({**(schema.metadata or {}), shards.METADATA: metadata.encode()})
     writers: dict[int, pq.ParquetWriter] = {}
     try:
         for shard, group in groups:
@@ -296,6 +321,6 @@ def _push(folder: Path, name: str, *, private: bool) -> str:
     except Exception as error:
         raise UserError(
             f"--push_to_hub {name}: {hide_token(explain(error, repo))}; the shards are whole in {folder}: once that is "
-            f"mended, `hf upload {name} {folder} --repo-type dataset`"
+            f"repaired, `hf upload {name} {folder} --repo-type dataset`"
         ) from None
     return f"{api.endpoint}/{repo}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
@@ -19,7 +20,7 @@ from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import coco as coco_json
-from sapiens_accel.sources import synthetic
+from sapiens_accel.sources import convert, synthetic
 
 FILES = ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
 
@@ -108,6 +109,43 @@ def test_any_ids_are_evaluated_and_written_back(
     (tmp_path / "boxes.json").write_text(json.dumps([{**one, "image_id": "elsewhere"} for one in them]))
     with pytest.raises(UserError, match=r"of another image set: .*the first is elsewhere"):
         boxes.load_boxes(str(tmp_path / "boxes.json"), ours.val)
+
+
+@pytest.mark.parametrize("write", [lambda i: f"img-{i}.jpg", lambda i: f"{i:012d}", int], ids=["text", "digits", "int"])
+def test_parquet_keeps_ids_as_they_are_written(drawn: Path, tmp_path: Path, write: Callable[[int], Any]) -> None:
+    root = _with_ids(drawn, tmp_path / "root", write)
+    file = root / "annotations" / FILES[1]
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree | {"annotations": tree["annotations"][::-1]}))  # an order of their own
+    convert.main(["convert", "coco", str(root), str(tmp_path / "shards")])
+    ours, theirs = (_open(folder, tmp_path / "cache") for folder in (tmp_path / "shards", root))
+    for column in ("image_id", "ann_id", "box_xywh", "keypoints"):
+        assert ours.val.rows[column][:] == theirs.val.rows[column][:]
+    assert _metrics(ours) == _metrics(theirs)
+    (row,) = pq.read_table(tmp_path / "shards" / "data", columns=["image_id"]).slice(0, 1).to_pylist()
+    assert type(row["image_id"]) is type(write(1))
+    saved, given = [], []
+    for sets in (ours, theirs):
+        labels = keypoints_of(sets.val.rows)
+        found = Predictions(points_xy=labels[..., :2], scores=np.ones(labels.shape[:2]))
+        config = DataConfig(input_hw=(64, 48))
+        results, _ = coco_metrics.coco_results(found, boxes.load_boxes("gt", sets.val), COCO17, config, EvalConfig())
+        coco_metrics.save_results(results, tmp_path / "saved.json", sets.val, COCO17)
+        saved.append(json.loads((tmp_path / "saved.json").read_text()))
+        given.append(dict(read_ground_truth(sets.val, 17).given_ids))
+    assert saved[0] == saved[1] and {one["image_id"] for one in saved[0]} == {image["id"] for image in tree["images"]}
+    assert given[0] == given[1] and bool(given[0]) == (write is not int)
+
+
+def test_ids_that_shards_cannot_keep_are_refused(drawn: Path, tmp_path: Path) -> None:
+    some = _with_ids(drawn, tmp_path / "some", lambda i: "first" if i == 1 else i)
+    with pytest.raises(UserError, match=r"train2017\.json: images: 1 of 4 ids are texts \(expected all or none\)"):
+        convert.main(["convert", "coco", str(some), str(tmp_path / "out")])
+    every = _with_ids(drawn, tmp_path / "every", str)
+    with pytest.raises(
+        UserError, match=r"train2017\.json: images: ids are texts \(expected numbers\)\. Use --to parquet"
+    ):
+        convert.main(["convert", "coco", str(every), str(tmp_path / "out"), "--to", "webdataset"])
 
 
 @pytest.mark.parametrize("odd", [" ", 2.5, True, [1]])
