@@ -448,13 +448,14 @@ class PeopleReader:
         if in_lists.any():
             parts = [check.vectors(name, 3 * number, in_lists)[0] for name, number in WHOLE_BODY.items()]
             points = np.where(in_lists[:, None], np.concatenate(parts, axis=1), points)
-        points = clear_unlabeled(points.reshape(-1, count, 3))
+        points = points.reshape(-1, count, 3)
+        if self.known_reading.threshold is not None:
+            points = visibility.apply_threshold(points, self.known_reading.threshold)
+        points = clear_unlabeled(points)
         if source is not None:
             points = np.where((np.array(source) >= 0)[:, None], points[:, list(source)], 0.0)
         is_near = np.asarray((np.abs(points) <= FARTHEST).all(axis=(1, 2)))
         check.expect(is_near, points, f"numbers of at most {FARTHEST:g} in 'keypoints'")
-        if self.known_reading.threshold is not None:
-            return visibility.apply_threshold(points, self.known_reading.threshold)
         is_odd = visibility.is_odd(points[..., 2]) & ~in_lists[:, None]
         if (odd := check.taken & is_odd.any(axis=1)).any():
             raise check.error(odd, visibility.describe_odd(points[odd][0, is_odd[odd][0], 2][0]))

@@ -47,9 +47,9 @@ def describe_odd(v: float) -> str:
 
 
 def apply_threshold(keypoints: Float[Array, "*n 3"], threshold: float) -> Float[Array, "*n 3"]:
-    """Keypoints whose v is a score, as labels: v is 2 from the threshold on, else 0."""
-    labels = keypoints.copy()
-    labels[..., 2] = np.where(keypoints[..., 2] >= threshold, VISIBLE, ABSENT)
+    """Keypoints whose v is a score, as labels: v is 2 from the threshold on, else 0; infinity stays, to be refused."""
+    labels, score = keypoints.copy(), keypoints[..., 2]
+    labels[..., 2] = np.where(np.isposinf(score), score, np.where(score >= threshold, VISIBLE, ABSENT))
     return labels
 
 

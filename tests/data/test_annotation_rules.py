@@ -61,6 +61,9 @@ BAD: dict[str, list[Any]] = {
         [1, 2, 3] * K,
         [NAN, NAN, 2] * K,
         [NAN, 1, 0] * K,
+        [NAN, NAN, 0.1] * K,
+        [1, 2, NAN] * K,
+        [1, 2, 0.7, NAN, NAN, 0.3, 3, 4, 0.2] + [5, 6, 1] * (K - 3),
     ],
     "area": [-1, NAN, INF, 2e14],
     "iscrowd": [2, -1],
@@ -129,6 +132,7 @@ def _outcome(file: Path, num_keypoints: int, reading: Reading) -> list[Any] | st
         Reading(categories=("dog",)),
         Reading(boxes="keypoints", box_margin=0.3),
         Reading(boxes="image"),
+        Reading(threshold=0.5),
     ],
 )
 def test_both_forms_take_leave_out_and_refuse_the_same(tmp_path: Path, reading: Reading) -> None:
