@@ -23,7 +23,7 @@ from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
-from sapiens_accel.sources import discover, synthetic
+from sapiens_accel.sources import discover, images, synthetic
 from sapiens_accel.sources.coco import release_large_trees
 from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Reading
@@ -74,6 +74,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         warnings += more
     checked = {name: _check(people, config) for name, people in people_of.items()}
     warnings += [people.size_note for people in checked.values()]
+    warnings.append(_describe_bits(*checked.values()))
     parts = [checked["train"]]
     for one in others:
         people, warning = _labeled_people(one, config, skeleton, root, cache)
@@ -103,6 +104,11 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
 
 def _check(people: People, config: DataConfig) -> People:
     return people_tables.check_people(people, config.on_bad_image, config.check_images)
+
+
+def _describe_bits(*several: People) -> str:
+    some = [people_tables.spread_rows(people.rows, images.LOOKED_AT)["file_name"][:] for people in several]
+    return images.describe_bits(several[0].root, list(dict.fromkeys(name for names in some for name in names)))
 
 
 def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> Sets:
@@ -163,7 +169,9 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
     people, _ = _labeled_people(one, config, skeleton, root, cache)
     if split == "train":
         people = people_tables.select_people(people, unlabeled_data.choose_labeled(config, people))
-    return _check(people, config)
+    people = _check(people, config)
+    lines = [line for line in (people.box_note, _describe_bits(people)) if line]
+    return dataclasses.replace(people, box_note="; ".join(lines))
 
 
 def list_train_sets(config: DataConfig) -> tuple[MoreData, ...]:
@@ -277,6 +285,7 @@ def places(config: DataConfig) -> tuple[Path, Path]:
     Raises:
         UserError: no such root.
     """
+    images.set_image_bits(config.image_bits)
     cache = cache_folder(config)
     root = _folder(config, cache) if config.root else _drawn(config, cache)
     if not root.is_dir():

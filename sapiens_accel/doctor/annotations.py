@@ -158,6 +158,8 @@ def check_images(
         first = next(iter(reasons.values()))
         text = f"{len(corrupt)} images cannot be used: the first {first}; mend them, or --data.on_bad_image skip"
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
+    if line := images.describe_bits(root, [name for name in names if name not in reasons]):
+        findings.append(Finding(level="warning", check="bits", text=line.removeprefix("warning: ")))
     wrong = find_other_sizes(read.sizes_wh, looks)
     return [*findings, *(_error("size", text, *culprits) for text, culprits in wrong.items())]
 

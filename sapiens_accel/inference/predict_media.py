@@ -33,7 +33,7 @@ from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.person_boxes import measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import failures
-from sapiens_accel.sources.images import describe_fault
+from sapiens_accel.sources.images import describe_bits, describe_fault, set_image_bits
 
 FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"
@@ -83,9 +83,11 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
         raise UserError("--eval.save_predictions: --images writes keypoints.json beside the images; drop one of them")
     groups = _groups(several, evaluation)
     # Looked at before weights are read, which may take minutes.
+    set_image_bits(run.data.image_bits)
     names, note = _names(path)
-    if note:
-        accelerator.print(note)
+    root = path.parent if path.is_file() else path
+    for line in filter(None, (note, "" if media.is_video(path) else describe_bits(root, names))):
+        accelerator.print(line)
     skeleton = candidates.infer_weights_skeleton(several)
     run = run if skeleton.mirror_known else run.without_mirroring()
     finder = _choose_finder(accelerator, run, names, skeleton)

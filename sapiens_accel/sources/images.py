@@ -38,7 +38,10 @@ IMAGE_SUFFIXES = shards.SUFFIXES
 MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
 TOO_LARGE = f"has more than {MAX_PIXELS:,} px (OPENCV_IO_MAX_IMAGE_PIXELS)"
 PIL.Image.MAX_IMAGE_PIXELS = None  # only headers are read with Pillow, and `check_size` compares them with our limit
-TWELVE_BITS = 12  # a 16-bit image without any larger value is taken for one of 12 bits
+IMAGE_BITS = "SAPIENS_ACCEL_IMAGE_BITS"  # in the environment, so that every process decodes alike
+BITS_AT_START = os.environ.get(IMAGE_BITS)
+BITS = (8, 10, 12, 14, 16)  # that cameras and microscopes write into 16
+LOOKED_AT = 32  # images whose values are looked at
 HEADS = (1 << 12, 1 << 16)  # bytes that usually hold the header: of an image off the web, and of a camera's with EXIF
 TAIL = 64  # bytes
 
@@ -106,14 +109,63 @@ def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:
     return image if RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def set_image_bits(bits: int | None) -> None:
+    """How many bits hold the values of 16-bit images, `data.image_bits`; None: as this process was started with.
+
+    Raises:
+        UserError: the environment has no such number.
+    """
+    value = BITS_AT_START if bits is None else str(bits)
+    if value is None:
+        os.environ.pop(IMAGE_BITS, None)
+        return
+    if not value.isdecimal() or not 8 <= int(value) <= 16:
+        raise UserError(f"{IMAGE_BITS}: expected a number of bits from 8 to 16, found {value!r}")
+    os.environ[IMAGE_BITS] = value
+
+
+def describe_bits(root: Path, names: Sequence[str]) -> str:
+    """A line where the values of 16-bit images need fewer bits than they are read with, or more; else empty.
+
+    The bits are those of all images: by each image's own values, frames of one film would differ in brightness.
+    """
+    places = {int(place) for place in np.linspace(0, len(names) - 1, LOOKED_AT)} if names else set()
+    some: list[str] = [names[place] for place in sorted(places)]
+    largest = max((value for name in some if (value := _largest_deep_value(root / name))), default=0)
+    needed, bits = next(one for one in BITS if largest >> one == 0), int(os.environ.get(IMAGE_BITS, 16))
+    if not largest or needed == bits or bits not in BITS:
+        return ""
+    if needed > bits:
+        return (
+            f"warning: {root}: 16-bit images have values up to {largest}: those above {(1 << bits) - 1} are read as "
+            f"white (--data.image_bits {bits}); --data.image_bits {needed} reads all"
+        )
+    return (
+        f"warning: {root}: 16-bit images have no value above {largest}, and are read as nearly black; "
+        f"--data.image_bits {needed} reads them at their range"
+    )
+
+
+def _largest_deep_value(path: Path) -> int:
+    """The largest value of a 16-bit image; 0 of any other."""
+    content = _read_if_file(path)
+    try:
+        check_size(content)
+        deep = _decode_by_opencv(content, cv2.IMREAD_UNCHANGED) if bytes(content[:4]) in DEEP_STARTS else None
+    except BadImageError:
+        return 0
+    # Of four channels the last is alpha, which is not read.
+    return int(deep[..., :3].max(initial=0)) if deep is not None and deep.dtype == np.uint16 else 0
+
+
 def _decode(content: shards.Bytes, how: int) -> Array:
     """The 8-bit image. OpenCV divides 16 bits by 256, which makes the 12 bits of a microscope or a camera black."""
-    image = _decode_by_opencv(content, how)
-    if bytes(content[:4]) in DEEP_STARTS and image.max(initial=0) < 1 << TWELVE_BITS - 8:
+    bits = int(os.environ.get(IMAGE_BITS, 16))
+    if bits < 16 and bytes(content[:4]) in DEEP_STARTS:
         deep = _decode_by_opencv(content, how | cv2.IMREAD_ANYDEPTH)
         if deep.dtype == np.uint16:
-            return (deep >> TWELVE_BITS - 8).astype(np.uint8)
-    return image
+            return np.minimum(deep >> bits - 8, 255).astype(np.uint8)
+    return _decode_by_opencv(content, how)
 
 
 def _decode_by_opencv(content: shards.Bytes, how: int) -> Array:

@@ -131,7 +131,10 @@ OUTCOMES: dict[str, Works | Refused] = {
     "sides_fl_fr": Works(keypoints=5, pairs=2),
     "sides_suffix": Works(keypoints=11, pairs=5),
     "sleap_export": Works(keypoints=5, pairs=1, lines=("1 of 6 people have no box with a width and a height",)),
-    "tiff_12in16": Works(keypoints=5, pairs=1),
+    "tiff_12in16": Works(
+        keypoints=5, pairs=1, lines=("16-bit images have no value above", "--data.image_bits 12"),
+        doctor=("--data.image_bits 12",),
+    ),
     "v0_with_xy": Works(people=(12, 6), doctor=("have v=0 and coordinates",)),
     "v_aic3": Refused(text="found 3; AI Challenger writes 1 (visible), 2 (hidden), 3 (not labeled): write 2, 1, 0"),
     "v_is_score": Refused(text="--data.visibility_threshold, the score from which a keypoint counts"),
@@ -456,17 +459,26 @@ def test_nobody_is_left_for_each_cause_by_name(tmp_path: Path, change: Callable[
     assert str(caught.value).endswith("; nobody is left")
 
 
-def test_twelve_bits_in_sixteen_are_read_at_their_range(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_bits_of_sixteen_are_those_of_all_images(tmp_path: Path, bits: int) -> None:
+    """Decided by each image's own values, 4095 became 255 and 4100 became 16: frames of one film differed."""
     root = lay("tiff_12in16", tmp_path)
     file = root / "train" / "train_0000.tif"
-    deep: Any = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-    assert deep.dtype == np.uint16 and 256 < deep.max() < 4096
-    found = images.read_image(file)
-    assert np.array_equal(found[..., 0], (deep if deep.ndim == 2 else deep[..., 2]) >> 4)
-    # What uses more than 12 bits is read as ever.
-    deep[0, 0] = 60_000
+    deep = np.linspace(0, (1 << bits) - 1, 240 * 320).astype(np.uint16).reshape(240, 320)
+    for one in (*(root / "train").iterdir(), *(root / "val").iterdir()):
+        cv2.imwrite(str(one), deep)
+    _, said = open_case(config_of(root, OUTCOMES["tiff_12in16"]))
+    assert (f"--data.image_bits {bits} reads them at their range" in said) == (bits < 16)
+    _, said = open_case(config_of(root, OUTCOMES["tiff_12in16"], image_bits=bits))
+    assert "16-bit images" not in said
+    assert np.array_equal(images.read_image(file)[..., 0], deep >> bits - 8)
+    darker = deep // 5
+    cv2.imwrite(str(file), darker)
+    assert np.array_equal(images.read_image(file)[..., 0], darker >> bits - 8)
+    deep[0, 0] = min((1 << bits) + 5, 65535)
     cv2.imwrite(str(file), deep)
-    assert np.array_equal(images.read_image(file)[..., 0], (deep if deep.ndim == 2 else deep[..., 2]) >> 8)
+    assert np.array_equal(images.read_image(file)[..., 0], np.minimum(deep >> bits - 8, 255))
+    images.set_image_bits(None)
 
 
 @pytest.mark.parametrize("name", [name for name, outcome in OUTCOMES.items() if isinstance(outcome, Refused)])
