@@ -178,7 +178,7 @@ class DataConfig:
     """How images are checked before training: by first and last bytes (milliseconds for thousands), or a full decode.
     auto decodes all images of up to 5,000; of shards and of over a million people, the images of 5,000 people."""
     image_bits: Annotated[int, Range(8, 16)] | None = None
-    """Bits that hold the values of all 16-bit images (12, of many microscopes): they become 8 bits, larger values white.
+    """Bits that hold the values of all 16-bit images (12, of many cameras): they become 8 bits, larger values white.
     Default: $SAPIENS_ACCEL_IMAGE_BITS or 16."""
     reduced_decode: bool = True
     """Decode a JPEG at a half, a quarter or an eighth of its size where the training crop needs no more: this is faster
