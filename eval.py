@@ -57,6 +57,11 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> None:
     """Evaluate each network, and the ensemble of all with --eval.ensemble, on the same people."""
+    if run.eval.csv and Path(run.eval.save_predictions or "").suffix.lower() == ".csv":
+        raise UserError(
+            f"--eval.save_predictions {run.eval.save_predictions}: --eval.csv writes its table there (expected the "
+            "name of a JSON). Name it .json"
+        )
     people, skeleton = open_people(accelerator, candidates, run)
     run = run if skeleton.mirror_known else run.without_mirroring()
     results: dict[str, EvaluationResult] = {}

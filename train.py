@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
             f"--recipe {run.recipe} trains a toy network ({run.model.name}) with the demo's few steps; for a network "
             f"of use on {run.data.root} give --recipe sapiens_0.3b_coco --weights facebook/sapiens-pretrain-0.3b"
         )
+    if run.eval.csv:
+        accelerator.print("note: --eval.csv: training writes no CSV; give it to eval.py")
     with distributed.explain_lost_ranks(accelerator):
         failures.on_each_rank(lambda: check_folders(run))
         failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))

@@ -118,8 +118,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
             f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
     categories, kinds = evaluated_categories(people), {row[1] for row in here}
-    # A detector of one class, for animals of several kinds.
-    is_of_any = len(categories) > 1 and len(kinds) == 1
+    is_of_any = len(categories) > 1 and len(kinds) == 1 and _has_one_class(here, people)
     kept = [row for row in here if is_of_any or row[1] in categories]
     if not kept:
         theirs = sorted({str(one.category_id) for one in found})
@@ -139,9 +138,13 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
     lines = [f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}"] if parts else []
     if is_of_any:
+        first_id, first_name = next(iter(categories.values()))
         lines.append(
-            f"{file}: all of category {here[0][1]}: boxes of any of {len(categories)} categories, and no AP of each"
+            f"{file}: all of category {here[0][1]}: boxes of any of {len(categories)} categories, and no AP of each; "
+            f"--eval.save_predictions saves them under the first, {first_id} ({first_name})"
         )
+    elif len(categories) > 1 and len(kinds) == 1:
+        lines.append(f"{file}: all of category {categories[here[0][1]][1]}; other categories have no detection")
     _check_files(file, kept, images, people.root / folder)
     return Boxes(
         root=people.root,
@@ -154,6 +157,24 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         category_ids=[None if is_of_any else row[1] for row in kept],
         note="; ".join(lines),
     )
+
+
+def _has_one_class(rows: "list[Row]", people: People) -> bool:
+    """Whether detections, all of one category, are of a detector that knows no others.
+
+    It is if the category is not evaluated. Else (many such detectors write 1, which may be the id of a species) it is
+    if most of the images that show others alone have a detection too: a detector of that species finds nothing there.
+    """
+    category, categories = rows[0][1], evaluated_categories(people)
+    if category not in categories:
+        return True
+    shown: dict[Any, set[Any]] = {}
+    for one in people.source.read()["annotations"]:
+        if one.get("category_id") in categories:
+            shown.setdefault(one["image_id"], set()).add(one["category_id"])
+    of_others = [image_id for image_id, kinds in shown.items() if category not in kinds]
+    detected = {row[0] for row in rows}
+    return sum(image_id in detected for image_id in of_others) > len(of_others) / 2
 
 
 Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -72,7 +72,7 @@ def body_parts(skeleton: Skeleton) -> dict[str, slice]:
 def coco_results(
     predictions: Predictions, boxes: Boxes, skeleton: Skeleton, data: DataConfig, config: EvalConfig
 ) -> tuple[list[dict[str, Any]], Int[Array, "m"]]:
-    """COCO's results, at most `config.max_people` of an image, and which prediction each of them is.
+    """COCO's results, at most `config.max_people` of a category in an image, and which prediction each of them is.
 
     A result: image_id, category_id (1 where the boxes have none), keypoints [x, y, score, ...] in image px (to 0.001)
     and score. People of different categories are never one.
@@ -108,7 +108,7 @@ def compute_metrics(
     AP is the mean of the curves. Of COCO-WholeBody also PART/METRIC: body, feet, face, left_hand, right_hand, and
     hands, the mean of both hands. The metrics without a part are those of all 133 keypoints. Where the images have
     CrowdPose's `crowdIndex`, also crowd_easy/METRIC, crowd_medium and crowd_hard. Categories count as one; where there
-    are several, also category/NAME/METRIC.
+    are several, also category/NAME/METRIC, of those that share a name category/NAME (ID)/METRIC.
     """
     truth = read_ground_truth(people, skeleton.num_keypoints)
     tree = truth.dataset
@@ -129,7 +129,9 @@ def compute_metrics(
         of_part, _ = _measured(tree, found, place, scoring, areas)
         metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
     several = len(truth.categories) > 1 and not any(result["category_id"] is None for result in found)
-    for category, (_, kind) in truth.categories.items() if several else ():
+    names = Counter(name for _, name in truth.categories.values())
+    for category, (given, name) in truth.categories.items() if several else ():
+        kind = name if names[name] == 1 else f"{name} ({given})"
         some = [result for result in found if result["category_id"] == category]
         others = [person for person in tree["annotations"] if person["category"] == category]
         of_kind, _ = _measured({**tree, "annotations": others}, some, whole, scoring, None)

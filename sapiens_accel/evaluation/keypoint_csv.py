@@ -7,8 +7,9 @@ people, as DeepLabCut's projects of several animals have; its rows are frames of
 x and y are px of the image, with the center of its first pixel at (0, 0).
 """
 
+import contextlib
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,22 +69,47 @@ class KeypointCsv:
             self._write(COLUMNS)
 
     def add(self, row: ImageRow) -> None:
-        """An image and its people."""
+        """Add an image and its people.
+
+        Raises:
+            UserError: it cannot be written; what was written is removed.
+        """
         if self.shape == "long":
-            for line in _long_lines(row, self.keypoints):
-                self._write(line)
+            with self._naming_errors():
+                for line in _long_lines(row, self.keypoints):
+                    self._write(line)
             return
         # How many people there are at most is known at the end alone, and it is the width of the table.
         people = [_coordinates(person) for person in row.people]
         self._wide.append((row.image if row.frame is None else row.frame, people))
 
     def close(self) -> Path:
-        """What was added is the file."""
-        if self.shape == "deeplabcut":
-            self._write_wide()
-        self._stream.close()
-        self._part.replace(self.file)
+        """Write the rest, and give the file its name.
+
+        Raises:
+            UserError: it cannot be written; what was written is removed.
+        """
+        with self._naming_errors():
+            if self.shape == "deeplabcut":
+                self._write_wide()
+            self._stream.close()
+            self._part.replace(self.file)
         return self.file
+
+    def discard(self) -> None:
+        """Remove what was written: there will be no file."""
+        with contextlib.suppress(OSError):  # of a full disk, on which closing fails as well
+            self._stream.close()
+        with contextlib.suppress(OSError):
+            self._part.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.discard()
+            raise UserError(f"--eval.csv: {self.file}: not written: {error.strerror}") from None
 
     def _write_wide(self) -> None:
         most = max((len(people) for _, people in self._wide), default=1) or 1
@@ -106,9 +132,13 @@ def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Itera
         UserError: it cannot be written.
     """
     table = KeypointCsv(file, keypoints, shape)
-    for row in rows:
-        table.add(row)
-    return table.close()
+    try:
+        for row in rows:
+            table.add(row)
+        return table.close()
+    except BaseException:
+        table.discard()
+        raise
 
 
 def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]:

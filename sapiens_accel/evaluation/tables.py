@@ -1,6 +1,7 @@
 """What an evaluation found, as text and for JSON: in percent, and always with how it was measured."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sapiens_accel.pose.skeleton import Skeleton
 
 NOT_SHOWN = ("left_hand", "right_hand")  # but "hands", the mean of both
 PIXELS = ("mean_px", "median_px")
+# Settings that an eval.json of version 0.1 does not have.
+ADDED_SETTINGS = {"area": EvalConfig.area, "max_people": EvalConfig.max_people, "people_boxes": "annotation"}
 AREAS = {"annotation": "as annotated", "box": f"{AREA_OF_BOX:g} of the box"}
 
 
@@ -21,7 +24,7 @@ def describe_boxes(config: EvalConfig) -> str:
 
 
 def protocol_settings(config: EvalConfig) -> dict[str, Any]:
-    """What a number must be read with."""
+    """How metrics were measured, as eval.json has it."""
     return {
         "split": config.split,
         "boxes": describe_boxes(config),
@@ -32,6 +35,11 @@ def protocol_settings(config: EvalConfig) -> dict[str, Any]:
         "area": config.area,
         "max_people": config.max_people,
     }
+
+
+def follows_protocol(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether an eval.json was measured with these settings; what an older one does not name has its default."""
+    return all(evaluation.get(name, ADDED_SETTINGS.get(name)) == value for name, value in settings.items())
 
 
 def describe_area(config: EvalConfig, without_area: int, num_people: int) -> str:

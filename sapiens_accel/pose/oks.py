@@ -22,7 +22,7 @@ NUM_BINS = 10
 
 
 class Distances(NamedTuple):
-    """How far predicted keypoints are from labeled ones; nan of nothing.
+    """How far predicted keypoints are from labeled ones; nan where no keypoint is labeled.
 
     Attributes:
         mean_px, median_px: px of the image, over the people who have a prediction.
@@ -38,7 +38,7 @@ class Distances(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class KeypointQuality:
-    """How good the labeled keypoints of a set of people are; nan where nobody has one.
+    """How good the predictions of a set of people's labeled keypoints are; nan where no person has one.
 
     Attributes:
         count: how many people have each keypoint.
@@ -124,16 +124,17 @@ def measure_points(
     """What each keypoint is worth, over the people who have it labeled.
 
     Args:
-        found_xy, scores: each person's prediction; all 0 is none.
+        found_xy, scores: each person's prediction; all 0 is none, whose keypoints have an OKS of 0 and are not near.
         labels: x, y and v; those without label do not count.
         areas, boxes_xywh: the persons' own, as labeled.
     """
     labeled = is_labeled(labels)
-    similar = similarities(found_xy, labels[..., :2], areas, sigmas)
+    predicted = is_predicted(found_xy, scores)[:, None]
+    similar = similarities(found_xy, labels[..., :2], areas, sigmas) * predicted
     distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
     share = distance / boxes_xywh[:, 2:].max(axis=1)[:, None]
-    near = distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None]
-    measured = labeled & is_predicted(found_xy, scores)[:, None]
+    near = predicted & (distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None])
+    measured = labeled & predicted
     whole = measure_distances(*(values.reshape(-1, 1) for values in (distance, share, labeled, measured)))
     return KeypointQuality(
         count=labeled.sum(axis=0),
@@ -174,7 +175,7 @@ def calibration_error(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> flo
     """Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
 
     Scores, clipped to 0..1, in 10 bins of equal width (the upper edge belongs to a bin); the mean distance between a
-    bin's score and its share of right keypoints, weighted by its size. nan of nothing.
+    bin's score and its share of right keypoints, weighted by its size. nan without scores.
     """
     if not len(scores):
         return float("nan")
@@ -185,6 +186,6 @@ def calibration_error(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> flo
 
 
 def _mean(values: Array, counted: Bool[Array, "..."]) -> Array:
-    """Over the first axis, of what is counted; nan of nothing."""
+    """Over the first axis, of what is counted; nan where nothing is."""
     num = counted.sum(axis=0)
     return np.where(num > 0, (values * counted).sum(axis=0) / np.maximum(num, 1), np.nan)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, cast
@@ -350,10 +350,11 @@ class StageLogger:
     def _score(self, model: nn.Module, codec: Codec) -> tuple[Metrics, Predictions | None]:
         """Return metrics and predictions; zeros and None for a network that diverged, so that the run continues."""
         network = evaluate.wrap_network(self.accelerator, model, codec)
+        config = replace(self.run.eval, csv=None)  # eval.py alone writes it
         try:
             with stop_between_batches(self.accelerator, model, self.context.stop_is_asked):
                 result = evaluate.evaluate_networks(
-                    self.accelerator, [network], self.people, self.skeleton, self.run.data, self.run.eval
+                    self.accelerator, [network], self.people, self.skeleton, self.run.data, config
                 )
         except Diverged as error:
             self.accelerator.print(f"{self.stage}: warning: AP counts as 0: {error}")
@@ -440,7 +441,7 @@ class StageLogger:
             return None  # of another run, whose validation set may be another
         earlier = files.read_json(start.parent / "eval.json") or {}
         settings = evaluate.protocol_settings(self.run.eval)
-        return earlier.get("AP") if all(earlier.get(name) == value for name, value in settings.items()) else None
+        return earlier.get("AP") if tables.follows_protocol(earlier, settings) else None
 
     def close(self) -> None:
         self.progress.close()

@@ -326,7 +326,26 @@ def test_boxes_of_several_categories_and_of_a_detector_of_one_class(tmp_path: Pa
     for name in ("det0", "det1", "det17"):
         boxes, metrics, _ = _detected(root / f"{name}.json", sets)
         assert len(boxes) == 8 and metrics["AP"] == pytest.approx(1.0) and "category/dog/AP" not in metrics
-        assert "boxes of any of 3 categories, and no AP of each" in boxes.note
+        assert "boxes of any of 3 categories, and no AP of each; --eval.save_predictions saves them under" in boxes.note
+    bisons = [one for one in json.loads((root / "det_species.json").read_text()) if one["category_id"] == 4]
+    (root / "bisons.json").write_text(json.dumps(bisons))
+    boxes, metrics, saved = _detected(root / "bisons.json", sets)
+    assert [one["category_id"] for one in saved] == [4] * 3
+    assert metrics["category/bison/AP"] == pytest.approx(1.0) and metrics["category/dog/AP"] == 0
+    assert boxes.note.endswith("all of category bison; other categories have no detection")
+
+
+def test_categories_of_one_name_have_rows_of_their_own(tmp_path: Path) -> None:
+    root = lay("ap10k", tmp_path)
+    for split in ("train", "val"):
+        tree = json.loads((root / f"{split}.json").read_text())
+        for one in tree["categories"]:
+            one["name"] = "bison" if one["name"] == "dog" else one["name"]
+        (root / f"{split}.json").write_text(json.dumps(tree))
+    sets, _ = open_case(config_of(root, OUTCOMES["ap10k"]))
+    _, metrics, _ = _detected(root / "det_species.json", sets)
+    rows = {name.split("/")[1] for name in metrics if name.startswith("category/")}
+    assert rows == {"antelope", "bison (4)", "bison (8)"}
 
 
 def test_several_categories_and_text_ids_from_parquet(tmp_path: Path) -> None:

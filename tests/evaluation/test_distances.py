@@ -72,6 +72,22 @@ def test_distances_are_those_of_plain_loops() -> None:
     assert scalars["keypoint_mean_px"]["b"] == quality.distances.mean_px[1] and scalars["keypoint_mean_px"]["e"] is None
 
 
+def test_a_person_without_a_prediction_has_no_keypoint_right() -> None:
+    labels = np.array([[[1.0, 1, 2], [40, 40, 2]]])  # the first one is near (0, 0), where nothing was predicted
+    quality = measure_points(
+        np.zeros((1, 2, 2)), np.zeros((1, 2)), labels, np.array([900.0]), np.array([[0, 0, 30.0, 60]]), (0.1, 0.1)
+    )
+    assert quality.pck.tolist() == quality.oks.tolist() == [0, 0] and quality.mean_oks == quality.mean_pck == 0
+
+
+def test_an_older_evaluation_has_the_defaults_of_what_it_does_not_name() -> None:
+    settings = tables.protocol_settings(EvalConfig())
+    older = {name: value for name, value in settings.items() if name not in tables.ADDED_SETTINGS}
+    assert len(older) < len(settings) and tables.follows_protocol(older, settings)
+    assert not tables.follows_protocol(older, tables.protocol_settings(EvalConfig(max_people=30)))
+    assert not tables.follows_protocol({**older, "flip": False}, settings)
+
+
 def test_tables_show_pixels_as_pixels() -> None:
     row: Metrics = {
         **dict.fromkeys(METRICS, 0.5),

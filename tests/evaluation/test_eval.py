@@ -133,6 +133,8 @@ def test_the_csv_beside_the_json_has_its_people(main: Main, weights: Path, root:
         assert part.keypoint.tolist() == list(COCO17.names)
         assert owners[part.annotation_id.iloc[0]]["image_id"] == person["image_id"] == part.image_id.iloc[0]
     assert table.groupby("image").person.max().sum() == len(saved)
+    with pytest.raises(UserError, match=r"^--eval\.save_predictions .*out\.csv: .*Name it \.json"):
+        main(weights, "--csv", "long", "--save_predictions", tmp_path / "out.csv")
     main(weights, "--csv", "deeplabcut", "--boxes", "detector.json", "--worst", 0)
     (file,) = tmp_path.glob("evaluations/*/keypoints_*.csv")
     wide = pd.read_csv(file, header=[0, 1, 2, 3], index_col=0)

@@ -1,6 +1,6 @@
 """The CSV of predictions: what pandas reads of it is what was predicted, in both shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +88,17 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^--eval\.csv: .*k\.csv: not written: "):
         keypoint_csv.KeypointCsv(tmp_path / "file" / "k.csv", NAMES, "long")
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    def rows() -> Iterator[ImageRow]:
+        yield ImageRow("a.png", [_person(0)])
+        raise ValueError("an image")
+
+    with pytest.raises(ValueError, match="an image"):
+        keypoint_csv.write_csv(tmp_path / "k.csv", NAMES, "long", rows())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "k.csv").mkdir()  # what is not a file cannot be replaced
+    with pytest.raises(UserError, match=r"^--eval\.csv: .*k\.csv: not written: "):
+        keypoint_csv.write_csv(tmp_path / "k.csv", NAMES, "long", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["k.csv"]
