@@ -3,12 +3,12 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Float
 from numpy import ndarray as Array
 
@@ -34,6 +34,7 @@ class PersonBoxes(NamedTuple):
 
 
 # Why boxes of a file are not among those that are looked at.
+NO_SIDE, MIN_SCORE = "without a width or a height", "--data.unlabelled_min_score"
 NOT_TAKEN = ("of other categories", "of crowds", "without 'bbox'")
 NOBODY = PersonBoxes(np.zeros((0, 4)), np.zeros(0))
 
@@ -206,7 +207,7 @@ class BoxesFile:
             elif one.score < min_score:
                 self._left_out[f"with a score below {min_score:g} (--eval.min_box_score)"] += 1
             elif not (one.box_xywh[2:] > 0).all():
-                self._left_out["without a width or a height"] += 1
+                self._left_out[NO_SIDE] += 1
             else:
                 self._of.setdefault(name, []).append(one)
         if others == len(found):
@@ -290,6 +291,7 @@ def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> Pe
     """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
 
     Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
+    How many others there are, by cause, is in the people's `left_out`.
     The image of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
 
     Raises:
@@ -298,22 +300,46 @@ def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> Pe
     file, folder = files.root / files.annotations, files.root / files.images
     # Names that have come or gone change which image is whose.
     names = people_tables.list_image_names(folder)
-    digest = people_tables.digest_of(file.read_bytes(), "detections", files.images, str(min_score), *names)
-    table = people_tables.cached_table(
-        lambda: _detected_rows(files, names, min_score), digest, files.num_keypoints, files.cache
+    digest = people_tables.digest_of(file.read_bytes(), "counted detections", files.images, str(min_score), *names)
+    table, left_out = people_tables.cached_table(
+        lambda counts: _detected_rows(files, names, min_score, counts), digest, files.num_keypoints, files.cache
     )
-    people = People(rows=table, root=files.root, annotations=file)
-    sides = people_tables.boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf)
-    return replace(people, rows=people.rows.select(np.flatnonzero(sides >= min_side)))
+    rows = _keep_large(table, min_side, left_out)
+    num, num_all = sum(left_out.values()), len(rows) + sum(left_out.values())
+    why = _describe_left_out(left_out)
+    line = f"{file}: {num} of its {num_all} detections are left out of the unlabeled people: {why}" if num else ""
+    return People(rows=rows, root=files.root, annotations=file, left_out=line)
 
 
-def _detected_rows(files: PeopleFiles, names: list[str], min_score: float) -> Iterator[dict[str, Any]]:
+def _keep_large(table: Dataset, min_side: float, left_out: dict[str, int]) -> Dataset:
+    is_large = people_tables.boxes_of(table)[:, 2:].min(axis=1, initial=np.inf) >= min_side
+    left_out[f"with a side below {min_side:g} px (--data.unlabelled_min_side)"] = int((~is_large).sum())
+    return table.select(np.flatnonzero(is_large))
+
+
+def _describe_left_out(counts: Mapping[str, int]) -> str:
+    """How many detections are left out, by cause; of many categories the first ids are shown."""
+    kinds = [cause for cause in counts if cause.startswith(NOT_TAKEN[0])]
+    ids = ", ".join(kind.removeprefix(f"{NOT_TAKEN[0]} ") for kind in sorted(kinds)[:4]) + ", ..." * (len(kinds) > 4)
+    of_kinds = {f"{NOT_TAKEN[0]} (category_id {ids}; expected 1)": sum(counts[kind] for kind in kinds)}
+    others = {cause: num for cause, num in counts.items() if cause not in kinds}
+    return ", ".join(f"{num} {cause}" for cause, num in (of_kinds | others).items() if num)
+
+
+def _detected_rows(
+    files: PeopleFiles, names: list[str], min_score: float, left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
     file = files.root / files.annotations
     name_of_stem = {Path(name).stem: name for name in names}
     name_of_number = {coco.number_of_id(stem): name for stem, name in name_of_stem.items()}
     place = {name: index for index, name in enumerate(names)}
     for index, key, _, category_id, box, score in read_detections(file):
-        if score < min_score or category_id != 1 or box[2] <= 0 or box[3] <= 0:
+        if category_id != 1:
+            left_out[f"{NOT_TAKEN[0]} {coco.show_value(category_id)}"] += 1
+            continue
+        if score < min_score or box[2] <= 0 or box[3] <= 0:
+            is_weak = score < min_score
+            left_out[f"with a score below {min_score:g} ({MIN_SCORE})" if is_weak else NO_SIDE] += 1
             continue
         padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
         name = padded if padded in place else name_of_stem.get(str(key), name_of_number.get(coco.number_of_id(key)))

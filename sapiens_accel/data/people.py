@@ -237,7 +237,8 @@ def unlabeled_people(files: PeopleFiles, min_side: float) -> People:
     """
     people = files.read("optional")
     is_large = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf) >= min_side
-    return replace(people, rows=people.rows.select(np.flatnonzero(~_read_labeled(people.rows) & is_large)))
+    chosen = np.flatnonzero(~_read_labeled(people.rows) & is_large)
+    return replace(people, rows=people.rows.select(chosen), left_out="")  # that line is of the labeled ones
 
 
 def files_of(people: People, folder: str, cache: Path) -> PeopleFiles:
@@ -261,7 +262,9 @@ def whole_images(root: Path, folder: str, num_keypoints: int, cache: Path) -> Pe
     stats = [(file if file.exists() else path).stat() for file in (path / name for name in names)]
     content = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names, stats, strict=True)]
     digest = digest_of("\n".join(content).encode(), str(path))
-    rows = cached_table(lambda: _whole_image_rows(path, folder, names, num_keypoints), digest, num_keypoints, cache)
+    rows, _ = cached_table(
+        lambda _: _whole_image_rows(path, folder, names, num_keypoints), digest, num_keypoints, cache
+    )
     return People(rows=rows, root=root, annotations=path)
 
 
@@ -468,13 +471,22 @@ def digest_of(content: bytes, *more: str) -> str:
     return hashlib.sha256(b"\0".join([content, *(word.encode() for word in more)])).hexdigest()[:32]
 
 
-def cached_table(rows: Callable[[], Iterator[dict[str, Any]]], digest: str, num_keypoints: int, cache: Path) -> Dataset:
-    """The table of a generator of rows, made once for each digest."""
+def cached_table(
+    rows: Callable[[Counter[str]], Iterator[dict[str, Any]]], digest: str, num_keypoints: int, cache: Path
+) -> tuple[Dataset, dict[str, int]]:
+    """The table of a generator of rows, made once for each digest, and what it left out.
+
+    Args:
+        rows: counts what it leaves out, by cause.
+    """
 
     def chunks() -> Iterator[PeopleColumns]:
-        yield PeopleColumns.of_rows(list(rows()), num_keypoints)
+        left_out: Counter[str] = Counter()
+        people = PeopleColumns.of_rows(list(rows(left_out)), num_keypoints)
+        yield replace(people, left_out=left_out)
 
-    return _open_table(_cached_chunks(chunks, digest, num_keypoints, cache), num_keypoints)
+    folder = _cached_chunks(chunks, digest, num_keypoints, cache)
+    return _open_table(folder, num_keypoints), json.loads((folder / LEFT_OUT).read_text())
 
 
 def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> tuple[Dataset, dict[str, int]]:

@@ -85,7 +85,9 @@ def gather_unlabeled(
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
             f"or leave stage ssl out, --stage phase2"
         )
-    warnings = [*(people.box_note for people in found), *(_warn_of_other_boxes(people, train) for people in found)]
+    left_out = sources[0].left_out if sources[0] else ""  # those of the training people are said with them
+    notes = [left_out, *(people.box_note for people in found)]
+    warnings = [*notes, *(_warn_of_other_boxes(people, train) for people in found)]
     return people_tables.join_people(found), tuple(line for line in warnings if line)
 
 

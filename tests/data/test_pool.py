@@ -415,6 +415,22 @@ def test_weak_detections_and_other_things_are_left_out(root: Path, cache: Path, 
     assert _ids(_pool(root, cache, **_give(root, _detections(root, **change)))) == list(range(1, 8))
 
 
+def test_how_many_detections_are_left_out_is_said_by_cause(root: Path, cache: Path) -> None:
+    found, rest = _detections(root), _detections(root)
+    more = [rest[0] | {"category_id": number} for number in (18, 18, 2)] + [rest[0] | {"score": 0.1}]
+    given = _give(root, [*found, *more, rest[0] | {"bbox": [5.0, 5.0, 0.0, 9.0]}])
+    side = sorted(min(one["bbox"][2:]) for one in found)[1]
+    expected = (
+        f"{root / 'detections.json'}: 6 of its 13 detections are left out of the unlabeled people: "
+        "3 of other categories (category_id 18, 2; expected 1), "
+        "1 with a score below 0.5 (--data.unlabelled_min_score), 1 without a width or a height, "
+        f"1 with a side below {side:g} px (--data.unlabelled_min_side)"
+    )
+    for _ in range(2):  # the second time of the cached table
+        assert expected in str(_open(root, cache, **given, unlabelled_min_side=side)).splitlines()
+    assert "unlabeled people:" not in str(_open(root, cache, **_give(root, found)))
+
+
 def test_the_score_and_the_side_of_detections_are_knobs(root: Path, cache: Path) -> None:
     given = _give(root, _detections(root, score=0.49))
     assert len(_pool(root, cache, **given, unlabelled_min_score=0.4)) == 8
