@@ -79,6 +79,8 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
                 config_of_row = replace(config_of_row, save_predictions=str(file))
             results[row] = evaluate.evaluate_networks(accelerator, loaded, people, skeleton, run.data, config_of_row)
             configs[row] = config_of_row
+            if config_of_row.save_predictions:
+                tables.append(Path(config_of_row.save_predictions))
             if run.eval.csv and accelerator.is_main_process:
                 tables.append(write_predictions(results[row], config_of_row, candidates[0].folder, row, skeleton))
         if accelerator.is_main_process:

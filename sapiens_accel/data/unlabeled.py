@@ -83,7 +83,7 @@ def gather_unlabeled(
             f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
-            f"or leave stage ssl out, --stage phase2"
+            f"or leave stage ssl out: --stage phase1, and then --stage phase2"
         )
     left_out = sources[0].left_out if sources[0] else ""  # those of the training people are said with them
     notes = [left_out, *(people.box_note for people in found)]

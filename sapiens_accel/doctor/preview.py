@@ -41,7 +41,8 @@ def check_crops(run: Config, labels: Labels, skeleton: Skeleton) -> list[Finding
 
 def first_stage_people(run: Config, sets: Sets, skeleton: Skeleton) -> TrainingPeople:
     """The people of the run's first stage, as it will learn from them."""
-    stage = run.stages[0]
+    # Where there are no unlabeled people, the crops of stage ssl's labeled people are those of phase2.
+    stage = run.stages[0] if sets.unlabeled or not run.get_stage(run.stages[0]).ratio else "phase2"
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     return TrainingPeople(sets, augmenter, run.data, run.get_stage(stage), seed=run.seed, stage=stage)
 
@@ -88,7 +89,8 @@ def check_enlargement(labels: Labels, config: DataConfig) -> Finding:
     height, width = config.input_hw
     sides = labels.boxes_xywh[:, 2:] * config.box_padding
     low, middle, high = np.percentile(np.minimum(width / sides[:, 0], height / sides[:, 1]), PERCENTILES)
-    text = f"to {height} x {width} people are enlarged {middle:.2g} times in the median ({low:.2g} to {high:.2g})"
+    how = f"enlarged {middle:.2g} times" if middle >= 1 else f"reduced to {middle:.2g} of their size"
+    text = f"to {height} x {width} people are {how} in the median ({low:.2g} to {high:.2g})"
     if middle <= MOST_ENLARGED:
         return Finding(level="note", check="resolution", text=text)
     return Finding(level="warning", check="resolution", text=f"{text}; a smaller --data.input_hw would show as much")

@@ -31,7 +31,7 @@ from sapiens_accel.doctor import environment, preview
 from sapiens_accel.doctor import labels as label_checks
 from sapiens_accel.doctor.annotations import ReadAnnotations
 from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.evaluation.boxes import load_boxes
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.networks import read_people_sizes
@@ -217,22 +217,35 @@ def _unlabeled(config: DataConfig, skeleton: Skeleton, root: Path, cache: Path, 
 
 def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport, out: Path) -> list[Finding]:
     """What the run's own reader says, and what the network would see."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # what it skips has been said, and stdout may be JSON
-            uses_unlabeled = any(run.get_stage(stage).ratio for stage in run.stages)
-            sets = build.open_people(run.data, skeleton, unlabeled=uses_unlabeled)
-    except UserError as error:
-        return [Finding(level="error", check="reader", text=str(error))]
+    sets, findings = _open_sets(run, skeleton)
+    if sets is None:
+        return findings
     report.grid = str(
         draw.save_image(preview.draw_grid(preview.first_stage_people(run, sets, skeleton), skeleton), out / "crops.png")
     )
     text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
+        *findings,
         *_findings_of_lines("reader", sets.warnings),
         *_evaluation_faults(sets.split(run.eval.split), skeleton, run.eval),
         *preview.check_crops(run, labels, skeleton),
         Finding(level="note", check="grid", text=text),
     ]
+
+
+def _open_sets(run: Config, skeleton: Skeleton) -> tuple[Sets | None, list[Finding]]:
+    """The run's people, those with labels alone where those without are the error; and the errors."""
+    uses_unlabeled = any(run.get_stage(stage).ratio for stage in run.stages)
+    errors: list[str] = []
+    for unlabeled in dict.fromkeys((uses_unlabeled, False)):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # what it skips has been said, and stdout may be JSON
+                sets = build.open_people(run.data, skeleton, unlabeled=unlabeled)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        return sets, [Finding(level="error", check="reader", text=text) for text in errors]
+    return None, [Finding(level="error", check="reader", text=text) for text in dict.fromkeys(errors)]
 
 
 def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
@@ -264,7 +277,7 @@ def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations, looks: Path
         findings.append(Finding(level="error", check="leaks", text=text, culprits=pairs))
     common = sorted(set(ours.values()) & set(theirs.values()))
     if common:
-        text = f"{len(common)} image ids are in both files"
+        text = f"{len(common)} image ids are in both files, which does not matter: the images are others"
         findings.append(Finding(level="note", check="ids", text=text, culprits=tuple(map(str, common))))
     return findings
 
@@ -408,8 +421,9 @@ def _people_lines(people: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sizes, and a table of keypoints: in how many of the people they are visible and occluded."""
     lines = []
     for name, of in people.items():
+        noun = "person" if of["people"] == 1 else "people"
         each = f"{of['joints_labelled']:.1f} keypoints each"
-        lines.append(f"{name}: {of['people']} people in {of['pictures']} images, {each}")
+        lines.append(f"{name}: {of['people']} {noun} in {count(of['pictures'], 'image')}, {each}")
         if of["people"]:
             sizes = (f"{key.replace('_', ' ')} {' | '.join(f'{size:.0f}' for size in of[key])}" for key in SIZES_TOLD)
             lines.append(f"  px, 5 % | median | 95 %: {'; '.join(sizes)}")

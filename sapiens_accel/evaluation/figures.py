@@ -203,7 +203,7 @@ def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, s
     colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in person.kinds]
     missed = found_xy if is_found else true_xy  # of nobody: a dot where each keypoint is
     kind_of = [(kind.name.lower().replace("_", " "), color) for kind, color in ERROR_COLORS.items()]
-    strips = [draw.draw_side_key(width), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
+    strips = [draw.draw_side_key(width, skeleton), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     drawn = [
         draw.draw_person(image, true_xy, label[:, 2] / 2, skeleton),
         draw.draw_person(image, found_xy, shown, skeleton, scores),
@@ -264,6 +264,6 @@ def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleto
         scores = predictions.scores[index]
         below.append(draw.draw_person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
     # What the colors mean, over each person.
-    rows = [(draw.draw_side_key(PERSON_HW[1]), above), (draw.draw_score_ramp(PERSON_HW[1]), below)]
+    rows = [(draw.draw_side_key(PERSON_HW[1], skeleton), above), (draw.draw_score_ramp(PERSON_HW[1]), below)]
     strips = [(np.tile(strip, (1, len(chosen), 1)), draw.arrange_grid(row, columns=len(chosen))) for strip, row in rows]
     return np.concatenate([picture for pair in strips for picture in pair])

@@ -222,7 +222,7 @@ def _keypoint_row(name: str, count: int, shares: Sequence[float], far: Distances
 
     pck = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (far.pck_10, far.pck_5)]
     pixels = ["-" if math.isnan(value) else f"{value:.2f}" for value in (far.mean_px, far.median_px)]
-    return BarRow(_spaced(name), int(count), [*map(cell, shares), *map(BarCell, [*pck, *pixels])])
+    return BarRow(name, int(count), [*map(cell, shares), *map(BarCell, [*pck, *pixels])])
 
 
 def _error_table(found: Diagnosis, skeleton: Skeleton) -> BarTable:
@@ -242,11 +242,7 @@ def _error_row(name: str, counts: Int[Array, "kinds"]) -> BarRow:
         if shares[kind] > 0
     ]
     wrong = f"{100 * (1 - shares[Kind.GOOD]):.1f}" if num else "-"
-    return BarRow(_spaced(name), num, [BarCell(wrong), BarCell("", pieces)])
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
+    return BarRow(name, num, [BarCell(wrong), BarCell("", pieces)])
 
 
 def _mean(values: Float[Array, "k"], counts: Int[Array, "k"]) -> float:

@@ -27,7 +27,7 @@ from sapiens_accel.formats import (
 from sapiens_accel.formats.coco_folder import WriteOptions
 from sapiens_accel.formats.dataset import ODD, PoseDataset
 from sapiens_accel.sources import convert as shards
-from sapiens_accel.sources.coco import reason
+from sapiens_accel.sources.coco import load_json, reason
 
 Reader = Callable[[Path, Path | None], PoseDataset]
 
@@ -91,7 +91,31 @@ def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:
     try:
         return READERS[form](source, images)
     except ODD as error:
+        _refuse_coco(source)
         raise UserError(f"{source}: not as {form} writes it: {reason(error)}") from None
+    except UserError:
+        _refuse_coco(source)
+        raise
+
+
+def _refuse_coco(source: Path) -> None:
+    """
+    Raises:
+        UserError: it is the COCO export of a tool, or the folder of one, which needs no conversion.
+    """
+    files = [source] if source.is_file() else [*source.glob("*.json"), *source.glob("annotations/*.json")]
+    for file in sorted(file for file in files if file.suffix.lower() == ".json"):
+        try:
+            tree = load_json(file)
+        except UserError:
+            continue
+        if isinstance(tree, dict) and all(isinstance(tree.get(key), list) for key in ("images", "annotations")):
+            root = source if source.is_dir() else file.parent
+            raise UserError(
+                f"{file}: this is a COCO JSON, which is read as it is: train with --data.root {root} "
+                f"--data.train_annotations {file.relative_to(root)} --data.train_images FOLDER, and the same of "
+                f"validation by --data.val_annotations and --data.val_images"
+            )
 
 
 def _refuse_options_of_video(asked: Namespace) -> None:

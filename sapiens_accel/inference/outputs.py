@@ -159,6 +159,7 @@ class MediaWriter:
         )
         self.table = self._open_table(evaluation) if evaluation.csv else None
         self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
+        self.num_keypoints, self.num_drawn = 0, 0
 
     def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
         assert evaluation.csv is not None
@@ -187,6 +188,8 @@ class MediaWriter:
         if people:
             points_xy = np.stack([person.points_xy for person in people])
             shown = np.stack([person.scores for person in people]) > self.threshold
+            self.num_keypoints += shown.size
+            self.num_drawn += int(shown.sum())
             picture = draw.draw_people(picture, points_xy, shown, self.skeleton)
         if self.film is not None:
             self.film.add(picture)
@@ -207,4 +210,9 @@ class MediaWriter:
         bad = f", {self.num_bad} skipped" if self.num_bad else ""
         kind = "frames" if self.film is not None else "pictures"
         found = f"{self.num_people} people in {self.num_pictures} {kind} of {self.path}{bad}"
+        if self.draws:
+            files.append(
+                f"of {self.num_keypoints} keypoints {self.num_drawn} are drawn (score above {self.threshold:g}, "
+                f"--eval.score_threshold)"
+            )
         return "\n  ".join([f"\n{found}; boxes: {self.about['boxes']}", *files])

@@ -11,6 +11,7 @@ from numpy import ndarray as Array
 from sapiens_accel.pose.skeleton import Skeleton
 
 LEFT, RIGHT, MIDDLE = (255, 128, 0), (0, 160, 255), (60, 220, 60)
+SIDES = {"left": LEFT, "right": RIGHT}
 NEAR, FAR = (60, 220, 60), (255, 40, 40)
 # Colors of scores 0, 0.5 and 1, distinguishable for the color-blind.
 UNSURE, HALF_SURE, SURE = (255, 50, 50), (255, 225, 90), (80, 170, 255)
@@ -121,9 +122,11 @@ def overlay_heatmaps(
     return (cv2.resize(image, size) * (1 - opacity) + heat * opacity).round().astype(np.uint8)
 
 
-def draw_side_key(width: int) -> UInt8[Array, "h w 3"]:
-    """The color key of a labeled person, a strip of this width (px)."""
-    return draw_key(width, [("labeled:", (0, 0, 0)), ("left", LEFT), ("right", RIGHT)])
+def draw_side_key(width: int, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
+    """The color key of a labeled person, a strip of this width (px): of the sides that the skeleton has."""
+    entries = [(name, color) for name, color in SIDES.items() if name in skeleton.sides]
+    no_side = [("no side", MIDDLE)] if None in skeleton.sides else []
+    return draw_key(width, [("labeled:", (0, 0, 0)), *entries, *no_side])
 
 
 def draw_score_ramp(width: int) -> UInt8[Array, "h w 3"]:

@@ -75,7 +75,9 @@ def test_what_would_do_something_else_is_refused(listed: str, said: str) -> None
 
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("transform: GaussNoise\n")
-    with pytest.raises(UserError, match=r"own\.yaml: expected a list of transforms, found dict$"):
+    with pytest.raises(
+        UserError, match=r"own\.yaml: expected a list of transforms, found keys and values\. Write a line "
+    ):
         _config(str(tmp_path / "own.yaml"))
 
 

@@ -440,6 +440,19 @@ def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
     assert "zero" not in str(caught.value)
 
 
+def test_without_unlabeled_people_the_labeled_ones_are_still_looked_at(root: Path, tmp_path: Path) -> None:
+    shutil.rmtree(root / "unlabeled2017")
+    for boxes in root.glob("annotations/*unlabeled*"):
+        boxes.unlink()
+    for stage in ("all", "ssl"):
+        run = config.load([*_words(root), "--stage", stage])
+        report = doctor.examine(run, environment.read_launch(None), tmp_path / "out")
+        (error,) = [finding for finding in report.findings if finding.level == "error"]
+        assert error.text.endswith("or leave stage ssl out: --stage phase1, and then --stage phase2")
+        assert report.grid and Path(report.grid).is_file()
+        assert {"crops/resolution", "crops/sigma", "crops/codec"} <= {finding.check for finding in report.findings}
+
+
 def _ssl(root: Path, **changes: Any) -> Config:
     words = [*_words(root), "--stage", "ssl"]
     return config.load([*words, *(word for key, value in changes.items() for word in (f"--data.{key}", str(value)))])

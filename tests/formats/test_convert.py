@@ -436,3 +436,13 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match=r"out: exists already"):
         run("deeplabcut", project, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["cvat", "label_studio", "labelme"])
+@pytest.mark.parametrize("name", ["result.json", "annotations/person_keypoints_default.json"])
+def test_a_coco_export_needs_no_conversion(form: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=r"this is a COCO JSON, .* --data\.train_annotations [\w/]+\.json "):
+            convert.read(form, source)

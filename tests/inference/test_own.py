@@ -209,6 +209,8 @@ def test_a_video_is_its_frames(main: Main, weights: Path, root: Path, detector: 
     pictures, _ = main(weights, folder, *words)
     video, said = main(weights, tmp_path / "clip.avi", *words)
     assert f"{len(video['annotations'])} people in 8 frames" in said
+    visible = sum(v > 0 for one in video["annotations"] for v in one["keypoints"][2::3])
+    assert f"of {17 * len(video['annotations'])} keypoints {visible} are drawn (score above 0, --eval.score" in said
     assert [one["file_name"] for one in video["images"]] == [f"clip_{index:06d}.jpg" for index in range(8)]
     if by == "detector":
         assert len(video["annotations"]) > 16

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sapiens_accel.pose import draw
 from sapiens_accel.pose import infer_skeleton as custom
 from sapiens_accel.pose.infer_skeleton import Category
 from sapiens_accel.pose.sides import mirror_by_name, mirror_of, words
@@ -259,3 +260,14 @@ def test_the_union_of_two_sets() -> None:
     found, _ = custom.infer_skeleton([_category("tail", "L_Ear"), _category("l_ear", "snout", "r_ear")], None)
     assert found.names == ("tail", "L_Ear", "snout", "r_ear") and found.mirror == (0, 3, 2, 1)
     assert found.edges == ((0, 1), (1, 2), (1, 3))
+
+
+def test_the_color_key_has_the_sides_that_there_are() -> None:
+    def has(names: tuple[str, ...], color: draw.Color) -> bool:
+        one = Category(file=Path("a.json"), categories=("x",), kind="x", names=names)
+        skeleton, _ = custom.infer_skeleton([one], None)
+        return bool((draw.draw_side_key(400, skeleton) == color).all(axis=-1).any())
+
+    assert all(has(COCO17.names, color) for color in (draw.LEFT, draw.RIGHT, draw.MIDDLE))
+    assert [has(("base", "tip"), color) for color in (draw.LEFT, draw.RIGHT, draw.MIDDLE)] == [False, False, True]
+    assert not has(("left_eye", "right_eye"), draw.MIDDLE)
