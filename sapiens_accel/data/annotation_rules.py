@@ -280,7 +280,7 @@ class PeopleReader:
         for index, annotation in enumerate(tree["annotations"]):
             try:
                 if ids and (category := annotation.get("category_id", ids[0])) not in ids:
-                    row, check = None, f"{CATEGORY}{show_value(category)}"
+                    row, check = None, f"{CATEGORY}{show_value(annotation.get('given_category_id', category))}"
                 else:
                     is_other = self.reading is None and _is_other_number(annotation, self.num_keypoints)
                     row = self._row(annotation | {"keypoints": []} if is_other else annotation, images)
@@ -322,7 +322,7 @@ class PeopleReader:
         if not np.isfinite(chosen.boxes_xywh).all():
             raise ValueError(UNKNOWN_SIZE)
         from_box = AREA_OF_BOX * float(chosen.areas[0])
-        area = annotation.get("area", from_box)
+        area = from_box if annotation.get("area") is None else annotation["area"]
         if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
             raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
         return {
@@ -340,7 +340,7 @@ class PeopleReader:
     def _points(self, annotation: dict[str, Any]) -> Float[Array, "k 3"]:
         """The run's keypoints of an annotation; zeros where it has none."""
         numbers = keypoint_numbers(annotation, self.num_keypoints, self.known_reading)
-        points = _numbers(numbers or [0] * 3 * self.num_keypoints)
+        points = _numbers(numbers or [0] * 3 * self.num_keypoints, "keypoints")
         if points.shape != (3 * self.num_keypoints,):
             raise ValueError(_describe_count(points.size, self.num_keypoints))
         points = clear_unlabeled(points.reshape(-1, 3))
@@ -601,10 +601,12 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
     """How many annotations are not learned from, by cause, in the order in which they are left out."""
     ids = category_ids(source.categories, reading)
     names = {str(one.get("id")): one.get("name") for one in source.categories}
+    given = {str(one.get("id")): show_value(given_id(one)) for one in source.categories}
+    names |= {given[one]: name for one, name in names.items()}
     kinds = [cause.removeprefix(CATEGORY) for cause in counts if cause.startswith(CATEGORY)]
     others = sum(counts[f"{CATEGORY}{kind}"] for kind in kinds)
-    shown = ", ".join(f"{kind} {name}" if (name := names.get(kind)) else kind for kind in sorted(kinds)[:4])
-    wanted = ", ".join(f"{one} {names.get(str(one))}" for one in ids[:4])
+    shown = ", ".join(_describe_kind(given.get(kind, kind), names) for kind in sorted(kinds)[:4])
+    wanted = ", ".join(_describe_kind(given[str(one)], names) for one in ids[:4])
     texts = {
         f"of other categories (category_id {shown}; expected {wanted})": others,
         "crowds": counts.get(CROWD, 0),
@@ -612,6 +614,14 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
         "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),
     }
     return ", ".join(f"{count} {text}" for text, count in texts.items() if count)
+
+
+def _describe_kind(kind: str, names: Mapping[str, Any]) -> str:
+    """A category_id as it is written, and the name of its category; or that it is itself the name of one."""
+    if (name := names.get(kind)) is not None:
+        return f"{kind} {name}"
+    own = next((one for one, name in names.items() if kind == show_value(name)), None)
+    return kind if own is None else f"{kind} is a category's name: write its id, {own}"
 
 
 # ---- Values of one annotation
@@ -693,7 +703,8 @@ def keypoint_numbers(annotation: dict[str, Any], num_keypoints: int, reading: Re
         numbers = [number for k in reading.source for number in (numbers[3 * k : 3 * k + 3] if k >= 0 else (0, 0, 0))]
     if not numbers or reading.threshold is None:
         return numbers
-    labels = visibility.apply_threshold(_numbers(numbers[: len(numbers) // 3 * 3]).reshape(-1, 3), reading.threshold)
+    points = _numbers(numbers[: len(numbers) // 3 * 3], "keypoints").reshape(-1, 3)
+    labels = visibility.apply_threshold(points, reading.threshold)
     return [*labels.reshape(-1).tolist(), *numbers[len(numbers) // 3 * 3 :]]
 
 
@@ -706,7 +717,7 @@ def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
     """
     if "bbox" not in thing:
         raise ValueError("it has no 'bbox'; expected x, y, width, height in pixels of the image")
-    box = _numbers(thing["bbox"])
+    box = _numbers(thing["bbox"], "bbox")
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"expected 'bbox' of 4 numbers, found {thing['bbox']!r}")
     if np.abs(box).max() > FARTHEST or ((box[2:] > 0) & (box[2:] < 1 / FARTHEST)).any():
@@ -716,8 +727,18 @@ def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
     return box
 
 
-def _numbers(values: Any) -> Float[Array, "n"]:
+def _numbers(values: Any, name: str) -> Float[Array, "n"]:
     # numpy would read the numbers in a text, too.
     if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
-        raise ValueError(f"expected a list of numbers for 'bbox' and 'keypoints', found {str(values)[:60]}")
+        raise ValueError(f"expected a list of numbers for '{name}', found {str(values)[:60]}{_explain_types(values)}")
     return np.asarray(values, dtype=np.float64)
+
+
+def _explain_types(values: Any) -> str:
+    """What to do about a list of other things than numbers; empty where nothing can be said."""
+    kinds = set(map(type, values)) if isinstance(values, list) else set()
+    if list in kinds:
+        return "; lists within the list: write all numbers in one"
+    if str in kinds:
+        return "; numbers as text: write them without quotes"
+    return "; null: write 0, 0, 0 for a keypoint without label" if type(None) in kinds else ""

@@ -68,7 +68,7 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
             unmeasured.append(given_id(person))
         if is_row:
             category_of[person["id"]] = category
-            num_without_area += "area" not in person
+            num_without_area += area is None
             # Rows hold the same numbers; NaN is there only where there is no label.
             keypoints = [0.0 if number != number else number for number in keypoints or ()]
         annotations.append(

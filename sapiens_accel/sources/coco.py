@@ -32,8 +32,8 @@ def parse_json(path: Path) -> Any:
 
     A file is parsed once while it does not change, so callers must not change what they get. Ids of images,
     annotations and categories are whole numbers however they are written (see `number_of_id`), so that whoever compares
-    them (Arrow's tables, pycocotools, detections) has the same; what was written as text is there as `given_id` and
-    `given_image_id`. An annotation without an id has one that no other has.
+    them (Arrow's tables, pycocotools, detections) has the same; what was written as text is there as `given_id`,
+    `given_image_id` and `given_category_id`. An annotation without an id has one that no other has.
 
     Raises:
         UserError: it is not JSON.
@@ -139,9 +139,10 @@ def number_of_id(value: Any) -> Any:
     stays as it is.
     """
     number = whole_number(value)
-    if not isinstance(number, str) or not number.strip():
+    is_long = isinstance(value, str) and isinstance(number, int) and not -(2**63) <= number < 2**63
+    if not is_long and (not isinstance(number, str) or not number.strip()):
         return number
-    digest = hashlib.blake2b(number.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(str(value).strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return HASHED | int.from_bytes(digest, "big") >> 2
 
 
@@ -151,7 +152,7 @@ def given_id(item: dict[str, Any]) -> Any:
 
 
 def _normalize_ids(tree: dict[str, Any]) -> None:
-    of_annotation = {"id": "given_id", "image_id": "given_image_id", "category_id": None}
+    of_annotation = {"id": "given_id", "image_id": "given_image_id", "category_id": "given_category_id"}
     for key, names in (
         ("images", {"id": "given_id"}),
         ("categories", {"id": "given_id"}),
@@ -162,7 +163,7 @@ def _normalize_ids(tree: dict[str, Any]) -> None:
             for name, given in names.items() if isinstance(item, dict) else ():
                 if type(value := item.get(name)) in (float, str):
                     item[name] = number_of_id(value)
-                    if given and isinstance(value, str):
+                    if isinstance(value, str):
                         item[given] = value
     _number_those_without_id(tree.get("annotations"))
 
@@ -196,15 +197,37 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
         text = f"categories: expected a list of objects with 'id' and 'name', found {show_value(kinds)}"
         faults.append(Fault("categories", text))
         kinds = []
+    faults += _category_faults(kinds)
     if collect is not None:
         collect += faults
-        return tree | {"images": images, "categories": kinds}
+        return tree | {"images": images, "categories": kinds, "annotations": _of_other_images(tree, images)}
     odd = [item for item in tree["annotations"] if not isinstance(item, dict)]
     texts = [fault.text for fault in faults if fault.check != "ids"]
     texts += [f"annotations: expected keys, found {show_value(item)}" for item in odd[:1]]
     if texts:
         raise UserError(f"{path}: {texts[0]}")
     return tree
+
+
+def _category_faults(kinds: Sequence[dict[str, Any]]) -> Iterator[Fault]:
+    """Categories of another name with the same id: whose annotations these are nobody can say."""
+    named: dict[str, Any] = {}
+    for kind in kinds:
+        key, name = repr(kind.get("id")), kind.get("name")
+        if kind.get("id") is not None and named.setdefault(key, name) != name:
+            both = f"{show_value(named[key])} and {show_value(name)}"
+            text = f"categories: id {show_value(given_id(kind))} is of two categories, {both}; give each its own id"
+            yield Fault("categories", text)
+
+
+def _of_other_images(tree: dict[str, Any], valid: Sequence[dict[str, Any]]) -> list[Any]:
+    """The annotations without those of images that are refused, which are named already."""
+    ids = [repr(image["id"]) for image in tree["images"] if isinstance(image, dict) and "id" in image]
+    refused = set(ids) - {repr(image["id"]) for image in valid}
+    annotations = tree["annotations"]
+    if not refused:
+        return annotations
+    return [one for one in annotations if not isinstance(one, dict) or repr(one.get("image_id")) not in refused]
 
 
 def image_names(tree: dict[str, Any], path: Path) -> dict[int, str]:

@@ -456,7 +456,11 @@ def batched(sample: Labeled) -> Labeled:
     ("change", "text"),
     [
         (lambda one: {"category_id": 7}, "6 of other categories (category_id 7; expected 1 person)"),
-        (lambda one: {"category_id": "dog"}, "6 of other categories"),
+        (lambda one: {"category_id": "dog"}, "6 of other categories (category_id 'dog'; expected 1 person)"),
+        (
+            lambda one: {"category_id": "person"},
+            "6 of other categories (category_id 'person' is a category's name: write its id, 1; expected 1 person)",
+        ),
         (lambda one: {"iscrowd": 1}, "6 crowds"),
         (lambda one: {"keypoints": [0] * 51}, "6 without a labeled keypoint (v > 0)"),
         (

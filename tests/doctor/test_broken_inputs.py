@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "area NaN": (_person(area=NAN), "'area'"),
     "area negative": (_person(area=-4), "'area'"),
     "area of text": (_person(area="12"), "'area'"),
-    "area null": (_person(area=None), "'area'"),
+    "area a list": (_person(area=[4]), "'area'"),
     "keypoints with NaN": (_point(0, NAN), "annotation 3"),
     "keypoints beyond any image": (_point(1, -1e12), "annotation 3"),
     "keypoints with 10^400": (_point(0, 10**400), "annotation 3"),
@@ -163,6 +163,10 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "iscrowd of text": (_person(iscrowd="0"), "'iscrowd'"),
     "categories of text": (lambda t: t | {"categories": "person"}, "categories"),
     "categories of numbers": (lambda t: t | {"categories": [1]}, "categories"),
+    "two categories of one id": (
+        lambda t: t | {"categories": [*t["categories"], t["categories"][0] | {"name": "dog"}]},
+        "id 1 is of two categories, 'person' and 'dog'",
+    ),
     "v of 3, as AI Challenger writes": (_point(2, 3), "AI Challenger"),
 }  # fmt: skip
 LEFT_OUT: dict[str, tuple[Callable[[Tree], Tree], str]] = {
@@ -235,6 +239,30 @@ def test_an_odd_annotation_file_is_read(run: Config, root: Path, case: str) -> N
     (root / TRAIN).write_text(json.dumps(tree), encoding="utf-8-sig")  # with a byte order mark
     assert _open(run).train.rows.remove_columns("size_wh").to_list() == before
     assert doctor.check_data(run)[0].count("error") == 0
+
+
+def test_an_area_of_null_is_a_missing_one(run: Config, root: Path) -> None:
+    tree = json.loads((root / TRAIN).read_text())
+    (root / TRAIN).write_text(json.dumps(_without("annotations", "area")(tree)))
+    without = _open(run).train.rows.to_list()
+    (root / TRAIN).write_text(json.dumps(tree | {"annotations": [a | {"area": None} for a in tree["annotations"]]}))
+    assert _open(run).train.rows.to_list() == without
+    assert doctor.check_data(run)[0].count("error") == 0
+
+
+def test_a_refused_image_is_one_error_not_one_of_each_annotation_as_well(run: Config, root: Path) -> None:
+    for change in ({"file_name": "/etc/passwd"}, {"id": True}):
+        tree = json.loads((root / TRAIN).read_text())
+        first = tree["images"][1]["id"]
+        tree["images"][1] |= change
+        for one in tree["annotations"]:
+            if one["image_id"] == first:
+                one["image_id"] = change.get("id", first)
+        (root / "annotations/other.json").write_text(json.dumps(tree))
+        other = dataclasses.replace(run, data=dataclasses.replace(run.data, train_annotations="annotations/other.json"))
+        report, _, _ = doctor.check_data(other)
+        found = [f.check for f in report.findings if f.level == "error"]
+        assert "train/images" in found and "train/annotations" not in found
 
 
 def test_annotations_without_ids_are_numbered(run: Config, root: Path) -> None:
