@@ -5,7 +5,7 @@ accelerate launch --config_file accelerate_configs/zero2.yaml train.py --recipe 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -22,7 +22,7 @@ from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import Interrupted, run_main
-from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Plan
@@ -91,9 +91,15 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
     images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
     if accelerator.is_main_process:
-        area = evaluate.describe_area(sets.split(run.eval.split), sets.skeleton, run.eval)
-        title = evaluate.format_protocol(run.eval, area)
-        print(f"\n{evaluate.format_table(table, title)}\n\nimages:", *images, sep="\n  ")
+        print(f"\n{format_results(run, sets, table, done)}\n\nimages:", *images, sep="\n  ")
+
+
+def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Mapping[str, Metrics]) -> str:
+    """The table of all stages, and which of those that were finished before were measured otherwise."""
+    people = sets.split(run.eval.split)
+    area, boxes = evaluate.describe_area(people, sets.skeleton, run.eval), people.reading.boxes
+    lines = tables.describe_other_protocols(done, evaluate.protocol_settings(run.eval, boxes))
+    return "\n".join([evaluate.format_table(table, evaluate.format_protocol(run.eval, area, boxes)), *lines])
 
 
 def check_folders(run: Config) -> None:

@@ -33,6 +33,7 @@ from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, Predictio
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality, is_predicted, measure_points, oks
+from sapiens_accel.pose.person_boxes import BoxRule
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.runtime import distributed, engine
@@ -56,6 +57,7 @@ class EvaluationResult:
         keypoints: the quality of each keypoint; the same on all ranks.
         curves: precision by recall at each OKS; the same on all ranks.
         area: which area OKS was measured by, in words.
+        people_boxes: `--data.boxes`, by which the people were read.
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
         image_rows: predictions as `--eval.csv` writes them; on rank 0 alone, and only where that is asked for.
@@ -69,6 +71,7 @@ class EvaluationResult:
     notes: tuple[str, ...]
     seconds: float
     area: str = ""
+    people_boxes: BoxRule = "annotation"
     image_rows: tuple[ImageRow, ...] = ()
 
 
@@ -144,6 +147,7 @@ def evaluate_networks(
         notes=notes,
         seconds=seconds,
         area=area,
+        people_boxes=people.reading.boxes,
         image_rows=image_rows,
     )
 
@@ -312,7 +316,8 @@ def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skelet
     """The table of what was evaluated, what augmentation adds and costs, keypoints of one row, and the notes."""
     metrics = {name: judged.metrics for name, judged in rows.items()}
     areas = dict.fromkeys(judged.area for judged in rows.values())
-    parts = [format_table(metrics, format_protocol(config, "; ".join(filter(None, areas))))]
+    people_boxes = next(iter(rows.values())).people_boxes
+    parts = [format_table(metrics, format_protocol(config, "; ".join(filter(None, areas)), people_boxes))]
     parts.append("\n".join(tables.format_costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
     if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
         name, judged = list(rows.items())[-1]
@@ -336,5 +341,6 @@ def save_metrics(
         raise UserError(f"{error}; move it away") from None
     for name, judged in rows.items():
         more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.keypoints, skeleton)}
-        known[name] = {**judged.metrics, **protocol_settings(hows[name]), "area_used": judged.area, **more}
+        settings = protocol_settings(hows[name], judged.people_boxes)
+        known[name] = {**judged.metrics, **settings, "area_used": judged.area, **more}
     file.write_text(json.dumps(known, indent=2))

@@ -135,7 +135,8 @@ def _visible(value: Any) -> Any:
 def _settings(name: str, judged: EvaluationResult, how: EvalConfig) -> list[str]:
     """How a row of the table was measured."""
     scales = " ".join(f"{scale:g}" for scale in how.scales)
-    used = [name, str(len(judged.predictions.scores)), how.split, tables.describe_boxes(how)]
+    used = [name, str(len(judged.predictions.scores)), how.split]
+    used.append(tables.describe_boxes(how) + tables.describe_people_boxes(judged.people_boxes))
     used += ["yes" if how.flip else "no", scales, f"{how.nms_threshold:g}", how.backend]
     return [*used, judged.area or tables.AREAS[how.area], str(how.max_people)]
 

@@ -10,12 +10,14 @@ from sapiens_accel.errors import escape
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, Metrics
 from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality
+from sapiens_accel.pose.person_boxes import BoxRule
 from sapiens_accel.pose.skeleton import Skeleton
 
 NOT_SHOWN = ("left_hand", "right_hand")  # but "hands", the mean of both
 PIXELS = ("mean_px", "median_px")
 # Settings that an eval.json of version 0.1 does not have.
 ADDED_SETTINGS = {"area": EvalConfig.area, "max_people": EvalConfig.max_people, "people_boxes": "annotation"}
+PEOPLE_BOXES = {"keypoints": "people's boxes made from keypoints", "image": "whole images as people's boxes"}
 AREAS = {"annotation": "as annotated", "box": f"{AREA_OF_BOX:g} of the box"}
 
 
@@ -23,8 +25,12 @@ def describe_boxes(config: EvalConfig) -> str:
     return "ground truth" if config.boxes == GROUND_TRUTH else f"detector ({Path(config.boxes).name})"
 
 
-def protocol_settings(config: EvalConfig) -> dict[str, Any]:
-    """How metrics were measured, as eval.json has it."""
+def protocol_settings(config: EvalConfig, people_boxes: BoxRule = "annotation") -> dict[str, Any]:
+    """How metrics were measured, as eval.json has it.
+
+    Args:
+        people_boxes: `--data.boxes`: of the labeled people, which PCK is measured by and ground-truth crops are of.
+    """
     return {
         "split": config.split,
         "boxes": describe_boxes(config),
@@ -34,12 +40,24 @@ def protocol_settings(config: EvalConfig) -> dict[str, Any]:
         "nms_threshold": config.nms_threshold,
         "area": config.area,
         "max_people": config.max_people,
+        "people_boxes": people_boxes,
     }
 
 
-def follows_protocol(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether an eval.json was measured with these settings; what an older one does not name has its default."""
-    return all(evaluation.get(name, ADDED_SETTINGS.get(name)) == value for name, value in settings.items())
+def list_differences(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an eval.json that are other than these; what an older one does not name has its default."""
+    measured = {name: evaluation.get(name, ADDED_SETTINGS.get(name)) for name in settings}
+    return {name: value for name, value in measured.items() if value != settings[name]}
+
+
+def describe_other_protocols(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+    """A line for each eval.json that was measured otherwise than a table's title says."""
+    differences = {name: list_differences(row, settings) for name, row in rows.items()}
+    return [
+        f"{name} was measured with {', '.join(f'{key} {one}' for key, one in others.items())}, not as the title says"
+        for name, others in differences.items()
+        if others
+    ]
 
 
 def describe_area(config: EvalConfig, without_area: int, num_people: int) -> str:
@@ -55,19 +73,25 @@ def describe_area(config: EvalConfig, without_area: int, num_people: int) -> str
     return f"{AREAS['annotation']}, {AREAS['box']} for {without_area} of {num_people} people, who have none"
 
 
-def format_protocol(config: EvalConfig, area: str = "") -> str:
-    """The same as a title.
+def format_protocol(config: EvalConfig, area: str = "", people_boxes: BoxRule = "annotation") -> str:
+    """The title of a table: how its metrics were measured.
 
     Args:
         area: as `describe_area` has it.
+        people_boxes: as `protocol_settings`.
     """
     given = config.boxes == GROUND_TRUTH
     boxes = "ground-truth boxes" if given else f"detector's boxes ({Path(config.boxes).name})"
     counted = "" if config.max_people == EvalConfig.max_people else f", {config.max_people} people an image"
-    area = f"area: {area or AREAS[config.area]}"
-    return (
-        f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {format_augmentation(config)}, {area}{counted}"
-    )
+    measured = f"{format_augmentation(config)}, area: {area or AREAS[config.area]}"
+    made = describe_people_boxes(people_boxes)
+    return f"COCO keypoint metrics x 100, {config.split} people, {boxes}, {measured}{counted}{made}"
+
+
+def describe_people_boxes(people_boxes: str | None) -> str:
+    """What `--data.boxes` makes of labeled people's boxes, to be added to a protocol; empty for annotated ones."""
+    words = PEOPLE_BOXES.get(str(people_boxes))
+    return f", {words}" if words else ""
 
 
 def format_augmentation(config: EvalConfig) -> str:
@@ -107,11 +131,12 @@ def table_rows(rows: dict[str, Metrics]) -> dict[str, list[float]]:
     return {
         f"{name} {part}".rstrip(): [_known(row.get(f"{part}/{column}" if part else column)) for column in columns]
         for name, row in rows.items()
-        for part in (*_parts(row), "")
+        for part in (*list_parts(row), "")
     }
 
 
-def _parts(row: Metrics) -> list[str]:
+def list_parts(row: Mapping[str, Any]) -> list[str]:
+    """The parts of the body, levels of crowding and categories that a table has a line for."""
     parts = [key.rsplit("/", 1)[0] for key in row if key.endswith("/AP")]
     return [part for part in parts if part not in NOT_SHOWN]
 

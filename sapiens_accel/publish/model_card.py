@@ -22,8 +22,8 @@ import sapiens_accel
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import STAGES, EvalConfig
 from sapiens_accel.errors import UserError, read_tree
-from sapiens_accel.evaluation import evaluate
-from sapiens_accel.evaluation.evaluate import METRICS
+from sapiens_accel.evaluation import evaluate, tables
+from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
 from sapiens_accel.models import export
 from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
@@ -152,7 +152,9 @@ def _score(
     evaluated = [line for line in at_step if "AP" in line]
     if not evaluated:
         return None
-    return {**evaluated[-1], **evaluate.protocol_settings(EvalConfig(**run["eval"]))}
+    settings = evaluate.protocol_settings(EvalConfig(**run["eval"]), run["data"]["boxes"])
+    # The option does not say which area was taken: a JSON without 'area' has none.
+    return {**evaluated[-1], **settings, "area": None}
 
 
 def read_lines(run_folder: Path) -> list[dict[str, Any]]:
@@ -263,14 +265,31 @@ def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
 
 
 def _results(facts: Facts) -> list[list[str]]:
-    """The rows of the table of results: METRICS of each stage x 100, and how they were measured."""
+    """The rows of the table of results: metrics of each stage, whole and by part, and how they were measured."""
     rows = []
+    distances = [name for name in DISTANCES if any(_measured(score, name) for score in facts.scores.values())]
+    columns = [*METRICS, *distances]
     for stage, score in facts.scores.items():
-        cells = [f"{100 * score[name]:.1f}" if _measured(score, name) else "-" for name in METRICS]
-        area = literal(str(score.get("area_used") or score.get("area") or "not recorded"))
-        how = [score["split"], literal(score["boxes"]), "yes" if score["flip"] else "no", area]
-        rows.append([f"`{stage}`", *how, *cells])
-    return [["weights", "people", "boxes", "flip test", "area", *METRICS], *rows] if rows else []
+        boxes = score["boxes"] + tables.describe_people_boxes(score.get("people_boxes"))
+        how = [score["split"], literal(boxes), "yes" if score["flip"] else "no", literal(_area(score)), _counted(score)]
+        for part in ("", *tables.list_parts(score)):
+            cells = [_cell(score, f"{part}/{name}" if part else name) for name in columns]
+            rows.append([f"`{stage}` {literal(part)}".rstrip(), *how, *cells])
+    head = ["weights", "people", "boxes", "flip test", "area", "people an image"]
+    return [[*head, *columns], *rows] if rows else []
+
+
+def _area(score: Mapping[str, Any]) -> str:
+    return str(score.get("area_used") or score.get("area") or "not recorded")
+
+
+def _counted(score: Mapping[str, Any]) -> str:
+    number = score.get("max_people", EvalConfig.max_people)
+    return str(number) if isinstance(number, int) else "not recorded"
+
+
+def _cell(score: Mapping[str, Any], name: str) -> str:
+    return tables.format_metric(score[name], name.rsplit("/", 1)[-1]) if _measured(score, name) else "-"
 
 
 def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
@@ -317,7 +336,9 @@ def _people(facts: Facts, split: str) -> str:
 
 
 def _how(score: Mapping[str, Any]) -> str:
-    return f"{score['boxes']} boxes, {'flip test' if score['flip'] else 'no flip test'}"
+    flip = "flip test" if score["flip"] else "no flip test"
+    boxes = f"{score['boxes']} boxes{tables.describe_people_boxes(score.get('people_boxes'))}"
+    return f"{boxes}, {flip}, area: {_area(score)}, {_counted(score)} people an image"
 
 
 def _measured(score: Mapping[str, Any], name: str) -> bool:

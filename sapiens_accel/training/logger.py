@@ -398,7 +398,7 @@ class StageLogger:
         self._conclude(metrics)
         if self.writes:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            whole = {**numbers, "step": self.last, "weights_step": step, **evaluate.protocol_settings(self.run.eval)}
+            whole = {**numbers, "step": self.last, "weights_step": step, **self._protocol}
             whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
             if predictions:
                 quality = evaluate.measure_keypoints(predictions, self.people, self.skeleton)
@@ -440,8 +440,11 @@ class StageLogger:
         if self.run_folder.resolve() not in start.resolve().parents:
             return None  # of another run, whose validation set may be another
         earlier = files.read_json(start.parent / "eval.json") or {}
-        settings = evaluate.protocol_settings(self.run.eval)
-        return earlier.get("AP") if tables.follows_protocol(earlier, settings) else None
+        return None if tables.list_differences(earlier, self._protocol) else earlier.get("AP")
+
+    @property
+    def _protocol(self) -> dict[str, Any]:
+        return evaluate.protocol_settings(self.run.eval, self.people.reading.boxes)
 
     def close(self) -> None:
         self.progress.close()

@@ -83,9 +83,17 @@ def test_a_person_without_a_prediction_has_no_keypoint_right() -> None:
 def test_an_older_evaluation_has_the_defaults_of_what_it_does_not_name() -> None:
     settings = tables.protocol_settings(EvalConfig())
     older = {name: value for name, value in settings.items() if name not in tables.ADDED_SETTINGS}
-    assert len(older) < len(settings) and tables.follows_protocol(older, settings)
-    assert not tables.follows_protocol(older, tables.protocol_settings(EvalConfig(max_people=30)))
-    assert not tables.follows_protocol({**older, "flip": False}, settings)
+    assert len(older) < len(settings) and not tables.list_differences(older, settings)
+    assert tables.list_differences(older, tables.protocol_settings(EvalConfig(max_people=30))) == {"max_people": 20}
+    rows = {"phase1": {**older, "flip": False, "area": "box"}, "phase2": older}
+    (line,) = tables.describe_other_protocols(rows, settings)
+    assert line == "phase1 was measured with flip False, area box, not as the title says"
+
+
+def test_boxes_that_are_not_annotated_stand_in_the_title() -> None:
+    assert tables.format_protocol(EvalConfig(), "", "image").endswith(", whole images as people's boxes")
+    assert "people's boxes" not in tables.format_protocol(EvalConfig())
+    assert tables.protocol_settings(EvalConfig(), "keypoints")["people_boxes"] == "keypoints"
 
 
 def test_tables_show_pixels_as_pixels() -> None:

@@ -569,7 +569,10 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
     results = {result.metric_type: result for result in data.eval_results}
     assert set(results) == set(METRICS) - {"AP_L"}, "nobody was large"
     assert results["AP"].metric_value == 30.0 and results["AR"].metric_value == 35.0
-    assert all("ground truth boxes, flip test" in result.metric_name for result in results.values())
+    assert all(
+        "ground truth boxes, flip test, area: as annotated, 20 people an image)" in result.metric_name
+        for result in results.values()
+    )
     assert all(result.dataset_split == "val" for result in results.values())
     assert "160 drawn people" in results["AP"].dataset_name
     rows = [line.strip("| ").split(" | ") for line in made.text.splitlines() if line.startswith("| `")]
@@ -579,6 +582,7 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
         "ground truth",
         "yes",
         "as annotated",
+        "20",
         "30.0",
         "31.0",
         "32.0",
@@ -586,7 +590,7 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
         "-",
         *(f"{35 + i:.1f}" for i in range(5)),
     ]
-    assert [row[5] for row in rows] == ["10.0", "20.0", "30.0"]
+    assert [row[6] for row in rows] == ["10.0", "20.0", "30.0"]
     assert "23 labeled people" in made.text and "It has only seen drawn people" in made.text
     assert "| learning rate | 0.0025, constant | 0.0025, cosine | 0.002, cosine |" in made.text
     assert "| steps | 10 | 10 | 10 |" in made.text and "By keypoint" not in made.text
@@ -604,9 +608,30 @@ def test_numbers_of_keypoints_have_a_table_of_their_own(run_folder: Path) -> Non
     assert "| keypoint | PCK | OKS |" in text and "| left_ankle | 0.150 | 0.500 |" in text
 
 
+def test_the_card_has_distances_categories_and_how_boxes_were_made(run_folder: Path) -> None:
+    file = run_folder / "ssl" / "eval.json"
+    found = json.loads(file.read_text()) | {
+        "mean_px": 4.567,
+        "PCK@0.1": 0.75,
+        "max_people": 30,
+        "people_boxes": "image",
+    }
+    file.write_text(json.dumps(found | {f"category/dog/{name}": 0.125 for name in METRICS}))
+    made = _card(run_folder)
+    text = made.text.replace("\\", "")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `ssl`")]
+    how = ["val", "ground truth, whole images as people's boxes", "yes", "as annotated", "30"]
+    assert [row[0] for row in rows[:2]] == ["`ssl`", "`ssl` category/dog"] and [row[1:6] for row in rows[:2]] == [
+        how
+    ] * 2
+    assert rows[0][-2:] == ["4.57", "75.0"] and rows[1][6] == "12.5" and rows[1][-2:] == ["-", "-"]
+    assert any("whole images as people's boxes, flip test" in one.metric_name for one in made.data.eval_results)
+
+
 def test_a_card_promises_nothing_that_was_not_measured(run_folder: Path) -> None:
     facts = card.collect(run_folder, "ssl", step=5)
     assert facts.scores["ssl"]["AP"] == 0.05 and facts.image is None, "step 5's, not those of eval.json"
+    assert ["`ssl`", "not recorded"] in [[row[0], row[4]] for row in card._results(facts)], "metrics.jsonl has no area"
     facts = card.collect(run_folder, "ssl", step=7)
     assert "ssl" not in facts.scores and facts.image is None
     file = run_folder / "config.yaml"
