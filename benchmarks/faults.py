@@ -5,13 +5,16 @@
 A fault strikes a tiny run after a random step: signals and a killed launcher by `accelerate launch`, the others in
 forks of this process (`fault_runs.py`). A full disk is one of a few MiB where this user may mount (root),
 and otherwise, as a read-only or a broken one, errors of the calls that write. Then the run is resumed. Counted are
-hangs (a process that is still there 30 s after the fault), steps lost beyond the last save, and wrong records: losses
-other than those of a run without faults, missing or doubled steps, files that cannot be read, exit code 0, a traceback
-of ours. Faults that the file has already are not run again, so that a campaign can be continued.
+hangs (a process that is still there 30 s after the fault; 300 s after a disk fault, since the run may train to its
+end), steps lost beyond the last save, and wrong records: losses other than those of a run without faults, other final
+weights, missing or doubled steps, files that cannot be read, exit code 0, a traceback of ours. Of a broken disk nothing
+can be expected to be saved: steps that were logged and not saved are counted by themselves. Faults that the file has
+already are not run again, so that a campaign can be continued.
 """
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -28,6 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from errno import EIO, EROFS
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as a launcher sets it: losses are compared by their bits
 
@@ -62,7 +66,7 @@ RUNS = [
     for stage in ("phase2", "ssl")
     for processes, zero2 in ((1, False), (2, False), (2, True))
 ]
-LAST_STEP, LONGEST = 12, 40  # of a run with a broken disk; of the run without faults, at first
+LAST_STEP = 12  # of a run with a broken disk
 OUR_TRACEBACK = re.compile(r'File "[^"]*(/train\.py|/sapiens_accel/[^"]*)", line')
 DISK_MIB = 512
 
@@ -78,8 +82,11 @@ class Outcome:
         seconds: from the fault to the end of the last process; None for a hang.
         logged: the last step before it.
         saved: the step of the last whole checkpoint after it.
-        lost: steps that were logged and that the checkpoint lacks, beyond what the run could still save.
+        lost: steps that were logged and that the checkpoint lacks, beyond what the run could still save; None after a
+            fault of the disk.
+        unsaved: after a fault of the disk, the steps that were logged and that the checkpoint lacks.
         resumed_to: the last step of the run that was resumed.
+        weights_compared: whether the final weights were compared with those of a run without faults, each tensor.
         wrong: what is wrong with the records, if anything.
     """
 
@@ -92,8 +99,10 @@ class Outcome:
     seconds: float | None = None
     logged: int = 0
     saved: int = 0
-    lost: int = 0
+    lost: int | None = 0
+    unsaved: int = 0
     resumed_to: int = 0
+    weights_compared: bool = False
     wrong: str = ""
 
     def note(self, problem: str) -> None:
@@ -192,22 +201,53 @@ def break_run(outcome: Outcome, folder: Path, draw: random.Random) -> Started:
     return started
 
 
+def missing_steps(row: dict) -> tuple[int | None, int]:
+    """`lost` and `unsaved` of a row of the table."""
+    missing = max(0, row["logged"] - row["saved"])
+    if row["fault"] in DISKS:
+        return None, missing
+    return max(0, missing - (0 if row["fault"] in SAVING else row["run"]["save_every"])), 0
+
+
 def check_end(outcome: Outcome, log: str) -> None:
     """Note lost steps, and what is wrong with the way in which a run has ended."""
     if OUR_TRACEBACK.search(log):
         outcome.note("a traceback of ours")
-    if outcome.fault in DISKS:  # nothing could be saved meanwhile
+    outcome.lost, outcome.unsaved = missing_steps(asdict(outcome))
+    if outcome.fault in DISKS:
         if not set(outcome.codes) <= {0, 2}:
             outcome.note(f"exit codes {outcome.codes}")
         return
-    outcome.lost = max(0, outcome.logged - outcome.saved - (0 if outcome.fault in SAVING else outcome.run.save_every))
     if 0 in outcome.codes:
         outcome.note(f"exit codes {outcome.codes}")
     if outcome.fault in SAVING and "--resume_from_checkpoint latest" not in log:
         outcome.note("no line says how to continue")
 
 
-def check_records(outcome: Outcome, folder: Path, expected: dict[int, float]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a run without faults gives.
+
+    Attributes:
+        losses: by step.
+        weights: a digest of each exported tensor after the last step.
+    """
+
+    losses: dict[int, float]
+    weights: dict[str, str]
+
+
+def digest_weights(file: Path) -> dict[str, str]:
+    """A digest of each tensor by its name."""
+    with safe_open(file, "np") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no dictionary)
+    return {
+        name: hashlib.sha256(f"{one.dtype} {one.shape}".encode() + one.tobytes()).hexdigest()
+        for name, one in tensors.items()
+    }
+
+
+def check_records(outcome: Outcome, folder: Path, expected: Expected) -> None:
     """Note what is wrong with the files of a run that was resumed and went to its end."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -215,7 +255,7 @@ def check_records(outcome: Outcome, folder: Path, expected: dict[int, float]) ->
     # A disk fault may cost lines: those that are there must be right.
     if steps != sorted(set(steps)) or (outcome.fault not in DISKS and steps != list(range(1, last + 1))):
         outcome.note(f"steps {steps}")
-    if different := [step for step, loss in losses if loss != expected[step]]:
+    if different := [step for step, loss in losses if loss != expected.losses[step]]:
         outcome.note(f"other losses at steps {different}")
     stage = folder / outcome.run.stage
     metrics = json.loads((stage / "eval.json").read_text())
@@ -224,16 +264,17 @@ def check_records(outcome: Outcome, folder: Path, expected: dict[int, float]) ->
     for whole in checkpoint.list_checkpoints(stage / "checkpoints"):
         if broken := checkpoint._broken(whole):
             outcome.note(f"{whole.name}: {broken}")
-    with safe_open(stage / "weights" / "model.safetensors", "pt") as weights:
-        if not weights.keys():
-            outcome.note("weights without tensors")
+    weights = digest_weights(stage / "weights" / "model.safetensors")
+    outcome.weights_compared = True
+    if other := sorted(dict(weights.items() ^ expected.weights.items())):
+        outcome.note(f"other final weights: {len(other)} tensors, the first is {other[0]}")
     yaml.safe_load((folder / "config.yaml").read_text())
     if left := [path.name for path in folder.rglob("*") if path.name == "run.lock" or path.suffix == ".tmp"]:
         outcome.note(f"left behind: {left}")
 
 
-def try_fault(outcome: Outcome, folder: Path, draw: random.Random, expected: Callable[[int], dict[int, float]]) -> None:
-    """Run, strike, resume, and compare with the losses of a run without faults."""
+def try_fault(outcome: Outcome, folder: Path, draw: random.Random, expected: Callable[[int], Expected]) -> None:
+    """Run, strike, resume, and compare with the losses and the final weights of a run without faults."""
     if outcome.fault == "killed loader":
         outcome.run = replace(outcome.run, workers=1)
     outcome.step = draw.randrange(3, 8)
@@ -268,7 +309,7 @@ class Campaign:
         self.tree = json.loads(out.read_text()) if out.is_file() else {}
         self.rows: list[dict] = [] if self.tree.get("seed") != seed else self.tree["outcomes"]
         self.seconds = self.tree.get("seconds", 0) if self.rows else 0
-        self.expected: dict[Run, dict[int, float]] = {}
+        self.expected: dict[tuple[Run, int], Expected] = {}
 
     def left(self) -> list[Outcome]:
         """Those that were not tried yet, in the order of a shuffled campaign."""
@@ -277,48 +318,61 @@ class Campaign:
         random.Random(self.seed).shuffle(left)
         return left
 
-    def losses_without_faults(self, run: Run, last: int) -> dict[int, float]:
-        """Losses of a run by step, up to `last` or further."""
-        if last not in self.expected.get(run, {}):
-            folder, longest = self.scratch / f"whole{len(self.expected)}_{last}", max(LONGEST, last)
-            whole = start(run, folder, [f"--max_steps={longest}", f"--save_every={longest}"])
+    def run_without_faults(self, run: Run, last: int) -> Expected:
+        """Losses and final weights of a run of `last` steps, which is not struck; each kind is run once."""
+        if (run, last) not in self.expected:
+            folder = self.scratch / f"whole{len(self.expected)}"
+            whole = start(run, folder, [f"--max_steps={last}", f"--save_every={last}"])
             seconds_to_end(whole, START)
-            self.expected[run] = whole.losses
+            weights = digest_weights(folder / run.stage / "weights" / "model.safetensors")
+            self.expected[run, last] = Expected(losses=whole.losses, weights=weights)
             shutil.rmtree(folder, ignore_errors=True)
-        return self.expected[run]
+        return self.expected[run, last]
 
     def try_one(self, outcome: Outcome) -> None:
         """Try a fault, print a line and write the table."""
         began, disk, run = time.monotonic(), self.scratch / f"disk{outcome.index}", outcome.run
         draw = random.Random(f"{self.seed} {outcome.index}")
         with small_disk(disk) if outcome.fault == "full disk" else _plain_folder(disk):
-            try_fault(outcome, disk / "run", draw, partial(self.losses_without_faults, run))
+            try_fault(outcome, disk / "run", draw, partial(self.run_without_faults, run))
             if (outcome.seconds is None or outcome.wrong or outcome.lost) and (disk / "run.log").is_file():
                 print((disk / "run.log").read_text()[-3000:], file=sys.stderr, flush=True)
         shutil.rmtree(disk, ignore_errors=True)
         ended = "HANGS" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
         where = f"{outcome.index:>3} {outcome.fault:16}{outcome.run!s:30}{outcome.target:32}"
-        print(f"{where}{ended:>8}, lost {outcome.lost}, {outcome.wrong or 'right'}", flush=True)
+        print(
+            f"{where}{ended:>8}, lost {outcome.lost}, unsaved {outcome.unsaved}, {outcome.wrong or 'right'}", flush=True
+        )
         self.rows.append({**asdict(outcome), "launched": outcome.fault in LAUNCHED, "commit": _commit()})
         self.seconds += time.monotonic() - began
         self.write()
 
     def write(self) -> None:
-        rows = self.rows
-        by_kind = {fault: sum(row["fault"] == fault for row in rows) for fault in FAULTS}
-        table = {
-            "seed": self.seed,
-            "faults": len(rows),
-            "hangs": sum(row["seconds"] is None for row in rows),
-            "lost_steps": sum(row["lost"] for row in rows),
-            "wrong_records": sum(bool(row["wrong"]) for row in rows),
-            "by_launch": sum(row["launched"] for row in rows),
-            "by_kind": by_kind,
-            "seconds": round(self.seconds),
-            "limit_seconds": LIMIT,
-            "cpus": os.cpu_count(),
-        }
-        record.write(self.out, table, outcomes=sorted(rows, key=lambda row: row["index"]))
+        rows = sorted(self.rows, key=lambda row: row["index"])
+        table = {"seed": self.seed, **summarize(rows), "seconds": round(self.seconds), "cpus": os.cpu_count()}
+        record.write(self.out, table, outcomes=rows)
+
+
+def summarize(rows: Sequence[dict]) -> dict[str, Any]:
+    """What the table says of all of its rows; those of earlier campaigns may lack `weights_compared`."""
+    disks = [row for row in rows if row["fault"] in DISKS]
+    return {
+        "faults": len(rows),
+        "hangs": sum(row["seconds"] is None for row in rows),
+        "limit_seconds": {"disk": START, "others": LIMIT},
+        "lost_steps": sum(row["lost"] or 0 for row in rows),
+        "lost_steps_of_faults": len(rows) - len(disks),
+        "steps_not_saved_after_disk_faults": {
+            "disk_faults": len(disks),
+            "with_unsaved_steps": sum(row["unsaved"] > 0 for row in disks),
+            "steps": sum(row["unsaved"] for row in disks),
+            "most_of_one": max((row["unsaved"] for row in disks), default=0),
+        },
+        "wrong_records": sum(bool(row["wrong"]) for row in rows),
+        "weights_compared": sum(row.get("weights_compared", False) for row in rows),
+        "by_launch": sum(row["launched"] for row in rows),
+        "by_kind": {fault: sum(row["fault"] == fault for row in rows) for fault in FAULTS},
+    }
 
 
 @contextmanager

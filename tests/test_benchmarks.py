@@ -291,3 +291,30 @@ def test_a_case_for_a_gpu_is_planned_without_one(monkeypatch: pytest.MonkeyPatch
     assert case_of(json.loads(json.dumps(case.as_json()))) == case
     with pytest.raises(UserError, match="--ways zero9: no such way \\(expected one of plain, "):
         way_of("zero9")
+
+
+def test_the_numbers_of_a_campaign_of_faults_follow_from_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of disk faults too: their steps that no checkpoint has are counted, and not as 0 lost steps."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # the module sets it
+    faults: Any = importlib.import_module("faults")
+    import torch
+    from safetensors.torch import save_file
+
+    for file in sorted((ROOT / "benchmarks" / "results").glob("faults_*.json")):
+        tree = json.loads(file.read_text())
+        for row in tree["outcomes"]:
+            assert (row["lost"], row["unsaved"]) == faults.missing_steps(row)
+        summary = json.loads(json.dumps(faults.summarize(tree["outcomes"])))
+        assert {key: tree[key] for key in summary} == summary
+    row = {"fault": "full disk", "logged": 12, "saved": 2, "run": {"save_every": 2}}
+    assert faults.missing_steps(row) == (None, 10)
+    assert faults.missing_steps(row | {"fault": "killed rank"}) == (8, 0)
+    assert faults.missing_steps(row | {"fault": "SIGTERM"}) == (10, 0)
+    digests = []
+    for last in (1.0, 1.0 + 2**-23):
+        save_file({"head": torch.tensor([1.0]), "norm": torch.tensor([0.5, last])}, tmp_path / "weights")
+        digests.append(faults.digest_weights(tmp_path / "weights"))
+    assert [name for name in digests[0] if digests[0][name] != digests[1][name]] == ["norm"]
