@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
+from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.pose import geometry, mirror_pairs, person_boxes, visibility
 from sapiens_accel.pose.skeleton import Skeleton
 
@@ -104,20 +105,23 @@ def describe_people(labels: Labels, skeleton: Skeleton) -> dict[str, Any]:
     }
 
 
-def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
+def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool, run: Config | None = None) -> list[Finding]:
     """Every fault of the labels.
 
     Args:
         scored: whether AP is computed of these people: some faults spoil it that do not matter to learning.
+        run: its options say what v=0 means, and which area is used; None: the defaults.
     """
+    run = run or Config()
     checks: tuple[Callable[..., Iterator[Finding]], ...] = (
         _check_boxes,
         _check_corners,
-        _check_areas,
         _check_keypoints,
-        _check_visibility,
     )
     found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
+    if len(labels):
+        found += _check_areas(labels, scored and run.eval.area == "annotation")
+        found += _check_visibility(labels, run.data)
     found += find_repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
     return [
         *found,
@@ -190,6 +194,7 @@ def _check_areas(labels: Labels, scored: bool) -> Iterator[Finding]:
     none = labels.areas <= 0
     if none.any():
         text = f"{_count(none, 'person', 'people')} of area 0" + ("; they count as missed, always" if scored else "")
+        text += ": measure OKS by the box instead, --eval.area box" if scored and none.all() else ""
         yield Finding(level="warning", check="area", text=text, culprits=labels.names(none))
     large = labels.areas > 1.1 * labels.boxes_xywh[:, 2] * labels.boxes_xywh[:, 3]
     if large.any():
@@ -208,7 +213,7 @@ def _check_keypoints(labels: Labels, scored: bool) -> Iterator[Finding]:
         yield Finding(level="warning", check="joints", text=text, culprits=labels.names(people))
 
 
-def _check_visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
+def _check_visibility(labels: Labels, data: DataConfig) -> Iterator[Finding]:
     v = labels.keypoints[..., 2]
     odd = np.asarray((~np.isin(v, (0, 1, 2))).any(axis=1))
     if odd.any():
@@ -216,13 +221,33 @@ def _check_visibility(labels: Labels, scored: bool) -> Iterator[Finding]:
         yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(odd))
     unused = visibility.has_unused_position(labels.keypoints)
     if (people := np.asarray(unused.any(axis=1))).any():
+        below = bool((v[unused] < 0).any())
         share = unused.sum() / max(unused.sum() + labels.labeled.sum(), 1)
         text = (
             f"{_count(unused, 'keypoint')} ({share:.0%} of those with coordinates) of "
-            f"{_count(people, 'person', 'people')} have v=0 and coordinates: v=0 is no label, so nothing is learned of "
-            f"them and AP does not count them. Write v=1 (hidden) or 2 where they are labels"
+            f"{_count(people, 'person', 'people')} have {_explain_unused(data, below)}"
         )
         yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(people))
+
+
+def _explain_unused(data: DataConfig, below: bool) -> str:
+    """What becomes of coordinates without a label; `below`: some have a v below 0."""
+    if data.visibility_threshold is not None:
+        return (
+            f"a score below --data.visibility_threshold {data.visibility_threshold:g}: no label, so "
+            f"{'they are learned as not in the image' if data.absent_is_background else 'nothing is learned of them'}"
+        )
+    what = "v of 0 or less" if below else "v=0"
+    if data.absent_is_background:
+        return (
+            f"{what} and coordinates: {what} is taken for a keypoint that is not in the image "
+            f"(--data.absent_is_background true), and AP does not count them. Write v=1 (hidden) or 2 where "
+            f"they are labels"
+        )
+    return (
+        f"{what} and coordinates: {what} is no label, so nothing is learned of them and AP does not count them. Write "
+        f"v=1 (hidden) or 2 where they are labels"
+    )
 
 
 def _find_never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ from sapiens_accel.doctor.annotations import ReadAnnotations
 from sapiens_accel.doctor.labels import LEVELS, Finding, Labels, Level
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.evaluation.boxes import load_boxes
+from sapiens_accel.evaluation.evaluate import describe_crowding
 from sapiens_accel.evaluation.ground_truth import read_ground_truth
 from sapiens_accel.evaluation.networks import read_people_sizes
 from sapiens_accel.models import sapiens as model
@@ -45,6 +46,7 @@ from sapiens_accel.sources import images
 SHOWN = 4  # culprits of a check in the text; the JSON has all
 BRIEF_PEOPLE = 10_000  # spread over the set: shares are known to a percent, in a fraction of a second
 BRIEF_LINES = 4
+LEAST_AREA = 0.02  # of the box: a person's is about a half, the thinnest animal's a tenth
 STREAMED_PEOPLE = 100  # of a stream: more would be fetched
 SIZES_TOLD = ("box_width", "box_height", "area")
 
@@ -122,7 +124,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
         read = read_of[name] = _read_set(one, config, skeleton if known else None, root, cache)
         labels = _with_keypoints(read.labels)
         report.people[name] = label_checks.describe_people(labels, skeleton)
-        of_set = [*read.findings, *label_checks.find_faults(labels, skeleton, scored=name == "val")]
+        of_set = [*read.findings, *label_checks.find_faults(labels, skeleton, scored=name == "val", run=run)]
         if not config.streaming:
             of_set += annotation_checks.check_images(root, read, config.check_images, config.on_bad_image)
         report.findings += _under(name, of_set)
@@ -311,7 +313,7 @@ def summarize(say: Callable[[object], object], sets: Sets, run: Config, lines: S
         say(line)
     findings = []
     for name, people in _opened(sets).items():
-        findings += _under(name, _brief_faults(people, sets.skeleton, scored=name == "val"))
+        findings += _under(name, _brief_faults(people, sets.skeleton, run, scored=name == "val"))
     heatmap_hw = model.get_size(run.model.name).heatmap_hw(run.data.input_hw)
     findings.append(label_checks.check_sigma(run.data.sigma, heatmap_hw))
     worst = [finding for level in LEVELS[:2] for finding in findings if finding.level == level]
@@ -352,6 +354,9 @@ def _evaluation_faults(people: People, skeleton: Skeleton, config: EvalConfig) -
             f"by {AREA_OF_BOX:g} of their box's"
         )
         findings.append(Finding(level="warning", check="area", text=text))
+    if config.area == "annotation" and (line := _describe_small_areas(people)):
+        findings.append(Finding(level="warning", check="area", text=line))
+    findings += [Finding(level="warning", check="crowding", text=line) for line in describe_crowding(people, config)]
     if len(truth.categories) > 1:
         counts = Counter(truth.category_of.values())
         named = ", ".join(f"{name} {counts[one]}" for one, (_, name) in truth.categories.items())
@@ -362,13 +367,26 @@ def _evaluation_faults(people: People, skeleton: Skeleton, config: EvalConfig) -
     return findings
 
 
+def _describe_small_areas(people: People) -> str:
+    """A line about areas of another unit than px^2, by their median share of the box; empty where they are none."""
+    areas, boxes = column_of(people.rows, "area"), column_of(people.rows, "box_area")
+    chosen = (areas > 0) & (boxes > 0)
+    share = float(np.median(areas[chosen] / boxes[chosen])) if chosen.any() else 1.0
+    if share >= LEAST_AREA:
+        return ""
+    return (
+        f"areas are {share:.1g} of the person's box in the median: fractions of the image, or another unit than px^2? "
+        f"OKS is measured by them, and AP is far too low; --eval.area box takes {AREA_OF_BOX:g} of the box"
+    )
+
+
 def _opened(sets: Sets) -> dict[str, People]:
     """The sets of `_sets` as they were opened. Ids of one may be ids of another."""
     first, *others = sets.train.parts if sets.mixture else (sets.train,)
     return {"train": first, **{f"train {number}": one for number, one in enumerate(others, start=2)}, "val": sets.val}
 
 
-def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[Finding]:
+def _brief_faults(people: People, skeleton: Skeleton, run: Config, *, scored: bool) -> list[Finding]:
     """Repeated ids among all, and what else is wrong with a sample of the people."""
     if isinstance(people.rows, streaming.StreamRows):
         some, features = list(streaming.sample(people, STREAMED_PEOPLE)), features_of(skeleton.num_keypoints)
@@ -389,7 +407,7 @@ def _brief_faults(people: People, skeleton: Skeleton, *, scored: bool) -> list[F
         keypoints=keypoints_of(rows),
         size_wh=np.full((len(rows), 2), np.nan),
     )
-    faults = label_checks.find_faults(labels, skeleton, scored=scored)
+    faults = label_checks.find_faults(labels, skeleton, scored=scored, run=run)
     return [*again, *(finding for finding in faults if finding.check != "ids")]
 
 

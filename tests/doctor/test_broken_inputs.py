@@ -250,6 +250,22 @@ def test_an_area_of_null_is_a_missing_one(run: Config, root: Path) -> None:
     assert doctor.check_data(run)[0].count("error") == 0
 
 
+def test_areas_of_another_unit_and_crowds_are_told_before_training(run: Config, root: Path) -> None:
+    val = root / TRAIN.replace("train", "val")
+    tree = json.loads(val.read_text())
+    said: list[str] = []
+    doctor.check_evaluation(lambda line: said.append(str(line)), _open(run), run)
+    assert not [line for line in said if "warning" in line]
+    for one in tree["annotations"]:
+        one["area"] /= 240 * 160
+    val.write_text(json.dumps(tree))
+    one_person = dataclasses.replace(run, eval=dataclasses.replace(run.eval, max_people=1))
+    doctor.check_evaluation(lambda line: said.append(str(line)), _open(run), one_person)
+    assert [line for line in said if "in the median" in line and "--eval.area box" in line]
+    people = [one["image_id"] for one in tree["annotations"]]
+    assert bool([line for line in said if "--eval.max_people" in line]) == (len(set(people)) < len(people))
+
+
 def test_a_refused_image_is_one_error_not_one_of_each_annotation_as_well(run: Config, root: Path) -> None:
     for change in ({"file_name": "/etc/passwd"}, {"id": True}):
         tree = json.loads((root / TRAIN).read_text())

@@ -16,7 +16,7 @@ import yaml
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config import schema
-from sapiens_accel.config.schema import Config, DataConfig
+from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
@@ -265,6 +265,22 @@ def test_one_person_of_many_is_named(case: str) -> None:
     (finding,) = examine.find_faults(change(_labels(60)), COCO17, scored=True)
     assert (finding.check, finding.level) == (check, level)
     assert finding.culprits == ("annotation 7 (train2017/7.jpg)",)
+
+
+def test_what_v_0_and_areas_mean_is_as_the_run_says() -> None:
+    people = _with(_labels(60), "keypoints", 7, [[9, 5, 0], *_labels(60).keypoints[7, 1:]])
+    people = dataclasses.replace(people, areas=people.areas * 0)
+
+    def texts(**data: Any) -> dict[str, str]:
+        run = Config(data=DataConfig(**data), eval=EvalConfig(area="box" if data else "annotation"))
+        return {one.check: one.text for one in examine.find_faults(people, COCO17, scored=True, run=run)}
+
+    assert "v=0 is no label, so nothing is learned" in texts()["visibility"]
+    assert "nothing is learned" not in (text := texts(absent_is_background=True)["visibility"])
+    assert "not in the image (--data.absent_is_background true)" in text
+    assert "a score below --data.visibility_threshold 0.3" in texts(visibility_threshold=0.3)["visibility"]
+    assert texts()["area"].endswith("always: measure OKS by the box instead, --eval.area box")
+    assert "missed" not in texts(absent_is_background=True)["area"]
 
 
 def test_within_a_pixel_of_the_border_is_inside() -> None:
