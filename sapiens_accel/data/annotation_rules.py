@@ -606,9 +606,11 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
     kinds = [cause.removeprefix(CATEGORY) for cause in counts if cause.startswith(CATEGORY)]
     others = sum(counts[f"{CATEGORY}{kind}"] for kind in kinds)
     shown = ", ".join(_describe_kind(given.get(kind, kind), names) for kind in sorted(kinds)[:4])
-    wanted = ", ".join(_describe_kind(given[str(one)], names) for one in ids[:4])
+    wanted = "expected " + ", ".join(_describe_kind(given[str(one)], names) for one in ids[:4])
+    if None in ids:
+        wanted = f"category {names.get('None')!r} has no id: give it one, that of its annotations"
     texts = {
-        f"of other categories (category_id {shown}; expected {wanted})": others,
+        f"of other categories (category_id {shown}; {wanted})": others,
         "crowds": counts.get(CROWD, 0),
         "without a box of a width and a height, or a labeled keypoint": counts.get(NO_SIZE, 0),
         "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),

@@ -177,14 +177,16 @@ class BoxesFile:
     A detection's image is its `file_name`, or the one that its `image_id` names (see `make_ids`). Boxes without a score
     count as sure. Taken are, of an annotation file, the categories that the skeleton has, by their name or by the names
     of their keypoints; else all. A list has no names: all of it if it has a single category or the skeleton has
-    several; else category 1 where there is one. The rest, those below `min_score`, and crowds are left out.
+    several; else, of people, category 1 where there is one, and of others the one of that name. The rest, those below
+    `min_score`, and crowds are left out.
 
     Attributes:
         categories: those that are taken, names by their ids.
         told: what of it is left out, in a line; empty if nothing is.
 
     Raises:
-        UserError: no such file, no boxes in it, a box that is none, or none of these images.
+        UserError: no such file, no boxes in it, a box that is none, or none of these images; several categories of a
+            list, none of which is known to be that of the weights.
     """
 
     def __init__(self, file: Path, names: Sequence[str], min_score: float, skeleton: Skeleton = COCO17) -> None:
@@ -228,10 +230,12 @@ class BoxesFile:
         return PersonBoxes(boxes, scores, tuple(one.category_id for one in here))
 
     def _detections(self) -> Iterator[tuple[Any, Detection]]:
-        found = [one._replace(category_id=coco.number_of_id(one.category_id)) for one in self._read_list()]
+        listed = self._read_list()
+        found = [one._replace(category_id=coco.number_of_id(one.category_id)) for one in listed]
         ids = list(dict.fromkeys(one.category_id for one in found))
-        if len(ids) > 1 and len(self._skeleton.categories) <= 1 and 1 in ids:
-            ids = [1]
+        if len(ids) > 1 and len(self._skeleton.categories) <= 1:
+            given = {coco.number_of_id(one.category_id): one.category_id for one in listed}
+            ids = self._ids_of_only_category(ids, given)
         one_name = " or ".join(self._skeleton.categories) or "person"
         self.categories = {key: one_name if len(ids) == 1 else str(key) for key in ids}
         for one in found:
@@ -239,6 +243,20 @@ class BoxesFile:
                 yield one.image_id if one.file_name is None else one.file_name, one
             else:
                 self._left_out[f"{NOT_TAKEN[0]} (category_id {one.category_id})"] += 1
+
+    def _ids_of_only_category(self, ids: list[Any], given: dict[Any, Any]) -> list[Any]:
+        """Of several categories of a list the one that the weights are of: by name, and of people COCO's 1."""
+        name = (self._skeleton.categories or ("person",))[0]
+        named = [key for key in ids if str(given[key]).strip().casefold() == name.casefold()]
+        if named or (1 in ids and name == "person"):
+            return named or [1]
+        if name == "person":
+            return ids
+        raise UserError(
+            f"{self.file}: its boxes are of several categories ({', '.join(str(given[key]) for key in ids[:6])}), and "
+            f"the weights are of {name}: which of them is it? Leave only its boxes in the file, or give "
+            f"a COCO annotation file, whose categories have names"
+        )
 
     def _read_list(self) -> list[Detection]:
         return read_detections(self.file, ("bbox",))

@@ -17,7 +17,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
 from sapiens_accel.pose.person_boxes import measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources.coco import number_of_id
+from sapiens_accel.sources.coco import number_of_id, whole_number
 
 GROUND_TRUTH = "gt"
 
@@ -108,7 +108,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     images = read_images(people)
     rows: list[Row] = [
-        (number_of_id(one.image_id), number_of_id(one.category_id), one.box_xywh, one.score, one.position)
+        (number_of_id(one.image_id), _find_category(one.category_id, people), one.box_xywh, one.score, one.position)
         for one in found
     ]
     here = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
@@ -117,6 +117,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
             f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
+    here, renamed = _rename_only_class(here, {one.position: one.category_id for one in found}, people)
     categories, kinds = evaluated_categories(people), {row[1] for row in here}
     is_of_any = len(categories) > 1 and len(kinds) == 1 and _has_one_class(here, people)
     kept = [row for row in here if is_of_any or row[1] in categories]
@@ -137,6 +138,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     parts = [f"{count} {what}" for what, count in left_out.items() if count]
     kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
     lines = [f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}"] if parts else []
+    lines += [f"{file}: {renamed}"] if renamed else []
     if is_of_any:
         first_id, first_name = next(iter(categories.values()))
         lines.append(
@@ -175,6 +177,27 @@ def _has_one_class(rows: "list[Row]", people: People) -> bool:
     of_others = [image_id for image_id, kinds in shown.items() if category not in kinds]
     detected = {row[0] for row in rows}
     return sum(image_id in detected for image_id in of_others) > len(of_others) / 2
+
+
+def _find_category(given: Any, people: People) -> Any:
+    """The id of a detection's category, which may be given by its name."""
+    category, categories = number_of_id(given), evaluated_categories(people)
+    if category in categories or not isinstance(given, str):
+        return category
+    named = [key for key, (_, name) in categories.items() if name.casefold() == given.strip().casefold()]
+    return named[0] if named else category
+
+
+def _rename_only_class(here: "list[Row]", given: dict[int, Any], people: People) -> "tuple[list[Row], str]":
+    """Detections of a detector that knows one class, and writes 0, 1 or a text for it, as the only one evaluated."""
+    categories, kinds = evaluated_categories(people), {row[1] for row in here}
+    theirs = given[here[0][4]]
+    names_none = whole_number(theirs) in (0, 1) or isinstance(whole_number(theirs), str)
+    if len(categories) > 1 or len(kinds) > 1 or kinds <= set(categories) or not names_none:
+        return here, ""
+    (key, (written, name)), *_ = categories.items()
+    line = f"all of category {theirs}: taken for {written} ({name}), the only category that is evaluated"
+    return [(row[0], key, *row[2:]) for row in here], line
 
 
 Row = tuple[Any, Any, Float[Array, "4"], float, int]  # image_id, category_id, box, score, index in the file

@@ -19,6 +19,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,13 @@ CACHED_BYTES = 512 << 20  # row groups of images that one process keeps
 INSIDE = re.compile(rf"(.*{re.escape(SUFFIX)})/(\d+)/.*", re.DOTALL)
 Kind = Literal["arrow", "tar", "parquet"]
 Bytes = bytes | memoryview | mmap.mmap
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # of images
+# Of images: what this OpenCV reads, which is what it writes.
+SUFFIXES = tuple(
+    suffix
+    for suffix in (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".avif", ".jpe", ".dib",
+                   ".ppm", ".pgm", ".pbm", ".pnm")
+    if cv2.haveImageWriter(f"image{suffix}")
+)  # fmt: skip
 INDEX = pa.schema(
     [
         *((name, pa.int64()) for name in ("file", "offset", "size", "image_id", "width", "height")),

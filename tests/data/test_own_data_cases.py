@@ -23,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
+from sapiens_accel.data import people as people_tables
 from sapiens_accel.data.dataset import EvaluationPeople, Labeled, Sets, View
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.doctor import report as doctor
@@ -31,6 +32,7 @@ from sapiens_accel.evaluation import coco_metrics, evaluate
 from sapiens_accel.evaluation.boxes import Boxes, load_boxes
 from sapiens_accel.evaluation.ground_truth import evaluated_categories
 from sapiens_accel.evaluation.predict import Predictions
+from sapiens_accel.inference import media
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources import convert, images
@@ -346,6 +348,44 @@ def test_categories_of_one_name_have_rows_of_their_own(tmp_path: Path) -> None:
     _, metrics, _ = _detected(root / "det_species.json", sets)
     rows = {name.split("/")[1] for name in metrics if name.startswith("category/")}
     assert rows == {"antelope", "bison (4)", "bison (8)"}
+
+
+@pytest.mark.parametrize("given", [0, "animal", "Dog"])
+def test_boxes_of_a_detector_of_one_class_for_one_category(tmp_path: Path, given: int | str) -> None:
+    """They were refused where a single category is evaluated, and taken where there are several."""
+    root = lay("dlc_names", tmp_path)
+    for split in ("train", "val"):
+        tree = json.loads((root / f"{split}.json").read_text())
+        (kind,) = tree["categories"]
+        kind |= {"id": 5, "name": "dog"}
+        for one in tree["annotations"]:
+            one["category_id"] = 5
+        (root / f"{split}.json").write_text(json.dumps(tree))
+    sets, _ = open_case(config_of(root, OUTCOMES["dlc_names"]))
+    rows = zip(sets.val.rows["image_id"][:], boxes_of(sets.val.rows).tolist(), strict=True)
+    found = [{"image_id": key, "category_id": given, "bbox": box, "score": 0.9} for key, box in rows]
+    (root / "det.json").write_text(json.dumps(found))
+    boxes, metrics, saved = _detected(root / "det.json", sets)
+    assert len(boxes) == 4 and metrics["AP"] == pytest.approx(1.0) and {one["category_id"] for one in saved} == {5}
+    assert (f"all of category {given}: taken for 5 (dog)" in boxes.note) == (given != "Dog")
+
+
+def test_a_category_without_id_is_named(tmp_path: Path) -> None:
+    root = lay("dlc_names", tmp_path)
+    tree = json.loads((root / "train.json").read_text())
+    del tree["categories"][0]["id"]
+    name = tree["categories"][0]["name"] = "person"
+    (root / "train.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"category '{name}' has no id"):
+        open_case(config_of(root, OUTCOMES["dlc_names"]))
+
+
+def test_images_of_all_formats_that_are_read_are_found(tmp_path: Path) -> None:
+    """Images that training reads were left out of folders in silence."""
+    for suffix in (".jpg", ".tif", ".tiff", ".gif", ".jp2", ".ppm"):
+        cv2.imwrite(str(tmp_path / f"image{suffix}"), np.full((64, 64, 3), 90, np.uint8))
+    assert len(media.find_images(tmp_path).names) == len(people_tables.list_image_names(tmp_path)) == 6
+    assert all(images.read_image(tmp_path / name).shape == (64, 64, 3) for name in media.find_images(tmp_path).names)
 
 
 def test_several_categories_and_text_ids_from_parquet(tmp_path: Path) -> None:

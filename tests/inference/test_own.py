@@ -282,8 +282,15 @@ def test_boxes_of_all_categories_of_the_weights_are_used(main: Main, root: Path,
     for place, one in enumerate(boxes):
         one["category_id"] = 1 + place % 2
     (tmp_path / "list.json").write_text(json.dumps(boxes))
-    found, said = main(weights, root / "val2017", "--boxes", tmp_path / "list.json", *ALL)
+    with pytest.raises(UserError, match=r"several categories \(1, 2\), and the weights are of dog: which of them"):
+        main(weights, root / "val2017", "--boxes", tmp_path / "list.json", *ALL)
+    person = untrained(tmp_path / "person", 0, COCO17)
+    found, said = main(person, root / "val2017", "--boxes", tmp_path / "list.json", *ALL)
     assert len(found["annotations"]) == 3 and "list.json: of its 6 boxes are left out: 3 of other categories" in said
+    texts = [one | {"category_id": ("Dog", "cat")[one["category_id"] - 1]} for one in boxes]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    found, said = main(weights, root / "val2017", "--boxes", tmp_path / "texts.json", *ALL)
+    assert len(found["annotations"]) == 3 and "texts.json: of its 6 boxes are left out: 3 of other categories" in said
     both = untrained(tmp_path / "animals", 0, replace(COCO17, categories=("cat", "dog")))
     found, said = main(both, root / "val2017", "--boxes", tmp_path / "list.json", *ALL)
     assert sorted(one["category_id"] for one in found["annotations"]) == [1, 1, 1, 2, 2, 2] and "left out" not in said
