@@ -33,7 +33,7 @@ from sapiens_accel.sources.coco import given_id
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading
 
 Metrics = dict[str, float]
-# Precision (0..1, -1 of nobody) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
+# Precision (0..1, -1 where nobody is measured) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
 Curves = Float[Array, "10 101"]
 Backend = Literal["pycocotools", "faster_coco_eval"]
 METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")

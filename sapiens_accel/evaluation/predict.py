@@ -58,7 +58,7 @@ class PoseNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSetup:
-    """How networks look at boxes, whichever those are.
+    """How networks predict the people in boxes.
 
     Attributes:
         skeleton: the keypoints that the networks predict.

@@ -22,7 +22,7 @@ LABELED = 2  # COCO's v of a keypoint that is there
 
 
 class Person(NamedTuple):
-    """One of a picture's people, in px of the image; `score` is the box's times the mean of keypoint scores."""
+    """A person of an image, in px of the image; `score` is the box's times the mean of keypoint scores."""
 
     points_xy: Float[Array, "k 2"]
     scores: Float[Array, "k"]
@@ -110,7 +110,7 @@ class KeypointsWriter:
         }
 
     def close(self) -> None:
-        """What was added is the file."""
+        """Write the rest, and give the file its name."""
         self._written.write(f'],\n"images": {json.dumps(self._images)}}}\n')
         self._written.close()
         self._part.replace(self.file)
@@ -197,7 +197,7 @@ class MediaWriter:
             media.save_image(picture, self.folder / "drawn" / name)
 
     def close(self) -> str:
-        """Finish the files; what was found and where it is."""
+        """Finish the files, and return a line of what was found and the files' paths."""
         self.file.close()
         files = [str(self.file.file)]
         if self.table is not None:

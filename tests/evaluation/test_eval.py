@@ -123,7 +123,7 @@ def test_the_csv_beside_the_json_has_its_people(main: Main, weights: Path, root:
     )
     said = main(weights, "--csv", "long", "--save_predictions", tmp_path / "results.json", "--worst", 0)["said"]
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert f"predictions:\n  {tmp_path / 'results.csv'}" in said
+    assert f"predictions:\n  {tmp_path / 'results.json'}\n  {tmp_path / 'results.csv'}" in said
     table = pd.read_csv(tmp_path / "results.csv")
     assert len(table) == 17 * len(saved) and set(table.category) == {"person"} and table.frame.isna().all()
     by_person = {key: part for key, part in table.groupby(["image", "person_score"])}
