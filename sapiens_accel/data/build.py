@@ -84,6 +84,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         warnings += [warning, people.box_note, leaks]
     for people in parts:
         check_targets(people, config)
+    warnings.append(leakage.describe_leaks(parts[0], checked["val"]))
     num_skipped = sum(people.num_skipped for people in parts)
     sizes = people_tables.measure_people(parts)
     warnings.append(_propose_whole_images(config, sizes))

@@ -55,6 +55,19 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
     return tuple(warnings)
 
 
+def describe_leaks(train: People, val: People) -> str:
+    """A line about validation images among those of training, by name and bytes."""
+    theirs = _image_ids_of(val)
+    names = {path.name for path in theirs}
+    found = find_same_files((path for path in _image_ids_of(train) if path.name in names), theirs)
+    if not found:
+        return ""
+    return (
+        f"warning: {len(found)} of {len(theirs)} validation images are training images "
+        f"(the first {next(iter(found))}): scores would be of what was learned"
+    )
+
+
 def find_leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Path, Path]:
     """Images that are learned from to the validation image that each one is; both with their ids."""
     same = find_same_files(ours, theirs)

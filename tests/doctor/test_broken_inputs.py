@@ -266,6 +266,13 @@ def test_areas_of_another_unit_and_crowds_are_told_before_training(run: Config, 
     assert bool([line for line in said if "--eval.max_people" in line]) == (len(set(people)) < len(people))
 
 
+def test_validation_images_among_those_of_training_are_a_warning_of_the_run(run: Config, root: Path) -> None:
+    assert not [line for line in _open(run).warnings if "validation images" in line]
+    data = dataclasses.replace(run.data, val_annotations=TRAIN, val_images="train2017")
+    (line,) = [line for line in _open(dataclasses.replace(run, data=data)).warnings if "validation images" in line]
+    assert line.startswith("warning: ") and "train2017" in line
+
+
 def test_a_refused_image_is_one_error_not_one_of_each_annotation_as_well(run: Config, root: Path) -> None:
     for change in ({"file_name": "/etc/passwd"}, {"id": True}):
         tree = json.loads((root / TRAIN).read_text())
