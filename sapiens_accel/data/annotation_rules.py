@@ -474,6 +474,7 @@ class PeopleReader:
             ann_id=numbers,
             box_xywh=np.concatenate([np.zeros_like(sizes), sizes], axis=1),
             area=sizes.prod(axis=1),
+            box_area=sizes.prod(axis=1),
             keypoints=np.zeros((table.num_rows, self.num_keypoints, 3)),
             place=numbers,
             box_origins=np.full(table.num_rows, ANNOTATED),
