@@ -300,7 +300,14 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
     assert "people: 4 train, 8 val, 11 unlabeled" in said, "three people are withheld"
 
 
-TAUGHT = {"loss_labelled", "loss_unlabelled", "grad_ratio", "keep", *(f"keep/{name}" for name in COCO17.names)}
+TAUGHT = {
+    "loss_labelled",
+    "loss_unlabelled",
+    "weight_unlabelled",
+    "grad_ratio",
+    "keep",
+    *(f"keep/{name}" for name in COCO17.names),
+}
 TAUGHT |= {"teacher_peak", "teacher_peak_p99", "spread", "spread_labelled", "ema_moved"}
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sapiens_accel.errors import UserError, escape, read_tree
+from sapiens_accel.errors import UserError, count, escape, read_tree
 from sapiens_accel.pose.sides import mirror_of, words
 from sapiens_accel.pose.skeleton import (
     BUILT_IN,
@@ -251,7 +251,7 @@ def _made(
         edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
     made = Skeleton(
         names=names, mirror=mirror, sigmas=sigmas.values, upper=upper, edges=tuple(dict.fromkeys(edges)),
-        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror),
+        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror, lonely),
     )  # fmt: skip
     return made, _describe(made, several[0].kind if several else "a YAML", lonely, sigmas)
 
@@ -265,11 +265,14 @@ def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     return tuple(order), tuple(name for name in lonely if order[place[name]] == place[name])
 
 
-def _tells_mirror(names: Sequence[str], mirror: Sequence[int]) -> bool:
-    """Whether the names say what a mirrored image swaps: a pair, or a single hand, which becomes the other hand."""
-    if len(names) == 1 or any(k != other for k, other in enumerate(mirror)):
+def _tells_mirror(names: Sequence[str], mirror: Sequence[int], lonely: Sequence[str]) -> bool:
+    """Whether the names say what a mirrored image swaps: a pair, or a single hand, which becomes the other hand.
+
+    A side without a partner (`left_eye` beside `rigth_eye`) says that they do not.
+    """
+    if all(HAND & {SAME.get(word, word) for word in words(name)} for name in names):
         return True
-    return all(HAND & {SAME.get(word, word) for word in words(name)} for name in names)
+    return not lonely and (len(names) == 1 or any(k != other for k, other in enumerate(mirror)))
 
 
 def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Given) -> tuple[int, ...]:
@@ -371,9 +374,10 @@ def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) 
             f"swaps as mirror: [[NAME, NAME], ...] in --data.skeleton FILE; mirror: [] if it swaps none"
         )
     if lonely:
+        then = "a mirrored image leaves them what they are; say otherwise" if made.mirror_known else "name it"
         lines.append(
-            f"warning: {len(lonely)} keypoints have a side in their name and no partner ({short(lonely)}): a mirrored "
-            f"image leaves them what they are; say otherwise by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
+            f"warning: {count(len(lonely), 'keypoint')} with a side in the name and no partner ({short(lonely)}): "
+            f"{then} by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
         )
     unsure = [*guessed, *estimated]
     if unsure:

@@ -151,7 +151,7 @@ def test_a_side_without_a_partner_is_told_and_stays() -> None:
     found, told = custom.infer_skeleton([_category("l_eye", "nose", "r_ear")], None)
     assert found.mirror == (0, 1, 2)
     assert not found.mirror_known and "warning: left and right of the keypoints are not known" in told[1]
-    assert "warning: 2 keypoints have a side in their name and no partner (l_eye, r_ear)" in told[2]
+    assert "warning: 2 keypoints with a side in the name and no partner (l_eye, r_ear)" in told[2]
 
 
 def test_words_of_a_name() -> None:
