@@ -44,6 +44,7 @@ READERS: dict[str, Reader] = {
     "ap10k": coco_datasets.read_ap10k,
     "animalpose": coco_datasets.read_animalpose,
 }
+COCO_FORMS = ("crowdpose", "ap10k", "animalpose")  # whose files are COCO JSONs themselves
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,10 +92,12 @@ def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:
     try:
         return READERS[form](source, images)
     except ODD as error:
-        _refuse_coco(source)
+        if form not in COCO_FORMS:
+            _refuse_coco(source)
         raise UserError(f"{source}: not as {form} writes it: {reason(error)}") from None
     except UserError:
-        _refuse_coco(source)
+        if form not in COCO_FORMS:
+            _refuse_coco(source)
         raise
 
 

@@ -274,7 +274,7 @@ def test_processes_and_batches_change_no_number(weights: Path, root: Path, tmp_p
     said, row, saved = _launch(tmp_path / "two", weights, root, 2, 2)
     assert said.count("COCO keypoint metrics") == 1
     table = alone_said[alone_said.index("COCO keypoint metrics") :]
-    assert said[said.index("COCO keypoint metrics") :] == table
+    assert said[said.index("COCO keypoint metrics") :].replace(str(tmp_path / "two"), str(tmp_path / "one")) == table
     assert _close(row, alone)
     assert [one["image_id"] for one in saved] == [one["image_id"] for one in alone_saved] and len(saved) == 7
     for one, other in zip(saved, alone_saved, strict=True):

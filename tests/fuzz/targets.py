@@ -325,6 +325,8 @@ def _images(coco: Path, folder: Path) -> Path:
         exif[274] = 6
         Image.open(file).save(file.with_suffix(ending), exif=exif)
         image["file_name"] = file.with_suffix(ending).name
+        if ending != ".bmp":  # turned by their EXIF data, which BMP has not
+            image["width"], image["height"] = image["height"], image["width"]
     (folder / VAL).write_text(json.dumps(tree))
     return folder
 
