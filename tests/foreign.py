@@ -247,7 +247,7 @@ def yolo(folder: Path, dims: int = 3) -> Path:
         label = folder / "labels" / split / f"{image.stem}.txt"
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text("\n".join(lines))
-    tree = {"path": "/home/ann/mice", "train": "images/train", "val": "images/val", "names": {0: "mouse"}}
+    tree = {"path": "/elsewhere/mice", "train": "images/train", "val": "images/val", "names": {0: "mouse"}}
     tree |= {"kpt_shape": [4, dims], "flip_idx": [0, 2, 1, 3], "kpt_names": {0: list(NAMES)}}
     (folder / "data.yaml").write_text(yaml.safe_dump(tree))
     return folder

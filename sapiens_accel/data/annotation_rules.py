@@ -279,7 +279,7 @@ class PeopleReader:
         ids = category_ids(tree.get("categories") or (), self.known_reading)
         for index, annotation in enumerate(tree["annotations"]):
             try:
-                if ids and (category := annotation.get("category_id", ids[0])) not in ids:
+                if ids and (category := category_of(annotation, ids[0])) not in ids:
                     row, check = None, f"{CATEGORY}{show_value(annotation.get('given_category_id', category))}"
                 else:
                     is_other = self.reading is None and _is_other_number(annotation, self.num_keypoints)
@@ -363,7 +363,7 @@ class PeopleReader:
         boxes, points = [np.zeros((0, 4))], [np.zeros((0, self.num_keypoints, 3))]
         for annotation in tree["annotations"]:
             try:
-                if not annotation.get("iscrowd") and (not ids or annotation.get("category_id", ids[0]) in ids):
+                if not annotation.get("iscrowd") and (not ids or category_of(annotation, ids[0]) in ids):
                     box, keypoints = _box_if_any(annotation), self._points(annotation)
                     boxes.append(box[None])
                     points.append(keypoints[None])
@@ -634,6 +634,22 @@ def clear_unlabeled(keypoints: Float[Array, "*n 3"]) -> Float[Array, "*n 3"]:
     """Keypoints of which x and y are NaN, and v is 0 or NaN as well, as 0, 0, 0: they have no label."""
     gone = np.isnan(keypoints[..., :2]).all(axis=-1) & ~is_labeled(keypoints)
     return np.where(gone[..., None], 0.0, keypoints) if gone.any() else keypoints
+
+
+def labeled_points(annotation: dict[str, Any]) -> Float[Array, "k 2"]:
+    """x and y (image px) of the labeled keypoints of an annotation; none where its list is none."""
+    numbers = annotation.get("keypoints")
+    if not isinstance(numbers, list) or len(numbers) % 3 or not set(map(type, numbers)) <= NUMBERS:
+        return np.zeros((0, 2))
+    points = np.asarray(numbers, dtype=np.float64).reshape(-1, 3)
+    is_good = is_labeled(points) & (np.abs(points) <= FARTHEST).all(axis=1)
+    return points[is_good, :2]
+
+
+def category_of(annotation: dict[str, Any], default: Any) -> Any:
+    """Its `category_id`; the default where there is none, or null."""
+    category = annotation.get("category_id")
+    return default if category is None else category
 
 
 def size_of(image: dict[str, Any]) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from sapiens_accel.data import annotation_rules
 from sapiens_accel.data import people as people_tables
 from sapiens_accel.data.people import People, PeopleFiles
 from sapiens_accel.errors import UserError
+from sapiens_accel.pose import person_boxes
+from sapiens_accel.pose.person_boxes import BOX_MARGIN, BoxRule
 from sapiens_accel.pose.sides import words
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import coco
@@ -35,7 +37,7 @@ class PersonBoxes(NamedTuple):
 
 # Why boxes of a file are not among those that are looked at.
 NO_SIDE, MIN_SCORE = "without a width or a height", "--data.unlabelled_min_score"
-NOT_TAKEN = ("of other categories", "of crowds", "without 'bbox'")
+NOT_TAKEN = ("of other categories", "of crowds", "without a box, or a labeled keypoint to make one from")
 NOBODY = PersonBoxes(np.zeros((0, 4)), np.zeros(0))
 
 
@@ -168,7 +170,8 @@ def _detection(file: Path, index: int, thing: Any, needed: Sequence[str]) -> Det
         box = annotation_rules.box_of(thing)
     except coco.BROKEN as error:
         raise UserError(f"{file}: detection {index}: {coco.reason(error)}") from None
-    return Detection(index, image_id, name, thing.get("category_id", 1), box, float(score))
+    category = 1 if thing.get("category_id") is None else thing["category_id"]
+    return Detection(index, image_id, name, category, box, float(score))
 
 
 class BoxesFile:
@@ -180,26 +183,40 @@ class BoxesFile:
     several; else, of people, category 1 where there is one, and of others the one of that name. The rest, those below
     `min_score`, and crowds are left out.
 
+    Args:
+        rule: how the boxes of an annotation file are made (`person_boxes.choose_boxes`): as in training.
+
     Attributes:
         categories: those that are taken, names by their ids.
-        told: what of it is left out, in a line; empty if nothing is.
+        note: how many boxes are made or left out, and why, in a line; empty if none are.
 
     Raises:
         UserError: no such file, no boxes in it, a box that is none, or none of these images; several categories of a
-            list, none of which is known to be that of the weights.
+            list, none of which is known to be that of the weights; all boxes are left out.
     """
 
-    def __init__(self, file: Path, names: Sequence[str], min_score: float, skeleton: Skeleton = COCO17) -> None:
-        self.file, self.min_score, self._skeleton = file, min_score, skeleton
+    def __init__(
+        self,
+        file: Path,
+        names: Sequence[str],
+        min_score: float,
+        skeleton: Skeleton = COCO17,
+        rule: tuple[BoxRule, float] = ("annotation", BOX_MARGIN),
+    ) -> None:
+        self.file, self.min_score, self._skeleton, self._rule = file, min_score, skeleton, rule
         self.categories: dict[Any, str] = {}
         if not file.is_file():
             raise UserError(
                 f"--eval.boxes {file}: no such file; expected whole, a JSON of boxes, detector, or one's name"
             )
         self._left_out: Counter[str] = Counter()
+        self._num_made = 0
         found = list(self._detections() if coco.is_detections(file) else self._annotations())
         if not found:
-            raise UserError(f"{file}: no box in it; expected a list of detections or a COCO annotation file")
+            raise UserError(
+                f"{file}: no box in it, and no labeled keypoint to make one from (expected a list of detections or a "
+                f"COCO annotation file). To take each image as one person, --eval.boxes whole"
+            )
         self._of: dict[str, list[Detection]] = {}
         places, others = _places(names), 0
         for key, one in found:
@@ -220,7 +237,11 @@ class BoxesFile:
         parts = {"of other images": others, **self._left_out}
         listed = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
         num = len(found) + sum(count for what, count in self._left_out.items() if what.startswith(NOT_TAKEN))
-        self.told = f"{file}: of its {num} boxes are left out: {listed}" if listed else ""
+        left_out = f"of its {num} boxes are left out: {listed}"
+        if not self._of:
+            raise UserError(f"{file}: {left_out}; none is left. To take each image as one person, --eval.boxes whole")
+        made = f"{self._num_made} boxes are made from keypoints" * bool(self._num_made)
+        self.note = f"{file}: " * bool(made or listed) + "; ".join(filter(None, [made, listed and left_out]))
 
     def of(self, name: str) -> PersonBoxes:
         """The people of an image."""
@@ -262,13 +283,13 @@ class BoxesFile:
         return read_detections(self.file, ("bbox",))
 
     def _annotations(self) -> Iterator[tuple[Any, Detection]]:
-        names = {image["id"]: image["file_name"] for image in read_list(self.file, "images", ("id", "file_name"))}
+        images = {image["id"]: image for image in read_list(self.file, "images", ("id", "file_name"))}
         categories = coco.CocoFile(self.file).categories
         listed = {one.get("id"): one for one in categories if isinstance(one.get("id"), int | float | str | None)}
         taken = _choose_categories(list(listed.values()), self._skeleton)
         ids = {one.get("id"): coco.given_id(one) for one in taken} or {1: 1}
         self.categories = {coco.given_id(one): str(one.get("name")) for one in taken} or {1: "person"}
-        first = next(iter(ids))
+        first, people = next(iter(ids)), []
         for index, thing in enumerate(read_list(self.file, "annotations", ("image_id",))):
             category = thing.get("category_id", first)
             category = category if isinstance(category, int | float | str) else first
@@ -277,11 +298,38 @@ class BoxesFile:
             elif taken and category not in ids:
                 name = listed.get(category, {}).get("name", category)
                 self._left_out[f"{NOT_TAKEN[0]} ({name})"] += 1
-            elif not thing.get("bbox"):
+            else:
+                bbox = thing.get("bbox") or [0.0] * 4
+                one = _detection(self.file, index, {**thing, "bbox": bbox}, ())
+                people.append((one._replace(category_id=ids.get(category, 1)), annotation_rules.labeled_points(thing)))
+        of_images = [images.get(coco.number_of_id(one.image_id), {}) for one, _ in people]
+        for image, (one, _), box in zip(of_images, people, self._make_boxes(people, of_images), strict=True):
+            if not (box[2:] > 0).all():
                 self._left_out[NOT_TAKEN[2]] += 1
             else:
-                one = _detection(self.file, index, thing, ())._replace(category_id=ids.get(category, 1))
-                yield names.get(coco.number_of_id(one.image_id), one.image_id), one
+                yield image.get("file_name", one.image_id), one._replace(box_xywh=box)
+
+    def _make_boxes(
+        self, people: Sequence[tuple[Detection, Float[Array, "k 2"]]], of_images: Sequence[dict[str, Any]]
+    ) -> Float[Array, "n 4"]:
+        """The box of each annotation, by the rule; sides of 0 where there is none.
+
+        Args:
+            people: with their labeled keypoints, image px.
+            of_images: the entry of each one's image.
+        """
+        boxes_xywh = np.array([one.box_xywh for one, _ in people]).reshape(-1, 4)
+        most = max((len(points) for _, points in people), default=0) or 1
+        points_xy, labeled = np.zeros((len(people), most, 2)), np.zeros((len(people), most), bool)
+        for place, (_, points) in enumerate(people):
+            points_xy[place, : len(points)], labeled[place, : len(points)] = points, True
+        size_wh = np.array([annotation_rules.size_of(image) for image in of_images]).reshape(-1, 2)
+        sides = boxes_xywh[(boxes_xywh[:, 2:] > 0).all(axis=1), 2:]
+        typical = np.median(sides, axis=0) if len(sides) else np.full(2, np.nan)
+        made = person_boxes.choose_boxes(boxes_xywh, points_xy, labeled, size_wh, self._rule, lambda: typical)
+        is_made = np.isin(made.origins, (person_boxes.FROM_KEYPOINTS, person_boxes.GUESSED_SIDE))
+        self._num_made = int(is_made.sum())
+        return np.nan_to_num(made.boxes_xywh)
 
 
 def _choose_categories(listed: list[dict[str, Any]], skeleton: Skeleton) -> list[dict[str, Any]]:
@@ -308,7 +356,7 @@ def _places(names: Sequence[str]) -> dict[Any, str]:
 def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> People:
     """The people of a detector's results in COCO's form, a list of image_id, bbox, score and, may be, category_id.
 
-    Kept: a score of at least `min_score`, a box of at least `min_side` px, and category 1 where categories are given.
+    Kept: a score of at least `min_score`, a box of at least `min_side` px, and of several categories category 1.
     How many others there are, by cause, is in the people's `left_out`.
     The image of image_id 7 is 000000000007.jpg or the one whose name without its suffix is 7.
 
@@ -318,7 +366,7 @@ def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> Pe
     file, folder = files.root / files.annotations, files.root / files.images
     # Names that have come or gone change which image is whose.
     names = people_tables.list_image_names(folder)
-    digest = people_tables.digest_of(file.read_bytes(), "counted detections", files.images, str(min_score), *names)
+    digest = people_tables.digest_of(file.read_bytes(), "counted, one category", files.images, str(min_score), *names)
     table, left_out = people_tables.cached_table(
         lambda counts: _detected_rows(files, names, min_score, counts), digest, files.num_keypoints, files.cache
     )
@@ -351,8 +399,11 @@ def _detected_rows(
     name_of_stem = {Path(name).stem: name for name in names}
     name_of_number = {coco.number_of_id(stem): name for stem, name in name_of_stem.items()}
     place = {name: index for index, name in enumerate(names)}
-    for index, key, _, category_id, box, score in read_detections(file):
-        if category_id != 1:
+    detections = read_detections(file)
+    kinds = {coco.number_of_id(one.category_id) for one in detections}
+    taken = kinds if len(kinds) == 1 else {1}
+    for index, key, _, category_id, box, score in detections:
+        if coco.number_of_id(category_id) not in taken:
             left_out[f"{NOT_TAKEN[0]} {coco.show_value(category_id)}"] += 1
             continue
         if score < min_score or box[2] <= 0 or box[3] <= 0:

@@ -55,7 +55,7 @@ def read_ground_truth(people: People, num_keypoints: int) -> GroundTruth:
     only = list(categories) if annotation_rules.category_ids(people.source.categories, people.reading) else None
     annotations, unmeasured, category_of, num_without_area = [], [], {}, 0
     for person in tree["annotations"]:
-        category = person.get("category_id", first)
+        category = annotation_rules.category_of(person, first)
         category = category if isinstance(category, int | float | str) else first
         if only and category not in only:
             continue

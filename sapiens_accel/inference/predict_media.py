@@ -126,9 +126,9 @@ def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], 
     if given in (GROUND_TRUTH, WHOLE):
         return PeopleFinder(find=_whole, about="whole images", categories={1: kind})
     if given.endswith(".json") or Path(given).is_file():
-        file = BoxesFile(Path(given), names, min_score, skeleton)
-        if file.told:
-            accelerator.print(file.told)
+        file = BoxesFile(Path(given), names, min_score, skeleton, (run.data.boxes, run.data.box_margin))
+        if file.note:
+            accelerator.print(file.note)
         return PeopleFinder(
             find=lambda piece: [file.of(name) for name in piece.names], about=f"of {given}", categories=file.categories
         )

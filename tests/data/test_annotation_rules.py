@@ -84,7 +84,11 @@ def _people(rng: np.random.Generator, num: int, num_bad: int) -> list[dict[str, 
 
 def _as_json(folder: Path, people: list[dict[str, Any]]) -> Path:
     images = [{"id": index, "file_name": f"{index}.jpg", "width": 30, "height": 40 + index} for index in range(5)]
-    present = [{key: value for key, value in person.items() if value is not None} for person in people]
+    # A category or area that is null counts as one that is not there.
+    present = [
+        {key: value for key, value in person.items() if value is not None or key in ("category_id", "area")}
+        for person in people
+    ]
     tree = {"images": images, "annotations": present, "categories": CATEGORIES}
     (folder / "train.json").write_text(json.dumps(tree))
     return folder / "train.json"

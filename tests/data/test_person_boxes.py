@@ -19,6 +19,7 @@ import yaml
 from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.dataset import Sets
+from sapiens_accel.data.detections import BoxesFile
 from sapiens_accel.data.people import boxes_of, keypoints_of
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import UserError
@@ -261,3 +262,22 @@ def test_a_run_without_boxes_from_training_to_its_own_images(tmp_path: Path) -> 
 def _note_of(sets: Sets) -> str:
     """Without the file's name, and without what is not counted of a stream."""
     return sets.train.box_note.replace(str(sets.train.annotations), "").removeprefix("warning: ").split("; ")[0]
+
+
+@pytest.mark.parametrize("which", ["annotation", "keypoints"])
+def test_own_images_have_the_boxes_of_the_rule(which: Any, tmp_path: Path) -> None:
+    """One person with a box, one whose box is missing, one of no width, one without a box or a keypoint."""
+    points = [10, 20, 2, 50, 80, 1, 0, 0, 0]
+    people = [{"bbox": [5, 10, 60, 90]}, {}, {"bbox": [7, 7, 0, 9]}, {"keypoints": [0] * 9}]
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": None, "keypoints": points, **one}
+        for number, one in enumerate(people)
+    ]
+    images = [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 100}]
+    (tmp_path / "b.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    file = BoxesFile(tmp_path / "b.json", ["a.jpg"], 0.3, rule=(which, 0.25))
+    from_keypoints = [0, 5, 60, 90]  # 10 to 50 and 20 to 80, each side half as long again
+    first = [5, 10, 60, 90] if which == "annotation" else from_keypoints
+    np.testing.assert_allclose(file.of("a.jpg").boxes_xywh, [first, from_keypoints, from_keypoints])
+    num = 2 if which == "annotation" else 3
+    assert f"{num} boxes are made from keypoints; of its 4 boxes are left out: 1 without a box" in file.note

@@ -506,5 +506,8 @@ def test_wrong_boxes_are_refused(main: Main, weights: Path, root: Path, tmp_path
     assert "detection 1: expected a number as 'score'" in refused([box, box | {"score": "high"}])
     assert "detection 0: expected image_id" in refused([{"bbox": [1, 2, 3, 4]}])
     assert "no list 'images'" in refused({"annotations": []})
+    tree = {"images": [{"id": 1, "file_name": f"{name}.jpg"}], "annotations": [{"id": 1, "image_id": 1}]}
+    assert "b.json: no box in it, and no labeled keypoint" in refused(tree)
+    assert "1 with a score below" in (said := refused([box | {"score": 0.01}])) and "none is left" in said
     assert "missing.json: no such file" in _refused(main, weights, images, "--boxes", tmp_path / "missing.json")
     assert "--eval.boxes not/a/name/here: no such" in _refused(main, weights, images, "--boxes", "not/a/name/here")
