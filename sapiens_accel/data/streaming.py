@@ -231,7 +231,19 @@ def open_streams(root: Path, sources: Sequence[StreamSource], cache: Path) -> Pe
     rows: Any = StreamRows(groups, counts)
     reading = sources[0].reader.known_reading
     note = describe_boxes(origins[0], sources[0].file, reading)
-    return People(rows=rows, root=root, annotations=sources[0].file, reading=reading, box_note=note)
+    return People(
+        rows=rows, root=root, annotations=sources[0].file, reading=reading, box_note=note,
+        left_out=_describe_left_out(sources[0], cache),
+    )  # fmt: skip
+
+
+def _describe_left_out(source: StreamSource, cache: Path) -> str:
+    """How many annotations are not learned from, in a line; empty if all are."""
+    num_chosen, num = _counted(source, cache)[:, :2].sum(axis=0).tolist()
+    if num_chosen >= num:  # also where nobody is annotated, and each image is somebody
+        return ""
+    causes = "crowds, other categories, no box, no label, too small; a stream does not count them by cause"
+    return f"{source.file}: {num - num_chosen} of its {num} annotations are left out ({causes})"
 
 
 def _describe_choice(chosen: Chosen) -> str:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapiens_accel.data.annotation_rules import CATEGORY, CROWD, NO_SIZE, PeopleReader
+from sapiens_accel.data.annotation_rules import CATEGORY, CROWD, NO_SIZE, UNKNOWN_SIZE, PeopleReader
 from sapiens_accel.data.people import DECODE_AT_MOST, People, annotation_file, decodes, find_other_sizes
 from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
+from sapiens_accel.pose.person_boxes import ANNOTATED
 from sapiens_accel.sources import images
 from sapiens_accel.sources.schema import FARTHEST, PLAIN, Fault, Reading
 from sapiens_accel.sources.source import open_source
@@ -59,9 +60,11 @@ def read_annotations(
     try:
         reader.refuse_without_boxes(tree)
     except UserError as error:
-        return ReadAnnotations(
-            labels=_labels(list(reader.rows(faults, tree)), {}, num_keypoints), findings=[_error("boxes", str(error))]
-        )
+        labels = _labels(list(reader.rows(faults, tree)), {}, num_keypoints)
+        # That one line says it of all; any other fault is named beside it.
+        others = [fault for fault in faults if not fault.text.endswith(UNKNOWN_SIZE)]
+        findings = [_error("boxes", str(error)), *_findings(others, len(tree["images"]), len(tree["annotations"]))]
+        return ReadAnnotations(labels=labels, findings=findings)
     num_images = len(tree["images"]) + sum(fault.check in ("images", "ids") for fault in faults)
     left_out: list[Fault] = []
     rows = list(reader.rows(faults, tree, left_out))
@@ -134,6 +137,7 @@ def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, flo
         areas=np.array([row["area"] for row in rows], np.float64),
         keypoints=np.array([row["keypoints"] for row in rows]).reshape(num, k, 3),
         size_wh=np.array([sizes.get(row["file_name"], unknown) for row in rows], np.float64).reshape(num, 2),
+        box_made=np.array([row["box_origin"] != ANNOTATED for row in rows], bool),
     )
 
 

@@ -56,6 +56,7 @@ class Labels:
     Attributes:
         keypoints: x, y and v, see `visibility`.
         size_wh: of each person's image; not a number where it is not known.
+        box_made: whether a person's box is not the file's own (`--data.boxes`): it is not the file's fault.
     """
 
     ann_ids: Int[Array, "n"]
@@ -64,6 +65,7 @@ class Labels:
     areas: Float[Array, "n"]
     keypoints: Float[Array, "n k 3"]
     size_wh: Float[Array, "n 2"]
+    box_made: Bool[Array, "n"]
 
     def __len__(self) -> int:
         return len(self.ann_ids)
@@ -151,6 +153,7 @@ def find_repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], 
 
 
 def _check_boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
+    labels = labels.at(np.flatnonzero(~labels.box_made))
     x, y, w, h = labels.boxes_xywh.T
     width, height = labels.size_wh.T
     with np.errstate(invalid="ignore"):
@@ -196,7 +199,7 @@ def _check_areas(labels: Labels, scored: bool) -> Iterator[Finding]:
         text = f"{_count(none, 'person', 'people')} of area 0" + ("; they count as missed, always" if scored else "")
         text += ": measure OKS by the box instead, --eval.area box" if scored and none.all() else ""
         yield Finding(level="warning", check="area", text=text, culprits=labels.names(none))
-    large = labels.areas > 1.1 * labels.boxes_xywh[:, 2] * labels.boxes_xywh[:, 3]
+    large = ~labels.box_made & (labels.areas > 1.1 * labels.boxes_xywh[:, 2] * labels.boxes_xywh[:, 3])
     if large.any():
         text = f"{_count(large, 'area')} larger than the person's box"
         yield Finding(level="warning", check="area", text=text, culprits=labels.names(large))

@@ -406,6 +406,8 @@ def _brief_faults(people: People, skeleton: Skeleton, run: Config, *, scored: bo
         areas=column_of(rows, "area"),
         keypoints=keypoints_of(rows),
         size_wh=np.full((len(rows), 2), np.nan),
+        # A table does not say where a box is from; a box that the rule makes is not the annotated one's size.
+        box_made=np.full(len(rows), run.data.boxes != "annotation"),
     )
     faults = label_checks.find_faults(labels, skeleton, scored=scored, run=run)
     return [*again, *(finding for finding in faults if finding.check != "ids")]

@@ -92,6 +92,18 @@ def test_everybody_is_in_an_epoch_once(root: Path, sets: Sets) -> None:
         assert joined == whole, (num_ranks, accumulation, workers)
 
 
+def test_annotations_that_a_stream_leaves_out_are_counted(tmp_path: Path, sets: Sets) -> None:
+    drawn = synthetic.write(tmp_path / "drawn", num_train=8, num_unlabelled=2, num_val=2)
+    file = drawn / "annotations/person_keypoints_train2017.json"
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["iscrowd"], tree["annotations"][1]["category_id"] = 1, 7
+    tree["categories"].append({"id": 7, "name": "dog"})
+    file.write_text(json.dumps(tree))
+    convert.main(["convert", "coco", str(drawn), str(tmp_path / "parquet")])
+    opened = build.open_people(_config(tmp_path / "parquet"), COCO17, unlabeled=False)
+    assert "2 of its 8 annotations are left out" in str(opened) and not sets.train.left_out
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_run_goes_on_with_the_same_people(root: Path, sets: Sets, workers: int) -> None:
     """Over the end of an epoch, from every step."""
