@@ -43,6 +43,9 @@ FINGER_WORDS = {"finger", "mcp", "pip", "dip", "tip", *"1234"}  # only beside on
 LOWER = {"hip", "pelvis", "thigh", "knee", "calf", "shin", "ankle", "foot", "feet", "toe", "heel", "leg", "hind",
          "tail"}  # fmt: skip
 FRONT = {"front", "fore"}
+# Of parts along the middle of a body, and of fingers, two numbers follow one another.
+IN_A_ROW = {"tail", "spine", "back", "neck", "nose", "head", "body", "trunk", "torso", "chest", "belly", "root", "mid",
+            "center", "snout", "thumb", "finger", "forefinger", "middle", "ring", "pinky"}  # fmt: skip
 # A body has halves if its keypoints name limbs of both: a tail, a fin or a snout makes none.
 LOWER_LIMBS = LOWER - {"tail"}
 UPPER_LIMBS = {"shoulder", "elbow", "wrist", "arm", "forearm", "hand", "chest", "neck", "withers", *FRONT}
@@ -238,6 +241,7 @@ def _made(
     if asked.mirror is not None:
         pairs = [[_index(place, name, asked, "mirror") for name in pair] for pair in asked.mirror]
         mirror, lonely = _from_pairs(pairs, names, asked), ()
+    twins = () if built_in or asked.mirror is not None else _unpaired_twins(names, mirror)
     sigmas = _all_sigmas(names, mirror, asked, place)
     upper = built_in.upper if built_in else _upper(names)
     if asked.upper is not None:
@@ -251,9 +255,9 @@ def _made(
         edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
     made = Skeleton(
         names=names, mirror=mirror, sigmas=sigmas.values, upper=upper, edges=tuple(dict.fromkeys(edges)),
-        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror, lonely),
+        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror, lonely + twins),
     )  # fmt: skip
-    return made, _describe(made, several[0].kind if several else "a YAML", lonely, sigmas)
+    return made, _describe(made, several[0].kind if several else "a YAML", lonely + twins, sigmas)
 
 
 def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -268,11 +272,29 @@ def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
 def _tells_mirror(names: Sequence[str], mirror: Sequence[int], lonely: Sequence[str]) -> bool:
     """Whether the names say what a mirrored image swaps: a pair, or a single hand, which becomes the other hand.
 
-    A side without a partner (`left_eye` beside `rigth_eye`) says that they do not.
+    A side without a partner (`left_eye` beside `rigth_eye`) says that they do not, and so do `paw1` and `paw2`.
     """
     if all(HAND & {SAME.get(word, word) for word in words(name)} for name in names):
         return True
     return not lonely and (len(names) == 1 or any(k != other for k, other in enumerate(mirror)))
+
+
+def _unpaired_twins(names: Sequence[str], mirror: Sequence[int]) -> tuple[str, ...]:
+    """Names without a partner of which exactly two differ in their number alone: `paw1` and `paw2` may be two sides.
+
+    Not those of IN_A_ROW: `tail1` and `tail2`.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, other in zip(names, mirror, strict=True):
+        rest = tuple(word for word in words(name) if not word.isdecimal())
+        if (
+            names[other] == name
+            and rest
+            and len(rest) < len(words(name))
+            and not IN_A_ROW & {SAME.get(word, word) for word in rest}
+        ):
+            alike.setdefault(rest, []).append(name)
+    return tuple(name for several in alike.values() if len(several) == 2 for name in several)
 
 
 def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Given) -> tuple[int, ...]:
@@ -376,8 +398,8 @@ def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) 
     if lonely:
         then = "a mirrored image leaves them what they are; say otherwise" if made.mirror_known else "name it"
         lines.append(
-            f"warning: {count(len(lonely), 'keypoint')} with a side in the name and no partner ({short(lonely)}): "
-            f"{then} by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
+            f"warning: {count(len(lonely), 'keypoint')} with a side or a number in the name and no partner "
+            f"({short(lonely)}): {then} by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
         )
     unsure = [*guessed, *estimated]
     if unsure:

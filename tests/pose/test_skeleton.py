@@ -151,7 +151,23 @@ def test_a_side_without_a_partner_is_told_and_stays() -> None:
     found, told = custom.infer_skeleton([_category("l_eye", "nose", "r_ear")], None)
     assert found.mirror == (0, 1, 2)
     assert not found.mirror_known and "warning: left and right of the keypoints are not known" in told[1]
-    assert "warning: 2 keypoints with a side in the name and no partner (l_eye, r_ear)" in told[2]
+    assert "warning: 2 keypoints with a side or a number in the name and no partner (l_eye, r_ear)" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        (("leftear", "rightear", "paw1", "paw2"), False),
+        (("leftear", "rightear", "paw 1", "paw 2", "paw 3", "paw 4"), True),  # four say nothing of pairs
+        (("leftear", "rightear", "tail1", "tail2", "spine_1", "spine_2"), True),
+        (("left_eye", "rigth_eye", "left_ear", "right_ear"), False),
+        (("left_ear", "right_ear", "nose"), True),
+    ],
+)
+def test_mirroring_waits_until_the_pairs_are_named(names: tuple[str, ...], known: bool) -> None:
+    found, lines = custom.infer_skeleton([_category(*names)], None)
+    assert found.mirror_known is known
+    assert any("and no partner" in line for line in lines) is not known
 
 
 def test_words_of_a_name() -> None:
