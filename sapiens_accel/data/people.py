@@ -293,7 +293,8 @@ def check_people(
     names = list(dict.fromkeys(rows["file_name"][:]))
     for name in images.find_missing(people.root, names)[:1]:
         path = people.root / name
-        raise UserError(f"{_first_annotation(people.parts or (people,), path)}: its image {path} is not there")
+        first = _first_annotation(people.parts or (people,), path)
+        raise UserError(f"{first}: its image {path} is not there{images.suggest_image(people.root, name)}")
     looks = images.check_images(people.root, names, decodes(check, len(names)))
     bad = {name: look for name, look in looks.items() if isinstance(look, str)}
     for name, reason in bad.items():

@@ -156,7 +156,9 @@ def check_images(
     reasons = {name: look for name, look in looks.items() if isinstance(look, str)}
     corrupt = tuple(name if reason == images.UNDECODABLE else f"{name} {reason}" for name, reason in reasons.items())
     if missing:
-        findings.append(_error("missing", f"{len(missing)} of {len(read.image_ids)} images are not there", *missing))
+        hint = images.suggest_image(root, missing[0])
+        text = f"{len(missing)} of {len(read.image_ids)} images are not there{hint}"
+        findings.append(_error("missing", text, *missing))
     if corrupt:
         level: Level = "error" if on_bad_image == "stop" else "warning"
         first = next(iter(reasons.values()))

@@ -4,10 +4,14 @@ An image in shards has a path below the manifest, as if that were a folder: SPLI
 
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -33,6 +37,7 @@ REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 UNDECODABLE = "does not decode"
+LISTED = 50_000  # files, in the search for an image that is not where it should be: a second on a disk
 IMAGE_SUFFIXES = shards.SUFFIXES
 # OpenCV keeps to this limit as well, but not for what it decodes at an eighth of the size.
 MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
@@ -288,6 +293,26 @@ def find_missing(root: Path, names: Sequence[str]) -> list[str]:
     outside = [name for name in names if shards.find_record(root / name) is None]
     present = {folder: list_names(folder) for folder in {(root / name).parent for name in outside}}
     return [name for name in outside if (root / name).name not in present[(root / name).parent]]
+
+
+def suggest_image(root: Path, name: str) -> str:
+    """A hint about an image that is not there: the file below the root whose name is the same but for its folder, upper
+    and lower case, the suffix's absence, %20, a query, backslashes or composed letters; empty if there is none.
+
+    Annotation tools write names of Windows, of addresses and of other folders. At most LISTED files are looked at.
+    """
+    wanted = _plain_name(name)
+    files = (Path(folder) / file for folder, _, there in os.walk(root) for file in sorted(there))
+    for file in islice(files, LISTED):
+        plain = _plain_name(file.name)
+        if wanted == plain or ("." not in wanted and wanted == plain.rpartition(".")[0]):
+            return f"; {file} looks like it: write its name and folder in 'images', or give the folder of the images"
+    return ""
+
+
+def _plain_name(name: str) -> str:
+    last = re.split(r"[/\\]", name.split("?")[0])[-1]
+    return unicodedata.normalize("NFC", unquote(last)).casefold()
 
 
 def list_names(folder: Path) -> set[str]:

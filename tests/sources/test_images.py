@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_what_cannot_be_used_is_reported_with_its_reason(tmp_path: Path) -> None
     assert images.describe_fault(tmp_path / "cut.jpg") == "does not decode"
     labels = Labels(
         ann_ids=np.zeros(0, np.int64), file_names=np.zeros(0, object), boxes_xywh=np.zeros((0, 4)),
-        areas=np.zeros(0), keypoints=np.zeros((0, 17, 3)), size_wh=np.zeros((0, 2)),
+        areas=np.zeros(0), keypoints=np.zeros((0, 17, 3)), size_wh=np.zeros((0, 2)), box_made=np.zeros(0, bool),
     )  # fmt: skip
     read = ReadAnnotations(labels=labels, image_ids={"large.png": 1}, max_looked_at=9)
     (finding,) = annotations.check_images(tmp_path, read, "ends", "stop")
@@ -103,3 +104,19 @@ def test_a_limit_that_is_no_number_is_one_line(limit: str) -> None:
     end = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert end.returncode == 1 and end.stderr.count("\n") == 1, end.stderr
     assert "OPENCV_IO_MAX_IMAGE_PIXELS" in end.stderr and "found '" + limit in end.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train/a b.jpg", "train/sub\\A B.JPG", "train/train/a%20b.jpg", "https://x.org/a%20b.jpg?X-Amz=1", "train/a b"],
+)
+def test_an_image_that_lies_elsewhere_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "images" / "train" / "A b.jpg").touch()
+    assert f"; {tmp_path}/images/train/A b.jpg looks like it" in images.suggest_image(tmp_path, name)
+    assert images.suggest_image(tmp_path, "train/other.jpg") == ""
+
+
+def test_composed_and_decomposed_letters_are_one_name(tmp_path: Path) -> None:
+    (tmp_path / unicodedata.normalize("NFD", "é.jpg")).touch()
+    assert "looks like it" in images.suggest_image(tmp_path, unicodedata.normalize("NFC", "é.jpg"))
