@@ -13,7 +13,7 @@ from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading, Source
 from sapiens_accel.sources.source import open_source
 
-SUMMARY_VERSION = 2
+SUMMARY_VERSION = 3
 NUMBERED = "; if they are numbers alone in the same order, give the names by --data.skeleton FILE"
 
 
@@ -54,7 +54,7 @@ def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
         edges=edges,
         count=133 if whole else len(names) if names else count,
         whole=whole,
-        told=warnings,
+        warnings=warnings,
         chosen=tuple(sorted(chosen)),
     )
 

@@ -33,7 +33,7 @@ LOOKS_VERSION = 1
 def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ...]:
     """Refuse a validation image among those that a run learns from: equal bytes, or id, name and look.
 
-    Of more than a million people some are looked at, which finds a set that holds the other, and that is told.
+    Of more than a million people some are looked at, which finds a set that holds the other, and that is reported.
 
     Raises:
         UserError: with the first such image and the validation image that it is.
@@ -73,7 +73,7 @@ def find_leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Pat
     same = find_same_files(ours, theirs)
     known = {(image_id, path.name): path for path, image_id in theirs.items()}
     named = ((path, known[key]) for path, image_id in ours.items() if (key := (image_id, path.name)) in known)
-    # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded anew shows it at once, so
+    # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded again shows it at once, so
     # a few are looked at.
     others = ((path, other) for path, other in named if path not in same)
     return same | {path: other for path, other in islice(others, LOOKED_AT) if _look_alike(path, other)}
@@ -112,7 +112,7 @@ def leave_out_copies(train: People, val: People, on_leak: Literal["stop", "skip"
 
 
 def find_copies(ours: Sequence[Path], theirs: Sequence[Path], cache: Path) -> dict[Path, Path]:
-    """Images that look like one of the others, as the same image encoded anew does; each with that one."""
+    """Images that look like one of the others, as the same image encoded again does; each with that one."""
     looks, others = (_looks_of(files, cache) for files in (ours, theirs))
     # Two images differ in their mean by no more than in the mean of their pixels: few of the others are candidates.
     means, other_means = (several.mean(axis=(1, 2)) for several in (looks, others))
@@ -145,14 +145,14 @@ def _looks_of(files: Sequence[Path], cache: Path) -> UInt8[Array, "n side side"]
 
 def _look_of(file: Path) -> UInt8[Array, "side side"]:
     image = images.read_unchecked_image(file, cv2.IMREAD_GRAYSCALE)
-    if image is None:  # the check of images has told of it; noise is like no image
+    if image is None:  # the check of images has reported it; noise is like no image
         seed = int.from_bytes(hashlib.blake2b(str(file).encode(), digest_size=4).digest())
         return np.random.default_rng(seed).integers(0, 256, (LOOK_SIDE, LOOK_SIDE), dtype=np.uint8)
     return cv2.resize(image, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
 
 
 def _look_alike(path: Path, other: Path) -> bool:
-    """Whether two images are one, encoded anew: 16 x 16 gray levels hardly differ in the mean.
+    """Whether two images are one, encoded again: 16 x 16 gray levels hardly differ in the mean.
 
     Of 169 COCO photographs none differs from itself at JPEG quality 30 by 0.5, and no two differ by less than 17.
     """

@@ -62,8 +62,8 @@ def read_launch(file: str | None) -> Launch:
     if file is None:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        told = {key: os.environ.get(variable) for key, variable in VARIABLES.items()}
-        zero = _zero(told, "the launch") if with_deepspeed else {}
+        variables = {key: os.environ.get(variable) for key, variable in VARIABLES.items()}
+        zero = _zero(variables, "the launch") if with_deepspeed else {}
         ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
         return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
     where = f"--launch {file}"
@@ -85,18 +85,18 @@ def read_launch(file: str | None) -> Launch:
     )
 
 
-def _processes(told: Any, where: str) -> int:
+def _processes(value: Any, where: str) -> int:
     try:
-        return int(told)
+        return int(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: expected the number of processes, found {show_value(told)}") from None
+        raise UserError(f"{where}: expected the number of processes, found {show_value(value)}") from None
 
 
-def _zero(told: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
+def _zero(options: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
     """What DeepSpeed's JSON says of ZeRO; without one, where accelerate's own keys put what is offloaded."""
-    name = told.get("deepspeed_config_file")
+    name = options.get("deepspeed_config_file")
     if not name:
-        places = {name: told.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
+        places = {name: options.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
         return {name: {"device": str(place)} for name, place in places.items()}
     file = find_json(str(name), of)
     tree = parse_json(file)
@@ -128,8 +128,8 @@ def _finding(level: Any, check: str, text: str, *culprits: str) -> Finding:
 
 
 def _packages() -> Finding:
-    told = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
-    return _finding("note", "packages", f"Python {sys.version.split()[0]}, {told}")
+    listed = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
+    return _finding("note", "packages", f"Python {sys.version.split()[0]}, {listed}")
 
 
 def _version(package: str) -> str | None:
@@ -141,17 +141,19 @@ def _version(package: str) -> str | None:
 
 def _devices() -> Iterator[Finding]:
     driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
-    told = f"NVIDIA driver {driver[1]}" if driver else "no NVIDIA driver"
+    driver_text = f"NVIDIA driver {driver[1]}" if driver else "no NVIDIA driver"
     if not torch.cuda.is_available():
         yield _finding("note", "gpu", f"none; training would run on {os.cpu_count()} CPU cores")
         if driver:
             build = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '-'}"
-            yield _finding("warning", "gpu", f"{told} is here, but {build}, sees no GPU; install a build that fits it")
+            yield _finding(
+                "warning", "gpu", f"{driver_text} is here, but {build}, sees no GPU; install a build that fits it"
+            )
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        memory_told = f"{device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
-        yield _finding("note", "gpu", f"{index}: {device.name}, {memory_told}; {told}, CUDA {torch.version.cuda}")
+        memory = f"{device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
+        yield _finding("note", "gpu", f"{index}: {device.name}, {memory}; {driver_text}, CUDA {torch.version.cuda}")
         if problem := problem_of_device(index):
             yield _finding("error", "gpu", problem)
 
@@ -234,9 +236,9 @@ def _operations(launch: Launch) -> Iterator[Finding]:
 
 
 def _cuda_home() -> str | None:
-    told = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
-    return told or (str(Path(nvcc).resolve().parent.parent) if nvcc else None)
+    return home or (str(Path(nvcc).resolve().parent.parent) if nvcc else None)
 
 
 # ---- Room

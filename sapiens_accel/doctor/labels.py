@@ -337,7 +337,7 @@ def propose_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
 
 
 def _is_significant(share: float, votes: int) -> bool:
-    """Whether more than half by so much is no chance: of a hundred pairs tossed like coins none is told."""
+    """Whether more than half by so much is no chance: of a hundred pairs tossed like coins none is reported."""
     return votes >= LEAST_VOTES and (share - 0.5) * 2 * votes**0.5 > UNLIKELY
 
 

@@ -50,7 +50,7 @@ class Partial:
             other = ", ".join(
                 f"{key} {was.get(key)} is now {about[key]}" for key in about if was.get(key) != about[key]
             )
-            raise UserError(f"{self.file}: begun with other settings: {other}; delete it to start anew")
+            raise UserError(f"{self.file}: begun with other settings: {other}; delete it to start again")
         self.done = [[_found(people) for people in batch] for batch in batches]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.file.open("r+b" if whole else "wb")
@@ -75,7 +75,7 @@ class Partial:
             settings.get("detector")
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{self.file}: not what a detector that was stopped left: {error}; delete it to start anew"
+                f"{self.file}: not what a detector that was stopped left: {error}; delete it to start again"
             ) from None
         return things[: len(lines)]
 

@@ -23,7 +23,7 @@ USUAL_RATE = 25.0  # frames a second of a video that does not tell
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Images on disk: `names`, sorted, relative to `root`; `told` is what was left out, in a line, or empty."""
+    """Images on disk: `names`, sorted, relative to `root`; `note` is what was left out, in a line, or empty."""
 
     root: Path
     names: list[str]

@@ -68,7 +68,7 @@ class Category:
         edges: pairs of names.
         count: keypoints of its annotations; None if none has any.
         whole: whether annotations have COCO-WholeBody's five lists; then `names` are its 133.
-        told: what is odd in it, in lines.
+        warnings: what is odd in it, in lines.
     """
 
     file: Path
@@ -78,7 +78,7 @@ class Category:
     edges: tuple[tuple[str, str], ...] = ()
     count: int | None = None
     whole: bool = False
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
 
     def called(self, names: tuple[str, ...]) -> "Category":
@@ -171,25 +171,25 @@ def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) 
     Raises:
         UserError: nothing names the keypoints; a name in the YAML that is none of them.
     """
-    told = tuple(dict.fromkeys(line for one in several for line in one.told))
+    warnings = tuple(dict.fromkeys(line for one in several for line in one.warnings))
     kinds = tuple(several[0].chosen) if several and several[0].chosen != ("person",) else ()
     if asked and asked.names:
         renamed = [one.called(asked.names) for one in several]
-        told += tuple(
+        warnings += tuple(
             f"{one.file}: its keypoints {short(one.names or (), 3)} are {short(other.names or (), 3)}, in this order"
             for one, other in zip(several, renamed, strict=True)
             if one is not other
         )
         several = renamed
     if isinstance(asked, Skeleton):
-        return _of_kinds(asked, kinds), (*told, f"keypoints: {asked.num_keypoints}, built in")
+        return _of_kinds(asked, kinds), (*warnings, f"keypoints: {asked.num_keypoints}, built in")
     names = _wanted(asked, several) if asked and asked.names else _together(several)
     built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
     if built_in and asked is None:
         other = "" if built_in.names == names else f" (here spelled differently: {short(names, 3)})"
-        return _of_kinds(built_in, kinds), (*told, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
+        return _of_kinds(built_in, kinds), (*warnings, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
     found, lines = _made(names, several, asked or Given(file=""), built_in)
-    return _of_kinds(found, kinds), (*told, *lines)
+    return _of_kinds(found, kinds), (*warnings, *lines)
 
 
 def _of_kinds(skeleton: Skeleton, kinds: tuple[str, ...]) -> Skeleton:

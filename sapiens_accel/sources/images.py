@@ -281,7 +281,7 @@ def _read_if_file(path: Path) -> shards.Bytes:
 
 def exists(path: Path) -> bool:
     """Whether an image can be opened: it is in shards, or a file; no folder, no named pipe (opening it would wait for
-    whoever writes into it), no link to nothing or to itself, no name that no file can have."""
+    something that writes into it), no link to nothing or to itself, no name that no file can have."""
     try:
         return shards.find_record(path) is not None or path.is_file()
     except OSError:
