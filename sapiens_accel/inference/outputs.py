@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
+from sapiens_accel.errors import count
 from sapiens_accel.evaluation.keypoint_csv import ImageRow, KeypointCsv, PersonRow
 from sapiens_accel.inference import media
 from sapiens_accel.inference.media import Film
@@ -158,7 +159,7 @@ class MediaWriter:
             self.categories,
         )
         self.table = self._open_table(evaluation) if evaluation.csv else None
-        self.num_pictures, self.num_people, self.num_bad = 0, 0, 0
+        self.num_images, self.num_people, self.num_bad = 0, 0, 0
         self.num_keypoints, self.num_drawn = 0, 0
 
     def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
@@ -167,7 +168,7 @@ class MediaWriter:
 
     def add(self, piece: Piece, everybody: Sequence[Sequence[Person]]) -> None:
         """The people of each image of a piece."""
-        self.num_pictures += len(piece.files)
+        self.num_images += len(piece.files)
         self.num_people += sum(map(len, everybody))
         self.num_bad += len(piece.bad)
         for file, name, size, people in zip(piece.files, piece.names, piece.sizes, everybody, strict=True):
@@ -208,8 +209,8 @@ class MediaWriter:
         elif self.draws:
             files.append(str(self.folder / "drawn"))
         bad = f", {self.num_bad} skipped" if self.num_bad else ""
-        kind = "frames" if self.film is not None else "pictures"
-        found = f"{self.num_people} people in {self.num_pictures} {kind} of {self.path}{bad}"
+        images = count(self.num_images, "frame" if self.film is not None else "image")
+        found = f"{self.num_people} {'person' if self.num_people == 1 else 'people'} in {images} of {self.path}{bad}"
         if self.draws:
             files.append(
                 f"of {self.num_keypoints} keypoints {self.num_drawn} are drawn (score above {self.threshold:g}, "

@@ -211,10 +211,10 @@ def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -
     made = None
     if accelerator.is_main_process:
         made = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
-    num_pictures = num_outside = 0
+    num_images = num_outside = 0
     warning = ""
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
-        num_pictures += len(piece.files)
+        num_images += len(piece.files)
         for name in piece.bad:
             accelerator.print(f"skipped: {task.path / name} {describe_fault(task.path / name)}")
         boxes, outside = _find_boxes(piece, task)
@@ -224,7 +224,7 @@ def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -
         everybody = _people(accelerator, piece, task, boxes)
         if made is not None:
             made.add(piece, everybody)
-    if not num_pictures:
+    if not num_images:
         raise UserError(f"{task.path}: none of its images can be used")
     if num_outside:
         accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
