@@ -127,11 +127,11 @@ def _reflect(z: Complex[Array, "n k"], partners: Int[Array, " k"]) -> Complex[Ar
 
 def _distances(z: Complex[Array, "n k"], reflected: Complex[Array, "n k"]) -> Float[Array, "k k"]:
     """The median over people, both ways; FAR where hardly anybody has both."""
-    apart = np.abs(reflected[:, :, None] - z[:, None, :])
+    apart = np.sort(np.abs(reflected[:, :, None] - z[:, None, :]), axis=0)  # NaN last
     seen = (~np.isnan(apart)).sum(0)
-    middle = np.full(seen.shape, FAR)
-    enough = seen >= max(2, 0.02 * len(z))
-    middle[enough] = np.nanmedian(apart[:, enough], axis=0)
+    # np.nanmedian is the same, and took 5 times as long.
+    below, above = (np.take_along_axis(apart, k[None], 0)[0] for k in (np.maximum(seen - 1, 0) // 2, seen // 2))
+    middle = np.where(seen >= max(2, 0.02 * len(z)), (below + above) / 2, FAR)
     return (middle + middle.T) / 2
 
 
