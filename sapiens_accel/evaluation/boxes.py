@@ -59,8 +59,8 @@ def load_boxes(given: str, people: People) -> Boxes:
     """
     if given == GROUND_TRUTH:
         return ground_truth_boxes(people)
-    places = [Path(given), people.root / given]
-    file = next((place for place in places if place.is_file()), None)
+    candidates = [Path(given), people.root / given]
+    file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UserError(f"--eval.boxes {given}: no such file; expected gt, or a detector's results in COCO's form")
     return detector_boxes(file, people)
@@ -103,35 +103,37 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         UserError: no list of detections, none at all or none that is not left out; one without image_id, box or score;
             an image that is not there.
     """
-    found = read_detections(file)
-    if not found:
+    detections = read_detections(file)
+    if not detections:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     images = read_images(people)
     rows: list[Row] = [
         (number_of_id(one.image_id), _find_category(one.category_id, people), one.box_xywh, one.score, one.position)
-        for one in found
+        for one in detections
     ]
-    here = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
-    if not here:
+    of_images = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
+    if not of_images:
         raise UserError(
             f"{file}: of another image set: none of its {len({str(row[0]) for row in rows})} images (the first is "
-            f"{found[0].image_id}) is among the {len(images)} of {people.annotations}"
+            f"{detections[0].image_id}) is among the {len(images)} of {people.annotations}"
         )
-    here, renamed = _rename_only_class(here, {one.position: one.category_id for one in found}, people)
-    categories, kinds = evaluated_categories(people), {row[1] for row in here}
-    is_of_any = len(categories) > 1 and len(kinds) == 1 and _has_one_class(here, people)
-    kept = [row for row in here if is_of_any or row[1] in categories]
+    of_images, renamed = _rename_only_class(of_images, {one.position: one.category_id for one in detections}, people)
+    categories, kinds = evaluated_categories(people), {row[1] for row in of_images}
+    is_of_any = len(categories) > 1 and len(kinds) == 1 and _has_one_class(of_images, people)
+    kept = [row for row in of_images if is_of_any or row[1] in categories]
     if not kept:
-        theirs = sorted({str(one.category_id) for one in found})
+        categories_in_file = sorted({str(one.category_id) for one in detections})
         wanted = ", ".join(f"{given} ({name})" for given, name in list(categories.values())[:9])
-        raise UserError(f"{file}: no detection of category {wanted}; its categories: {', '.join(theirs[:9])}")
+        raise UserError(
+            f"{file}: no detection of category {wanted}; its categories: {', '.join(categories_in_file[:9])}"
+        )
     folder = _folder(people)
     faults = [_find_fault(row[2], images[row[0]]) for row in kept]
     if all(faults):
         raise UserError(f"{file}: none of its {len(kept)} boxes can be used: detection {kept[0][4]}: {faults[0]}")
     left_out = {
-        "of other images": len(rows) - len(here),
-        "of other categories": len(here) - len(kept),
+        "of other images": len(rows) - len(of_images),
+        "of other categories": len(of_images) - len(kept),
         "without area": sum(bool(fault) and "no area" in fault for fault in faults),
         "outside of their image": sum(bool(fault) and "no area" not in fault for fault in faults),
     }
@@ -142,11 +144,11 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     if is_of_any:
         first_id, first_name = next(iter(categories.values()))
         lines.append(
-            f"{file}: all of category {here[0][1]}: boxes of any of {len(categories)} categories, and no AP of each; "
-            f"--eval.save_predictions saves them under the first, {first_id} ({first_name})"
+            f"{file}: all of category {of_images[0][1]}: boxes of any of {len(categories)} categories, and no AP of "
+            f"each; --eval.save_predictions saves them under the first, {first_id} ({first_name})"
         )
     elif len(categories) > 1 and len(kinds) == 1:
-        lines.append(f"{file}: all of category {categories[here[0][1]][1]}; other categories have no detection")
+        lines.append(f"{file}: all of category {categories[of_images[0][1]][1]}; other categories have no detection")
     _check_files(file, kept, images, people.root / folder)
     return Boxes(
         root=people.root,

@@ -66,7 +66,7 @@ COCO_RULES = CountingRules()
 
 def body_parts(skeleton: Skeleton) -> dict[str, slice]:
     """The keypoints that are also scored by themselves; none but of COCO-WholeBody."""
-    return {part: place for part, (place, _) in PARTS.items()} if skeleton.names == WHOLEBODY133.names else {}
+    return {part: keypoints for part, (keypoints, _) in PARTS.items()} if skeleton.names == WHOLEBODY133.names else {}
 
 
 def coco_results(
@@ -84,20 +84,22 @@ def coco_results(
     categories = boxes.category_ids or [1] * len(boxes)
     for index, key in enumerate(zip(boxes.image_ids.tolist(), categories, strict=True)):
         by_image[key].append(index)
-    found, chosen = [], []
+    results, chosen = [], []
     for (image_id, category), members in by_image.items():
-        here = np.array(members)
-        kept = oks_nms(predictions.points_xy[here], scores[here], areas[here], skeleton.sigmas, config.nms_threshold)
-        for index in here[kept][: config.max_people].tolist():
+        indices = np.array(members)
+        kept = oks_nms(
+            predictions.points_xy[indices], scores[indices], areas[indices], skeleton.sigmas, config.nms_threshold
+        )
+        for index in indices[kept][: config.max_people].tolist():
             points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
             person = {"keypoints": points.round(3).ravel().tolist(), "score": float(scores[index])}
-            found.append({"image_id": image_id, "category_id": category, **person})
+            results.append({"image_id": image_id, "category_id": category, **person})
             chosen.append(index)
-    return found, np.array(chosen, dtype=int)
+    return results, np.array(chosen, dtype=int)
 
 
 def compute_metrics(
-    found: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
     people: People,
     skeleton: Skeleton,
     backend: Backend,
@@ -117,22 +119,22 @@ def compute_metrics(
         tree = {**tree, "annotations": measured}
     parts = body_parts(skeleton)
     # As COCO-WholeBody's own evaluation: a result is as large as its body, whichever part is scored.
-    areas = [_extent(result["keypoints"], BODY) for result in found] if parts else None
+    areas = [_extent(result["keypoints"], BODY) for result in results] if parts else None
     scoring = _Scoring(skeleton, backend, rules.max_people)
     whole = slice(0, skeleton.num_keypoints)
-    metrics, curves = _measured(tree, found, whole, scoring, areas)
+    metrics, curves = _measured(tree, results, whole, scoring, areas)
     for level, image_ids in crowd_levels(tree["images"]).items():
-        some, some_found = _of_images(tree, image_ids), [one for one in found if one["image_id"] in image_ids]
-        of_level, _ = _measured(some, some_found, whole, scoring, None)
+        some, some_results = _of_images(tree, image_ids), [one for one in results if one["image_id"] in image_ids]
+        of_level, _ = _measured(some, some_results, whole, scoring, None)
         metrics |= {f"crowd_{level}/{name}": value for name, value in of_level.items()}
-    for part, place in parts.items():
-        of_part, _ = _measured(tree, found, place, scoring, areas)
+    for part, keypoints in parts.items():
+        of_part, _ = _measured(tree, results, keypoints, scoring, areas)
         metrics |= {f"{part}/{name}": value for name, value in of_part.items()}
-    several = len(truth.categories) > 1 and not any(result["category_id"] is None for result in found)
+    several = len(truth.categories) > 1 and not any(result["category_id"] is None for result in results)
     names = Counter(name for _, name in truth.categories.values())
     for category, (given, name) in truth.categories.items() if several else ():
         kind = name if names[name] == 1 else f"{name} ({given})"
-        some = [result for result in found if result["category_id"] == category]
+        some = [result for result in results if result["category_id"] == category]
         others = [person for person in tree["annotations"] if person["category"] == category]
         of_kind, _ = _measured({**tree, "annotations": others}, some, whole, scoring, None)
         metrics |= {f"category/{kind}/{name}": value for name, value in of_kind.items()}
@@ -142,7 +144,7 @@ def compute_metrics(
     return metrics, curves
 
 
-def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
+def save_results(results: Sequence[dict[str, Any]], file: Path, people: People, skeleton: Skeleton) -> None:
     """Write results as COCO's server takes them, of the keypoints of the annotation file, in its order.
 
     Those that the run does not have are 0, 0, 0. In COCO-WholeBody's five lists where the file has them. Ids of images
@@ -152,9 +154,11 @@ def save_results(found: Sequence[dict[str, Any]], file: Path, people: People, sk
     first = next(iter(categories.values()))
     in_lists = _has_five_lists(people, skeleton)
     written = []
-    for result in found:
+    for result in results:
         points = _in_order_of_file(result["keypoints"], people.reading)
-        lists = {key: _part(points, place) for place, key in PARTS.values()} if in_lists else {"keypoints": points}
+        lists = (
+            {key: _part(points, keypoints) for keypoints, key in PARTS.values()} if in_lists else {"keypoints": points}
+        )
         category, _ = categories.get(result["category_id"], first)
         ids = {"image_id": given_id(images[result["image_id"]]), "category_id": category}
         written.append({**result, **ids, **lists})
@@ -167,9 +171,9 @@ def _in_order_of_file(points: list[float], reading: Reading) -> list[float]:
     if reading.source is None or reading.count is None:
         return points
     written = [0.0] * (3 * reading.count)
-    for k, place in enumerate(reading.source):
-        if place >= 0:
-            written[3 * place : 3 * place + 3] = points[3 * k : 3 * k + 3]
+    for k, index in enumerate(reading.source):
+        if index >= 0:
+            written[3 * index : 3 * index + 3] = points[3 * k : 3 * k + 3]
     return written
 
 
@@ -220,18 +224,20 @@ def _of_images(tree: dict[str, Any], image_ids: set[Any]) -> dict[str, Any]:
 
 def _measured(
     tree: dict[str, Any],
-    found: Sequence[dict[str, Any]],
-    place: slice,
+    results: Sequence[dict[str, Any]],
+    keypoints: slice,
     scoring: _Scoring,
     areas: Sequence[float] | None,
 ) -> tuple[Metrics, Curves]:
     """METRICS of some of the keypoints; a person without one of them labeled is to be ignored."""
-    people = [{**person, "keypoints": _part(person["keypoints"], place)} for person in tree["annotations"]]
+    people = [{**person, "keypoints": _part(person["keypoints"], keypoints)} for person in tree["annotations"]]
     people = [{**person, "num_keypoints": sum(v > 0 for v in person["keypoints"][2::3])} for person in people]
-    if not found:  # loadRes takes no empty list
+    if not results:  # loadRes takes no empty list
         return dict.fromkeys(METRICS, 0.0 if any(one["num_keypoints"] for one in people) else -1.0), np.zeros((10, 101))
-    predicted: Any = [{**result, "category_id": 1, "keypoints": _part(result["keypoints"], place)} for result in found]
-    sigmas, backend = np.array(scoring.skeleton.sigmas[place]), scoring.backend
+    predicted: Any = [
+        {**result, "category_id": 1, "keypoints": _part(result["keypoints"], keypoints)} for result in results
+    ]
+    sigmas, backend = np.array(scoring.skeleton.sigmas[keypoints]), scoring.backend
     with contextlib.redirect_stdout(io.StringIO()):
         whole: Any = _tools(backend).COCO() if backend == "faster_coco_eval" else COCO()
         whole.dataset = {**tree, "annotations": people}
@@ -280,11 +286,11 @@ def _tools(backend: Backend) -> Any:
         raise UserError(f"--eval.backend {backend}: not installed; pip install {backend.replace('_', '-')}") from None
 
 
-def _part(numbers: Sequence[float], place: slice) -> list[float]:
-    return list(numbers[3 * place.start : 3 * place.stop])
+def _part(numbers: Sequence[float], keypoints: slice) -> list[float]:
+    return list(numbers[3 * keypoints.start : 3 * keypoints.stop])
 
 
-def _extent(numbers: Sequence[float], place: slice) -> float:
+def _extent(numbers: Sequence[float], keypoints: slice) -> float:
     """Width times height of what some of the keypoints span."""
-    points = np.array(_part(numbers, place)).reshape(-1, 3)[:, :2]
+    points = np.array(_part(numbers, keypoints)).reshape(-1, 3)[:, :2]
     return float((points.max(axis=0) - points.min(axis=0)).prod())

@@ -65,20 +65,20 @@ class Diagnosis:
         oks: of each person.
         similar: of each keypoint: exp(-d^2 / (2 area (2 sigma)^2)).
         kinds: of each keypoint, a `Kind` or UNLABELED.
-        found: whether there is a prediction at all; without one every keypoint is missed.
+        is_predicted: whether there is a prediction at all; without one every keypoint is missed.
     """
 
     oks: Float[Array, "n"]
     similar: Float[Array, "n k"]
     kinds: Int[Array, "n k"]
-    found: Bool[Array, "n"]
+    is_predicted: Bool[Array, "n"]
 
     def worst(self, num: int) -> Int[Array, "m"]:
         """The people of the lowest OKS, lowest first; of equals (to 1e-3) in their order."""
         return np.argsort(self.oks.round(3), kind="stable")[:num]
 
     def reason(self, person: int, skeleton: Skeleton) -> Reason:
-        if not self.found[person]:
+        if not self.is_predicted[person]:
             return Reason(Kind.MISSED, NOBODY)
         return reason(self.kinds[person], self.similar[person], skeleton)
 
@@ -88,7 +88,7 @@ class Diagnosis:
 
 
 def diagnose(
-    found_xy: Float[Array, "n k 2"],
+    predicted_xy: Float[Array, "n k 2"],
     scores: Float[Array, "n k"],
     labels: Float[Array, "n k 3"],
     areas: Float[Array, "n"],
@@ -104,30 +104,30 @@ def diagnose(
         image_ids: whose people may be taken for one another.
     """
     labeled, mirror = is_labeled(labels), list(skeleton.mirror)
-    similar = similarities(found_xy, labels[..., :2], areas, skeleton.sigmas)
-    to_mirror = similarities(found_xy, labels[:, mirror, :2], areas, skeleton.sigmas)
+    similar = similarities(predicted_xy, labels[..., :2], areas, skeleton.sigmas)
+    to_mirror = similarities(predicted_xy, labels[:, mirror, :2], areas, skeleton.sigmas)
     # The midline mirrors onto itself.
     to_mirror = np.where(labeled[:, mirror] & (np.array(mirror) != np.arange(len(mirror))), to_mirror, 0.0)
-    to_others, anywhere = _at_others(found_xy, labels, areas, image_ids, skeleton, np.maximum(similar, to_mirror))
+    to_others, anywhere = _at_others(predicted_xy, labels, areas, image_ids, skeleton, np.maximum(similar, to_mirror))
     best = np.maximum(to_mirror, to_others)
     kinds = np.select(
         [(similar >= best) & (similar >= GOOD_FROM), (similar >= best) & (similar >= NEAR_FROM), best < NEAR_FROM],
         [Kind.GOOD, Kind.IMPRECISE, np.where(anywhere, Kind.WRONG_PERSON, Kind.MISSED)],
         np.where(to_mirror >= to_others, Kind.SWAPPED, Kind.WRONG_PERSON),
     )
-    found = is_predicted(found_xy, scores)
-    similar = similar * found[:, None]
-    kinds = np.where(found[:, None], kinds, Kind.MISSED)
+    with_prediction = is_predicted(predicted_xy, scores)
+    similar = similar * with_prediction[:, None]
+    kinds = np.where(with_prediction[:, None], kinds, Kind.MISSED)
     return Diagnosis(
         oks=(similar * labeled).sum(axis=1) / np.maximum(labeled.sum(axis=1), 1),
         similar=similar,
         kinds=np.where(labeled, kinds, UNLABELED),
-        found=found,
+        is_predicted=with_prediction,
     )
 
 
 def _at_others(
-    found_xy: Float[Array, "n k 2"],
+    predicted_xy: Float[Array, "n k 2"],
     labels: Float[Array, "n k 3"],
     areas: Float[Array, "n"],
     image_ids: Sequence[int],
@@ -148,13 +148,13 @@ def _at_others(
             others = np.array([other for other in members if other != person])
             for order in (slice(None), mirror):
                 other_labels = labels[others][:, order]
-                near = similarities(found_xy[person], other_labels[..., :2], areas[others], skeleton.sigmas)
+                near = similarities(predicted_xy[person], other_labels[..., :2], areas[others], skeleton.sigmas)
                 to_others[person] = np.maximum(to_others[person], (near * is_labeled(other_labels)).max(axis=0))
             # By the constant of the keypoint that it lies at: [missed, j].
             missed = np.flatnonzero(np.maximum(to_own[person], to_others[person]) < NEAR_FROM)
-            owner, joint = np.nonzero(is_labeled(labels[others]))
-            apart = found_xy[person, missed][:, None] - labels[others][owner, joint][:, :2]
-            variances = areas[others][owner] * (2 * sigmas[joint]) ** 2 + np.spacing(1)
+            owner, keypoint = np.nonzero(is_labeled(labels[others]))
+            apart = predicted_xy[person, missed][:, None] - labels[others][owner, keypoint][:, :2]
+            variances = areas[others][owner] * (2 * sigmas[keypoint]) ** 2 + np.spacing(1)
             near = np.exp(-(apart**2).sum(axis=-1) / (2 * variances)) >= NEAR_FROM
             anywhere[person, missed] = near.any(axis=1)
     return to_others, anywhere
@@ -206,11 +206,11 @@ def name_keypoints(keypoints: Sequence[int], skeleton: Skeleton) -> str:
 def _series(names: Sequence[str]) -> dict[str, int]:
     """Names and how many keypoints each stands for: more than three that differ by their number alone are one."""
     stems = [re.sub(r"[- ]?\d+$", "", name) for name in names]
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, stem in zip(names, stems, strict=True):
         num = stems.count(stem)
-        found |= {f"{stem} ({num} points)": num} if num > 3 else {name: 1}
-    return found
+        counts |= {f"{stem} ({num} points)": num} if num > 3 else {name: 1}
+    return counts
 
 
 def _sided(name: str) -> tuple[str, str]:

@@ -169,7 +169,7 @@ def list_image_rows(
         results, chosen: as `coco_metrics.coco_results` has them.
     """
     categories, ann_ids = evaluated_categories(people), people.rows["ann_id"][:]
-    several: dict[Any, list[PersonRow]] = defaultdict(list)
+    persons_of: dict[Any, list[PersonRow]] = defaultdict(list)
     annotations = people.source.read()["annotations"] if boxes.labeled else ()
     given_ids = {one.get("id"): given_id(one) for one in annotations}
     for result, index in zip(results, chosen.tolist(), strict=True):
@@ -178,17 +178,17 @@ def list_image_rows(
         _, category = categories.get(result["category_id"], next(iter(categories.values()))) if is_known else ("", "")
         ann_id = ann_ids[index] if boxes.labeled else ""
         person = PersonRow(points[:, :2], points[:, 2], result["score"], category, given_ids.get(ann_id, ann_id))
-        several[result["image_id"]].append(person)
+        persons_of[result["image_id"]].append(person)
     for image_id, image in read_images(people).items():
-        found = sorted(several[image_id], key=lambda person: -person.score)
-        yield ImageRow(image["file_name"], found, given_id(image))
+        persons = sorted(persons_of[image_id], key=lambda person: -person.score)
+        yield ImageRow(image["file_name"], persons, given_id(image))
 
 
-def measure_keypoints(own: Predictions, people: People, skeleton: Skeleton) -> KeypointQuality:
+def measure_keypoints(predictions: Predictions, people: People, skeleton: Skeleton) -> KeypointQuality:
     """What each keypoint is worth, of predictions in the order of the people's rows."""
     areas = np.asarray(people.rows["area"][:], dtype=np.float64)
     labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
-    return measure_points(own.points_xy, own.scores, labels, areas, sizes, skeleton.sigmas)
+    return measure_points(predictions.points_xy, predictions.scores, labels, areas, sizes, skeleton.sigmas)
 
 
 def measure_distances(quality: KeypointQuality) -> Metrics:
@@ -228,10 +228,10 @@ def describe_crowding(people: People, config: EvalConfig) -> list[str]:
     ]
 
 
-def describe_unmatched(own: Predictions) -> list[str]:
+def describe_unmatched(predictions: Predictions) -> list[str]:
     """Labeled people without a prediction, whom errors in px cannot count, in a line."""
-    num = int((~is_predicted(own.points_xy, own.scores)).sum())
-    total = len(own.scores)
+    num = int((~is_predicted(predictions.points_xy, predictions.scores)).sum())
+    total = len(predictions.scores)
     what = "errors in px are over the others; PCK counts their keypoints as wrong"
     return [f"{num} of {total} labeled people have no prediction in their image: {what}"] if num else []
 
@@ -249,18 +249,18 @@ def match_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton
     labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
     chosen = np.full(len(people), -1)
     for person, image_id in enumerate(people.rows["image_id"][:]):
-        here = by_image[image_id]
-        if here:
-            similar = _oks_of(labels[person], predictions.points_xy[here], areas[person], skeleton)
-            chosen[person] = here[int(np.argmax(similar))]
+        indices = by_image[image_id]
+        if indices:
+            similarities = _oks_of(labels[person], predictions.points_xy[indices], areas[person], skeleton)
+            chosen[person] = indices[int(np.argmax(similarities))]
     return chosen
 
 
 def _select(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
-    there = chosen >= 0
+    is_predicted_box = chosen >= 0
     return Predictions(
-        points_xy=predictions.points_xy[chosen] * there[:, None, None],
-        scores=predictions.scores[chosen] * there[:, None],
+        points_xy=predictions.points_xy[chosen] * is_predicted_box[:, None, None],
+        scores=predictions.scores[chosen] * is_predicted_box[:, None],
     )
 
 
@@ -276,7 +276,7 @@ def describe_unmeasured(people: People, skeleton: Skeleton) -> list[str]:
     return [f"{len(ids)} labeled people of {people.annotations.name} are not measured: {why}: {named}"] if ids else []
 
 
-def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton: Skeleton) -> list[str]:
+def explain_metrics(metrics: Metrics, predictions: Predictions, people: People, skeleton: Skeleton) -> list[str]:
     """Why metrics are -1 (nobody to measure) or 0, a line each."""
     lines = []
     for name, sizes in (("AP_M", "32^2 to 96^2"), ("AP_L", "above 96^2")):
@@ -288,21 +288,21 @@ def explain_metrics(metrics: Metrics, own: Predictions, people: People, skeleton
             where = f"nobody in {people.annotations.name} has a labeled {which} in range"
             lines.append(f"{part} AP: {where}, so there is {NO_NUMBER}")
     if metrics["AP"] == 0:
-        lines.append(f"AP 0: {_why_nothing_fits(own, people, skeleton)}")
+        lines.append(f"AP 0: {_why_nothing_fits(predictions, people, skeleton)}")
     return lines
 
 
-def _why_nothing_fits(own: Predictions, people: People, skeleton: Skeleton) -> str:
-    if not own.scores.any():
+def _why_nothing_fits(predictions: Predictions, people: People, skeleton: Skeleton) -> str:
+    if not predictions.scores.any():
         return "no box in any image with labeled people, or no keypoint with a score: untrained weights?"
     labels, areas = keypoints_of(people.rows), np.asarray(people.rows["area"][:], dtype=np.float64)
-    similar = [
+    similarities = [
         _oks_of(label, points_xy[None], area, skeleton)[0]
-        for label, points_xy, area in zip(labels, own.points_xy, areas, strict=True)
+        for label, points_xy, area in zip(labels, predictions.points_xy, areas, strict=True)
     ]
     return (
-        f"of {len(similar)} people none counts: their OKS is {np.median(similar):.2f} in the median and "
-        f"{max(similar):.2f} at best, 0.5 is the least that does: untrained weights, or other keypoints?"
+        f"of {len(similarities)} people none counts: their OKS is {np.median(similarities):.2f} in the median and "
+        f"{max(similarities):.2f} at best, 0.5 is the least that does: untrained weights, or other keypoints?"
     )
 
 
@@ -314,20 +314,20 @@ def predictions_path(given: str | Path, name: str) -> Path:
 
 def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skeleton: Skeleton) -> str:
     """The table of what was evaluated, what augmentation adds and costs, keypoints of one row, and the notes."""
-    metrics = {name: judged.metrics for name, judged in rows.items()}
-    areas = dict.fromkeys(judged.area for judged in rows.values())
+    metrics = {name: result.metrics for name, result in rows.items()}
+    areas = dict.fromkeys(result.area for result in rows.values())
     people_boxes = next(iter(rows.values())).people_boxes
     parts = [format_table(metrics, format_protocol(config, "; ".join(filter(None, areas)), people_boxes))]
-    parts.append("\n".join(tables.format_costs(metrics, {name: judged.seconds for name, judged in rows.items()})))
+    parts.append("\n".join(tables.format_costs(metrics, {name: result.seconds for name, result in rows.items()})))
     if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
-        name, judged = list(rows.items())[-1]
-        parts.append(f"{name}: {tables.format_keypoints(judged.keypoints, skeleton)}")
-    notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
+        name, result = list(rows.items())[-1]
+        parts.append(f"{name}: {tables.format_keypoints(result.keypoints, skeleton)}")
+    notes = [f"{name}: {note}" for name, result in rows.items() for note in result.notes]
     return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
 
 
 def save_metrics(
-    file: Path, rows: dict[str, EvaluationResult], hows: dict[str, EvalConfig], skeleton: Skeleton
+    file: Path, rows: dict[str, EvaluationResult], configs: dict[str, EvalConfig], skeleton: Skeleton
 ) -> None:
     """Add rows, and how each was measured, to a JSON.
 
@@ -336,11 +336,11 @@ def save_metrics(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        known = read_tree(file, json.loads, "JSON") if file.is_file() else {}
+        tree = read_tree(file, json.loads, "JSON") if file.is_file() else {}
     except UserError as error:
         raise UserError(f"{error}; move it away") from None
-    for name, judged in rows.items():
-        more = {"seconds": judged.seconds, "joints": tables.keypoint_statistics(judged.keypoints, skeleton)}
-        settings = protocol_settings(hows[name], judged.people_boxes)
-        known[name] = {**judged.metrics, **settings, "area_used": judged.area, **more}
-    file.write_text(json.dumps(known, indent=2))
+    for name, result in rows.items():
+        more = {"seconds": result.seconds, "joints": tables.keypoint_statistics(result.keypoints, skeleton)}
+        settings = protocol_settings(configs[name], result.people_boxes)
+        tree[name] = {**result.metrics, **settings, "area_used": result.area, **more}
+    file.write_text(json.dumps(tree, indent=2))

@@ -29,7 +29,7 @@ PANEL_HW = (384, 320)
 DENSE_PANEL_HW = (576, 480)  # of more keypoints than `draw.MANY`, whose hands and faces would be blots
 AROUND = 1.25  # of the box, so that what is next to a person is seen too
 SHOWN_SCORE = 0.2  # below it a predicted keypoint is drawn hollow, and one that nobody labeled not at all
-# Told apart without red and green, on bright and on dark paper.
+# To be distinguished without red and green, on bright and on dark paper.
 ERROR_COLORS: dict[Kind, Color] = {
     Kind.GOOD: (46, 160, 110),
     Kind.IMPRECISE: (230, 180, 20),
@@ -62,7 +62,7 @@ class Case:
         return f"OKS {self.oks:.2f}, annotation {self.ann_id} of image {self.image_id}: {self.reason.text}"
 
     @property
-    def picture(self) -> ImageArray:
+    def image(self) -> ImageArray:
         return draw.add_header(np.concatenate(self.panels, axis=1), self.title)
 
 
@@ -93,14 +93,14 @@ class PersonKeypoints(NamedTuple):
 def format_worst_people(findings: dict[str, ErrorAnalysis]) -> list[str]:
     """The worst people of each row in words: a paragraph each, a line for a person."""
     return [
-        "\n".join([f"{name}: people of the lowest OKS", *(f"  {case.title}" for case in found.cases)])
-        for name, found in findings.items()
-        if found.cases
+        "\n".join([f"{name}: people of the lowest OKS", *(f"  {case.title}" for case in analysis.cases)])
+        for name, analysis in findings.items()
+        if analysis.cases
     ]
 
 
 def analyze_networks(
-    judged: EvaluationResult, people: People, networks: Sequence[PoseNetwork], setup: PredictionSetup
+    result: EvaluationResult, people: People, networks: Sequence[PoseNetwork], setup: PredictionSetup
 ) -> ErrorAnalysis:
     """The worst `config.num_worst` of an evaluation, with heatmaps, which are computed again. On one rank.
 
@@ -111,7 +111,7 @@ def analyze_networks(
         root=people.root,
         file_names=list(people.rows["file_name"][:]),
         image_ids=np.asarray(people.rows["image_id"][:]),
-        boxes_xywh=judged.boxes_xywh,
+        boxes_xywh=result.boxes_xywh,
         scores=np.ones(len(people)),
         source=tables.describe_boxes(setup.config),
         labeled=False,
@@ -125,7 +125,7 @@ def analyze_networks(
         return maps, np.stack([crop.matrix((maps.shape[2], maps.shape[3])) for crop in crops])
 
     return analyze_predictions(
-        judged.predictions, people, setup.skeleton, setup.config.num_worst, judged.boxes_xywh, heatmaps
+        result.predictions, people, setup.skeleton, setup.config.num_worst, result.boxes_xywh, heatmaps
     )
 
 
@@ -153,22 +153,22 @@ def analyze_predictions(
         predictions: of the people, in their order.
         boxes_xywh: where they were looked for, if elsewhere than in their labeled boxes; of no size: nowhere.
     """
-    labels, own = keypoints_of(people.rows), boxes_of(people.rows)
+    labels, labeled_boxes = keypoints_of(people.rows), boxes_of(people.rows)
     areas, image_ids = np.asarray(people.rows["area"][:], dtype=np.float64), people.rows["image_id"][:]
-    found = diagnose(predictions.points_xy, predictions.scores, labels, areas, image_ids, skeleton)
-    chosen = found.worst(num).tolist()
-    looked = own if boxes_xywh is None else boxes_xywh
-    seen = [index for index in chosen if looked[index, 2:].all()]
-    maps = dict(zip(seen, zip(*heatmaps(seen), strict=True), strict=True)) if heatmaps and seen else {}
+    diagnosis = diagnose(predictions.points_xy, predictions.scores, labels, areas, image_ids, skeleton)
+    chosen = diagnosis.worst(num).tolist()
+    predicted_boxes = labeled_boxes if boxes_xywh is None else boxes_xywh
+    with_box = [index for index in chosen if predicted_boxes[index, 2:].all()]
+    maps = dict(zip(with_box, zip(*heatmaps(with_box), strict=True), strict=True)) if heatmaps and with_box else {}
     panel_hw = DENSE_PANEL_HW if skeleton.num_keypoints > draw.MANY else PANEL_HW
     cases, truth, listed = [], read_ground_truth(people, skeleton.num_keypoints), read_images(people)
     for index in chosen:
         row = people.rows[index]
-        panel = _frame(own[index], looked[index], labels[index], panel_hw)
+        panel = _frame(labeled_boxes[index], predicted_boxes[index], labels[index], panel_hw)
         image = geometry.warp(read_image(people.root / row["file_name"]), panel, panel_hw)
         predicted = PersonKeypoints(predictions.points_xy[index], predictions.scores[index])
-        person = LabeledPerson(image=image, panel=panel, label=labels[index], kinds=found.kinds[index])
-        panels = _panels(person, predicted, bool(found.found[index]), skeleton)
+        person = LabeledPerson(image=image, panel=panel, label=labels[index], kinds=diagnosis.kinds[index])
+        panels = _panels(person, predicted, bool(diagnosis.is_predicted[index]), skeleton)
         if heatmaps:
             panels.append(_heat(image, panel, maps.get(index)))
         cases.append(
@@ -176,12 +176,12 @@ def analyze_predictions(
                 ann_id=truth.given_ids.get(row["ann_id"], row["ann_id"]),
                 image_id=given_id(listed[row["image_id"]]),
                 file_name=row["file_name"],
-                oks=float(found.oks[index]),
-                reason=found.reason(index, skeleton),
+                oks=float(diagnosis.oks[index]),
+                reason=diagnosis.reason(index, skeleton),
                 panels=tuple(panels),
             )
         )
-    return ErrorAnalysis(diagnosis=found, cases=tuple(cases))
+    return ErrorAnalysis(diagnosis=diagnosis, cases=tuple(cases))
 
 
 def _frame(
@@ -195,18 +195,23 @@ def _frame(
     return Crop(center_xy=tuple((low + high) / 2), size_wh=size_wh).matrix(panel_hw)
 
 
-def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, skeleton: Skeleton) -> list[ImageArray]:
+def _panels(
+    person: LabeledPerson, predicted: PersonKeypoints, is_predicted: bool, skeleton: Skeleton
+) -> list[ImageArray]:
     image, label, scores = person.image, person.label, predicted.scores
-    true_xy, found_xy = geometry.apply(person.panel, label[:, :2]), geometry.apply(person.panel, predicted.points_xy)
+    true_xy, predicted_xy = (
+        geometry.apply(person.panel, label[:, :2]),
+        geometry.apply(person.panel, predicted.points_xy),
+    )
     width, labeled = image.shape[1], is_labeled(label)
-    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * is_found
+    shown = np.where(scores > SHOWN_SCORE, 1.0, np.where(labeled, 0.5, 0.0)) * is_predicted
     colors = [ERROR_COLORS.get(Kind(kind), (0, 0, 0)) if kind >= 0 else (0, 0, 0) for kind in person.kinds]
-    missed = found_xy if is_found else true_xy  # of nobody: a dot where each keypoint is
+    missed = predicted_xy if is_predicted else true_xy  # of nobody: a dot where each keypoint is
     kind_of = [(kind.name.lower().replace("_", " "), color) for kind, color in ERROR_COLORS.items()]
     strips = [draw.draw_side_key(width, skeleton), draw.draw_score_ramp(width), draw.draw_key(width, kind_of)]
     drawn = [
         draw.draw_person(image, true_xy, label[:, 2] / 2, skeleton),
-        draw.draw_person(image, found_xy, shown, skeleton, scores),
+        draw.draw_person(image, predicted_xy, shown, skeleton, scores),
         draw.draw_displacements(image, missed, true_xy, labeled, colors),
     ]
     return [np.concatenate(both) for both in zip(strips, drawn, strict=True)]
@@ -215,15 +220,15 @@ def _panels(person: LabeledPerson, predicted: PersonKeypoints, is_found: bool, s
 def _heat(
     image: ImageArray,
     panel: Float[Array, "2 3"],
-    seen: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
+    heatmaps: tuple[Float[Array, "k h w"], Float[Array, "2 3"]] | None,
 ) -> ImageArray:
     """Heatmaps where they are in the image."""
     width = image.shape[1]
-    if seen is None:
+    if heatmaps is None:
         return np.concatenate([draw.draw_key(width, [("heatmaps: none, without a box", (0, 0, 0))]), image])
-    maps, heatmap_from_image = seen
-    place = np.vstack([panel, [0, 0, 1]]) @ np.vstack([geometry.invert(heatmap_from_image), [0, 0, 1]])
-    top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), place[:2], (image.shape[0], width))
+    maps, heatmap_from_image = heatmaps
+    panel_from_heatmap = np.vstack([panel, [0, 0, 1]]) @ np.vstack([geometry.invert(heatmap_from_image), [0, 0, 1]])
+    top = geometry.warp(np.ascontiguousarray(maps.max(axis=0)), panel_from_heatmap[:2], (image.shape[0], width))
     strip = draw.draw_key(width, [(f"heatmaps, the highest at each pixel; peak {maps.max():.2f}", (0, 0, 0))])
     return np.concatenate([strip, draw.overlay_heatmaps(image, top[None], np.ones(1))])
 
@@ -233,7 +238,7 @@ def save_figures(findings: ErrorAnalysis, folder: Path, name: str) -> list[Path]
     for stale in folder.glob(f"{_literal(name)}_[0-9][0-9]*.png"):
         stale.unlink()
     return [
-        draw.save_image(case.picture, folder / f"{name}_{i:02d}.png") for i, case in enumerate(findings.cases, start=1)
+        draw.save_image(case.image, folder / f"{name}_{i:02d}.png") for i, case in enumerate(findings.cases, start=1)
     ]
 
 
@@ -243,9 +248,9 @@ def _literal(name: str) -> str:
 
 def draw_sheet(findings: ErrorAnalysis) -> ImageArray:
     """All cases as one image, two in a row."""
-    drawn = [case.picture for case in findings.cases]
-    height = max(len(picture) for picture in drawn)
-    padded = [np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0))) for picture in drawn]
+    drawn = [case.image for case in findings.cases]
+    height = max(len(image) for image in drawn)
+    padded = [np.pad(image, ((0, height - len(image)), (0, 0), (0, 0))) for image in drawn]
     return draw.arrange_grid(padded, columns=min(2, len(padded)))
 
 
@@ -259,11 +264,11 @@ def draw_predictions(predictions: Predictions, people: People, skeleton: Skeleto
         side = 1.25 * max(w, h)
         matrix = Crop(center_xy=(x + w / 2, y + h / 2), size_wh=(side, side)).matrix(PERSON_HW)
         image = geometry.warp(read_image(people.root / people.rows[int(index)]["file_name"]), matrix, PERSON_HW)
-        labels, found = keypoints[index], geometry.apply(matrix, predictions.points_xy[index])
+        labels, predicted_xy = keypoints[index], geometry.apply(matrix, predictions.points_xy[index])
         above.append(draw.draw_person(image, geometry.apply(matrix, labels[:, :2]), labels[:, 2] / 2, skeleton))
         scores = predictions.scores[index]
-        below.append(draw.draw_person(image, found, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
+        below.append(draw.draw_person(image, predicted_xy, (scores > SHOWN_SCORE).astype(float), skeleton, scores))
     # What the colors mean, over each person.
     rows = [(draw.draw_side_key(PERSON_HW[1], skeleton), above), (draw.draw_score_ramp(PERSON_HW[1]), below)]
     strips = [(np.tile(strip, (1, len(chosen), 1)), draw.arrange_grid(row, columns=len(chosen))) for strip, row in rows]
-    return np.concatenate([picture for pair in strips for picture in pair])
+    return np.concatenate([part for pair in strips for part in pair])

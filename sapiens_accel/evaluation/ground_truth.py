@@ -106,8 +106,8 @@ def evaluated_categories(people: People) -> dict[Any, tuple[Any, str]]:
     """
     listed = [one for one in people.source.categories if isinstance(one.get("id"), int | float | str | None)]
     counted = annotation_rules.category_ids(listed, people.reading) or [one.get("id") for one in listed]
-    found = {one.get("id"): (given_id(one), str(one.get("name"))) for one in listed if one.get("id") in counted}
-    return found or {1: (1, "person")}
+    categories = {one.get("id"): (given_id(one), str(one.get("name"))) for one in listed if one.get("id") in counted}
+    return categories or {1: (1, "person")}
 
 
 @lru_cache(maxsize=1)

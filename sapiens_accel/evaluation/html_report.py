@@ -72,7 +72,7 @@ def report_path(name: str, folder: Path) -> Path:
 def write_report(
     file: Path,
     rows: dict[str, EvaluationResult],
-    hows: dict[str, EvalConfig],
+    configs: dict[str, EvalConfig],
     findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
     about: Sequence[str] = (),
@@ -80,7 +80,7 @@ def write_report(
     """Write the page of an evaluation.
 
     Args:
-        rows, hows: the evaluations by their names in the tables, and the options of each.
+        rows, configs: the evaluations by their names in the tables, and the options of each.
         findings: the error analyses of some of them.
         about: which weights and which people, a line each.
 
@@ -89,7 +89,7 @@ def write_report(
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(render_report(rows, hows, findings, skeleton, about), encoding="utf-8")
+        file.write_text(render_report(rows, configs, findings, skeleton, about), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--eval.html {file}: not written: {error.strerror}; name another file") from None
     return file
@@ -97,7 +97,7 @@ def write_report(
 
 def render_report(
     rows: dict[str, EvaluationResult],
-    hows: dict[str, EvalConfig],
+    configs: dict[str, EvalConfig],
     findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
     about: Sequence[str] = (),
@@ -107,20 +107,18 @@ def render_report(
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_visible).get_template(
         TEMPLATE
     )
-    measured = {name: judged.metrics for name, judged in rows.items()}
+    measured = {name: result.metrics for name, result in rows.items()}
     lines, columns = tables.table_rows(measured), tables.table_columns(measured)
-    costs = tables.format_costs(
-        {n: one.metrics for n, one in rows.items()}, {n: one.seconds for n, one in rows.items()}
-    )
-    notes = [f"{name}: {note}" for name, judged in rows.items() for note in judged.notes]
+    costs = tables.format_costs(measured, {name: result.seconds for name, result in rows.items()})
+    notes = [f"{name}: {note}" for name, result in rows.items() for note in result.notes]
     return template.render(
         title=f"Evaluation of {'; '.join(rows)}",
         about=about,
         metric_names=columns,
         metrics=[[name, *map(tables.format_metric, values, columns)] for name, values in lines.items()],
-        settings=[_settings(name, rows[name], how) for name, how in hows.items()],
+        settings=[_settings(name, rows[name], config) for name, config in configs.items()],
         lines=[*costs, *notes],
-        sections=[_section(name, judged, findings.get(name), skeleton) for name, judged in rows.items()],
+        sections=[_section(name, result, findings.get(name), skeleton) for name, result in rows.items()],
         most_rows=MAX_SHOWN_KEYPOINTS,
         good_from=f"{GOOD_FROM:g}",
         near_from=f"{NEAR_FROM:g}",
@@ -132,34 +130,34 @@ def _visible(value: Any) -> Any:
     return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _settings(name: str, judged: EvaluationResult, how: EvalConfig) -> list[str]:
+def _settings(name: str, result: EvaluationResult, config: EvalConfig) -> list[str]:
     """How a row of the table was measured."""
-    scales = " ".join(f"{scale:g}" for scale in how.scales)
-    used = [name, str(len(judged.predictions.scores)), how.split]
-    used.append(tables.describe_boxes(how) + tables.describe_people_boxes(judged.people_boxes))
-    used += ["yes" if how.flip else "no", scales, f"{how.nms_threshold:g}", how.backend]
-    return [*used, judged.area or tables.AREAS[how.area], str(how.max_people)]
+    scales = " ".join(f"{scale:g}" for scale in config.scales)
+    used = [name, str(len(result.predictions.scores)), config.split]
+    used.append(tables.describe_boxes(config) + tables.describe_people_boxes(result.people_boxes))
+    used += ["yes" if config.flip else "no", scales, f"{config.nms_threshold:g}", config.backend]
+    return [*used, result.area or tables.AREAS[config.area], str(config.max_people)]
 
 
-def _section(name: str, judged: EvaluationResult, found: ErrorAnalysis | None, skeleton: Skeleton) -> dict[str, Any]:
-    curves = _curves(judged.curves)
+def _section(name: str, result: EvaluationResult, analysis: ErrorAnalysis | None, skeleton: Skeleton) -> dict[str, Any]:
+    curves = _curves(result.curves)
     section = {
         "name": name,
         "curves": curves,
         "curve_key": [(curve["label"], curve["color"]) for curve in curves],
-        "keypoints": _keypoint_table(judged, skeleton),
+        "keypoints": _keypoint_table(result, skeleton),
         "errors": None,
     }
-    if found:
-        error = judged.keypoints.ece
+    if analysis:
+        error = result.keypoints.ece
         section |= {
-            "errors": _error_table(found.diagnosis, skeleton),
+            "errors": _error_table(analysis.diagnosis, skeleton),
             "kinds": _kinds(),
             "calibration_error": "-" if math.isnan(error) else f"{100 * error:.1f}",
-            "bins": _calibration(judged, found.diagnosis),
-            "summary": _summary(found.diagnosis, skeleton),
+            "bins": _calibration(result, analysis.diagnosis),
+            "summary": _summary(analysis.diagnosis, skeleton),
             "case_key": _case_key(),
-            "cases": [_case(case) for case in found.cases],
+            "cases": [_case(case) for case in analysis.cases],
         }
     return section
 
@@ -180,9 +178,9 @@ def _curves(curves: Curves) -> list[dict[str, str]]:
     return lines
 
 
-def _calibration(judged: EvaluationResult, found: Diagnosis) -> list[dict[str, str]]:
+def _calibration(result: EvaluationResult, diagnosis: Diagnosis) -> list[dict[str, str]]:
     """For each bin of scores the share of its keypoints that is right; of calibrated scores they lie on the line."""
-    bins = reliability(found, judged.predictions.scores)
+    bins = reliability(diagnosis, result.predictions.scores)
     width = 100 / len(bins.num)
     return [
         {
@@ -199,38 +197,40 @@ def _calibration(judged: EvaluationResult, found: Diagnosis) -> list[dict[str, s
 # ---- Bars
 
 
-def _keypoint_table(judged: EvaluationResult, skeleton: Skeleton) -> BarTable:
-    values = judged.keypoints
-    far, total = values.distances, values.all_distances
-    totals = [_keypoint_row("all keypoints", values.count.sum(), (values.mean_oks, values.mean_pck), total)]
-    for part, at in coco_metrics.body_parts(skeleton).items():
-        counts = values.count[at]
-        means = [_mean(column[at], counts) for column in (values.oks, values.pck, far.pck_10, far.pck_5)]
+def _keypoint_table(result: EvaluationResult, skeleton: Skeleton) -> BarTable:
+    values = result.keypoints
+    distances, all_distances = values.distances, values.all_distances
+    totals = [_keypoint_row("all keypoints", values.count.sum(), (values.mean_oks, values.mean_pck), all_distances)]
+    for part, part_slice in coco_metrics.body_parts(skeleton).items():
+        counts = values.count[part_slice]
+        means = [
+            _mean(column[part_slice], counts) for column in (values.oks, values.pck, distances.pck_10, distances.pck_5)
+        ]
         pixels = [np.asarray(value) for value in (math.nan, math.nan, *means[2:])]
         totals.append(_keypoint_row(part, counts.sum(), means[:2], Distances(*pixels)))
     rows = [
-        _keypoint_row(name, values.count[k], (values.oks[k], values.pck[k]), Distances(*(one[k] for one in far)))
+        _keypoint_row(name, values.count[k], (values.oks[k], values.pck[k]), Distances(*(one[k] for one in distances)))
         for k, name in enumerate(skeleton.names)
     ]
     return BarTable(totals, rows)
 
 
-def _keypoint_row(name: str, count: int, shares: Sequence[float], far: Distances) -> BarRow:
+def _keypoint_row(name: str, count: int, shares: Sequence[float], distances: Distances) -> BarRow:
     def cell(value: float) -> BarCell:
         if math.isnan(value):
             return BarCell("-")
         return BarCell(f"{100 * value:.1f}", [BarPiece(f"{100 * value:.2f}", "var(--bar)")] if value > 0 else [])
 
-    pck = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (far.pck_10, far.pck_5)]
-    pixels = ["-" if math.isnan(value) else f"{value:.2f}" for value in (far.mean_px, far.median_px)]
+    pck = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (distances.pck_10, distances.pck_5)]
+    pixels = ["-" if math.isnan(value) else f"{value:.2f}" for value in (distances.mean_px, distances.median_px)]
     return BarRow(name, int(count), [*map(cell, shares), *map(BarCell, [*pck, *pixels])])
 
 
-def _error_table(found: Diagnosis, skeleton: Skeleton) -> BarTable:
+def _error_table(diagnosis: Diagnosis, skeleton: Skeleton) -> BarTable:
     """For each keypoint the shares of the kinds of error as one bar."""
-    counts = found.counts()
+    counts = diagnosis.counts()
     parts = {"all keypoints": slice(None), **coco_metrics.body_parts(skeleton)}
-    totals = [_error_row(name, counts[:, at].sum(axis=1)) for name, at in parts.items()]
+    totals = [_error_row(name, counts[:, part_slice].sum(axis=1)) for name, part_slice in parts.items()]
     return BarTable(totals, [_error_row(name, counts[:, k]) for k, name in enumerate(skeleton.names)])
 
 
@@ -254,10 +254,10 @@ def _mean(values: Float[Array, "k"], counts: Int[Array, "k"]) -> float:
 # ---- People
 
 
-def _summary(found: Diagnosis, skeleton: Skeleton) -> str:
-    low = np.flatnonzero(found.oks < LOW).tolist()
-    counted = f"Of {len(found.oks)} people {len(low)} have an OKS below {LOW:g}"
-    most = Counter(found.reason(person, skeleton).kind.words for person in low).most_common()
+def _summary(diagnosis: Diagnosis, skeleton: Skeleton) -> str:
+    low = np.flatnonzero(diagnosis.oks < LOW).tolist()
+    counted = f"Of {len(diagnosis.oks)} people {len(low)} have an OKS below {LOW:g}"
+    most = Counter(diagnosis.reason(person, skeleton).kind.words for person in low).most_common()
     causes = ", ".join(f"{words} {num}" for words, num in most)
     return f"{counted}; what costs them most: {causes}." if low else f"{counted}."
 

@@ -1,4 +1,4 @@
-"""What eval.py is asked to judge: a run's stages, weights of any layout, or a name on the Hub, as networks."""
+"""What eval.py is asked to evaluate: a run's stages, weights of any layout, or a name on the Hub, as networks."""
 
 import json
 import re
@@ -25,14 +25,14 @@ from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, skeleton_from_tree, words
 from sapiens_accel.runtime import distributed
 
-PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not tell
+PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not name it
 
-USUAL_NAMES = ("weights", "model", "pytorch_model")  # which tell nothing of the network
+USUAL_NAMES = ("weights", "model", "pytorch_model")  # which say nothing of the network
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Weights to judge, by what they are called in tables, and where results of them belong."""
+    """Weights to evaluate, by what they are called in tables, and where results of them belong."""
 
     name: str
     weights: Path
@@ -93,19 +93,19 @@ def _name_of(path: Path) -> str:
     return "_".join(part for part in parts if part not in USUAL_NAMES) or path.stem
 
 
-def choose_name(group: Sequence[Candidate], several: Sequence[Candidate]) -> str:
+def choose_name(group: Sequence[Candidate], candidates: Sequence[Candidate]) -> str:
     """What a table calls one of several, or more of them together; those of one name are numbered."""
     if len(group) > 1:
         return "ensemble"
     name = group[0].name
-    if sum(one.name == name for one in several) == 1:
+    if sum(one.name == name for one in candidates) == 1:
         return name
-    number = [one.weights for one in several if one.name == name].index(group[0].weights) + 1
+    number = [one.weights for one in candidates if one.name == name].index(group[0].weights) + 1
     return f"{name} ({number})"
 
 
 def choose_skeleton(
-    several: Sequence[Candidate], annotations: Path, category: str | None, cache: Path
+    candidates: Sequence[Candidate], annotations: Path, category: str | None, cache: Path
 ) -> tuple[Skeleton, str]:
     """The most keypoints that the annotations have and all of the weights know, and a line on those left out.
 
@@ -118,10 +118,10 @@ def choose_skeleton(
         UserError: weights of other keypoints, or without any.
     """
     there = describe_keypoints(annotations, category, cache)
-    first, _ = _keypoints_of(several[0])
+    first, _ = _keypoints_of(candidates[0])
     there = there.called(first) if first else there
     options = _options(there)
-    for candidate in several:
+    for candidate in candidates:
         names, count = _keypoints_of(candidate)
         if names:
             known = set(map(words, names))
@@ -135,10 +135,10 @@ def choose_skeleton(
             )
     best = max(options, key=len)
     left_out = f"{len(best)} of its {there.count} keypoints are known to all of the weights"
-    return _meaning(several[0], there, best), f"{annotations}: {left_out}" if len(best) < (there.count or 0) else ""
+    return _meaning(candidates[0], there, best), f"{annotations}: {left_out}" if len(best) < (there.count or 0) else ""
 
 
-def infer_weights_skeleton(several: Sequence[Candidate]) -> Skeleton:
+def infer_weights_skeleton(candidates: Sequence[Candidate]) -> Skeleton:
     """The keypoints of the weights themselves, where no labeled people are there to say which are wanted.
 
     That of skeleton.json beside the first weights; else the largest published one that all of them know.
@@ -146,8 +146,8 @@ def infer_weights_skeleton(several: Sequence[Candidate]) -> Skeleton:
     Raises:
         UserError: weights of other keypoints, or without any.
     """
-    skeletons = [*filter(None, [_stored(several[0])]), *reversed(PUBLISHED.values())]
-    for candidate in several:
+    skeletons = [*filter(None, [_stored(candidates[0])]), *reversed(PUBLISHED.values())]
+    for candidate in candidates:
         names, count = _keypoints_of(candidate)
         known = [one for one in skeletons if (set(one.names) <= set(names) if names else one.num_keypoints == count)]
         if not known:
@@ -205,11 +205,11 @@ def read_people_sizes(weights: Path) -> PeopleSizes | None:
 
 
 def _keypoints_of(candidate: Candidate) -> tuple[tuple[str, ...] | None, int]:
-    found = published.read(str(candidate.weights))
-    count = published.num_keypoints(found.state)
+    published_weights = published.read(str(candidate.weights))
+    count = published.num_keypoints(published_weights.state)
     if not count:
         raise UserError(f"{candidate.weights}: no heatmap head in it; expected weights of a pose network")
-    return found.names, count
+    return published_weights.names, count
 
 
 def build_network(
@@ -223,10 +223,10 @@ def build_network(
     Raises:
         UserError: a file of no network that we have, or one that lacks keypoints of the skeleton.
     """
-    found = published.read(str(candidate.weights))
-    input_hw = found.input_hw or (PUBLISHED_HW if found.as_published else run.data.input_hw)
-    model = SapiensPose(_size_name(found), skeleton.num_keypoints, input_hw)
-    report = weights.load(model, str(candidate.weights), skeleton.names if found.names else None)
+    published_weights = published.read(str(candidate.weights))
+    input_hw = published_weights.input_hw or (PUBLISHED_HW if published_weights.as_published else run.data.input_hw)
+    model = SapiensPose(_size_name(published_weights), skeleton.num_keypoints, input_hw)
+    report = weights.load(model, str(candidate.weights), skeleton.names if published_weights.names else None)
     anew = [*report.new_keypoints, *report.missing, *report.reinitialized]
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
@@ -249,22 +249,25 @@ def build_networks(
     return [network for network, _ in built]
 
 
-def _size_name(found: Weights) -> str:
+def _size_name(published_weights: Weights) -> str:
     """The key of SIZES whose network this is: by config.json where it is ours, else by its tensors."""
-    if (found.file.parent / "config.json").is_file() and not found.as_published:
+    if (published_weights.file.parent / "config.json").is_file() and not published_weights.as_published:
         try:
-            return weights.description(found.file.parent)["name"]
+            return weights.description(published_weights.file.parent)["name"]
         except UserError:
             pass  # transformers' own config
     projections = ("patch_embeddings.projection.weight", "patch_embeddings.weight")
-    of_patches = (found.state.get(f"backbone.embeddings.{name}") for name in projections)
+    of_patches = (published_weights.state.get(f"backbone.embeddings.{name}") for name in projections)
     width = next((len(one) for one in of_patches if one is not None), None)
-    blocks = {block[1] for key in found.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))}
-    shape = (found.family, width, len(blocks))
+    blocks = {
+        block[1] for key in published_weights.state if (block := re.search(r"^backbone\..*\.layer\.(\d+)\.", key))
+    }
+    shape = (published_weights.family, width, len(blocks))
     name = next((name for name, size in SIZES.items() if (size.family, size.width, size.depth) == shape), None)
     if name is None:
         raise UserError(
-            f"{found.file}: a {found.family} {width} wide, {len(blocks)} blocks; there are: {', '.join(SIZES)}"
+            f"{published_weights.file}: a {published_weights.family} {width} wide, {len(blocks)} blocks; there are: "
+            f"{', '.join(SIZES)}"
         )
     return name
 
@@ -292,7 +295,7 @@ def list_variants(config: EvalConfig, mirror_known: bool = True) -> Iterator[tup
                 "--eval.scales 0.5 1.0 1.5 2.0, or the pairs as mirror: in --data.skeleton FILE"
             )
         raise UserError(f"--eval.compare: nothing to compare; {more}")
-    for several in scales:
+    for scale_choice in scales:
         for flip in flips:
-            parts = ["flip"] * flip + ["scales"] * (several != (1.0,))
-            yield " + ".join(parts) or "plain", replace(config, flip=flip, scales=several)
+            parts = ["flip"] * flip + ["scales"] * (scale_choice != (1.0,))
+            yield " + ".join(parts) or "plain", replace(config, flip=flip, scales=scale_choice)

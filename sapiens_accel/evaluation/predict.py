@@ -116,7 +116,7 @@ def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list
     Raises:
         UserError: two scales that are the same size.
     """
-    found = []
+    views = []
     for network in networks:
         sizes = [
             tuple(max(1, round(side * scale / PATCH)) * PATCH for side in network.codec.input_hw) for scale in scales
@@ -129,16 +129,16 @@ def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list
                 raise UserError(
                     f"--eval.scales: {same} are both {size[0]}x{size[1]} px of {PATCH}-px patches; drop one"
                 )
-            found.append(ScaledNetwork(network, (size[0], size[1])))
-    return found
+            views.append(ScaledNetwork(network, (size[0], size[1])))
+    return views
 
 
 class Crops(Dataset[tuple[NetworkInput, ...]]):
-    """Index -> the upright crop of a box for every look; its image is read once."""
+    """Index -> the upright crop of a box for every view; its image is read once."""
 
-    def __init__(self, boxes: Boxes, shown: Sequence[ScaledNetwork], padding: float) -> None:
+    def __init__(self, boxes: Boxes, views: Sequence[ScaledNetwork], padding: float) -> None:
         self.boxes, self.padding = boxes, padding
-        self.sizes = [(look.network.codec.input_hw, look.input_hw) for look in shown]
+        self.sizes = [(view.network.codec.input_hw, view.input_hw) for view in views]
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -152,10 +152,8 @@ class Crops(Dataset[tuple[NetworkInput, ...]]):
     ) -> NetworkInput:
         # The same part of the image at every scale: the rectangle has the aspect of the network's own input.
         matrix = geometry.crop_around_box(self.boxes.boxes_xywh[index], self.padding, own_hw).matrix(input_hw)
-        picture = geometry.warp(image, matrix, input_hw)
-        return NetworkInput(
-            torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), torch.from_numpy(matrix)
-        )
+        crop = geometry.warp(image, matrix, input_hw)
+        return NetworkInput(torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), torch.from_numpy(matrix))
 
 
 ALONE = Processes()
@@ -242,13 +240,13 @@ def _mean_maps(
     return total / num
 
 
-def _maps(look: ScaledNetwork, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
+def _maps(view: ScaledNetwork, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
     """A network's maps, in float32; of a larger crop, fewer people at a time."""
-    network, own_hw = look.network, look.network.codec.input_hw
-    pixels = look.input_hw[0] * look.input_hw[1] / (own_hw[0] * own_hw[1])
+    network, own_hw = view.network, view.network.codec.input_hw
+    pixels = view.input_hw[0] * view.input_hw[1] / (own_hw[0] * own_hw[1])
     at_a_time = max(1, int(len(image) / max(1.0, pixels)))
     casts = torch.autocast(image.device.type, dtype=network.autocast, enabled=network.autocast is not None)
-    with use_input_size(network.model, look.input_hw), casts:
+    with use_input_size(network.model, view.input_hw), casts:
         return torch.cat([network.model(part).float() for part in image.split(at_a_time)])
 
 
@@ -269,11 +267,11 @@ def _progress(total: int, rank: int) -> tqdm:
     return tqdm(total=total, desc="evaluating", unit="person", disable=hidden, leave=False)
 
 
-def _own_matrices(matrices: Float[Tensor, "n 2 3"], look: ScaledNetwork) -> Float[Tensor, "n 2 3"]:
+def _own_matrices(matrices: Float[Tensor, "n 2 3"], view: ScaledNetwork) -> Float[Tensor, "n 2 3"]:
     """What `matrices` would be at the network's own size: the same rectangle of the image."""
-    if look.is_native_size:
+    if view.is_native_size:
         return matrices
-    (height, width), (own_h, own_w) = look.input_hw, look.network.codec.input_hw
+    (height, width), (own_h, own_w) = view.input_hw, view.network.codec.input_hw
     factors = [(own_w - 1) / (width - 1), (own_h - 1) / (height - 1)]
     return matrices * torch.tensor(factors, dtype=torch.float64)[:, None]
 
@@ -282,8 +280,8 @@ def _to_image(matrix: Float[Tensor, "2 3"], points_xy: Float[Tensor, "k 2"]) -> 
     return torch.from_numpy(geometry.apply(geometry.invert(matrix.numpy()), points_xy.numpy()))
 
 
-def _check_finite(found: Predictions, boxes: Boxes, networks: Sequence[PoseNetwork]) -> None:
-    finite = np.isfinite(found.points_xy).all(axis=(1, 2)) & np.isfinite(found.scores).all(axis=1)
+def _check_finite(predictions: Predictions, boxes: Boxes, networks: Sequence[PoseNetwork]) -> None:
+    finite = np.isfinite(predictions.points_xy).all(axis=(1, 2)) & np.isfinite(predictions.scores).all(axis=1)
     bad = np.flatnonzero(~finite)
     if len(bad):
         names = " and ".join(dict.fromkeys(network.name for network in networks))

@@ -1,4 +1,4 @@
-"""What an evaluation found, as text and for JSON: in percent, and always with how it was measured."""
+"""What an evaluation measured, as text and for JSON: in percent, and always with how it was measured."""
 
 import math
 from collections.abc import Mapping
@@ -105,13 +105,13 @@ def format_augmentation(config: EvalConfig) -> str:
 
 def format_table(rows: dict[str, Metrics], title: str) -> str:
     """Metrics of several models as text, one line each and one for each part of the body, in percent and px."""
-    found, names = table_rows(rows), table_columns(rows)
-    width = max(len(name) for name in found)
+    lines, names = table_rows(rows), table_columns(rows)
+    width = max(len(name) for name in lines)
     head = f"{'':<{width}}" + "".join(f"{name:>{_width(name)}}" for name in names)
     shown = [
         f"{name:<{width}}"
         + "".join(f"{format_metric(v, column):>{_width(column)}}" for column, v in zip(names, values, strict=True))
-        for name, values in found.items()
+        for name, values in lines.items()
     ]
     return "\n".join([title, head, *shown])
 

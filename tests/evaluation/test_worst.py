@@ -121,7 +121,7 @@ def test_without_a_prediction_all_is_missed() -> None:
     labels[1, 0, :2] = 0  # a keypoint in the corner is no find either
     diagnosed = diagnose(found, scores, labels, np.full(2, AREA), [1, 2], COCO17)
     assert diagnosed.oks.tolist() == [1, 0]
-    assert diagnosed.found.tolist() == [True, False] and (diagnosed.kinds[1] == Kind.MISSED).all()
+    assert diagnosed.is_predicted.tolist() == [True, False] and (diagnosed.kinds[1] == Kind.MISSED).all()
     assert diagnosed.reason(1, COCO17) == (Kind.MISSED, NOBODY)
     assert diagnosed.worst(5).tolist() == [1, 0]
 
