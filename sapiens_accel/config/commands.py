@@ -68,7 +68,7 @@ def detect_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
-    add("pictures", type=Path, help="an image, a folder (with all below it) or a video")
+    add("images", type=Path, help="an image, a folder (with all below it) or a video")
     add("--out", type=Path, required=True, help="the JSON to write: a list of image_id, category_id, bbox, score")
     add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
     add("--detector.class", dest="detector_class", default="person", metavar="NAME",

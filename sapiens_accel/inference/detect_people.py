@@ -26,7 +26,7 @@ from sapiens_accel.data.detections import PersonBoxes
 from sapiens_accel.errors import UserError
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
-from sapiens_accel.inference.media import Pictures
+from sapiens_accel.inference.media import ImageFiles
 from sapiens_accel.sources.images import describe_fault
 from sapiens_accel.sources.schema import Reading
 
@@ -51,7 +51,7 @@ class Partial:
                 f"{key} {was.get(key)} is now {about[key]}" for key in about if was.get(key) != about[key]
             )
             raise UserError(f"{self.file}: begun with other settings: {other}; delete it to start again")
-        self.done = [[_found(people) for people in batch] for batch in batches]
+        self.done = [[_people_from_json(people) for people in batch] for batch in batches]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.file.open("r+b" if whole else "wb")
         self._stream.seek(sum(map(len, whole)))
@@ -95,7 +95,7 @@ class Partial:
         self._stream.close()
 
 
-def _found(people: Any) -> PersonBoxes | None:
+def _people_from_json(people: Any) -> PersonBoxes | None:
     return None if people is None else PersonBoxes(np.array(people[0]).reshape(-1, 4), np.array(people[1]).reshape(-1))
 
 
@@ -114,7 +114,7 @@ class DetectionJob:
         classes: of the detector, which count as people.
     """
 
-    images: Pictures
+    images: ImageFiles
     ids: Sequence[Any]
     category: Any
     out: Path
@@ -196,13 +196,13 @@ def main(words: Sequence[str]) -> None:
     print(f"eval.py: --boxes {file}")
 
 
-def _find_images(asked: Any) -> Pictures:
-    if not media.is_video(asked.pictures):
+def _find_images(asked: Any) -> ImageFiles:
+    if not media.is_video(asked.images):
         if asked.frames or asked.every:
-            raise UserError(f"{asked.pictures}: --every and --frames are of a video; this is none")
-        return media.find_images(asked.pictures)
-    folder = asked.frames or asked.out.parent / asked.pictures.stem
-    return media.write_frames(asked.pictures, folder, asked.every or 1)
+            raise UserError(f"{asked.images}: --every and --frames are of a video; this is none")
+        return media.find_images(asked.images)
+    folder = asked.frames or asked.out.parent / asked.images.stem
+    return media.write_frames(asked.images, folder, asked.every or 1)
 
 
 def _device(name: str | None) -> torch.device:

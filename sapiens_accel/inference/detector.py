@@ -102,12 +102,12 @@ class Detector:
     @torch.inference_mode()
     def find(self, batch: Prepared) -> list[PersonBoxes | None]:
         """The people of each image of a batch."""
-        seen = [size for size in batch.sizes if size is not None]
-        if not seen:
+        sizes_hw = [size for size in batch.sizes if size is not None]
+        if not sizes_hw:
             return [None for _ in batch.sizes]
         outputs = self.model(**{key: value.to(self.device) for key, value in batch.inputs.items()})
         read = self.processor.post_process_object_detection
-        results = iter(zip(read(outputs, threshold=self.threshold, target_sizes=seen), seen, strict=True))
+        results = iter(zip(read(outputs, threshold=self.threshold, target_sizes=sizes_hw), sizes_hw, strict=True))
         return [None if size is None else self._people(*next(results)) for size in batch.sizes]
 
     def _people(self, result: dict[str, torch.Tensor], size_hw: tuple[int, int]) -> PersonBoxes:
@@ -116,9 +116,9 @@ class Detector:
         corners = boxes.reshape(-1, 2, 2).clip(0, (width, height))
         sides = corners[:, 1] - corners[:, 0]
         kept = np.flatnonzero(np.isin(labels, self.people) & (sides >= SMALLEST).all(axis=1))
-        found = np.concatenate([corners[:, 0], sides], axis=1)[kept]
-        chosen = non_maximum_suppression(found, scores[kept], self.max_iou)
-        return PersonBoxes(found[chosen], scores[kept][chosen])
+        boxes_xywh = np.concatenate([corners[:, 0], sides], axis=1)[kept]
+        chosen = non_maximum_suppression(boxes_xywh, scores[kept], self.max_iou)
+        return PersonBoxes(boxes_xywh[chosen], scores[kept][chosen])
 
 
 def _local(name: str, knob: str) -> str:

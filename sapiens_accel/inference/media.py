@@ -22,7 +22,7 @@ USUAL_RATE = 25.0  # frames a second of a video that does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class ImageFiles:
     """Images on disk: `names`, sorted, relative to `root`; `note` is what was left out, in a line, or empty."""
 
     root: Path
@@ -35,7 +35,7 @@ def is_video(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in VIDEOS
 
 
-def find_images(path: Path) -> Pictures:
+def find_images(path: Path) -> ImageFiles:
     """An image alone, or all images in and below a folder.
 
     Raises:
@@ -44,7 +44,7 @@ def find_images(path: Path) -> Pictures:
     if path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"{path}: neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a video ({', '.join(VIDEOS)})")
-        return Pictures(root=path.parent, names=[path.name])
+        return ImageFiles(root=path.parent, names=[path.name])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; expected an image, a folder of images or a video")
     files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
@@ -59,7 +59,7 @@ def find_images(path: Path) -> Pictures:
         hint = f"; it has videos, give one of them: {path / videos[0]}" if videos else ""
         raise UserError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}) in or below it{hint}")
     note = f"{path}: left out: {', '.join(videos[:3])}{', ...' * (len(videos) > 3)}; give a video by itself"
-    return Pictures(root=path, names=names, note=note if videos else "")
+    return ImageFiles(root=path, names=names, note=note if videos else "")
 
 
 def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
@@ -131,7 +131,7 @@ def _opened(video: Path) -> cv2.VideoCapture:
     return capture
 
 
-def write_frames(video: Path, folder: Path, every: int) -> Pictures:
+def write_frames(video: Path, folder: Path, every: int) -> ImageFiles:
     """Every n-th frame as an image in the folder; frames that are there already stay as they are.
 
     A frame appears whole or not at all, so that a run that was killed can be repeated.
@@ -149,10 +149,10 @@ def write_frames(video: Path, folder: Path, every: int) -> Pictures:
             temporary = folder / f".{names[-1]}"
             save_image(frame, temporary)
             temporary.replace(folder / names[-1])
-    return Pictures(root=folder, names=names)
+    return ImageFiles(root=folder, names=names)
 
 
-def save_image(picture: UInt8[Array, "h w 3"], path: Path) -> None:
+def save_image(image: UInt8[Array, "h w 3"], path: Path) -> None:
     """Write an image by its name's ending.
 
     Raises:
@@ -160,7 +160,7 @@ def save_image(picture: UInt8[Array, "h w 3"], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
-    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options):
+    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options):
         raise UserError(f"{path}: could not be written; is the disk full, or the folder protected?")
 
 

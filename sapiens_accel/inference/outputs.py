@@ -185,17 +185,17 @@ class MediaWriter:
         return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name))
 
     def _draw(self, file: Path, name: str, people: Sequence[Person]) -> None:
-        picture = read_image(file)
+        image = read_image(file)
         if people:
             points_xy = np.stack([person.points_xy for person in people])
             shown = np.stack([person.scores for person in people]) > self.threshold
             self.num_keypoints += shown.size
             self.num_drawn += int(shown.sum())
-            picture = draw.draw_people(picture, points_xy, shown, self.skeleton)
+            image = draw.draw_people(image, points_xy, shown, self.skeleton)
         if self.film is not None:
-            self.film.add(picture)
+            self.film.add(image)
         else:
-            media.save_image(picture, self.folder / "drawn" / name)
+            media.save_image(image, self.folder / "drawn" / name)
 
     def close(self) -> str:
         """Finish the files, and return a line of what was found and the files' paths."""
@@ -210,10 +210,10 @@ class MediaWriter:
             files.append(str(self.folder / "drawn"))
         bad = f", {self.num_bad} skipped" if self.num_bad else ""
         images = count(self.num_images, "frame" if self.film is not None else "image")
-        found = f"{self.num_people} {'person' if self.num_people == 1 else 'people'} in {images} of {self.path}{bad}"
+        counted = f"{self.num_people} {'person' if self.num_people == 1 else 'people'} in {images} of {self.path}{bad}"
         if self.draws:
             files.append(
                 f"of {self.num_keypoints} keypoints {self.num_drawn} are drawn (score above {self.threshold:g}, "
                 f"--eval.score_threshold)"
             )
-        return "\n  ".join([f"\n{found}; boxes: {self.about['boxes']}", *files])
+        return "\n  ".join([f"\n{counted}; boxes: {self.about['boxes']}", *files])

@@ -1,4 +1,4 @@
-"""Weights and a user's own images or video to keypoints, drawn and as COCO JSON: eval.py WEIGHTS --images PICTURES.
+"""Weights and a user's own images or video to keypoints, drawn and as COCO JSON: eval.py WEIGHTS --images PATH.
 
     images -> where people are (a file, a detector, the whole image) -> predict -> OKS-NMS -> keypoints.json, drawn
 
@@ -38,8 +38,8 @@ from sapiens_accel.sources.images import describe_bits, describe_fault, set_imag
 FRAMES = 64  # of a video, at a time
 WHOLE, BY_DETECTOR = "whole", "detector"
 DETECTED_AT_ONCE = 8
-Thing = TypeVar("Thing")
-Seen = TypeVar("Seen")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PeopleFinder:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is the same for all pieces: the networks, looked at as one, and who finds people."""
+    """What is the same for all pieces: the networks, which count as one, and who finds people."""
 
     path: Path
     run: Config
@@ -68,7 +68,7 @@ class Task:
     finder: PeopleFinder
 
 
-def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: Config) -> None:
+def predict_media(accelerator: Accelerator, weights_list: Sequence[Candidate], run: Config) -> None:
     """Find everybody's keypoints in `run.eval.images` with each run's last stage, each weights, or all as one.
 
     All ranks must call it; rank 0 writes FOLDER/images/NAME/keypoints.json and, beside it, drawn/ or drawn.mp4.
@@ -81,29 +81,31 @@ def predict_media(accelerator: Accelerator, several: Sequence[Candidate], run: C
         raise UserError("--eval.compare: with --images nothing is measured; drop one of them")
     if evaluation.save_predictions:
         raise UserError("--eval.save_predictions: --images writes keypoints.json beside the images; drop one of them")
-    groups = _groups(several, evaluation)
-    # Looked at before weights are read, which may take minutes.
+    groups = _groups(weights_list, evaluation)
+    # Read before weights are, which may take minutes.
     set_image_bits(run.data.image_bits)
     names, note = _names(path)
     root = path.parent if path.is_file() else path
     for line in filter(None, (note, "" if media.is_video(path) else describe_bits(root, names))):
         accelerator.print(line)
-    skeleton = candidates.infer_weights_skeleton(several)
+    skeleton = candidates.infer_weights_skeleton(weights_list)
     run = run if skeleton.mirror_known else run.without_mirroring()
     finder = _choose_finder(accelerator, run, names, skeleton)
     for group in groups:
         networks = candidates.build_networks(accelerator, group, run, skeleton)
         task = Task(path=path, run=run, skeleton=skeleton, networks=networks, finder=finder)
         folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
-        _look_at(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
+        _predict_pieces(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
 
 
-def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[Candidate]]:
+def _groups(weights_list: Sequence[Candidate], evaluation: EvalConfig) -> list[list[Candidate]]:
     """All weights as one, or each by itself; of the stages of a run, the last."""
     if evaluation.ensemble:
-        return [list(several)]
+        return [list(weights_list)]
     # Of a run folder they are RUN_DIR/STAGE/weights, each named by its stage; weights that were named stay.
-    last = {one.weights.parent.parent if one.weights.parent.name == one.name else one.weights: one for one in several}
+    last = {
+        one.weights.parent.parent if one.weights.parent.name == one.name else one.weights: one for one in weights_list
+    }
     folders = [one.folder for one in last.values()]
     if len(set(folders)) < len(folders):
         raise UserError(f"--images: results of several weights would all be in {folders[0]}; give one, or --ensemble")
@@ -113,8 +115,8 @@ def _groups(several: Sequence[Candidate], evaluation: EvalConfig) -> list[list[C
 def _names(path: Path) -> tuple[list[str], str]:
     """The names of all images, of a video's frames as many as it says to have; and what is left out, in a line."""
     if not media.is_video(path):
-        found = media.find_images(path)
-        return found.names, found.note
+        images = media.find_images(path)
+        return images.names, images.note
     return [media.frame_name(path, index) for index in range(media.video_length(path)[0])], ""
 
 
@@ -148,18 +150,18 @@ def _whole(piece: Piece) -> list[PersonBoxes]:
 def _detected(accelerator: Accelerator, detector: Detector, num_workers: int, piece: Piece) -> list[PersonBoxes]:
     def scan(files: Sequence[str]) -> list[PersonBoxes]:
         batches = detector.scan(piece.root, files, DETECTED_AT_ONCE, num_workers)
-        return [found or NOBODY for batch in batches for found in batch]
+        return [people or NOBODY for batch in batches for people in batch]
 
     return _shared_out(accelerator, piece.files, scan)
 
 
 def _shared_out(
-    accelerator: Accelerator, things: Sequence[Thing], look_at: Callable[[Sequence[Thing]], list[Seen]]
-) -> list[Seen]:
-    """Each rank looks at its part of the things; all return what was seen of all, in order."""
-    mine = range(accelerator.process_index, len(things), accelerator.num_processes)
-    pairs = list(zip(mine, look_at([things[index] for index in mine]), strict=True))
-    return [seen for _, seen in sorted(gather_object(pairs), key=lambda pair: pair[0])]
+    accelerator: Accelerator, items: Sequence[Item], process: Callable[[Sequence[Item]], list[Result]]
+) -> list[Result]:
+    """Each rank processes its part of the items; all return the results of all, in order."""
+    mine = range(accelerator.process_index, len(items), accelerator.num_processes)
+    pairs = list(zip(mine, process([items[index] for index in mine]), strict=True))
+    return [result for _, result in sorted(gather_object(pairs), key=lambda pair: pair[0])]
 
 
 # ---- Pieces
@@ -168,8 +170,8 @@ def _shared_out(
 def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Piece]:
     """All images of a folder at once, a video's frames some at a time, as images in `scratch`."""
     if not media.is_video(path):
-        found = media.find_images(path)
-        yield _piece(accelerator, found.root, found.names, found.names)
+        images = media.find_images(path)
+        yield _piece(accelerator, images.root, images.names, images.names)
         return
     # Every rank reads them from there: rank 0 alone decodes, and an image without loss is the frame.
     frames = media.read_frames(path) if accelerator.is_main_process else iter(())
@@ -205,12 +207,12 @@ def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Se
     )
 
 
-def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
+def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
     evaluation = task.run.eval
     about = {"weights": weights, "boxes": task.finder.about, "flip": evaluation.flip, "scales": list(evaluation.scales)}
-    made = None
+    writer = None
     if accelerator.is_main_process:
-        made = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
+        writer = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
     num_images = num_outside = 0
     warning = ""
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
@@ -221,37 +223,40 @@ def _look_at(accelerator: Accelerator, task: Task, folder: Path, weights: str) -
         num_outside += outside
         if not warning and (warning := _describe_misfit(boxes, piece, task)):
             accelerator.print(warning)
-        everybody = _people(accelerator, piece, task, boxes)
-        if made is not None:
-            made.add(piece, everybody)
+        people = _people(accelerator, piece, task, boxes)
+        if writer is not None:
+            writer.add(piece, people)
     if not num_images:
         raise UserError(f"{task.path}: none of its images can be used")
     if num_outside:
         accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
-    if made is not None:
-        print(made.close())
+    if writer is not None:
+        print(writer.close())
 
 
 def _find_boxes(piece: Piece, task: Task) -> tuple[Boxes | None, int]:
-    """The boxes in a piece's images, by the places of the images; None: there are none. And how many lie outside."""
-    found = task.finder.find(piece)
-    at = np.array([index for index, people in enumerate(found) for _ in people.scores], dtype=np.int64)
-    if not len(at):
+    """The boxes in a piece's images, by the indices of the images; None: there are none. And how many lie outside."""
+    people_of_images = task.finder.find(piece)
+    image_indices = np.array(
+        [index for index, people in enumerate(people_of_images) for _ in people.scores], dtype=np.int64
+    )
+    if not len(image_indices):
         return None, 0
-    boxes_xywh = np.concatenate([people.boxes_xywh for people in found])
-    sizes_wh = np.array(piece.sizes, dtype=np.float64)[at, ::-1]
+    boxes_xywh = np.concatenate([people.boxes_xywh for people in people_of_images])
+    sizes_wh = np.array(piece.sizes, dtype=np.float64)[image_indices, ::-1]
     low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
     kept = np.flatnonzero(((high > 0) & (low < sizes_wh)).all(axis=1))
     first = next(iter(task.finder.categories))
-    categories = [key for people in found for key in people.category_ids or [first] * len(people.scores)]
+    categories = [key for people in people_of_images for key in people.category_ids or [first] * len(people.scores)]
     if not len(kept):
-        return None, len(at)
+        return None, len(image_indices)
     boxes = Boxes(
-        root=piece.root, file_names=[piece.files[index] for index in at[kept]], image_ids=at[kept],
-        boxes_xywh=boxes_xywh[kept], scores=np.concatenate([people.scores for people in found])[kept],
-        source=task.finder.about, labeled=False, category_ids=[categories[place] for place in kept],
+        root=piece.root, file_names=[piece.files[index] for index in image_indices[kept]],
+        image_ids=image_indices[kept], boxes_xywh=boxes_xywh[kept],
+        scores=np.concatenate([people.scores for people in people_of_images])[kept],
+        source=task.finder.about, labeled=False, category_ids=[categories[index] for index in kept],
     )  # fmt: skip
-    return boxes, len(at) - len(kept)
+    return boxes, len(image_indices) - len(kept)
 
 
 def _describe_misfit(boxes: Boxes | None, piece: Piece, task: Task) -> str:
@@ -280,9 +285,9 @@ def _people(accelerator: Accelerator, piece: Piece, task: Task, boxes: Boxes | N
     everybody = [Person(*row) for row in zip(*parts, categories, strict=True)]
     of_image: list[list[Person]] = []
     for index in range(len(piece.files)):
-        here = [everybody[place] for place in np.flatnonzero(boxes.image_ids == index)]
-        kinds = dict.fromkeys(person.category_id for person in here)
-        kept = [_different([one for one in here if one.category_id == kind], task) for kind in kinds]
+        people = [everybody[number] for number in np.flatnonzero(boxes.image_ids == index)]
+        kinds = dict.fromkeys(person.category_id for person in people)
+        kept = [_different([one for one in people if one.category_id == kind], task) for kind in kinds]
         of_image.append(sorted(chain(*kept), key=lambda person: -person.score) if len(kinds) > 1 else [*chain(*kept)])
     return of_image
 

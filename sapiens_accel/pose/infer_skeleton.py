@@ -2,7 +2,7 @@
 
 --data.skeleton hand.yaml             every key may be left out:
 names: [wrist, thumb_tip, ...]        the run's keypoints, in its order; of a JSON that names none: what they are
-mirror: [[left_eye, right_eye], ...]  all pairs; who is in none stays where it is
+mirror: [[left_eye, right_eye], ...]  all pairs; a keypoint of no pair is its own mirror image
 sigmas: {wrist: 0.03, ...}            OKS sigmas of some, or a list of all
 upper: [wrist, ...]                   the upper half of the body, for the half-body crop; none or all: no such crop
 edges: [[wrist, thumb_tip], ...]      lines in images
@@ -34,7 +34,7 @@ KEYS = ("names", "mirror", "sigmas", "upper", "edges")
 # A guess for a keypoint of which nothing is known: the geometric mean of COCO's extremes, 0.025 (eye) and 0.107 (hip).
 # A sigma of 1 / K, which others take, makes AP of few keypoints all but certain (ultralytics/ultralytics#4135).
 GUESSED_SIGMA = 0.05
-# Words that tell the part of a body: a keypoint of another name gets the median of COCO-WholeBody's with that word.
+# Words for the part of a body: a keypoint of another name gets the median of COCO-WholeBody's with that word.
 PARTS = ("eye", "ear", "nose", "shoulder", "elbow", "wrist", "hip", "knee", "ankle", "toe", "heel", "thumb",
          "forefinger", "middle", "ring", "pinky")  # fmt: skip
 SAME = {"index": "forefinger", "little": "pinky"}
@@ -58,7 +58,7 @@ NO_HALVES = "no halves of a body known (no half-body crops; upper: [NAME, ...] i
 
 @dataclass(frozen=True, kw_only=True)
 class Category:
-    """What a JSON tells of its keypoints.
+    """What a JSON says of its keypoints.
 
     Attributes:
         categories: as in annotation_rules.Reading.
@@ -92,7 +92,7 @@ class Category:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class SkeletonFile:
     """What a YAML says of a skeleton; None where it says nothing. Its names are checked when they are used."""
 
     file: str
@@ -106,7 +106,7 @@ class Given:
 # ---- From a YAML
 
 
-def load_skeleton(text: str, root: Path) -> Skeleton | Given:
+def load_skeleton(text: str, root: Path) -> Skeleton | SkeletonFile:
     """What `--data.skeleton` means: a built-in skeleton, or a YAML, relative to here or to the root.
 
     Raises:
@@ -123,7 +123,7 @@ def load_skeleton(text: str, root: Path) -> Skeleton | Given:
         if key not in KEYS:
             raise UserError(f"{file}: no such key {key!r}{nearest(str(key), KEYS)}; there are: {', '.join(KEYS)}")
     where = {key: f"{file}: {key}" for key in KEYS}
-    return Given(
+    return SkeletonFile(
         file=str(file),
         names=check_names(tree.get("names"), where["names"]),
         mirror=_pairs(tree.get("mirror"), where["mirror"]),
@@ -133,33 +133,35 @@ def load_skeleton(text: str, root: Path) -> Skeleton | Given:
     )
 
 
-def _pairs(found: Any, where: str) -> tuple[tuple[str, str], ...] | None:
-    if found is None:
+def _pairs(value: Any, where: str) -> tuple[tuple[str, str], ...] | None:
+    if value is None:
         return None
-    for pair in found if isinstance(found, list) else [found]:
+    for pair in value if isinstance(value, list) else [value]:
         # A name that is a number need not be in quotes.
         if not (isinstance(pair, list) and len(pair) == 2 and all(type(name) in (str, int) for name in pair)):
             raise UserError(f"{where}: expected pairs of names, [[left_eye, right_eye], ...], found {str(pair)[:80]}")
-    return tuple((str(a), str(b)) for a, b in found)
+    return tuple((str(a), str(b)) for a, b in value)
 
 
-def _sigmas(found: Any, where: str) -> Mapping[str, float] | tuple[float, ...] | None:
-    if found is None:
+def _sigmas(values: Any, where: str) -> Mapping[str, float] | tuple[float, ...] | None:
+    if values is None:
         return None
-    values = list(found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else ()))
-    if not values:
-        raise UserError(f"{where}: expected a number for each name, or a list of numbers, found {str(found)[:80]}")
-    for key, value in values:
+    items = list(values.items() if isinstance(values, dict) else enumerate(values if isinstance(values, list) else ()))
+    if not items:
+        raise UserError(f"{where}: expected a number for each name, or a list of numbers, found {str(values)[:80]}")
+    for key, value in items:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or not 0 < value <= 1:
             raise UserError(f"{where}: {key}: expected a number above 0 and up to 1 (a nose: 0.026), found {value!r}")
-    return {str(k): float(v) for k, v in values} if isinstance(found, dict) else tuple(float(v) for _, v in values)
+    return {str(k): float(v) for k, v in items} if isinstance(values, dict) else tuple(float(v) for _, v in items)
 
 
 # ---- The skeleton
 
 
-def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) -> tuple[Skeleton, tuple[str, ...]]:
+def infer_skeleton(
+    categories: Sequence[Category], asked: Skeleton | SkeletonFile | None
+) -> tuple[Skeleton, tuple[str, ...]]:
     """The run's skeleton, and what to say about it.
 
     The keypoints of the first data set, and then those of the others that it lacks; in the order of a built-in skeleton
@@ -171,25 +173,25 @@ def infer_skeleton(several: Sequence[Category], asked: Skeleton | Given | None) 
     Raises:
         UserError: nothing names the keypoints; a name in the YAML that is none of them.
     """
-    warnings = tuple(dict.fromkeys(line for one in several for line in one.warnings))
-    kinds = tuple(several[0].chosen) if several and several[0].chosen != ("person",) else ()
+    warnings = tuple(dict.fromkeys(line for one in categories for line in one.warnings))
+    kinds = tuple(categories[0].chosen) if categories and categories[0].chosen != ("person",) else ()
     if asked and asked.names:
-        renamed = [one.called(asked.names) for one in several]
+        renamed = [one.called(asked.names) for one in categories]
         warnings += tuple(
             f"{one.file}: its keypoints {short(one.names or (), 3)} are {short(other.names or (), 3)}, in this order"
-            for one, other in zip(several, renamed, strict=True)
+            for one, other in zip(categories, renamed, strict=True)
             if one is not other
         )
-        several = renamed
+        categories = renamed
     if isinstance(asked, Skeleton):
         return _of_kinds(asked, kinds), (*warnings, f"keypoints: {asked.num_keypoints}, built in")
-    names = _wanted(asked, several) if asked and asked.names else _together(several)
+    names = _wanted(asked, categories) if asked and asked.names else _together(categories)
     built_in = next((one for one in BUILT_IN.values() if [*map(words, one.names)] == [*map(words, names)]), None)
     if built_in and asked is None:
         other = "" if built_in.names == names else f" (here spelled differently: {short(names, 3)})"
         return _of_kinds(built_in, kinds), (*warnings, f"keypoints: {len(names)}, {_name_of(built_in)}{other}")
-    found, lines = _made(names, several, asked or Given(file=""), built_in)
-    return _of_kinds(found, kinds), (*warnings, *lines)
+    skeleton, lines = _build_skeleton(names, categories, asked or SkeletonFile(file=""), built_in)
+    return _of_kinds(skeleton, kinds), (*warnings, *lines)
 
 
 def _of_kinds(skeleton: Skeleton, kinds: tuple[str, ...]) -> Skeleton:
@@ -200,21 +202,21 @@ def _name_of(built_in: Skeleton) -> str:
     return next(name for name, one in BUILT_IN.items() if one is built_in)
 
 
-def _wanted(asked: Given, several: Sequence[Category]) -> tuple[str, ...]:
+def _wanted(asked: SkeletonFile, categories: Sequence[Category]) -> tuple[str, ...]:
     """The names in the YAML, which the data know if they name any."""
     assert asked.names
-    there = [name for one in several for name in one.names or ()]
+    there = [name for one in categories for name in one.names or ()]
     alike = set(map(words, there))
-    for name in asked.names if all(one.names for one in several) else ():
+    for name in asked.names if all(one.names for one in categories) else ():
         if words(name) not in alike:
             raise UserError(f"{asked.file}: names: no such keypoint {name!r} in the data{nearest(name, there)}")
     return asked.names
 
 
-def _together(several: Sequence[Category]) -> tuple[str, ...]:
+def _together(categories: Sequence[Category]) -> tuple[str, ...]:
     """All keypoints by name, in the order of a built-in skeleton where they are just its own."""
     lists = []
-    for one in several:
+    for one in categories:
         known = PUBLISHED.get(17 if one.count is None else one.count)  # without any the reader says what is missing
         are_people = all(PEOPLE & set(words(name)) for name in one.chosen)
         if one.names is None and (known is None or not are_people):
@@ -233,43 +235,43 @@ def _together(several: Sequence[Category]) -> tuple[str, ...]:
     return next(alike, tuple(union.values()))
 
 
-def _made(
-    names: tuple[str, ...], several: Sequence[Category], asked: Given, built_in: Skeleton | None
+def _build_skeleton(
+    names: tuple[str, ...], categories: Sequence[Category], asked: SkeletonFile, built_in: Skeleton | None
 ) -> tuple[Skeleton, list[str]]:
     mirror, lonely = (built_in.mirror, ()) if built_in else _mirror(names)
-    place = {name: k for k, name in enumerate(names)}
+    index_of = {name: k for k, name in enumerate(names)}
     if asked.mirror is not None:
-        pairs = [[_index(place, name, asked, "mirror") for name in pair] for pair in asked.mirror]
+        pairs = [[_index(index_of, name, asked, "mirror") for name in pair] for pair in asked.mirror]
         mirror, lonely = _from_pairs(pairs, names, asked), ()
     twins = () if built_in or asked.mirror is not None else _unpaired_twins(names, mirror)
-    sigmas = _all_sigmas(names, mirror, asked, place)
+    sigmas = _all_sigmas(names, mirror, asked, index_of)
     upper = built_in.upper if built_in else _upper(names)
     if asked.upper is not None:
-        upper = tuple(sorted(_index(place, name, asked, "upper") for name in asked.upper))
+        upper = tuple(sorted(_index(index_of, name, asked, "upper") for name in asked.upper))
     drawn = built_in or next((one for one in PUBLISHED.values() if set(names) <= set(one.names)), None)
-    pairs = [pair for one in several for pair in one.edges] or (edge_names(drawn) if drawn else ())
+    pairs = [pair for one in categories for pair in one.edges] or (edge_names(drawn) if drawn else ())
     alike = {words(name): k for k, name in reversed(list(enumerate(names)))}
-    found = [[place.get(name, alike.get(words(name))) for name in pair] for pair in pairs]
-    edges = [(a, b) for a, b in found if a is not None and b is not None]
+    indices = [[index_of.get(name, alike.get(words(name))) for name in pair] for pair in pairs]
+    edges = [(a, b) for a, b in indices if a is not None and b is not None]
     if asked.edges is not None:
-        edges = [(_index(place, a, asked, "edges"), _index(place, b, asked, "edges")) for a, b in asked.edges]
-    made = Skeleton(
+        edges = [(_index(index_of, a, asked, "edges"), _index(index_of, b, asked, "edges")) for a, b in asked.edges]
+    skeleton = Skeleton(
         names=names, mirror=mirror, sigmas=sigmas.values, upper=upper, edges=tuple(dict.fromkeys(edges)),
-        mirror_known=asked.mirror is not None or built_in is not None or _tells_mirror(names, mirror, lonely + twins),
+        mirror_known=bool(asked.mirror is not None or built_in or _names_imply_mirror(names, mirror, lonely + twins)),
     )  # fmt: skip
-    return made, _describe(made, several[0].kind if several else "a YAML", lonely + twins, sigmas)
+    return skeleton, _describe(skeleton, categories[0].kind if categories else "a YAML", lonely + twins, sigmas)
 
 
 def _mirror(names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """By the sides in the names; of COCO-WholeBody's face, whose names have none, as it is known."""
     mirror, lonely = mirror_of(names)
     face = {name: WHOLEBODY133.names[k] for name, k in zip(WHOLEBODY133.names, WHOLEBODY133.mirror, strict=True)}
-    place = {name: k for k, name in enumerate(names)}
-    order = [place.get(face.get(name, name), k) if mirror[k] == k else mirror[k] for name, k in place.items()]
-    return tuple(order), tuple(name for name in lonely if order[place[name]] == place[name])
+    index_of = {name: k for k, name in enumerate(names)}
+    order = [index_of.get(face.get(name, name), k) if mirror[k] == k else mirror[k] for name, k in index_of.items()]
+    return tuple(order), tuple(name for name in lonely if order[index_of[name]] == index_of[name])
 
 
-def _tells_mirror(names: Sequence[str], mirror: Sequence[int], lonely: Sequence[str]) -> bool:
+def _names_imply_mirror(names: Sequence[str], mirror: Sequence[int], lonely: Sequence[str]) -> bool:
     """Whether the names say what a mirrored image swaps: a pair, or a single hand, which becomes the other hand.
 
     A side without a partner (`left_eye` beside `rigth_eye`) says that they do not, and so do `paw1` and `paw2`.
@@ -294,10 +296,10 @@ def _unpaired_twins(names: Sequence[str], mirror: Sequence[int]) -> tuple[str, .
             and not IN_A_ROW & {SAME.get(word, word) for word in rest}
         ):
             alike.setdefault(rest, []).append(name)
-    return tuple(name for several in alike.values() if len(several) == 2 for name in several)
+    return tuple(name for same in alike.values() if len(same) == 2 for name in same)
 
 
-def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Given) -> tuple[int, ...]:
+def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: SkeletonFile) -> tuple[int, ...]:
     mirror = list(range(len(names)))
     for a, b in pairs:
         if mirror[a] != a or mirror[b] != b or a == b:
@@ -306,10 +308,10 @@ def _from_pairs(pairs: Sequence[Sequence[int]], names: Sequence[str], asked: Giv
     return tuple(mirror)
 
 
-def _index(place: Mapping[str, int], name: str, asked: Given, key: str) -> int:
-    if name not in place:
-        raise UserError(f"{asked.file}: {key}: no such keypoint {name!r}{nearest(name, place)}")
-    return place[name]
+def _index(index_of: Mapping[str, int], name: str, asked: SkeletonFile, key: str) -> int:
+    if name not in index_of:
+        raise UserError(f"{asked.file}: {key}: no such keypoint {name!r}{nearest(name, index_of)}")
+    return index_of[name]
 
 
 # ---- What is known by name
@@ -336,12 +338,14 @@ class Sigmas(NamedTuple):
     num_given: int
 
 
-def _all_sigmas(names: tuple[str, ...], mirror: tuple[int, ...], asked: Given, place: Mapping[str, int]) -> Sigmas:
+def _all_sigmas(
+    names: tuple[str, ...], mirror: tuple[int, ...], asked: SkeletonFile, index_of: Mapping[str, int]
+) -> Sigmas:
     if isinstance(asked.sigmas, tuple):
         if len(asked.sigmas) != len(names):
             raise UserError(f"{asked.file}: sigmas: expected {len(names)} numbers, found {len(asked.sigmas)}")
         return Sigmas(asked.sigmas, [], [], len(names))
-    own = {_index(place, name, asked, "sigmas"): sigma for name, sigma in (asked.sigmas or {}).items()}
+    own = {_index(index_of, name, asked, "sigmas"): sigma for name, sigma in (asked.sigmas or {}).items()}
     known, values, estimated, guessed = _known_sigmas(), [], [], []
     for k, name in enumerate(names):
         sigma = own.get(k, own.get(mirror[k], known.get(words(name))))
@@ -356,9 +360,9 @@ def _all_sigmas(names: tuple[str, ...], mirror: tuple[int, ...], asked: Given, p
 
 def _of_part(name: str) -> float | None:
     """The median of COCO-WholeBody's keypoints that share the word for a part of the body."""
-    here = words(name)
-    part = next((one for word in here if (one := SAME.get(word, word)) in PARTS), None)
-    if part is None or (part in ("middle", "ring") and not FINGER_WORDS & set(here)):
+    name_words = words(name)
+    part = next((one for word in name_words if (one := SAME.get(word, word)) in PARTS), None)
+    if part is None or (part in ("middle", "ring") and not FINGER_WORDS & set(name_words)):
         return None
     pairs = zip(WHOLEBODY133.names, WHOLEBODY133.sigmas, strict=True)
     return round(median(sigma for other, sigma in pairs if part in words(other)), 4)
@@ -366,44 +370,46 @@ def _of_part(name: str) -> float | None:
 
 def _upper(names: Sequence[str]) -> tuple[int, ...]:
     """The upper half of the body; none unless limbs of both halves and most keypoints are known by their names."""
-    several = [{part for word in words(name) for part in (word, word.removesuffix("s"))} for name in names]
-    lower = [bool(LOWER & here) and not FRONT & here for here in several]
-    has_both = any(UPPER_LIMBS & here for here in several) and any(
-        is_lower and LOWER_LIMBS & here for is_lower, here in zip(lower, several, strict=True)
+    words_of = [{part for word in words(name) for part in (word, word.removesuffix("s"))} for name in names]
+    lower = [bool(LOWER & name_words) and not FRONT & name_words for name_words in words_of]
+    has_both = any(UPPER_LIMBS & name_words for name_words in words_of) and any(
+        is_lower and LOWER_LIMBS & name_words for is_lower, name_words in zip(lower, words_of, strict=True)
     )
-    if not has_both or 2 * sum(bool(BODY & here) for here in several) <= len(names):
+    if not has_both or 2 * sum(bool(BODY & name_words) for name_words in words_of) <= len(names):
         return ()
     return tuple(k for k, is_lower in enumerate(lower) if not is_lower)
 
 
-def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) -> list[str]:
+def _describe(skeleton: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) -> list[str]:
     """What a run says of its keypoints; `lonely` have a side in their name and no partner."""
     estimated, guessed = sigmas.estimated, sigmas.guessed
-    k, pairs = made.num_keypoints, [(a, b) for a, b in enumerate(made.mirror) if a < b]
-    whence = {"given": sigmas.num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
-    whence = {"known by name": k - sum(whence.values()), **whence}
-    shown = f" ({short([f'{made.names[a]} - {made.names[b]}' for a, b in pairs], 3)})" if pairs else ""
-    halves = f"{len(made.upper)} upper, {len(made.lower)} lower" if made.upper and made.lower else NO_HALVES
+    k, pairs = skeleton.num_keypoints, [(a, b) for a, b in enumerate(skeleton.mirror) if a < b]
+    sources = {"given": sigmas.num_given, "estimated by part of the body": len(estimated), "guessed": len(guessed)}
+    sources = {"known by name": k - sum(sources.values()), **sources}
+    shown = f" ({short([f'{skeleton.names[a]} - {skeleton.names[b]}' for a, b in pairs], 3)})" if pairs else ""
+    halves = (
+        f"{len(skeleton.upper)} upper, {len(skeleton.lower)} lower" if skeleton.upper and skeleton.lower else NO_HALVES
+    )
     lines = [
-        f"keypoints: {k} of {kind} ({short(made.names, 3)}); left and right: "
-        f"{len(pairs)} pairs{shown}; {halves}; {len(made.edges)} edges; OKS sigmas: "
-        + ", ".join(f"{count} {how}" for how, count in whence.items() if count)
+        f"keypoints: {k} of {kind} ({short(skeleton.names, 3)}); left and right: "
+        f"{len(pairs)} pairs{shown}; {halves}; {len(skeleton.edges)} edges; OKS sigmas: "
+        + ", ".join(f"{count} {source}" for source, count in sources.items() if count)
     ]
-    if not made.mirror_known:
+    if not skeleton.mirror_known:
         lines.append(
-            f"warning: left and right of the keypoints are not known ({short(made.names)}): training mirrors no image "
-            f"(augment.flip_p is 0) and evaluation has no flip test (eval.flip is false). Give the pairs that a mirror "
+            f"warning: left and right of the keypoints are not known ({short(skeleton.names)}): training mirrors no "
+            f"image (augment.flip_p is 0) and evaluation has no flip test (eval.flip is false). Give the pairs that a mirror "
             f"swaps as mirror: [[NAME, NAME], ...] in --data.skeleton FILE; mirror: [] if it swaps none"
         )
     if lonely:
-        then = "a mirrored image leaves them what they are; say otherwise" if made.mirror_known else "name it"
+        then = "a mirrored image leaves them what they are; say otherwise" if skeleton.mirror_known else "name it"
         lines.append(
             f"warning: {count(len(lonely), 'keypoint')} with a side or a number in the name and no partner "
             f"({short(lonely)}): {then} by mirror: [[{lonely[0]}, NAME]] in --data.skeleton FILE"
         )
     unsure = [*guessed, *estimated]
     if unsure:
-        sigma = dict(zip(made.names, made.sigmas, strict=True))
+        sigma = dict(zip(skeleton.names, skeleton.sigmas, strict=True))
         values = ", ".join(f"{name}: {sigma[name]:g}" for name in unsure[:SHOWN]) + ", ..." * (len(unsure) > SHOWN)
         lines.append(
             f"warning: the OKS sigmas of {len(unsure)} keypoints are {'guesses' if guessed else 'estimates'}, and AP "
@@ -416,20 +422,20 @@ def _describe(made: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigmas) 
 # ---- Names
 
 
-def check_names(found: Any, where: str) -> tuple[str, ...] | None:
+def check_names(value: Any, where: str) -> tuple[str, ...] | None:
     """A list of names, each once, as a tuple; None for None.
 
     Raises:
         UserError: it is something else.
     """
-    if found is None:
+    if value is None:
         return None
-    if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
-        raise UserError(f"{where}: expected a list of names, found {str(found)[:80]}")
-    twice = [name for name in found if found.count(name) > 1]
+    if not isinstance(value, list) or not all(isinstance(name, str) and name.strip() for name in value):
+        raise UserError(f"{where}: expected a list of names, found {str(value)[:80]}")
+    twice = [name for name in value if value.count(name) > 1]
     if twice:
         raise UserError(f"{where}: {twice[0]!r} is there twice; expected each name once")
-    return tuple(found)
+    return tuple(value)
 
 
 def is_numbered(names: Sequence[str]) -> bool:

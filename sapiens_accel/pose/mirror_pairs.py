@@ -55,9 +55,9 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPa
     z = _normalize(keypoints)
     views = (z, _turn_alike(z))
     starts = [_partners(_distances(one, np.exp(2j * angle) * -one.conj())) for one in views for angle in ANGLES]
-    tried = sorted((_improve(z[:TRIED_ON], start) for start in starts), key=lambda found: _residual(*found))
+    tried = sorted((_improve(z[:TRIED_ON], start) for start in starts), key=lambda result: _residual(*result))
     improved = (_improve(z, start) for start, _ in tried[:IMPROVED])
-    partners, distances = min(improved, key=lambda found: _residual(*found))
+    partners, distances = min(improved, key=lambda result: _residual(*result))
     if _residual(partners, distances) > NEAR:
         return []
     same = np.zeros(len(partners))

@@ -114,7 +114,7 @@ def oks_nms(
 
 
 def measure_points(
-    found_xy: Float[Array, "n k 2"],
+    predicted_xy: Float[Array, "n k 2"],
     scores: Float[Array, "n k"],
     labels: Float[Array, "n k 3"],
     areas: Float[Array, "n"],
@@ -124,14 +124,14 @@ def measure_points(
     """What each keypoint is worth, over the people who have it labeled.
 
     Args:
-        found_xy, scores: each person's prediction; all 0 is none, whose keypoints have an OKS of 0 and are not near.
+        predicted_xy, scores: each person's prediction; all 0 is none: its keypoints have an OKS of 0 and are not near.
         labels: x, y and v; those without label do not count.
         areas, boxes_xywh: the persons' own, as labeled.
     """
     labeled = is_labeled(labels)
-    predicted = is_predicted(found_xy, scores)[:, None]
-    similar = similarities(found_xy, labels[..., :2], areas, sigmas) * predicted
-    distance = np.linalg.norm(found_xy - labels[..., :2], axis=-1)
+    predicted = is_predicted(predicted_xy, scores)[:, None]
+    similar = similarities(predicted_xy, labels[..., :2], areas, sigmas) * predicted
+    distance = np.linalg.norm(predicted_xy - labels[..., :2], axis=-1)
     share = distance / boxes_xywh[:, 2:].max(axis=1)[:, None]
     near = predicted & (distance <= NEAR * boxes_xywh[:, 2:].max(axis=1)[:, None])
     measured = labeled & predicted
@@ -166,9 +166,9 @@ def measure_distances(
     )
 
 
-def is_predicted(found_xy: Float[Array, "n k 2"], scores: Float[Array, "n k"]) -> Bool[Array, "n"]:
+def is_predicted(predicted_xy: Float[Array, "n k 2"], scores: Float[Array, "n k"]) -> Bool[Array, "n"]:
     """Whether there is a prediction of each person at all: one of all zeros is none (an image without a box)."""
-    return np.any(scores, axis=1) | np.any(found_xy, axis=(1, 2))
+    return np.any(scores, axis=1) | np.any(predicted_xy, axis=(1, 2))
 
 
 def calibration_error(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> float:

@@ -27,7 +27,7 @@ _WORDS = {
         "오른쪽", "우", "우측",
     ),
 }  # fmt: skip
-_SIDE_OF = {word: side for side, found in _WORDS.items() for word in found}
+_SIDE_OF = {word: side for side, forms in _WORDS.items() for word in forms}
 # Words that mean a side only beside their partner: "der" is an article too, "sol" the sun, and d a letter of a list.
 _ONLY_TOGETHER = (
     ("g", "d"), ("izq", "der"), ("i", "d"), ("e", "d"), ("esq", "dir"), ("s", "d"), ("sin", "des"), ("sin", "dex"),
@@ -53,12 +53,12 @@ _BOTH = ("左右", "좌우")  # both sides: none
 
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case, sides in English: equal for left_eye, L_Eye, leftEye and 'Left eye'."""
-    found = [
+    parts = [
         word
         for run in re.findall(r"[0-9]+|[^\W\d_]+", _spaced(normalize("NFKC", name)))
         for word in _split_camel_case(run)
     ]
-    return tuple(_SIDE_OF.get(word.lower(), word.lower()) for word in found) or (name,)
+    return tuple(_SIDE_OF.get(word.lower(), word.lower()) for word in parts) or (name,)
 
 
 def mirror_by_name(names: Sequence[str]) -> tuple[int, ...]:
@@ -102,23 +102,23 @@ def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def side_of(name: str, partner: str) -> str | None:
-    """Left or right, of a keypoint whose mirror partner is called `partner`; None on the midline, or if none tells."""
+    """Left or right, of a keypoint with the mirror partner `partner`; None on the midline, or if the names do not say."""
     if name == partner:
         return None
-    found = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
-    if not found and _letters(partner) in _hidden_sides(_letters(name)):  # lshoulder and rshoulder; FL and FR
+    sides = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
+    if not sides and _letters(partner) in _hidden_sides(_letters(name)):  # lshoulder and rshoulder; FL and FR
         compound = _LONG.search(_letters(name))
         changed = [a for a, b in zip(_letters(name), _letters(partner), strict=False) if a != b]
-        found = {_SIDE_OF[compound[0]]} if compound else {side for side in _SIDES if changed[0] == side[0]}
-    if not found:
+        sides = {_SIDE_OF[compound[0]]} if compound else {side for side in _SIDES if changed[0] == side[0]}
+    if not sides:
         pair = _difference(words(name), words(partner))
-        found = {
+        sides = {
             side
             for left_right in _TOGETHER
             for side, one in zip(_SIDES, (left_right, left_right[::-1]), strict=True)
             if pair == one
         }
-    return found.pop() if len(found) == 1 else None
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _split_camel_case(run: str) -> list[str]:
@@ -173,12 +173,12 @@ def _partners_together(names: Sequence[str]) -> dict[int, int]:
             if not {"left", "right"} & set(rest) and any(len(one) > 2 for one in rest):
                 variants.setdefault(rest, {})[word] = k
     pairs = {frozenset(pair) for pair in _TOGETHER}
-    found = [several for several in variants.values() if len(several) == 2 and frozenset(several) in pairs]
-    count = Counter(frozenset(several) for several in found)
+    pairs_by_place = [pair for pair in variants.values() if len(pair) == 2 and frozenset(pair) in pairs]
+    count = Counter(frozenset(pair) for pair in pairs_by_place)
     partners: dict[int, int] = {}
-    for several in found:
-        if max(map(len, several)) > 1 or count[frozenset(several)] > 1:
-            a, b = several.values()
+    for pair in pairs_by_place:
+        if max(map(len, pair)) > 1 or count[frozenset(pair)] > 1:
+            a, b = pair.values()
             partners |= {a: b, b: a}
     return partners
 

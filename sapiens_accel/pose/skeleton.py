@@ -71,8 +71,8 @@ class Skeleton:
 
         A keypoint whose mirror partner is not among them becomes its own partner.
         """
-        place = {words(name): k for k, name in enumerate(self.names)}
-        chosen = [place[words(name)] for name in names]
+        index_of = {words(name): k for k, name in enumerate(self.names)}
+        chosen = [index_of[words(name)] for name in names]
         new = {k: index for index, k in enumerate(chosen)}
         return Skeleton(
             names=tuple(self.names[k] for k in chosen),
