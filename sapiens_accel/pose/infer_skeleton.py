@@ -398,8 +398,8 @@ def _describe(skeleton: Skeleton, kind: str, lonely: Sequence[str], sigmas: Sigm
     if not skeleton.mirror_known:
         lines.append(
             f"warning: left and right of the keypoints are not known ({short(skeleton.names)}): training mirrors no "
-            f"image (augment.flip_p is 0) and evaluation has no flip test (eval.flip is false). Give the pairs that a mirror "
-            f"swaps as mirror: [[NAME, NAME], ...] in --data.skeleton FILE; mirror: [] if it swaps none"
+            f"image (augment.flip_p is 0) and evaluation has no flip test (eval.flip is false). Give the pairs that a "
+            f"mirror swaps as mirror: [[NAME, NAME], ...] in --data.skeleton FILE; mirror: [] if it swaps none"
         )
     if lonely:
         then = "a mirrored image leaves them what they are; say otherwise" if skeleton.mirror_known else "name it"

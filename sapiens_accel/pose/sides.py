@@ -102,7 +102,7 @@ def mirror_of(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def side_of(name: str, partner: str) -> str | None:
-    """Left or right, of a keypoint with the mirror partner `partner`; None on the midline, or if the names do not say."""
+    """Left or right, of a keypoint with the mirror partner `partner`; None on the midline, or if no name says it."""
     if name == partner:
         return None
     sides = {word for word in words(name) if word in _SIDES} or set(re.findall("left|right", name.lower()))
