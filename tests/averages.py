@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sapiens_accel.config.schema import Place
+from sapiens_accel.config.schema import TeacherPlacement
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.training import ema
 
-PLACES: tuple[Place, ...] = ("device", "sharded", "host")
+PLACES: tuple[TeacherPlacement, ...] = ("device", "sharded", "host")
 ema.PIECE = 100  # several pieces in a tensor, as in a large one
 
 

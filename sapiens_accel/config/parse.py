@@ -213,9 +213,9 @@ def _read_list(file: Path) -> list[Any]:
     """The list that a YAML file holds."""
     value = read_tree(file, lambda text: {"": yaml.safe_load(text)}, "YAML")[""]
     if not isinstance(value, list):
-        found = "keys and values" if isinstance(value, Mapping) else type(value).__name__
+        kind = "keys and values" if isinstance(value, Mapping) else type(value).__name__
         raise UserError(
-            f"{file}: expected a list of transforms, found {found}. Write a line '- NAME: {{ARGUMENT: VALUE}}' for "
+            f"{file}: expected a list of transforms, found {kind}. Write a line '- NAME: {{ARGUMENT: VALUE}}' for "
             f"each, without keys around them"
         )
     return value

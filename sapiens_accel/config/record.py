@@ -83,44 +83,48 @@ def _walk(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterat
             yield Difference(prefix + name, old[name], value)
 
 
-def judge_differences(differences: Sequence[Difference], how: Continuation) -> list[str]:
+def check_differences(differences: Sequence[Difference], context: Continuation) -> list[str]:
     """A line for each difference: whether it applies, and from where on.
 
     Raises:
         UserError: all differences with which a checkpoint, or the weights of an earlier stage, cannot be continued.
     """
     lines, refused = [], []
-    first = how.trained[0] if how.trained else None
-    since = f"from step {how.step + 1} of {how.resumed} on" if how.resumed else f"in {first}"
+    first = context.trained[0] if context.trained else None
+    since = f"from step {context.step + 1} of {context.resumed} on" if context.resumed else f"in {first}"
     for one in differences:
-        if one.stage in how.finished:
+        if one.stage in context.finished:
             lines.append(f"{one}: not applied, {one.stage} is finished")
         elif first is None and one.stage is None:
             lines.append(f"{one}: not applied, nothing is trained")
-        elif one.stage and one.stage not in set(how.trained) & set(how.begun):
+        elif one.stage and one.stage not in set(context.trained) & set(context.begun):
             continue  # the stage has not begun or is not trained now: its record stays as it is
-        elif one.key == "weights" and (how.resumed or how.from_earlier):
+        elif one.key == "weights" and (context.resumed or context.from_earlier):
             if one.new is not None:
-                lines.append(f"{one}: not applied, {how.resumed or first} starts from weights of its own")
-        elif _is_fixed(one, how):
+                lines.append(f"{one}: not applied, {context.resumed or first} starts from weights of its own")
+        elif _is_fixed(one, context):
             refused.append(one)
         else:
             lines.append(f"{one}: applied {since}")
     if refused:
-        what = f"step {how.step} of {how.resumed} is resumed" if how.resumed else f"{first} starts from its weights"
-        raise UserError(
-            f"{how.file}: {what}, with values that differ from its training: {'; '.join(map(str, refused))}. Restore "
-            "these values, or start a new run with another --output_dir and without --resume_from_checkpoint"
+        what = (
+            f"step {context.step} of {context.resumed} is resumed"
+            if context.resumed
+            else f"{first} starts from its weights"
         )
-    return [f"{how.file}: {line}" for line in lines]
+        raise UserError(
+            f"{context.file}: {what}, with values that differ from its training: {'; '.join(map(str, refused))}. "
+            "Restore these values, or start a new run with another --output_dir and without --resume_from_checkpoint"
+        )
+    return [f"{context.file}: {line}" for line in lines]
 
 
-def _is_fixed(one: Difference, how: Continuation) -> bool:
+def _is_fixed(one: Difference, context: Continuation) -> bool:
     """Whether the state to continue depends on the option: on its parameters, parameter groups or Adam moments."""
     if one.key == "model.name":
-        return bool(how.resumed or how.from_earlier)
-    fixed = ("data.input_hw", "memory.adam_8bit", f"{how.resumed}.frozen", f"{how.resumed}.teacher")
-    return how.resumed is not None and one.key in fixed
+        return bool(context.resumed or context.from_earlier)
+    fixed = ("data.input_hw", "memory.adam_8bit", f"{context.resumed}.frozen", f"{context.resumed}.teacher")
+    return context.resumed is not None and one.key in fixed
 
 
 def write_record(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
-Place = Literal["device", "sharded", "host"]
+TeacherPlacement = Literal["device", "sharded", "host"]
 BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that there are without it
 
 
@@ -259,7 +259,7 @@ class MemoryConfig:
     memory to offload to. Not with DeepSpeed. Unlike the other options it changes the losses a little."""
     compile_blocks: bool = False
     """Compile the transformer blocks with torch.compile: faster steps after minutes at the start. Not with ZeRO-3."""
-    teacher: Place | None = None
+    teacher: TeacherPlacement | None = None
     """Where the fp32 weights of the mean teacher are kept: device, a whole copy on each GPU; sharded, a shard on each
     GPU; host, a shard in the host memory of each process. The last two run a 16-bit copy. Default: the plan chooses."""
     force: bool = False

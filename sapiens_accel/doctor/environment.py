@@ -96,8 +96,8 @@ def _zero(options: Mapping[str, Any], of: Path | str) -> Mapping[str, Any]:
     """What DeepSpeed's JSON says of ZeRO; without one, where accelerate's own keys put what is offloaded."""
     name = options.get("deepspeed_config_file")
     if not name:
-        places = {name: options.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
-        return {name: {"device": str(place)} for name, place in places.items()}
+        devices = {name: options.get(f"{name}_device") or "none" for name in ("offload_optimizer", "offload_param")}
+        return {name: {"device": str(device)} for name, device in devices.items()}
     file = find_json(str(name), of)
     tree = parse_json(file)
     zero = (tree.get("zero_optimization") or {}) if isinstance(tree, dict) else tree

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from sapiens_accel.config.schema import Place, StageConfig
+from sapiens_accel.config.schema import StageConfig, TeacherPlacement
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import UNLIMITED, Plan, Room, Stage, predict
@@ -30,20 +30,20 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
     asked, ranks = stage.memory, way.strategy.num_ranks
     if asked.checkpointed_blocks is not None and not 0 <= asked.checkpointed_blocks <= stage.depth:
         raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: expected at most {stage.depth}")
-    places = _places(stage, ranks)
+    placements = _placements(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
     # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
-    every = way.offload_activations or way.strategy.zero == 3
-    all_blocks = [stage.depth] if every and room.device is not None else list(range(stage.depth + 1))
+    all_or_none = way.offload_activations or way.strategy.zero == 3
+    all_blocks = [stage.depth] if all_or_none and room.device is not None else list(range(stage.depth + 1))
     blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
     if room.device is None:  # memory is not a limit: no recomputation
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
-        return Plan(way=replace(way, teacher=places[0]), share=share, layout=layout)
+        return Plan(way=replace(way, teacher=placements[0]), share=share, layout=layout)
     tried = []
-    for size, place in product(sizes, places):
-        way = replace(way, teacher=place)
+    for size, placement in product(sizes, placements):
+        way = replace(way, teacher=placement)
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
         for checkpointed in blocks:
             last = checkpointed == blocks[-1]
@@ -57,8 +57,8 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
     return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
 
 
-def _places(stage: Stage, ranks: int) -> list[Place]:
-    """The possible places of the teacher's average, fastest first."""
+def _placements(stage: Stage, ranks: int) -> list[TeacherPlacement]:
+    """The possible placements of the teacher's average, fastest first."""
     asked = stage.memory.teacher
     if asked == "sharded" and ranks == 1 and stage.plan.teacher:
         raise UserError("--memory.teacher sharded: there is only one process (expected device or host)")

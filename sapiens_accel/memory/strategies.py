@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel.config.schema import Place
+from sapiens_accel.config.schema import TeacherPlacement
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy
@@ -22,7 +22,7 @@ class Way:
     strategy: Strategy
     offload_activations: bool = False
     adam_8bit: bool = False
-    teacher: Place = "device"
+    teacher: TeacherPlacement = "device"
 
     def options(self) -> list[str]:
         """The options of train.py of this way."""

@@ -234,8 +234,8 @@ def _fit_rows(
         rows[to] = state[key][source].to(rows)
         state[key] = rows
     total = f"of the file's {len(weights.names)} (by {weights.names_from})"
-    how = f"{len(shared)} of {len(names)} keypoints by name, {total}"
-    return how, tuple(name for name in names if name not in shared)
+    description = f"{len(shared)} of {len(names)} keypoints by name, {total}"
+    return description, tuple(name for name in names if name not in shared)
 
 
 def _shorten(keys: Sequence[str], at_most: int = 2) -> str:

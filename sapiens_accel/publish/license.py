@@ -69,14 +69,14 @@ class Origin:
     Attributes:
         license: the license of weights adapted from them.
         base: their repository on the Hub, if known.
-        place: the local file or folder that they were read from, if known.
+        path: the local file or folder that they were read from, if known.
         description: the same for a reader, as Markdown.
         terms: repositories that hold the text of the license.
     """
 
     license: LicenseTerms
     base: str | None
-    place: Path | None
+    path: Path | None
     description: str
     terms: tuple[str, ...] = ()
 
@@ -95,7 +95,7 @@ def find_origin(run: Mapping[str, Any], stage: str, visited: tuple[Path, ...] = 
         return _origin_of_weights(str(run["weights"]), name, visited)
     starts_here = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
     if name.endswith("_tiny") or starts_here:
-        return Origin(license=APACHE, base=None, place=None, description="random weights")
+        return Origin(license=APACHE, base=None, path=None, description="random weights")
     description = f"weights of unknown origin that were in the run directory when `{stage}` began"
     return _by_family(name, None, None, description)
 
@@ -107,8 +107,8 @@ def license_text(origin: Origin) -> Path | None:
     """
     if origin.license is not SAPIENS2:
         return None
-    place = origin.place.parent if origin.place and origin.place.is_file() else origin.place
-    beside = [place / name for name in LICENSE_FILES] if place else []
+    folder = origin.path.parent if origin.path and origin.path.is_file() else origin.path
+    beside = [folder / name for name in LICENSE_FILES] if folder else []
     cached = [try_to_load_from_cache(repo, name) for repo in origin.terms for name in LICENSE_FILES]
     for path in [*beside, *(Path(path) for path in cached if isinstance(path, str))]:
         if _is_sapiens2_license(path):
@@ -148,7 +148,7 @@ def _origin_of_weights(text: str, name: str, visited: tuple[Path, ...]) -> Origi
             if isinstance(model, Mapping) and isinstance(model.get("name"), str):
                 earlier = find_origin(tree, folder.parent.name, (*visited, run_folder))
                 description = earlier.description.removesuffix(BY_A_RUN) + BY_A_RUN
-                return replace(earlier, place=earlier.place or path, description=description)
+                return replace(earlier, path=earlier.path or path, description=description)
     return _by_card(folder / "README.md", name, None, path) or _by_family(name, None, path, "weights of unknown origin")
 
 
@@ -178,13 +178,13 @@ def _by_card(readme: Path, name: str, repo: str | None, path: Path | None) -> Or
     base = repo or base_model
     description = repository_link(base) if base else "weights of an earlier run of sapiens_accel"
     terms = tuple(repo for repo in (repo, base_model, _published_repo(name)) if repo)
-    return Origin(license=known[0], base=base, place=path, description=description, terms=terms)
+    return Origin(license=known[0], base=base, path=path, description=description, terms=terms)
 
 
 def _by_family(name: str, repo: str | None, path: Path | None, description: str) -> Origin:
     license = SAPIENS2 if name.startswith("sapiens2") else CC_BY_NC
     terms = tuple(dict.fromkeys(other for other in (repo, _published_repo(name)) if other))
-    return Origin(license=license, base=repo, place=path, description=description, terms=terms)
+    return Origin(license=license, base=repo, path=path, description=description, terms=terms)
 
 
 def _published_repo(name: str) -> str | None:

@@ -245,7 +245,7 @@ def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
             dataset_name=_people(facts, score["split"]),
             dataset_split=score["split"],
             metric_type=name,
-            metric_name=f"COCO keypoint {name} x 100 ({_how(score)})",
+            metric_name=f"COCO keypoint {name} x 100 ({_describe_protocol(score)})",
             metric_value=round(100 * score[name], 1),
         )
         for name in METRICS
@@ -271,10 +271,16 @@ def _results(facts: Facts) -> list[list[str]]:
     columns = [*METRICS, *distances]
     for stage, score in facts.scores.items():
         boxes = score["boxes"] + tables.describe_people_boxes(score.get("people_boxes"))
-        how = [score["split"], literal(boxes), "yes" if score["flip"] else "no", literal(_area(score)), _counted(score)]
+        protocol = [
+            score["split"],
+            literal(boxes),
+            "yes" if score["flip"] else "no",
+            literal(_area(score)),
+            _counted(score),
+        ]
         for part in ("", *tables.list_parts(score)):
             cells = [_cell(score, f"{part}/{name}" if part else name) for name in columns]
-            rows.append([f"`{stage}` {literal(part)}".rstrip(), *how, *cells])
+            rows.append([f"`{stage}` {literal(part)}".rstrip(), *protocol, *cells])
     head = ["weights", "people", "boxes", "flip test", "area", "people an image"]
     return [[*head, *columns], *rows] if rows else []
 
@@ -335,7 +341,7 @@ def _people(facts: Facts, split: str) -> str:
     return Path(data[f"{split}_annotations"]).name
 
 
-def _how(score: Mapping[str, Any]) -> str:
+def _describe_protocol(score: Mapping[str, Any]) -> str:
     flip = "flip test" if score["flip"] else "no flip test"
     boxes = f"{score['boxes']} boxes{tables.describe_people_boxes(score.get('people_boxes'))}"
     return f"{boxes}, {flip}, area: {_area(score)}, {_counted(score)} people an image"
@@ -397,18 +403,18 @@ def _panel(
 ) -> None:
     low, high = ticks[0][0], ticks[-1][0]
 
-    def place(step: float, value: float) -> tuple[int, int]:
+    def position(step: float, value: float) -> tuple[int, int]:
         x = LEFT + (WIDTH - LEFT - RIGHT) * step / max(last, 1)
         return round(x), round(top + HEIGHT * (1 - (value - low) / (high - low)))
 
     for value, label in ticks:
-        cv2.line(canvas, place(0, value), place(last, value), GRAY, 1)
-        _write_text(canvas, label, (14, place(0, value)[1] + 5))
+        cv2.line(canvas, position(0, value), position(last, value), GRAY, 1)
+        _write_text(canvas, label, (14, position(0, value)[1] + 5))
     _write_text(canvas, title, (LEFT, top - 12))
     for step in (0, last / 2, last):
-        _write_text(canvas, f"{step:.0f}", (place(step, low)[0] - 12, top + HEIGHT + 20))
+        _write_text(canvas, f"{step:.0f}", (position(step, low)[0] - 12, top + HEIGHT + 20))
     for stage, points in curves.items():
-        where = [place(*point) for point in points]
+        where = [position(*point) for point in points]
         for a, b in pairwise(where):
             cv2.line(canvas, a, b, STAGE_COLORS[stage], 2, cv2.LINE_AA)
         if title != "loss" or len(where) == 1:  # evaluations are few

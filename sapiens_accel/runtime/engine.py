@@ -267,9 +267,9 @@ def _safe_unpickling(accelerator: Accelerator, folder: Path, trusted: bool) -> I
     try:
         with torch.serialization.safe_globals(safe_classes(is_deepspeed(accelerator))):
             unsafe = [_find_unsafe(folder) if accelerator.is_main_process else None]
-            if found := broadcast_object_list(unsafe)[0]:
+            if fault := broadcast_object_list(unsafe)[0]:
                 raise UserError(
-                    f"{found}, which no checkpoint needs: loading it may run any code. "
+                    f"{fault}, which no checkpoint needs: loading it may run any code. "
                     "If you trust its author, add --trust_checkpoint"
                 )
             os.environ[FORCE_SAFE] = "1"

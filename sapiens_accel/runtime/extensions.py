@@ -34,9 +34,9 @@ def needed_operations(zero: Mapping[str, Any], *, cuda: bool) -> list[str]:
 
     DeepSpeed builds the communication on a CPU for a single rank too.
     """
-    places = [(zero.get(f"offload_{part}") or {}).get("device") or "none" for part in ("optimizer", "param")]
-    needed = ["cpu_adam"] if places[0] != "none" else []
-    needed += ["async_io"] if "nvme" in places else []
+    devices = [(zero.get(f"offload_{part}") or {}).get("device") or "none" for part in ("optimizer", "param")]
+    needed = ["cpu_adam"] if devices[0] != "none" else []
+    needed += ["async_io"] if "nvme" in devices else []
     return needed + ([] if cuda else ["deepspeed_shm_comm"])
 
 

@@ -171,9 +171,9 @@ def zero_config() -> Mapping[str, Any]:
     if name := os.environ.get(JSON_VARIABLE):
         return json.loads(Path(name).read_text())["zero_optimization"]
     parts = ("offload_optimizer", "offload_param")
-    places = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none") for part in parts}
+    devices = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none") for part in parts}
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    return {"stage": stage, **{part: {"device": place} for part, place in places.items()}}
+    return {"stage": stage, **{part: {"device": device} for part, device in devices.items()}}
 
 
 def _prepare_host() -> None:

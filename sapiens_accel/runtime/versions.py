@@ -13,14 +13,14 @@ LIBRARIES = (
 
 def describe_versions() -> str:
     """One line: Python, the libraries that are installed, and the commit."""
-    found = [f"python {platform.python_version()}"]
+    versions = [f"python {platform.python_version()}"]
     for name in LIBRARIES:
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
     commit = package_commit()
-    return ", ".join([*found, *([f"commit {commit}"] if commit else [])])
+    return ", ".join([*versions, *([f"commit {commit}"] if commit else [])])
 
 
 def package_commit() -> str | None:

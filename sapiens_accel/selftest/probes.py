@@ -190,26 +190,26 @@ def waits(device: torch.device) -> Iterator[Row]:
         stream = take_steps(accelerator, case, build_network(case.run, stage), itertools.repeat(batch))
         next(stream)
         next(stream)  # the first steps create the optimizer's state
-        places = synchronizations(lambda stream=stream: next(stream))
-        count = places.total()
+        lines = synchronizations(lambda stream=stream: next(stream))
+        count = lines.total()
         text = f"{count} wait{'s' * (count != 1)} in a step of {case.accumulation} micro-batches"
-        text += "".join(f"; {num} at {place}" for place, num in places.most_common(6))
+        text += "".join(f"; {num} at {line}" for line, num in lines.most_common(6))
         status = "passed" if count <= EXPECTED_WAITS else "warning"
-        yield {"name": f"host waits, {model} {stage}", "status": status, "text": text, "places": dict(places)}
+        yield {"name": f"host waits, {model} {stage}", "status": status, "text": text, "places": dict(lines)}
         accelerator.free_memory()
 
 
 def synchronizations(work: Callable[[], Any]) -> Counter[str]:
     """The lines of this package (else of torch) at which torch warns of a synchronization, with their counts."""
-    places: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
 
     def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
         if "synchroniz" not in str(message):
             return
         frames = [frame for frame in traceback.extract_stack() if "/sapiens_accel/" in frame.filename]
         ours = [frame for frame in frames if "/selftest/" not in frame.filename][-1:]
-        place = f"{Path(ours[0].filename).name}:{ours[0].lineno}" if ours else f"{Path(filename).name}:{lineno}"
-        places[place] += 1
+        line = f"{Path(ours[0].filename).name}:{ours[0].lineno}" if ours else f"{Path(filename).name}:{lineno}"
+        counts[line] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -219,7 +219,7 @@ def synchronizations(work: Callable[[], Any]) -> Counter[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return places
+    return counts
 
 
 # ---- Overlap of the copies of offloaded activations with computation

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch.profiler import ProfilerActivity, profile
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
+from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherPlacement
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
@@ -53,7 +53,7 @@ class TrainingCase:
         input_hw: of the crop, px.
         micro_batch: labeled people in a forward and backward pass.
         checkpointed_blocks, head_chunk: see `Layout`.
-        teacher: place of the teacher's fp32 average in stage ssl.
+        teacher: where the fp32 average of the teacher is in stage ssl.
     """
 
     model: str
@@ -68,7 +68,7 @@ class TrainingCase:
     head_chunk: int | None
     offload_activations: bool = False
     adam_8bit: bool = False
-    teacher: Place = "device"
+    teacher: TeacherPlacement = "device"
 
     @property
     def share(self) -> Share:

@@ -147,7 +147,7 @@ def save(saver: Saver, step: int) -> Path | None:
         failed.append(error_of(lambda: _describe(accelerator, temporary, stage, step)))
         problem = _first(gather_object([_first(failed)]))
     if main and problem is None:
-        problem = error_of(lambda: _put_in_place(temporary, target))
+        problem = error_of(lambda: _publish_folder(temporary, target))
         if problem is None and list_checkpoints(folder) == [target]:
             _print_size(saver, target)
         if problem is None and (left := error_of(lambda: _prune(folder, saver.keep))):
@@ -275,7 +275,7 @@ def _fingerprint(path: Path) -> tuple[int, int]:
     return path.stat().st_size, checksum
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def _publish_folder(temporary: Path, target: Path) -> None:
     if target.exists():
         set_aside(target)  # of another run from an earlier checkpoint
     temporary.rename(target)
@@ -320,8 +320,8 @@ def record_score(stage_folder: Path, step: int, ap: float) -> bool:
 
 def find_best(folder: Path) -> Path | None:
     """Return the evaluated checkpoint of the highest AP (of several, the last), None if there is none."""
-    found = [((read_json(path / SCORE) or {}).get("AP"), path) for path in list_checkpoints(folder)]
-    scores = [(score, path) for score, path in found if isinstance(score, int | float)]  # the file may be damaged
+    scored = [((read_json(path / SCORE) or {}).get("AP"), path) for path in list_checkpoints(folder)]
+    scores = [(score, path) for score, path in scored if isinstance(score, int | float)]  # the file may be damaged
     highest = max((score for score, _ in scores), default=None)
     return next((path for score, path in reversed(scores) if score == highest), None)
 
@@ -453,11 +453,11 @@ def _broken(checkpoint: Path) -> str | None:
     def differs(name: str) -> str | None:
         path, (size, checksum) = checkpoint / name, files[name]
         try:
-            found = path.stat()
-            if not S_ISREG(found.st_mode):
+            status = path.stat()
+            if not S_ISREG(status.st_mode):
                 return f"{name} is missing"
-            if found.st_size != size:
-                return f"{name} has {found.st_size} bytes of {size}"
+            if status.st_size != size:
+                return f"{name} has {status.st_size} bytes of {size}"
             return None if _fingerprint(path)[1] == checksum else f"{name} has changed (checksum)"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
@@ -512,21 +512,23 @@ def read_position(folder: Path) -> Position:
     if CHECKSUM in tree and tree[CHECKSUM] != _checksum(tree):
         raise UserError(f"{file}: has changed since it was written (checksum). Use another checkpoint")
     try:
-        found = Position(**{name: value for name, value in tree.items() if name != CHECKSUM})
-        _check_types(found)
+        position = Position(**{name: value for name, value in tree.items() if name != CHECKSUM})
+        _check_types(position)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: not the description of a checkpoint: {error}. Use another checkpoint") from None
-    return found
+    return position
 
 
-def _check_types(found: Position) -> None:
+def _check_types(position: Position) -> None:
     """Raise ValueError or TypeError for values of wrong types: descriptions of version 0.1 have no checksum."""
-    numbers = (found.step, found.num_processes, found.zero_stage)
-    if found.stage not in STAGES or not isinstance(found.precision, str):
-        raise ValueError(f"stage {found.stage!r}, precision {found.precision!r}")
+    numbers = (position.step, position.num_processes, position.zero_stage)
+    if position.stage not in STAGES or not isinstance(position.precision, str):
+        raise ValueError(f"stage {position.stage!r}, precision {position.precision!r}")
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"step, processes and ZeRO stage {numbers}")
-    for name, (size, checksum) in found.files.items() if isinstance(found.files, dict) else [("files", (None, None))]:
+    for name, (size, checksum) in (
+        position.files.items() if isinstance(position.files, dict) else [("files", (None, None))]
+    ):
         if type(size) is not int or type(checksum) is not int or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"file {name!r}")
 

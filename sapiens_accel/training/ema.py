@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sapiens_accel.config.schema import Place
+from sapiens_accel.config.schema import TeacherPlacement
 from sapiens_accel.runtime import distributed, launch
 
 PIECE = 2**22  # elements processed at a time: temporary memory does not grow with the network
@@ -46,11 +46,11 @@ class MovingAverage:
     - `host`: as `sharded`, each rank's part in host memory.
 
     Subtracting, scaling and adding are three operations, each correctly rounded: fused in a `lerp` they would be
-    rounded differently from device to device, and on a CPU with the place of an element. So all three ways, any number
-    of ranks and any device give the same bits.
+    rounded differently from device to device, and on a CPU with the position of an element. So all three ways, any
+    number of ranks and any device give the same bits.
 
     Args:
-        network: a separate network with the student's values in fp32. If it is on the host and the place is not
+        network: a separate network with the student's values in fp32. If it is on the host and the placement is not
             `device`, its fp32 values are never copied to the device.
         device: where the forward runs; by default where the network is.
         dtype: of the copy, for `sharded` and `host`.
@@ -59,7 +59,7 @@ class MovingAverage:
     def __init__(
         self,
         network: nn.Module,
-        place: Place = "device",
+        placement: TeacherPlacement = "device",
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -74,16 +74,16 @@ class MovingAverage:
         # power of two.
         self._down: Tensor | None = None
         self._up: Tensor | None = None
-        if place == "device":
+        if placement == "device":
             network.to(device)
             flat = [parameter.detach().view(-1) for parameter in network.parameters()]
             self._segments = [
                 [Segment(piece, values[piece], None) for piece in _pieces(0, len(values))] for values in flat
             ]
         else:
-            self._segments = self._split(device, torch.device("cpu") if place == "host" else device, dtype)
+            self._segments = self._split(device, torch.device("cpu") if placement == "host" else device, dtype)
 
-    def _split(self, device: torch.device, place: torch.device, dtype: torch.dtype) -> list[list[Segment]]:
+    def _split(self, device: torch.device, device_of_average: torch.device, dtype: torch.dtype) -> list[list[Segment]]:
         """Lay the parameters out one after the other in a flat buffer, and take this rank's part of it."""
         parameters = list(self.network.parameters())
         starts, total = [], 0
@@ -92,9 +92,9 @@ class MovingAverage:
             total += _rounded(parameter.numel(), ALIGN)
         part = _rounded(total, ALIGN * self.ranks.num) // self.ranks.num
         first = self.ranks.rank * part
-        self._own = own = torch.zeros(part, device=place)
+        self._own = own = torch.zeros(part, device=device_of_average)
         self._copy = copy = torch.zeros(self.ranks.num * part, dtype=dtype, device=device)
-        if place != device:
+        if device_of_average != device:
             self._up = torch.empty(min(PIECE, part), dtype=dtype, pin_memory=True)
         segments = []
         for start, parameter in zip(starts, parameters, strict=True):
@@ -200,13 +200,15 @@ def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
     return [slice(at, min(at + most, stop)) for at in range(start, stop, most)]
 
 
-def moving_average(accelerator: Accelerator, network: nn.Module, place: Place) -> MovingAverage:
-    """Create a moving average of the values of `network`, sharded over the ranks unless its place is `device`."""
-    if place == "host":
+def moving_average(accelerator: Accelerator, network: nn.Module, placement: TeacherPlacement) -> MovingAverage:
+    """Create a moving average of the values of `network`, sharded over the ranks unless its placement is `device`."""
+    if placement == "host":
         launch.use_all_cores()
-    several = accelerator.num_processes > 1
+    is_parallel = accelerator.num_processes > 1
     ranks = (
-        Ranks(accelerator.process_index, accelerator.num_processes, distributed.gather_parts) if several else Ranks()
+        Ranks(accelerator.process_index, accelerator.num_processes, distributed.gather_parts)
+        if is_parallel
+        else Ranks()
     )
     dtype = distributed.autocast_dtype(accelerator) or torch.float32
-    return MovingAverage(network, place, device=accelerator.device, dtype=dtype, ranks=ranks)
+    return MovingAverage(network, placement, device=accelerator.device, dtype=dtype, ranks=ranks)

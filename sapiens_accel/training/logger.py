@@ -20,7 +20,7 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel.config.schema import Config, Place, StageConfig, StageName
+from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherPlacement
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.sampling import Share
@@ -59,7 +59,7 @@ class Placement(Protocol):
     """Where a stage keeps its teacher (`memory.strategies.Way` is one)."""
 
     @property
-    def teacher(self) -> Place: ...
+    def teacher(self) -> TeacherPlacement: ...
 
 
 class StagePlan(Protocol):
@@ -372,13 +372,13 @@ class StageLogger:
             gather=partial(distributed.gather, self.accelerator),
         )
         if self.writes:
-            self._picture("panel", holdout.panel(shown_people, self.skeleton), step, numbered=f"_{step}")
+            self._save_image("panel", holdout.panel(shown_people, self.skeleton), step, numbered=f"_{step}")
         return values
 
     def draw_crops(self, people: TrainingPeople, codec: Codec) -> None:
         """Write an image of the first step's crops and target heatmaps."""
         if self.writes:
-            self._picture("crops", crop_picture(people, self.first, codec, self.skeleton), self.first)
+            self._save_image("crops", crop_image(people, self.first, codec, self.skeleton), self.first)
 
     def finish(self) -> Metrics:
         """Write eval.json and predictions of the exported weights (not in a dry run), and close.
@@ -406,8 +406,8 @@ class StageLogger:
             self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
             if predictions:  # there are none of weights that were exported before the run was resumed
                 if num := self.run.eval.num_pictures:
-                    picture = figures.draw_predictions(predictions, self.people, self.skeleton, num)
-                    self._picture("predictions", picture, step)
+                    image = figures.draw_predictions(predictions, self.people, self.skeleton, num)
+                    self._save_image("predictions", image, step)
                 if self.kept is not self.evaluated:  # the existing image is of other weights
                     self._worst(step, predictions)
         self.close()
@@ -456,21 +456,21 @@ class StageLogger:
         """Draw the people of lowest OKS; without heatmaps, which would take another forward of all ranks."""
         if num := self.run.eval.num_worst:
             worst = figures.analyze_predictions(predictions, self.people, self.skeleton, num)
-            self._picture("worst", figures.draw_sheet(worst), step, ending="png")
+            self._save_image("worst", figures.draw_sheet(worst), step, ending="png")
 
-    def _picture(
-        self, name: str, picture: UInt8[Array, "h w 3"], step: int, numbered: str = "", ending: str = "jpg"
+    def _save_image(
+        self, name: str, image: UInt8[Array, "h w 3"], step: int, numbered: str = "", ending: str = "jpg"
     ) -> None:
         path = self.run_folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
-        self._on_disk(lambda: draw.save_image(picture, path))
-        self._on_board(lambda board: board.add_image(name, picture, step, dataformats="HWC"))
+        self._on_disk(lambda: draw.save_image(image, path))
+        self._on_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
 
 def _is_writer(thread: threading.Thread | None) -> bool:
     return type(thread).__module__ == "tensorboard.summary.writer.event_file_writer"
 
 
-def crop_picture(people: TrainingPeople, step: int, codec: Codec, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
+def crop_image(people: TrainingPeople, step: int, codec: Codec, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
     """Draw augmented crops of a step: above with their keypoints, below with their target heatmaps."""
     num = min(NUM_CROPS, people.global_batch)
     samples = [people[Key(step, position, False)] for position in range(num)]

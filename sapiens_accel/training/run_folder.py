@@ -176,7 +176,7 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
     if not trained:
         print(f"nothing is trained: {', '.join(done)} reached the last step in {folder}. Set more steps, or another "
               "--output_dir")  # fmt: skip
-    how = Continuation(
+    context = Continuation(
         file=source / record.FILE,
         trained=trained,
         resumed=plan.resumed,
@@ -185,56 +185,56 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
         begun=find_begun(source) if plan.resumed else () if plan.replaces else begun,
         from_earlier=starts_there and not (run.weights or plan.resumed),
     )
-    _compare(plan, how)
+    _compare(plan, context)
     return plan
 
 
-def _compare(plan: RunPlan, how: Continuation) -> None:
+def _compare(plan: RunPlan, context: Continuation) -> None:
     """Compare the options and the data with the record, and print each difference."""
-    stay = [stage for stage in find_begun(how.file.parent) if stage not in how.trained]
+    stay = [stage for stage in find_begun(context.file.parent) if stage not in context.trained]
     if plan.replaces:  # the stages after the first one that is trained move to RUN_DIR.1, with their record
         stay = [stage for stage in stay if STAGES.index(stage) < STAGES.index(plan.run.stages[0])]
     # Stages of other commands that stay in the record share its common options, such as `weights`.
-    is_continued = bool(how.resumed or how.from_earlier or how.finished or stay)
-    tree = record.read_record(how.file) if is_continued else None
+    is_continued = bool(context.resumed or context.from_earlier or context.finished or stay)
+    tree = record.read_record(context.file) if is_continued else None
     plan.sections = {stage: tree[stage] for stage in stay if tree and stage in tree}
-    if how.resumed or how.from_earlier:
+    if context.resumed or context.from_earlier:
         plan.sections["weights"] = tree.get("weights") if tree else None
     if not is_continued:
         return
-    lines = record.judge_differences(record.find_differences(tree, plan.run), how) if tree else []
-    if earlier := read_json(how.file.with_name(DATA)):
-        lines += _judge_data(earlier, plan, how)
+    lines = record.check_differences(record.find_differences(tree, plan.run), context) if tree else []
+    if earlier := read_json(context.file.with_name(DATA)):
+        lines += _compare_data(earlier, plan, context)
     for line in lines:
         print(line, flush=True)
     plan.changes = [line.rpartition(": applied")[0].partition(": ")[2] for line in lines if ": applied" in line]
 
 
-def _judge_data(earlier: Mapping[str, Any], plan: RunPlan, how: Continuation) -> list[str]:
+def _compare_data(earlier: Mapping[str, Any], plan: RunPlan, context: Continuation) -> list[str]:
     """Lines about datasets that differ from the record.
 
     Raises:
         UserError: a stage is resumed, and `--data.allow_other` is not set.
     """
-    if not how.trained:
+    if not context.trained:
         return []
-    file, names, lines = how.file.with_name(DATA), plan.data["keypoints"], []
-    if how.resumed and earlier.get("keypoints", names) != names:
+    file, names, lines = context.file.with_name(DATA), plan.data["keypoints"], []
+    if context.resumed and earlier.get("keypoints", names) != names:
         raise UserError(
-            f"{file}: {how.resumed} is resumed with other keypoints (expected {', '.join(earlier['keypoints'])}, found "
-            f"{', '.join(names)}). Start a new run: another --output_dir, and no --resume_from_checkpoint"
+            f"{file}: {context.resumed} is resumed with other keypoints (expected {', '.join(earlier['keypoints'])}, "
+            f"found {', '.join(names)}). Start a new run: another --output_dir, and no --resume_from_checkpoint"
         )
     for split in ("train", "val", "unlabelled"):
         before, now = earlier.get(split), plan.data.get(split)
         if not (isinstance(before, dict) and now) or before.get("digest") == now["digest"]:
             continue
         what = f"{file}: other people of {split} (expected {_count(before)}, found {_count(now)})"
-        if how.resumed and not plan.run.data.allow_other:
+        if context.resumed and not plan.run.data.allow_other:
             raise UserError(
-                f"{what}, and {how.resumed} is resumed. Use the data that it was trained on, add --data.allow_other, "
-                "or start a new run: another --output_dir"
+                f"{what}, and {context.resumed} is resumed. Use the data that it was trained on, add "
+                "--data.allow_other, or start a new run: another --output_dir"
             )
-        lines.append(f"{what}: applied in {how.trained[0]}")
+        lines.append(f"{what}: applied in {context.trained[0]}")
     return lines
 
 
@@ -373,9 +373,9 @@ def _set_stage_aside(folder: Path, stage: str) -> None:
     aside = _first_free(folder / stage)
     set_aside(folder / stage)
     (aside / METRICS).write_text("".join(line + "\n" for line in _lines(folder / METRICS) if _stage_of(line) == stage))
-    for picture in folder.glob(f"pictures/{stage}_*"):
+    for image in folder.glob(f"pictures/{stage}_*"):
         (aside / "pictures").mkdir(exist_ok=True)
-        picture.rename(aside / "pictures" / picture.name)
+        image.rename(aside / "pictures" / image.name)
     if (folder / "tensorboard" / stage).is_dir():
         (folder / "tensorboard" / stage).rename(aside / "tensorboard")
 

@@ -15,7 +15,7 @@ import forks
 import pytest
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, MemoryConfig, Place, StageName
+from sapiens_accel.config.schema import Config, MemoryConfig, StageName, TeacherPlacement
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
@@ -156,7 +156,7 @@ def test_host_memory_of_an_offloaded_parameter() -> None:
         ("host", Strategy(zero=2, num_ranks=8, num_local=4), 2, 4 / 2),
     ],
 )
-def test_bytes_of_a_teacher(place: Place, strategy: Strategy, gpu: float, host: float) -> None:
+def test_bytes_of_a_teacher(place: TeacherPlacement, strategy: Strategy, gpu: float, host: float) -> None:
     stage = counted("sapiens_0.3b_coco", "ssl")
     share = Share(rank=0, num_ranks=strategy.num_ranks, micro_batch=1, accumulation=1)
     by = Way(name="", launch="", strategy=strategy, teacher=place)

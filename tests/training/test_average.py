@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sapiens_accel.config.schema import Place
+from sapiens_accel.config.schema import TeacherPlacement
 from sapiens_accel.training import ema as average
 from sapiens_accel.training.ema import MovingAverage, Ranks
 
 ROOT = Path(__file__).parents[2]
 STEPS, DECAY = 3000, 0.999
 ROUNDING = 3e-6  # of fp32, over so many steps, for values of about 1
-PLACES: tuple[Place, ...] = ("device", "sharded", "host")
+PLACES: tuple[TeacherPlacement, ...] = ("device", "sharded", "host")
 DEVICES = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
@@ -75,7 +75,7 @@ def among(num: int, job: Callable[[Ranks], dict[str, Tensor]]) -> list[dict[str,
 
 
 def averaged(
-    place: Place, students: list[list[Tensor]], device: torch.device, ranks: Ranks | None, dtype: torch.dtype
+    place: TeacherPlacement, students: list[list[Tensor]], device: torch.device, ranks: Ranks | None, dtype: torch.dtype
 ) -> tuple[MovingAverage, dict[str, Tensor]]:
     mean = MovingAverage(Network(), place, device=device, dtype=dtype, ranks=ranks)
     for values in students:
@@ -118,7 +118,7 @@ def test_every_way_gives_the_formula_and_the_same_bits(dtype: torch.dtype, devic
 
 @pytest.mark.parametrize("num", [2, 3])
 @pytest.mark.parametrize("place", ["sharded", "host"])
-def test_ranks_that_keep_a_part_each_have_the_whole(place: Place, num: int) -> None:
+def test_ranks_that_keep_a_part_each_have_the_whole(place: TeacherPlacement, num: int) -> None:
     students, cpu = walk(300), torch.device("cpu")
     _, reference = averaged("device", students, cpu, None, torch.bfloat16)
     sizes = []
@@ -142,7 +142,7 @@ def test_ranks_that_keep_a_part_each_have_the_whole(place: Place, num: int) -> N
 
 @pytest.mark.parametrize("after", PLACES)
 @pytest.mark.parametrize("before", PLACES)
-def test_it_goes_on_bit_for_bit_in_any_place(before: Place, after: Place, tmp_path: Path) -> None:
+def test_it_goes_on_bit_for_bit_in_any_place(before: TeacherPlacement, after: TeacherPlacement, tmp_path: Path) -> None:
     """Segment in the middle, written, read, and kept by another number of ranks."""
     students, cpu = walk(40), torch.device("cpu")
     _, reference = averaged("device", students, cpu, None, torch.float32)
