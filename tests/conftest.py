@@ -73,10 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A file runs in one worker. In alphabetical order test_launches.py came last, and one worker was idle for 4 minutes.
     """
     longest = (
-        "test_zero.py", "test_launches.py", "test_checkpoint.py", "test_stops.py", "test_memory.py", "test_fuzz.py",
-        "test_hub_data.py", "test_run_directory.py", "test_cli.py", "test_benchmarks.py", "test_hub.py",
-        "test_real_people.py", "test_custom.py", "test_data.py", "test_export.py", "test_holdout.py", "test_checks.py",
-        "test_average.py",
+        "test_stops.py", "test_zero.py", "test_launches.py", "test_checkpoint.py", "test_run_directory.py",
+        "test_cli.py", "test_fuzz.py", "test_hub.py", "test_memory.py", "test_custom.py", "test_data.py",
+        "test_holdout.py", "test_hub_data.py", "test_export.py", "test_checks.py", "test_benchmarks.py",
     )  # fmt: skip
-    order = {name: place for place, name in enumerate(longest)}
+    order = {name: index for index, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))

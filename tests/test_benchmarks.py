@@ -33,6 +33,7 @@ def benchmark(name: str, out: Path, *words: str, code: int = 0, option: str = "-
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
     words = ["--models", "sapiens_tiny", "--stages", "phase2", "--precisions", "no", "--measured_only", "--batch", "4"]
     found = benchmark("memory", tmp_path / "memory.json", *words, "--ways", "plain", "8bit+activations")
@@ -66,6 +67,7 @@ def test_the_peer_starts_with_the_same_loss(tmp_path: Path) -> None:
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
 
 
+@pytest.mark.slow
 def test_a_step_with_unlabeled_people_needs_a_teacher_more_and_little_else(tmp_path: Path) -> None:
     """The project's bar: 10 % above a supervised step with as many student people. The time is only looked at."""
     words = [

@@ -222,6 +222,7 @@ def test_a_refusal_is_one_line_on_stderr_and_an_exit_code(cache: Path, root: Pat
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_bad_pictures_can_be_skipped_and_are_counted(
     main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,6 +187,7 @@ def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> 
     assert len(torch.unique(cutouts.flatten())) == cutouts.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
     """Page faults of the second and third time that as many images are made as a batch holds; 4 KB a page."""

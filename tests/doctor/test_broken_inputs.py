@@ -526,6 +526,7 @@ def _words(root: Path, cache: Path, out: Path) -> list[str]:
     return [*words, "--stage", "phase2", "--max_steps", "1", "--phase2.global_batch", "6", "--data.num_workers", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_training_learns_from_odd_pictures_and_from_what_is_left_of_broken_ones(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

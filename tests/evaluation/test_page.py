@@ -436,6 +436,7 @@ def _detector(people: People) -> None:
     (people.root / "detector.json").write_text(json.dumps(results))
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_eval_writes_page_and_pictures_from_two_processes(people: People, tmp_path: Path) -> None:
     """Detector's boxes, one image without any; rank 0 alone writes."""

@@ -251,6 +251,7 @@ def test_evaluation_reads_them(root: Path, detector: Path, tmp_path: Path) -> No
         assert read.file_names == [f"val2017/{row['file_name']}" for row in found]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) -> None:
     """Boxes of images whose names are no numbers, by main; then one step of training by the program on them."""

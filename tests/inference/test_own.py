@@ -197,7 +197,7 @@ def pieces_of_3_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pieces_of_3_frames")
-@pytest.mark.parametrize("by", ["whole", "detector"])
+@pytest.mark.parametrize("by", ["whole", pytest.param("detector", marks=pytest.mark.slow)])
 def test_a_video_is_its_frames(main: Main, weights: Path, root: Path, detector: Path, tmp_path: Path, by: str) -> None:
     """Frame by frame what the images of the frames give, in pieces of 3 frames; and a video of as many frames."""
     frames = _video(tmp_path / "clip.avi", root, 8)
@@ -342,6 +342,7 @@ def test_a_films_boxes_are_those_of_its_frames(
     assert {one["image_id"] for one in tree["annotations"]} == {1, 3, 5} and len(tree["images"]) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_processes_change_nothing(weights: Path, root: Path, detector: Path, tmp_path: Path) -> None:
     """Two processes: each finds and looks at half of the people; rank 0 writes."""

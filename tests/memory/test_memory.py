@@ -78,7 +78,7 @@ def peaks(cases: list[dict], folder: Path, **env: str) -> list[dict[str, float]]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: str, tmp_path: Path) -> None:
     cases = [{"name": "sapiens_tiny", **case} for case in CASES] + [{"name": "sapiens2_tiny", **CASES[1]}]
     if precision == "bf16":  # the CPU takes its time for it
@@ -89,7 +89,14 @@ def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: st
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("zero", "case", "rel"), [(2, CASES[0], 0.03), (2, CASES[1], 0.06), (1, CASES[1], 0.06)])
+@pytest.mark.parametrize(
+    ("zero", "case", "rel"),
+    [
+        (2, CASES[0], 0.03),
+        pytest.param(2, CASES[1], 0.06, marks=pytest.mark.slow),
+        pytest.param(1, CASES[1], 0.06, marks=pytest.mark.slow),
+    ],
+)
 def test_the_predicted_peak_under_zero_is_the_allocators(zero: int, case: dict, rel: float, tmp_path: Path) -> None:
     """bf16 weights, fp32 masters, moments, sums and DeepSpeed's buckets, as it really allocates them."""
     tree = json.loads((ROOT / "ds_configs" / f"zero{zero}.json").read_text())
@@ -402,6 +409,7 @@ def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: 
         planned("demo", 15, "--stage", "phase2", option, strategy=strategy)
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_in_a_run_saves_the_last_step(tmp_path: Path) -> None:
     """A CPU run in a process that may not grow: evaluating after 2 steps asks for far more than is left."""
     script = (

@@ -169,7 +169,7 @@ def test_a_fresh_network_of_the_file_is_sapiens() -> None:
 # ---- A stranger's process
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow)])
 def fitted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SapiensPose, Path, np.ndarray]:

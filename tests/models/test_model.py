@@ -229,6 +229,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same_gradients(
         torch.testing.assert_close(same[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same(picture: Tensor) -> None:
     """Checkpointed and whole; and the weights keep their names."""
     torch.manual_seed(0)

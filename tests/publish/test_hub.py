@@ -820,6 +820,7 @@ def test_a_stage_without_weights_is_named(tmp_path: Path) -> None:
 # ---- Whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_run_pushes_while_it_trains_and_another_starts_from_there(tmp_path: Path) -> None:
     """Each save and the end, past a Hub that is down for a moment; the token is in no file and nothing that is said."""

@@ -89,6 +89,7 @@ print("after", launch.use_all_cores(), os.environ["OMP_NUM_THREADS"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.parametrize("users", [None, "1"])
 def test_a_rank_works_on_its_share_of_the_cores_unless_the_user_says_how_many(

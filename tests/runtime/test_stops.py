@@ -91,6 +91,7 @@ def test_a_signal_to_one_of_two_ranks_saves_the_step_of_both(begin: Callable[...
     assert f"stopped by SIGUSR2; step {is_saved(run)} is in " in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_under_nohup_a_closed_terminal_stops_nothing(begin: Callable[..., Started]) -> None:
     run = begin(Run(), before=lambda _: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.kill(run.ranks[0], signal.SIGHUP)
@@ -110,8 +111,10 @@ def test_a_step_that_was_saved_already_is_named_too(begin: Callable[..., Started
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-@pytest.mark.parametrize("run", [Run(workers=2), Run(processes=2, workers=1)], ids=["one", "two"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "run", [Run(workers=2), pytest.param(Run(processes=2, workers=1), marks=pytest.mark.slow)], ids=["one", "two"]
+)
 def test_a_loading_process_that_dies(begin: Callable[..., Started], run: Run, number: signal.Signals) -> None:
     started = begin(run)
     os.kill(started.loaders(0)[0], number)
@@ -226,7 +229,7 @@ def wait_for_text(started: Started, text: str) -> None:
     assert text in started.log.read_text(), started.log.read_text()
 
 
-@pytest.mark.parametrize("error", ["UserError", "ValueError"])
+@pytest.mark.parametrize("error", ["UserError", pytest.param("ValueError", marks=pytest.mark.slow)])
 def test_an_error_of_rank_0_with_the_data_ends_the_others(begin: Callable[..., Started], error: str) -> None:
     """They waited for rank 0 to finish, for three hours."""
 
@@ -269,6 +272,7 @@ def test_a_suspended_loading_process_is_not_waited_for_for_ever(begin: Callable[
     assert f"the last complete step is in {started.folder}/phase2/checkpoints/step_{is_saved(started)}" in text
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_is_suspended_for_a_while_loses_nothing(begin: Callable[..., Started]) -> None:
     def check_often(_: int) -> None:
         from sapiens_accel.data import loader
@@ -289,6 +293,7 @@ def test_a_loading_process_that_is_suspended_for_a_while_loses_nothing(begin: Ca
     assert sorted(run.losses) == list(range(1, is_saved(run) + 1))
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_as_a_whole_trains_on(begin: Callable[..., Started]) -> None:
     """As Ctrl-Z and `scontrol suspend` do, for longer than a single loading process may be suspended."""
 
@@ -313,6 +318,7 @@ def test_a_job_that_is_suspended_as_a_whole_trains_on(begin: Callable[..., Start
     assert sorted(run.losses) == list(range(1, is_saved(run) + 1))
 
 
+@pytest.mark.slow
 def test_all_ranks_say_what_one_could_not_load(begin: Callable[..., Started]) -> None:
     def fail_on_rank_1(rank: int) -> None:
         from sapiens_accel.data import loader
@@ -349,7 +355,11 @@ def fail_at_call_3(owner: str, name: str, error: Exception) -> Callable[[int], N
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("error", [ValueError("half of it"), OUT_OF_MEMORY], ids=["bug", "memory"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("half of it"), pytest.param(OUT_OF_MEMORY, marks=pytest.mark.slow)],
+    ids=["bug", "memory"],
+)
 @pytest.mark.parametrize(
     ("run", "owner", "name"),
     [
@@ -377,6 +387,7 @@ def test_a_killed_rank_ends_the_other(begin: Callable[..., Started]) -> None:
     assert faults.saved_step(run.folder, "phase2") >= 2
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_does_not_end_holds_nothing_up(begin: Callable[..., Started]) -> None:
     """It ignored SIGTERM, and the end of the run waited for it for ever: with a small /dev/shm, say."""
     run = begin(Run(workers=2))
@@ -527,6 +538,7 @@ def test_a_filled_cache_may_be_read_only(begin: Callable[..., Started]) -> None:
     stopped(begin(Run(), *words, before=lambda _: faults.fail_writes(EROFS, cache, "."), step=0), 0)
 
 
+@pytest.mark.slow
 def test_all_ranks_end_where_the_folder_of_one_cannot_be_written(begin: Callable[..., Started]) -> None:
     """It waited for hours on another machine."""
 

@@ -43,7 +43,7 @@ def writes(tmp_path: Path, *rows: dict[str, object]) -> str:
     return f"import pathlib; pathlib.Path({file!r}).write_text({json.dumps(rows)!r})"
 
 
-@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("ends", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_nothing_outlives_a_check(tmp_path: Path, ends: bool) -> None:
     """Killed at its limit or ended by itself: neither its children nor theirs, in whichever session, stay."""
     code = FAMILY + ("time.sleep(1)" if ends else "time.sleep(600)")

@@ -122,6 +122,7 @@ def test_the_selftest_names_the_card_of_its_memory_rows(tmp_path: Path) -> None:
 # ---- Kernels, skipped steps, waits
 
 
+@pytest.mark.slow
 def test_the_attention_that_really_runs_is_named() -> None:
     rows = list(probes.attention(CPU))
     assert [row["name"].split(",")[0] for row in rows] == list(probes.ATTENTION_MODELS)
@@ -181,6 +182,7 @@ def test_overlap_is_the_part_of_the_copies_beside_kernels() -> None:
     assert probes.overlap(copies, kernels) == 0.3  # 50 and 10 of 200
 
 
+@pytest.mark.slow
 def test_offloading_is_compared_on_a_cards_answers(driver: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole probe, on the CPU's arithmetic."""
     monkeypatch.setattr(probes, "traced_events", lambda work: [work() and event("Memcpy DtoH", 0, 9), event("k", 0, 9)])

@@ -143,6 +143,7 @@ class _PutBack(Dataset[str]):
         return credentials.put_back("https://host/d")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nothing_known")
 def test_loading_processes_that_are_no_forks_have_the_passwords() -> None:
     credentials.take("https://u:p@host/d")

@@ -273,6 +273,7 @@ def streamed(parquet: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_everybody_once_over_real_processes(streamed: Path, parquet: Path, tmp_path: Path) -> None:
     """1 and 2 processes of gloo, 0, 1 and 3 workers: each epoch is the one of a single process that reads a folder."""
@@ -282,6 +283,7 @@ def test_everybody_once_over_real_processes(streamed: Path, parquet: Path, tmp_p
         assert _records(streamed / "records", f"{size}x{workers}") == expected, (size, workers)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_killed_run_goes_on_with_the_same_people(streamed: Path, parquet: Path, tmp_path: Path) -> None:
     """train.py with two processes, SIGKILL, and again, over the end of an epoch."""
@@ -291,6 +293,7 @@ def test_a_killed_run_goes_on_with_the_same_people(streamed: Path, parquet: Path
     assert first[:3] == expected[:3] and first[: STEPS - len(second)] + second == expected
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_no_training_picture_lies_in_a_file(streamed: Path, parquet: Path) -> None:
     """Neither in the caches (with the validation images) nor in the run."""

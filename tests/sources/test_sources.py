@@ -240,6 +240,7 @@ def test_files_of_one_name_on_a_server_that_gives_no_versions_are_two_sources(tm
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_opens_without_a_network_once_it_is_in_the_cache(
     shard: dict[str, Path], drawn: Path, tmp_path: Path
 ) -> None:

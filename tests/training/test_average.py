@@ -183,6 +183,7 @@ def test_every_tensor_of_the_copy_begins_where_kernels_are_fast() -> None:
         assert torch.equal(network(x), deepcopy(Network()).bfloat16()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.parametrize("num_steps", [300, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_under_zero_it_is_the_formula_of_the_students_own_values(num_steps: int, tmp_path: Path) -> None:

@@ -474,6 +474,7 @@ def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, during saves too: `latest` always loads, and the losses are those of a run that was never killed."""
@@ -496,7 +497,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_the_command_that_a_signal_leaves_resumes_the_run(name: str, tmp_path: Path) -> None:
     """Sent to the whole process group, as Ctrl-C and batch systems do, with loading processes in it."""
     words = [word for word in WORDS if word not in ("--data.num_workers=0", "--save_every=1")]
@@ -521,6 +522,7 @@ def test_the_command_that_a_signal_leaves_resumes_the_run(name: str, tmp_path: P
     assert len(_losses(tmp_path / "run")) == step + 2
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path) -> None:
     """Files may not grow beyond 8 kB: no checkpoint, few lines; without room for the end's weights it is one line."""

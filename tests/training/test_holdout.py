@@ -320,6 +320,7 @@ def test_a_stage_that_collapses_stops_and_leaves_its_last_good_weights(cache: Pa
     assert not run_folder.read_finished(folder, {"ssl": 20}, "latest"), "a stop does not look finished"
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_without_an_evaluation_a_stop_names_the_weights_it_started_from(cache: Path, peaked: Path) -> None:
     folder = cache / "withered at once"

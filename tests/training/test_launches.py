@@ -116,6 +116,7 @@ def test_a_shipped_launch_trains_saves_resumes_and_evaluates(config: Path, cache
 # ---- Other ways to start the same
 
 
+@pytest.mark.slow
 def test_torchrun_and_plain_python_from_another_folder_with_a_blank(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my runs"
     folder.mkdir()
@@ -127,6 +128,7 @@ def test_torchrun_and_plain_python_from_another_folder_with_a_blank(cache: Path,
     assert "1 process on CPU, fp32" in said
 
 
+@pytest.mark.slow
 def test_the_deepspeed_json_is_found_from_another_folder(cache: Path, tmp_path: Path) -> None:
     config = ROOT / "accelerate_configs" / "zero2.yaml"
     words = [*ACCELERATE, "--config_file", str(config), str(ROOT / "train.py"), *SMALL, "--stage=phase1"]
@@ -178,6 +180,7 @@ REFUSED = {
 LAUNCHED = ("clipping", "fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(one, marks=() if one in LAUNCHED else pytest.mark.slow) for one in REFUSED]
 )
@@ -210,6 +213,7 @@ def test_what_a_launcher_hands_on_is_refused(case: str, tmp_path: Path, monkeypa
     assert [word for word in named if word not in str(error.value)] == [], error.value
 
 
+@pytest.mark.slow
 def test_a_default_accelerate_config_is_honored_or_refused(cache: Path, tmp_path: Path) -> None:
     """In the user's cache it decides what the command leaves open."""
     home = tmp_path / "home"
@@ -222,12 +226,14 @@ def test_a_default_accelerate_config_is_honored_or_refused(cache: Path, tmp_path
     assert_refused(launch(words, cache, HF_HOME=str(home)), str(home / "accelerate" / "default_config.yaml"), "dynamo")
 
 
+@pytest.mark.slow
 def test_three_processes_cannot_share_a_batch_of_32(cache: Path, tmp_path: Path) -> None:
     printed = [*ACCELERATE, "--config_file", "accelerate_configs/multi_gpu.yaml", "--num_processes=3", "train.py"]
     words = [*SMALL, "--stage=phase1", "--phase1.global_batch=32", f"--output_dir={tmp_path / 'run'}"]
     assert_refused(launch([*printed, *words], cache), "--phase1.global_batch 32", "3 process")
 
 
+@pytest.mark.slow
 def test_offload_without_a_compiler_is_one_line(cache: Path, tmp_path: Path) -> None:
     printed = [*ACCELERATE, "--config_file", "accelerate_configs/zero2_offload.yaml", "train.py", *SMALL]
     gone = {"CXX": "no-such-compiler", "CC": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}

@@ -278,6 +278,7 @@ def test_a_checkpoint_of_another_run_is_compared_with_its_own_record(run: Path, 
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_stages_after_the_one_that_is_resumed_are_set_aside_with_all_of_theirs(run: Path, main: Main) -> None:
     main(run, "--stage=ssl", "--max_steps=1")
     main(run, "--stage=all", LATEST, "--max_steps=3")
