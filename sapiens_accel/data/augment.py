@@ -197,7 +197,7 @@ def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
     if not (isinstance(kind, type) and issubclass(kind, BasicTransform)):
         version = albumentations.__version__
         raise UserError(f"{where}: no transform of albumentations {version}{nearest(name, _pixel_transforms())}")
-    if not _keeps_places(kind):
+    if not _moves_nothing(kind):
         raise UserError(
             f"{where}: moves pixels, and keypoints would not follow (expected a transform of colors or noise). "
             "Rotation, scale, shift and flip are --augment.rotation, .scale, .shift and .flip_p"
@@ -219,15 +219,15 @@ def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
     return transform
 
 
-def _keeps_places(kind: type) -> bool:
-    """Whether what is seen stays where it is: transforms of the image alone, and those that put something over it."""
+def _moves_nothing(kind: type) -> bool:
+    """Whether no pixel moves: transforms of the image alone, and those that put something over it."""
     over = (BaseDropout, albumentations.PixelDropout, albumentations.XYMasking)
     return issubclass(kind, ImageOnlyTransform) or issubclass(kind, over)
 
 
 def _pixel_transforms() -> list[str]:
     every = vars(albumentations).items()
-    return [name for name, kind in every if isinstance(kind, type) and _keeps_places(kind)]
+    return [name for name, kind in every if isinstance(kind, type) and _moves_nothing(kind)]
 
 
 def _try_out(where: str, transform: BasicTransform) -> None:
@@ -339,7 +339,7 @@ def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -
 def _truncated_normal(rng: Generator, limit: float, num: int) -> Float[Array, "num"]:
     """Standard normal draws within +-limit, by drawing again: the number of draws never depends on scipy's version."""
     values = [rng.standard_normal() for _ in range(num)]  # one by one, so few are sooner drawn
-    while outside := [place for place, value in enumerate(values) if abs(value) > limit]:
-        for place in outside:
-            values[place] = rng.standard_normal()
+    while outside := [index for index, value in enumerate(values) if abs(value) > limit]:
+        for index in outside:
+            values[index] = rng.standard_normal()
     return np.array(values)

@@ -42,7 +42,7 @@ def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
         UserError: they do not tell; as `keypoint_mapping.describe_keypoints` and `infer_skeleton`.
     """
     config = locate_files(config)
-    root, cache = places(config)
+    root, cache = prepare_root(config)
     asked = infer_skeleton.load_skeleton(config.skeleton, root) if config.skeleton else None
     return infer_skeleton.infer_skeleton(
         [read_category(one, config, root, cache) for one in list_train_sets(config)], asked
@@ -61,7 +61,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
     config = locate_files(config)
     if config.streaming:
         return _open_streams(config, skeleton, unlabeled=unlabeled)
-    root, cache = places(config)
+    root, cache = prepare_root(config)
     first, *others = list_train_sets(config)
     train, warning = _labeled_people(first, config, skeleton, root, cache)
     labeled = unlabeled_data.choose_labeled(config, train)
@@ -120,7 +120,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
                 f"--data.{option} {value}: not with --data.streaming true; leave one of them out, or convert what is "
                 f"meant to a set of its own"
             )
-    root, cache = places(config)
+    root, cache = prepare_root(config)
     train_source = open_source(root / config.train_annotations)
     if not train_source.groups():
         raise UserError(f"--data.root {config.root}: --data.streaming true needs parquet, Arrow or tar shards of train")
@@ -165,7 +165,7 @@ def open_split(config: DataConfig, skeleton: Skeleton, split: Literal["val", "tr
         UserError: as `open_people`.
     """
     config = locate_files(config)
-    root, cache = places(config)
+    root, cache = prepare_root(config)
     one = get_val_set(config) if split == "val" else list_train_sets(config)[0]
     people, _ = _labeled_people(one, config, skeleton, root, cache)
     if split == "train":
@@ -275,12 +275,12 @@ def locate_files(config: DataConfig) -> DataConfig:
     """The config with the files and folders that its root really has: those of COCO, or manifests of shards.
 
     Raises:
-        UserError: as `places`.
+        UserError: as `prepare_root`.
     """
-    return discover.name_files(config, places(config)[0])
+    return discover.name_files(config, prepare_root(config)[0])
 
 
-def places(config: DataConfig) -> tuple[Path, Path]:
+def prepare_root(config: DataConfig) -> tuple[Path, Path]:
     """The root of the data, drawn if there is none, and the folder of the tables made of it.
 
     Raises:

@@ -125,10 +125,10 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         self.ratio = plan.ratio
         self.cutout = plan.teacher.cutout if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
-        if self.mixture and 0 in (places := self.mixture.places(self.global_batch)):
-            number = places.index(0) + 1
+        if self.mixture and 0 in (shares := self.mixture.shares(self.global_batch)):
+            number = shares.index(0) + 1
             raise UserError(
-                f"--data.more: the weight of set {number} gives it no place among {sum(places)} of an epoch"
+                f"--data.more: the weight of set {number} gives it no place among {sum(shares)} of an epoch"
             )
 
     def __getitem__(self, key: Key) -> Labeled | Pair:

@@ -110,7 +110,7 @@ class _Watch:
 
     def __enter__(self) -> "_Watch":
         if self.workers:
-            threading.Thread(target=self._look, daemon=True).start()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,8 +125,8 @@ class _Watch:
             yield batch
             self._waits = True
 
-    def _look(self) -> None:
-        awaited, suspended = 0, Counter[int | None]()  # looks in a row at a suspended process, by its id
+    def _watch(self) -> None:
+        awaited, suspended = 0, Counter[int | None]()  # checks in a row that saw a process suspended, by its id
         while not self._ended.wait(CHECK_SECONDS):
             if not self._waits or self._awaited != awaited:
                 awaited = self._awaited

@@ -39,8 +39,8 @@ class Mixture:
         """As `data.steps_per_epoch` of all sets together."""
         return max(1, sum(self.sizes) // global_batch)
 
-    def places(self, global_batch: int) -> tuple[int, ...]:
-        """An epoch's places shared out by weight: rounded down, what is left over to the largest remainders."""
+    def shares(self, global_batch: int) -> tuple[int, ...]:
+        """How many people of each set an epoch takes, by weight: rounded down, the rest by the largest remainders."""
         num = self.steps_per_epoch(global_batch) * global_batch
         exact = np.array(self.weights, dtype=np.float64) / sum(self.weights) * num
         whole = np.floor(exact).astype(int)
@@ -57,28 +57,28 @@ class Mixture:
 @lru_cache(maxsize=8)
 def _mixed(mixture: Mixture, seed: int, stream: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:
     # Kept for the step: every sample asks.
-    steps, places = mixture.steps_per_epoch(global_batch), mixture.places(global_batch)
+    steps, shares = mixture.steps_per_epoch(global_batch), mixture.shares(global_batch)
     epoch, begin = step // steps, step % steps * global_batch
-    sets, ranks = _epoch(seed, stream, epoch, places)
-    found = np.empty(global_batch, dtype=np.int64)
-    for place in range(global_batch):
-        which = int(sets[begin + place])
-        number = epoch * places[which] + int(ranks[begin + place])
+    sets, ranks = _epoch(seed, stream, epoch, shares)
+    people = np.empty(global_batch, dtype=np.int64)
+    for position in range(global_batch):
+        which = int(sets[begin + position])
+        number = epoch * shares[which] + int(ranks[begin + position])
         turn, index = divmod(number, mixture.sizes[which])
-        people = _permutation(seed, f"{stream}/{which}", turn, mixture.sizes[which])
-        found[place] = sum(mixture.sizes[:which]) + people[index]
-    return found
+        order = _permutation(seed, f"{stream}/{which}", turn, mixture.sizes[which])
+        people[position] = sum(mixture.sizes[:which]) + order[index]
+    return people
 
 
 @lru_cache(maxsize=8)
-def _epoch(seed: int, stream: str, epoch: int, places: tuple[int, ...]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
-    """The set of each place of an epoch, and how many of that set come before it."""
-    sets = np.repeat(np.arange(len(places)), places)
+def _epoch(seed: int, stream: str, epoch: int, shares: tuple[int, ...]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+    """The set of each position of an epoch, and how many of that set come before it."""
+    sets = np.repeat(np.arange(len(shares)), shares)
     sets = _rng(seed, f"{stream}/sets", epoch).permutation(sets)
     ranks = np.empty_like(sets)
-    for which in range(len(places)):
-        here = np.flatnonzero(sets == which)
-        ranks[here] = np.arange(len(here))
+    for which in range(len(shares)):
+        positions = np.flatnonzero(sets == which)
+        ranks[positions] = np.arange(len(positions))
     return sets, ranks
 
 

@@ -136,8 +136,8 @@ class OrderKey(NamedTuple):
     window: int
 
 
-def places(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Array, "global_batch"]:
-    """The places in an epoch's sequence that the global batch of one of its steps takes, each in its lane."""
+def positions(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Array, "global_batch"]:
+    """The positions in an epoch's sequence that the global batch of one of its steps takes, each in its lane."""
     part = np.arange(global_batch) * parts // global_batch
     widths = np.bincount(part, minlength=parts)
     steps_of = np.array([len(range(phase, num_steps, PHASES)) for phase in range(PHASES)])
@@ -148,7 +148,7 @@ def places(step: int, num_steps: int, global_batch: int, parts: int) -> Int[Arra
 
 
 class _Counts:
-    """An array that a cache can tell by its identity."""
+    """An array that a cache compares by its identity."""
 
     def __init__(self, values: Int[Array, "n"]) -> None:
         self.values = values
@@ -171,10 +171,10 @@ class _Sequence:
         self.windows = np.append(ends[:-1:window], ends[-1])
         self.shuffled = lru_cache(maxsize=1024)(self._shuffled)
 
-    def people(self, places: Int[Array, "n"]) -> Int[Array, "n"]:
-        windows = np.searchsorted(self.windows, places, side="right") - 1
-        found = [self.shuffled(int(w))[p - self.windows[w]] for w, p in zip(windows, places, strict=True)]
-        return np.array(found, dtype=np.int64)
+    def people(self, positions: Int[Array, "n"]) -> Int[Array, "n"]:
+        windows = np.searchsorted(self.windows, positions, side="right") - 1
+        people = [self.shuffled(int(w))[p - self.windows[w]] for w, p in zip(windows, positions, strict=True)]
+        return np.array(people, dtype=np.int64)
 
     def _shuffled(self, number: int) -> Int[Array, "n"]:
         groups = self.groups[number * self.window : (number + 1) * self.window].tolist()
@@ -194,14 +194,14 @@ def _order(counts: _Counts, key: OrderKey, step: int) -> Int[Array, "global_batc
     num_people = int(counts.values.sum())
     num_steps = max(1, num_people // global_batch)
     epoch, step = divmod(step, num_steps)
-    place = places(step, num_steps, global_batch, min(parts, global_batch))
-    found = np.empty(global_batch, dtype=np.int64)
+    position = positions(step, num_steps, global_batch, min(parts, global_batch))
+    people = np.empty(global_batch, dtype=np.int64)
     # Fewer people than a batch: pass over them again and again.
-    for again in np.unique(place // num_people):
-        of_pass = place // num_people == again
+    for again in np.unique(position // num_people):
+        of_pass = position // num_people == again
         sequence = _sequence(counts, window, seed, zlib.crc32(stream.encode()), epoch, int(again))
-        found[of_pass] = sequence.people(place[of_pass] % num_people)
-    return found
+        people[of_pass] = sequence.people(position[of_pass] % num_people)
+    return people
 
 
 # ---- Opening

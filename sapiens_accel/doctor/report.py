@@ -115,7 +115,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
         UserError: there is no data root.
     """
     config = build.locate_files(run.data)
-    root, cache = build.places(config)
+    root, cache = build.prepare_root(config)
     report = DoctorReport(recipe=run.recipe, root=str(root))
     skeleton, report.findings = _skeleton(config)
     read_of = {}

@@ -236,13 +236,8 @@ def describe_unmatched(predictions: Predictions) -> list[str]:
     return [f"{num} of {total} labeled people have no prediction in their image: {what}"] if num else []
 
 
-def match_predictions(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Predictions:
-    """For each labeled person the prediction in the image with the highest OKS; scores of 0 where there is none."""
-    return _select(predictions, match_boxes(predictions, boxes, people, skeleton))
-
-
 def match_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton: Skeleton) -> Int[Array, "n"]:
-    """For each labeled person which box that is; -1 where the image has none."""
+    """For each labeled person the box in the image whose prediction has the highest OKS; -1 where there is none."""
     by_image: dict[int, list[int]] = defaultdict(list)
     for index, image_id in enumerate(boxes.image_ids.tolist()):
         by_image[image_id].append(index)

@@ -23,7 +23,6 @@ CROWDPOSE_NAMES = (
 IMAGE_FOLDERS = ("", "images", "data", "../images", "../data")  # from the folder of the JSON
 KEPT_OF_IMAGES = ("id", "crowdIndex")
 KEPT_OF_ANNOTATIONS = ("id", "area", "iscrowd")
-CORNERS = ("x1", "y1", "x2", "y2")
 
 
 def read_crowdpose(path: Path, images: Path | None = None) -> PoseDataset:

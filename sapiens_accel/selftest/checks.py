@@ -243,10 +243,6 @@ class Machine:
     problem: str | None = None
     has_repository: bool = True
 
-    @property
-    def has_bf16(self) -> bool:
-        return self.capability is not None and self.capability >= (8, 0)
-
 
 def inspect_machine(out: Path) -> Machine:
     """Describe the machine in another process, since a CUDA context here would take memory from the checks."""

@@ -128,9 +128,9 @@ def _chain(start: np.ndarray, angles: np.ndarray, lengths: Sequence[float], side
 
 
 def _limb(
-    joints: np.ndarray, radii: Sequence[float], cover: float, skin: np.ndarray, cloth: np.ndarray, ids: Sequence[int]
+    points: np.ndarray, radii: Sequence[float], cover: float, skin: np.ndarray, cloth: np.ndarray, ids: Sequence[int]
 ) -> Iterator[Part]:
-    for i, (a, b) in enumerate(pairwise(joints)):
+    for i, (a, b) in enumerate(pairwise(points)):
         covered, depth = float(np.clip(cover - i, 0, 1)), float(a[2] + b[2]) / 2
         if covered < 1:
             yield _part([a, b], radii[i : i + 2], depth, skin, *ids[i : i + 2])
@@ -139,27 +139,27 @@ def _limb(
             yield _part([a, end], [radii[i] * 1.1, end_radius * 1.18], depth + 1e-3, cloth, *ids[i : i + 2])
 
 
-def _arm(joints: np.ndarray, look: Look, side: int) -> list[Part]:
+def _arm(points: np.ndarray, look: Look, side: int) -> list[Part]:
     g, ids = look.girth, (_SHOULDERS[side], _ELBOWS[side], _WRISTS[side])
-    hand = joints[2] + 0.27 * (joints[2] - joints[1])
-    depth = float(joints[1:, 2].mean()) + 0.002
-    palm = _part([joints[2], hand], [0.02 * g, 0.026 * g], depth - 0.003, look.skin * 0.95, ids[2])
-    parts = [*_limb(joints, (0.037 * g, 0.03 * g, 0.021 * g), look.sleeve, look.skin, look.shirt, ids), palm]
+    hand = points[2] + 0.27 * (points[2] - points[1])
+    depth = float(points[1:, 2].mean()) + 0.002
+    palm = _part([points[2], hand], [0.02 * g, 0.026 * g], depth - 0.003, look.skin * 0.95, ids[2])
+    parts = [*_limb(points, (0.037 * g, 0.03 * g, 0.021 * g), look.sleeve, look.skin, look.shirt, ids), palm]
     # In front of the trunk's middle plane by its own thickness: an arm at the side is drawn over the shirt.
     return [Part(p.circles, p.depth + 0.035, p.color, p.shows) for p in parts]
 
 
-def _leg(joints: np.ndarray, look: Look, side: int, frame: np.ndarray) -> list[Part]:
+def _leg(points: np.ndarray, look: Look, side: int, frame: np.ndarray) -> list[Part]:
     g, ids = look.girth, (_HIPS[side], _KNEES[side], _ANKLES[side])
-    shin = (joints[2] - joints[1]) / np.linalg.norm(joints[2] - joints[1])
-    thigh = (joints[1] - joints[0]) / np.linalg.norm(joints[1] - joints[0])
+    shin = (points[2] - points[1]) / np.linalg.norm(points[2] - points[1])
+    thigh = (points[1] - points[0]) / np.linalg.norm(points[1] - points[0])
     forward = frame[:, 2] + 0.8 * (thigh - shin * (thigh @ shin))  # the foot stays about square to the shin
     forward = forward - shin * (forward @ shin)
-    heel = joints[2] + 0.03 * shin
+    heel = points[2] + 0.03 * shin
     toe = heel + 0.085 * forward / max(float(np.linalg.norm(forward)), 1e-6) + 0.004 * shin
-    depth = float(joints[1:, 2].mean()) + 0.002
-    shoe = _part([joints[2], heel, toe], [0.025 * g, 0.03, 0.023], depth, look.shoes, ids[2])
-    return [*_limb(joints, (0.06 * g, 0.043 * g, 0.026 * g), look.trouser_leg, look.skin, look.trousers, ids), shoe]
+    depth = float(points[1:, 2].mean()) + 0.002
+    shoe = _part([points[2], heel, toe], [0.025 * g, 0.03, 0.023], depth, look.shoes, ids[2])
+    return [*_limb(points, (0.06 * g, 0.043 * g, 0.026 * g), look.trouser_leg, look.skin, look.trousers, ids), shoe]
 
 
 def _trunk(hips: np.ndarray, shoulders: np.ndarray, frame: np.ndarray, look: Look) -> list[Part]:

@@ -333,7 +333,7 @@ def test_the_nearest_prediction_of_a_detectors_boxes_stands_for_a_person(tmp_pat
     people = _people(OF_17, tmp_path)
     boxes = detections.detector_boxes(DETECTED, people)
     perfect = _given_back(people, boxes)
-    own = evaluate.match_predictions(perfect, boxes, people, COCO17)
+    own = evaluate._select(perfect, evaluate.match_boxes(perfect, boxes, people, COCO17))
     labels = _labels(people)
     seen = labels[..., 2] > 0
     assert np.abs((own.points_xy - labels[..., :2])[seen]).max() == 0
@@ -344,7 +344,7 @@ def test_the_nearest_prediction_of_a_detectors_boxes_stands_for_a_person(tmp_pat
     fewer = replace(boxes, file_names=names, **arrays)
     left = Predictions(points_xy=perfect.points_xy[gone], scores=perfect.scores[gone])
     of_785 = np.array(people.rows["image_id"][:]) == 785
-    lost = evaluate.match_predictions(left, fewer, people, COCO17).scores
+    lost = evaluate._select(left, evaluate.match_boxes(left, fewer, people, COCO17)).scores
     assert of_785.any() and (lost[of_785] == 0).all() and (lost[~of_785] > 0).all()
 
 

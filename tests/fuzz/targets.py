@@ -133,7 +133,7 @@ def unlabeled_boxes(folder: Path) -> None:
     """Detections and boxes of unlabeled people, as stage ssl reads them."""
     run = config_of(folder, folder)
     skeleton, _ = build.open_skeleton(run.data)
-    root, cache = build.places(run.data)
+    root, cache = build.prepare_root(run.data)
     people = unlabeled.unlabeled_images(root, run.data, skeleton.num_keypoints, cache)
     assert people is not None
     crop_all(people, run)

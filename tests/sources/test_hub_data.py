@@ -318,7 +318,7 @@ def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, 
     convert.main(["convert", "coco", str(drawn), str(tmp_path / "out"), "--group_rows", "2"])
     server.add(REPO, _files(tmp_path / "out"))
     found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)
-    root = build.places(found)[0]
+    root = build.prepare_root(found)[0]
     reader = PeopleReader(source=open_source(root / "train.shards"), prefix="train.shards", num_keypoints=17)
     people = stream.open_streams(root, [stream.StreamSource(reader, stream.labeled)], tmp_path)
     assert len(people) == PEOPLE
