@@ -172,22 +172,6 @@ def _rows_of(people: People) -> Rows | StreamRows:
     return people.rows if isinstance(people.rows, StreamRows) else Rows(people.rows)
 
 
-class EvaluationPeople(Dataset[Labeled]):
-    """Index -> the upright, unchanged crop of a person; what evaluation sees."""
-
-    def __init__(self, people: People, config: DataConfig, skeleton: Skeleton) -> None:
-        self.people, self.config, self.skeleton = people, config, skeleton
-
-    def __len__(self) -> int:
-        return len(self.people)
-
-    def __getitem__(self, index: int) -> Labeled:
-        row = self.people.rows[index]
-        crop = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-        view = _view(read_reduced_image(self.people.root / row["file_name"]), crop, self.config.input_hw)
-        return _with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)
-
-
 class PairSettings(NamedTuple):
     """How pairs of views are made; `changes` is `change_pixels` with the strong view's changes."""
 

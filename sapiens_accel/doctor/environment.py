@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.runtime.launch import find_json
+from sapiens_accel.runtime.versions import package_version
 from sapiens_accel.sources.coco import parse_json, show_value
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
@@ -128,15 +128,8 @@ def _finding(level: Any, check: str, text: str, *culprits: str) -> Finding:
 
 
 def _packages() -> Finding:
-    listed = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
+    listed = ", ".join(f"{name} {package_version(name) or 'missing'}" for name in PACKAGES)
     return _finding("note", "packages", f"Python {sys.version.split()[0]}, {listed}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices() -> Iterator[Finding]:
@@ -210,7 +203,7 @@ def needed_operations(launch: Launch, cuda: bool) -> list[str]:
 def _operations(launch: Launch) -> Iterator[Finding]:
     if not launch.deepspeed:
         return
-    if _version("deepspeed") is None:
+    if package_version("deepspeed") is None:
         yield _finding("error", "deepspeed", f"{launch.name} needs DeepSpeed: pip install deepspeed")
         return
     needed = needed_operations(launch, torch.cuda.is_available())

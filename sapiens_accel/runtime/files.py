@@ -84,11 +84,17 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def set_aside(old: Path) -> None:
     """Rename NAME to the first free of NAME.1, NAME.2, ..."""
+    aside = first_free_name(old)
+    old.rename(aside)
+    print(f"{old}: exists, and is renamed to {aside}", flush=True)
+
+
+def first_free_name(path: Path) -> Path:
+    """The first of NAME.1, NAME.2, ... that does not exist."""
     number = 1
-    while (kept := old.with_name(f"{old.name}.{number}")).exists():
+    while (free := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    old.rename(kept)
-    print(f"{old}: exists, and is renamed to {kept}", flush=True)
+    return free
 
 
 def error_of(action: Callable[[], object]) -> str | None:

@@ -13,14 +13,17 @@ LIBRARIES = (
 
 def describe_versions() -> str:
     """One line: Python, the libraries that are installed, and the commit."""
-    versions = [f"python {platform.python_version()}"]
-    for name in LIBRARIES:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    installed = [f"{name} {number}" for name in LIBRARIES if (number := package_version(name))]
     commit = package_commit()
-    return ", ".join([*versions, *([f"commit {commit}"] if commit else [])])
+    return ", ".join([f"python {platform.python_version()}", *installed, *([f"commit {commit}"] if commit else [])])
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package; None for others."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def package_commit() -> str | None:

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+
+from sapiens_accel.runtime.versions import package_version
 
 REPOSITORY = Path(__file__).parents[2]  # the checkout with train.py, accelerate_configs/ and ds_configs/
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -295,14 +296,7 @@ def cpu_name() -> str:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Versions of installed packages; None for others."""
-    return {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {name: package_version(name) for name in packages}
 
 
 def commit() -> str | None:

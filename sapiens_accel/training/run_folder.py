@@ -27,7 +27,7 @@ from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of,
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
 from sapiens_accel.runtime import failures
-from sapiens_accel.runtime.files import UNFINISHED, read_json, set_aside, write_json, write_text
+from sapiens_accel.runtime.files import UNFINISHED, first_free_name, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
 from sapiens_accel.training.checkpoint import list_checkpoints, read_position, step_of
@@ -310,7 +310,7 @@ def _move_run_aside(folder: Path, carried: Sequence[str]) -> None:
         OSError: something could not be carried over.
     """
     folder = folder.resolve()
-    fresh, aside = folder.with_name(folder.name + UNFINISHED), _first_free(folder)
+    fresh, aside = folder.with_name(folder.name + UNFINISHED), first_free_name(folder)
     carried = [stage for stage in carried if stage in find_begun(folder)]
     try:
         folder.rename(aside)
@@ -353,13 +353,6 @@ def _carry_over(old: Path, new: Path, stages: Sequence[str]) -> None:
             shutil.copyfile(file, new / file.name)
 
 
-def _first_free(folder: Path) -> Path:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return aside
-
-
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
@@ -370,7 +363,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def _set_stage_aside(folder: Path, stage: str) -> None:
     """Move all files of a stage of a run that is continued to STAGE.1, ..., its log lines and images too."""
     (folder / stage).mkdir(exist_ok=True)
-    aside = _first_free(folder / stage)
+    aside = first_free_name(folder / stage)
     set_aside(folder / stage)
     (aside / METRICS).write_text("".join(line + "\n" for line in _lines(folder / METRICS) if _stage_of(line) == stage))
     for image in folder.glob(f"pictures/{stage}_*"):

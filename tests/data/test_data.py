@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from upright import UprightPeople
 
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig, TeacherConfig
 from sapiens_accel.data import build, loader, sampling
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
 from sapiens_accel.data.augment import Augmenter
-from sapiens_accel.data.dataset import Batch, EvaluationPeople, Key, Labeled, Pair, Sets, TrainingPeople, View
+from sapiens_accel.data.dataset import Batch, Key, Labeled, Pair, Sets, TrainingPeople, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.geometry import Crop
@@ -385,7 +386,7 @@ def test_a_mirrored_crop_is_the_crop_mirrored(run: Run) -> None:
 
 
 def test_evaluation_points_are_where_the_pixels_are_and_where_udp_puts_them(dots: Run) -> None:
-    people = EvaluationPeople(dots.sets.val, dots.config, COCO17)
+    people = UprightPeople(dots.sets.val, dots.config, COCO17)
     height, width = dots.config.input_hw
     found = 0
     for index in range(len(people)):
@@ -489,7 +490,7 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
                 smooth = [torch.nn.functional.avg_pool2d(image.float(), 4) for image in (a, b)]
                 assert (smooth[0] - smooth[1]).abs().mean() < 2.5
     known.clear()
-    people = EvaluationPeople(run.sets.val, run.config, COCO17)
+    people = UprightPeople(run.sets.val, run.config, COCO17)
     assert [people[index].view.image.shape for index in range(len(people))] and set(known) == {(1, 1)}
 
 
@@ -513,7 +514,7 @@ def test_target_weights() -> None:
 
 
 def test_weights_of_a_sample_follow_its_keypoints(run: Run) -> None:
-    people = EvaluationPeople(run.sets.train, run.config, COCO17)
+    people = UprightPeople(run.sets.train, run.config, COCO17)
     seen: set[float] = set()
     for index in range(len(people)):
         visibility = np.array(run.sets.train.rows[index]["keypoints"])[:, 2]

@@ -20,11 +20,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from upright import UprightPeople
 
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data import people as people_tables
-from sapiens_accel.data.dataset import EvaluationPeople, Labeled, Sets, View
+from sapiens_accel.data.dataset import Labeled, Sets, View
 from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.doctor import report as doctor
 from sapiens_accel.errors import UserError
@@ -465,8 +466,7 @@ def test_absent_is_background_learns_empty_maps_of_what_has_no_label(tmp_path: P
     sets, _ = open_case(config)
     codec = Codec(input_hw=(64, 48), heatmap_hw=(16, 12), sigma=1.0)
     samples = [
-        EvaluationPeople(sets.train, one, sets.skeleton)[0]
-        for one in (config, replace(config, absent_is_background=True))
+        UprightPeople(sets.train, one, sets.skeleton)[0] for one in (config, replace(config, absent_is_background=True))
     ]
     (plain, plain_weights), (empty, weights) = (codec.encode(one.points_xy[None], one.weights[None]) for one in samples)
     labeled = torch.from_numpy(keypoints_of(sets.train.rows)[0, :, 2] > 0)
@@ -484,7 +484,7 @@ def test_a_hidden_keypoint_of_no_weight_is_not_absent(tmp_path: Path) -> None:
     (root / "train.json").write_text(json.dumps(tree))
     config = replace(config_of(root, OUTCOMES["v0_with_xy"]), absent_is_background=True, occluded_weight=0.0)
     sets, _ = open_case(config)
-    assert EvaluationPeople(sets.train, config, sets.skeleton)[0].weights[:3].tolist() == [1, 0, -1]
+    assert UprightPeople(sets.train, config, sets.skeleton)[0].weights[:3].tolist() == [1, 0, -1]
 
 
 def batched(sample: Labeled) -> Labeled:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from coco_ap import coco_ap
 from torch import Tensor, nn
+from upright import UprightPeople
 
 from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data import people as coco
-from sapiens_accel.data.dataset import EvaluationPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import evaluate
@@ -309,7 +309,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     tree = {"images": images, "annotations": annotations, "categories": categories}
     (root / VAL[0]).write_text(json.dumps(tree))
     people = coco.labeled_people(root, *VAL, K, root / "cache")
-    samples = EvaluationPeople(people, DATA, COCO17)
+    samples = UprightPeople(people, DATA, COCO17)
     input_xy = torch.stack([samples[i].points_xy for i in range(7)])
     return Stage(people, _truth(people)[..., :2], input_xy, Codec(input_hw=(256, 192), heatmap_hw=(64, 48), sigma=2))
 
