@@ -125,7 +125,7 @@ def open_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run
     def open_split() -> tuple[People, Skeleton, str]:
         files = build.locate_files(run.data)
         annotations = files.val_annotations if run.eval.split == "val" else files.train_annotations
-        root, cache = build.places(files)
+        root, cache = build.prepare_root(files)
         skeleton, note = networks.choose_skeleton(candidates, root / annotations, files.category, cache)
         people = evaluate.use_areas(build.open_split(run.data, skeleton, run.eval.split), run.eval)
         return people, skeleton, note
