@@ -106,7 +106,7 @@ def convert_parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", type=Path, help="a new folder; of a video: one that may be there")
     add("--images", type=Path, help="the folder of the images, where they are not where the labels say")
     add("--category", help="what is annotated: mouse, hand, ... (default: the tool's name, else animal or person)")
-    add("--val", type=float, default=0.2, help="share of the images that validate, where the tool has no split (0.2)")
+    add("--val", type=float, help="share of the images that validate, where the tool has no split (0.2)")
     add("--seed", type=int, default=0, help="of what is drawn at random (0)")
     add(
         "--boxes", choices=("annotation", "keypoints", "image", "motion"), default=None,
@@ -119,7 +119,7 @@ def convert_parser() -> argparse.ArgumentParser:
     every("--frames", type=int, help=f"how many frames, evenly ({FRAMES})")
     every("--seconds", type=float, help="a frame every so many seconds, in place of --frames")
     every("--different", action="store_true", help="frames that differ: one of each of --frames clusters (k-means)")
-    every("--animals", type=int, default=1, help="most boxes of a frame by motion (1)")
+    every("--animals", type=int, help="most boxes of a frame by motion (1)")
     every("--folder", default="unlabeled2017", help="of OUT, for the frames: --data.unlabelled_images (unlabeled2017)")
     return parser
 

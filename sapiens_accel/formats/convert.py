@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sapiens_accel.config.commands import convert_parser
+from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats import (
     coco_datasets,
@@ -64,12 +65,13 @@ def main(argv: Sequence[str]) -> None:
         video.main(asked)
         return
     _refuse_options_of_video(asked)
-    if not 0 < asked.val < 1:
-        raise UserError(f"--val {asked.val:g}: expected a share between 0 and 1, such as 0.2")
+    val = WriteOptions.val if asked.val is None else asked.val
+    if not 0 < val < 1:
+        raise UserError(f"--val {val:g}: expected a share between 0 and 1, such as 0.2")
     dataset = read(asked.format, asked.source, asked.images)
     if asked.category:
         dataset = rename(dataset, asked.category)
-    options = WriteOptions(val=asked.val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
+    options = WriteOptions(val=val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
     summary = coco_folder.write(dataset, asked.out, options)
     print(*summary, f"written: {asked.out}; train with", describe_training(asked.out, options), sep="\n")
 
@@ -127,7 +129,8 @@ def _refuse_options_of_video(asked: Namespace) -> None:
         UserError: an option that would be ignored.
     """
     given = {"--frames": asked.frames, "--seconds": asked.seconds, "--different": asked.different}
-    given |= {"--boxes motion": asked.boxes == "motion", "--animals": asked.animals != 1}
+    given |= {"--folder": asked.folder != DataConfig.unlabelled_images}
+    given |= {"--boxes motion": asked.boxes == "motion", "--animals": asked.animals is not None}
     if of_video := [name for name, value in given.items() if value]:
         raise UserError(f"{of_video[0]}: of a video (expected FORMAT video, found {asked.format}). Leave it out")
 

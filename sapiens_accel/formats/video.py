@@ -4,6 +4,7 @@ They are added to a folder in COCO's form, with the boxes of what moves against 
 """
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,16 @@ from sapiens_accel.config.commands import FRAMES
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.formats.dataset import DEFAULT_CATEGORY
-from sapiens_accel.inference.media import frame_name, is_video, read_frames, save_image, video_length
+from sapiens_accel.inference.media import (
+    VIDEOS,
+    describe_missing_frames,
+    frame_name,
+    frame_times,
+    is_video,
+    read_frames,
+    save_image,
+    video_length,
+)  # fmt: skip
 from sapiens_accel.runtime.files import write_text
 from sapiens_accel.sources.coco import load_json
 
@@ -41,30 +51,40 @@ def main(asked: Namespace) -> None:
     """
     _check(asked)
     film: Path = asked.source
+    category = _category(asked)
     indices = choose_frames(film, asked)
-    finder = MotionBoxes(film, asked.animals) if asked.boxes == "motion" else None
+    finder = MotionBoxes(film, asked.animals or 1) if asked.boxes == "motion" else None
     folder = asked.out / asked.folder
     images, boxes = [], []
+    decoded = num_still = num_replaced = 0
     for index, frame in read_frames(film):
+        decoded += 1
         if index not in indices:
             continue
         found = finder.find(frame) if finder else [(0.0, 0.0, float(frame.shape[1]), float(frame.shape[0]))]
+        num_still += not found
         if found:
             name = f"{film.stem}/{frame_name(film, index)}"
+            num_replaced += (folder / name).is_file()
             save_image(frame, folder / name)
             images.append({"file_name": name, "width": frame.shape[1], "height": frame.shape[0]})
             boxes.append(found)
     if not images:
         raise UserError(
-            f"{film}: nothing moves in {count(len(indices), 'frame')} (expected a fixed camera and something that "
+            f"{film}: nothing moves in {count(num_still, 'frame')} (expected a fixed camera and something that "
             f"moves). Use --boxes image"
         )
     file = asked.out / "annotations" / f"person_boxes_{asked.folder}.json"
-    total = _add(file, images, boxes, _category(asked))
-    still = len(indices) - len(images)
+    total = _add(file, images, boxes, category)
     print(f"{folder}: {count(len(images), 'frame')} of {film}, {sum(map(len, boxes))} box(es)")
-    if still:
-        print(f"left out: {count(still, 'frame')} in which nothing moves")
+    if num_still:
+        print(f"left out: {count(num_still, 'frame')} in which nothing moves")
+    if missing := len(indices) - len(images) - num_still:
+        print(f"left out: {count(missing, 'frame')} that do not decode")
+    if line := describe_missing_frames(film, decoded):
+        print(line)
+    if num_replaced:
+        print(f"replaced: {count(num_replaced, 'frame')} of the same names in {folder / film.stem}")
     if finder and finder.share_moving > MOVING_CAMERA:
         print(f"warning: {finder.share_moving:.0%} of the image moves in the median frame; is the camera fixed?")
     print(f"{file}: {count(total, 'frame')} in all; stage ssl reads them: --data.root {asked.out}")
@@ -73,25 +93,38 @@ def main(asked: Namespace) -> None:
 
 
 def _check(asked: Namespace) -> None:
+    if asked.source.is_dir():
+        raise UserError(f"{asked.source}: a folder (expected a video). Give its videos one by one, with the same OUT")
     if not is_video(asked.source):
-        raise UserError(f"{asked.source}: no video by its ending (expected .mp4, .avi, .mov, ...)")
+        raise UserError(f"{asked.source}: no video by its ending (expected one of {', '.join(VIDEOS)})")
     if asked.boxes not in (None, "image", "motion"):
         raise UserError(f"--boxes {asked.boxes}: a video has no labels (expected image or motion)")
     if asked.seconds is not None and (asked.frames is not None or asked.different):
         raise UserError("--seconds: not together with --frames or --different (expected one of them)")
-    ignored = {"--images": asked.images, "--link": asked.link}
+    ignored = {"--images": asked.images, "--link": asked.link, "--val": asked.val is not None}
     if of_labels := [name for name, value in ignored.items() if value]:
         raise UserError(f"{of_labels[0]}: not of a video. Leave it out")
     for name in ("frames", "seconds", "animals"):
         value = getattr(asked, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value:g}: expected more than 0")
+    if asked.animals is not None and asked.boxes != "motion":
+        raise UserError(
+            f"--animals {asked.animals}: without --boxes motion each frame has one box. Give both, or neither"
+        )
 
 
 def _category(asked: Namespace) -> dict[str, Any]:
-    """The category of the boxes: that of the labels in OUT where there are some."""
+    """The category of the boxes: that of the labels in OUT where there are some.
+
+    Raises:
+        UserError: another one was asked for.
+    """
     file = asked.out / DataConfig.train_annotations
     known = load_json(file).get("categories") if file.is_file() else None
+    names = [str(one.get("name")) for one in known or []]
+    if names and asked.category not in (None, names[0]):
+        raise UserError(f"--category {asked.category}: the labels in {file} have {', '.join(names)}. Leave it out")
     first = known[0] if known else {"id": 1, "name": asked.category or DEFAULT_CATEGORY}
     return {key: value for key, value in first.items() if key in ("id", "name", "supercategory")}
 
@@ -125,12 +158,13 @@ def _add(file: Path, images: list[dict[str, Any]], boxes: Sequence[Sequence[Box]
 
 def choose_frames(film: Path, asked: Namespace) -> set[int]:
     """Numbers of frames, from 0."""
-    num, rate = video_length(film)
+    times = frame_times(film)  # what a video says to have may be far from what decodes
     if asked.seconds is not None:
-        step = max(asked.seconds * rate, 1.0)
-        return {round(number * step) for number in range(int((num - 1) / step) + 1)}
-    wanted = min(asked.frames or FRAMES, num)
-    evenly = np.linspace(0, num - 1, wanted).round().astype(int)
+        wanted_times = np.arange(times[0], times[-1] + 1e-3, max(asked.seconds, 1e-3))
+        # The frame that is shown at a time, for rates that vary; half a millisecond is how exactly films tell it.
+        return set((np.searchsorted(times, wanted_times + 5e-4, side="right") - 1).tolist())
+    wanted = min(asked.frames or FRAMES, len(times))
+    evenly = np.linspace(0, len(times) - 1, wanted).round().astype(int)
     return frames_that_differ(film, wanted, asked.seed) if asked.different else set(evenly.tolist())
 
 
@@ -142,11 +176,13 @@ def frames_that_differ(film: Path, wanted: int, seed: int) -> set[int]:
         small = cv2.resize(_gray(frame), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
         indices.append(index)
         rows.append(small.reshape(-1).astype(np.float32))
+    if len(rows) <= wanted:
+        return set(indices)
     thumbnails = np.array(rows)
     cv2.setRNGSeed(seed)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 50, 0.1)
     labels = np.zeros((len(rows), 1), np.int32)
-    _, labels, centers = cv2.kmeans(thumbnails, min(wanted, len(rows)), labels, stop, 3, cv2.KMEANS_PP_CENTERS)
+    _, labels, centers = cv2.kmeans(thumbnails, wanted, labels, stop, 3, cv2.KMEANS_PP_CENTERS)
     chosen = set()
     for number, center in enumerate(centers):
         members = np.flatnonzero(labels[:, 0] == number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 from tqdm import tqdm
 
@@ -16,7 +16,10 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images as photo
 from sapiens_accel.sources.images import IMAGE_SUFFIXES
 
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+VIDEOS = (
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ts", ".3gp", ".flv",
+    ".ogv", ".asf", ".h264",
+)  # fmt: skip
 JPEG_QUALITY = 95
 USUAL_RATE = 25.0  # frames a second of a video that does not tell
 
@@ -120,6 +123,36 @@ def video_length(video: Path) -> tuple[int, float]:
     usual = np.isfinite(rate) and 0 < rate <= 1000
     known = np.isfinite(num) and num >= 1
     return int(num) if known else sum(1 for _ in read_frames(video)), float(rate) if usual else USUAL_RATE
+
+
+def frame_times(video: Path) -> Float[Array, " n"]:
+    """When each frame is shown, in seconds; by the number of the frame where the video has no times.
+
+    Raises:
+        UserError: as `read_frames`.
+    """
+    capture, times = _opened(video), []
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    while capture.grab():
+        times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    capture.release()
+    if not times:
+        raise UserError(f"{video}: no frame of it decodes; expected a video that OpenCV (FFmpeg) reads")
+    seconds = np.array(times)
+    if (np.diff(seconds) <= 0).any():
+        seconds = np.arange(len(times)) / (rate if np.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE)
+    return seconds
+
+
+def describe_missing_frames(video: Path, num_decoded: int) -> str:
+    """A warning where a video says to have more frames than decode, as one that was cut off; else empty.
+
+    Some containers only estimate their number of frames: 2 % fewer are no fault.
+    """
+    num, _ = video_length(video)
+    if num_decoded >= 0.98 * num - 1:
+        return ""
+    return f"warning: {video}: of {num} frames that it says to have, {num_decoded} decode. Is it cut off?"
 
 
 def _opened(video: Path) -> cv2.VideoCapture:

@@ -228,6 +228,8 @@ def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights:
             writer.add(piece, people)
     if not num_images:
         raise UserError(f"{task.path}: none of its images can be used")
+    if media.is_video(task.path) and (line := media.describe_missing_frames(task.path, num_images)):
+        accelerator.print(line)
     if num_outside:
         accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
     if writer is not None:

@@ -1,6 +1,7 @@
 """Frames of a film without labels: how many, which, their boxes against what was drawn, and how ssl reads them."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sapiens_accel.config import parse
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats import convert
-from sapiens_accel.inference.media import Film
+from sapiens_accel.inference.media import Film, read_frames
 
 NUM, RATE = 60, 10
 WIDTH, HEIGHT, SIDE = 320, 240, 60
@@ -128,8 +129,93 @@ def numbers_of(num: int) -> list[int]:
         (["--frames", "0"], r"^--frames 0: expected more than 0$"),
         (["--boxes", "keypoints"], r"^--boxes keypoints: a video has no labels"),
         (["--link"], r"^--link: not of a video"),
+        (["--val", "0.3"], r"^--val: not of a video"),
+        (["--seconds", "nan"], r"^--seconds nan: expected more than 0$"),
+        (["--animals", "2"], r"^--animals 2: without --boxes motion each frame has one box"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(film: Path, tmp_path: Path, words: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         run(film, tmp_path / "out", *words)
+
+
+# ---- Odd videos
+
+
+def _ffmpeg(*words: object) -> None:
+    exe = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    subprocess.run([exe, "-y", "-loglevel", "error", *map(str, words)], check=True)
+
+
+def test_a_video_that_is_cut_off_gives_the_frames_that_decode(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    _ffmpeg("-i", film, "-c", "copy", whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    num = sum(1 for _ in read_frames(cut))
+    assert 5 < num < NUM - 5
+    run(cut, tmp_path / "out", "--frames", "5")
+    assert numbers(read_boxes(tmp_path / "out")) == np.linspace(0, num - 1, 5).round().astype(int).tolist()
+    said = capsys.readouterr().out
+    assert f"cut.mkv: of {NUM} frames that it says to have, {num} decode. Is it cut off?\n" in said
+    assert "nothing moves" not in said
+
+
+def test_seconds_are_of_the_clock_where_the_rate_varies(film: Path, tmp_path: Path) -> None:
+    """10 frames a second for three seconds, then two."""
+    varies = tmp_path / "varies.mkv"
+    _ffmpeg("-i", film, "-vf", "select='lt(t,2.95)+gte(t,2.95)*not(mod(n,5))'", "-fps_mode", "vfr", varies)
+    run(varies, tmp_path / "out", "--seconds", "1")
+    assert numbers(read_boxes(tmp_path / "out")) == [0, 10, 20, 30, 32, 34]
+
+
+def test_a_video_that_a_phone_turned_is_upright(film: Path, tmp_path: Path) -> None:
+    _ffmpeg("-display_rotation", "90", "-i", film, "-c", "copy", tmp_path / "turned.mp4")
+    run(tmp_path / "turned.mp4", tmp_path / "out", "--frames", "1")
+    assert list(read_boxes(tmp_path / "out").values()) == [[[0, 0, HEIGHT, WIDTH]]]
+    (image,) = (tmp_path / "out").rglob("*.jpg")
+    dark = np.argwhere(cv2.imread(str(image), 0) < 80)
+    x, y = corner(0)
+    # Turned by 90 degrees against the clock: (x, y) is at (y, WIDTH - x).
+    np.testing.assert_allclose(dark.min(0)[::-1], (y, WIDTH - x - SIDE), atol=4)
+
+
+@pytest.mark.parametrize("words", [["--different"], ["--seconds", "1"], ["--frames", "9"]])
+def test_one_frame_is_enough(film: Path, tmp_path: Path, words: list[str]) -> None:
+    one = Film(tmp_path / "one.mp4", RATE)
+    one.add(np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
+    one.close()
+    run(tmp_path / "one.mp4", tmp_path / "out", *words)
+    assert numbers(read_boxes(tmp_path / "out")) == [0]
+
+
+def test_what_is_no_video_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("a text")
+    (tmp_path / "folder.mp4").mkdir()
+    _ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", tmp_path / "sound.mp4")
+    for name in ("empty", "text", "sound"):
+        with pytest.raises(UserError, match=rf"{name}\.mp4: does not open as a video; expected one that OpenCV"):
+            run(tmp_path / f"{name}.mp4", tmp_path / "out")
+    with pytest.raises(UserError, match=r"folder\.mp4: a folder \(expected a video\)\. Give its videos one by one"):
+        run(tmp_path / "folder.mp4", tmp_path / "out")
+
+
+def test_another_video_of_the_same_name_is_said_to_replace_frames(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in ("day1", "day2"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "cam.mp4").write_bytes(film.read_bytes())
+        run(tmp_path / day / "cam.mp4", tmp_path / "out", "--frames", "3")
+    assert f"replaced: 3 frames of the same names in {tmp_path / 'out' / 'unlabeled2017' / 'cam'}\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_category_is_that_of_the_labels(film: Path, tmp_path: Path) -> None:
+    convert.main(["yolo", str(foreign.yolo(tmp_path / "mice")), str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"^--category rat: the labels in .* have mouse\. Leave it out$"):
+        run(film, tmp_path / "out", "--category", "rat")
+    run(film, tmp_path / "out", "--frames", "1", "--category", "mouse")
