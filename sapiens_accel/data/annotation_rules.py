@@ -23,7 +23,7 @@ from sapiens_accel.pose import person_boxes, visibility
 from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.person_boxes import ANNOTATED, FROM_KEYPOINTS, NO_BOX, PeopleBoxes
 from sapiens_accel.pose.visibility import is_labeled
-from sapiens_accel.sources.coco import BROKEN, given_id, image_names, number_of_id, reason, show_value
+from sapiens_accel.sources.coco import BROKEN, NO_ANNOTATION, given_id, image_names, number_of_id, reason, show_value
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
 from sapiens_accel.sources.source import open_source
 
@@ -279,6 +279,8 @@ class PeopleReader:
         ids = category_ids(tree.get("categories") or (), self.known_reading)
         for index, annotation in enumerate(tree["annotations"]):
             try:
+                if not isinstance(annotation, dict):
+                    raise ValueError(NO_ANNOTATION)
                 if ids and (category := category_of(annotation, ids[0])) not in ids:
                     row, check = None, f"{CATEGORY}{show_value(annotation.get('given_category_id', category))}"
                 else:
@@ -296,7 +298,7 @@ class PeopleReader:
                     left_out.append(Fault(check, _name_of(annotation, index)))
                 continue
             if collect is not None:
-                collect += _wrong_count(annotation, index)
+                collect += _wrong_count(annotation, index, self.known_reading)
                 is_made = self.known_reading.boxes == "annotation" and row["box_origin"] != ANNOTATED
                 collect += [Fault("made_boxes", _name_of(annotation, index))] * is_made
             yield row
@@ -329,6 +331,7 @@ class PeopleReader:
             "file_name": f"{self.prefix}/{images.names[annotation['image_id']]}",
             "image_id": id_of(annotation["image_id"]),
             "ann_id": id_of(annotation["id"]),
+            "given_id": given_id(annotation),
             "box_xywh": chosen.boxes_xywh[0].tolist(),
             "area": float(area if area or (box[2:] > 0).all() else from_box),
             "box_area": float(chosen.areas[0]),
@@ -610,11 +613,14 @@ def describe_left_out(counts: Mapping[str, int], source: Source, reading: Readin
     wanted = "expected " + ", ".join(_describe_kind(given[str(one)], names) for one in ids[:4])
     if None in ids:
         wanted = f"category {names.get('None')!r} has no id: give it one, that of its annotations"
+    label = "v > 0"
+    if reading.threshold is not None:
+        label = f"v from --data.visibility_threshold {reading.threshold:g} up"
     texts = {
         f"of other categories (category_id {shown}; {wanted})": others,
         "crowds": counts.get(CROWD, 0),
         "without a box of a width and a height, or a labeled keypoint": counts.get(NO_SIZE, 0),
-        "without a labeled keypoint (v > 0)": counts.get(NO_LABEL, 0),
+        f"without a labeled keypoint ({label})": counts.get(NO_LABEL, 0),
     }
     return ", ".join(f"{count} {text}" for text, count in texts.items() if count)
 
@@ -684,10 +690,10 @@ def _is_other_number(annotation: dict[str, Any], num_keypoints: int) -> bool:
     return isinstance(numbers, list) and len(numbers) % 3 == 0 and len(numbers) != 3 * num_keypoints
 
 
-def _wrong_count(annotation: dict[str, Any], index: int) -> Iterator[Fault]:
-    """Of the five lists of a whole body the count is of the first."""
-    count = annotation.get("num_keypoints")
-    labeled = sum(v > 0 for v in (annotation.get("keypoints") or ())[2::3])
+def _wrong_count(annotation: dict[str, Any], index: int, reading: Reading) -> Iterator[Fault]:
+    """Of the five lists of a whole body the count is of the first; with a threshold, of the scores from it on."""
+    count, v = annotation.get("num_keypoints"), (annotation.get("keypoints") or ())[2::3]
+    labeled = sum(one > 0 if reading.threshold is None else one >= reading.threshold for one in v)
     if count is not None and count != labeled:
         text = f"{_name_of(annotation, index)}: num_keypoints {show_value(count)}, labeled {labeled}"
         yield Fault("num_keypoints", text)
@@ -749,15 +755,20 @@ def box_of(thing: dict[str, Any]) -> Float[Array, "4"]:
 def _numbers(values: Any, name: str) -> Float[Array, "n"]:
     # numpy would read the numbers in a text, too.
     if not isinstance(values, list) or not set(map(type, values)) <= NUMBERS:
-        raise ValueError(f"expected a list of numbers for '{name}', found {str(values)[:60]}{_explain_types(values)}")
+        raise ValueError(
+            f"expected a list of numbers for '{name}', found {str(values)[:60]}{_explain_types(values, name)}"
+        )
     return np.asarray(values, dtype=np.float64)
 
 
-def _explain_types(values: Any) -> str:
+def _explain_types(values: Any, name: str) -> str:
     """What to do about a list of other things than numbers; empty where nothing can be said."""
     kinds = set(map(type, values)) if isinstance(values, list) else set()
     if list in kinds:
         return "; lists within the list: write all numbers in one"
     if str in kinds:
         return "; numbers as text: write them without quotes"
-    return "; null: write 0, 0, 0 for a keypoint without label" if type(None) in kinds else ""
+    if type(None) not in kinds:
+        return ""
+    of_box = "; null: leave 'bbox' out, and it is made from the keypoints"
+    return of_box if name == "bbox" else "; null: write 0, 0, 0 for a keypoint without label"

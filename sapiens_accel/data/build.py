@@ -24,7 +24,7 @@ from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, images, synthetic
-from sapiens_accel.sources.coco import release_large_trees
+from sapiens_accel.sources.coco import release_large_trees, show_value
 from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Reading
 from sapiens_accel.sources.source import open_source
@@ -332,8 +332,9 @@ def check_targets(people: People, config: DataConfig) -> None:
     if inside.sum() < labeled.sum() / 2 or tiny:
         what = f"{'nearly ' if inside.any() else ''}all targets are zero"
         worst = int(np.argmin(inside.sum(axis=1) / np.maximum(labeled.sum(axis=1), 1)))
+        (given,) = people_tables.read_given_ids(people, np.array([people.rows[worst]["ann_id"]]))
         raise UserError(
             f"{people.annotations}: {'boxes are less than 2 px wide or high' if tiny else what}: {inside.sum()} of "
             f"{labeled.sum()} labeled keypoints lie in their person's box (annotation "
-            f"{people.rows[worst]['ann_id']}: box {boxes[worst].tolist()}); expected both in pixels of the image"
+            f"{show_value(given)}: box {boxes[worst].tolist()}); expected both in pixels of the image"
         )

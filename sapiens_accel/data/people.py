@@ -38,7 +38,7 @@ from sapiens_accel.pose.person_boxes import (
     measure_sizes,
 )
 from sapiens_accel.sources import images
-from sapiens_accel.sources.coco import find_image_fault
+from sapiens_accel.sources.coco import HASHED_BIT, find_image_fault, show_value
 from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import PLAIN, Reading, Source
 from sapiens_accel.sources.source import open_source
@@ -429,6 +429,16 @@ def measure_people(parts: Sequence[People]) -> PeopleSizes | None:
     return measure_sizes(boxes, sizes)
 
 
+def read_given_ids(people: People, ann_ids: Int[Array, "n"]) -> Shaped[Array, "n"]:
+    """Ids of annotations as their file writes them, as objects. It is read again where one may be a text."""
+    given = ann_ids.astype(object)
+    if not (ann_ids >> HASHED_BIT == 1).any():
+        return given
+    annotations = people.source.read()["annotations"]
+    texts = {one.get("id"): one["given_id"] for one in annotations if isinstance(one, dict) and "given_id" in one}
+    return np.array([texts.get(number, number) for number in given], object)
+
+
 def column_of(rows: Dataset, name: str, shape: tuple[int, ...] = ()) -> Shaped[Array, "n *shape"]:
     """A column as one array of its own, of numbers or of text."""
     if not len(rows):
@@ -614,4 +624,5 @@ def _first_annotation(parts: Sequence[People], image: Path) -> str:
     """Names the first annotation of an image."""
     several = ((people, row) for people in parts for row in enumerate(people.rows["file_name"][:]))
     people, place = next((people, i) for people, (i, name) in several if people.root / name == image)
-    return f"{people.annotations}: annotation {people.rows[place]['ann_id']}"
+    (given,) = read_given_ids(people, np.array([people.rows[place]["ann_id"]]))
+    return f"{people.annotations}: annotation {show_value(given)}"

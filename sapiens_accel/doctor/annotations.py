@@ -62,8 +62,11 @@ def read_annotations(
     except UserError as error:
         labels = _labels(list(reader.rows(faults, tree)), {}, num_keypoints)
         # That one line says it of all; any other fault is named beside it.
-        others = [fault for fault in faults if not fault.text.endswith(UNKNOWN_SIZE)]
-        findings = [_error("boxes", str(error)), *_findings(others, len(tree["images"]), len(tree["annotations"]))]
+        others = [fault for fault in faults if fault.check != "made_boxes" and not fault.text.endswith(UNKNOWN_SIZE)]
+        findings = [
+            _error("boxes", str(error)),
+            *_findings(others, source.file, len(tree["images"]), len(tree["annotations"])),
+        ]
         return ReadAnnotations(labels=labels, findings=findings)
     num_images = len(tree["images"]) + sum(fault.check in ("images", "ids") for fault in faults)
     left_out: list[Fault] = []
@@ -77,7 +80,7 @@ def read_annotations(
         sizes_wh=sizes,
         max_looked_at=source.max_looked_at,
         findings=[
-            *_findings(faults, num_images, len(tree["annotations"])),
+            *_findings(faults, source.file, num_images, len(tree["annotations"])),
             *_note_unknown_sizes(image_ids, sizes),
         ],
     )
@@ -93,14 +96,17 @@ def _sizes_in_file(listed: Sequence[dict[str, Any]], folder: str) -> dict[str, t
     return sizes
 
 
-def _findings(faults: Sequence[Fault], num_images: int, num_annotations: int) -> Iterator[Finding]:
+def _findings(faults: Sequence[Fault], file: Path, num_images: int, num_annotations: int) -> Iterator[Finding]:
     """The faults by their kind, each with all whom it is about."""
     texts: dict[str, tuple[Level, str]] = {
-        "images": ("error", f"of {num_images} images in the JSON cannot be taken"),
-        "ids": ("error", "image ids that are of two images"),
-        "annotations": ("error", f"of {num_annotations} annotations cannot be read"),
+        "images": ("error", f"of {num_images} images in {file} cannot be taken"),
+        "ids": ("error", f"image ids that are of two images, in {file}"),
+        "annotations": ("error", f"of {num_annotations} annotations in {file} cannot be read"),
         NO_SIZE: ("warning", "annotations are left out: no box with a width and a height, no labeled keypoint"),
-        "made_boxes": ("warning", "annotations have no box with a width and a height: made from their keypoints"),
+        "made_boxes": (
+            "warning",
+            "annotations have no box with a width and a height: made from their keypoints (--data.box_margin)",
+        ),
         "num_keypoints": ("warning", "annotations whose num_keypoints is not the number of their labeled keypoints"),
         CROWD: ("note", "annotations are crowds: left out"),
         "kind": ("note", "annotations are of other categories: left out"),
@@ -132,6 +138,7 @@ def _labels(rows: Sequence[dict[str, Any]], sizes: Mapping[str, tuple[float, flo
     unknown = (np.nan, np.nan)
     return Labels(
         ann_ids=np.array([row["ann_id"] for row in rows], np.int64),
+        given_ids=np.array([row["given_id"] for row in rows], object),
         file_names=np.array([row["file_name"] for row in rows], object),
         boxes_xywh=np.array([row["box_xywh"] for row in rows]).reshape(num, 4),
         areas=np.array([row["area"] for row in rows], np.float64),
@@ -162,7 +169,10 @@ def check_images(
     if corrupt:
         level: Level = "error" if on_bad_image == "stop" else "warning"
         first = next(iter(reasons.values()))
-        text = f"{len(corrupt)} images cannot be used: the first {first}; mend them, or --data.on_bad_image skip"
+        what = "mend them, or --data.on_bad_image skip"
+        if level == "warning":
+            what = "their people are left out (--data.on_bad_image skip)"
+        text = f"{len(corrupt)} images cannot be used: the first {first}; {what}"
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
     if line := images.describe_bits(root, [name for name in names if name not in reasons]):
         findings.append(Finding(level="warning", check="bits", text=line.removeprefix("warning: ")))

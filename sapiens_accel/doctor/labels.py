@@ -16,6 +16,7 @@ from numpy import ndarray as Array
 from sapiens_accel.config.schema import Config, DataConfig
 from sapiens_accel.pose import geometry, mirror_pairs, person_boxes, visibility
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.sources.coco import show_value
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -54,12 +55,15 @@ class Labels:
     """The people of one annotation file, column by column.
 
     Attributes:
+        ann_ids: as whole numbers; a text has that of `coco.number_of_id`.
+        given_ids: as the file writes them.
         keypoints: x, y and v, see `visibility`.
         size_wh: of each person's image; not a number where it is not known.
         box_made: whether a person's box is not the file's own (`--data.boxes`): it is not the file's fault.
     """
 
     ann_ids: Int[Array, "n"]
+    given_ids: Shaped[Array, "n"]
     file_names: Shaped[Array, "n"]
     boxes_xywh: Float[Array, "n 4"]
     areas: Float[Array, "n"]
@@ -75,7 +79,7 @@ class Labels:
         return visibility.is_labeled(self.keypoints)
 
     def names(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
-        return _annotation_names(self.ann_ids[chosen], self.file_names[chosen])
+        return _annotation_names(self.given_ids[chosen], self.file_names[chosen])
 
     def at(self, places: Int[Array, "m"]) -> "Labels":
         """The people at these places."""
@@ -124,7 +128,8 @@ def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool, run: Config
     if len(labels):
         found += _check_areas(labels, scored and run.eval.area == "annotation")
         found += _check_visibility(labels, run.data)
-    found += find_repeated_ids(labels.ann_ids, labels.file_names, scored=scored)
+    found += find_repeated_ids(labels.ann_ids, labels.given_ids, labels.file_names, scored=scored)
+    found += _find_zero_id(labels, scored)
     return [
         *found,
         *_find_never_labeled(labels, skeleton),
@@ -139,7 +144,9 @@ def is_repeated(ids: Int[Array, "n"]) -> Bool[Array, "n"]:
     return np.isin(ids, distinct[counts > 1])
 
 
-def find_repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool) -> Iterator[Finding]:
+def find_repeated_ids(
+    ann_ids: Int[Array, "n"], given_ids: Shaped[Array, "n"], file_names: Shaped[Array, "n"], *, scored: bool
+) -> Iterator[Finding]:
     """Annotations that share their id with another one."""
     again = is_repeated(ann_ids)
     if again.any():
@@ -148,8 +155,18 @@ def find_repeated_ids(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"], 
             level="error" if scored else "warning",
             check="ids",
             text=text + ("; COCO's evaluation takes one of each" if scored else ""),
-            culprits=_annotation_names(ann_ids[again], file_names[again]),
+            culprits=_annotation_names(given_ids[again], file_names[again]),
         )
+
+
+def _find_zero_id(labels: Labels, scored: bool) -> Iterator[Finding]:
+    zero = labels.ann_ids == 0
+    if scored and zero.any():
+        text = (
+            "an annotation has id 0, and pycocotools itself takes a match with it for none: its AP of saved "
+            "predictions is lower than the one here, which is right; number annotations from 1"
+        )
+        yield Finding(level="note", check="ids", text=text, culprits=labels.names(zero))
 
 
 def _check_boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
@@ -218,11 +235,11 @@ def _check_keypoints(labels: Labels, scored: bool) -> Iterator[Finding]:
 
 def _check_visibility(labels: Labels, data: DataConfig) -> Iterator[Finding]:
     v = labels.keypoints[..., 2]
-    odd = np.asarray((~np.isin(v, (0, 1, 2))).any(axis=1))
+    unused = visibility.has_unused_position(labels.keypoints)
+    odd = np.asarray((~np.isin(v, (0, 1, 2)) & ~unused).any(axis=1))
     if odd.any():
         text = f"{_count(odd, 'person', 'people')} with a v that is not 0, 1 or 2: above 0 it is a label, else none"
         yield Finding(level="warning", check="visibility", text=text, culprits=labels.names(odd))
-    unused = visibility.has_unused_position(labels.keypoints)
     if (people := np.asarray(unused.any(axis=1))).any():
         below = bool((v[unused] < 0).any())
         share = unused.sum() / max(unused.sum() + labels.labeled.sum(), 1)
@@ -378,8 +395,9 @@ def check_sigma(sigma: float, heatmap_hw: tuple[int, int]) -> Finding:
     return Finding(level="note" if fine else "warning", check="sigma", text=text + ("" if fine else expected))
 
 
-def _annotation_names(ann_ids: Int[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
-    return tuple(f"annotation {i} ({name})" for i, name in zip(ann_ids.tolist(), file_names, strict=True))
+def _annotation_names(given_ids: Shaped[Array, "n"], file_names: Shaped[Array, "n"]) -> tuple[str, ...]:
+    pairs = zip(given_ids.tolist(), file_names, strict=True)
+    return tuple(f"annotation {show_value(given)} ({name})" for given, name in pairs)
 
 
 def _count(which: Bool[Array, "*any"], one: str, more: str | None = None) -> str:

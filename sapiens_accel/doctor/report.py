@@ -24,7 +24,15 @@ from sapiens_accel.config.commands import doctor_parser
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, MoreData
 from sapiens_accel.data import augment, build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People, boxes_of, column_of, features_of, keypoints_of, spread_rows
+from sapiens_accel.data.people import (
+    People,
+    boxes_of,
+    column_of,
+    features_of,
+    keypoints_of,
+    read_given_ids,
+    spread_rows,
+)
 from sapiens_accel.data.unlabeled import unlabeled_images
 from sapiens_accel.doctor import annotations as annotation_checks
 from sapiens_accel.doctor import environment, preview
@@ -42,6 +50,7 @@ from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.person_boxes import PeopleSizes, measure_sizes
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import images
+from sapiens_accel.sources.coco import HASHED_BIT
 
 SHOWN = 4  # culprits of a check in the text; the JSON has all
 BRIEF_PEOPLE = 10_000  # spread over the set: shares are known to a percent, in a fraction of a second
@@ -105,6 +114,7 @@ def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
     else:
         report.findings += _under("crops", _crops(run, train, skeleton, report, out))
     report.findings += _under("machine", environment.check_machine(run, launch, skeleton))
+    report.findings = _drop_repeated(report.findings)
     return report
 
 
@@ -140,6 +150,7 @@ def check_data(run: Config) -> tuple[DoctorReport, Labels, Skeleton]:
             report.findings += _under(f"{name} and val", _skip_leaks(of_set) if skips else of_set)
         if any(run.get_stage(stage).ratio for stage in run.stages):
             report.findings += _under("unlabelled", _unlabeled(config, skeleton, root, cache, val))
+    report.findings = _drop_repeated(report.findings)
     return report, label_checks.join_labels([_with_keypoints(train.labels) for train in read_of.values()]), skeleton
 
 
@@ -222,13 +233,15 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
     sets, findings = _open_sets(run, skeleton)
     if sets is None:
         return findings
+    named = {finding.check for finding in report.findings}
+    notes = {of.box_note for name, of in _opened(sets).items() if f"{name}/made_boxes" in named}
     report.grid = str(
         draw.save_image(preview.draw_grid(preview.first_stage_people(run, sets, skeleton), skeleton), out / "crops.png")
     )
     text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
     return [
         *findings,
-        *_findings_of_lines("reader", sets.warnings),
+        *_findings_of_lines("reader", [line for line in sets.warnings if line not in notes]),
         *_evaluation_faults(sets.split(run.eval.split), skeleton, run.eval),
         *preview.check_crops(run, labels, skeleton),
         Finding(level="note", check="grid", text=text),
@@ -254,6 +267,19 @@ def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:
     return [dataclasses.replace(finding, check=f"{group}/{finding.check}") for finding in findings]
 
 
+def _drop_repeated(findings: Sequence[Finding]) -> list[Finding]:
+    """Each fault once: what a reader raised first is often among what was then collected from the same file."""
+    named = {culprit for finding in findings for culprit in finding.culprits}
+    with_culprits = {finding.text for finding in findings if finding.culprits}
+    kept: dict[str, Finding] = {}
+    for finding in findings:
+        key = finding.text if not finding.culprits else f"{finding.check} {finding.text}"
+        is_named = finding.level == "error" and any(finding.text.endswith(f": {one}") for one in named)
+        if finding.culprits or not (is_named or finding.text in with_culprits):
+            kept.setdefault(key, finding)
+    return list(kept.values())
+
+
 def _with_keypoints(labels: Labels) -> Labels:
     """Those with at least one labeled keypoint."""
     return labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
@@ -277,10 +303,13 @@ def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations, looks: Path
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())
         text = f"{len(leaks)} images to learn from are validation images: scores would be of what was learned"
         findings.append(Finding(level="error", check="leaks", text=text, culprits=pairs))
-    common = sorted(set(ours.values()) & set(theirs.values()))
+    names = {image_id: path.name for path, image_id in ours.items()}
+    common = sorted(names.keys() & set(theirs.values()))
     if common:
         text = f"{len(common)} image ids are in both files, which does not matter: the images are others"
-        findings.append(Finding(level="note", check="ids", text=text, culprits=tuple(map(str, common))))
+        # The number of an id that is a text is in no file.
+        culprits = tuple(names[number] if number >> HASHED_BIT == 1 else str(number) for number in common)
+        findings.append(Finding(level="note", check="ids", text=text, culprits=culprits))
     return findings
 
 
@@ -398,9 +427,11 @@ def _brief_faults(people: People, skeleton: Skeleton, run: Config, *, scored: bo
             label_checks.is_repeated(ids)
         )  # names are read of these alone: all may be more than memory holds
         names = column_of(people.rows.select(twice), "file_name")
-        again = list(label_checks.find_repeated_ids(ids[twice], names, scored=scored))
+        given = read_given_ids(people, ids[twice])
+        again = list(label_checks.find_repeated_ids(ids[twice], given, names, scored=scored))
     labels = Labels(
         ann_ids=column_of(rows, "ann_id"),
+        given_ids=read_given_ids(people, column_of(rows, "ann_id")),
         file_names=column_of(rows, "file_name"),
         boxes_xywh=boxes_of(rows),
         areas=column_of(rows, "area"),

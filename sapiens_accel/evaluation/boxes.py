@@ -12,12 +12,12 @@ from numpy import ndarray as Array
 
 from sapiens_accel.data.annotation_rules import size_of
 from sapiens_accel.data.detections import read_detections
-from sapiens_accel.data.people import People, boxes_of
+from sapiens_accel.data.people import People, boxes_of, read_given_ids
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
 from sapiens_accel.pose.person_boxes import measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources.coco import number_of_id, whole_number
+from sapiens_accel.sources.coco import given_id, number_of_id, show_value, whole_number
 
 GROUND_TRUTH = "gt"
 
@@ -86,7 +86,8 @@ def ground_truth_boxes(people: People) -> Boxes:
     sizes = read_images(people)
     for box, image_id, ann_id in zip(boxes, image_ids.tolist(), people.rows["ann_id"][:], strict=True):
         if _outside(box, sizes[image_id]):
-            raise UserError(f"{people.annotations}: annotation {ann_id}: {_beyond(box, sizes[image_id])}")
+            (given,) = read_given_ids(people, np.array([ann_id]))
+            raise UserError(f"{people.annotations}: annotation {show_value(given)}: {_beyond(box, sizes[image_id])}")
     return Boxes(
         root=people.root, file_names=list(people.rows["file_name"][:]), image_ids=image_ids, boxes_xywh=boxes,
         scores=np.ones(len(boxes)), source="ground truth", labeled=True, note=people.box_note,
@@ -231,8 +232,8 @@ def _outside(box: Float[Array, "4"], image: dict[str, Any]) -> bool:
 
 
 def _beyond(box: Float[Array, "4"], image: dict[str, Any]) -> str:
-    size = f"{image.get('width')}x{image.get('height')}"
-    return f"its box {_shown(box)} is outside image {image['id']} ({size} px); expected x, y, width, height in px"
+    shown = f"{show_value(given_id(image))} ({image.get('width')}x{image.get('height')} px)"
+    return f"its box {_shown(box)} is outside image {shown}; expected x, y, width, height in px"
 
 
 def _shown(box: Float[Array, "4"]) -> str:

@@ -20,7 +20,8 @@ from sapiens_accel.sources.schema import Fault, Span
 MAX_TREES = 2  # parsed files that are held: of training and of validation
 MAX_ANNOTATIONS_HELD = 100_000  # COCO's validation has 11,000; the 262,000 of its training take 2 GB as objects
 WHOLE_NUMBER = re.compile(r"\s*-?\d{1,40}\s*", re.ASCII)
-HASHED = 1 << 62  # set in the number of an id that is a text
+HASHED_BIT = 62  # set in the number of an id that is a text
+NO_ANNOTATION = "expected an object with image_id and keypoints"
 COLON = re.compile(r":\s*")
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what a row of odd types raises
 
@@ -143,7 +144,7 @@ def number_of_id(value: Any) -> Any:
     if not is_long and (not isinstance(number, str) or not number.strip()):
         return number
     digest = hashlib.blake2b(str(value).strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return HASHED | int.from_bytes(digest, "big") >> 2
+    return 1 << HASHED_BIT | int.from_bytes(digest, "big") >> 2
 
 
 def given_id(item: dict[str, Any]) -> Any:
@@ -201,9 +202,9 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     if collect is not None:
         collect += faults
         return tree | {"images": images, "categories": kinds, "annotations": _of_other_images(tree, images)}
-    odd = [item for item in tree["annotations"] if not isinstance(item, dict)]
+    odd = [(index, item) for index, item in enumerate(tree["annotations"]) if not isinstance(item, dict)]
     texts = [fault.text for fault in faults if fault.check != "ids"]
-    texts += [f"annotations: expected keys, found {show_value(item)}" for item in odd[:1]]
+    texts += [f"annotations: entry {index}, {show_value(item)}: {NO_ANNOTATION}" for index, item in odd[:1]]
     if texts:
         raise UserError(f"{path}: {texts[0]}")
     return tree
