@@ -63,7 +63,12 @@ def open_data(run: Config) -> tuple[str | None, Config, Sets, tuple[str, ...]]:
 
 
 def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> None:
-    """Open the data, compare the run with its directory, and train the stages that are not finished."""
+    """Open the data, compare the run with its directory, and train the stages that are not finished.
+
+    Raises:
+        UserError: after the last stage: a last checkpoint or final metrics could not be written, so that a batch system
+            sees it.
+    """
     uploads = failures.on_each_rank(lambda: uploader.uploads(run, accelerator.is_main_process))
     given, run, sets, note = failures.on_main_first(accelerator, lambda: open_data(run))
     doctor.summarize(accelerator.print, sets, run, note)
@@ -74,16 +79,21 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
+    unwritten: list[Path] = []
     with uploads, StopRequest() as stop:
         for name in run.stages:
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name],
-                begin=partial(record.begin, accelerator, sets), stop_is_asked=lambda: stop.asked,
+                begin=partial(record.begin, accelerator, sets),
             )  # fmt: skip
             with planner.explain_out_of_memory(accelerator, name, plans[name]):
-                table[name] = done.get(name) or train(
-                    build_stage(context, given if name == run.stages[0] else None), plans[name], uploads, stop
-                )
+                if name in done:
+                    table[name] = done[name]
+                else:
+                    stage = build_stage(context, given if name == run.stages[0] else None)
+                    table[name], lost = train(stage, plans[name], uploads, stop)
+                    unwritten += lost
+                    del stage
             accelerator.free_memory()  # only now the objects of the stage are unreachable
             if run.dry_run:
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
@@ -92,6 +102,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
     if accelerator.is_main_process:
         print(f"\n{format_results(run, sets, table, done)}\n\nimages:", *images, sep="\n  ")
+    run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
 
 
 def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Mapping[str, Metrics]) -> str:
@@ -115,8 +126,13 @@ def check_folders(run: Config) -> None:
         files.check_writable(cache, "--data.cache_dir")
 
 
-def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest) -> Metrics:
-    """Train one stage to its last step, and return the metrics of its final weights.
+def train(
+    stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: StopRequest
+) -> tuple[Metrics, list[Path]]:
+    """Train one stage to its last step.
+
+    Returns:
+        The metrics of its final weights, and what of its end could not be written (the weights are).
 
     Raises:
         Interrupted: a signal asked to stop; the state is saved.
@@ -153,7 +169,7 @@ def train(stage: TrainingStage, plan: Plan, uploads: Uploads | NoUploads, stop: 
         metrics = log.finish()
     uploads.saved(name, score=metrics.get("AP"), last=True)
     stage.release()
-    return metrics
+    return metrics, [*progress.unwritten, *log.unwritten]
 
 
 if __name__ == "__main__":

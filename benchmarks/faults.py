@@ -7,9 +7,10 @@ forks of this process (`fault_runs.py`). A full disk is one of a few MiB where t
 and otherwise, as a read-only or a broken one, errors of the calls that write. Then the run is resumed. Counted are
 hangs (a process that is still there 30 s after the fault; 300 s after a disk fault, since the run may train to its
 end), steps lost beyond the last save, and wrong records: losses other than those of a run without faults, other final
-weights, missing or doubled steps, files that cannot be read, exit code 0, a traceback of ours. Of a broken disk nothing
-can be expected to be saved: steps that were logged and not saved are counted by themselves. Faults that the file has
-already are not run again, so that a campaign can be continued.
+weights, missing or doubled steps, files that cannot be read, exit code 0 of a run whose last step is not saved, a
+traceback of ours. Of a broken disk nothing can be expected to be saved: steps that were trained and not saved are
+counted by themselves. Faults that the file has already are not run again, so that a campaign can be continued, on the
+same commit; several processes share it by `--runs`, each with a file of its own, which `--join` puts together.
 """
 
 import argparse
@@ -80,13 +81,13 @@ class Outcome:
         target: what it struck.
         step: after this one.
         seconds: from the fault to the end of the last process; None for a hang.
-        logged: the last step before it.
+        logged: the last step before it, or, after a fault of the disk, the last one of the run.
         saved: the step of the last whole checkpoint after it.
         lost: steps that were logged and that the checkpoint lacks, beyond what the run could still save; None after a
             fault of the disk.
-        unsaved: after a fault of the disk, the steps that were logged and that the checkpoint lacks.
+        unsaved: after a fault of the disk, the steps that were trained and that the checkpoint lacks.
         resumed_to: the last step of the run that was resumed.
-        weights_compared: whether the final weights were compared with those of a run without faults, each tensor.
+        weights_equal: whether the final weights are those of a run without faults, each tensor; None: not compared.
         wrong: what is wrong with the records, if anything.
     """
 
@@ -102,7 +103,7 @@ class Outcome:
     lost: int | None = 0
     unsaved: int = 0
     resumed_to: int = 0
-    weights_compared: bool = False
+    weights_equal: bool | None = None
     wrong: str = ""
 
     def note(self, problem: str) -> None:
@@ -198,6 +199,9 @@ def break_run(outcome: Outcome, folder: Path, draw: random.Random) -> Started:
     (folder.parent / "filler").unlink(missing_ok=True)
     outcome.codes = [started.codes[pid] for pid in started.children]
     outcome.saved, outcome.logged = saved_step(folder, run.stage), max(started.losses, default=0)
+    if fault in DISKS:  # which may have metrics.jsonl on it
+        said = re.findall(r": step (\d+) of \d+, ", started.log.read_text())
+        outcome.logged = max(outcome.logged, *map(int, said), 0)
     return started
 
 
@@ -217,6 +221,8 @@ def check_end(outcome: Outcome, log: str) -> None:
     if outcome.fault in DISKS:
         if not set(outcome.codes) <= {0, 2}:
             outcome.note(f"exit codes {outcome.codes}")
+        if outcome.unsaved and 0 in outcome.codes:
+            outcome.note(f"exit codes {outcome.codes} although {outcome.unsaved} steps are not saved")
         return
     if 0 in outcome.codes:
         outcome.note(f"exit codes {outcome.codes}")
@@ -265,8 +271,9 @@ def check_records(outcome: Outcome, folder: Path, expected: Expected) -> None:
         if broken := checkpoint._broken(whole):
             outcome.note(f"{whole.name}: {broken}")
     weights = digest_weights(stage / "weights" / "model.safetensors")
-    outcome.weights_compared = True
-    if other := sorted(dict(weights.items() ^ expected.weights.items())):
+    other = sorted(dict(weights.items() ^ expected.weights.items()))
+    outcome.weights_equal = not other
+    if other:
         outcome.note(f"other final weights: {len(other)} tensors, the first is {other[0]}")
     yaml.safe_load((folder / "config.yaml").read_text())
     if left := [path.name for path in folder.rglob("*") if path.name == "run.lock" or path.suffix == ".tmp"]:
@@ -308,6 +315,11 @@ class Campaign:
         self.outcomes = [Outcome(index=index, fault=fault, run=run) for index, (fault, run) in enumerate(kinds)]
         self.tree = json.loads(out.read_text()) if out.is_file() else {}
         self.rows: list[dict] = [] if self.tree.get("seed") != seed else self.tree["outcomes"]
+        self.commit = _commit()
+        if others := {row["commit"] for row in self.rows} - {self.commit}:
+            raise SystemExit(
+                f"{out}: has rows of commit {', '.join(others)}, and this is {self.commit}: give another --out"
+            )
         self.seconds = self.tree.get("seconds", 0) if self.rows else 0
         self.expected: dict[tuple[Run, int], Expected] = {}
 
@@ -343,18 +355,24 @@ class Campaign:
         print(
             f"{where}{ended:>8}, lost {outcome.lost}, unsaved {outcome.unsaved}, {outcome.wrong or 'right'}", flush=True
         )
-        self.rows.append({**asdict(outcome), "launched": outcome.fault in LAUNCHED, "commit": _commit()})
+        self.rows.append({**asdict(outcome), "launched": outcome.fault in LAUNCHED, "commit": self.commit})
         self.seconds += time.monotonic() - began
         self.write()
 
     def write(self) -> None:
         rows = sorted(self.rows, key=lambda row: row["index"])
-        table = {"seed": self.seed, **summarize(rows), "seconds": round(self.seconds), "cpus": os.cpu_count()}
-        record.write(self.out, table, outcomes=rows)
+        record.write(self.out, describe(self.seed, rows, self.seconds), outcomes=rows)
+
+
+def describe(seed: int, rows: Sequence[dict], seconds: float) -> dict[str, Any]:
+    """The heading of a table."""
+    versions = record.versions("torch", "accelerate", "deepspeed", "transformers", "torchao")
+    about = {"date": datetime.date.today().isoformat(), "seed": seed, **summarize(rows)}
+    return {**about, "seconds": round(seconds), "cpus": os.cpu_count(), "versions": versions}
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, Any]:
-    """What the table says of all of its rows; those of earlier campaigns may lack `weights_compared`."""
+    """What the table says of all of its rows."""
     disks = [row for row in rows if row["fault"] in DISKS]
     return {
         "faults": len(rows),
@@ -369,7 +387,12 @@ def summarize(rows: Sequence[dict]) -> dict[str, Any]:
             "most_of_one": max((row["unsaved"] for row in disks), default=0),
         },
         "wrong_records": sum(bool(row["wrong"]) for row in rows),
-        "weights_compared": sum(row.get("weights_compared", False) for row in rows),
+        "final_weights": {
+            "equal": sum(row["weights_equal"] is True for row in rows),
+            "other": sum(row["weights_equal"] is False for row in rows),
+            "not_compared": sum(row["weights_equal"] is None for row in rows),
+        },
+        "commits": sorted({row["commit"] for row in rows}),
         "by_launch": sum(row["launched"] for row in rows),
         "by_kind": {fault: sum(row["fault"] == fault for row in rows) for fault in FAULTS},
     }
@@ -382,9 +405,18 @@ def _plain_folder(folder: Path) -> Iterator[None]:
 
 
 def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """The commit of this checkout; one with changes has another name each time."""
+    words = ["git", "describe", "--always", f"--dirty=-{time.time():.0f}"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def join(parts: Sequence[Path], out: Path) -> None:
+    """Put the tables of processes that shared a campaign together."""
+    trees = [json.loads(part.read_text()) for part in parts]
+    rows = sorted((row for tree in trees for row in tree["outcomes"]), key=lambda row: row["index"])
+    if len({row["index"] for row in rows}) < len(rows) or len({tree["seed"] for tree in trees}) > 1:
+        raise SystemExit(f"{', '.join(map(str, parts))}: not the parts of one campaign")
+    record.write(out, describe(trees[0]["seed"], rows, sum(tree["seconds"] for tree in trees)), outcomes=rows)
 
 
 def main(words: Sequence[str]) -> None:
@@ -398,7 +430,10 @@ def main(words: Sequence[str]) -> None:
         "--runs", type=int, nargs="*", default=range(len(RUNS)), help="those of these kinds of run (0-5)"
     )
     parser.add_argument("--out", type=Path, default=out, help=f"the table to write or to continue ({out.name})")
+    parser.add_argument("--join", type=Path, nargs="+", help="put these tables together, and run nothing")
     asked = parser.parse_args(words)
+    if asked.join:
+        return join(asked.join, asked.out)
     began = time.monotonic()
     # Not a TemporaryDirectory, which every fork would delete at its end.
     scratch = Path(tempfile.mkdtemp(prefix="faults"))

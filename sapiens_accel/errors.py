@@ -125,12 +125,25 @@ def read_tree(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, A
     return tree
 
 
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the process with one line until `run_main` begins: imports before it take seconds."""
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"{_program()}: stopped by Ctrl-C\n".encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 
     A run that a signal stopped exits with 128 + the signal's number, as in a shell, and prints how to continue. All
     output is escaped. However a program fails, its process ends within `SECONDS_TO_END`.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:  # of `end_on_interrupt`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with redirect_stdout(cast(TextIO, _EscapedOutput(sys.stdout))):
             main(sys.argv[1:])

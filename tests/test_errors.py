@@ -140,3 +140,15 @@ def test_a_file_of_another_form_is_named(tmp_path: Path, content: bytes, parse: 
 def test_keys_and_values_are_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_text('{"a": [1, "\u00e9"]}', encoding="utf-8")
     assert read_tree(tmp_path / "x", json.loads, "JSON") == read_tree(tmp_path / "x", yaml.safe_load, "YAML")
+
+
+@pytest.mark.parametrize("when", ["import", "main"])
+def test_ctrl_c_is_one_line(when: str) -> None:
+    """Also while a program imports its libraries, which takes seconds: it was a traceback."""
+    body = {"import": "interrupt()", "main": "errors.run_main(lambda _: interrupt())"}[when]
+    code = (
+        "import os, signal, time\nfrom sapiens_accel import errors\nerrors.end_on_interrupt()\n"
+        f"def interrupt():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n{body}\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert found.returncode == 130 and found.stderr == "-c: stopped by Ctrl-C\n" and not found.stdout

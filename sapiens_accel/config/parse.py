@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from sapiens_accel.config import credentials
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
 from sapiens_accel.config.schema import STAGES, Config, TeacherConfig
-from sapiens_accel.errors import UserError, read_tree, run_main
+from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
 LITERAL_WARNING = (
@@ -80,7 +80,11 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
 
 
 def answer_help(argv: Sequence[str], prog: str, usage: str = "") -> None:
-    """Print the help and exit if `argv` asks for it. Programs call this before imports that take seconds."""
+    """Print the help and exit if `argv` asks for it. Programs call this before imports that take seconds.
+
+    Ctrl-C during those ends the program with one line.
+    """
+    end_on_interrupt()
     if any(word in ("-h", "--help") or word.endswith(".help") for word in argv):
         if usage:
             print(usage)

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,7 @@ def evaluate_networks(
 
     Raises:
         UserError: on all ranks: what is wrong with the boxes, the scales or the backend; a file that is not written.
+        EvaluationStopped: on all ranks: a stop was asked for while the metrics were computed.
     """
     boxes = load_boxes(config.boxes, people)
     started = time.perf_counter()
@@ -113,28 +114,30 @@ def evaluate_networks(
     seconds = time.perf_counter() - started
     matches = None if boxes.labeled else match_boxes(predictions, boxes, people, skeleton)
     matched = predictions if matches is None else _select(predictions, matches)
-    computed: list[Any] = [None]
-    image_rows: tuple[ImageRow, ...] = ()
-    if accelerator.is_main_process:
-        data = replace(data, input_hw=networks[0].codec.input_hw)
+    data = replace(data, input_hw=networks[0].codec.input_hw)
+
+    def compute(check: Callable[[], None]) -> tuple[Any, tuple[ImageRow, ...]]:
         try:
-            boxes = with_categories(boxes, people, skeleton)
-            results, chosen = coco_metrics.coco_results(predictions, boxes, skeleton, data, config)
-            image_rows = tuple(list_image_rows(results, chosen, boxes, people)) if config.csv else ()
+            named = with_categories(boxes, people, skeleton)
+            results, chosen = coco_metrics.coco_results(predictions, named, skeleton, data, config, check)
+            rows = tuple(list_image_rows(results, chosen, named, people)) if config.csv else ()
             if config.save_predictions:
                 coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
             rules = CountingRules(config.area, config.max_people)
-            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules)
+            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules, check)
             quality = measure_keypoints(matched, people, skeleton)
-            notes = [line for line in (boxes.note, people.size_note, describe_misfit(boxes, people, skeleton)) if line]
+            notes = [line for line in (named.note, people.size_note, describe_misfit(named, people, skeleton)) if line]
             notes += describe_unmeasured(people, skeleton)
             notes += describe_crowding(people, config) + describe_unmatched(matched)
             notes += explain_metrics(metrics, matched, people, skeleton)
             metrics |= measure_distances(quality)
-            computed = [(metrics, curves, quality, tuple(notes), describe_area(people, skeleton, config))]
+            return (metrics, curves, quality, tuple(notes), describe_area(people, skeleton, config)), rows
         except (UserError, OSError) as error:  # the other ranks wait for the metrics
-            computed = [str(error)]
-    message = broadcast_object_list(computed)[0]
+            return str(error), ()
+
+    on_main = distributed.run_on_main(accelerator, compute)
+    computed, image_rows = (None, ()) if on_main is None else on_main
+    message: Any = broadcast_object_list([computed])[0]
     if isinstance(message, str):
         raise UserError(message)
     metrics, curves, quality, notes, area = message

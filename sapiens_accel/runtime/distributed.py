@@ -3,12 +3,12 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,9 @@ LOST = re.compile(r"connection (closed|reset|refused)|ncclRemoteError", re.IGNOR
 LOST_SECONDS = 10
 PATIENCE = timedelta(hours=3)  # the other ranks wait while rank 0 reads and checks data or converts a checkpoint
 PARTS = ("optimizer", "param")  # of a training state that DeepSpeed can offload
+CHECK_SECONDS = 0.5  # between two questions of rank 0 whether a stop was asked for
+RUNNING, DONE, STOPPED = 0.0, 1.0, 2.0
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +252,41 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     flags = torch.tensor(int(flag))
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_host_group())
     return bool(flags)
+
+
+def run_on_main(accelerator: Accelerator, action: Callable[[Callable[[], None]], Result]) -> Result | None:
+    """Run an action of minutes on rank 0; a stop that is asked for on any rank ends it. All ranks must call it.
+
+    Args:
+        action: gets a function to call often, which raises if a stop was asked for.
+
+    Returns:
+        The action's result on rank 0, None on the others.
+
+    Raises:
+        EvaluationStopped: on all ranks: a stop was asked for (`signals.StopRequest`).
+    """
+    last = time.monotonic()
+
+    def share(own: float) -> float:
+        state = most(accelerator, STOPPED if signals.is_stop_asked() else own)
+        if state == STOPPED:
+            raise signals.EvaluationStopped
+        return state
+
+    def check() -> None:
+        nonlocal last
+        if time.monotonic() - last > CHECK_SECONDS:
+            share(RUNNING)
+            last = time.monotonic()
+
+    if not accelerator.is_main_process:
+        while share(RUNNING) == RUNNING:
+            pass  # rank 0 decides when
+        return None
+    result = action(check)
+    share(DONE)
+    return result
 
 
 @lru_cache(maxsize=1)

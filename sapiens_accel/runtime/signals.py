@@ -18,6 +18,16 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 # A launcher passes a signal, or another one, on to its processes: within these seconds it is the same request.
 ECHO_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
+_entered: list["StopRequest"] = []
+
+
+class EvaluationStopped(Exception):  # noqa: N818  (nothing went wrong)
+    """A stop was asked for during an evaluation, on any rank."""
+
+
+def is_stop_asked() -> bool:
+    """Return whether a signal asked this process to stop, while a `StopRequest` is entered."""
+    return any(request.asked for request in _entered)
 
 
 class StopRequest:
@@ -36,6 +46,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # no other one may
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in heard}
+        _entered.append(self)
         return self
 
     @property
@@ -51,6 +62,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what signal() returned)
         self._before = {}
+        _entered.remove(self)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -84,7 +84,6 @@ class StageContext:
         first: steps that are done already.
         last: the stage's last step.
         begin: called by all ranks with `first` when the stage is built, before anything is written.
-        stop_is_asked: whether a signal asked this process for a stop; it ends evaluations.
     """
 
     accelerator: Accelerator
@@ -96,7 +95,6 @@ class StageContext:
     start: str | None = None
     first: int = 0
     begin: Callable[[int], None] = lambda first: None
-    stop_is_asked: Callable[[], bool] = lambda: False
 
     @property
     def config(self) -> StageConfig:
@@ -130,6 +128,7 @@ class StageLogger:
         self.evaluated: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.skipped, self.disk_failed = 0, False
+        self.unwritten: list[Path] = []  # files of the results, on all ranks
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
         self.since, self.since_step, self.printed = time.perf_counter(), self.first, -math.inf
@@ -352,7 +351,7 @@ class StageLogger:
         network = evaluate.wrap_network(self.accelerator, model, codec)
         config = replace(self.run.eval, csv=None)  # eval.py alone writes it
         try:
-            with stop_between_batches(self.accelerator, model, self.context.stop_is_asked):
+            with stop_between_batches(self.accelerator, model):
                 result = evaluate.evaluate_networks(
                     self.accelerator, [network], self.people, self.skeleton, self.run.data, config
                 )
@@ -396,22 +395,28 @@ class StageLogger:
                 f"{self.stage}: the exported weights are those of step {step}; the last ones are worse ({worse})"
             )
         self._conclude(metrics)
-        if self.writes:
-            numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            whole = {**numbers, "step": self.last, "weights_step": step, **self._protocol}
-            whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
-            if predictions:
-                quality = evaluate.measure_keypoints(predictions, self.people, self.skeleton)
-                whole |= tables.keypoint_scalars(quality, self.skeleton)
-            self._on_disk(lambda: files.write_json(self.context.folder / "eval.json", whole))
-            if predictions:  # there are none of weights that were exported before the run was resumed
-                if num := self.run.eval.num_pictures:
-                    image = figures.draw_predictions(predictions, self.people, self.skeleton, num)
-                    self._save_image("predictions", image, step)
-                if self.kept is not self.evaluated:  # the existing image is of other weights
-                    self._worst(step, predictions)
+        file = self.context.folder / "eval.json"
+        write = partial(files.write_json, file, self._final_metrics(self.kept) if self.writes else {})
+        if not files.write_on_main(self.accelerator, write, file, needed=False):
+            self.unwritten.append(file)
+        if self.writes and predictions:  # there are none of weights that were exported before the run was resumed
+            if num := self.run.eval.num_pictures:
+                image = figures.draw_predictions(predictions, self.people, self.skeleton, num)
+                self._save_image("predictions", image, step)
+            if self.kept is not self.evaluated:  # the existing image is of other weights
+                self._worst(step, predictions)
         self.close()
         return metrics
+
+    def _final_metrics(self, kept: Evaluated) -> dict[str, Any]:
+        """Return what eval.json says of the exported weights."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in kept.metrics.items()}
+        whole = {**numbers, "step": self.last, "weights_step": kept.step, **self._protocol}
+        whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
+        if kept.predictions:
+            quality = evaluate.measure_keypoints(kept.predictions, self.people, self.skeleton)
+            whole |= tables.keypoint_scalars(quality, self.skeleton)
+        return whole
 
     def _conclude(self, metrics: Metrics) -> None:
         """Warn if the stage did not raise the AP, or did not learn from unlabeled people."""

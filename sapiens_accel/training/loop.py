@@ -1,6 +1,6 @@
 """The optimizer steps of a stage, and how an evaluation between them ends when a stop is asked for."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import distributed, engine, failures
+from sapiens_accel.runtime.signals import EvaluationStopped, is_stop_asked
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.optim import lr_at, set_lr
@@ -96,12 +97,8 @@ def steps(
         yield Step(step, logs, not taken, () if taken else _people(micro_batches, losses))
 
 
-class EvaluationStopped(Exception):  # noqa: N818  (nothing went wrong)
-    """A stop was asked for during an evaluation, on any rank."""
-
-
 @contextmanager
-def stop_between_batches(accelerator: Accelerator, model: nn.Module, is_asked: Callable[[], bool]) -> Iterator[None]:
+def stop_between_batches(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """End an evaluation before the next forward of the model once a stop is asked for on any rank.
 
     All ranks must call it, and the model equally often: an evaluation takes minutes, and launchers kill what a signal
@@ -112,7 +109,7 @@ def stop_between_batches(accelerator: Accelerator, model: nn.Module, is_asked: C
     """
 
     def check(*_: object) -> None:
-        if distributed.any_rank(accelerator, is_asked()):
+        if distributed.any_rank(accelerator, is_stop_asked()):
             raise EvaluationStopped
 
     hook = model.register_forward_pre_hook(check)

@@ -49,6 +49,20 @@ def lock_run(accelerator: Accelerator, run: Config) -> Iterator[None]:
         yield
 
 
+def refuse_unwritten(run_folder: Path, unwritten: Sequence[Path]) -> None:
+    """End a run that has trained all steps with an error if some of its results could not be written.
+
+    Raises:
+        UserError: there are such files.
+    """
+    if unwritten:
+        names = ", ".join(str(path.relative_to(run_folder)) for path in unwritten)
+        raise UserError(
+            f"{run_folder}: all steps are trained and the weights are written, but not {names} (see the warnings "
+            "above). Make room; --resume_from_checkpoint latest continues from the last complete checkpoint"
+        )
+
+
 def _on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Run an action on rank 0 and return its result on all ranks.
 

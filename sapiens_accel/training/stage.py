@@ -22,11 +22,11 @@ from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.runtime import distributed, engine, files
-from sapiens_accel.runtime.signals import StopRequest
+from sapiens_accel.runtime.signals import EvaluationStopped, StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
-from sapiens_accel.training.loop import EvaluationStopped, Step, StepConfig, steps
+from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
 
@@ -154,6 +154,12 @@ class Progress:
         self._saved = self.done
         self._checkpoint = self.stage.save(self.done)
         return self._checkpoint
+
+    @property
+    def unwritten(self) -> list[Path]:
+        """The checkpoint of the last step, if it was to be saved and could not be written."""
+        failed = self.done > self.stage.context.first and self._saved == self.done and self._checkpoint is None
+        return [self.stage.context.folder / "checkpoints" / f"step_{self.done}"] if failed else []
 
     def save_if_due(self) -> Path | None:
         """Save if a checkpoint is due; in an unhealthy state it stays due. All ranks must call it."""

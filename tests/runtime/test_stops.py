@@ -222,6 +222,43 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves_the_step(
     assert not (started.folder / run.stage / "eval.json").exists()
 
 
+def measure_for_minutes(_: int) -> None:
+    """Let the metrics of each image take a second, and say so."""
+    from pycocotools.cocoeval import COCOeval
+
+    known = COCOeval.evaluateImg
+
+    def slow(*args: Any) -> Any:
+        os.write(1, b"measures\n")  # what is printed meanwhile is not shown
+        time.sleep(1)
+        return known(*args)
+
+    COCOeval.evaluateImg = slow  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("run", "last"),
+    [
+        pytest.param(run, last, id=f"{run}, {'last' if last else 'between'}", marks=marks)
+        for run, last, marks in ((Run(), True, ()), (TWO, False, ()), (Run(stage="ssl"), False, pytest.mark.slow))
+    ],
+)
+def test_a_signal_while_metrics_are_computed_ends_that_and_saves_the_step(
+    begin: Callable[..., Started], run: Run, last: bool
+) -> None:
+    """Rank 0 computed them to the end, 51 s for COCO-WholeBody; of two ranks the other one gets the signal."""
+    words = ("--max_steps=3",) if last else ("--eval_every=3", "--max_steps=6")
+    evaluated = 1 if run.stage == "ssl" else 3
+    words = ("--data.synthetic.num_val=80", "--eval.flip=false", *words)
+    started = begin(run, *words, before=measure_for_minutes, step=evaluated)
+    wait_for_text(started, "measures")
+    os.kill(started.ranks[-1], signal.SIGTERM)
+    text = stopped(started, 128 + signal.SIGTERM)
+    assert max(started.losses) == faults.saved_step(started.folder, run.stage) == evaluated
+    assert f"step {evaluated} is in " in text and "Traceback" not in text
+    assert not (started.folder / run.stage / "eval.json").exists()
+
+
 def wait_for_text(started: Started, text: str) -> None:
     deadline = time.monotonic() + faults.START
     while text not in started.log.read_text() and time.monotonic() < deadline and not started.ended():
@@ -417,6 +454,8 @@ WRITERS = {
     "eval.json": r"/phase2/eval\.json",
     "the rest of a stage": r"/phase2/(kept|score)\.json",
 }
+# Those without which a run does not end with exit code 0, and what the error names.
+NEEDED = {"weights": "", "checkpoints": "phase2/checkpoints/step_4 (see", "eval.json": "phase2/eval.json (see"}
 
 
 @pytest.mark.parametrize(
@@ -430,10 +469,10 @@ WRITERS = {
     ],
 )
 def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, kind: int, run: Run) -> None:
-    """Training goes to its end; only the weights that it is for are needed, and then the last step is saved."""
+    """Training goes to its end; the exit code says whether weights, metrics and the last step were written."""
     words = ("--max_steps=4", "--eval_every=2", "--save_every=2")
     started = begin(run, *words, before=lambda _: faults.fail_writes(kind, Path("/tmp"), WRITERS[writer]), step=0)
-    text = stopped(started, 2 if writer == "weights" else 0)
+    text = stopped(started, 2 if writer in NEEDED else 0)
     assert "Traceback" not in text
     assert sorted(started.losses) == ([] if writer == "metrics.jsonl" else [1, 2, 3, 4])
     assert os.strerror(kind) in text
@@ -442,6 +481,8 @@ def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, k
         assert faults.saved_step(started.folder, "phase2") == 4
     else:
         assert "warning: " in text and (started.folder / "phase2" / "weights" / "model.safetensors").is_file()
+        said = f"train.py: error: {started.folder}: all steps are trained and the weights are written, but not "
+        assert text.count(said + NEEDED.get(writer, "")) == (run.processes if writer in NEEDED else 0)
         assert faults.saved_step(started.folder, "phase2") == (0 if writer == "checkpoints" else 4)
 
 

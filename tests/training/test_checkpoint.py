@@ -23,13 +23,13 @@ from planted import Planted, redescribe
 from safetensors.torch import load_file
 from torch import nn
 
-from sapiens_accel.config.schema import Config, DataConfig, SyntheticConfig
+from sapiens_accel.config.schema import Config, DataConfig, OptimConfig, SyntheticConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.training import checkpoint, run_folder
+from sapiens_accel.training import checkpoint, optim, run_folder
 from sapiens_accel.training.objectives import Supervised
 
 ROOT = Path(__file__).parents[2]
@@ -45,10 +45,11 @@ WORDS = [
 class Run:
     """A tiny network under a real Accelerator, saved by the real functions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, eight_bit: bool = False) -> None:
         self.accelerator = Accelerator(cpu=True)
-        self.network, self.folder = nn.Linear(64, 64), folder
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
+        self.network, self.folder = nn.Linear(64, 64), folder  # of 4096 values on, moments are in 8 bits
+        groups = [{"params": [*self.network.parameters()], "lr_scale": 1.0}]
+        optimizer = optim.adamw(groups, OptimConfig(lr=0.1), torch.device("cpu"), eight_bit=eight_bit)
         self.engine, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.objective = Supervised(codec=Codec(input_hw=(64, 48), heatmap_hw=(16, 12), sigma=1))
 
@@ -134,6 +135,56 @@ def test_a_resumed_optimizer_has_the_settings_that_are_asked_for(run: Run) -> No
     assert torch.equal(run.optimizer.state_dict()["state"][0]["exp_avg"], moments)
     (group,) = run.optimizer.param_groups
     assert {name: group[name] for name in asked} == asked
+
+
+@pytest.fixture
+def eight_bit(tmp_path: Path) -> Iterator[Run]:
+    pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
+    yield Run(tmp_path, eight_bit=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.slow
+def test_moments_of_8_bits_come_back_with_the_settings_that_are_asked_for(eight_bit: Run) -> None:
+    """To the bit, in the middle of a stage; then with other settings, as a new optimizer with those moments steps."""
+    run = eight_bit
+    for _ in range(2):
+        run.step()
+    assert run.save(2)
+    moments = run.optimizer.state_dict()["state"][0]
+    assert moments["exp_avg"].codes.dtype == moments["exp_avg_sq"].codes.dtype == torch.uint8
+    before = [moments[name].dequantize().clone() for name in ("exp_avg", "exp_avg_sq")]
+    for rate in (0.05, 0.02):
+        optim.set_lr(run.optimizer, rate)
+        run.step()
+    expected = [value.clone() for value in run.network.state_dict().values()]
+    run.step()
+    found = run.resume()
+    assert found and found.load(run.accelerator, run.objective) == 2
+    state = run.optimizer.state_dict()["state"][0]
+    for name, value in zip(("exp_avg", "exp_avg_sq"), before, strict=True):
+        assert torch.equal(state[name].dequantize(), value)
+    for rate in (0.05, 0.02):
+        optim.set_lr(run.optimizer, rate)
+        run.step()
+    for value, whole in zip(run.network.state_dict().values(), expected, strict=True):
+        assert torch.equal(value, whole)
+    # AdamW by its formula from the saved moments, with the betas and the weight decay that are asked for now.
+    (group,) = run.optimizer.param_groups
+    group.update(betas=(0.5, 0.6), weight_decay=0.3)
+    assert run.resume() and found.load(run.accelerator, run.objective) == 2
+    (group,) = run.optimizer.param_groups
+    assert group["betas"] == (0.5, 0.6) and group["weight_decay"] == 0.3 and isinstance(group["lr"], torch.Tensor)
+    weight = run.network.weight.detach().clone()
+    optim.set_lr(run.optimizer, 0.04)
+    run.step()
+    assert run.network.weight.grad is not None
+    grad, step = run.network.weight.grad, 3
+    mean = before[0] * 0.5 + grad * 0.5
+    square = before[1] * 0.6 + grad.square() * 0.4
+    change = (mean / (1 - 0.5**step)) / ((square / (1 - 0.6**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(run.network.weight.detach(), weight * (1 - 0.04 * 0.3) - 0.04 * change)
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
