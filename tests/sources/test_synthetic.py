@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from sapiens_accel.pose.skeleton import COCO17
-from sapiens_accel.sources import synthetic
+from sapiens_accel.sources import cartoon, synthetic
 
 COUNTS = {"train2017": 60, "unlabeled2017": 12, "val2017": 20}
 LABELED = ("train2017", "val2017")
@@ -114,11 +114,11 @@ def _person(arm: tuple[float, float], forearm: tuple[float, float], turn: float 
     """COCO keypoints of someone upright, 200 px tall, with both arms at these (abduction, flexion) angles, rad."""
     rng = np.random.default_rng(0)
     legs = np.full((2, 2, 2), (0.1, 0.0))
-    pose = synthetic.Pose(arms=np.array([[arm, forearm]] * 2), legs=legs, view=(turn, 0.0, 0.0))
-    xy, parts = synthetic.figure(pose, synthetic.random_look(rng))
+    pose = cartoon.Pose(arms=np.array([[arm, forearm]] * 2), legs=legs, view=(turn, 0.0, 0.0))
+    xy, parts = cartoon.figure(pose, cartoon.random_look(rng))
     origin_xy = np.array([120.0, 120.0])
-    top = synthetic.draw(np.zeros((240, 240, 3), np.uint8), parts, 200.0, origin_xy)
-    return synthetic.label(xy * 200.0 + origin_xy, top, parts, np.ones((240, 240), bool))
+    top = cartoon.draw(np.zeros((240, 240, 3), np.uint8), parts, 200.0, origin_xy)
+    return cartoon.label(xy * 200.0 + origin_xy, top, parts, np.ones((240, 240), bool))
 
 
 WRISTS = [INDEX["left_wrist"], INDEX["right_wrist"]]
@@ -164,12 +164,12 @@ def test_people_whose_face_is_visible_have_their_left_at_larger_x(root: Path) ->
 
 
 def test_what_covers_a_person_occludes_the_keypoints_below() -> None:
-    pose = synthetic.Pose(arms=np.full((2, 2, 2), (0.3, 0.0)), legs=np.full((2, 2, 2), (0.1, 0.0)))
-    xy, parts = synthetic.figure(pose, synthetic.random_look(np.random.default_rng(0)))
-    top = synthetic.draw(np.zeros((240, 240, 3), np.uint8), parts, 200.0, np.array([120.0, 120.0]))
+    pose = cartoon.Pose(arms=np.full((2, 2, 2), (0.3, 0.0)), legs=np.full((2, 2, 2), (0.1, 0.0)))
+    xy, parts = cartoon.figure(pose, cartoon.random_look(np.random.default_rng(0)))
+    top = cartoon.draw(np.zeros((240, 240, 3), np.uint8), parts, 200.0, np.array([120.0, 120.0]))
     unhidden = np.ones((240, 240), bool)
     unhidden[140:] = False
-    points = synthetic.label(xy * 200.0 + 120.0, top, parts, unhidden)
+    points = cartoon.label(xy * 200.0 + 120.0, top, parts, unhidden)
     low = points[:, 1] > 141
     assert low.sum() >= 4 and (points[low, 2] == 1).all()
     assert (points[points[:, 1] < 139, 2] == 2).sum() >= 9
