@@ -9,7 +9,6 @@ from sapiens_accel.data.dataset import Labeled
 from sapiens_accel.data.people import People
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources.images import read_reduced_image
 
 
 class UprightPeople(Dataset[Labeled]):
@@ -24,5 +23,7 @@ class UprightPeople(Dataset[Labeled]):
     def __getitem__(self, index: int) -> Labeled:
         row = self.people.rows[index]
         crop = geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-        view = dataset._view(read_reduced_image(self.people.root / row["file_name"]), crop, self.config.input_hw)
+        view = dataset._view(
+            dataset.read_reduced_image(self.people.root / row["file_name"]), crop, self.config.input_hw
+        )
         return dataset._with_labels(view, np.asarray(row["keypoints"]), crop, row, self.config, self.skeleton)

@@ -31,15 +31,15 @@ from sapiens_accel.sources.source import open_source
 
 FILLED = 1.15  # an input of an aspect nearer to the image's than this has less than a seventh of itself left empty
 SIDE_UNIT = 32  # px of an input's sides: a multiple of all patches, and of the heatmap's quarter
-CHECKED = 5_000  # people whose targets are looked at before a run, evenly spread
+CHECKED = 5_000  # people whose targets are checked before a run, evenly spread
 UNCOMPARED = "streaming: the images of training were not compared with those of validation"
 
 
 def open_skeleton(config: DataConfig) -> tuple[Skeleton, tuple[str, ...]]:
-    """What the keypoints of a run are, and what to say about it: as its training sets and `data.skeleton` tell.
+    """What the keypoints of a run are, and what to say about it: as its training sets and `data.skeleton` say.
 
     Raises:
-        UserError: they do not tell; as `keypoint_mapping.describe_keypoints` and `infer_skeleton`.
+        UserError: they do not say it; as `keypoint_mapping.describe_keypoints` and `infer_skeleton`.
     """
     config = locate_files(config)
     root, cache = prepare_root(config)
@@ -202,7 +202,7 @@ def files_of(one: MoreData, root: Path, cache: Path) -> tuple[str, str]:
 
 
 def read_category(one: MoreData, config: DataConfig, root: Path, cache: Path) -> Category:
-    """What the JSON of a set tells of its keypoints.
+    """What the JSON of a set says of its keypoints.
 
     Raises:
         UserError: as `keypoint_mapping.describe_keypoints`.
@@ -298,7 +298,7 @@ def cache_folder(config: DataConfig) -> Path:
     """Where drawn people and tables are kept.
 
     Raises:
-        UserError: the user has no home directory (`docker run --user`), and no other place is named.
+        UserError: the user has no home directory (`docker run --user`), and no other folder is named.
     """
     if named := config.cache_dir or os.environ.get("SAPIENS_ACCEL_CACHE"):
         return Path(named)

@@ -75,7 +75,7 @@ class Batch(NamedTuple):
 
 
 class Key(NamedTuple):
-    """The place of one person in the run."""
+    """The position of one person in the run."""
 
     step: int
     position: int
@@ -93,7 +93,7 @@ class Sets(NamedTuple):
     mixture: Mixture | None = None
 
     def split(self, name: Literal["val", "train"]) -> People:
-        """The people of one split to judge by: of several training sets the first's, whose JSON is the truth."""
+        """The people of one split to evaluate by: of several training sets the first's, whose JSON is the truth."""
         train = self.train.parts[0] if self.mixture else self.train
         return self.val if name == "val" else train
 

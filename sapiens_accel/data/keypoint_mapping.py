@@ -1,4 +1,4 @@
-"""What a COCO JSON tells of its keypoints, and how they are read, by name, as those of a run."""
+"""What a COCO JSON says of its keypoints, and how they are read, by name, as those of a run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ NUMBERED = "; if they are numbers alone in the same order, give the names by --d
 
 
 def describe_keypoints(file: Path, wanted: str | None, cache: Path) -> Category:
-    """What a COCO JSON tells of its keypoints.
+    """What a COCO JSON says of its keypoints.
 
     Args:
         wanted: the name of the category to take; default: the one with keypoints, of several of them `person`, or all

@@ -34,7 +34,7 @@ from sapiens_accel.runtime import signals
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SHARED = Path("/dev/shm")
-CHECK_SECONDS = 5.0  # between two looks at loading processes
+CHECK_SECONDS = 5.0  # between two checks of the loading processes
 PAUSED_SECONDS = 300.0  # without a batch, after which a loading process that was suspended counts as lost
 Loaded = TypeVar("Loaded")
 
@@ -98,7 +98,7 @@ class _Watch:
     """Kills a loading process that is suspended (SIGSTOP) while the training waits for a batch for `PAUSED_SECONDS`.
 
     torch waits for it without a limit, even in a loader with a timeout: its process hands over a batch's shared memory.
-    Looks are counted, not seconds: while the whole job is suspended (Ctrl-Z, `scontrol suspend`), nobody looks.
+    Checks are counted, not seconds: while the whole job is suspended (Ctrl-Z, `scontrol suspend`), there are none.
 
     Attributes:
         reason: why a process was killed, if one was.

@@ -1,6 +1,6 @@
 """Which people a step's global batch holds, and which of them a rank: functions of (seed, stage, step) alone.
 
-Of several datasets (`Mixture`) an epoch is a fixed number of places. Each set has its share of them, to within one
+Of several datasets (`Mixture`) an epoch has a fixed number of positions. Each set has its share of them, to within one
 place, in an order of its own for every epoch; and each set is gone through permutation by permutation, so nobody in it
 is seen a second time more than anybody else. Nothing is remembered between steps: a run can start at any of them.
 """

@@ -1,4 +1,4 @@
-"""Where evaluation looks for people: the labeled people's own boxes, or a detector's, checked against the images."""
+"""The boxes that evaluation predicts people in: the labeled ones or those of a detector, checked against the images."""
 
 import math
 from collections.abc import Sequence
@@ -226,7 +226,7 @@ def _outside(box: Float[Array, "4"], image: dict[str, Any]) -> bool:
     """Whether nothing of the box is in the image, as far as its size is known."""
     x, y, w, h = box
     sizes = (image.get(name) for name in ("width", "height"))
-    # What is no number does not tell.
+    # What is no number says nothing.
     width, height = (size if isinstance(size, int | float) and size > 0 else math.inf for size in sizes)
     return bool(x + w <= 0 or y + h <= 0 or x >= width or y >= height)
 

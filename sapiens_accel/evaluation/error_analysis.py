@@ -136,7 +136,7 @@ def _at_others(
 ) -> tuple[Float[Array, "n k"], Bool[Array, "n k"]]:
     """The largest similarity to another person's same or mirrored keypoint; whether it lies at any keypoint of one.
 
-    Each similarity is by the other person's area. Any keypoint is looked for only where nothing better explains it.
+    Each similarity is by the other person's area. Other keypoints are compared only where nothing better explains it.
     """
     to_others, anywhere = np.zeros(labels.shape[:2]), np.zeros(labels.shape[:2], dtype=bool)
     mirror, sigmas = list(skeleton.mirror), np.array(skeleton.sigmas)

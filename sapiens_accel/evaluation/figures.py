@@ -1,4 +1,4 @@
-"""The worst people of an evaluation, to look at: as labeled, as predicted, what went wrong, and the heatmaps."""
+"""Images of the worst people of an evaluation: as labeled, as predicted, what went wrong, and the heatmaps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +151,7 @@ def analyze_predictions(
 
     Args:
         predictions: of the people, in their order.
-        boxes_xywh: where they were looked for, if elsewhere than in their labeled boxes; of no size: nowhere.
+        boxes_xywh: the boxes that they were predicted in, if not their labeled boxes; of no size: none.
     """
     labels, labeled_boxes = keypoints_of(people.rows), boxes_of(people.rows)
     areas, image_ids = np.asarray(people.rows["area"][:], dtype=np.float64), people.rows["image_id"][:]

@@ -1,7 +1,7 @@
 """Networks and boxes to keypoints in image px: crops, test-time augmentation, any number of processes.
 
-A person is looked at once, or several times: mirrored, at other sizes of the crop, by other networks. The heatmaps of
-all looks are brought into one frame, the first network's own crop, and averaged there; one decoding follows.
+A person is predicted once, or several times: mirrored, at other sizes of the crop, by other networks. The heatmaps of
+all views are brought into one frame, the first network's own crop, and averaged there; one decoding follows.
 
 Shape letters: n boxes, b of them at a time, k keypoints, H W the input, h w the heatmap.
 """

@@ -1,6 +1,6 @@
 """Person boxes in a folder of images or a video, by a detector of transformers, as a JSON of detections.
 
-python -m sapiens_accel.boxes PICTURES|VIDEO --out boxes.json [--detector NAME|FOLDER] [--threshold 0.05]
+python -m sapiens_accel.boxes IMAGES|VIDEO --out boxes.json [--detector NAME|FOLDER] [--threshold 0.05]
 
 Stage ssl reads the JSON as --data.unlabelled_annotations, eval.py as --boxes. Killed, the same command goes on: whole
 batches are kept in OUT.partial.

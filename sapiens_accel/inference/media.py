@@ -21,7 +21,7 @@ VIDEOS = (
     ".ogv", ".asf", ".h264",
 )  # fmt: skip
 JPEG_QUALITY = 95
-USUAL_RATE = 25.0  # frames a second of a video that does not tell
+USUAL_RATE = 25.0  # frames a second of a video that does not say it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def find_images(path: Path) -> ImageFiles:
     files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
     # A file that begins with a dot is no image of the user's (another system's notes of ._NAME.jpg are not).
     files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    # Nor is what was drawn of an earlier look, in a folder that is looked at again.
+    # Nor is what an earlier run drew into the same folder.
     drawn = {file.parent / "drawn" for file in files if file.name == "keypoints.json"}
     shown = sorted(file.as_posix() for file in files if not drawn & set(file.parents))
     names = [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
@@ -74,7 +74,7 @@ def read_sizes(root: Path, names: Sequence[str]) -> list[tuple[int, int] | None]
 
     with ThreadPoolExecutor(4) as pool:
         read = pool.map(size, names)
-        return list(tqdm(read, total=len(names), desc="looking at images", disable=None, leave=False))
+        return list(tqdm(read, total=len(names), desc="reading images", disable=None, leave=False))
 
 
 # ---- Videos
@@ -112,7 +112,7 @@ def read_frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array,
 
 
 def video_length(video: Path) -> tuple[int, float]:
-    """How many frames it says to have, or, where it does not tell, has; and how many a second.
+    """How many frames it says to have, or, where it says nothing, has; and how many a second.
 
     Raises:
         UserError: it does not open; as `frames`.

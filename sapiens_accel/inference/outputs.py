@@ -133,7 +133,7 @@ class MediaWriter:
 
     Args:
         path: what was asked for.
-        about: noted in the JSON: how people were looked for.
+        about: noted in the JSON: how people were detected.
         categories: of people, names by their ids; default: 1, that of the weights.
     """
 

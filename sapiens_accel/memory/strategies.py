@@ -15,7 +15,7 @@ from sapiens_accel.runtime.distributed import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to run a stage: a launch and memory options. `fit` chooses the place of the teacher."""
+    """A way to run a stage: a launch and memory options. `fit` chooses the placement of the teacher."""
 
     name: str
     launch: str

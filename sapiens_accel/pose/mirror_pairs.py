@@ -1,4 +1,4 @@
-"""Which keypoints a mirrored image swaps, estimated from labeled people: for data sets whose names tell no side.
+"""Which keypoints a mirrored image swaps, estimated from labeled people: for data sets whose names say no side.
 
 Each person's keypoints z (complex, x + iy) are reflected onto themselves: z -> a conj(z) + b, the similarity with a
 reflection that brings each keypoint as near as possible to its partner. Partners and reflections are improved in
@@ -44,7 +44,7 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPa
 
     Args:
         keypoints: x, y (px) and v.
-        seed: of the people that are looked at, and of the resamples.
+        seed: of the people that are compared, and of the resamples.
     """
     rng = np.random.default_rng(seed)
     keypoints = keypoints[is_labeled(keypoints).sum(1) >= 4]

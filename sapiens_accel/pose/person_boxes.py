@@ -50,7 +50,7 @@ def choose_boxes(
 
     A box from keypoints is theirs, each side larger by 2 * margin of itself. A side along which they do not extend (one
     keypoint, two in a line) is that of the other people; where that is not known, the person's other side; and without
-    it the box is the whole image, so that its center does not tell where the keypoint is.
+    it the box is the whole image, so that its center does not say where the keypoint is.
 
     Args:
         annotated_xywh: sides of 0 or less where there is none.

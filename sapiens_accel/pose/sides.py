@@ -153,7 +153,7 @@ def _hidden_sides(name: str) -> list[str]:
         re.sub(r"(?<![a-z])([fhbrmtv])([lr])(?![a-z])", lambda leg: leg[1] + _OTHER[leg[2]], name, count=1),
     ]
     compound = _LONG.search(name)
-    if compound:  # linkerschouder: any word for the other side may stand in its place
+    if compound:  # linkerschouder: any word for the other side may stand there
         others = _WORDS[_OTHER[_SIDE_OF[compound[0]]]]
         changed += [name[: compound.start()] + other + name[compound.end() :] for other in others]
     return [other for other in changed if other != name]
@@ -162,7 +162,7 @@ def _hidden_sides(name: str) -> list[str]:
 def _partners_together(names: Sequence[str]) -> dict[int, int]:
     """Keypoints whose names differ in one word alone, which together with the other one means a side.
 
-    Only where these two are all that there is at this place of the name (of finger_a, finger_d, finger_e, ... none),
+    Only where these two are all that there is in this position of the name (of finger_a, finger_d, finger_e, ... none),
     and single letters only where two pairs of names agree on them.
     """
     variants: dict[tuple[str, ...], dict[str, int]] = {}

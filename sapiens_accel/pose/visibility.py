@@ -4,7 +4,7 @@
 1 hidden    a label of what is covered
 2 visible   a label
 
-Other numbers are no v: `describe_odd` says what they look like. COCO-WholeBody's feet, face and hands have confidences
+Other numbers are no v: `describe_odd` says what they seem to be. COCO-WholeBody's feet, face and hands have confidences
 between 0 and 1 in places, which are labels.
 """
 

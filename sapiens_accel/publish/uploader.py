@@ -83,7 +83,7 @@ class Uploads:
     ) -> None:
         """Push the weights that a stage has just written, if the strategy includes them.
 
-        A newer push takes the place of one of the same folder that waits.
+        A newer push replaces one of the same folder that waits.
 
         Args:
             weights: their folder. Default: RUN_DIR/STAGE/weights.
@@ -185,7 +185,7 @@ class Uploads:
 
 
 class NoUploads:
-    """In place of `Uploads` on all ranks but the first, and in a run that pushes nothing."""
+    """Stands for `Uploads` on all ranks but the first, and in a run that pushes nothing."""
 
     def saved(
         self,

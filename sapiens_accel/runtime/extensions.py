@@ -80,7 +80,7 @@ def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
     """Find locks that no process of this machine holds, and their age in seconds.
 
     Args:
-        operations: the extensions to look at; all by default.
+        operations: the extensions to check; all by default.
     """
     names = operations or [path.name for path in folder().glob("*") if path.is_dir()]
     locks = [lock for name in names if (lock := folder() / name / "lock").is_file()]

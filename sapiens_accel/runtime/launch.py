@@ -223,8 +223,8 @@ def find_json(name: str, where: Path | str) -> Path:
         with contextlib.suppress(OSError):  # a name that is too long to be one
             if (folder / name).is_file():
                 return (folder / name).resolve()
-    looked = ", ".join(str(folder) for folder in dict.fromkeys((Path.cwd(), *beside, CHECKOUT)))
-    raise UserError(f"{where}: deepspeed_config_file: {name} is not there (looked in {looked}). Give its whole path")
+    folders = ", ".join(str(folder) for folder in dict.fromkeys((Path.cwd(), *beside, CHECKOUT)))
+    raise UserError(f"{where}: deepspeed_config_file: {name} is not there (looked in {folders}). Give its whole path")
 
 
 def _check_json(file: Path, where: Path | str) -> None:

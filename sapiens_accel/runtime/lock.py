@@ -113,7 +113,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _start_of(pid: object) -> str | None:
-    """Return when a process started, which tells it from a later one of the same number; None if there is none."""
+    """Return when a process started, as a later one may have the same number; None if there is none."""
     if not isinstance(pid, int):
         return None
     try:

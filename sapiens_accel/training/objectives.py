@@ -36,7 +36,7 @@ class Objective(Protocol):
         ...
 
     def health(self) -> dict[str, Tensor]:
-        """What is worth looking at now and then; it is asked where logs are written."""
+        """What is worth a look now and then; it is computed where logs are written."""
         ...
 
     @property
