@@ -70,10 +70,10 @@ def read_ids(annotations: Path, names: Sequence[str]) -> list[Any]:
     if not annotations.is_file():
         raise UserError(f"--annotations {annotations}: no such file")
     known = {image["file_name"]: image["id"] for image in read_list(annotations, "images", ("id", "file_name"))}
-    found = [known.get(name, known.get(Path(name).name)) for name in names]
-    if None in found:
-        raise UserError(f"--annotations {annotations}: image {names[found.index(None)]} is not among its images")
-    return found
+    ids = [known.get(name, known.get(Path(name).name)) for name in names]
+    if None in ids:
+        raise UserError(f"--annotations {annotations}: image {names[ids.index(None)]} is not among its images")
+    return ids
 
 
 def read_list(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -97,11 +97,13 @@ def read_list(file: Path, key: str, needed: Sequence[str]) -> list[dict[str, Any
     return things
 
 
-def to_coco(names: Sequence[str], ids: Sequence[Any], category: Any, found: Sequence[PersonBoxes | None]) -> list[Any]:
+def to_coco(
+    names: Sequence[str], ids: Sequence[Any], category: Any, detections: Sequence[PersonBoxes | None]
+) -> list[Any]:
     """Detections in COCO's form, to 0.01 px; with the image's name, which other readers pass over."""
     return [
         {"image_id": key, "category_id": category, "bbox": box, "score": score, "file_name": name}
-        for name, key, people in zip(names, ids, found, strict=True)
+        for name, key, people in zip(names, ids, detections, strict=True)
         for box, score in _rounded(people)
     ]
 
@@ -211,16 +213,16 @@ class BoxesFile:
             )
         self._left_out: Counter[str] = Counter()
         self._num_made = 0
-        found = list(self._detections() if coco.is_detections(file) else self._annotations())
-        if not found:
+        boxes = list(self._detections() if coco.is_detections(file) else self._annotations())
+        if not boxes:
             raise UserError(
                 f"{file}: no box in it, and no labeled keypoint to make one from (expected a list of detections or a "
                 f"COCO annotation file). To take each image as one person, --eval.boxes whole"
             )
         self._of: dict[str, list[Detection]] = {}
-        places, others = _places(names), 0
-        for key, one in found:
-            name = places.get(key, places.get(Path(key).name if isinstance(key, str) else f"{key:012d}"))
+        name_of, others = _names_by_key(names), 0
+        for key, one in boxes:
+            name = name_of.get(key, name_of.get(Path(key).name if isinstance(key, str) else f"{key:012d}"))
             if name is None:
                 others += 1
             elif one.score < min_score:
@@ -229,14 +231,14 @@ class BoxesFile:
                 self._left_out[NO_SIDE] += 1
             else:
                 self._of.setdefault(name, []).append(one)
-        if others == len(found):
+        if others == len(boxes):
             raise UserError(
-                f"{file}: of other images: the first of its {len(found)} boxes is of {found[0][0]}, the first of "
+                f"{file}: of other images: the first of its {len(boxes)} boxes is of {boxes[0][0]}, the first of "
                 f"these {len(names)} images is {names[0] if names else '(none)'}"
             )
         parts = {"of other images": others, **self._left_out}
         listed = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
-        num = len(found) + sum(count for what, count in self._left_out.items() if what.startswith(NOT_TAKEN))
+        num = len(boxes) + sum(count for what, count in self._left_out.items() if what.startswith(NOT_TAKEN))
         left_out = f"of its {num} boxes are left out: {listed}"
         if not self._of:
             raise UserError(f"{file}: {left_out}; none is left. To take each image as one person, --eval.boxes whole")
@@ -245,21 +247,21 @@ class BoxesFile:
 
     def of(self, name: str) -> PersonBoxes:
         """The people of an image."""
-        if not (here := self._of.get(name)):
+        if not (detections := self._of.get(name)):
             return NOBODY
-        boxes, scores = np.stack([one.box_xywh for one in here]), np.array([one.score for one in here])
-        return PersonBoxes(boxes, scores, tuple(one.category_id for one in here))
+        boxes, scores = np.stack([one.box_xywh for one in detections]), np.array([one.score for one in detections])
+        return PersonBoxes(boxes, scores, tuple(one.category_id for one in detections))
 
     def _detections(self) -> Iterator[tuple[Any, Detection]]:
         listed = self._read_list()
-        found = [one._replace(category_id=coco.number_of_id(one.category_id)) for one in listed]
-        ids = list(dict.fromkeys(one.category_id for one in found))
+        detections = [one._replace(category_id=coco.number_of_id(one.category_id)) for one in listed]
+        ids = list(dict.fromkeys(one.category_id for one in detections))
         if len(ids) > 1 and len(self._skeleton.categories) <= 1:
             given = {coco.number_of_id(one.category_id): one.category_id for one in listed}
             ids = self._ids_of_only_category(ids, given)
         one_name = " or ".join(self._skeleton.categories) or "person"
         self.categories = {key: one_name if len(ids) == 1 else str(key) for key in ids}
-        for one in found:
+        for one in detections:
             if one.category_id in self.categories:
                 yield one.image_id if one.file_name is None else one.file_name, one
             else:
@@ -321,8 +323,8 @@ class BoxesFile:
         boxes_xywh = np.array([one.box_xywh for one, _ in people]).reshape(-1, 4)
         most = max((len(points) for _, points in people), default=0) or 1
         points_xy, labeled = np.zeros((len(people), most, 2)), np.zeros((len(people), most), bool)
-        for place, (_, points) in enumerate(people):
-            points_xy[place, : len(points)], labeled[place, : len(points)] = points, True
+        for index, (_, points) in enumerate(people):
+            points_xy[index, : len(points)], labeled[index, : len(points)] = points, True
         size_wh = np.array([annotation_rules.size_of(image) for image in of_images]).reshape(-1, 2)
         sides = boxes_xywh[(boxes_xywh[:, 2:] > 0).all(axis=1), 2:]
         typical = np.median(sides, axis=0) if len(sides) else np.full(2, np.nan)
@@ -343,14 +345,14 @@ def _choose_categories(listed: list[dict[str, Any]], skeleton: Skeleton) -> list
     return [one for one in listed if one.get("name") in names or has_keypoints(one)] or listed
 
 
-def _places(names: Sequence[str]) -> dict[Any, str]:
+def _names_by_key(names: Sequence[str]) -> dict[Any, str]:
     """Every key that an image may go by: its name, its id, the end of its name where no other ends so."""
     ends: dict[Any, list[str]] = {}
     for name in names:
         for end in {Path(name).name, Path(name).stem}:
             ends.setdefault(end, []).append(name)
-    found: dict[Any, str] = {end: those[0] for end, those in ends.items() if len(those) == 1}
-    return found | dict(zip(make_ids(names), names, strict=True)) | {name: name for name in names}
+    by_end: dict[Any, str] = {end: those[0] for end, those in ends.items() if len(those) == 1}
+    return by_end | dict(zip(make_ids(names), names, strict=True)) | {name: name for name in names}
 
 
 def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> People:
@@ -398,7 +400,7 @@ def _detected_rows(
     file = files.root / files.annotations
     name_of_stem = {Path(name).stem: name for name in names}
     name_of_number = {coco.number_of_id(stem): name for stem, name in name_of_stem.items()}
-    place = {name: index for index, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     detections = read_detections(file)
     kinds = {coco.number_of_id(one.category_id) for one in detections}
     taken = kinds if len(kinds) == 1 else {1}
@@ -411,7 +413,7 @@ def _detected_rows(
             left_out[f"with a score below {min_score:g} ({MIN_SCORE})" if is_weak else NO_SIDE] += 1
             continue
         padded = f"{key:012d}.jpg" if isinstance(key, int) else ""
-        name = padded if padded in place else name_of_stem.get(str(key), name_of_number.get(coco.number_of_id(key)))
+        name = padded if padded in index_of else name_of_stem.get(str(key), name_of_number.get(coco.number_of_id(key)))
         if name is None:
             raise UserError(
                 f"{file}: detection {index}: its image, {padded or key} or {key}.*, is not in "
@@ -419,7 +421,7 @@ def _detected_rows(
             )
         yield {
             "file_name": f"{files.images}/{name}",
-            "image_id": key if isinstance(key, int) else place[name],
+            "image_id": key if isinstance(key, int) else index_of[name],
             "ann_id": index,
             "box_xywh": box.tolist(),
             "area": float(box[2] * box[3]),

@@ -45,11 +45,11 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
             warnings.append(
                 f"warning: {len(some)} of {len(people)} {kind} people were compared with those of validation"
             )
-        found = find_leaks(_image_ids_of(replace(people, rows=some)), _image_ids_of(val))
-        if found:
-            ours, theirs = next(iter(found.items()))
+        leaks = find_leaks(_image_ids_of(replace(people, rows=some)), _image_ids_of(val))
+        if leaks:
+            ours, theirs = next(iter(leaks.items()))
             raise UserError(
-                f"{ours}: this {kind} image is the validation image {theirs} ({len(found)} such in "
+                f"{ours}: this {kind} image is the validation image {theirs} ({len(leaks)} such in "
                 f"all): scores would be of what was learned; take them out, or validate on others (--data.val_images)"
             )
     return tuple(warnings)
@@ -59,12 +59,12 @@ def describe_leaks(train: People, val: People) -> str:
     """A line about validation images among those of training, by name and bytes."""
     theirs = _image_ids_of(val)
     names = {path.name for path in theirs}
-    found = find_same_files((path for path in _image_ids_of(train) if path.name in names), theirs)
-    if not found:
+    leaks = find_same_files((path for path in _image_ids_of(train) if path.name in names), theirs)
+    if not leaks:
         return ""
     return (
-        f"warning: {len(found)} of {len(theirs)} validation images are training images "
-        f"(the first {next(iter(found))}): scores would be of what was learned"
+        f"warning: {len(leaks)} of {len(theirs)} validation images are training images "
+        f"(the first {next(iter(leaks))}): scores would be of what was learned"
     )
 
 
@@ -76,7 +76,7 @@ def find_leaks(ours: Mapping[Path, int], theirs: Mapping[Path, int]) -> dict[Pat
     # Id and name alone say nothing: each of two sets may be numbered from 1. A set encoded again shows it at once, so
     # a few are looked at.
     others = ((path, other) for path, other in named if path not in same)
-    return same | {path: other for path, other in islice(others, LOOKED_AT) if _look_alike(path, other)}
+    return same | {path: other for path, other in islice(others, LOOKED_AT) if _are_alike(path, other)}
 
 
 def leave_out_copies(train: People, val: People, on_leak: Literal["stop", "skip"], cache: Path) -> tuple[People, str]:
@@ -113,37 +113,37 @@ def leave_out_copies(train: People, val: People, on_leak: Literal["stop", "skip"
 
 def find_copies(ours: Sequence[Path], theirs: Sequence[Path], cache: Path) -> dict[Path, Path]:
     """Images that look like one of the others, as the same image encoded again does; each with that one."""
-    looks, others = (_looks_of(files, cache) for files in (ours, theirs))
+    thumbnails, others = (_read_thumbnails(files, cache) for files in (ours, theirs))
     # Two images differ in their mean by no more than in the mean of their pixels: few of the others are candidates.
-    means, other_means = (several.mean(axis=(1, 2)) for several in (looks, others))
+    means, other_means = (several.mean(axis=(1, 2)) for several in (thumbnails, others))
     order = np.argsort(other_means, kind="stable")
     low, high = (np.searchsorted(other_means[order], means + margin) for margin in (-COPY_LEVELS, COPY_LEVELS))
     copies = {}
     for index, file in enumerate(ours):
         candidates = order[low[index] : high[index]]
-        cells = np.abs(looks[index].astype(np.int16) - others[candidates]).reshape(-1, LOOK_SIDE**2)
+        cells = np.abs(thumbnails[index].astype(np.int16) - others[candidates]).reshape(-1, LOOK_SIDE**2)
         away = np.where(np.partition(cells, -3, axis=1)[:, -3] <= COPY_CELL, cells.mean(axis=1), np.inf)
         if len(away) and away.min() < COPY_LEVELS:
             copies[file] = theirs[candidates[int(away.argmin())]]
     return copies
 
 
-def _looks_of(files: Sequence[Path], cache: Path) -> UInt8[Array, "n side side"]:
+def _read_thumbnails(files: Sequence[Path], cache: Path) -> UInt8[Array, "n side side"]:
     """Each image as few gray levels; kept in the cache by the files' names and sizes."""
     content = "\n".join(f"{file} {images.size_of(file)}" for file in files)
     kept = cache / "people" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}-looks-v{LOOKS_VERSION}.npy"
     if kept.is_file():
         return np.load(kept)
     with ThreadPoolExecutor() as threads:
-        looks = np.stack(list(threads.map(_look_of, files)))
+        thumbnails = np.stack(list(threads.map(_read_thumbnail, files)))
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_name(f"{kept.stem}.{os.getpid()}.tmp.npy")
-    np.save(temporary, looks)
+    np.save(temporary, thumbnails)
     temporary.replace(kept)
-    return looks
+    return thumbnails
 
 
-def _look_of(file: Path) -> UInt8[Array, "side side"]:
+def _read_thumbnail(file: Path) -> UInt8[Array, "side side"]:
     image = images.read_unchecked_image(file, cv2.IMREAD_GRAYSCALE)
     if image is None:  # the check of images has reported it; noise is like no image
         seed = int.from_bytes(hashlib.blake2b(str(file).encode(), digest_size=4).digest())
@@ -151,7 +151,7 @@ def _look_of(file: Path) -> UInt8[Array, "side side"]:
     return cv2.resize(image, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
 
 
-def _look_alike(path: Path, other: Path) -> bool:
+def _are_alike(path: Path, other: Path) -> bool:
     """Whether two images are one, encoded again: 16 x 16 gray levels hardly differ in the mean.
 
     Of 169 COCO photographs none differs from itself at JPEG quality 30 by 0.5, and no two differ by less than 17.
@@ -176,8 +176,8 @@ def find_same_files(files: Iterable[Path], others: Iterable[Path]) -> dict[Path,
     Sizes first, then how the files begin, then all bytes: of 120,000 photographs against 5,000 few are read.
     """
     ours, theirs = list(files), list(others)
-    for look in (images.size_of, _head):
-        seen = [{path: look(path) for path in paths} for paths in (ours, theirs)]
+    for digest in (images.size_of, _head):
+        seen = [{path: digest(path) for path in paths} for paths in (ours, theirs)]
         common = set(seen[0].values()) & set(seen[1].values())
         ours, theirs = ([path for path, value in of.items() if value in common] for of in seen)
     equal = {_content(path): path for path in reversed(theirs)}

@@ -77,8 +77,8 @@ def gather_unlabeled(
         files = people_tables.files_of(train, config.train_images, cache)
         people = people_tables.unlabeled_people(files, min_side)
         sources.append(replace(people, annotations=train.annotations))
-    found = [people for people in sources if people]
-    if not found:
+    people_of_parts = [people for people in sources if people]
+    if not people_of_parts:
         raise UserError(
             f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
@@ -86,9 +86,9 @@ def gather_unlabeled(
             f"or leave stage ssl out: --stage phase1, and then --stage phase2"
         )
     left_out = sources[0].left_out if sources[0] else ""  # those of the training people are said with them
-    notes = [left_out, *(people.box_note for people in found)]
-    warnings = [*notes, *(_warn_of_other_boxes(people, train) for people in found)]
-    return people_tables.join_people(found), tuple(line for line in warnings if line)
+    notes = [left_out, *(people.box_note for people in people_of_parts)]
+    warnings = [*notes, *(_warn_of_other_boxes(people, train) for people in people_of_parts)]
+    return people_tables.join_people(people_of_parts), tuple(line for line in warnings if line)
 
 
 def unlabeled_images(root: Path, config: DataConfig, num_keypoints: int, cache: Path) -> People | None:

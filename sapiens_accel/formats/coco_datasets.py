@@ -76,7 +76,7 @@ def _read_trees(
         UserError: a broken annotation, images that are not there, categories that differ.
     """
     left_out: Counter[str] = Counter()
-    found: list[PoseImage] = []
+    pose_images: list[PoseImage] = []
     categories: list[PoseCategory] = []
     for split, (file, tree) in trees.items():
         folders = [images] if images else [file.parent / folder for folder in IMAGE_FOLDERS]
@@ -86,13 +86,13 @@ def _read_trees(
             if categories and kinds != categories:
                 raise ValueError("its categories are not those of the first JSON")
             categories = kinds
-            found += _images(
+            pose_images += _images(
                 tree, split, finder, partial(_instance, has_corners=has_corners, most_v=_most_v(tree)), left_out
             )
         except ODD as error:
             raise UserError(f"{file}: {reason(error)}") from None
         finder.check(file)
-    return PoseDataset(categories=categories, images=found, left_out=left_out)
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _category(tree: dict[str, Any], left_out: Counter[str]) -> PoseCategory:
@@ -123,13 +123,15 @@ def _images(
                 f"annotation {annotation.get('id')}: its image {annotation['image_id']} is not among 'images'"
             )
         by_image[annotation["image_id"]].append(convert(annotation, numbers))
-    found = []
+    pose_images = []
     for image in tree["images"]:
         if file := finder.find(str(image["file_name"])):
             fields = {key: image[key] for key in KEPT_OF_IMAGES if key in image}
             name = str(image["file_name"])
-            found.append(PoseImage(name=name, source=file, instances=by_image[image["id"]], split=split, fields=fields))
-    return found
+            pose_images.append(
+                PoseImage(name=name, source=file, instances=by_image[image["id"]], split=split, fields=fields)
+            )
+    return pose_images
 
 
 def _instance(annotation: dict[str, Any], numbers: dict[Any, int], has_corners: bool, most_v: float) -> PoseInstance:

@@ -97,7 +97,7 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     summary = [_describe(split, dataset, lines) for split in FILES]
-    summary += [f"split: {lines.how}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
+    summary += [f"split: {lines.rule}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
     left_out = [f"{what} ({number})" for what, number in dataset.left_out.items() if number]
     summary += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
     summary += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
@@ -145,7 +145,7 @@ class ImageSplits:
     """The split of each image, and how they were chosen."""
 
     splits: list[Split]
-    how: str
+    rule: str
 
 
 def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
@@ -161,7 +161,7 @@ def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
         splits: list[Split] = ["val" if image.split == "val" else "train" for image in images]
         if len(set(splits)) == 1:
             return split_images([replace(image, split=None) for image in images], options)
-        return ImageSplits(splits=splits, how="as the tool has it")
+        return ImageSplits(splits=splits, rule="as the tool has it")
     num = len(images)
     if num < 2:
         raise UserError(f"{count(num, 'labeled image')} alone (expected 2 or more: some train, others validate)")
@@ -170,15 +170,15 @@ def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
     groups = sorted({image.group for image in images if image.group is not None})
     if not groups or any(image.group is None for image in images):
         chosen = set(order.permutation(num)[:wanted].tolist())
-        how = f"{count(wanted, 'image')} validate, drawn with seed {options.seed}"
+        rule = f"{count(wanted, 'image')} validate, drawn with seed {options.seed}"
     elif len(groups) == 1:
         last = sorted(range(num), key=lambda index: images[index].name)[num - wanted :]
-        chosen, how = set(last), f"the last {count(wanted, 'image')} of {groups[0]} validate"
+        chosen, rule = set(last), f"the last {count(wanted, 'image')} of {groups[0]} validate"
     else:
         names = _choose_groups(Counter(image.group for image in images), list(order.permutation(groups)), wanted)
         chosen = {index for index, image in enumerate(images) if image.group in names}
-        how = f"{len(names)} of {len(groups)} videos or sessions validate: {', '.join(sorted(names)[:5])}"
-    return ImageSplits(splits=["val" if index in chosen else "train" for index in range(num)], how=how)
+        rule = f"{len(names)} of {len(groups)} videos or sessions validate: {', '.join(sorted(names)[:5])}"
+    return ImageSplits(splits=["val" if index in chosen else "train" for index in range(num)], rule=rule)
 
 
 def _choose_groups(sizes: "Counter[str | None]", order: list[str], wanted: int) -> set[str]:
@@ -218,7 +218,7 @@ def _write_split(
     sizes = []
     for number, image in enumerate(tqdm(images, desc=split, unit="image", disable=None, leave=False), 1):
         name = _free_name(image.name, names)
-        size_wh = _place_image(image, root / folder / name, link=options.link)
+        size_wh = _write_image(image, root / folder / name, link=options.link)
         sizes.append(size_wh)
         image_id = image.fields["id"] if has_ids else number
         session = {"session": image.group} if image.group else {}
@@ -253,7 +253,7 @@ def _free_name(name: str, taken: set[str]) -> str:
     return free
 
 
-def _place_image(image: PoseImage, target: Path, *, link: bool) -> tuple[int, int]:
+def _write_image(image: PoseImage, target: Path, *, link: bool) -> tuple[int, int]:
     """Put an image's file, bytes or pixels there; its width and height (px)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(image.source, Path) and link:
@@ -292,13 +292,13 @@ def _add_boxes(
     people = [(one, size) for image, size in zip(images, sizes, strict=True) for one in image.instances]
     counts: Counter[str] = Counter()
     for category in sorted({one.category for one, _ in people}):
-        places = [place for place, (one, _) in enumerate(people) if one.category == category]
-        keypoints = np.array([people[place][0].keypoints for place in places])
-        annotated = np.array([people[place][0].box_xywh or (0, 0, 0, 0) for place in places], float)
-        size_wh = np.array([people[place][1] for place in places], float)
+        indices = [index for index, (one, _) in enumerate(people) if one.category == category]
+        keypoints = np.array([people[index][0].keypoints for index in indices])
+        annotated = np.array([people[index][0].box_xywh or (0, 0, 0, 0) for index in indices], float)
+        size_wh = np.array([people[index][1] for index in indices], float)
         chosen = _choose_boxes(annotated, keypoints, size_wh, rule)
         replaced = (chosen.areas > 0) & ((rule == "image") | (rule == "keypoints") & (annotated[:, 2:] > 0).all(axis=1))
-        for place, box, size, origin in zip(places, chosen.boxes_xywh, size_wh, chosen.origins, strict=True):
+        for index, box, size, origin in zip(indices, chosen.boxes_xywh, size_wh, chosen.origins, strict=True):
             counts[ORIGINS[int(origin)]] += 1
             if origin != NO_BOX:
                 is_made = origin in (FROM_KEYPOINTS, GUESSED_SIDE)
@@ -306,10 +306,10 @@ def _add_boxes(
                 inside[2:] -= inside[:2]
                 # A box around keypoints that are all outside of the image stays as it is: the doctor names it.
                 shown = inside if is_made and min(inside[2:]) > 0 else box
-                annotations[place]["bbox"] = [round(float(value), 3) for value in shown]
-        for place, area in zip(np.array(places)[replaced].tolist(), chosen.areas[replaced], strict=True):
-            if "area" not in annotations[place]:
-                annotations[place]["area"] = round(AREA_OF_BOX * float(area), 3)
+                annotations[index]["bbox"] = [round(float(value), 3) for value in shown]
+        for index, area in zip(np.array(indices)[replaced].tolist(), chosen.areas[replaced], strict=True):
+            if "area" not in annotations[index]:
+                annotations[index]["area"] = round(AREA_OF_BOX * float(area), 3)
                 counts[WITH_AREA] += 1
     return counts
 

@@ -66,18 +66,18 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
             left_out[f"shapes of type {shape.tag}"] += shape.tag not in SHAPES
         has_any = any(shape.tag in SHAPES for shape in frame.shapes)
         left_out["images without a skeleton, point or box"] += not has_any
-        if has_any and (found := _find_frame(finder, frame)):
-            kept.append((frame, found))
+        if has_any and (source := _find_frame(finder, frame)):
+            kept.append((frame, source))
     finder.check(file)
     try:
         categories, gathered = _gather([frame for frame, _ in kept], _skeletons(root), file)
     except ODD as error:
         raise UserError(f"{file}: {reason(error)}") from None
-    found_images = [
+    pose_images = [
         PoseImage(name=_short(frame.name), source=source, instances=many, group=frame.group)
         for (frame, source), many in zip(kept, gathered, strict=True)
     ]
-    return PoseDataset(categories=categories, images=found_images, left_out=left_out)
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _parse(file: Path) -> ET.Element:
@@ -134,13 +134,13 @@ def _track_frames(root: ET.Element, left_out: Counter[str]) -> Iterator[Frame]:
 def _skeletons(root: ET.Element) -> dict[str, PoseCategory]:
     """The categories of skeletons that the XML declares, by label."""
     labels = list(root.iter("label"))
-    found = {}
+    categories = {}
     for label in labels:
         name, svg = label.findtext("name") or "", unescape(label.findtext("svg") or "")
         parts = [one.findtext("name") or "" for one in labels if one.findtext("parent") == name]
         if label.findtext("type") == "skeleton" and parts:
-            found[name] = PoseCategory(name=name, keypoints=tuple(parts), edges=_edges(svg, parts))
-    return found
+            categories[name] = PoseCategory(name=name, keypoints=tuple(parts), edges=_edges(svg, parts))
+    return categories
 
 
 def _edges(svg: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:

@@ -57,7 +57,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     config = _find_config(path)
     categories, individuals = _categories(tables, config)
     left_out: Counter[str] = Counter()
-    found = []
+    pose_images = []
     for table in tables:
         above = [table.file.parent, *table.file.parent.parents[:LEVELS_ABOVE]]
         finder = ImageFinder([images] if images else above)
@@ -66,9 +66,9 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
             instances = list(_instances(dict(zip(table.columns, values, strict=True)), categories, individuals))
             left_out["images without a label"] += not instances
             if file and instances:
-                found.append(PoseImage(name=_short(name), source=file, instances=instances, group=_session(name)))
+                pose_images.append(PoseImage(name=_short(name), source=file, instances=instances, group=_session(name)))
         finder.check(table.file)
-    return PoseDataset(categories=categories, images=found, left_out=left_out)
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -149,15 +149,15 @@ def _read_hdf(file: Path) -> LabelTable:
     try:
         frame = pd.DataFrame(pd.read_hdf(file))
         names = list(frame.columns.names)
-        places = [names.index(level) if level in names else None for level in ("individuals", "bodyparts", "coords")]
-        if None in places[1:]:
+        levels = [names.index(level) if level in names else None for level in ("individuals", "bodyparts", "coords")]
+        if None in levels[1:]:
             raise ValueError(f"levels {names}, expected bodyparts and coords")
     except Exception as error:  # PyTables, h5py and pickled indices have many
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: no table of DeepLabCut that can be read: {reason}") from None
     of_levels = [
-        [""] * frame.shape[1] if place is None else frame.columns.get_level_values(place).astype(str)
-        for place in places
+        [""] * frame.shape[1] if level is None else frame.columns.get_level_values(level).astype(str)
+        for level in levels
     ]
     columns = list(zip(*of_levels, strict=True))
     _check_columns(file, columns)

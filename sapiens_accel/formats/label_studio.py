@@ -49,11 +49,11 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
             read_tasks.append((file, instances))
     finder.check(path)
     categories, gathered = gather_categories([instances for _, instances in read_tasks], CATEGORY)
-    found = [
+    pose_images = [
         PoseImage(name=file.name, source=file, instances=many)
         for (file, _), many in zip(read_tasks, gathered, strict=True)
     ]
-    return PoseDataset(categories=categories, images=found, left_out=left_out)
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _image_of(task: dict[str, Any], where: str) -> str:

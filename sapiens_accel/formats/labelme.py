@@ -57,11 +57,11 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
             f"{path}: no labels of labelme (expected JSON files with 'shapes', found {len(files)} JSON files)"
         )
     categories, gathered = gather_categories([instances for _, _, instances in read_files], CATEGORY)
-    found = [
+    pose_images = [
         PoseImage(name=name, source=source, instances=many)
         for (name, source, _), many in zip(read_files, gathered, strict=True)
     ]
-    return PoseDataset(categories=categories, images=found, left_out=left_out)
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _image_of(
@@ -70,8 +70,8 @@ def _image_of(
     """Name and source of the image: a file, or what labelme keeps of it in the JSON."""
     folders = [images] if images else [file.parent]
     finder = ImageFinder(folders)
-    if found := finder.find(str(tree["imagePath"])):
-        return name_below(found, folders), found
+    if source := finder.find(str(tree["imagePath"])):
+        return name_below(source, folders), source
     name = str(tree["imagePath"]).replace("\\", "/").rsplit("/", 1)[-1]
     if tree.get("imageData"):
         try:

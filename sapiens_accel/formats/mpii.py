@@ -53,7 +53,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         ) from None
     finder = ImageFinder([images] if images else [file.parent, file.parent / "images", file.parent.parent / "images"])
     left_out: Counter[str] = Counter()
-    found = []
+    pose_images = []
     for number, (entry, is_training) in enumerate(zip(entries, in_training, strict=True)):
         try:
             name = str(entry.image.name)
@@ -65,10 +65,10 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         left_out["images without a labeled person"] += bool(is_training and not instances)
         if instances and (source := finder.find(name)):
             group = f"video {video[0]}" if video else None
-            found.append(PoseImage(name=name, source=source, instances=instances, group=group))
+            pose_images.append(PoseImage(name=name, source=source, instances=instances, group=group))
     finder.check(file)
     category = PoseCategory(name="person", keypoints=NAMES, edges=EDGES)
-    return PoseDataset(categories=[category], images=found, left_out=left_out)
+    return PoseDataset(categories=[category], images=pose_images, left_out=left_out)
 
 
 def _list(value: Any) -> list[Any]:
@@ -80,13 +80,13 @@ def _list(value: Any) -> list[Any]:
 
 def _people(entry: Any, left_out: Counter[str]) -> Iterator[PoseInstance]:
     for person in _list(getattr(entry, "annorect", None)):
-        joints = _list(getattr(getattr(person, "annopoints", None), "point", None))
-        if not joints:
+        points = _list(getattr(getattr(person, "annopoints", None), "point", None))
+        if not points:
             left_out["people without joints"] += 1
             continue
         keypoints = np.zeros((len(NAMES), 3))
-        for joint in joints:
-            is_visible = _list(getattr(joint, "is_visible", None))
+        for point in points:
+            is_visible = _list(getattr(point, "is_visible", None))
             v = OCCLUDED if is_visible and int(is_visible[0]) == 0 else VISIBLE
-            keypoints[int(joint.id)] = float(joint.x) - 1, float(joint.y) - 1, v
+            keypoints[int(point.id)] = float(point.x) - 1, float(point.y) - 1, v
         yield PoseInstance(category=0, keypoints=keypoints)

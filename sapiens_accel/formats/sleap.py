@@ -36,7 +36,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     finder = ImageFinder([images] if images else [path.parent])
     videos = [_Footage(number, video, finder) for number, video in enumerate(labels.videos)]
     finder.check(path)
-    found = []
+    pose_images = []
     for frame in labels.labeled_frames:
         video = videos[next(number for number, one in enumerate(labels.videos) if one is frame.video)]
         user = list(frame.user_instances)
@@ -46,8 +46,8 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         left_out["instances without a visible point"] += len(user) - len(instances)
         left_out["frames without a labeled instance"] += not instances
         if instances:
-            found.append(video.image(int(frame.frame_idx), instances))
-    return PoseDataset(categories=categories, images=found, left_out=left_out)
+            pose_images.append(video.image(int(frame.frame_idx), instances))
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
 
 
 def _load(path: Path) -> Any:

@@ -61,14 +61,14 @@ def main(asked: Namespace) -> None:
         decoded += 1
         if index not in indices:
             continue
-        found = finder.find(frame) if finder else [(0.0, 0.0, float(frame.shape[1]), float(frame.shape[0]))]
-        num_still += not found
-        if found:
+        boxes_of_frame = finder.find(frame) if finder else [(0.0, 0.0, float(frame.shape[1]), float(frame.shape[0]))]
+        num_still += not boxes_of_frame
+        if boxes_of_frame:
             name = f"{film.stem}/{frame_name(film, index)}"
             num_replaced += (folder / name).is_file()
             save_image(frame, folder / name)
             images.append({"file_name": name, "width": frame.shape[1], "height": frame.shape[0]})
-            boxes.append(found)
+            boxes.append(boxes_of_frame)
     if not images:
         raise UserError(
             f"{film}: nothing moves in {count(num_still, 'frame')} (expected a fixed camera and something that "

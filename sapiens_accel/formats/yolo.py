@@ -50,7 +50,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         UserError: no such file, or one without kpt_shape; a broken line; a folder that is not there.
     """
     layout = _layout(path, images)
-    names, how = _keypoint_names(layout)
+    names, note = _keypoint_names(layout)
     mirror = _mirror(layout, names)
     edges = layout.tree.get("skeleton") or []
     is_by_index = all(isinstance(end, int) for edge in edges for end in edge)
@@ -62,17 +62,17 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         for name in layout.classes
     ]
     left_out: Counter[str] = Counter()
-    found = []
+    pose_images = []
     for split, keys in SPLITS.items():
         key = next((key for key in keys if key in layout.tree), None)
         for file in _images(layout, key) if key else ():
             instances = list(_instances(layout, file, left_out))
-            found.append(PoseImage(name=file.name, source=file, instances=instances, split=split))
+            pose_images.append(PoseImage(name=file.name, source=file, instances=instances, split=split))
     if NOT_USED in layout.tree:
         left_out["images of the split test"] += sum(1 for _ in _images(layout, NOT_USED, optional=True))
-    used = {one.category for image in found for one in image.instances}
+    used = {one.category for image in pose_images for one in image.instances}
     left_out["classes without an instance"] += len(categories) - len(used)
-    return PoseDataset(categories=categories, images=found, left_out=left_out, notes=[how])
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out, notes=[note])
 
 
 def _layout(path: Path, images: Path | None) -> YoloLayout:
@@ -130,23 +130,23 @@ def _images(layout: YoloLayout, key: str, optional: bool = False) -> Iterator[Pa
     values = layout.tree[key]
     for value in values if isinstance(values, list) else [values]:
         # Roboflow writes ../train/images for a data.yaml that lies beside train.
-        places = [layout.root / str(value), layout.file.parent / str(value).removeprefix("../")]
-        place = next((place for place in places if place.exists()), None)
-        if place is None and not optional:
-            raise UserError(f"{layout.file}: '{key}': no such folder or file: {places[0]}")
-        if place is not None and place.is_file():
-            for line in filter(None, map(str.strip, place.read_text().splitlines())):
-                yield place.parent / line
-        elif place is not None:
-            yield from sorted(file for file in place.rglob("*") if file.suffix.lower() in photo.IMAGE_SUFFIXES)
+        paths = [layout.root / str(value), layout.file.parent / str(value).removeprefix("../")]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None and not optional:
+            raise UserError(f"{layout.file}: '{key}': no such folder or file: {paths[0]}")
+        if path is not None and path.is_file():
+            for line in filter(None, map(str.strip, path.read_text().splitlines())):
+                yield path.parent / line
+        elif path is not None:
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in photo.IMAGE_SUFFIXES)
 
 
 def _instances(layout: YoloLayout, image: Path, left_out: Counter[str]) -> Iterator[PoseInstance]:
     """The instances of an image; one without a file of labels has none."""
     parts = list(image.parts)
-    places = [number for number, part in enumerate(parts) if part == "images"]
-    if places:
-        parts[places[-1]] = "labels"
+    positions = [number for number, part in enumerate(parts) if part == "images"]
+    if positions:
+        parts[positions[-1]] = "labels"
     file = Path(*parts).with_suffix(".txt")
     if not file.is_file():
         left_out["files of labels that are missing (their images have no instance)"] += 1

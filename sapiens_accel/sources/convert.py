@@ -178,12 +178,12 @@ def _has_text_id(item: dict[str, Any]) -> bool:
 def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each image, in the order of `images`."""
     people: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for place, annotation in enumerate(tree["annotations"]):
+    for position, annotation in enumerate(tree["annotations"]):
         try:
-            person = annotation_to_person(annotation, place) | {"id": coco_json.given_id(annotation)}
+            person = annotation_to_person(annotation, position) | {"id": coco_json.given_id(annotation)}
             people[annotation["image_id"]].append(person)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{split.annotations}: annotations[{place}]: {coco_json.reason(error)}") from None
+            raise UserError(f"{split.annotations}: annotations[{position}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]
     unknown = people.keys() - set(known)
     if unknown:

@@ -134,8 +134,8 @@ def describe_bits(root: Path, names: Sequence[str]) -> str:
 
     The bits are those of all images: by each image's own values, frames of one film would differ in brightness.
     """
-    places = {int(place) for place in np.linspace(0, len(names) - 1, LOOKED_AT)} if names else set()
-    some: list[str] = [names[place] for place in sorted(places)]
+    indices = {int(index) for index in np.linspace(0, len(names) - 1, LOOKED_AT)} if names else set()
+    some: list[str] = [names[index] for index in sorted(indices)]
     largest = max((value for name in some if (value := _largest_deep_value(root / name))), default=0)
     needed, bits = next(one for one in BITS if largest >> one == 0), int(os.environ.get(IMAGE_BITS, 16))
     if not largest or needed == bits or bits not in BITS:
@@ -163,19 +163,19 @@ def _largest_deep_value(path: Path) -> int:
     return int(deep[..., :3].max(initial=0)) if deep is not None and deep.dtype == np.uint16 else 0
 
 
-def _decode(content: shards.Bytes, how: int) -> Array:
+def _decode(content: shards.Bytes, flags: int) -> Array:
     """The 8-bit image. OpenCV divides 16 bits by 256, which makes the 12 bits of a microscope or a camera black."""
     bits = int(os.environ.get(IMAGE_BITS, 16))
     if bits < 16 and bytes(content[:4]) in DEEP_STARTS:
-        deep = _decode_by_opencv(content, how | cv2.IMREAD_ANYDEPTH)
+        deep = _decode_by_opencv(content, flags | cv2.IMREAD_ANYDEPTH)
         if deep.dtype == np.uint16:
             return np.minimum(deep >> bits - 8, 255).astype(np.uint8)
-    return _decode_by_opencv(content, how)
+    return _decode_by_opencv(content, flags)
 
 
-def _decode_by_opencv(content: shards.Bytes, how: int) -> Array:
+def _decode_by_opencv(content: shards.Bytes, flags: int) -> Array:
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), how) if content else None
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None
         image = None
     if image is None:
@@ -257,7 +257,7 @@ def describe_fault(path: Path) -> str:
     return UNDECODABLE
 
 
-def read_unchecked_image(path: Path, how: int) -> Array | None:
+def read_unchecked_image(path: Path, flags: int) -> Array | None:
     """What OpenCV makes of an image, BGR; None if it does not decode, has more than MAX_PIXELS, or is no file.
 
     Args:
@@ -266,7 +266,7 @@ def read_unchecked_image(path: Path, how: int) -> Array | None:
     try:
         content = _read_if_file(path)
         check_size(content)
-        return _decode(content, how)
+        return _decode(content, flags)
     except BadImageError:
         return None
 

@@ -127,7 +127,7 @@ class Source(Protocol):
         ...
 
 
-def annotation_to_person(annotation: dict[str, Any], place: int | None) -> dict[str, Any]:
+def annotation_to_person(annotation: dict[str, Any], position: int | None) -> dict[str, Any]:
     """A COCO annotation as PERSON; what it does not say is None.
 
     Raises:
@@ -140,7 +140,7 @@ def annotation_to_person(annotation: dict[str, Any], place: int | None) -> dict[
     area, lists = annotation.get("area"), {name: annotation.get(name) for name in ("bbox", *WHOLE_BODY)}
     numbers = {name: [float(number) for number in value] if value else None for name, value in lists.items()}
     is_crowd, size = int(bool(annotation.get("iscrowd"))), None if area is None else float(area)
-    return {**ids, "place": place, "iscrowd": is_crowd, "area": size, **numbers}
+    return {**ids, "place": position, "iscrowd": is_crowd, "area": size, **numbers}
 
 
 def person_to_annotation(person: dict[str, Any], index: int) -> dict[str, Any]:

@@ -272,9 +272,9 @@ class ShardedSource:
             lists = table.column("people").to_pylist() if "people" in table.column_names else [[]] * table.num_rows
             for several, image_id in zip(lists, ids, strict=False):
                 people += [{**person, "image_id": image_id} for person in several or ()]
-        places = [person.pop("place", None) for person in people]
-        if all(place is not None for place in places):
-            people = [people[index] for index in np.argsort(places, kind="stable")]
+        positions = [person.pop("place", None) for person in people]
+        if all(position is not None for position in positions):
+            people = [people[index] for index in np.argsort(positions, kind="stable")]
         annotations = [schema.person_to_annotation(person, index) for index, person in enumerate(people)]
         return {"images": images, "annotations": annotations, "categories": self.categories}
 
