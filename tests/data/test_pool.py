@@ -348,13 +348,13 @@ def test_photographs_look_like_themselves_alone(tmp_path: Path) -> None:
     pictures = sorted((REAL / "val2017").iterdir())[:12]
     for a in pictures:
         _encode_anew(a, tmp_path / a.name)
-        assert [b for b in pictures if leakage._look_alike(tmp_path / a.name, b)] == [a]
+        assert [b for b in pictures if leakage._are_alike(tmp_path / a.name, b)] == [a]
 
 
 def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Path] = []
     monkeypatch.setattr(leakage, "LOOKED_AT", 2)
-    monkeypatch.setattr(leakage, "_look_alike", lambda path, other: bool(looked.append(path)))
+    monkeypatch.setattr(leakage, "_are_alike", lambda path, other: bool(looked.append(path)))
     val = _open(root, cache, unlabeled=False).val
     copies = Path(shutil.copytree(root, root.with_name("copies")))
     for picture in (copies / "val2017").iterdir():
