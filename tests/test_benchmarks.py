@@ -143,7 +143,7 @@ class UDPHeatmap:
 """
 
 
-def test_a_python_without_the_codecs_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_python_without_the_codecs_is_reported_in_one_line(tmp_path: Path) -> None:
     for name in ("mmpose", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('half of {name} is missing')")
     broken = shell(tmp_path, tmp_path)
@@ -230,7 +230,7 @@ def pseudo_collate(people):
 }
 
 
-def test_a_python_without_mmpose_is_told_in_one_line(tmp_path: Path, few_people: Path) -> None:
+def test_a_python_without_mmpose_is_reported_in_one_line(tmp_path: Path, few_people: Path) -> None:
     (tmp_path / "mmpose.py").write_text("raise ImportError('half of mmpose is missing')")
     python = shell(tmp_path, tmp_path)
     command = ["benchmarks/data.py", "--peer_python", python, "--root", str(few_people), *SMALL]

@@ -190,7 +190,7 @@ def _assert_refused(main: Callable[[Sequence[str]], None], tmp_path: Path, words
     assert not (output / "metrics.jsonl").exists(), "a step was taken"
 
 
-def test_a_broken_picture_that_only_a_worker_meets_is_one_line(
+def test_a_broken_image_that_only_a_worker_meets_is_one_line(
     main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path
 ) -> None:
     # One of the second step's images; the first step's are drawn into crops.jpg by the main process.
@@ -223,7 +223,7 @@ def test_a_refusal_is_one_line_on_stderr_and_an_exit_code(cache: Path, root: Pat
 
 
 @pytest.mark.slow
-def test_bad_pictures_can_be_skipped_and_are_counted(
+def test_bad_images_can_be_skipped_and_are_counted(
     main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(_cut_picture(root)[0])

@@ -179,7 +179,7 @@ def _error(words: list[str]) -> str:
         ("--ssl.teacher.treshold=0.5", "--ssl.teacher.threshold"),
     ],
 )
-def test_a_misspelt_option_names_the_nearest(word: str, nearest: str) -> None:
+def test_a_misspelled_option_names_the_nearest(word: str, nearest: str) -> None:
     assert _error([word]) == f"no such option {word.split('=')[0]}; did you mean {nearest}?"
 
 
@@ -192,7 +192,7 @@ def test_a_misspelt_option_names_the_nearest(word: str, nearest: str) -> None:
         ("sigma: 2", "sigma", "data.sigma"),
     ],
 )
-def test_a_misspelt_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, wrong: str, nearest: str) -> None:
+def test_a_misspelled_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, wrong: str, nearest: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     said = _error(["--recipe", str(path)])

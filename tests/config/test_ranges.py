@@ -128,7 +128,7 @@ def test_the_help_of_an_optional_group_is_an_option(capsys: pytest.CaptureFixtur
         ),
     ],
 )
-def test_a_misspelt_key_inside_a_value_names_the_nearest(words: list[str], said: str) -> None:
+def test_a_misspelled_key_inside_a_value_names_the_nearest(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
         load(words)
     assert str(caught.value) == said

@@ -171,7 +171,7 @@ def test_sources_are_joined_in_order(drawn: Path, cache: Path) -> None:
     assert all((joined.root / name).is_file() for name in joined.rows["file_name"])
 
 
-def test_whole_pictures_are_boxes_of_their_own_size(tmp_path: Path, cache: Path) -> None:
+def test_whole_images_are_boxes_of_their_own_size(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "data" / "loose"
     folder.mkdir(parents=True)
     sizes = {"b.png": (30, 41), "a.JPG": (25, 33), "c.jpeg": (17, 19)}
@@ -189,7 +189,7 @@ def test_whole_pictures_are_boxes_of_their_own_size(tmp_path: Path, cache: Path)
 
 
 @with_real_data
-def test_whole_pictures_of_coco_mini(cache: Path) -> None:
+def test_whole_images_of_coco_mini(cache: Path) -> None:
     people = coco.whole_images(REAL, "unlabeled2017", K, cache)
     assert len(people) == 10
     for name, box in zip(people.rows["file_name"], coco.boxes_of(people.rows), strict=True):
@@ -197,7 +197,7 @@ def test_whole_pictures_of_coco_mini(cache: Path) -> None:
         assert box.tolist() == [0, 0, width, height]
 
 
-def test_pictures_are_read_as_rgb(tmp_path: Path) -> None:
+def test_images_are_read_as_rgb(tmp_path: Path) -> None:
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     cv2.imwrite(str(tmp_path / "x.png"), picture[..., ::-1])
     assert np.array_equal(photo.read_image(tmp_path / "x.png"), picture)
@@ -250,7 +250,7 @@ def test_the_number_of_keypoints_and_what_is_asked_for_are_part_of_the_key(root:
     _error(lambda: coco.labeled_people(root, *TRAIN, 5, cache), root / TRAIN[0], "15", "51")
 
 
-def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_moved_root_finds_its_table_and_its_images(root: Path, cache: Path, tmp_path: Path) -> None:
     _labeled(root, cache)
     before = _files(cache)
     moved = root.rename(tmp_path / "elsewhere")
@@ -262,7 +262,7 @@ def test_a_moved_root_finds_its_table_and_its_pictures(root: Path, cache: Path, 
     assert not any(str(tmp_path) in name for name in people.rows["file_name"])
 
 
-def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
+def test_no_image_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
     _labeled(drawn, cache)
     coco.whole_images(drawn, "train2017", K, cache)
     contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
@@ -274,7 +274,7 @@ def test_no_picture_is_copied_into_the_cache(drawn: Path, cache: Path) -> None:
 # ---- Broken images
 
 
-def test_a_missing_picture_is_named_with_its_annotation_and_never_skipped(root: Path, cache: Path) -> None:
+def test_a_missing_image_is_named_with_its_annotation_and_never_skipped(root: Path, cache: Path) -> None:
     people = _labeled(root, cache)
     row = people.rows[9]
     (root / row["file_name"]).unlink()
@@ -310,7 +310,7 @@ def _huge_png(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_cut, _garbage, _emptied, _cut_png, _huge_png])
-def test_a_picture_that_does_not_decode_stops_or_is_skipped(
+def test_a_image_that_does_not_decode_stops_or_is_skipped(
     root: Path, cache: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
 ) -> None:
     people = _labeled(root, cache)
@@ -354,7 +354,7 @@ def test_a_small_file_of_billions_of_pixels_is_named_everywhere_before_it_is_dec
 
 
 @pytest.mark.parametrize("spoil", [_cut, _emptied, _cut_png])
-def test_a_cut_picture_is_seen_by_its_ends_alone(root: Path, cache: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_cut_image_is_seen_by_its_ends_alone(root: Path, cache: Path, spoil: Callable[[Path], None]) -> None:
     people = _labeled(root, cache)
     spoil(root / people.rows[3]["file_name"])
     _error(lambda: coco.check_people(people, "stop", "ends"), root / people.rows[3]["file_name"])
@@ -370,7 +370,7 @@ def test_a_jpeg_with_bytes_after_its_end_is_whole(root: Path, cache: Path, num_b
         assert (len(checked), checked.num_skipped) == (24, 0)
 
 
-def test_whole_pictures_pass_unchanged(drawn: Path, cache: Path) -> None:
+def test_whole_images_pass_unchanged(drawn: Path, cache: Path) -> None:
     people = _labeled(drawn, cache)
     for check in ("auto", "ends", "decode"):
         assert coco.check_people(people, "stop", check) is people
@@ -457,14 +457,14 @@ def test_a_cut_jpeg_with_a_thumbnail_is_seen(root: Path, cache: Path) -> None:
     _error(lambda: coco.check_people(people, "stop", "auto"), path)
 
 
-def test_a_broken_whole_picture_can_be_skipped(root: Path, cache: Path) -> None:
+def test_a_broken_whole_image_can_be_skipped(root: Path, cache: Path) -> None:
     pictures = sorted((root / "unlabeled2017").iterdir())
     _emptied(pictures[1])
     people = coco.check_people(coco.whole_images(root, "unlabeled2017", K, cache), "skip", "auto")
     assert (len(people), people.num_skipped) == (len(pictures) - 1, 1)
 
 
-def test_a_picture_that_was_replaced_has_its_new_size(tmp_path: Path, cache: Path) -> None:
+def test_a_image_that_was_replaced_has_its_new_size(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "loose").mkdir()
     for hw in ((20, 30), (50, 40)):
         cv2.imwrite(str(tmp_path / "loose" / "a.png"), np.zeros((*hw, 3), np.uint8))

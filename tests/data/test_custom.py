@@ -172,7 +172,7 @@ def test_a_hand_trains_from_a_json_and_sigmas(tmp_path: Path, judge: Callable[..
     assert list(row["joints"]["keypoints"]) == list(HAND) and "little_tip" in told
 
 
-def test_an_animal_trains_and_its_weights_alone_are_judged(
+def test_an_animal_trains_and_its_weights_alone_are_evaluated(
     tmp_path: Path, train: Callable[..., Any], judge: Callable[..., Any]
 ) -> None:
     root = _write(tmp_path / "animal", _animal, {"id": 1, "name": "goat", "keypoints": list(ANIMAL), "skeleton": []})
@@ -225,7 +225,7 @@ def test_nameless_keypoints_are_those_of_people_only(tmp_path: Path) -> None:
 
 
 @with_whole_body
-def test_whole_body_trains_and_is_judged_with_133(tmp_path: Path, train: Callable[..., Any]) -> None:
+def test_whole_body_trains_and_is_evaluated_with_133(tmp_path: Path, train: Callable[..., Any]) -> None:
     # The images to train on are those to validate on: only the way is tried.
     root = tmp_path / "whole"
     root.mkdir()

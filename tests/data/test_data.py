@@ -190,7 +190,7 @@ def test_every_sample_has_draws_of_its_own(run: Run, reference: list[Batch]) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_a_loading_process_keeps_the_memory_of_its_pictures() -> None:
+def test_a_loading_process_keeps_the_memory_of_its_images() -> None:
     """Page faults of the second and third time that as many images are made as a batch holds; 4 KB a page."""
     code = """
 import resource, sys
@@ -550,7 +550,7 @@ def _changed(drawn: Path, root: Path, scale: float) -> Path:
     return root
 
 
-def test_keypoints_normalised_to_one_are_refused(drawn: Path, tmp_path: Path) -> None:
+def test_keypoints_normalized_to_one_are_refused(drawn: Path, tmp_path: Path) -> None:
     root = _changed(drawn, tmp_path / "root", 1 / 240)
     with pytest.raises(UserError, match=r"all targets are zero.*annotation \d+: box") as caught:
         _open(root, tmp_path / "cache")
@@ -558,7 +558,7 @@ def test_keypoints_normalised_to_one_are_refused(drawn: Path, tmp_path: Path) ->
 
 
 @with_real_data
-def test_real_keypoints_normalised_to_one_are_refused(tmp_path: Path) -> None:
+def test_real_keypoints_normalized_to_one_are_refused(tmp_path: Path) -> None:
     root = _changed(REAL, tmp_path / "root", 1 / 640)
     with pytest.raises(UserError, match=r"annotation \d+"):
         _open(root, tmp_path / "cache")
@@ -614,7 +614,7 @@ def test_skipped_people_are_counted(drawn: Path, tmp_path: Path) -> None:
     assert f"people: {left} train, 5 val, 15 unlabeled ({20 - left} skipped" in str(run.sets)
 
 
-def test_without_unlabeled_people_nothing_can_be_learnt_from_them(drawn: Path, tmp_path: Path) -> None:
+def test_without_unlabeled_people_nothing_can_be_learned_from_them(drawn: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
     shutil.rmtree(root / "unlabeled2017")
     (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()

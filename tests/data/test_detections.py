@@ -42,7 +42,7 @@ def _write(tmp_path: Path, content: Any) -> Path:
     return file
 
 
-def test_a_box_a_row_with_its_score_and_picture(people: People, tmp_path: Path) -> None:
+def test_a_box_a_row_with_its_score_and_image(people: People, tmp_path: Path) -> None:
     boxes = detections.load_boxes(str(_write(tmp_path, _found(people))), people)
     assert boxes.boxes_xywh == pytest.approx(coco.boxes_of(people.rows))
     assert boxes.scores == pytest.approx(0.9 - 0.1 * np.arange(8))
@@ -53,7 +53,7 @@ def test_a_box_a_row_with_its_score_and_picture(people: People, tmp_path: Path) 
     assert (own.source, own.labeled, own.scores.tolist()) == ("ground truth", True, [1.0] * 8)
 
 
-def test_other_pictures_and_other_categories_are_left_out_and_told(people: People, tmp_path: Path) -> None:
+def test_other_images_and_other_categories_are_left_out_and_reported(people: People, tmp_path: Path) -> None:
     found = _found(people)
     more = [found[0] | {"image_id": 10**9}, found[1] | {"category_id": 3}, found[2] | {"category_id": 44}]
     boxes = detections.load_boxes(str(_write(tmp_path, [*more, *found])), people)
@@ -137,7 +137,7 @@ def test_a_file_that_is_not_there_is_refused(people: People) -> None:
         detections.load_boxes("nowhere.json", people)
 
 
-def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) -> None:
+def test_a_image_that_is_not_there_is_named(people: People, tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "annotations").mkdir(parents=True)
     (root / VAL).write_text(people.annotations.read_text())
@@ -147,7 +147,7 @@ def test_a_picture_that_is_not_there_is_named(people: People, tmp_path: Path) ->
         detections.load_boxes(str(_write(tmp_path, _found(people))), moved)
 
 
-def test_a_labeled_box_outside_its_picture_is_refused(people: People, tmp_path: Path) -> None:
+def test_a_labeled_box_outside_its_image_is_refused(people: People, tmp_path: Path) -> None:
     tree = json.loads(people.annotations.read_text())
     tree["annotations"][2]["bbox"] = [2000, 10, 40, 90]
     (tmp_path / "val.json").write_text(json.dumps(tree))

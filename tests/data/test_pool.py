@@ -91,7 +91,7 @@ def _ids(people: People) -> list[int]:
 
 
 @with_real_data
-def test_the_people_of_the_first_pictures_are_labeled_and_the_others_withheld(cache: Path) -> None:
+def test_the_people_of_the_first_images_are_labeled_and_the_others_withheld(cache: Path) -> None:
     everybody, expected = _labeled_ids(REAL / TRAIN), _labeled_ids(REAL / TRAIN, 30)
     assert len(everybody) == 86 and everybody != sorted(everybody), "the order of the file is not that of the ids"
     assert len(expected) == 30 and set(expected) != set(everybody[:30]), "nor that of its images"
@@ -111,7 +111,7 @@ def test_the_people_of_the_first_pictures_are_labeled_and_the_others_withheld(ca
 
 
 @pytest.mark.parametrize("num", range(1, 21, 3))
-def test_first_is_by_picture_however_pictures_and_people_are_ordered(root: Path, cache: Path, num: int) -> None:
+def test_first_is_by_image_however_images_and_people_are_ordered(root: Path, cache: Path, num: int) -> None:
     tree = _tree(root / TRAIN)
     assert len(tree["images"]) < 20, "images of several people are cut through"
     for seed, key in enumerate(("images", "annotations")):
@@ -123,7 +123,7 @@ def test_first_is_by_picture_however_pictures_and_people_are_ordered(root: Path,
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_pictures_are_found_wherever_they_stand_in_the_json(root: Path, cache: Path, indent: int | None) -> None:
+def test_images_are_found_wherever_they_stand_in_the_json(root: Path, cache: Path, indent: int | None) -> None:
     tree = _tree(root / TRAIN)
     tree["images"].reverse()
     noise = {"info": {"images": [1, '"images": [2]']}, "images ": "]}", "licenses": [], "year": 2017}
@@ -227,7 +227,7 @@ def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
     return sorted(_ids(train))
 
 
-def test_labels_that_an_earlier_stage_saw_are_told_and_its_record_is_kept(
+def test_labels_that_an_earlier_stage_saw_are_reported_and_its_record_is_kept(
     drawn: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     everybody = _record(tmp_path, drawn, cache)
@@ -244,7 +244,7 @@ def test_labels_that_an_earlier_stage_saw_are_told_and_its_record_is_kept(
     assert kept == [everybody, everybody, few] and len(list(tmp_path.iterdir())) == 3
 
 
-def test_as_many_other_people_are_told_but_ids_of_another_json_are_not_compared(
+def test_as_many_other_people_are_reported_but_ids_of_another_json_are_not_compared(
     root: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -257,7 +257,7 @@ def test_as_many_other_people_are_told_but_ids_of_another_json_are_not_compared(
     assert "8 people were labeled" in said and "8 are now" in said and "withholds" not in said
 
 
-def test_people_left_out_with_a_broken_picture_are_not_withheld(
+def test_people_left_out_with_a_broken_image_are_not_withheld(
     drawn: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _record(tmp_path, drawn, cache)
@@ -287,7 +287,7 @@ def _val_picture(root: Path) -> Path:
     return next(iter(sorted((root / "val2017").iterdir())))
 
 
-def test_a_validation_picture_under_another_name_is_found_by_its_bytes(root: Path, cache: Path) -> None:
+def test_a_validation_image_under_another_name_is_found_by_its_bytes(root: Path, cache: Path) -> None:
     val, ours = _val_picture(root), sorted((root / "unlabeled2017").iterdir())[2]
     shutil.copyfile(val, ours)
     _error(lambda: _open(root, cache), ours, val, "1 such", "--data.val_images")
@@ -296,7 +296,7 @@ def test_a_validation_picture_under_another_name_is_found_by_its_bytes(root: Pat
     _error(lambda: _open(root, cache), ours, val)
 
 
-def test_a_byte_more_or_less_is_another_picture(root: Path, cache: Path) -> None:
+def test_a_byte_more_or_less_is_another_image(root: Path, cache: Path) -> None:
     val, ours = _val_picture(root), sorted((root / "unlabeled2017").iterdir())[2]
     content = val.read_bytes()
     # The same size, and the same beginning: only the last look tells them apart.
@@ -324,12 +324,12 @@ def _encode_anew(picture: Path, target: Path) -> None:
     cv2.imwrite(str(target), image, [cv2.IMWRITE_JPEG_QUALITY, 60])
 
 
-def test_the_same_id_and_name_of_other_pictures_are_a_numbering(root: Path, cache: Path) -> None:
+def test_the_same_id_and_name_of_other_images_are_a_numbering(root: Path, cache: Path) -> None:
     _same_id_and_name(root, id_too=True)
     assert len(_pool(root, cache)) == 8
 
 
-def test_the_same_id_name_and_look_are_the_same_picture_whatever_its_bytes(root: Path, cache: Path) -> None:
+def test_the_same_id_name_and_look_are_the_same_image_whatever_its_bytes(root: Path, cache: Path) -> None:
     mine, val = _same_id_and_name(root, id_too=True)
     _encode_anew(val, mine)
     assert mine.read_bytes() != val.read_bytes()
@@ -364,7 +364,7 @@ def test_few_of_many_collisions_are_looked_at(root: Path, cache: Path, monkeypat
     assert len(looked) == 2 < len(list((copies / "val2017").iterdir()))
 
 
-def test_a_training_picture_that_is_a_validation_picture_is_refused(root: Path, cache: Path) -> None:
+def test_a_training_image_that_is_a_validation_image_is_refused(root: Path, cache: Path) -> None:
     ours = root / _open(root, cache, unlabeled=False).train.rows[4]["file_name"]
     shutil.copyfile(_val_picture(root), ours)
     _error(lambda: _open(root, cache), ours, _val_picture(root), "train")
@@ -442,7 +442,7 @@ def test_the_score_and_the_side_of_detections_are_knobs(root: Path, cache: Path)
     )
 
 
-def test_detections_find_pictures_by_stem(root: Path, cache: Path) -> None:
+def test_detections_find_images_by_stem(root: Path, cache: Path) -> None:
     found = _detections(root)
     for picture in sorted((root / "unlabeled2017").iterdir()):
         picture.rename(picture.with_name(f"holiday {int(picture.stem)}.jpeg"))
@@ -486,14 +486,14 @@ def test_boxes_that_are_missing_are_named(root: Path, cache: Path) -> None:
     ]
 
 
-def test_a_folder_or_a_picture_that_is_not_there_is_named(root: Path, cache: Path) -> None:
+def test_a_folder_or_a_image_that_is_not_there_is_named(root: Path, cache: Path) -> None:
     _error(lambda: _open(root, cache, unlabelled_images="holidays"), "--data.unlabelled_images", root / "holidays")
     gone = next((root / "unlabeled2017").iterdir())
     gone.unlink()
     _error(lambda: _open(root, cache), root / BOXES, "annotation", gone, "not there")
 
 
-def test_a_missing_picture_of_a_withheld_person_names_the_json_of_that_person(root: Path, cache: Path) -> None:
+def test_a_missing_image_of_a_withheld_person_names_the_json_of_that_person(root: Path, cache: Path) -> None:
     """The pool begins with the boxes' JSON, whose images are all there."""
     tree = _tree(root / TRAIN)
     person = tree["annotations"][-1]
@@ -503,7 +503,7 @@ def test_a_missing_picture_of_a_withheld_person_names_the_json_of_that_person(ro
     _error(lambda: _open(root, cache, labels=1), f"{root / TRAIN}: annotation {first}:", gone, "not there")
 
 
-def test_a_corrupt_picture_of_the_pool_is_named_or_left_out(
+def test_a_corrupt_image_of_the_pool_is_named_or_left_out(
     root: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = root / _pool(root, cache).rows[0]["file_name"]
@@ -526,7 +526,7 @@ def test_an_empty_pool_says_all_that_would_fill_it(root: Path, cache: Path) -> N
 # ---- Boxes of another shape
 
 
-def test_boxes_of_another_shape_are_told_once_with_both_numbers(root: Path, cache: Path) -> None:
+def test_boxes_of_another_shape_are_reported_once_with_both_numbers(root: Path, cache: Path) -> None:
     assert str(_open(root, cache)) == "people: 20 train, 6 val, 8 unlabeled"
     (root / BOXES).unlink()
     for picture in (root / "unlabeled2017").iterdir():

@@ -186,7 +186,7 @@ def test_a_streamed_person_is_the_one_of_the_opened_shards(root: Path, sets: Set
     assert manifest.kind == "parquet" and all(Path(file).parent == root / "data" for file in manifest.files)
 
 
-def test_the_tar_of_the_same_pictures_streams_too(root: Path) -> None:
+def test_the_tar_of_the_same_images_streams_too(root: Path) -> None:
     config = _config(root.parent / "tar")
     found = build.open_people(config, COCO17, unlabeled=True)
     ids = _flat(_ids(found, config, range(PEOPLE // BATCH), workers=1))
@@ -210,7 +210,7 @@ def test_pairs_are_streamed(root: Path, sets: Sets) -> None:
     assert all(batch.pair is not None and len(batch.pair.weak.image) == 8 for batch in batches)
 
 
-def test_shards_that_changed_under_a_run_are_told(root: Path, sets: Sets) -> None:
+def test_shards_that_changed_under_a_run_are_reported(root: Path, sets: Sets) -> None:
     rows: Any = sets.train.rows
     fewer = stream.StreamRows(rows.groups, rows.counts + 1)
     with pytest.raises(UserError, match=r"train\.shards: .*have changed"):

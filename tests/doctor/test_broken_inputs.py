@@ -250,7 +250,7 @@ def test_an_area_of_null_is_a_missing_one(run: Config, root: Path) -> None:
     assert doctor.check_data(run)[0].count("error") == 0
 
 
-def test_areas_of_another_unit_and_crowds_are_told_before_training(run: Config, root: Path) -> None:
+def test_areas_of_another_unit_and_crowds_are_reported_before_training(run: Config, root: Path) -> None:
     val = root / TRAIN.replace("train", "val")
     tree = json.loads(val.read_text())
     said: list[str] = []
@@ -366,7 +366,7 @@ PICTURES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", PICTURES)
-def test_a_picture_that_cannot_be_read_is_named_and_can_be_skipped(
+def test_a_image_that_cannot_be_read_is_named_and_can_be_skipped(
     run: Config, root: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     PICTURES[case](_whole(root))
@@ -379,7 +379,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_can_be_skipped(
     assert f"skipped: {_whole(root)} {reason}" in capsys.readouterr().out
 
 
-def test_a_picture_that_is_not_there_is_refused_even_with_skip(run: Config, root: Path) -> None:
+def test_a_image_that_is_not_there_is_refused_even_with_skip(run: Config, root: Path) -> None:
     _whole(root).unlink()
     for policy in ("stop", "skip"):
         _refused(run, str(_whole(root)), "annotation", on_bad_image=policy)
@@ -413,7 +413,7 @@ def _deep(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_every_kind_of_picture_is_read_as_8_bit_colors(run: Config, root: Path, case: str) -> None:
+def test_every_kind_of_image_is_read_as_8_bit_colors(run: Config, root: Path, case: str) -> None:
     mode, save = KINDS[case]
     path = _whole(root)
     image = Image.open(path).convert(mode)
@@ -447,7 +447,7 @@ def test_links_that_the_user_made_may_lead_out_of_the_root(run: Config, root: Pa
     assert doctor.check_data(run)[0].count("error") == 0
 
 
-def test_a_picture_that_its_exif_turns_is_read_so_and_told_if_its_labels_are_not(run: Config, root: Path) -> None:
+def test_a_image_that_its_exif_turns_is_read_so_and_reported_if_its_labels_are_not(run: Config, root: Path) -> None:
     path = _whole(root)
     upright = _rgb(path).astype(int)
     exif = Image.Exif()
@@ -490,13 +490,13 @@ def test_100_megapixels_are_read(run: Config, root: Path) -> None:
 # ---- Other files
 
 
-def test_a_name_that_is_no_text_is_refused_in_a_folder_of_pictures(root: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_no_text_is_refused_in_a_folder_of_images(root: Path, tmp_path: Path) -> None:
     (root / "unlabeled2017" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(UserError, match=r"caf\\udce9\.jpg"):
         coco.whole_images(root, "unlabeled2017", 17, tmp_path / "cache")
 
 
-def test_a_link_to_nothing_among_whole_pictures_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_link_to_nothing_among_whole_images_is_named(root: Path, tmp_path: Path) -> None:
     (root / "unlabeled2017" / "gone.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(root / "unlabeled2017" / "pipe.jpg")  # to open it would wait for ever
     people = coco.whole_images(root, "unlabeled2017", 17, tmp_path / "cache")
@@ -528,7 +528,7 @@ def _words(root: Path, cache: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_training_learns_from_odd_pictures_and_from_what_is_left_of_broken_ones(
+def test_training_learns_from_odd_images_and_from_what_is_left_of_broken_ones(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY))

@@ -95,7 +95,7 @@ WHOLE = REAL.with_name("coco_wholebody_mini")
 
 
 @pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no real images: {WHOLE} (SAPIENS_ACCEL_TEST_DATA)")
-def test_whole_bodies_are_looked_at_with_all_their_joints(tmp_path: Path) -> None:
+def test_whole_bodies_are_checked_with_all_their_keypoints(tmp_path: Path) -> None:
     """Published hands have a v between 0 and 1, which counts as none, in two people."""
     file = "annotations/coco_wholebody_val_v1.0.json"
     names = {"train_annotations": file, "val_annotations": file, "train_images": "val2017"}
@@ -189,7 +189,7 @@ def test_each_name_is_read_for_its_side_once(monkeypatch: pytest.MonkeyPatch) ->
     assert all(whole.names[a].replace("left", "right") == whole.names[b] for a, b in pairs if a < 17)
 
 
-def test_pairs_that_chance_decides_are_not_told_of() -> None:
+def test_pairs_that_chance_decides_are_not_reported() -> None:
     """Sixty pairs of a small face, labeled by coin: none of them is swapped."""
     pairs = 60
     names = tuple(f"{side}_{k}" for k in range(pairs) for side in ("left", "right"))
@@ -319,7 +319,7 @@ def test_ids_of_two_are_all_named(scored: bool, level: str) -> None:
     assert finding.culprits == tuple(f"annotation 9 (train2017/{i}.jpg)" for i in (7, 9, 20))
 
 
-def test_a_joint_that_nobody_has_is_named(root: Path) -> None:
+def test_a_keypoint_that_nobody_has_is_named(root: Path) -> None:
     def unlabel(people: list[Tree]) -> None:
         for person in people:
             person["keypoints"][3 * LEFT_WRIST : 3 * LEFT_WRIST + 3] = [0, 0, 0]
@@ -330,7 +330,7 @@ def test_a_joint_that_nobody_has_is_named(root: Path) -> None:
     assert finding.culprits == ("left_wrist",)
 
 
-def test_all_faults_are_told_at_once(root: Path) -> None:
+def test_all_faults_are_reported_at_once(root: Path) -> None:
     def spoil(people: list[Tree]) -> None:
         people[1]["bbox"] = [1, 2, 3]
         people[5]["image_id"] = 999
@@ -385,7 +385,7 @@ def _renamed(root: Path, names: Sequence[str], order: Sequence[int], *files: str
         (root / file).write_text(json.dumps(tree))
 
 
-def test_joints_of_other_names_are_told_of_by_their_names(root: Path, tmp_path: Path) -> None:
+def test_keypoints_of_other_names_are_reported_by_their_names(root: Path, tmp_path: Path) -> None:
     names = ["tip", "L_1", "R_1", *[f"{side}_{k}" for k in range(3, 17, 2) for side in ("L", "R")]]
     _renamed(root, names, range(17), TRAIN)
     _renamed(root, names, range(16, -1, -1), VAL)
@@ -402,7 +402,7 @@ def test_joints_of_other_names_are_told_of_by_their_names(root: Path, tmp_path: 
     assert list(of_train) == list(of_val) == names
 
 
-def test_joints_that_cannot_be_told_are_an_error_among_the_others(root: Path) -> None:
+def test_keypoints_that_cannot_be_inferred_are_an_error_among_the_others(root: Path) -> None:
     _renamed(root, ["nose", "nose", *COCO17.names[2:]], range(17), TRAIN)
     missing = root / "val2017" / "000020000003.jpg"
     missing.unlink()
@@ -418,7 +418,7 @@ def _of_21(tree: Tree) -> None:
         one |= {"keypoints": [*one["keypoints"], *one["keypoints"][:12]], "num_keypoints": 21}
 
 
-def test_joints_without_names_are_one_error_and_no_fault_of_each_person(root: Path) -> None:
+def test_keypoints_without_names_are_one_error_and_no_fault_of_each_person(root: Path) -> None:
     """What else is wrong is told with it."""
     for file in (TRAIN, VAL):
         tree = json.loads((root / file).read_text())
@@ -433,7 +433,7 @@ def test_joints_without_names_are_one_error_and_no_fault_of_each_person(root: Pa
     assert culprit.startswith("annotation 5: ") and "bbox" in culprit
 
 
-def test_other_joints_in_validation_are_one_error_of_its_file(root: Path) -> None:
+def test_other_keypoints_in_validation_are_one_error_of_its_file(root: Path) -> None:
     tree = json.loads((root / VAL).read_text())
     _of_21(tree)
     (root / VAL).write_text(json.dumps(tree))
@@ -442,7 +442,7 @@ def test_other_joints_in_validation_are_one_error_of_its_file(root: Path) -> Non
     assert error.check == "val/keypoints" and "have 21 keypoints" in error.text
 
 
-def test_pictures_whose_size_is_not_told_are_said_to_be_unchecked(root: Path) -> None:
+def test_images_whose_size_is_not_recorded_are_said_to_be_unchecked(root: Path) -> None:
     tree = json.loads((root / TRAIN).read_text())
     del tree["images"][3]["width"]
     tree["images"][4]["height"] = "160"
@@ -462,7 +462,7 @@ def test_width_and_height_exchanged_are_not_laid_on_exif_data_alone(root: Path) 
     assert len(finding.culprits) == len({one["image_id"] for one in tree["annotations"]})
 
 
-def test_boxes_in_fractions_are_told_as_such(root: Path) -> None:
+def test_boxes_in_fractions_are_reported_as_such(root: Path) -> None:
     """Their keypoints lie inside of them: that all targets are zero would contradict itself."""
 
     def scale(people: list[Tree]) -> None:
@@ -494,7 +494,7 @@ def _ssl(root: Path, **changes: Any) -> Config:
     return config.load([*words, *(word for key, value in changes.items() for word in (f"--data.{key}", str(value)))])
 
 
-def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> None:
+def test_all_that_is_wrong_with_images_without_labels_is_named(root: Path) -> None:
     folder = root / "found"
     folder.mkdir()
     for name in ("a.jpg", "b.jpg"):
@@ -510,7 +510,7 @@ def test_all_that_is_wrong_with_pictures_without_labels_is_named(root: Path) -> 
     assert [f for f in report.findings if f.check.startswith("unlabelled/")] == [], "nothing is learned from them"
 
 
-def test_boxes_of_pictures_without_labels_that_are_not_there_are_all_named(root: Path) -> None:
+def test_boxes_of_images_without_labels_that_are_not_there_are_all_named(root: Path) -> None:
     gone = sorted(path.name for path in (root / "unlabeled2017").iterdir())
     shutil.rmtree(root / "unlabeled2017")
     (finding,) = _found(_ssl(root, unlabelled_min_side=1), "unlabelled/missing")
@@ -608,7 +608,7 @@ def test_in_crop_is_what_the_crop_holds() -> None:
     assert 0.1 < inside.mean() < 0.6
 
 
-def test_joints_lost_by_the_crop_are_counted_and_named() -> None:
+def test_keypoints_lost_by_the_crop_are_counted_and_named() -> None:
     far = _with(_labels(10), "keypoints", 7, [[5.0, 250.0, 2], *_labels(1).keypoints[0, 1:]])
     finding = examine.check_lost_by_crop(far, 1.0, (200, 40))
     assert finding.level == "note" and finding.text.startswith("1 of 170 labeled keypoints (0.59%)")
@@ -644,7 +644,7 @@ def test_the_codec_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad.level == "warning" and "off by 5.0" in bad.text and f"({5 * 250 / 128:.3f} " in bad.text
 
 
-def test_the_grid_shows_the_joints_where_they_are(drawn: Path) -> None:
+def test_the_grid_shows_the_keypoints_where_they_are(drawn: Path) -> None:
     """The colors of keypoints that lie free are in the image at the places that the sample names."""
     run = config.load([*_words(drawn), "--augment.rotation", "60"])
     sets = build.open_people(run.data, COCO17, unlabeled=False)
@@ -877,7 +877,7 @@ def test_before_a_training_faults_are_said_and_spoilt_labels_are_refused(root: P
     assert _brief(root)[-1].startswith("refused: val/ids: 2 annotations share their id")
 
 
-def test_before_a_training_no_picture_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_a_training_no_image_is_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config.load(_words(root))
     sets = build.open_people(run.data, COCO17, unlabeled=False)
     shutil.rmtree(root / "train2017")

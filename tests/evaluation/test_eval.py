@@ -66,7 +66,7 @@ def main(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     return run
 
 
-def test_weights_alone_are_judged(main: Main, weights: Path, tmp_path: Path) -> None:
+def test_weights_alone_are_evaluated(main: Main, weights: Path, tmp_path: Path) -> None:
     found = main(weights)
     said, row = found["said"], found["first"]
     assert "COCO keypoint metrics x 100, val people, ground-truth boxes, flip test, area: as annotated\n" in said
@@ -188,7 +188,7 @@ def test_several_weights_and_their_ensemble(main: Main, weights: Path, tmp_path:
         assert any(np.abs(points[name][i] - points["ensemble"][i]).max() > 1 for i in points["ensemble"])
 
 
-def test_weights_of_more_keypoints_are_judged_by_those_of_the_data(main: Main, tmp_path: Path) -> None:
+def test_weights_of_more_keypoints_are_evaluated_by_those_of_the_data(main: Main, tmp_path: Path) -> None:
     for skeleton in (WHOLEBODY133, SAPIENS308):
         folder = untrained(tmp_path / f"of{skeleton.num_keypoints}", 0, skeleton)
         assert "by name" in main(folder)["said"]

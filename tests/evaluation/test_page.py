@@ -386,7 +386,7 @@ def test_a_networks_heatmaps_are_drawn_in_their_own_frame(people: People, judged
         assert (case.panels[3][draw.STRIP :] != case.panels[0][draw.STRIP :]).any()
 
 
-def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationResult, tmp_path: Path) -> None:
+def test_nobody_predicted_is_reported_and_drawn(people: People, judged: EvaluationResult, tmp_path: Path) -> None:
     nothing = Predictions(points_xy=np.zeros((24, 17, 2)), scores=np.zeros((24, 17)))
     asked: list[list[int]] = []
     alone = figures.analyze_predictions(
@@ -407,7 +407,7 @@ def test_nobody_predicted_is_told_and_drawn(people: People, judged: EvaluationRe
 # ---- eval.py
 
 
-def test_labeled_joints_beside_their_box_are_in_the_panel() -> None:
+def test_labeled_keypoints_beside_their_box_are_in_the_panel() -> None:
     box, label = np.array([100.0, 100.0, 50.0, 80.0]), np.zeros((17, 3))
     label[3], label[5] = (400, 120, 2), (1000, 1000, 0)
     panel = figures._frame(box, np.zeros(4), label, figures.PANEL_HW)
@@ -416,7 +416,7 @@ def test_labeled_joints_beside_their_box_are_in_the_panel() -> None:
     assert 0.85 * width < x < width and 0 < y < height and far > width
 
 
-def test_of_many_joints_none_hides_another() -> None:
+def test_of_many_keypoints_none_hides_another() -> None:
     """133 keypoints, of which some are 4 px from one another: each one's own pixel has the color of its score."""
     points_xy = np.stack(np.meshgrid(np.arange(12) * 4.0 + 20, np.arange(12) * 4.0 + 20), axis=-1).reshape(-1, 2)[:133]
     points_xy[0] = 300, 300  # alone: as large as before, with a rim
@@ -438,7 +438,7 @@ def _detector(people: People) -> None:
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_eval_writes_page_and_pictures_from_two_processes(people: People, tmp_path: Path) -> None:
+def test_eval_writes_page_and_images_from_two_processes(people: People, tmp_path: Path) -> None:
     """Detector's boxes, one image without any; rank 0 alone writes."""
     _detector(people)
     weights = untrained(tmp_path / "first", 0)

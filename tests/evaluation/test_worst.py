@@ -52,14 +52,14 @@ def test_swapped_arms_are_a_swap() -> None:
     assert diagnosed.oks == pytest.approx([13 / 17, 1.0], abs=1e-2)
 
 
-def test_one_side_on_the_other_is_a_swap_of_that_joint() -> None:
+def test_one_side_on_the_other_is_a_swap_of_that_keypoint() -> None:
     labels = _two()
     found = labels[..., :2].copy()
     found[0, AT["left_wrist"]] = found[0, AT["right_wrist"]]
     assert _diagnosed(found, labels).reason(0, COCO17) == (Kind.SWAPPED, "left wrist swapped")
 
 
-def test_another_persons_joints_are_the_wrong_person() -> None:
+def test_another_persons_keypoints_are_the_wrong_person() -> None:
     labels = _two()
     found = labels[..., :2].copy()
     found[0, AT["left_ankle"]] = labels[1, AT["left_ankle"], :2]  # the same
@@ -73,7 +73,7 @@ def test_another_persons_joints_are_the_wrong_person() -> None:
     assert _diagnosed(found, labels).reason(0, COCO17) == (Kind.WRONG_PERSON, "all 17 keypoints on another person")
 
 
-def test_joints_of_others_that_nobody_labeled_do_not_count() -> None:
+def test_keypoints_of_others_that_nobody_labeled_do_not_count() -> None:
     labels = _two()
     labels[1, :, 2] = 0
     labels[1, 0, 2] = 1
@@ -103,7 +103,7 @@ def test_far_is_missed_and_noise_is_imprecise() -> None:
     assert diagnosed.reason(1, COCO17) == (Kind.IMPRECISE, "all 17 keypoints imprecise")
 
 
-def test_the_costliest_kind_is_told_first() -> None:
+def test_the_costliest_kind_is_reported_first() -> None:
     labels = _two()
     found = labels[..., :2].copy()
     found[0, AT["nose"]] += 1000
@@ -202,7 +202,7 @@ def test_kinds_are_those_of_plain_loops(skeleton: Skeleton) -> None:
 # ---- Words
 
 
-def test_joints_in_words() -> None:
+def test_keypoints_in_words() -> None:
     some = [AT[name] for name in ("nose", "left_knee", "right_knee", "left_ankle", "right_ankle", "right_wrist")]
     assert worst.name_keypoints(sorted(some), COCO17) == "left and right knee, ankle, nose, right wrist"
     assert worst.name_keypoints(range(17), COCO17) == "left and right eye, ear, shoulder and 11 more"

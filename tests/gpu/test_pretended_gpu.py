@@ -67,7 +67,7 @@ COVERED = {
     "runtime/device.py::problem_of_device": "test_a_card_that_cannot_be_trained_on_is_refused_before_anything_is_built",
     "runtime/device.py::peak_bytes": "test_the_peak_is_the_allocators",
     "runtime/device.py::reset_peak": "test_the_peak_is_the_allocators",
-    "runtime/launch.py::uses_cuda": "test_a_launch_told_to_use_the_cpu_asks_no_card",
+    "runtime/launch.py::uses_cuda": "test_a_launch_asked_to_use_the_cpu_asks_no_card",
     "runtime/distributed.py::start": "test_a_launch_on_one_card_gets_its_index_and_precision",
     "runtime/distributed.py::precision_of_device": "test_a_launch_on_one_card_gets_its_index_and_precision",
     "runtime/distributed.py::description": "test_a_launch_on_one_card_gets_its_index_and_precision",
@@ -143,7 +143,7 @@ def test_a_launch_on_one_card_gets_its_index_and_precision(
     assert ("bf16 was asked for" in said) == (expected != asked)
 
 
-def test_a_launch_told_to_use_the_cpu_asks_no_card(launched: pytest.MonkeyPatch) -> None:
+def test_a_launch_asked_to_use_the_cpu_asks_no_card(launched: pytest.MonkeyPatch) -> None:
     pretend(launched, GTX1080TI)
     launched.setenv("ACCELERATE_USE_CPU", "true")
     assert distributed.start().device.type == "cpu"

@@ -129,7 +129,7 @@ def test_of_boxes_that_overlap_the_surer_one_stays() -> None:
     assert sorted(non_maximum_suppression(found, scores, 1.0).tolist()) == list(range(40))
 
 
-def test_a_picture_that_does_not_decode_is_named_and_the_rest_goes_on(
+def test_a_image_that_does_not_decode_is_named_and_the_rest_goes_on(
     folder: Path, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--detector", detector, "--threshold", "0.3", "--batch_size", "2")
@@ -207,7 +207,7 @@ def _video(path: Path, num: int) -> list[np.ndarray]:
     return frames
 
 
-def test_every_third_frame_of_a_video_becomes_a_picture(detector: Path, tmp_path: Path) -> None:
+def test_every_third_frame_of_a_video_becomes_a_image(detector: Path, tmp_path: Path) -> None:
     frames = _video(tmp_path / "clip.avi", 11)
     folder = tmp_path / "frames"
     words = ("--detector", detector, "--threshold", "0.3", "--every", 3, "--frames", folder)
@@ -292,7 +292,7 @@ def _refused(*words: object) -> str:
     return str(caught.value)
 
 
-def test_wrong_pictures_are_refused(folder: Path, detector: Path, tmp_path: Path) -> None:
+def test_wrong_images_are_refused(folder: Path, detector: Path, tmp_path: Path) -> None:
     words = ("--out", tmp_path / "b.json", "--detector", detector)
     assert f"{tmp_path / 'no'}: no such file or folder" in _refused(tmp_path / "no", *words)
     (tmp_path / "empty" / "below").mkdir(parents=True)

@@ -112,7 +112,7 @@ def test_keypoints_are_those_of_evaluation(main: Main, weights: Path, root: Path
         assert one["score"] == pytest.approx(scores[scores > 0].mean(), abs=1e-4)
 
 
-def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+def test_the_file_is_cocos_and_can_be_learned_from(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
     words = ("--boxes", root / VAL, "--eval.nms_threshold", 1)
     threshold = round(float(np.median(_numbers(main(weights, root / "val2017", *words)[0])[:, 3])), 3)
     tree, _ = main(weights, root / "val2017", *words, "--eval.score_threshold", threshold)
@@ -133,7 +133,7 @@ def test_the_file_is_cocos_and_can_be_learnt_from(main: Main, weights: Path, roo
     assert coco.keypoints_of(people.rows).reshape(-1, 51).tolist() == [one["keypoints"] for one in with_any]
 
 
-def test_without_boxes_each_picture_is_a_person(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
+def test_without_boxes_each_image_is_a_person(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
     """Images of different shapes; the same as a file that says so."""
     folder = tmp_path / "pics"
     folder.mkdir()
@@ -153,7 +153,7 @@ def test_without_boxes_each_picture_is_a_person(main: Main, weights: Path, root:
     assert one["annotations"][0]["keypoints"] == pytest.approx(alone["annotations"][2]["keypoints"], abs=2e-4)
 
 
-def test_people_of_one_picture_are_told_apart_and_nobody_is_there_twice(
+def test_people_of_one_image_are_distinguished_and_nobody_is_there_twice(
     main: Main, weights: Path, root: Path, tmp_path: Path
 ) -> None:
     rows = [row for row in json.loads((root / VAL).read_text())["annotations"] if row["num_keypoints"]]
@@ -296,7 +296,7 @@ def test_boxes_of_all_categories_of_the_weights_are_used(main: Main, root: Path,
     assert sorted(one["category_id"] for one in found["annotations"]) == [1, 1, 1, 2, 2, 2] and "left out" not in said
 
 
-def test_boxes_of_another_size_than_in_training_are_told(main: Main, root: Path, tmp_path: Path) -> None:
+def test_boxes_of_another_size_than_in_training_are_reported(main: Main, root: Path, tmp_path: Path) -> None:
     """On weights trained with tight boxes, whole images gave a mean error of 199 px of 320x240, in silence."""
     people = coco.labeled_people(root, VAL, "val2017", 17, tmp_path / "cache")
     sizes = coco.measure_people([people])
@@ -450,7 +450,7 @@ def test_people_are_drawn_where_they_are() -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
-def test_real_pictures(main: Main, weights: Path) -> None:
+def test_real_images(main: Main, weights: Path) -> None:
     file = REAL / "annotations" / "person_keypoints_val2017.json"
     tree, _ = main(weights, REAL / "val2017", "--boxes", file, "--flip", "false", *ALL)
     known = {one["id"]: one for one in json.loads(file.read_text())["images"]}

@@ -396,7 +396,7 @@ def _refused(words: list[str], *named: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_written_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(_export(_model("sapiens_tiny", depth=1), tmp_path / "weights"))
     out = str(tmp_path / "out.onnx")
     _refused([folder, "--to", "torch_export", out], out, ".pt2")

@@ -275,7 +275,7 @@ def _normalised(picture: Tensor) -> Tensor:
     return (picture.float() - mean) / std
 
 
-def test_pictures_are_normalised_by_the_imagenet_constants(tiny: SapiensPose, picture: Tensor) -> None:
+def test_images_are_normalized_by_the_imagenet_constants(tiny: SapiensPose, picture: Tensor) -> None:
     """The bare transformers backbone, fed with (x - mean) / std, then the head."""
     pixels = _normalised(picture)
     if tiny.size.family == "sapiens":

@@ -352,7 +352,7 @@ def test_a_pose_network_of_1024x768_at_512x384(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("hw", [(128, 96), (96, 96), (64, 160)])
-def test_our_own_network_on_a_smaller_picture(tmp_path: Path, hw: tuple[int, int], with_config: bool) -> None:
+def test_our_own_network_on_a_smaller_image(tmp_path: Path, hw: tuple[int, int], with_config: bool) -> None:
     """8 x 6 positions and the empty one are as many as 7 x 7; 4 x 10 are neither square nor 4:3."""
     source, target = SapiensPose("sapiens_narrow", 17, hw), SapiensPose("sapiens_narrow", 17, (64, 48))
     export.export(tmp_path, source.state_dict(), source, COCO17, 2.0)
@@ -532,7 +532,7 @@ def _thin(shapes: native.Shapes, width: int) -> State:
     return state | {key: torch.zeros(1) for key in shapes if key not in kept}
 
 
-def test_the_size_of_a_file_is_told(tmp_path: Path) -> None:
+def test_the_size_of_a_file_is_reported(tmp_path: Path) -> None:
     path = _save(_thin(native.v1_backbone(1280, 32, 4), 1280), tmp_path / "x.pth")
     _refused(
         path, "sapiens_0.6b (1280 wide, 32 blocks)", "sapiens_tiny is 128 wide, 4 blocks", "--model.name sapiens_0.6b"

@@ -461,7 +461,7 @@ def test_the_stage_before_is_the_starting_point(tmp_path: Path) -> None:
     assert weights.starting_point(tmp_path, "phase1") is None
 
 
-def test_the_report_is_told_in_a_few_lines(tmp_path: Path) -> None:
+def test_the_report_is_reported_in_a_few_lines(tmp_path: Path) -> None:
     published = _published_v1(_state(_model("sapiens_tiny", 1)), _square(True))
     lines = str(_load(_model("sapiens_tiny"), _save(published, tmp_path / "x.pth"))).splitlines()
     assert lines[0] == f"weights from {tmp_path / 'x.pth'}"

@@ -201,7 +201,7 @@ def test_a_dot_is_found_where_the_matrix_says(dot: tuple, more_w: int, more_h: i
 
 
 @given(dots(), st.integers(0, 9), st.integers(0, 9))
-def test_a_mirrored_picture_is_the_picture_mirrored(dot: tuple, more_w: int, more_h: int) -> None:
+def test_a_mirrored_image_is_the_image_mirrored(dot: tuple, more_w: int, more_h: int) -> None:
     input_hw, crop, dot_xy, sigma = dot
     crop, dot_xy, size_wh = placed(crop, dot_xy, sigma, (more_w, more_h))
     image = image_of(dot_xy, sigma, size_wh)

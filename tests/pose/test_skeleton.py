@@ -145,7 +145,7 @@ def test_what_only_looks_like_a_side_is_none() -> None:
     assert mirror_of(names) == (tuple(range(8)), ())
 
 
-def test_a_side_without_a_partner_is_told_and_stays() -> None:
+def test_a_side_without_a_partner_is_reported_and_stays() -> None:
     mirror, lonely = mirror_of(("l_eye", "r_ear", "left_ear", "L_Foot", "left foot", "right_foot"))
     assert (mirror, lonely) == ((0, 2, 1, 5, 4, 3), ("l_eye", "left foot"))
     found, told = custom.infer_skeleton([_category("l_eye", "nose", "r_ear")], None)

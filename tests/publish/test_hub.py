@@ -245,7 +245,7 @@ def _gone(server: Server) -> str:
         (_gone, ["could not be reached", "cache"]),
     ],
 )
-def test_what_cannot_be_fetched_is_told_in_one_line(
+def test_what_cannot_be_fetched_is_reported_in_one_line(
     server: Server, monkeypatch: pytest.MonkeyPatch, prepare: Any, named: list[str]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -382,7 +382,7 @@ def test_what_passes_is_tried_again(
         ({"path": "/repos/create", "status": None}, "could not be reached", 4),
     ],
 )
-def test_what_does_not_pass_is_told_once_with_the_command_to_push_by_hand(
+def test_what_does_not_pass_is_reported_once_with_the_command_to_push_by_hand(
     server: Server,
     run_folder: Path,
     fault: dict[str, Any],
@@ -641,7 +641,7 @@ def test_a_card_promises_nothing_that_was_not_measured(run_folder: Path) -> None
     assert not made.data.eval_results and "model-index" not in made.content
 
 
-def test_settings_that_a_later_run_wrote_over_are_not_told(run_folder: Path) -> None:
+def test_settings_that_a_later_run_wrote_over_are_not_reported(run_folder: Path) -> None:
     file = run_folder / "config.yaml"
     file.write_text(file.read_text().replace("stage: all", "stage: ssl"))
     text = _card(run_folder, "phase2").text

@@ -591,7 +591,7 @@ def test_all_ranks_end_where_the_folder_of_one_cannot_be_written(begin: Callable
     assert text.count("no file can be written there") == 2 and "people:" not in text
 
 
-def test_a_user_without_a_home_is_told_what_to_set(
+def test_a_user_without_a_home_reads_what_to_set(
     begin: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`docker run --user 1234`: no HOME, and no entry in /etc/passwd."""

@@ -215,7 +215,7 @@ def metric(step: int, loss: float, seconds: float = 1.0) -> dict[str, object]:
     return {"stage": "phase2", "step": step, "loss": loss, "seconds": seconds}
 
 
-def test_a_launch_is_judged_by_what_it_left(tmp_path: Path) -> None:
+def test_a_launch_is_checked_by_what_it_left(tmp_path: Path) -> None:
     lines = [metric(1, 2.0), metric(2, 1.5), {"stage": "phase2", "step": 2, "AP": 0.0}]
     run, folder = run_folder(tmp_path, *lines)
     (row,) = launches.read_start(run, "accelerate launch ...", folder)

@@ -295,7 +295,7 @@ def test_a_killed_run_goes_on_with_the_same_people(streamed: Path, parquet: Path
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_no_training_picture_lies_in_a_file(streamed: Path, parquet: Path) -> None:
+def test_no_training_image_lies_in_a_file(streamed: Path, parquet: Path) -> None:
     """Neither in the caches (with the validation images) nor in the run."""
     kept = [path.read_bytes() for path in streamed.rglob("*") if path.is_file()]
     for split, is_there in (("validation", True), ("train", False)):
@@ -314,7 +314,7 @@ def _covered(parts: list[tuple[int, int]]) -> int:
     return total
 
 
-def test_people_are_counted_without_their_pictures(server: Server, drawn: Path, tmp_path: Path) -> None:
+def test_people_are_counted_without_their_images(server: Server, drawn: Path, tmp_path: Path) -> None:
     convert.main(["convert", "coco", str(drawn), str(tmp_path / "out"), "--group_rows", "2"])
     server.add(REPO, _files(tmp_path / "out"))
     found = _config(f"hf://{NAME}", tmp_path / "cache", streaming=True)

@@ -177,7 +177,7 @@ def test_people_batches_and_ap_are_those_of_the_folder(theirs: tuple[str, Path],
     assert scores[0] == scores[1] and 0.05 < scores[0]["AP"] < 0.95
 
 
-def test_pictures_are_theirs(theirs: tuple[str, Path], drawn: Path, tmp_path: Path) -> None:
+def test_images_are_theirs(theirs: tuple[str, Path], drawn: Path, tmp_path: Path) -> None:
     name, root = theirs
     tree = json.loads((drawn / FILES["train"]).read_text())
     names = {image["id"]: image["file_name"] for image in tree["images"]}

@@ -106,7 +106,7 @@ def _bytes(tree: Any) -> bytes:
 
 @pytest.mark.parametrize("form", [*FORMS, "arrow"])
 @pytest.mark.parametrize("changes", [{}, {"labels": 5}, {"labels": "40%", "labels_by": "random"}])
-def test_rows_and_pictures_are_those_of_the_folder(
+def test_rows_and_images_are_those_of_the_folder(
     drawn: Path, shard: dict[str, Path], tmp_path: Path, form: str, changes: dict[str, Any]
 ) -> None:
     ours, theirs = _open(shard[form], tmp_path, **changes), _open(drawn, tmp_path, **changes)
@@ -191,7 +191,7 @@ def test_five_lists_of_whole_bodies_survive(drawn: Path, tmp_path: Path) -> None
 # ---- What others see
 
 
-def test_plain_load_dataset_sees_pictures_people_and_names(drawn: Path, shard: dict[str, Path], tmp_path: Path) -> None:
+def test_plain_load_dataset_sees_images_people_and_names(drawn: Path, shard: dict[str, Path], tmp_path: Path) -> None:
     loaded: Any = datasets.load_dataset(str(shard["parquet"]), cache_dir=str(tmp_path))
     assert set(loaded) == {"train", "validation", "unlabelled"}
     tree = json.loads((drawn / TRAIN).read_text())
@@ -211,7 +211,7 @@ def test_shards_and_groups_are_as_large_as_asked(shard: dict[str, Path]) -> None
     assert max(file.stat().st_size for file in files) < 0.2e6
 
 
-def test_pictures_are_where_they_were(shard: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_where_they_were(shard: dict[str, Path], tmp_path: Path) -> None:
     """A tar and Arrow files are read in place: what is in the cache is small."""
     for form in ("webdataset", "arrow"):
         _open(shard[form], tmp_path / form)
@@ -387,7 +387,7 @@ def test_numbers_in_shards_keep_the_rules_of_a_json(tmp_path: Path, change: dict
     assert build.open_people(config, COCO17, unlabeled=False).train.rows["ann_id"][:] == [7]
 
 
-def test_a_tar_without_pictures_or_sense_is_refused(tmp_path: Path) -> None:
+def test_a_tar_without_images_or_sense_is_refused(tmp_path: Path) -> None:
     def tar(name: str, **members: bytes) -> Path:
         root = tmp_path / name
         root.mkdir()

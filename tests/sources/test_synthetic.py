@@ -48,14 +48,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(root: Path
     assert len({first[name] for name in pictures}) == len(pictures), "no image occurs twice, within or across splits"
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn(root: Path, tmp_path: Path) -> None:
+def test_a_image_does_not_depend_on_how_many_are_drawn(root: Path, tmp_path: Path) -> None:
     fewer = _contents(_write(tmp_path / "fewer", num_train=20))
     shared = sorted(name for name in fewer if name.startswith("train2017"))[:-1]  # the last may be cut to fit the count
     assert len(shared) >= 5
     assert all(fewer[name] == _contents(root)[name] for name in shared)
 
 
-def test_counts_are_people_and_every_annotated_picture_is_there(root: Path) -> None:
+def test_counts_are_people_and_every_annotated_image_is_there(root: Path) -> None:
     for split, num in COUNTS.items():
         data = _json(root, split)
         assert len(data["annotations"]) == num
@@ -89,7 +89,7 @@ def test_the_unlabeled_split_holds_boxes_but_no_keypoint_anywhere(root: Path) ->
     assert all(a["bbox"][2] > 0 and a["bbox"][3] > 0 for a in data["annotations"])
 
 
-def test_points_outside_the_picture_are_zero_and_all_others_inside(root: Path) -> None:
+def test_points_outside_the_image_are_zero_and_all_others_inside(root: Path) -> None:
     points = _keypoints(root)
     outside = points[..., 2] == 0
     assert set(np.unique(points[..., 2])) == {0, 1, 2}
@@ -227,7 +227,7 @@ def test_a_failed_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("hw", [(96, 320), (320, 160)])
-def test_people_fit_into_pictures_of_any_shape(tmp_path: Path, hw: tuple[int, int]) -> None:
+def test_people_fit_into_images_of_any_shape(tmp_path: Path, hw: tuple[int, int]) -> None:
     synthetic.write(tmp_path / "data", num_train=60, num_unlabelled=1, num_val=1, image_hw=hw)
     data = _json(tmp_path / "data", "train2017")
     assert {(i["height"], i["width"]) for i in data["images"]} == {hw}

@@ -302,7 +302,7 @@ def test_the_teachers_confidence_goes_with_its_keypoint() -> None:
         assert (rows[:, wrists[not changed]] > 0).float().mean() > 0.5
 
 
-def test_a_person_with_fewer_than_four_good_keypoints_is_not_learnt_from() -> None:
+def test_a_person_with_fewer_than_four_good_keypoints_is_not_learned_from() -> None:
     points_xy = _points(3, CODEC)
     heights = torch.full((3, 17), 0.3)
     for person, num in enumerate((3, 4, 17)):

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-def test_86_real_people_are_learnt_by_heart(tmp_path: Path) -> None:
+def test_86_real_people_are_learned_by_heart(tmp_path: Path) -> None:
     """AP on the training images at least 0.90: decode, crop, codec, loss and evaluation agree to a pixel or so."""
     options = {
         "--stage": "phase2", "--data.root": REAL, "--output_dir": tmp_path / "run", "--report_to": "none",
