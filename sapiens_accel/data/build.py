@@ -82,7 +82,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         warnings.append(people.size_note)
         parts.append(people)
         warnings += [warning, people.box_note, leaks]
-    for people in parts:
+    for people in (*parts, checked["val"]):
         check_targets(people, config)
     warnings.append(leakage.describe_leaks(parts[0], checked["val"]))
     num_skipped = sum(people.num_skipped for people in parts)

@@ -144,4 +144,6 @@ def choose_reading(one: Category, names: tuple[str, ...]) -> tuple[Reading, str]
         return plain, ""
     line = f"{one.file}: has {len(names) - len(lacks)} of the {len(names)} keypoints, by name; "
     line += f"the others have weight 0 there: {short(lacks)}" if lacks else "all of them"
+    unused = [name for k, name in enumerate(one.names) if k not in source]
+    line += f"; nothing is learned of its own {short(unused)}: other names of the same?" if lacks and unused else ""
     return replace(plain, count=one.count, source=source), line if lacks else ""

@@ -17,6 +17,7 @@ from numpy import ndarray as Array
 from sapiens_accel.data.people import People, spread_rows
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images
+from sapiens_accel.sources.shards import find_record
 
 COMPARE_ALL = 1_000_000  # people; of more, COMPARED are
 COMPARED = 20_000
@@ -56,10 +57,16 @@ def refuse_leaks(val: People, train: People, unlabeled: People) -> tuple[str, ..
 
 
 def describe_leaks(train: People, val: People) -> str:
-    """A line about validation images among those of training, by name and bytes."""
+    """A line about validation images among those of training, by their bytes, whatever their names.
+
+    20,000 files against 1,000 take 0.14 s, as the sizes of most are their own. In shards a size is read with the image:
+    there only those of the same name are compared. Of more than a million people some are.
+    """
+    some = spread_rows(train.rows, COMPARED if len(train) > COMPARE_ALL else len(train))
     theirs = _image_ids_of(val)
     names = {path.name for path in theirs}
-    leaks = find_same_files((path for path in _image_ids_of(train) if path.name in names), theirs)
+    ours = (path for path in _image_ids_of(replace(train, rows=some)) if not find_record(path) or path.name in names)
+    leaks = find_same_files(ours, theirs)
     if not leaks:
         return ""
     return (

@@ -66,7 +66,25 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}{suggest_conversion(path)}") from None
+        hint = _explain_no_json(path, error) or suggest_conversion(path)
+        raise UserError(f"{path}: not JSON: {error}{hint}") from None
+
+
+def _explain_no_json(path: Path, error: Exception) -> str:
+    """What a file is that is no JSON, and what to do about it, as the end of a message; empty: not known."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    if not head:
+        return ". The file is empty"
+    if head[:2] == b"\x1f\x8b" or head == b"PK\x03\x04":
+        return f". It is compressed: unpack it ({'gunzip' if head[:2] != b'PK' else 'unzip'})"
+    if isinstance(error, UnicodeDecodeError):
+        return ". It is of another encoding: save it as UTF-8"
+    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+        return (
+            ". Several values follow each other, as in JSON Lines: expected one object with 'images' and 'annotations'"
+        )
+    return ""
 
 
 def release_large_trees() -> None:
@@ -190,7 +208,8 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     tree = parse_json(path)
     for key in ("images", "annotations"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
-            raise UserError(f"{path}: no list {key!r} in it; expected a COCO annotation file{suggest_conversion(path)}")
+            text = f"no list {key!r} in it; expected a COCO annotation file{_explain_no_lists(tree, key)}"
+            raise UserError(f"{path}: {text}{suggest_conversion(path)}")
     images: list[dict[str, Any]] = []
     faults = list(_image_faults(tree["images"], images))
     kinds = tree.get("categories") or []
@@ -208,6 +227,12 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     if texts:
         raise UserError(f"{path}: {texts[0]}")
     return tree
+
+
+def _explain_no_lists(tree: Any, key: str) -> str:
+    if isinstance(tree, list):
+        return ", found a list: annotations or a detector's results alone?"
+    return f", found {key!r} of {show_value(tree[key])}" if isinstance(tree, dict) and key in tree else ""
 
 
 def _category_faults(kinds: Sequence[dict[str, Any]]) -> Iterator[Fault]:
@@ -268,7 +293,8 @@ def find_image_fault(image: dict[str, Any]) -> str | None:
     if not isinstance(name, str) or not PurePosixPath(name).name:
         return f"id {show_value(key)}: expected the name of a file, found {show_value(name)}"
     if name.startswith("/") or ".." in name.split("/"):
-        hint = f", such as {show_value(name.lstrip('/'))}" if ".." not in name.split("/") else ""
+        inside = dict.fromkeys((name.lstrip("/"), PurePosixPath(name).name))
+        hint = f", such as {' or '.join(map(show_value, inside))}" if ".." not in name.split("/") else ""
         expected = f"expected a name inside it{hint}"
         return f"id {show_value(key)}: {show_value(name)} leads out of the folder of images; {expected}"
     odd = {"Cc", "Cs", "Zl", "Zp"}  # ends of lines, other control characters, halves of characters

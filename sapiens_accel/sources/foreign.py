@@ -10,7 +10,7 @@ MOST_FILES = 50  # of a folder
 JSON_SIGNS = (
     ("labelme", re.compile(r'"shapes"\s*:\s*\[')),
     ("label_studio", re.compile(r'^\s*\[\s*\{.*"(annotations|completions|keypointlabels)"\s*:\s*\[', re.DOTALL)),
-    ("animalpose", re.compile(r'"images"\s*:\s*\{')),
+    ("animalpose", re.compile(r'"images"\s*:\s*\{\s*"[^"]*"\s*:\s*"')),  # a name for each id
 )
 TOOLS = {
     "deeplabcut": "a project of DeepLabCut",

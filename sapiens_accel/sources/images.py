@@ -297,22 +297,43 @@ def find_missing(root: Path, names: Sequence[str]) -> list[str]:
 
 def suggest_image(root: Path, name: str) -> str:
     """A hint about an image that is not there: the file below the root whose name is the same but for its folder, upper
-    and lower case, the suffix's absence, %20, a query, backslashes or composed letters; empty if there is none.
+    and lower case, an image's suffix, %20, a query, backslashes, spaces at its ends or composed letters; else
+    that its folder is not there; else empty.
 
     Annotation tools write names of Windows, of addresses and of other folders. At most LISTED files are looked at.
     """
     wanted = _plain_name(name)
     files = (Path(folder) / file for folder, _, there in os.walk(root) for file in sorted(there))
+    stem = None
     for file in islice(files, LISTED):
         plain = _plain_name(file.name)
-        if wanted == plain or ("." not in wanted and wanted == plain.rpartition(".")[0]):
-            return f"; {file} looks like it: write its name and folder in 'images', or give the folder of the images"
-    return ""
+        if wanted == plain:
+            return _looks_like(file)
+        if stem is None and file.suffix.lower() in IMAGE_SUFFIXES and _stem(wanted) == _stem(plain):
+            stem = file
+    if stem is not None:
+        return _looks_like(stem)
+    folder = (root / name).parent
+    try:
+        is_there = folder.is_dir()
+    except OSError:  # of a name that no folder can have
+        return ""
+    return "" if is_there else f": there is no folder {folder} (see --data.train_images, --data.val_images)"
+
+
+def _looks_like(file: Path) -> str:
+    return f"; {file} looks like it: write its name and folder in 'images', or give the folder of the images"
 
 
 def _plain_name(name: str) -> str:
     last = re.split(r"[/\\]", name.split("?")[0])[-1]
-    return unicodedata.normalize("NFC", unquote(last)).casefold()
+    return unicodedata.normalize("NFC", unquote(last)).casefold().strip()
+
+
+def _stem(plain: str) -> str:
+    """The name without an image's suffix."""
+    stem, dot, suffix = plain.rpartition(".")
+    return stem if dot and f".{suffix}" in IMAGE_SUFFIXES else plain
 
 
 def list_names(folder: Path) -> set[str]:

@@ -79,8 +79,9 @@ def test_what_cannot_be_used_is_reported_with_its_reason(tmp_path: Path) -> None
     assert images.describe_fault(tmp_path / "large.png").startswith("has more than")
     assert images.describe_fault(tmp_path / "cut.jpg") == "does not decode"
     labels = Labels(
-        ann_ids=np.zeros(0, np.int64), file_names=np.zeros(0, object), boxes_xywh=np.zeros((0, 4)),
-        areas=np.zeros(0), keypoints=np.zeros((0, 17, 3)), size_wh=np.zeros((0, 2)), box_made=np.zeros(0, bool),
+        ann_ids=np.zeros(0, np.int64), given_ids=np.zeros(0, object), file_names=np.zeros(0, object),
+        boxes_xywh=np.zeros((0, 4)), areas=np.zeros(0), keypoints=np.zeros((0, 17, 3)),
+        size_wh=np.zeros((0, 2)), box_made=np.zeros(0, bool),
     )  # fmt: skip
     read = ReadAnnotations(labels=labels, image_ids={"large.png": 1}, max_looked_at=9)
     (finding,) = annotations.check_images(tmp_path, read, "ends", "stop")
@@ -114,7 +115,8 @@ def test_an_image_that_lies_elsewhere_is_named(name: str, tmp_path: Path) -> Non
     (tmp_path / "images" / "train").mkdir(parents=True)
     (tmp_path / "images" / "train" / "A b.jpg").touch()
     assert f"; {tmp_path}/images/train/A b.jpg looks like it" in images.suggest_image(tmp_path, name)
-    assert images.suggest_image(tmp_path, "train/other.jpg") == ""
+    assert images.suggest_image(tmp_path, "images/train/other.jpg") == ""
+    assert images.suggest_image(tmp_path, "train/other.jpg").startswith(f": there is no folder {tmp_path}/train (")
 
 
 def test_composed_and_decomposed_letters_are_one_name(tmp_path: Path) -> None:
