@@ -146,6 +146,8 @@ def train(
         failures.save_on_failure(accelerator, name, progress.save),
         planner.explain_out_of_memory(accelerator, name, plan, stage.drop_gradients, progress.save),
     ):
+        with progress.evaluating(stop):
+            stage.begin()
         for step in stage.steps():
             done = progress.done = step.number
             log.step(step)
@@ -157,7 +159,7 @@ def train(
                 if run.eval_every and done % run.eval_every == 0 and done < last:
                     stage.evaluate(done)
                 elif done == 1 < last:
-                    log.begin(done, stage.network, stage.objective)
+                    log.probe_first(done, stage.objective)
             if saved:
                 uploads.saved(name, step=done, weights=saved / "weights", score=log.ap(done))
 

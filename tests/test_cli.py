@@ -325,7 +325,8 @@ def test_every_step_has_a_line(finished: tuple[Path, str]) -> None:
         assert all(np.isfinite(line["loss"]) and line["loss"] > 0 and line["lr"] > 0 for line in steps)
         scores = [line for line in lines if line["stage"] == stage and "AP" in line]
         labels = {"pseudo_precision", "pseudo_coverage", "pseudo_oks"}
-        beside = [labels, labels | {"student_AP"}] if stage == "ssl" else [set()]  # where it begins, where it ends
+        ends = labels | {"student_AP", "oks_gain", "oks_gain_stderr"}
+        beside = [set(), ends] if stage == "ssl" else [set()]  # where it begins, where it ends
         assert [set(line) for line in scores] == [{"stage", "step", *METRICS, *DISTANCES} | more for more in beside]
     losses = [line["loss"] for line in lines if line["stage"] == "phase2" and "loss" in line]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), "it learns"
@@ -368,7 +369,7 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
 SIX = {
     "phase2": ["--phase2.steps", "6", "--phase2.global_batch", "4", "--memory.micro_batch", "2"],
     "ssl": ["--ssl.steps", "6", "--ssl.global_batch", "4", "--ssl.optim.lr", "1e-2", "--ssl.teacher.ema_decay", "0.6",
-            "--ssl.teacher.threshold", "-1", "--ssl.teacher.ramp", "0.3"],
+            "--ssl.teacher.threshold", "-1", "--ssl.teacher.ramp", "0.3", "--ssl.hand_over", "last"],
 }  # fmt: skip
 
 

@@ -357,6 +357,10 @@ class StageConfig:
     """Factor on the heatmap loss. Published Sapiens2: 10."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the stage."""
+    hand_over: Literal["best", "last"] = "last"
+    """Weights that the stage exports. best: those of the highest validation AP among what it began with and every
+    evaluation; of equal AP the higher mean OKS, else the earlier. last: those of its last step, or with a teacher the
+    last healthy ones."""
     teacher: TeacherConfig | None = None
     """If set, the stage also learns from unlabeled people."""
 
@@ -476,7 +480,7 @@ class Config:
     phase2: StageConfig = field(default_factory=StageConfig)
     ssl: StageConfig = field(
         default_factory=lambda: StageConfig(
-            epochs=50, teacher=TeacherConfig(), optim=OptimConfig(lr=1e-4, schedule="cosine")
+            epochs=50, hand_over="best", teacher=TeacherConfig(), optim=OptimConfig(lr=1e-4, schedule="cosine")
         )
     )
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -24,6 +24,7 @@ from sapiens_accel.config.schema import STAGES, EvalConfig
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
+from sapiens_accel.evaluation.paired import MIN_ERRORS
 from sapiens_accel.models import export
 from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
@@ -225,6 +226,7 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
         image_name=IMAGE_NAME,
         training_people=_people(facts, "train"),
         teacher=run[facts.stage].get("teacher") if facts.stage == "ssl" else None,
+        handed_over=_handed_over(facts),
         settings=_settings(facts) if own_settings else None,
         has_curve=has_curve,
         curve_name=CURVE_NAME,
@@ -262,6 +264,21 @@ def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
     )
+
+
+def _handed_over(facts: Facts) -> str:
+    """Which step the weights of a stage with a choice are of, and what it gained by them; empty if that is unknown."""
+    score = facts.scores.get(facts.stage, {})
+    step, last, gain, stderr = (score.get(name) for name in ("weights_step", "step", "oks_gain", "oks_gain_stderr"))
+    if "hand_over" not in score or not (isinstance(step, int) and isinstance(last, int)):
+        return ""
+    if step == 0:
+        return f" No evaluation of its {last} steps was better than what the stage began with, which these weights are."
+    text = f" They are of step {step} of {last}."
+    if not (_is_finite(gain) and _is_finite(stderr)):
+        return text
+    is_known = "" if abs(gain) > MIN_ERRORS * stderr else ": within 2 standard errors, not known to be better"
+    return f"{text} Mean OKS is {gain:+.4f} (standard error {stderr:.4f}) against what the stage began with{is_known}."
 
 
 def _results(facts: Facts) -> list[list[str]]:

@@ -24,8 +24,9 @@ from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherP
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.evaluation import evaluate, figures, tables
+from sapiens_accel.evaluation import evaluate, figures, paired, tables
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
+from sapiens_accel.evaluation.paired import PairedDifference
 from sapiens_accel.evaluation.predict import Diverged
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.pose import draw
@@ -40,7 +41,7 @@ from sapiens_accel.training.loop import Step, stop_between_batches
 from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.pseudo_label_quality import Holdout
-from sapiens_accel.training.ssl_monitor import Alarms, Stopped
+from sapiens_accel.training.ssl_monitor import Alarms, StageResult, Stopped, describe_result
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +51,7 @@ MAX_SKIPPED = 20  # steps in a row: a network that diverged that far does not re
 SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while the loss scale is searched
 NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
-KEPT = "kept.json"
+BEGIN, KEPT = "begin.json", "kept.json"
 PRINT_SECONDS = 30
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage(2): Linux counts in KiB
 
@@ -106,11 +107,18 @@ class StageContext:
 
 
 class Evaluated(NamedTuple):
-    """The metrics of a step's weights; the predictions, if this process made them."""
+    """The metrics of a step's weights, each person's OKS, and the predictions, if this process made them."""
 
     step: int
     metrics: Metrics
+    oks: Sequence[float] | None = None
     predictions: Predictions | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What weights are compared by: AP, and of equal AP (0, or few people) the mean OKS."""
+        mean = paired.mean_oks(self.oks)
+        return self.metrics["AP"], mean if math.isfinite(mean) else -1.0
 
 
 class StageLogger:
@@ -126,7 +134,8 @@ class StageLogger:
         self.people = evaluate.use_areas(context.sets.split(self.run.eval.split), self.run.eval)
         self.skeleton = augmenter.skeleton
         self.evaluated: Evaluated | None = None
-        self.kept: Evaluated | None = None
+        self.kept: Evaluated | None = None  # what is exported
+        self.began: Evaluated | None = None  # the weights that the stage began with
         self.skipped, self.disk_failed = 0, False
         self.unwritten: list[Path] = []  # files of the results, on all ranks
         self.file: TextIO | None = None
@@ -165,22 +174,25 @@ class StageLogger:
         report = threading.excepthook
         # The writer's thread raises its error at the next call, and would print its traceback as well.
         threading.excepthook = lambda args: None if _is_writer(args.thread) else report(args)
-        self.board = SummaryWriter(str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first + 1)
+        self.board = SummaryWriter(
+            str(self.run_folder / "tensorboard" / self.stage), purge_step=self.first and self.first + 1
+        )
 
     def _resume_state(self) -> None:
         """Restore the alarms' first values, and which weights were exported. All ranks must call it."""
         folder, start, teacher = self.context.folder, self.context.start, self.context.config.teacher
         resumes = self.first and self.accelerator.is_main_process
         earlier = _first_values(self.run_folder / "metrics.jsonl", self.stage) if resumes else {}
-        kept = files.read_json(folder / KEPT) if resumes else None
-        earlier, kept = broadcast_object_list([earlier, kept])
+        kept, began = (files.read_json(folder / name) if resumes else None for name in (KEPT, BEGIN))
+        earlier, kept, began = broadcast_object_list([earlier, kept, began])
         good = f"the initial weights, {start}" if start else "none: the initial weights are random"
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
         self.alarms = Alarms(good=good, stops=teacher is None or teacher.on_alarm == "stop", first=earlier)
-        step, metrics = (kept or {}).get("step"), (kept or {}).get("metrics")
-        if isinstance(step, int) and isinstance(metrics, dict) and step <= self.first:  # the file may be damaged
-            self.kept = Evaluated(step, metrics)
+        # With `best`, weights of a step after the checkpoint are the best until now all the same: the steps between are
+        # taken again and come to them.
+        latest = self.last if self.context.config.hand_over == "best" else self.first
+        self.kept, self.began = _read_evaluated(kept, latest), _read_evaluated(began, self.first)
 
     @property
     def unhealthy(self) -> bool:
@@ -251,9 +263,27 @@ class StageLogger:
         if self.writes:
             # It describes the weights that were exported before.
             self._on_disk(lambda: (weights.parent / "eval.json").unlink(missing_ok=True))
-            record = {"step": self.kept.step, "metrics": self.kept.metrics}
-            self._on_disk(lambda: files.write_json(weights.parent / KEPT, record))
+            self._record(KEPT, self.kept)
         self.restart_clock(self.evaluated.step)
+
+    def _record(self, name: str, evaluated: Evaluated) -> None:
+        """Write what a resumed stage compares with; a person without a labeled keypoint is null."""
+        oks = evaluated.oks and [value if math.isfinite(value) else None for value in evaluated.oks]
+        record = {"step": evaluated.step, "metrics": evaluated.metrics, "oks": oks}
+
+        def write() -> None:
+            self.context.folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(self.context.folder / name, record)
+
+        self._on_disk(write)
+
+    def is_better(self) -> bool:
+        """Whether the weights that were just evaluated are better than the exported ones; equal ones are not.
+
+        Where nobody can be measured, later ones are.
+        """
+        assert self.evaluated and self.kept
+        return self.evaluated.metrics["AP"] < 0 or self.evaluated.rank > self.kept.rank
 
     def restart_clock(self, step: int) -> None:
         """Exclude the time of an evaluation or a save from the speed."""
@@ -308,18 +338,28 @@ class StageLogger:
         self.disk_failed = self.disk_failed or failed
 
     def begin(self, step: int, engine: nn.Module, objective: Objective) -> None:
-        """Write the first metrics of a stage with a teacher, the reference of its alarms. All ranks must call it.
-
-        It follows the first step: before that, the teacher has no reference for the confidence of a keypoint.
+        """Evaluate the weights that a stage begins with, which later ones are compared with. All ranks must call it.
 
         Raises:
             EvaluationStopped: a stop was asked for.
         """
-        if not self.holdout or self.run.dry_run:
-            return
-        metrics = self._score(objective.result(engine), objective.codec)[0]
-        self.write(step, metrics | self._probe(step, objective))
+        metrics, predictions = self._score(objective.result(engine), objective.codec)
+        self.evaluated = Evaluated(step, metrics, self._person_oks(predictions), predictions)
+        if self.began is None:
+            self.began = self.evaluated
+            if self.writes:
+                self._record(BEGIN, self.began)
+        self.write(step, metrics)
         self.restart_clock(step)
+
+    def probe_first(self, step: int, objective: Objective) -> None:
+        """Write the first quality of the pseudo-labels, the reference of its alarms. All ranks must call it.
+
+        It follows the first step: before that, the teacher has no reference for the confidence of a keypoint.
+        """
+        if self.holdout and not self.run.dry_run:
+            self.write(step, self._probe(step, objective))
+            self.restart_clock(step)
 
     def evaluate(self, step: int, engine: nn.Module, objective: Objective) -> None:
         """Evaluate the weights that would be exported; with a teacher, also the student and the pseudo-labels.
@@ -336,7 +376,10 @@ class StageLogger:
             metrics |= self._probe(step, objective)
         if self.writes:
             self._on_disk(lambda: checkpoint.record_score(self.context.folder, step, metrics["AP"]))
-        self.evaluated = Evaluated(step, metrics, predictions)
+        oks = self._person_oks(predictions)
+        if gain := self._gain(oks):
+            metrics |= {"oks_gain": gain.mean, "oks_gain_stderr": gain.stderr}
+        self.evaluated = Evaluated(step, metrics, oks, predictions)
         if self.writes and predictions:
             self._worst(step, predictions)
         self.write(step, metrics)
@@ -359,6 +402,18 @@ class StageLogger:
             self.accelerator.print(f"{self.stage}: warning: AP counts as 0: {error}")
             return dict.fromkeys(evaluate.METRICS, 0.0), None
         return result.metrics, result.predictions
+
+    def _person_oks(self, predictions: Predictions | None) -> list[float] | None:
+        """Return each person's OKS, equal on all ranks; None for a network that diverged."""
+        values = None
+        if predictions and self.accelerator.is_main_process:
+            values = paired.person_oks(predictions, self.people, self.skeleton).tolist()
+        return broadcast_object_list([values])[0]
+
+    def _gain(self, oks: Sequence[float] | None) -> PairedDifference | None:
+        """Return how much higher people's OKS is than by the weights that the stage began with."""
+        before = self.began and self.began.oks
+        return paired.paired_difference(before, oks) if before and oks and len(before) == len(oks) else None
 
     def _probe(self, step: int, objective: Objective) -> dict[str, float]:
         assert isinstance(objective, MeanTeacher) and self.holdout
@@ -388,15 +443,22 @@ class StageLogger:
         if self.kept is None or self.evaluated is None:
             self.close()
             return {}
-        step, metrics, predictions = self.kept
-        if step < self.last:
+        step, metrics, oks, predictions = self.kept
+        if gain := self._gain(oks):
+            metrics = metrics | {"oks_gain": gain.mean, "oks_gain_stderr": gain.stderr}
+        summary = self._summarize(gain)
+        if step < self.last and not summary:
             worse = f"AP {self.evaluated.metrics['AP']:.3f}, after {metrics['AP']:.3f}"
             self.accelerator.print(
                 f"{self.stage}: the exported weights are those of step {step}; the last ones are worse ({worse})"
             )
         self._conclude(metrics)
         file = self.context.folder / "eval.json"
-        write = partial(files.write_json, file, self._final_metrics(self.kept) if self.writes else {})
+        write = partial(
+            files.write_json,
+            file,
+            self._final_metrics(self.kept._replace(metrics=metrics), summary) if self.writes else {},
+        )
         if not files.write_on_main(self.accelerator, write, file, needed=False):
             self.unwritten.append(file)
         if self.writes and predictions:  # there are none of weights that were exported before the run was resumed
@@ -406,17 +468,42 @@ class StageLogger:
             if self.kept is not self.evaluated:  # the existing image is of other weights
                 self._worst(step, predictions)
         self.close()
+        if summary:
+            self.accelerator.print(f"{self.stage}: {summary}", flush=True)
         return metrics
 
-    def _final_metrics(self, kept: Evaluated) -> dict[str, Any]:
+    def _final_metrics(self, kept: Evaluated, summary: str) -> dict[str, Any]:
         """Return what eval.json says of the exported weights."""
         numbers = {name: value if math.isfinite(value) else None for name, value in kept.metrics.items()}
         whole = {**numbers, "step": self.last, "weights_step": kept.step, **self._protocol}
+        if summary:
+            whole |= {"hand_over": self.context.config.hand_over, "summary": summary}
         whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
         if kept.predictions:
             quality = evaluate.measure_keypoints(kept.predictions, self.people, self.skeleton)
             whole |= tables.keypoint_scalars(quality, self.skeleton)
         return whole
+
+    def _summarize(self, gain: PairedDifference | None) -> str:
+        """Return what is handed over and what is known of it; empty for a stage that hands over its last weights."""
+        config, began = self.context.config, self.began
+        if self.kept is None or self.evaluated is None or (config.teacher is None and config.hand_over == "last"):
+            return ""
+        entries = _entries(self.run_folder / "metrics.jsonl", self.stage) if self.holdout else ()
+        keeps = [entry["keep"] for entry in entries if isinstance(entry.get("keep"), float)]
+        labels = self.kept.metrics if "pseudo_precision" in self.kept.metrics else self.alarms.first
+        return describe_result(
+            StageResult(
+                step=self.kept.step,
+                last=self.last,
+                aps={one.step: one.metrics["AP"] for one in (began, self.kept, self.evaluated) if one},
+                began=began.step if began else None,
+                gain=gain,
+                keep=sum(keeps) / len(keeps) if keeps else None,
+                precision=labels.get("pseudo_precision", math.nan),
+                precision_absent_wrong=labels.get("pseudo_precision_absent_wrong", math.nan),
+            )
+        )
 
     def _conclude(self, metrics: Metrics) -> None:
         """Warn if the stage did not raise the AP, or did not learn from unlabeled people."""
@@ -471,6 +558,15 @@ class StageLogger:
         self._on_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
 
+def _read_evaluated(record: Mapping[str, Any] | None, latest: int) -> Evaluated | None:
+    """Return the content of kept.json or begin.json; None if it is damaged, or of a step after `latest`."""
+    step, metrics, oks = ((record or {}).get(name) for name in ("step", "metrics", "oks"))
+    if not (isinstance(step, int) and step <= latest and isinstance(metrics, dict) and "AP" in metrics):
+        return None
+    oks = [math.nan if value is None else value for value in oks] if isinstance(oks, list) else None
+    return Evaluated(step, metrics, oks)
+
+
 def _is_writer(thread: threading.Thread | None) -> bool:
     return type(thread).__module__ == "tensorboard.summary.writer.event_file_writer"
 
@@ -500,7 +596,8 @@ def _without_later_lines(file: Path, stage: str, step: int) -> Path:
         for line in file.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                is_kept = entry["stage"] != stage or entry["step"] <= step
+                # Step 0 is of what a stage begins with: one that begins again writes it again.
+                is_kept = entry["stage"] != stage or 0 < step >= entry["step"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # incomplete: the run was killed while it wrote this line
             if is_kept:

@@ -1,10 +1,11 @@
-"""Alarms of stage ssl: rules on its logs and evaluations that warn, or stop the stage."""
+"""Stage ssl: rules on its logs and evaluations that warn or stop it, and what is said of it at its end."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.evaluation.paired import PairedDifference
 
 IN_A_ROW = 3  # logs: one batch may be odd
 LONG = 500  # steps
@@ -184,3 +185,62 @@ class Alarms:
                 stops = rule.stops and self.stops
                 said.append(f"{text} (the stage stops after {rule.in_a_row} logs of this)" if stops else text)
         return said
+
+
+# ---- The end
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage hands over, and what is known of it.
+
+    Attributes:
+        step: of the weights that are handed over.
+        last: the stage's last step.
+        aps: the AP of those weights, of what the stage began with and of the last evaluation, by step.
+        began: the step of what it began with; None where that was not evaluated.
+        gain: how much higher the OKS of the validation people is than with what it began with.
+        keep: the mean share of unlabeled keypoints that were learned from; None without unlabeled people.
+        precision, precision_absent_wrong: the share of such labels that are right on validation people; the second
+            counts keypoints without a label as wrong. nan where nothing was kept.
+    """
+
+    step: int
+    last: int
+    aps: Mapping[int, float]
+    began: int | None
+    gain: PairedDifference | None
+    keep: float | None
+    precision: float
+    precision_absent_wrong: float
+
+
+def describe_result(result: StageResult) -> str:
+    """The last line of a stage: which weights it hands over, what it gained, and how right its pseudo-labels were."""
+    ap, last = result.aps[result.step], max(result.aps)
+    if result.step == result.began:
+        found = f"AP {result.aps[last]:.3f} at step {last}, {ap:.3f} before"
+        parts = [f"hands over the weights that it began with: no later ones are better ({found}), nothing was gained"]
+    else:
+        known = "" if result.began is None else f", {result.aps[result.began]:.3f} for what it began with"
+        found = "nobody could be measured" if ap < 0 else f"AP {ap:.3f}{known}"
+        parts = [f"hands over the weights of step {result.step} of {result.last}: {found}{_judge(result.gain)}"]
+    if result.keep is not None:
+        parts.append(_describe_labels(result.keep, result.precision, result.precision_absent_wrong))
+    return "; ".join(parts)
+
+
+def _judge(gain: PairedDifference | None) -> str:
+    if gain is None or not math.isfinite(gain.mean):
+        return ""
+    if not gain.is_known:
+        return f"; mean OKS {gain}: within 2 standard errors, so it is not known whether the stage helped"
+    return f"; mean OKS {gain}: {'better' if gain.mean > 0 else 'worse'} than what it began with"
+
+
+def _describe_labels(keep: float, precision: float, absent_wrong: float) -> str:
+    learned = f"it learned from {100 * keep:.1f} % of the unlabeled keypoints"
+    if not math.isfinite(precision):
+        return f"{learned}; none of the validation people's is kept, so it is not known how right they are"
+    counted = f" ({100 * absent_wrong:.1f} % if those without a label are wrong)" if math.isfinite(absent_wrong) else ""
+    return f"{learned}, {100 * precision:.1f} % of such labels are right on validation people{counted}"

@@ -93,6 +93,24 @@ class TrainingStage:
         self.logger.restart_clock(step)
         return saved
 
+    def begin(self) -> None:
+        """Evaluate the weights that the stage begins with, where they are compared with later ones.
+
+        With `hand_over` best they are exported too: a stage that is stopped, or that learns nothing, leaves them. All
+        ranks must call it.
+
+        Raises:
+            EvaluationStopped: a stop was asked for.
+        """
+        context, is_best = self.context, self.context.config.hand_over == "best"
+        # A resumed stage has begun earlier; without a record of its best weights it compares with the resumed ones.
+        is_due = (is_best or context.config.teacher) if not context.first else is_best and self.logger.kept is None
+        if not is_due or context.run.dry_run or context.first == context.last:
+            return
+        self.logger.begin(context.first, self.network, self.objective)
+        if is_best:
+            self._export(needed=False)
+
     def evaluate(self, step: int) -> None:
         """Evaluate the weights of this step, and export them if they are the best so far. All ranks must call it."""
         self.logger.evaluate(step, self.network, self.objective)
@@ -102,9 +120,11 @@ class TrainingStage:
     def _keeps_best(self, step: int) -> bool:
         """Return whether the weights that were just evaluated replace the exported ones.
 
-        Without a teacher they do at the last step only. With one, while no alarm is raised, so that a stage that is
-        stopped leaves good weights.
+        With `hand_over` last they do at the last step only, and with a teacher also before, while no alarm is raised:
+        a stage that is stopped leaves good weights.
         """
+        if self.context.config.hand_over == "best":
+            return self.logger.kept is None or (not self.logger.alarms.unhealthy and self.logger.is_better())
         if step == self.context.last:
             return self.logger.alarms.healthy or self.logger.kept is None
         return self.logger.alarms.healthy and self.context.config.teacher is not None

@@ -31,6 +31,7 @@ COMMON = [
     *(f"--{stage}.{knob}" for stage in ("phase1", "phase2", "ssl")
       for knob in (f"steps={STEPS}", f"global_batch={GLOBAL_BATCH}", "optim.warmup_steps=2", "loss_weight=100")),
     "--phase2.optim.layer_decay=0.8", "--phase2.optim.clip_norm=0.05", "--ssl.teacher.threshold=0.2",
+    "--ssl.hand_over=last",
 ]  # fmt: skip
 
 # What the memory plan may choose, from nothing to everything; the reference runs without any of it.
