@@ -27,7 +27,7 @@ from sapiens_accel.evaluation import evaluate, figures, html_report, keypoint_cs
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
 from sapiens_accel.evaluation.networks import Candidate
-from sapiens_accel.evaluation.predict import PredictionSetup
+from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup
 from sapiens_accel.inference import predict_media
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
@@ -85,17 +85,10 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
                 tables.append(write_predictions(results[row], config_of_row, candidates[0].folder, row, skeleton))
         if accelerator.is_main_process:
             row = list(results)[-1]  # the variant with all augmentation
+            setup = PredictionSetup(skeleton=skeleton, data=run.data, config=configs[row], device=accelerator.device)
             folder, stem = group[0].folder / "pictures", f"{name}_{run.eval.split}"
-            if run.eval.num_pictures:
-                grid = figures.draw_predictions(results[row].predictions, people, skeleton, run.eval.num_pictures)
-                images.append(draw.save_image(grid, folder / f"{stem}_predictions.jpg"))
-            analyses[row] = figures.analyze_networks(
-                results[row],
-                people,
-                loaded,
-                PredictionSetup(skeleton=skeleton, data=run.data, config=configs[row], device=accelerator.device),
-            )
-            images += figures.save_figures(analyses[row], folder, f"{stem}_worst")
+            analyses[row], files = draw_images(results[row], people, loaded, setup, folder, stem)
+            images += files
     if accelerator.is_main_process:
         folder = candidates[0].folder
         evaluate.save_metrics(folder / "eval.json", results, configs, skeleton)
@@ -108,6 +101,23 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
             weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
             about, file = [f"people of {people.annotations}", *weights], html_report.report_path(run.eval.html, folder)
             print(f"\npage: {html_report.write_report(file, results, configs, analyses, skeleton, about)}")
+
+
+def draw_images(
+    result: EvaluationResult,
+    people: People,
+    loaded: Sequence[PoseNetwork],
+    setup: PredictionSetup,
+    folder: Path,
+    stem: str,
+) -> tuple[ErrorAnalysis, list[Path]]:
+    """The analysis of one row of the table, and the images of it that are saved: predictions and the worst people."""
+    files: list[Path] = []
+    if num := setup.config.num_pictures:
+        grid = figures.draw_predictions(result.predictions, people, setup.skeleton, num)
+        files.append(draw.save_image(grid, folder / f"{stem}_predictions.jpg"))
+    analysis = figures.analyze_networks(result, people, loaded, setup)
+    return analysis, files + figures.save_figures(analysis, folder, f"{stem}_worst")
 
 
 def write_predictions(result: EvaluationResult, config: EvalConfig, folder: Path, row: str, skeleton: Skeleton) -> Path:

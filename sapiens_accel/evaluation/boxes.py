@@ -142,14 +142,8 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
     lines = [f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}"] if parts else []
     lines += [f"{file}: {renamed}"] if renamed else []
-    if is_of_any:
-        first_id, first_name = next(iter(categories.values()))
-        lines.append(
-            f"{file}: all of category {of_images[0][1]}: boxes of any of {len(categories)} categories, and no AP of "
-            f"each; --eval.save_predictions saves them under the first, {first_id} ({first_name})"
-        )
-    elif len(categories) > 1 and len(kinds) == 1:
-        lines.append(f"{file}: all of category {categories[of_images[0][1]][1]}; other categories have no detection")
+    if len(categories) > 1 and len(kinds) == 1:
+        lines.append(f"{file}: all of category {_describe_only_category(of_images[0][1], categories, is_of_any)}")
     _check_files(file, kept, images, people.root / folder)
     return Boxes(
         root=people.root,
@@ -161,6 +155,17 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         labeled=False,
         category_ids=[None if is_of_any else row[1] for row in kept],
         note="; ".join(lines),
+    )
+
+
+def _describe_only_category(category: Any, categories: dict[Any, tuple[Any, str]], is_of_any: bool) -> str:
+    """What it means that all detections are of one category, where several are evaluated."""
+    if not is_of_any:
+        return f"{categories[category][1]}; other categories have no detection"
+    first_id, first_name = next(iter(categories.values()))
+    return (
+        f"{category}: boxes of any of {len(categories)} categories, and no AP of each; --eval.save_predictions saves "
+        f"them under the first, {first_id} ({first_name})"
     )
 
 

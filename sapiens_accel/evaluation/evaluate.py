@@ -126,12 +126,9 @@ def evaluate_networks(
             rules = CountingRules(config.area, config.max_people)
             metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules, check)
             quality = measure_keypoints(matched, people, skeleton)
-            notes = [line for line in (named.note, people.size_note, describe_misfit(named, people, skeleton)) if line]
-            notes += describe_unmeasured(people, skeleton)
-            notes += describe_crowding(people, config) + describe_unmatched(matched)
-            notes += explain_metrics(metrics, matched, people, skeleton)
+            notes = _collect_notes(metrics, matched, named, people, skeleton, config)
             metrics |= measure_distances(quality)
-            return (metrics, curves, quality, tuple(notes), describe_area(people, skeleton, config)), rows
+            return (metrics, curves, quality, notes, describe_area(people, skeleton, config)), rows
         except (UserError, OSError) as error:  # the other ranks wait for the metrics
             return str(error), ()
 
@@ -152,6 +149,19 @@ def evaluate_networks(
         area=area,
         people_boxes=people.reading.boxes,
         image_rows=image_rows,
+    )
+
+
+def _collect_notes(
+    metrics: Metrics, matched: Predictions, boxes: Boxes, people: People, skeleton: Skeleton, config: EvalConfig
+) -> tuple[str, ...]:
+    """What was left out of an evaluation, and why a number is 0 or missing, a line each."""
+    return (
+        *(line for line in (boxes.note, people.size_note, describe_misfit(boxes, people, skeleton)) if line),
+        *describe_unmeasured(people, skeleton),
+        *describe_crowding(people, config),
+        *describe_unmatched(matched),
+        *explain_metrics(metrics, matched, people, skeleton),
     )
 
 
