@@ -306,7 +306,7 @@ def test_the_snippet_of_each_family_is_short_and_complete() -> None:
 # ---- Graphs
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[pytest.param(FAMILIES[0], marks=pytest.mark.slow), FAMILIES[1]])
 def shallow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SapiensPose, Path]:
     """A network of two blocks, and its weights folder."""
     model = _model(request.param, depth=2)

@@ -73,7 +73,7 @@ def is_saved(run: Started) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("SIGTERM", "SIGHUP") else [pytest.mark.slow]) for name in faults.STOPS],
+    [pytest.param(name, marks=[] if name == "SIGTERM" else [pytest.mark.slow]) for name in faults.STOPS],
 )
 def test_a_signal_to_the_group_saves_the_step(begin: Callable[..., Started], name: str) -> None:
     """With loading processes in it, as a closed terminal and batch systems send it."""
@@ -271,7 +271,8 @@ def wait_for_text(started: Started, text: str) -> None:
     assert text in started.log.read_text(), started.log.read_text()
 
 
-@pytest.mark.parametrize("error", ["UserError", pytest.param("ValueError", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["UserError", "ValueError"])
 def test_an_error_of_rank_0_with_the_data_ends_the_others(begin: Callable[..., Started], error: str) -> None:
     """They waited for rank 0 to finish, for three hours."""
 
@@ -466,7 +467,12 @@ NEEDED = {"weights": "", "checkpoints": "phase2/checkpoints/step_4 (see", "eval.
 @pytest.mark.parametrize(
     ("writer", "kind", "run"),
     [
-        pytest.param(writer, kind, run, marks=[pytest.mark.slow] if kind != ENOSPC or run is TWO else [])
+        pytest.param(
+            writer,
+            kind,
+            run,
+            marks=[pytest.mark.slow] if (kind, run) != (ENOSPC, Run()) or writer not in NEEDED else [],
+        )
         for writer in WRITERS
         for kind in (ENOSPC, EROFS, EIO)
         for run in (Run(), TWO)

@@ -594,6 +594,7 @@ def test_a_run_on_a_full_disk_trains_on_and_says_what_is_missing(tmp_path: Path)
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "Make room" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     """While the step is held up (here: by an image that never comes), the second one, a while later, is not noted."""
