@@ -49,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"--eval.ensemble: only one network, {candidates[0].weights}. Give the weights of several networks"
         )
+    run, line = networks.adopt_image_bits(candidates, run)
+    if line:
+        accelerator.print(line)
     if run.eval.images:
         predict_media.predict_media(accelerator, candidates, run)
     else:

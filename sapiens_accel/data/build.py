@@ -93,7 +93,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         val=checked["val"],
         unlabeled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
-        skeleton=dataclasses.replace(skeleton, people=sizes),
+        skeleton=dataclasses.replace(skeleton, people=sizes, image_bits=config.image_bits),
         mixture=_mixture(config, [len(people) for people in parts]) if others else None,
     )
     if sets.unlabeled:
@@ -142,6 +142,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
         _propose_whole_images(config, skeleton.people),
         UNCOMPARED,
     )
+    skeleton = dataclasses.replace(skeleton, image_bits=config.image_bits)
     return Sets(train, val, others, tuple(line for line in lines if line), skeleton)
 
 

@@ -160,6 +160,29 @@ def infer_weights_skeleton(candidates: Sequence[Candidate]) -> Skeleton:
     return skeletons[0]
 
 
+def adopt_image_bits(candidates: Sequence[Candidate], run: Config) -> tuple[Config, str]:
+    """The run with the `data.image_bits` of the weights' training, unless it has its own; and a line about it.
+
+    With other bits the images of a microscope are 16 times darker or brighter than those that the weights know.
+
+    Raises:
+        UserError: as `_stored`; there are no such weights.
+    """
+    stored = {one.weights: skeleton.image_bits for one in candidates if (skeleton := _stored(one))}
+    trained = {bits for bits in stored.values() if bits is not None}
+    if not trained:
+        return run, ""
+    bits, listed = next(iter(trained)), " and ".join(map(str, sorted(trained)))
+    if run.data.image_bits is not None:
+        differs = trained != {run.data.image_bits}
+        warning = f"warning: --data.image_bits {run.data.image_bits}: the weights were trained with {listed}"
+        return run, warning if differs else ""
+    line = f"16-bit images are read with --data.image_bits {bits}, as in the training of the weights"
+    if len(trained) > 1:
+        line = f"warning: {line}; others were trained with other bits ({listed})"
+    return replace(run, data=replace(run.data, image_bits=bits)), line
+
+
 def _options(there: Category) -> list[list[str]]:
     """The lists of keypoints that a JSON can be read as: COCO-WholeBody's 133 or their 17."""
     known = PUBLISHED.get(there.count or 0)

@@ -227,6 +227,12 @@ class Film:
             self._writer.release()
             self._part.replace(self.path)
 
+    def discard(self) -> None:
+        """Leave nothing of a video that is not whole."""
+        if self._writer is not None:
+            self._writer.release()
+            self._part.unlink(missing_ok=True)
+
     @property
     def _part(self) -> Path:
         return self.path.with_name(f".{self.path.name}.part{self.path.suffix}")

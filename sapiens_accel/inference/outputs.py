@@ -116,6 +116,12 @@ class KeypointsWriter:
         self._written.close()
         self._part.replace(self.file)
 
+    def discard(self) -> None:
+        """Leave nothing of a file that is not whole."""
+        if self._stream is not None:
+            self._stream.close()
+            self._part.unlink(missing_ok=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -196,6 +202,12 @@ class MediaWriter:
             self.film.add(image)
         else:
             media.save_image(image, self.folder / "drawn" / name)
+
+    def discard(self) -> None:
+        """Leave no file that is not whole; drawn images stay."""
+        for part in (self.file, self.table, self.film):
+            if part is not None:
+                part.discard()
 
     def close(self) -> str:
         """Finish the files, and return a line of what was found and the files' paths."""

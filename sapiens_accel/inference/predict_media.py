@@ -50,11 +50,13 @@ class PeopleFinder:
         find: the people of each image of a piece.
         about: who finds them, in words.
         categories: of those who are found, names by their ids.
+        is_file: whether they are the boxes of a file, so that nobody is an error.
     """
 
     find: Callable[[Piece], list[PersonBoxes]]
     about: str
     categories: Mapping[Any, str]
+    is_file: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,9 @@ def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], 
         if file.note:
             accelerator.print(file.note)
         return PeopleFinder(
-            find=lambda piece: [file.of(name) for name in piece.names], about=f"of {given}", categories=file.categories
-        )
+            find=lambda piece: [file.of(name) for name in piece.names], about=f"of {given}", categories=file.categories,
+            is_file=True,
+        )  # fmt: skip
     name, classes = DEFAULT if given == BY_DETECTOR else given, run.eval.detector_class
     detector = failures.on_main_first(
         accelerator, lambda: Detector(name, accelerator.device, min_score, knob="--eval.boxes", classes=classes)
@@ -213,7 +216,23 @@ def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights:
     writer = None
     if accelerator.is_main_process:
         writer = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
-    num_images = num_outside = 0
+    try:
+        _add_pieces(accelerator, task, folder, writer)
+        if writer is not None:
+            print(writer.close())
+    except BaseException:
+        if writer is not None:
+            writer.discard()
+        raise
+
+
+def _add_pieces(accelerator: Accelerator, task: Task, folder: Path, writer: MediaWriter | None) -> None:
+    """Give the writer, which rank 0 has, the people of all pieces; report what is left out.
+
+    Raises:
+        UserError: no image can be used, or all boxes of a file are left out.
+    """
+    num_images = num_outside = num_boxes = num_people = 0
     warning = ""
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_images += len(piece.files)
@@ -224,6 +243,8 @@ def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights:
         if not warning and (warning := _describe_misfit(boxes, piece, task)):
             accelerator.print(warning)
         people = _people(accelerator, piece, task, boxes)
+        num_boxes += len(boxes) if boxes is not None else 0
+        num_people += sum(map(len, people))
         if writer is not None:
             writer.add(piece, people)
     if not num_images:
@@ -232,8 +253,16 @@ def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights:
         accelerator.print(line)
     if num_outside:
         accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
-    if writer is not None:
-        print(writer.close())
+    if num_boxes > num_people:
+        accelerator.print(
+            f"{num_boxes - num_people} of {num_boxes} boxes are left out: their people are those of others "
+            f"(OKS above --eval.nms_threshold {task.run.eval.nms_threshold:g})"
+        )
+    if task.finder.is_file and not num_people:
+        raise UserError(
+            f"--eval.boxes {task.run.eval.boxes}: none of its boxes is in one of the {num_images} images of "
+            f"{task.path} that can be read. To take each image as one person, --eval.boxes whole"
+        )
 
 
 def _find_boxes(piece: Piece, task: Task) -> tuple[Boxes | None, int]:

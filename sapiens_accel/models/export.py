@@ -84,6 +84,8 @@ def export(
     save_file(tensors, temporary, metadata={"format": "pt"})
     files.follow_umask(temporary)
     meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
+    if skeleton.image_bits is None:
+        del meaning["image_bits"]
     _write(folder / "config.json", _config(model, skeleton, sigma, dtype))
     _write(folder / "preprocessor_config.json", _preprocessor(model, sigma))
     _write(folder / SKELETON_FILE, meaning)

@@ -25,6 +25,7 @@ class Skeleton:
             keypoint its own), and no image may be mirrored: on 68-point faces that cost 17.4 px of error for 6.5.
         categories: the names of the categories that have these keypoints; empty: person.
         people: how large people are in the training images, where that is known.
+        image_bits: `data.image_bits` of the training, where it was given.
 
     Raises:
         ValueError: names that are not text or not unique, indices out of range, sigmas outside of (0, 1].
@@ -38,6 +39,7 @@ class Skeleton:
     mirror_known: bool = True
     categories: tuple[str, ...] = field(default=(), compare=False)
     people: PeopleSizes | None = field(default=None, compare=False)
+    image_bits: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -83,6 +85,7 @@ class Skeleton:
             mirror_known=self.mirror_known,
             categories=self.categories,
             people=self.people,
+            image_bits=self.image_bits,
         )
 
 
@@ -94,12 +97,16 @@ def skeleton_from_tree(tree: Mapping[str, Any]) -> Skeleton:
     """
     lists = {key: tuple(tree[key]) for key in ("names", "mirror", "sigmas", "upper")}
     sizes = tree.get("people")  # like the categories, it is missing in files of earlier versions
+    bits = tree.get("image_bits")
+    if bits is not None and (type(bits) is not int or not 8 <= bits <= 16):
+        raise ValueError(f"image_bits: expected a number from 8 to 16, found {bits!r}")
     return Skeleton(
         **lists,
         edges=tuple((a, b) for a, b in tree["edges"]),
         mirror_known=bool(tree.get("mirror_known", True)),
         categories=tuple(map(str, tree.get("categories") or ())),
         people=PeopleSizes(share=tuple(sizes["share"]), aspect=tuple(sizes["aspect"])) if sizes else None,
+        image_bits=bits,
     )
 
 

@@ -27,7 +27,7 @@ from sapiens_accel.evaluation import networks as candidates
 from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import PredictionSetup, predict
 from sapiens_accel.inference import detect_people as boxes
-from sapiens_accel.inference import predict_media
+from sapiens_accel.inference import outputs, predict_media
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
@@ -164,7 +164,9 @@ def test_people_of_one_image_are_distinguished_and_nobody_is_there_twice(
     for name, listed in (("once.json", here), ("twice.json", [again, *here, unsure])):
         (tmp_path / name).write_text(json.dumps(listed))
     once, _ = main(weights, root / "val2017", "--boxes", tmp_path / "once.json")
-    twice, _ = main(weights, root / "val2017", "--boxes", tmp_path / "twice.json")
+    twice, said = main(weights, root / "val2017", "--boxes", tmp_path / "twice.json")
+    left_out = f"1 of {len(here) + 1} boxes are left out: their people are those of others (OKS above"
+    assert left_out in said
     assert _people(twice).keys() == _people(once).keys() and len(_people(once)) == len(here)
     assert {one["box_score"] for one in twice["annotations"]} == {0.9}
     kept, _ = main(weights, root / "val2017", "--boxes", tmp_path / "twice.json", "--eval.nms_threshold", 1,
@@ -315,6 +317,54 @@ def test_boxes_of_another_size_than_in_training_are_reported(main: Main, root: P
     assert detections.describe_misfit(boxes, people, replace(COCO17, people=sizes)) == ""
     told = detections.describe_misfit(boxes, people, replace(COCO17, people=whole))
     assert told.startswith("warning: ground truth: boxes take up") and "100.0% to 100%" in told
+
+
+def test_a_file_that_finds_nobody_is_an_error_and_leaves_no_file(
+    main: Main, weights: Path, root: Path, tmp_path: Path
+) -> None:
+    """A file whose boxes all lie outside of their images ended with 0 people and exit code 0."""
+    row = json.loads((root / VAL).read_text())["images"][0]
+    away = {"image_id": row["id"], "bbox": [9000, 9000, 20, 40], "score": 0.9}
+    (tmp_path / "away.json").write_text(json.dumps([away]))
+    with pytest.raises(UserError, match=r"away.json: none of its boxes is in one of the 7 images"):
+        main(weights, root / "val2017", "--boxes", tmp_path / "away.json", "--csv", "long")
+    assert not list(tmp_path.glob("evaluations/**/*.part")) and not list(tmp_path.glob("evaluations/**/keypoints.*"))
+
+
+def test_an_error_leaves_no_part_of_a_file(
+    main: Main, weights: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(outputs.draw, "draw_people", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        main(weights, root / "val2017", "--csv", "long")
+    assert not list(tmp_path.glob("evaluations/**/.*"))
+
+
+def test_images_are_read_with_the_bits_of_the_training(main: Main, root: Path, tmp_path: Path) -> None:
+    """12 bits in 16-bit images were read as nearly black by whoever did not repeat --data.image_bits."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "flat").mkdir()
+    for file in sorted((root / "val2017").iterdir())[:2]:
+        image = cv2.imread(str(file))
+        assert image is not None
+        cv2.imwrite(str(tmp_path / "flat" / f"{file.stem}.png"), image)
+        cv2.imwrite(str(tmp_path / "deep" / f"{file.stem}.png"), image.astype(np.uint16) << 4)
+    twelve = untrained(tmp_path / "twelve", 0, replace(COCO17, image_bits=12))
+    assert json.loads((twelve / "skeleton.json").read_text())["image_bits"] == 12
+    try:
+        flat, _ = main(twelve, tmp_path / "flat", *ALL)
+        deep, said = main(twelve, tmp_path / "deep", *ALL)
+        assert "16-bit images are read with --data.image_bits 12, as in the training of the weights" in said
+        assert [one["keypoints"] for one in deep["annotations"]] == [one["keypoints"] for one in flat["annotations"]]
+        dark, said = main(twelve, tmp_path / "deep", "--data.image_bits", 16, *ALL)
+        assert "warning: --data.image_bits 16: the weights were trained with 12" in said
+        assert [one["keypoints"] for one in dark["annotations"]] != [one["keypoints"] for one in flat["annotations"]]
+    finally:
+        photo.set_image_bits(None)
+    assert "image_bits" not in json.loads((untrained(tmp_path / "plain") / "skeleton.json").read_text())
 
 
 def test_boxes_by_the_detector_are_those_of_the_program(
