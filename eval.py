@@ -43,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
     paths = failures.on_main_first(accelerator, lambda: [networks.resolve_path(reference) for reference in references])
     # Every stage that has weights, unless one is named; not the stage of the run's config.yaml.
     run = config.load(["--stage=all", *words], prog="eval.py", base=networks.find_run_config(paths[0]))
+    run, dropped = networks.drop_outputs(run, words)
+    if dropped:
+        accelerator.print(f"note: {', '.join(dropped)} of the run's config.yaml: not taken; give it to eval.py itself")
     output = Path(run.output_dir) if any(word.startswith("--output_dir") for word in words) else None
     candidates = [one for path in paths for one in networks.list_weights(path, run, output)]
     if run.eval.ensemble and len(candidates) < 2:

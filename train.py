@@ -114,11 +114,12 @@ def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Map
 
 
 def check_folders(run: Config) -> None:
-    """Refuse folders that cannot be written, before the data are read and checked.
+    """Refuse folders that cannot be written or that hold something else, before the data are read and checked.
 
     Raises:
-        UserError: a folder cannot be written.
+        UserError: a folder cannot be written; the run directory holds the data, say.
     """
+    run_folder.check_place(run)
     if not run.dry_run:
         files.check_writable(Path(run.output_dir), "--output_dir")
     cache = build.cache_folder(run.data)

@@ -64,7 +64,8 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
             _read_yaml(f"--{key}", value)
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}, or the command line: an option of the wrong type: {reason}") from None
-    output_dir = config.output_dir.replace("{recipe}", _recipe_name(config.recipe))
+    # No shell replaces the ~ of --output_dir=~/run.
+    output_dir = os.path.expanduser(config.output_dir.replace("{recipe}", _recipe_name(config.recipe)))  # noqa: PTH111
     transforms = read_transforms(config.augment.albumentations)
     augment = dataclasses.replace(config.augment, albumentations=transforms)
     config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir, augment=augment))

@@ -60,6 +60,17 @@ def find_run_config(path: Path) -> Path | None:
     return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
+def drop_outputs(run: Config, argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """The options without the files to write or to predict on that a run's config.yaml names, and which those were.
+
+    It may be somebody else's, and would have any file of this user overwritten. Those of the command line stay.
+    """
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    files = ("save_predictions", "csv", "html", "images")
+    dropped = [name for name in files if getattr(run.eval, name) is not None and f"eval.{name}" not in given]
+    return replace(run, eval=replace(run.eval, **dict.fromkeys(dropped))), [f"--eval.{name}" for name in dropped]
+
+
 def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate]:
     """A run folder's stages that have weights, or the weights themselves.
 

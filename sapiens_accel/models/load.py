@@ -16,6 +16,7 @@ from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
 
 FROM_RANDOM = "starts from RANDOM weights; to start from published weights, or from those of a run, give --weights"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 POSITIONS = "backbone.embeddings.position_embeddings"
 
 
@@ -72,10 +73,11 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
 
     Raises:
         UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is missing or
-            does not fit; values that are not finite.
+            does not fit; values that are integers or complex, or not finite.
     """
     weights, own = published.read(reference), model.state_dict()
     _check_size(weights, model)
+    _check_types(weights, own)
     state = dict(weights.state)
     reshaped = _fit_positions(state, weights, own, model)
     mapping, new = _fit_rows(state, weights, own, model, names)
@@ -153,12 +155,21 @@ def _check_backbone(weights: Weights, state: State, own: State, absent: Sequence
     )
 
 
+def _check_types(weights: Weights, own: State) -> None:
+    """Refuse values that would become other ones as floats: those of quantized weights, say."""
+    for key, value in weights.state.items():
+        if key in own and own[key].is_floating_point() and value.dtype not in FLOATS:
+            kind, known = str(value.dtype).removeprefix("torch."), ", ".join(str(one)[6:] for one in FLOATS)
+            raise UserError(
+                f"--weights {weights.file}: {key!r} is of type {kind} (expected one of {known}). Use weights that are "
+                "not quantized"
+            )
+
+
 def _check_values(weights: Weights, fitting: State, own: State) -> None:
     """Refuse values that are not finite, one tensor at a time, so that at most one is copied."""
     for key, value in fitting.items():
-        values = (
-            value if value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else value.float()
-        )
+        values = value if value.dtype in FLOATS else value.float()
         most = torch.finfo(own[key].dtype).max
         low, high = (float(bound) for bound in torch.aminmax(values.detach()))
         if not (-most <= low and high <= most):

@@ -49,6 +49,33 @@ def lock_run(accelerator: Accelerator, run: Config) -> Iterator[None]:
         yield
 
 
+def check_place(run: Config) -> None:
+    """Refuse a run directory that is none of its own: a later run moves the whole of it aside.
+
+    Raises:
+        UserError: it is a URL; it is or contains the data, this package, the home directory or another run; it is the
+            folder of a stage of another run.
+    """
+    if "://" in run.output_dir:
+        raise UserError(
+            f"--output_dir {run.output_dir}: a URL (expected a folder of this machine, or one that is mounted on it)"
+        )
+    folder, data = Path(run.output_dir).resolve(), run.data
+    roots = [Path(root).expanduser() for root in (data.root, *(more.root for more in data.more)) if root]
+    parts = (data.train_images, data.val_images, data.unlabelled_images, data.train_annotations, data.val_annotations)
+    theirs = {path: "the data" for root in roots for path in (root, *(root / part for part in parts))}
+    theirs |= {Path(__file__).parents[1]: "this package", Path(os.path.expanduser("~")): "the home directory"}  # noqa: PTH111  (it never raises)
+    theirs |= {path.parent: "another run" for path in folder.glob("*/config.yaml")}
+    if folder.name in STAGES and (folder.parent / record.FILE).is_file():
+        theirs[folder] = f"stage {folder.name} of the run {folder.parent}"
+    for path, what in {path.resolve(): what for path, what in theirs.items()}.items():
+        if folder in (path, *path.parents):
+            raise UserError(
+                f"--output_dir {run.output_dir}: holds {what} (expected a folder for a run alone, found {path}): a "
+                "later run would move all of it to another name. Use another folder, beside it or in it"
+            )
+
+
 def refuse_unwritten(run_folder: Path, unwritten: Sequence[Path]) -> None:
     """End a run that has trained all steps with an error if some of its results could not be written.
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import forks
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from networks import untrained
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -87,6 +89,23 @@ def test_weights_alone_are_evaluated(main: Main, weights: Path, tmp_path: Path) 
     assert len(list(tmp_path.glob("evaluations/first/pictures/*.jpg"))) == 1
     # An untrained network: a 0 is explained.
     assert row["AP"] > 0 or "AP 0: of 7 people none counts" in said
+
+
+def test_a_run_of_somebody_else_names_no_file_to_write(main: Main, weights: Path, tmp_path: Path) -> None:
+    """Its config.yaml had any file of this user overwritten."""
+    run, precious = tmp_path / "theirs", tmp_path / "precious"
+    precious.write_text("mine")
+    shutil.copytree(weights, run / "phase2" / "weights")
+    options = {"save_predictions": str(precious), "html": str(precious), "csv": "long", "images": str(tmp_path)}
+    (run / "config.yaml").write_text(yaml.safe_dump({"eval": {**options, "num_pictures": 0}}))
+    said = main(run / "phase2" / "weights")["said"]
+    assert precious.read_text() == "mine" and not list(tmp_path.rglob("*.csv"))
+    assert (
+        "note: --eval.save_predictions, --eval.csv, --eval.html, --eval.images of the run's config.yaml: not taken"
+        in said
+    )
+    main(run / "phase2" / "weights", "--save_predictions", precious)
+    assert json.loads(precious.read_text())
 
 
 def test_short_options_are_the_long_ones(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:

@@ -389,6 +389,21 @@ def test_a_missing_sapiens2_tensor_is_named(tmp_path: Path) -> None:
     _error(file, "backbone.model.layer.3.mlp.gate_proj.weight", "2 backbone tensors", name="sapiens2_tiny")
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_values_of_another_type_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    """Those of quantized weights loaded as numbers up to 127, and the network was garbage; fp8 was a traceback."""
+    model = _model("sapiens_tiny")
+    state = _state(model)
+    state["head.final_layer.weight"] = state["head.final_layer.weight"].to(kind)
+    save_file(state, tmp_path / "model.safetensors")
+    named = rf"'head\.final_layer\.weight' is of type {str(kind)[6:]} \(expected one of float64, float32"
+    with pytest.raises(UserError, match=named):
+        weights.load(model, str(tmp_path / "model.safetensors"))
+    for float_kind in (torch.float64, torch.float16, torch.bfloat16):
+        save_file({key: value.to(float_kind) for key, value in state.items()}, tmp_path / "model.safetensors")
+        weights.load(model, str(tmp_path / "model.safetensors"))
+
+
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     published = _published_v1(_state(_model("sapiens_tiny", 1)), _square(True))
     _error(_save(published, tmp_path / "v1.pth"), "sapiens2_tiny", name="sapiens2_tiny")

@@ -292,6 +292,45 @@ def test_stages_after_the_one_that_is_resumed_are_set_aside_with_all_of_theirs(r
     assert all(len(list((run / "tensorboard" / stage).iterdir())) == 1 for stage in ("phase2", "ssl"))
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("data", "holds the data (expected a folder for a run alone, found {root}/data)"),
+        (".", "holds the data"),
+        ("data/train2017", "holds the data"),
+        ("runs", "holds another run (expected a folder for a run alone, found {root}/runs/first)"),
+        ("runs/first/phase2", "holds stage phase2 of the run {root}/runs/first"),
+        ("s3://key:secret@bucket/run", "--output_dir s3://bucket/run: a URL (expected a folder of this machine"),
+        (str(Path(__file__).parents[2]), "holds this package"),
+        ("~", "holds the home directory"),
+        ("data/run", None),
+        ("runs/second", None),
+        ("runs/first", None),
+        ("runs/first/second", None),
+    ],
+)
+def test_a_directory_that_is_not_a_run_s_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str | None
+) -> None:
+    """A later run renames all of it: the images were gone in the middle of a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "train2017").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "phase2").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.yaml").touch()
+    options = parse.load([f"--output_dir={output}", "--data.root=data"])
+    if said is None:
+        return run_folder.check_place(options)
+    with pytest.raises(UserError) as raised:
+        run_folder.check_place(options)
+    assert said.format(root=tmp_path) in str(raised.value) and "secret" not in str(raised.value)
+
+
+def test_the_home_directory_may_be_abbreviated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell replaces the ~ of --output_dir=~/run: a folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse.load(["--output_dir=~/run"]).output_dir == f"{tmp_path}/run"
+
+
 def test_a_second_run_in_the_directory_is_refused_before_anything_is_read(run: Path, main: Main) -> None:
     before = contents(run)
     with lock_directory(run), pytest.raises(UserError, match=r"another run is writing in it"):
