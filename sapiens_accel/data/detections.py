@@ -336,13 +336,14 @@ class BoxesFile:
 
 def _choose_categories(listed: list[dict[str, Any]], skeleton: Skeleton) -> list[dict[str, Any]]:
     """The categories of an annotation file whose boxes are of what the skeleton is of; all, if nothing tells."""
-    names, keypoints = set(skeleton.categories or ("person",)), [words(name) for name in skeleton.names]
+    names = {name.casefold() for name in skeleton.categories or ("person",)}
+    keypoints = [words(name) for name in skeleton.names]
 
     def has_keypoints(one: dict[str, Any]) -> bool:
         theirs = one.get("keypoints")
         return isinstance(theirs, list) and [words(str(name)) for name in theirs] == keypoints
 
-    return [one for one in listed if one.get("name") in names or has_keypoints(one)] or listed
+    return [one for one in listed if str(one.get("name")).casefold() in names or has_keypoints(one)] or listed
 
 
 def _names_by_key(names: Sequence[str]) -> dict[Any, str]:

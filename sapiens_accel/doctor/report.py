@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.person_boxes import PeopleSizes, measure_sizes
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.sources import images
-from sapiens_accel.sources.coco import HASHED_BIT
+from sapiens_accel.sources.coco import HASHED_BIT, show_value
 
 SHOWN = 4  # culprits of a check in the text; the JSON has all
 BRIEF_PEOPLE = 10_000  # spread over the set: shares are known to a percent, in a fraction of a second
@@ -391,9 +391,29 @@ def _evaluation_faults(people: People, skeleton: Skeleton, config: EvalConfig) -
         named = ", ".join(f"{name} {counts[one]}" for one, (_, name) in truth.categories.items())
         text = f"{len(truth.categories)} categories, evaluated together and each: {named}"
         findings.append(Finding(level="note", check="categories", text=text))
+    lines = _describe_odd_categories(truth.categories, skeleton)
+    findings += [Finding(level="warning", check="categories", text=line) for line in lines]
     if boxes.note and not boxes.labeled:
         findings.append(Finding(level="warning", check="boxes", text=boxes.note))
     return findings
+
+
+def _describe_odd_categories(categories: Mapping[Any, tuple[Any, str]], skeleton: Skeleton) -> Iterator[str]:
+    """Lines about evaluated categories that may be one, and those that training does not have."""
+    names = Counter(name.casefold() for _, name in categories.values())
+    twins = [f"{name} (id {show_value(given)})" for given, name in categories.values() if names[name.casefold()] > 1]
+    if twins:
+        yield (
+            f"categories {', '.join(twins)} have one name, but for upper and lower case: AP is of each. Give them one "
+            "id if they are one"
+        )
+    trained = {name.casefold() for name in skeleton.categories}
+    others = [name for _, name in categories.values() if name.casefold() not in trained]
+    if trained and others:
+        yield (
+            f"categories {', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)} are not among those of training "
+            f"({', '.join(skeleton.categories[:SHOWN])}{', ...' * (len(skeleton.categories) > SHOWN)})"
+        )
 
 
 def _describe_small_areas(people: People) -> str:

@@ -204,16 +204,8 @@ def _pixels(value: float, width: int) -> str:
 OF_KEYPOINTS = ("OKS", "PCK@0.2", "PCK@0.1", "PCK@0.05", "mean_px", "median_px")
 
 
-def keypoint_scalars(values: KeypointQuality, skeleton: Skeleton) -> dict[str, dict[str, float | None]]:
-    """What each keypoint is worth by its name; what nobody has is null."""
-    # They stand beside the metrics in a stage's eval.json, of which DISTANCES are over all keypoints.
-    names = [f"keypoint_{name}" if name in DISTANCES else name for name in OF_KEYPOINTS]
-    columns = zip(names, _columns(values)[1:], strict=True)
-    return {k: dict(zip(skeleton.names, map(_number, column.tolist()), strict=True)) for k, column in columns}
-
-
 def keypoint_statistics(values: KeypointQuality, skeleton: Skeleton) -> dict[str, Any]:
-    """The same for a JSON: what nobody has is null."""
+    """What the keypoints are worth, all and each by its name, for a JSON: what nobody has is null."""
     rows = [[_number(column[k].item()) for column in _columns(values)] for k in range(len(skeleton.names))]
     of_keypoints = {
         name: dict(zip(("people", *OF_KEYPOINTS), row, strict=True))

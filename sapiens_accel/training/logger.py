@@ -481,7 +481,7 @@ class StageLogger:
         whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
         if kept.predictions:
             quality = evaluate.measure_keypoints(kept.predictions, self.people, self.skeleton)
-            whole |= tables.keypoint_scalars(quality, self.skeleton)
+            whole["joints"] = tables.keypoint_statistics(quality, self.skeleton)  # as eval.py has it
         return whole
 
     def _summarize(self, gain: PairedDifference | None) -> str:

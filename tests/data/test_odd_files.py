@@ -153,3 +153,35 @@ def test_a_byte_order_mark_and_images_of_odd_kinds_are_read(root: Path) -> None:
         cv2.imwrite(str(file.with_suffix(".png")), (gray, gray.astype(np.uint16) * 257)[number % 2])
         file.with_suffix(".png").replace(file)  # a PNG under a JPEG's name
     assert len(_open(_config(root)).val) > 0
+
+
+def _of_two(tree: Tree, first: str, second: str) -> None:
+    """Every other annotation is of the second category."""
+    (one,) = tree["categories"]
+    one["name"] = first
+    tree["categories"].append(one | {"id": 7, "name": second})
+    for annotation in tree["annotations"][::2]:
+        annotation["category_id"] = 7
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        ("Dog", "dog", "categories Dog (id 1), dog (id 7) have one name, but for upper and lower case"),
+        ("dog", "dog", "categories dog (id 1), dog (id 7) have one name"),
+        ("DOG", "wolf", "categories wolf are not among those of training (cat, dog)"),
+        ("Dog", "Cat", ""),
+    ],
+)
+def test_categories_that_may_be_one_and_those_that_are_not_trained_are_said(
+    root: Path, first: str, second: str, text: str
+) -> None:
+    for file, names in ((TRAIN, ("dog", "cat")), (VAL, (first, second))):
+        tree = json.loads((root / file).read_text())
+        _of_two(tree, *names)
+        (root / file).write_text(json.dumps(tree))
+    said: list[object] = []
+    run = Config(data=_config(root))
+    report.check_evaluation(said.append, _open(run.data), run)
+    warnings = [str(line) for line in said if str(line).startswith("warning: categories: ")]
+    assert len(warnings) == bool(text) and all(text in line for line in warnings), said

@@ -65,11 +65,9 @@ def test_distances_are_those_of_plain_loops() -> None:
     assert np.isnan(nobody.all_distances).all()
     assert set(evaluate.measure_distances(nobody).values()) == {-1.0}
     assert "-" in tables.format_metric(-1.0, "mean_px")
-    # In a stage's eval.json both stand side by side.
     five = replace(COCO17, names=tuple("abcde"), mirror=(0, 1, 2, 3, 4), sigmas=(0.05,) * 5, upper=(), edges=())
-    scalars = tables.keypoint_scalars(quality, five)
-    assert not set(scalars) & {*METRICS, *evaluate.measure_distances(quality)}
-    assert scalars["keypoint_mean_px"]["b"] == quality.distances.mean_px[1] and scalars["keypoint_mean_px"]["e"] is None
+    each = tables.keypoint_statistics(quality, five)["keypoints"]
+    assert each["b"]["mean_px"] == quality.distances.mean_px[1] and each["e"]["mean_px"] is None
 
 
 def test_a_person_without_a_prediction_has_no_keypoint_right() -> None:
