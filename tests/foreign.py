@@ -3,7 +3,7 @@
 Two sessions of three images, one or two mice in each, four keypoints; some are not labeled. By a tool's own writer:
 SLEAP's .slp, and YOLO and Label Studio as sleap-io writes them. The others by the tools' documentation: DeepLabCut and
 lightning-pose (CollectedData), CVAT's XML 1.1, labelme, MPII's README, and Label Studio's and YOLO's for what sleap-io
-leaves out of them.
+leaves out of them. `formats/written/` has the same of DeepLabCut, labelme and ultralytics by the tools' own writers.
 """
 
 import csv

@@ -291,7 +291,8 @@ def prepare_root(config: DataConfig) -> tuple[Path, Path]:
     cache = cache_folder(config)
     root = _folder(config, cache) if config.root else _drawn(config, cache)
     if not root.is_dir():
-        raise UserError(f"--data.root {root}: no such folder{suggest_conversion(root)}")
+        found = "a file (expected a folder)" if Path(root).is_file() else "no such folder"
+        raise UserError(f"--data.root {root}: {found}{suggest_conversion(root)}")
     return root, cache
 
 

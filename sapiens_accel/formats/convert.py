@@ -29,6 +29,7 @@ from sapiens_accel.formats.coco_folder import WriteOptions
 from sapiens_accel.formats.dataset import ODD, PoseDataset
 from sapiens_accel.sources import convert as shards
 from sapiens_accel.sources.coco import load_json, reason
+from sapiens_accel.sources.foreign import find_tool, suggest_conversion
 
 Reader = Callable[[Path, Path | None], PoseDataset]
 
@@ -97,10 +98,23 @@ def read(form: str, source: Path, images: Path | None = None) -> PoseDataset:
         if form not in COCO_FORMS:
             _refuse_coco(source)
         raise UserError(f"{source}: not as {form} writes it: {reason(error)}") from None
-    except UserError:
+    except UserError as error:
         if form not in COCO_FORMS:
             _refuse_coco(source)
+        hint = _suggest_other_format(form, source)
+        if hint and hint not in str(error):
+            raise UserError(f"{error}{hint}") from None
         raise
+
+
+def _suggest_other_format(form: str, source: Path) -> str:
+    """What the files are of, where that is not the format that was named; else empty."""
+    try:
+        tool, _ = find_tool(source)
+    except OSError:
+        return ""
+    same = (form, form.replace("lightning_pose", "deeplabcut"), form.replace("deeplabcut", "lightning_pose"))
+    return "" if tool in (None, "coco", *same) else suggest_conversion(source)
 
 
 def _refuse_coco(source: Path) -> None:

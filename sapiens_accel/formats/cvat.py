@@ -54,7 +54,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     Raises:
         UserError: no such file, a broken or ambiguous one, an image that is not there.
     """
-    file = path / "annotations.xml" if path.is_dir() else path
+    file = _find_file(path) if path.is_dir() else path
     root = _parse(file)
     left_out: Counter[str] = Counter()
     frames = [*_image_frames(root), *_track_frames(root, left_out)]
@@ -78,6 +78,15 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         for (frame, source), many in zip(kept, gathered, strict=True)
     ]
     return PoseDataset(categories=categories, images=pose_images, left_out=left_out)
+
+
+def _find_file(folder: Path) -> Path:
+    """annotations.xml, as CVAT calls it, or the only XML of the folder, as Datumaro and users call it."""
+    file, others = folder / "annotations.xml", sorted(folder.glob("*.xml"))
+    if file.is_file() or len(others) == 1:
+        return file if file.is_file() else others[0]
+    found = ", ".join(one.name for one in others[:3]) or "no XML"
+    raise UserError(f"{folder}: no annotations.xml in it (found {found}). Name the file")
 
 
 def _parse(file: Path) -> ET.Element:

@@ -32,6 +32,11 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     Raises:
         UserError: it is no such export, a task is broken or ambiguous, an image is not there.
     """
+    if path.is_dir():
+        found = ", ".join(file.name for file in sorted(path.glob("*.json"))[:3]) or "none"
+        raise UserError(
+            f"{path}: a folder (expected the JSON that Label Studio exported, found {found}). Name the file"
+        )
     tasks = load_json(path)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) and "data" in task for task in tasks):
         raise UserError(f"{path}: no export of Label Studio (expected a list of tasks with 'data' and 'annotations')")

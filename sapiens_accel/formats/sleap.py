@@ -58,8 +58,12 @@ def _load(path: Path) -> Any:
             f"{path}: SLEAP's files are read by sleap-io, which is not installed. Install it with "
             f"`pip install sapiens_accel[formats]`"
         ) from None
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected SLEAP's labels, NAME.slp")
+    if not path.is_file() or path.suffix.lower() != ".slp":
+        found = path.suffix or "a folder" if path.exists() else "no such file"
+        raise UserError(
+            f"{path}: expected SLEAP's labels, NAME.slp or NAME.pkg.slp, found {found}. Analysis files have no "
+            f"images: name the project that they were made from"
+        )
     try:
         return sleap_io.load_slp(str(path), open_videos=False)
     except Exception as error:  # h5py, JSON and attrs have many

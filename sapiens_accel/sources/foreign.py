@@ -11,6 +11,11 @@ JSON_SIGNS = (
     ("labelme", re.compile(r'"shapes"\s*:\s*\[')),
     ("label_studio", re.compile(r'^\s*\[\s*\{.*"(annotations|completions|keypointlabels)"\s*:\s*\[', re.DOTALL)),
     ("animalpose", re.compile(r'"images"\s*:\s*\{\s*"[^"]*"\s*:\s*"')),  # a name for each id
+    ("v7", re.compile(r'"schema_ref"\s*:\s*"[^"]*darwin')),
+    ("datumaro", re.compile(r'"dm_format_version"')),
+    ("supervisely", re.compile(r'"objects"\s*:\s*\[.*"(geometryType|classTitle)"\s*:', re.DOTALL)),
+    ("via", re.compile(r'"_via_img_metadata"\s*:|"shape_attributes"\s*:')),
+    ("coco", re.compile(r'^\s*\{.*"(images|annotations|categories)"\s*:\s*\[', re.DOTALL)),
 )
 TOOLS = {
     "deeplabcut": "a project of DeepLabCut",
@@ -23,8 +28,17 @@ TOOLS = {
     "mpii": "annotations of MPII",
     "animalpose": "annotations of AnimalPose",
 }
+NOT_CONVERTED = {
+    "zip": "It is a ZIP: unpack it, and name the folder or the file in it",
+    "v7": "It is of V7 (darwin): export it there in COCO's form",
+    "datumaro": "It is of Datumaro, whose own conversion to coco_person_keypoints writes COCO's form",
+    "supervisely": "It is of Supervisely: export it there as COCO keypoints",
+    "via": "It is of VIA (VGG Image Annotator): export it there in COCO's form",
+    "nwb": "It is NWB: in SLEAP's or DeepLabCut's own form it can be converted",
+}
 SEVERAL_FILES = ("labelme", "yolo", "cvat", "lightning_pose")  # of which the folder is converted
-ENDINGS = (".slp", ".csv", ".h5", ".xml", ".yaml", ".yml", ".mat", ".json")
+ENDINGS = (".slp", ".csv", ".h5", ".xml", ".yaml", ".yml", ".mat", ".json", ".nwb")
+ZIP = b"PK\x03\x04"
 
 
 def suggest_conversion(path: Path) -> str:
@@ -33,37 +47,76 @@ def suggest_conversion(path: Path) -> str:
     It is for what was refused already: a folder in COCO's form may hold a tool's files too.
     """
     try:
-        tool, path = _tool_of_folder(path) if path.is_dir() else (_tool_of_file(path), path)
-        path = path.parent if tool == "labelme" and path.is_file() else path  # it has a file for each image
+        tool, path = find_tool(path)
     except OSError:
         return ""
+    if tool == "coco":
+        folder = path.parent
+        return (
+            f". COCO JSONs are named by --data.train_annotations and --data.val_annotations, their images by "
+            f"--data.train_images and --data.val_images (found {_list_coco(folder)} in {folder})"
+        )
+    if tool in NOT_CONVERTED:
+        return f". {NOT_CONVERTED[tool]}"
     if tool is None:
         return ""
     command = f"sapiens-accel convert {tool} {shlex.quote(str(path))} OUT"
     return f". It is {TOOLS[tool]}: `{command}` makes it a folder for --data.root"
 
 
-def _tool_of_folder(folder: Path) -> tuple[str | None, Path]:
-    if (folder / "labeled-data").is_dir():
-        return "deeplabcut", folder
+def find_tool(path: Path) -> tuple[str | None, Path]:
+    """The tool that wrote a file or what is in a folder or one level below it, and what to convert.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    tool, found = _tool_of_folder(path) if path.is_dir() else (_tool_of_file(path), path)
+    return tool, found.parent if tool == "labelme" and found.is_file() else found  # it has a file for each image
+
+
+def _list_coco(folder: Path) -> str:
+    files = [file.name for file in _files_of_tools(folder) if _tool_of_file(file) == "coco"]
+    return ", ".join(files[:4]) + ", ..." * (len(files) > 4)
+
+
+def _files_of_tools(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.name.lower().endswith(ENDINGS))[:MOST_FILES]
-    for file in (folder / name for name in names):
-        if tool := _tool_of_file(file):
-            return tool, folder if tool in SEVERAL_FILES else file
-    return None, folder
+    return [folder / name for name in names]
+
+
+def _tool_of_folder(folder: Path) -> tuple[str | None, Path]:
+    with os.scandir(folder) as entries:
+        below = sorted(entry.name for entry in entries if entry.is_dir())[:MOST_FILES]
+    if "labeled-data" in below:
+        return "deeplabcut", folder
+    coco = None
+    for place in (folder, *(folder / name for name in below)):
+        for file in _files_of_tools(place):
+            tool = _tool_of_file(file)
+            coco = coco or (file if tool == "coco" else None)
+            if tool not in (None, "coco"):
+                # labelme's files of several folders are converted together.
+                return tool, (folder if tool == "labelme" else place) if tool in SEVERAL_FILES else file
+    return ("coco", coco) if coco else (None, folder)
 
 
 def _tool_of_file(file: Path) -> str | None:
     """The tool that wrote a file, by its ending and first bytes."""
-    ending = file.suffix.lower()
-    if ending not in ENDINGS or not file.is_file():
+    if not file.is_file():
         return None
     with file.open("rb") as stream:
-        head = stream.read(HEAD).decode(errors="replace")
+        start = stream.read(HEAD)
+    ending = file.suffix.lower()
+    if start.startswith(ZIP):
+        return "zip" if ending in (".zip", *ENDINGS) else None
+    if ending not in ENDINGS:
+        return None
+    head = start.decode(errors="replace")
     is_table = all(re.search(rf"^{word},", head, re.MULTILINE) for word in ("bodyparts", "coords"))
     by_ending = {
         ".slp": "sleap",
+        ".nwb": "nwb",
         ".csv": "lightning_pose" if is_table else None,
         ".h5": "deeplabcut" if file.name.startswith("CollectedData") else None,
         ".xml": "cvat" if "<annotations>" in head and ("<meta>" in head or "<image " in head) else None,

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import xml.etree.ElementTree as ET
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sapiens_accel import cli
 from sapiens_accel.config import parse
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats import cvat, yolo
+from sapiens_accel.formats import convert, cvat, yolo
 
 Words = list[str]
 
@@ -106,8 +107,74 @@ def test_the_command_that_is_named_converts_it(
     assert _open(*cache, "--data.root", "OUT") > 0
 
 
-def test_a_folder_of_cocos_that_lacks_a_file_is_of_no_tool(tmp_path: Path) -> None:
+def test_of_a_folder_of_cocos_with_other_names_the_options_are_named(tmp_path: Path) -> None:
     (tmp_path / "val.json").write_text('{"images": [], "annotations": [], "categories": []}')
     (tmp_path / "boxes.json").write_text('[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]')
-    with pytest.raises(UserError, match=r"no such annotation file; see --data\.root and --data\.\*_annotations$"):
+    with pytest.raises(UserError, match=r"no such annotation file; .* images by .* \(found val\.json in \S+\)$"):
         _open("--data.root", str(tmp_path))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val.json").rename(tmp_path / "train" / "_annotations.coco.json")  # as Roboflow
+    with pytest.raises(UserError, match=r"\(found _annotations\.coco\.json in \S+train\)$"):
+        _open("--data.root", str(tmp_path))
+
+
+# By the tools' documentation, which is all that there was of them.
+NOT_CONVERTED = {
+    "V7": '{"version": "2.0", "schema_ref": "https://x/darwin_json_2_0.schema.json", "annotations": [{"name": "a"}]}',
+    "Supervisely": '{"size": {"height": 2, "width": 3}, "objects": [{"id": 1, "geometryType": "graph", "nodes": {}}]}',
+    "VIA": '{"a.png12": {"filename": "a.png", "regions": [{"shape_attributes": {"name": "point", "cx": 1, "cy": 2}}]}}',
+    "Datumaro": '{"dm_format_version": "1.0", "infos": {}, "categories": {}, "items": []}',
+}
+
+
+@pytest.mark.parametrize("tool", NOT_CONVERTED)
+def test_of_tools_that_are_not_converted_their_own_export_is_named(tool: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(NOT_CONVERTED[tool])
+    expected = rf"It is of {tool}.* COCO"
+    for words in (_root(tmp_path), _file(tmp_path / "a.json")):
+        with pytest.raises(UserError, match=expected):
+            _open(*words)
+    for form in ("labelme", "cvat", "label_studio", "sleap", "yolo", "deeplabcut", "mpii", "crowdpose", "animalpose"):
+        with pytest.raises(UserError, match=expected) as error:
+            convert.read(form, tmp_path / "a.json")
+        assert "\n" not in str(error.value) and str(error.value).count("It is") == 1
+
+
+def test_a_zip_is_to_be_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "task.zip", "w") as archive:
+        archive.writestr("annotations.xml", "<annotations/>")
+    for form in ("labelme", "cvat", "label_studio", "yolo", "ap10k"):
+        with pytest.raises(UserError, match=r"It is a ZIP: unpack it, and name the folder or the file in it$"):
+            convert.read(form, tmp_path / "task.zip")
+    with pytest.raises(UserError, match=r"a file \(expected a folder\)\. It is a ZIP: unpack it"):
+        _open(*_root(tmp_path / "task.zip"))
+
+
+MADE = {
+    "deeplabcut": foreign.deeplabcut,
+    "label_studio": foreign.label_studio,
+    "cvat": foreign.cvat_images,
+    "yolo": foreign.yolo,
+    "labelme": foreign.labelme,
+    "mpii": foreign.mpii,
+}
+
+
+@pytest.mark.parametrize("form", MADE)
+def test_another_format_than_that_of_the_files_is_refused_with_the_right_one(form: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = MADE[form](tmp_path / "in")
+    for other in {*convert.READERS} - {form, "lightning_pose"}:
+        with pytest.raises(UserError, match=rf"`sapiens-accel convert {form} \S+ OUT`") as error:
+            convert.read(other, source)
+        assert "\n" not in str(error.value), other
+
+
+def test_the_only_xml_of_a_folder_is_that_of_cvat(tmp_path: Path) -> None:
+    """Datumaro's export to CVAT's form is called default.xml."""
+    folder = foreign.cvat_images(tmp_path / "task")
+    (folder / "annotations.xml").rename(folder / "default.xml")
+    assert len(convert.read("cvat", folder).images) == 6
+    (folder / "b.xml").touch()
+    with pytest.raises(UserError, match=r"no annotations\.xml in it \(found b\.xml, default\.xml\)\. Name the file"):
+        convert.read("cvat", folder)

@@ -175,7 +175,7 @@ def test_a_video_that_a_phone_turned_is_upright(film: Path, tmp_path: Path) -> N
     run(tmp_path / "turned.mp4", tmp_path / "out", "--frames", "1")
     assert list(read_boxes(tmp_path / "out").values()) == [[[0, 0, HEIGHT, WIDTH]]]
     (image,) = (tmp_path / "out").rglob("*.jpg")
-    dark = np.argwhere(cv2.imread(str(image), 0) < 80)
+    dark = np.argwhere(np.asarray(cv2.imread(str(image), 0)) < 80)
     x, y = corner(0)
     # Turned by 90 degrees against the clock: (x, y) is at (y, WIDTH - x).
     np.testing.assert_allclose(dark.min(0)[::-1], (y, WIDTH - x - SIDE), atol=4)
