@@ -310,10 +310,11 @@ class TeacherConfig:
     target: Literal["rendered", "heatmap"] = "rendered"
     """Target of that loss: a heatmap rendered at the teacher's keypoints, or the teacher's heatmap warped into the
     student's view (with mse: PoseCons, https://arxiv.org/abs/2011.12498). literal always uses the heatmap."""
-    confidence: Literal["keypoint", "raw"] = "keypoint"
+    confidence: Literal["keypoint", "raw", "calibrated"] = "keypoint"
     """Confidence that is compared with the threshold: the teacher's peak divided by the usual peak of a good keypoint
-    of that kind (label noise makes it lower for a hip than for an eye), or the raw peak. literal always uses the raw
-    peak."""
+    of that kind (label noise makes it lower for a hip than for an eye), or the raw peak, or the probability of being
+    right (calibrated): a logistic regression of the peak with an offset for each keypoint, fitted on validation people
+    at the start and at each evaluation. literal always uses the raw peak."""
     cutout: Annotated[int, Range(0, 64)] = 5
     """Number of squares of the mean color in the student's view, each centered on one of the teacher's keypoints."""
     confidence_floor: Fraction = 0.2
@@ -335,6 +336,11 @@ class TeacherConfig:
     def compares_maps(self) -> bool:
         """Whether the student's heatmap is compared with that of the teacher."""
         return self.target == "heatmap" or self.loss == "literal"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether confidence is a probability that is fitted on labeled people."""
+        return self.confidence == "calibrated" and self.loss != "literal"
 
     @property
     def raw_confidence(self) -> bool:

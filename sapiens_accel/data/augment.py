@@ -99,7 +99,8 @@ class Augmenter:
         # Drawn whether or not it is used: no later draw depends on the probability.
         is_half, is_upper = rng.random() < config.strong_half_body_p, rng.random() < HALF_BODY_UPPER_P
         scale_of_half = rng.uniform(*STRONG_HALF_BODY_SCALE)
-        weak = _half(weak, scale_of_half, upper=is_upper) if is_half else weak
+        has_halves = bool(self.skeleton.upper and self.skeleton.lower)
+        weak = _half(weak, scale_of_half, upper=is_upper) if is_half and has_halves else weak
         shift = rng.uniform(-config.strong_shift, config.strong_shift, 2)
         scale = rng.uniform(1 - config.strong_scale, 1 + config.strong_scale)
         degrees = config.strong_rotation * _truncated_normal(rng, 2.0, 1)[0] * (rng.random() < 0.8)

@@ -233,7 +233,12 @@ class Reliability(NamedTuple):
 def reliability(diagnosis: Diagnosis, scores: Float[Array, "n k"]) -> Reliability:
     """What the expected calibration error (`score.calibration_error`) is made of; right is a similarity above 0.5."""
     labeled = diagnosis.kinds != UNLABELED
-    scores, right = scores[labeled].clip(0.0, 1.0), diagnosis.similar[labeled] > NEAR_FROM
+    return bin_scores(scores[labeled], diagnosis.similar[labeled] > NEAR_FROM)
+
+
+def bin_scores(scores: Float[Array, "m"], right: Bool[Array, "m"]) -> Reliability:
+    """Keypoints by their score, clipped to 0..1, in bins of equal width; the upper edge belongs to a bin."""
+    scores = scores.clip(0.0, 1.0)
     bins = np.maximum(np.ceil(scores * NUM_BINS).astype(int) - 1, 0)
     count = np.bincount(bins, minlength=NUM_BINS)
     sums = [np.bincount(bins, values, NUM_BINS) for values in (scores, right)]

@@ -40,8 +40,8 @@ from sapiens_accel.training import pseudo_label_quality as holdout
 from sapiens_accel.training.loop import Step, stop_between_batches
 from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective
-from sapiens_accel.training.pseudo_label_quality import Holdout
-from sapiens_accel.training.ssl_monitor import Alarms, StageResult, Stopped, describe_result
+from sapiens_accel.training.pseudo_label_quality import Holdout, Judged, ProbeResult
+from sapiens_accel.training.ssl_monitor import KEEP_RANGE, Alarms, StageResult, Stopped, describe_result
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -188,7 +188,9 @@ class StageLogger:
         good = f"the initial weights, {start}" if start else "none: the initial weights are random"
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
-        self.alarms = Alarms(good=good, stops=teacher is None or teacher.on_alarm == "stop", first=earlier)
+        self.alarms = Alarms(
+            good=good, num_steps=self.last, stops=teacher is None or teacher.on_alarm == "stop", first=earlier
+        )
         # With `best`, weights of a step after the checkpoint are the best until now all the same: the steps between are
         # taken again and come to them.
         latest = self.last if self.context.config.hand_over == "best" else self.first
@@ -358,8 +360,19 @@ class StageLogger:
         It follows the first step: before that, the teacher has no reference for the confidence of a keypoint.
         """
         if self.holdout and not self.run.dry_run:
-            self.write(step, self._probe(step, objective))
+            self.write(step, self._probe(step, objective).values)
             self.restart_clock(step)
+
+    def calibrate(self, step: int, objective: Objective) -> None:
+        """Fit the probability that a pseudo-label is right, where a step needs it first. All ranks must call it.
+
+        A resumed stage fits it again if the step that it resumes was evaluated: its checkpoint was written before that.
+        """
+        if not (self.holdout and isinstance(objective, MeanTeacher) and objective.config.calibrates):
+            return
+        is_evaluated = bool(step and self.run.eval_every and step % self.run.eval_every == 0)
+        if not self.run.dry_run and (is_evaluated or not objective.calibration.any()):
+            _fit(objective, self._probe(step, objective, draws=False).judged)
 
     def evaluate(self, step: int, engine: nn.Module, objective: Objective) -> None:
         """Evaluate the weights that would be exported; with a teacher, also the student and the pseudo-labels.
@@ -373,7 +386,9 @@ class StageLogger:
         if self.context.config.teacher:
             metrics |= {"student_AP": self._score(engine, objective.codec)[0]["AP"]}
         if self.holdout:
-            metrics |= self._probe(step, objective)
+            found = self._probe(step, objective)
+            metrics |= found.values
+            _fit(objective, found.judged)
         if self.writes:
             self._on_disk(lambda: checkpoint.record_score(self.context.folder, step, metrics["AP"]))
         oks = self._person_oks(predictions)
@@ -415,9 +430,9 @@ class StageLogger:
         before = self.began and self.began.oks
         return paired.paired_difference(before, oks) if before and oks and len(before) == len(oks) else None
 
-    def _probe(self, step: int, objective: Objective) -> dict[str, float]:
+    def _probe(self, step: int, objective: Objective, *, draws: bool = True) -> ProbeResult:
         assert isinstance(objective, MeanTeacher) and self.holdout
-        values, shown_people = holdout.probe(
+        found = holdout.probe(
             objective,
             self.holdout,
             batch_size=self.run.eval.batch_size,
@@ -425,14 +440,22 @@ class StageLogger:
             num_ranks=self.accelerator.num_processes,
             gather=partial(distributed.gather, self.accelerator),
         )
-        if self.writes:
-            self._save_image("panel", holdout.panel(shown_people, self.skeleton), step, numbered=f"_{step}")
-        return values
+        if self.writes and draws:
+            self._save_image("panel", holdout.panel(found.shown_people, self.skeleton), step, numbered=f"_{step}")
+            self._save_image("calibration", holdout.draw_calibration(found.judged), step)
+        return found
 
     def draw_crops(self, people: TrainingPeople, codec: Codec) -> None:
         """Write an image of the first step's crops and target heatmaps."""
         if self.writes:
             self._save_image("crops", crop_image(people, self.first, codec, self.skeleton), self.first)
+
+    def compare_boxes(self) -> None:
+        """Warn where unlabeled people's boxes are made otherwise than the labeled ones."""
+        labeled, unlabeled = self.context.sets.split("train"), self.context.sets.unlabeled
+        warning = holdout.compare_box_sizes(labeled, unlabeled) if self.holdout and unlabeled else None
+        if warning:
+            self._warn(self.first, warning)
 
     def finish(self) -> Metrics:
         """Write eval.json and predictions of the exported weights (not in a dry run), and close.
@@ -517,10 +540,12 @@ class StageLogger:
                 flush=True,
             )
         keeps = [entry["keep"] for entry in _entries(self.run_folder / "metrics.jsonl", self.stage) if "keep" in entry]
-        if keeps and max(keep or 0.0 for keep in keeps) < NOTHING_KEPT:
+        mean = sum(keep or 0.0 for keep in keeps) / max(len(keeps), 1)
+        if keeps and mean < KEEP_RANGE[0]:
+            how_much = "nothing" if max(keep or 0.0 for keep in keeps) < NOTHING_KEPT else "next to nothing"
             print(
-                f"{self.stage}: warning: keep was 0.00 in the whole stage: nothing was learned from unlabeled people. "
-                f"Lower --{self.stage}.teacher.threshold, or start from better weights",
+                f"{self.stage}: warning: keep was {mean:.2f} in the whole stage: {how_much} was learned from unlabeled "
+                f"people. Lower --{self.stage}.teacher.threshold, or start from better weights",
                 flush=True,
             )
 
@@ -565,6 +590,11 @@ def _read_evaluated(record: Mapping[str, Any] | None, latest: int) -> Evaluated 
         return None
     oks = [math.nan if value is None else value for value in oks] if isinstance(oks, list) else None
     return Evaluated(step, metrics, oks)
+
+
+def _fit(objective: Objective, judged: Judged) -> None:
+    if isinstance(objective, MeanTeacher) and objective.config.calibrates:
+        objective.calibrate(holdout.fit_calibration(judged.scores, judged.right, judged.counted))
 
 
 def _is_writer(thread: threading.Thread | None) -> bool:

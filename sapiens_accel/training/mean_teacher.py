@@ -68,7 +68,8 @@ class TeacherPrediction(NamedTuple):
     Attributes:
         points_xy: keypoints in the strong view, input px, in the strong view's order of left and right.
         scores: the raw peaks of the teacher's heatmaps.
-        confidence: the scores as shares of what a good keypoint of its kind has, 0 to 1 (or the raw ones, clamped).
+        confidence: the scores as shares of what a good keypoint of its kind has, 0 to 1 (or the raw ones, clamped, or
+            the probability that the keypoint is right).
         kept: whether a keypoint is learned from.
         weak_xy: keypoints in the weak view, input px, in its own order.
         maps: the teacher's heatmaps as the strong view shows them, where the loss compares with them.
@@ -162,6 +163,7 @@ class MeanTeacher:
         self.names, self.mirror = names, torch.tensor(mirror, device=device)
         # The confidence of a good keypoint, for each kind: annotation noise keeps a hip's peak lower than an eye's.
         self.reference = torch.zeros(len(self.mirror), device=device)
+        self.calibration = torch.zeros(2 + len(self.mirror), device=device)  # slope, intercept, offsets; 0: not fitted
         self.sample = self.average.sample()
         self.limit = GradientLimit(config.max_grad_ratio, self.gather, device)
         self.min_kept = math.ceil(config.min_kept * len(self.mirror))
@@ -266,15 +268,22 @@ class MeanTeacher:
 
     def state_dict(self) -> dict[str, Tensor]:
         teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
-        return {"reference": self.reference, "grad_ratio": self.limit.ratio, **teacher}
+        fitted = {"calibration": self.calibration} if self.config.calibrates else {}
+        return {"reference": self.reference, "grad_ratio": self.limit.ratio, **fitted, **teacher}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.reference.copy_(state["reference"])
         if "grad_ratio" in state:  # checkpoints of version 0.1 have none
             self.limit.ratio.copy_(state["grad_ratio"])
+        if self.config.calibrates and "calibration" in state:  # else it is fitted when the stage is resumed
+            self.calibration.copy_(state["calibration"])
         teacher = {name: value for name, value in state.items() if name.startswith("teacher.")}
         self.average.load_state_dict({name.removeprefix("teacher."): value for name, value in teacher.items()})
         self.sample = self.average.sample()
+
+    def calibrate(self, calibration: Float[Tensor, "2+k"]) -> None:
+        """Use a fit of `pseudo_label_quality.fit_calibration`, that of the first rank. All ranks must call it."""
+        self.calibration.copy_(self.gather(calibration.to(self.calibration)[None])[0])
 
     def _predict(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:
         """The teacher's keypoints (input px), its raw scores and its maps, all as the weak view has them."""
@@ -334,6 +343,9 @@ class MeanTeacher:
     def _confidence(self, scores: Float[Tensor, "u k"]) -> Float[Tensor, "u k"]:
         if self.config.raw_confidence:
             return scores.clamp(0, 1)
+        if self.config.calibrates:
+            slope, intercept, offsets = self.calibration[0], self.calibration[1], self.calibration[2:]
+            return (slope * scores.float() + intercept + offsets).sigmoid()
         return (scores / self.reference.clamp_min(self.config.confidence_floor)).clamp(0, 1)
 
     def _inside(self, points_xy: Float[Tensor, "u k 2"]) -> Bool[Tensor, "u k"]:

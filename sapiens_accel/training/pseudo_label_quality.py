@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -21,7 +22,8 @@ from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.dataset import Pair, PairSettings, make_pair, transform_keypoints
 from sapiens_accel.data.loader import begin_worker, to_device, unwrap_errors
-from sapiens_accel.data.people import People
+from sapiens_accel.data.people import People, boxes_of, spread_rows
+from sapiens_accel.evaluation.error_analysis import bin_scores
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.skeleton import Skeleton
@@ -30,6 +32,11 @@ from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, 
 
 NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, in seconds
 NUM_SHOWN = 6
+NUM_BOXES, CURVE_PX = 10_000, 400
+OFFSET_RIDGE = 1.0  # keypoints' offsets have a standard deviation of about 1 in log-odds
+SLOPE_RIDGE = 1e-3  # none to speak of: it makes Newton's matrix invertible
+NEWTON_STEPS = 50  # it takes about 8
+MISFIT = 1.5  # ratio of box sizes above which the network is shown people of another size
 NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint counts as right
 
 
@@ -43,6 +50,35 @@ class LabeledPair(NamedTuple):
 
 
 ShownPeople = Sequence[tuple[LabeledPair, TeacherPrediction]]  # of one person each
+
+
+class Judged(NamedTuple):
+    """The teacher's keypoints of the hold-out, all people on all ranks, by the teacher's own channels.
+
+    Attributes:
+        scores, confidence: raw peaks, and what is compared with the threshold.
+        counted: it is in the strong view, and the truth is known (of an absent one where v=0 means absent).
+        right: it is within 5 % of the crop's diagonal of the truth.
+        kept: the student would learn from it.
+        labeled: it has a label.
+        true: it has a label inside the strong view.
+    """
+
+    scores: Float[Array, "n k"]
+    confidence: Float[Array, "n k"]
+    counted: Bool[Array, "n k"]
+    right: Bool[Array, "n k"]
+    kept: Bool[Array, "n k"]
+    labeled: Bool[Array, "n k"]
+    true: Bool[Array, "n k"]
+
+
+class ProbeResult(NamedTuple):
+    """The numbers of a probe, what they are of, and some of this rank's people to draw."""
+
+    values: dict[str, float]
+    shown_people: ShownPeople
+    judged: Judged
 
 
 class Holdout(Dataset[LabeledPair]):
@@ -82,12 +118,14 @@ def probe(
     rank: int = 0,
     num_ranks: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> tuple[dict[str, float], ShownPeople]:
-    """Measure the pseudo-labels of the hold-out (equal on all ranks), and return some of this rank's people to draw.
+) -> ProbeResult:
+    """Measure the pseudo-labels of the hold-out (equal on all ranks).
 
-    `pseudo_precision`: the share of its keypoints with a label of both kinds that lie within 5 % of the crop's diagonal
-    of the truth. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
-    mean OKS over people, of the kept keypoints alone. Each is nan where there is nothing to measure.
+    `pseudo_precision`: the share of the kept keypoints with a label that lie within 5 % of the crop's diagonal of the
+    truth; with `data.absent_is_background` those without a label count as wrong. `pseudo_precision_absent_wrong`: they
+    do in any case. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
+    mean OKS over people, of the kept keypoints alone. Precision and coverage also as NAME/KEYPOINT. Each is nan where
+    there is nothing to measure.
 
     Args:
         gather: concatenates a tensor over all ranks along its first dimension. All ranks must call this.
@@ -103,26 +141,72 @@ def probe(
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # so that the global random state is the same with and without a hold-out
     )
-    sums, shown_people, position = torch.zeros(6, dtype=torch.float64), [], 0
+    sums, shown_people, position = torch.zeros(2, dtype=torch.float64), [], 0
+    num_keypoints = holdout.augmenter.skeleton.num_keypoints
+    # Equally many rows on each rank, as gathering needs; those of nobody are nan.
+    rows = torch.full((math.ceil(len(holdout) / num_ranks), len(Judged._fields), num_keypoints), math.nan)
     for labeled_pair in unwrap_errors(loader):
         prediction: TeacherPrediction = _map(Tensor.cpu, objective.pseudo_labels(to_device(labeled_pair.pair, device)))
-        sums += _sums(labeled_pair, prediction, holdout)
+        sums += _similarity(labeled_pair, prediction, holdout)
+        rows[position : position + len(labeled_pair.area)] = _judge(labeled_pair, prediction, holdout)
         for row in range(len(labeled_pair.area)):
             if position + row in shown:
                 shown_people.append(_map(lambda tensor, row=row: tensor[row : row + 1], (labeled_pair, prediction)))
         position += len(labeled_pair.area)
-    right, compared, kept, true, similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
-    ratios = {"precision": (right, compared), "coverage": (kept, true), "oks": (similarity, people)}
-    return {f"pseudo_{name}": a / b if b else math.nan for name, (a, b) in ratios.items()}, shown_people
+    similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
+    # In the hold-out's order, whatever the number of ranks: sums of floats depend on it.
+    table = gather(rows.to(device)).cpu().numpy().reshape(num_ranks, -1, *rows.shape[1:]).swapaxes(0, 1)
+    table = table.reshape(-1, *rows.shape[1:])
+    table = table[~np.isnan(table[:, 0]).all(axis=1)] if len(table) > len(holdout) else table
+    scores, confidence, *masks = table.swapaxes(0, 1)
+    judged = Judged(scores, confidence, *(mask > 0 for mask in masks))
+    oks_of_kept = {"pseudo_oks": similarity / people if people else math.nan}
+    return ProbeResult(_shares(judged, holdout) | oks_of_kept, shown_people, judged)
 
 
-def _sums(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Holdout) -> Float[Tensor, "6"]:
-    """Numerators and denominators of precision, coverage and OKS."""
-    height, width = holdout.config.input_hw
-    x, y = labeled_pair.truth_xy.unbind(-1)
-    true = labeled_pair.labeled & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
+def _shares(judged: Judged, holdout: Holdout) -> dict[str, float]:
+    """Precision and coverage, whole and by keypoint."""
+    kept, right = judged.kept, judged.kept & judged.right
+    compared = kept & (judged.labeled | holdout.config.absent_is_background)
+    pairs = {
+        "pseudo_precision": (right, compared),
+        "pseudo_precision_absent_wrong": (right, kept),
+        "pseudo_coverage": (judged.true & kept, judged.true),
+    }
+    values = {name: _ratio(part.sum(), whole.sum()) for name, (part, whole) in pairs.items()}
+    for name in ("pseudo_precision", "pseudo_coverage"):
+        part, whole = (mask.sum(axis=0) for mask in pairs[name])
+        names = holdout.augmenter.skeleton.names
+        values |= {f"{name}/{k}": _ratio(a, b) for k, a, b in zip(names, part, whole, strict=True)}
+    return values
+
+
+def _ratio(part: int, whole: int) -> float:
+    return int(part) / int(whole) if whole else math.nan
+
+
+def _judge(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Holdout) -> Float[Tensor, "b fields k"]:
+    """The fields of `Judged` of a batch."""
+    input_hw = holdout.config.input_hw
+    labeled = labeled_pair.labeled
+    right = labeled & is_near(prediction.points_xy, labeled_pair.truth_xy, input_hw)
+    counted = _inside(prediction.points_xy, input_hw) & (labeled | holdout.config.absent_is_background)
+    true = labeled & _inside(labeled_pair.truth_xy, input_hw)
+    fields = (prediction.scores, prediction.confidence, counted, right, prediction.kept, labeled, true)
+    values = torch.stack([field.float() for field in fields], dim=1)
+    # The strong view's order of left and right to the teacher's, that of the weak one.
+    swapped = labeled_pair.pair.weak.flipped != labeled_pair.pair.strong.flipped
+    return torch.where(swapped[:, None, None], values[:, :, list(holdout.augmenter.skeleton.mirror)], values)
+
+
+def _inside(points_xy: Float[Tensor, "*b k 2"], input_hw: tuple[int, int]) -> Bool[Tensor, "*b k"]:
+    x, y = points_xy.unbind(-1)
+    return (x >= 0) & (y >= 0) & (x <= input_hw[1] - 1) & (y <= input_hw[0] - 1)
+
+
+def _similarity(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Holdout) -> Float[Tensor, "2"]:
+    """The sum of the OKS of people's kept keypoints, and how many people have any."""
     compared = labeled_pair.labeled & prediction.kept
-    right = compared & is_near(prediction.points_xy, labeled_pair.truth_xy, holdout.config.input_hw)
     sigmas = holdout.augmenter.skeleton.sigmas
     similarities = [
         oks(truth, predicted[None].numpy(), area[None].numpy(), sigmas, counted.numpy())[0]
@@ -135,15 +219,73 @@ def _sums(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Hol
         )
         if counted.any()
     ]
-    counts = [
-        right.sum(),
-        compared.sum(),
-        (true & prediction.kept).sum(),
-        true.sum(),
-        sum(similarities),
-        len(similarities),
-    ]
-    return torch.tensor([float(count) for count in counts], dtype=torch.float64)
+    return torch.tensor([float(sum(similarities)), float(len(similarities))], dtype=torch.float64)
+
+
+def fit_calibration(
+    scores: Float[Array, "n k"], right: Bool[Array, "n k"], counted: Bool[Array, "n k"]
+) -> Float[Tensor, "2+k"]:
+    """Fit P(right) = sigmoid(slope * score + intercept + offset of the keypoint); returned in this order.
+
+    A logistic regression by Newton's method, with a ridge on the offsets, and with the targets of Platt 1999
+    (Probabilistic Outputs for Support Vector Machines, section 2.2): (N+ + 1) / (N+ + 2) and 1 / (N- + 2) in place of 1
+    and 0. So a few people whose keypoints are all right give no certainty. A higher score never means a lower
+    probability: a negative slope is 0.
+    """
+    k = np.nonzero(counted)[1]
+    x, is_right = scores[counted].astype(np.float64), right[counted]
+    num = scores.shape[1]
+    positive, negative = int(is_right.sum()), int((~is_right).sum())
+    target = np.where(is_right, (positive + 1) / (positive + 2), 1 / (negative + 2))
+    common, offsets = np.zeros(2), np.zeros(num)
+
+    def loss(common: Float[Array, "2"], offsets: Float[Array, "k"]) -> float:
+        logit = common[0] * x + common[1] + offsets[k]
+        ridge = SLOPE_RIDGE * common @ common + OFFSET_RIDGE * offsets @ offsets
+        return float((np.logaddexp(0, logit) - target * logit).sum() + ridge / 2)
+
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-(common[0] * x + common[1] + offsets[k])))
+        weight, error = p * (1 - p), p - target
+        by_keypoint = np.bincount(k, error, num) + OFFSET_RIDGE * offsets
+        gradient = np.array([error @ x, error.sum()]) + SLOPE_RIDGE * common
+        diagonal = np.bincount(k, weight, num) + OFFSET_RIDGE
+        mixed = np.stack([np.bincount(k, weight * x, num), np.bincount(k, weight, num)])
+        whole = np.array([[weight @ x**2, weight @ x], [weight @ x, weight.sum()]]) + SLOPE_RIDGE * np.eye(2)
+        # The offsets' part of the Hessian is diagonal, so 2 equations are left.
+        step = np.linalg.solve(whole - (mixed / diagonal) @ mixed.T, gradient - (mixed / diagonal) @ by_keypoint)
+        further, length = (by_keypoint - step @ mixed) / diagonal, 1.0
+        before = loss(common, offsets)
+        while length > 1e-6 and loss(common - length * step, offsets - length * further) > before:
+            length /= 2
+        common, offsets = common - length * step, offsets - length * further
+        if max(abs(step).max(), abs(further).max(initial=0)) < 1e-9:
+            break
+    if common[0] < 0:
+        return fit_calibration(np.zeros_like(scores), right, counted)
+    return torch.from_numpy(np.concatenate([common, offsets]))
+
+
+def compare_box_sizes(labeled: People, unlabeled: People) -> str | None:
+    """A warning where unlabeled boxes take another share of their images than labeled ones; None if they are alike.
+
+    Nothing is read of people who are streamed.
+    """
+    if any(hasattr(people.rows, "counts") for people in (labeled, unlabeled)):
+        return None
+    shares = []
+    for people in (labeled, unlabeled):
+        rows = spread_rows(people.rows, NUM_BOXES)
+        boxes, sizes = boxes_of(rows), np.asarray(rows["size_wh"][:], dtype=np.float64)
+        shares.append(float(np.median(np.sqrt(boxes[:, 2:].prod(axis=1) / sizes.prod(axis=1)))))
+    ours, theirs = shares
+    if 1 / MISFIT <= theirs / max(ours, 1e-9) <= MISFIT:
+        return None
+    return (
+        f"unlabeled boxes are {100 * theirs:.0f} % of their image's side in the median, labeled ones {100 * ours:.0f} "
+        "%: the teacher is shown people of another size than it learned from. Give boxes as tight as the labeled ones "
+        "(--data.unlabelled_annotations)"
+    )
 
 
 def is_near(
@@ -161,6 +303,20 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return None
     items = [_map(function, item) for item in tree]
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+def draw_calibration(judged: Judged) -> UInt8[Array, "h w 3"]:
+    """Draw the share of keypoints that is right (upwards) by confidence in 10 bins; calibrated ones end at the line."""
+    bins = bin_scores(judged.confidence[judged.counted], judged.right[judged.counted])
+    side, image = CURVE_PX, np.full((CURVE_PX, CURVE_PX, 3), 255, dtype=np.uint8)
+    width = side / len(bins.num)
+    for place, (num, right) in enumerate(zip(bins.num, bins.right, strict=True)):
+        if num:
+            left, top = round(place * width) + 1, round((1 - right) * (side - 1))
+            cv2.rectangle(image, (left, top), (round((place + 1) * width) - 2, side - 1), (59, 125, 216), -1)
+            cv2.putText(image, str(num), (left, side - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (20, 20, 20), 1, cv2.LINE_AA)
+    cv2.line(image, (0, side - 1), (side - 1, 0), (20, 20, 20), 1, cv2.LINE_AA)
+    return draw.add_header(image, "right, by confidence")
 
 
 def panel(shown_people: ShownPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:

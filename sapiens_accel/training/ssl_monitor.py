@@ -8,11 +8,11 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.paired import PairedDifference
 
 IN_A_ROW = 3  # logs: one batch may be odd
-LONG = 500  # steps
+LONG = 0.05  # of the stage
 COLLAPSED = 0.5  # of the first peak: annotation noise and augmentation move it by a fifth
 INFLATED = 1.2  # a target's peak is 1; the decoder's overshoot and noise reach 1.1
 SPREAD = 0.3  # of the first spread: one batch's differs from the next by a third
-KEPT = (0.05, 0.98)
+KEEP_RANGE = (0.05, 0.98)
 MOVED = 0.01  # in fp32 nearly every weight moves; if updates are rounded away, none does
 GRADIENTS = 10.0  # of the unlabeled loss to the labeled one; in balance they are within 0.2 to 2
 PRECISION_LOST = 0.03
@@ -32,7 +32,7 @@ class Rule:
         needs: names of the values; a log line without one of them changes nothing.
         says: the message: what is wrong, what it means and what to change; a format of the values and of `first`.
         in_a_row: values in a row for which the condition must hold.
-        steps: steps for which it must hold.
+        share: of the stage's steps, those for which it must hold.
         stops: the rule stops the stage.
         harms: the weights that were exported earlier are better than the current ones.
     """
@@ -41,7 +41,7 @@ class Rule:
     holds: Callable[[Mapping[str, float], Mapping[str, float]], bool]
     says: str
     in_a_row: int = 1
-    steps: int = 0
+    share: float = 0.0
     stops: bool = False
     harms: bool = False
 
@@ -81,17 +81,19 @@ RULES = (
     ),
     Rule(
         needs=("keep",),
-        holds=lambda now, _: now["keep"] < KEPT[0],
-        says="keep {keep:.3f}, for 500 steps below 0.05: next to nothing is learned from unlabeled people; lower "
+        holds=lambda now, _: now["keep"] < KEEP_RANGE[0],
+        says="keep {keep:.3f}, for {steps} steps below 0.05: next to nothing is learned from unlabeled people; lower "
         "--ssl.teacher.threshold",
-        steps=LONG,
+        in_a_row=IN_A_ROW,
+        share=LONG,
     ),
     Rule(
         needs=("keep",),
-        holds=lambda now, _: now["keep"] > KEPT[1],
-        says="keep {keep:.3f}, for 500 steps above 0.98: the mask leaves out nothing; raise --ssl.teacher.threshold, "
-        "or make the strong view harder (--augment.strong_rotation, --ssl.teacher.cutout)",
-        steps=LONG,
+        holds=lambda now, _: now["keep"] > KEEP_RANGE[1],
+        says="keep {keep:.3f}, for {steps} steps above 0.98: the mask leaves out nothing; raise "
+        "--ssl.teacher.threshold, or make the strong view harder (--augment.strong_rotation, --ssl.teacher.cutout)",
+        in_a_row=IN_A_ROW,
+        share=LONG,
     ),
     Rule(
         needs=("ema_moved", "lr"),
@@ -136,11 +138,13 @@ class Alarms:
 
     Attributes:
         good: where the last good weights are, for messages.
+        num_steps: length of the stage.
         stops: whether rules that stop the stage do so, or only warn.
         first: the first value of each name, of this run or of the one that it resumes.
     """
 
     good: str
+    num_steps: int
     stops: bool = True
     first: dict[str, float] = field(default_factory=dict)
     held: dict[Rule, tuple[int, int]] = field(default_factory=dict, init=False)  # since which step, how many times
@@ -176,8 +180,8 @@ class Alarms:
                 continue
             since, times = self.held.get(rule, (step, 0))
             self.held[rule] = since, times + 1
-            lasts = times + 1 >= rule.in_a_row and step - since >= rule.steps
-            text = rule.says.format(first=self.first, **known)
+            lasts = times + 1 >= rule.in_a_row and step - since >= rule.share * self.num_steps
+            text = rule.says.format(first=self.first, steps=step - since, **known)
             if lasts and rule.stops and self.stops:
                 raise Stopped(f"stage ssl stopped at step {step}: {text}; the last good weights are {self.good}")
             if (lasts or rule.stops) and rule not in self.said:

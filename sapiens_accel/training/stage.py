@@ -103,6 +103,7 @@ class TrainingStage:
             EvaluationStopped: a stop was asked for.
         """
         context, is_best = self.context, self.context.config.hand_over == "best"
+        self.logger.calibrate(context.first, self.objective)
         # A resumed stage has begun earlier; without a record of its best weights it compares with the resumed ones.
         is_due = (is_best or context.config.teacher) if not context.first else is_best and self.logger.kept is None
         if not is_due or context.run.dry_run or context.first == context.last:
@@ -293,6 +294,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     epoch = len(context.sets.train) / config.global_batch
     schedule = SaveSchedule(every=run.save_every, epoch=epoch, last=context.last, saved_at=first)
     logger.draw_crops(people, codec)
+    logger.compare_boxes()
     return TrainingStage(
         context=context, model=model, network=network, optimizer=optimizer, objective=objective, frozen=frozen,
         people=people, logger=logger, num_steps=num_steps, schedule=schedule,

@@ -28,7 +28,7 @@ WARNS = [
 
 def _alarms() -> Alarms:
     """Of a stage that has begun in good health."""
-    alarms = Alarms(good="in runs/x/ssl/weights")
+    alarms = Alarms(good="in runs/x/ssl/weights", num_steps=10_000)
     assert alarms.check(1, LOGGED) == alarms.check(1, JUDGED) == []
     return alarms
 
@@ -75,15 +75,20 @@ def test_a_warning_is_said_once_until_it_clears(sick: dict, well: dict, others: 
 
 
 @pytest.mark.parametrize(("keep", "inside"), [(0.049, 0.051), (0.981, 0.979)])
-def test_keeping_next_to_nothing_or_everything_is_warned_of_after_500_steps(keep: float, inside: float) -> None:
-    alarms = _alarms()
+@pytest.mark.parametrize(("num_steps", "expected", "well_every"), [(10_000, 520, 500), (1000, 80, 80), (100, 60, 60)])
+def test_keeping_next_to_nothing_or_everything_is_warned_of_after_a_share_of_the_stage(
+    keep: float, inside: float, num_steps: int, expected: int, well_every: int
+) -> None:
+    """A twentieth, and three logs: a stage of 100 steps that learned nothing ended without a word."""
+    alarms = Alarms(good="", num_steps=num_steps)
     said = [alarms.check(step, LOGGED | {"keep": keep}) for step in range(20, 600, 20)]
-    assert [20 * (i + 1) for i, lines in enumerate(said) if lines] == [520]
-    assert "--ssl.teacher.threshold" in said[25][0]
-    alarms = _alarms()
+    assert [20 * (i + 1) for i, lines in enumerate(said) if lines] == [expected]
+    text = said[expected // 20 - 1][0]
+    assert "--ssl.teacher.threshold" in text and f"for {expected - 20} steps" in text
+    alarms = Alarms(good="", num_steps=num_steps)
     for step in range(20, 2000, 20):
-        values = LOGGED | {"keep": inside if step % 500 == 0 else keep}
-        assert alarms.check(step, values) == [], "never for 500 steps on end"
+        values = LOGGED | {"keep": inside if step % well_every == 0 else keep}
+        assert alarms.check(step, values) == [], "never for so long on end"
 
 
 def test_weights_that_are_not_to_move_may_stand_still() -> None:
@@ -92,7 +97,7 @@ def test_weights_that_are_not_to_move_may_stand_still() -> None:
 
 
 def test_a_network_that_never_knew_more_than_the_mean_pose_goes_on() -> None:
-    alarms = Alarms(good="")
+    alarms = Alarms(good="", num_steps=100)
     assert not any(alarms.check(step, LOGGED | {"spread": 0.01}) for step in range(20, 200, 20)) and alarms.healthy
 
 
@@ -105,14 +110,14 @@ def test_one_overflow_is_no_end(name: str) -> None:
 
 
 def test_warnings_alone_never_stop() -> None:
-    alarms = Alarms(good="", stops=False)
+    alarms = Alarms(good="", num_steps=100, stops=False)
     said = [alarms.check(step, LOGGED | {"teacher_peak_p99": 7.5}) for step in range(20, 400, 20)]
     assert [len(lines) for lines in said] == [1] + [0] * 18 and "logs of this" not in said[0][0]
     assert alarms.healthy and not alarms.unhealthy
 
 
 def test_a_resumed_stage_is_held_against_where_it_began() -> None:
-    alarms = Alarms(good="", first={"AP": 0.6, "teacher_peak": 0.9})
+    alarms = Alarms(good="", num_steps=100, first={"AP": 0.6, "teacher_peak": 0.9})
     assert "first 0.600" in alarms.check(100, JUDGED)[0]
     assert len(alarms.check(100, LOGGED | {"teacher_peak": 0.44})) == 1
 

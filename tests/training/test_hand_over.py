@@ -27,7 +27,8 @@ SMALL = [
     "--ssl.teacher.weight=0.02",
 ]  # fmt: skip
 LATEST = "--resume_from_checkpoint=latest"
-GOOD = "--ssl.optim.lr=1e-3"
+# With a confidence that is fitted at each evaluation, so that a resumed stage needs that too.
+GOOD = "--ssl.optim.lr=1e-3", "--ssl.teacher.confidence=calibrated", "--ssl.teacher.threshold=0.2"
 HARM = "--ssl.optim.lr=4e-3", "--ssl.optim.warmup_steps=0"  # Adam's first steps, at their full size
 Main = Callable[..., None]
 
@@ -69,7 +70,7 @@ def trained(main: Main, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(main: Main, begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    main(folder, "--stage=ssl", f"--weights={begun}", "--eval_every=2", GOOD)
+    main(folder, "--stage=ssl", f"--weights={begun}", "--eval_every=2", *GOOD)
     return folder
 
 
@@ -127,16 +128,18 @@ def test_weights_that_got_worse_are_not(
 @pytest.mark.parametrize("lost", [False, True], ids=["after an evaluation", "before the best one"])
 def test_a_resumed_stage_hands_over_the_same(whole: Path, main: Main, begun: Path, tmp_path: Path, lost: bool) -> None:
     cut = tmp_path / "cut"
-    main(cut, "--stage=ssl", f"--weights={begun}", "--eval_every=2", GOOD, "--max_steps=4")
+    main(cut, "--stage=ssl", f"--weights={begun}", "--eval_every=2", *GOOD, "--max_steps=4")
     assert read(cut, "kept.json")["step"] == 4, "else nothing is proven"
     if lost:  # killed before the checkpoint that follows the best weights
         shutil.rmtree(cut / "ssl" / "checkpoints" / "step_4")
         (cut / "ssl" / "eval.json").unlink()
-    main(cut, "--stage=ssl", f"--weights={begun}", "--eval_every=2", GOOD, LATEST)
+    main(cut, "--stage=ssl", f"--weights={begun}", "--eval_every=2", *GOOD, LATEST)
     assert all(read(cut, name) == read(whole, name) for name in ("begin.json", "kept.json", "eval.json"))
     assert all(same(cut / "ssl" / name, whole / "ssl" / name) for name in ("weights", "student"))
     found, expected = ([line for line in lines(run) if "AP" in line] for run in (cut, whole))
     assert found == expected, "the first OKS, and the gains over it, are those of the uninterrupted run"
+    found, expected = ([(line["loss"], line["keep"]) for line in lines(run) if "loss" in line] for run in (cut, whole))
+    assert found == expected and len({keep for _, keep in found}) > 1, "what is kept follows the calibration"
 
 
 def test_a_stage_resumed_without_its_record_compares_with_what_it_resumes(
@@ -145,9 +148,9 @@ def test_a_stage_resumed_without_its_record_compares_with_what_it_resumes(
     """From an earlier step, or of a version without the record: what it resumes is evaluated at once."""
     run = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     asked = f"--resume_from_checkpoint={run / 'ssl' / 'checkpoints' / 'step_2'}"
-    main(run, "--stage=ssl", f"--weights={begun}", asked, GOOD)
+    main(run, "--stage=ssl", f"--weights={begun}", asked, "--eval_every=2", *GOOD)
     evaluated = [(line["step"], line["AP"], line.get("oks_gain", 0)) for line in lines(run) if "AP" in line]
-    assert [step for step, *_ in evaluated] == [0, 2, 2, 6], "the second time as what is resumed"
+    assert [step for step, *_ in evaluated] == [0, 2, 2, 4, 6], "the second time as what is resumed"
     assert read(run)["weights_step"] == max(evaluated[2:], key=lambda one: one[1:])[0] == 6
     assert read(run, "begin.json") == read(whole, "begin.json")
     assert read(run)["oks_gain"] == pytest.approx(read(whole)["oks_gain"], abs=1e-12), "over what the stage began with"

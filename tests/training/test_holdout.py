@@ -1,6 +1,7 @@
 """The hold-out against arithmetic of its own, with a teacher that knows the answers; whole runs that are in trouble."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from sapiens_accel.training import run_folder
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out
 from sapiens_accel.training.objectives import Supervised
-from sapiens_accel.training.pseudo_label_quality import Holdout, LabeledPair, panel, probe
+from sapiens_accel.training.pseudo_label_quality import Holdout, LabeledPair, compare_box_sizes, panel, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT_HW = (128, 96)
@@ -71,7 +72,8 @@ class Answers:
     def __init__(self, holdout: Holdout, far: float = 0.0, unsure: float = 0.0, swap: bool = False) -> None:
         rng = np.random.default_rng(7)
         self.images, self.weak_xy, self.heights = [], [], []
-        self.right = self.judged = self.kept_true = self.true = 0
+        self.right = self.judged = self.kept_true = self.true = self.kept = 0
+        self.by_channel = np.zeros((2, 17), int)  # right and judged, by what the teacher calls them
         self.similarities: list[float] = []
         self.mirrored = 0
         for index in range(len(holdout)):
@@ -112,6 +114,9 @@ class Answers:
         assert (np.abs(error[kept] - 0.05 * DIAGONAL) > 0.3).all()
         self.right += (kept & labeled & (error <= 0.05 * DIAGONAL)).sum()
         self.judged += (kept & labeled).sum()
+        self.kept += kept.sum()
+        counts = np.stack([kept & labeled & (error <= 0.05 * DIAGONAL), kept & labeled])
+        self.by_channel += counts[:, MIRROR] if bool(weak.flipped) != bool(strong.flipped) else counts
         true = labeled & self._inside(true_xy, 0)
         self.true += true.sum()
         self.kept_true += (true & kept).sum()
@@ -156,10 +161,15 @@ def _objective(answers: Answers) -> MeanTeacher:
 @pytest.mark.parametrize(("far", "unsure"), [(0.0, 0.0), (0.3, 0.0), (0.3, 0.4), (0.0, 0.8)])
 def test_the_hold_out_measures_what_its_labels_say(holdout: Holdout, far: float, unsure: float) -> None:
     answers = Answers(holdout, far, unsure)
-    values, _ = probe(_objective(answers), holdout, batch_size=16)
+    values, *_ = probe(_objective(answers), holdout, batch_size=16)
     assert answers.mirrored > 10 and answers.judged > 30
     assert values["pseudo_precision"] == pytest.approx(answers.right / answers.judged, abs=1e-12)
     assert values["pseudo_coverage"] == pytest.approx(answers.kept_true / answers.true, abs=1e-12)
+    assert values["pseudo_precision_absent_wrong"] == pytest.approx(answers.right / answers.kept, abs=1e-12)
+    assert answers.kept > 1.1 * answers.judged, "it keeps what nobody has labeled"
+    for name, right, judged in zip(COCO17.names, *answers.by_channel, strict=True):
+        expected = right / judged if judged else math.nan
+        assert values[f"pseudo_precision/{name}"] == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert values["pseudo_oks"] == pytest.approx(np.mean(answers.similarities), abs=5e-3)
     if far:
         assert values["pseudo_precision"] == pytest.approx(1 - far, abs=0.06)
@@ -167,15 +177,35 @@ def test_the_hold_out_measures_what_its_labels_say(holdout: Holdout, far: float,
         assert values["pseudo_precision"] == 1
 
 
+def test_where_v_0_means_absent_what_is_kept_of_it_is_wrong(holdout: Holdout) -> None:
+    answers, absent = Answers(holdout, 0.3), copy.copy(holdout)
+    absent.config = dataclasses.replace(holdout.config, absent_is_background=True)
+    values, _, judged = probe(_objective(answers), absent, batch_size=16)
+    assert values["pseudo_precision"] == pytest.approx(answers.right / answers.kept, abs=1e-12)
+    assert (judged.counted & ~judged.labeled).any() and not (judged.right & ~judged.labeled).any()
+    _, _, judged = probe(_objective(answers), holdout, batch_size=16)
+    assert not (judged.counted & ~judged.labeled).any(), "else nothing is known of it"
+
+
+def test_unlabeled_boxes_that_are_made_otherwise_are_warned_of(holdout: Holdout) -> None:
+    sets = build.open_people(holdout.config, COCO17, unlabeled=True)
+    assert sets.unlabeled and compare_box_sizes(sets.train, sets.unlabeled) is None
+    rows, feature = sets.unlabeled.rows, sets.unlabeled.rows.features["box_xywh"]
+    whole = [[0.0, 0.0, *size] for size in rows["size_wh"][:]]
+    rows = rows.remove_columns("box_xywh").add_column("box_xywh", whole, feature=feature)
+    warning = compare_box_sizes(sets.train, dataclasses.replace(sets.unlabeled, rows=rows))
+    assert warning and "unlabeled boxes are 100 % of their image's side" in warning
+
+
 def test_left_and_right_taken_for_each_other_are_seen(holdout: Holdout) -> None:
     """All points are on keypoints, but on those of the other side: only the midline's nose is right, and near pairs."""
-    values, _ = probe(_objective(Answers(holdout, swap=True)), holdout, batch_size=16)
+    values, *_ = probe(_objective(Answers(holdout, swap=True)), holdout, batch_size=16)
     assert values["pseudo_precision"] < 0.75
     assert values["pseudo_oks"] < 0.6
 
 
 def test_nothing_kept_is_no_precision(holdout: Holdout) -> None:
-    values, seen = probe(_objective(Answers(holdout, unsure=1.0)), holdout, batch_size=16)
+    values, seen, _ = probe(_objective(Answers(holdout, unsure=1.0)), holdout, batch_size=16)
     assert values["pseudo_coverage"] == 0
     assert math.isnan(values["pseudo_precision"]) and math.isnan(values["pseudo_oks"])
     assert panel(seen, COCO17).any()
@@ -184,9 +214,9 @@ def test_nothing_kept_is_no_precision(holdout: Holdout) -> None:
 def test_asking_changes_nothing(holdout: Holdout) -> None:
     objective = _objective(Answers(holdout, far=0.3))
     before, draws = copy.deepcopy(objective.state_dict()), torch.get_rng_state()
-    first, _ = probe(objective, holdout, batch_size=16)
-    again, _ = probe(objective, holdout, batch_size=7)
-    assert first == pytest.approx(again, abs=1e-9), "neither the time nor the batches matter"
+    first, *_ = probe(objective, holdout, batch_size=16)
+    again, *_ = probe(objective, holdout, batch_size=7)
+    assert first == pytest.approx(again, abs=1e-9, nan_ok=True), "neither the time nor the batches matter"
     assert torch.equal(draws, torch.get_rng_state())
     after = objective.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -194,23 +224,25 @@ def test_asking_changes_nothing(holdout: Holdout) -> None:
 
 def test_two_ranks_find_what_one_does(holdout: Holdout) -> None:
     answers = Answers(holdout, far=0.3, unsure=0.2)
-    alone, _ = probe(_objective(answers), holdout, batch_size=16)
+    alone, *_ = probe(_objective(answers), holdout, batch_size=16)
     barrier, slots = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
 
     def of_rank(rank: int) -> tuple[dict[str, float], int]:
         def gather(tensor: Tensor) -> Tensor:
             slots[rank] = tensor
             barrier.wait()
-            return torch.cat(slots)
+            whole = torch.cat(slots)
+            barrier.wait()  # before either writes its next part
+            return whole
 
         share = {"rank": rank, "num_ranks": 2, "gather": gather}
-        values, seen = probe(_objective(answers), copy.deepcopy(holdout), batch_size=16, **share)
+        values, seen, _ = probe(_objective(answers), copy.deepcopy(holdout), batch_size=16, **share)
         return values, len(seen)
 
     with ThreadPoolExecutor(2) as ranks:
         (first, seen), (second, _) = ranks.map(of_rank, range(2))
-    assert first == second and seen == 6
-    assert first == pytest.approx(alone, abs=1e-12)
+    assert first == pytest.approx(second, abs=0, rel=0, nan_ok=True) and seen == 6
+    assert first == pytest.approx(alone, abs=1e-12, nan_ok=True)
 
 
 def test_the_hold_out_is_spread_over_the_set(holdout: Holdout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +254,7 @@ def test_the_hold_out_is_spread_over_the_set(holdout: Holdout, monkeypatch: pyte
 
 
 def test_a_panel_has_a_column_for_each_person_and_shows_what_the_student_sees(holdout: Holdout) -> None:
-    _, seen = probe(_objective(Answers(holdout, far=0.3)), holdout, batch_size=16)
+    _, seen, _ = probe(_objective(Answers(holdout, far=0.3)), holdout, batch_size=16)
     picture = panel(seen, COCO17)
     height, width = 384, 288
     assert picture.shape == (3 * height, 6 * width, 3) and picture.dtype == np.uint8
@@ -236,7 +268,7 @@ def test_a_panel_has_a_column_for_each_person_and_shows_what_the_student_sees(ho
     wrong = (picture[2 * height :] == (255, 40, 40)).all(axis=-1)
     right = (picture[2 * height :] == (60, 220, 60)).all(axis=-1)
     assert wrong.any() and right.any()
-    _, all_right = probe(_objective(Answers(holdout)), holdout, batch_size=16)
+    _, all_right, _ = probe(_objective(Answers(holdout)), holdout, batch_size=16)
     assert not (panel(all_right, COCO17)[2 * height :] == (255, 40, 40)).all(axis=-1).any()
 
 
