@@ -32,7 +32,8 @@ def lock_directory(folder: Path) -> Iterator[None]:
     this container), otherwise ten minutes after the last touch.
 
     Raises:
-        UserError: another run holds the lock, or the lock cannot be read; the directory cannot be written.
+        UserError: another run holds the lock, or the lock cannot be read; the directory cannot be written. At the end:
+            the directory was renamed, deleted or taken over meanwhile, so that its files are in two places.
     """
     is_new = not folder.exists()
     try:
@@ -44,6 +45,7 @@ def lock_directory(folder: Path) -> Iterator[None]:
     threading.Thread(target=_touch, args=(folder / LOCK, own, ended), daemon=True).start()
     try:
         yield
+        _check_held(folder / LOCK, own)
     finally:
         ended.set()
         with contextlib.suppress(OSError):  # a lock that stays becomes stale
@@ -201,11 +203,33 @@ def _explain(lock: Path, text: str) -> str:
     )
 
 
+def _check_held(lock: Path, own: str) -> None:
+    """Raise UserError if the lock is no longer this process's."""
+    there = own
+    with contextlib.suppress(OSError):  # a broken disk says nothing of it
+        there = _read(lock)
+    if there is None:
+        raise UserError(
+            f"--output_dir {lock.parent}: was renamed or deleted while the run wrote in it: what came after that is in "
+            "a new directory of this name, without config.yaml and the earlier files. Put both together"
+        )
+    if there != own:
+        raise UserError(f"--output_dir {lock.parent}: was taken over by {_name(there)} which writes in it as well")
+
+
 def _touch(lock: Path, own: str, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_SECONDS):
         with contextlib.suppress(OSError):
             there = _read(lock)
-            if there not in (None, own):  # this process was suspended, or could not reach its disk, for too long
+            if ended.is_set():
+                return
+            if there is None:
+                print(
+                    f"warning: {lock}: is gone: its directory was renamed or deleted while a run writes in it",
+                    flush=True,
+                )
+                return
+            if there != own:  # this process was suspended, or could not reach its disk, for too long
                 print(f"warning: {lock}: was taken over by {_name(there)} which writes in it as well", flush=True)
                 return
             os.utime(lock)

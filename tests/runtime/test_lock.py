@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def test_a_lock_that_was_taken_over_is_not_touched(
 ) -> None:
     """By a process that was suspended for longer than its lock holds: the new holder may have ended since."""
     monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.01)
-    with lock_directory(tmp_path):
+    with pytest.raises(UserError, match="was taken over by process 1"), lock_directory(tmp_path):
         (tmp_path / "other").write_text(json.dumps(lock._describe_process() | {"pid": 1}))
         os.utime(tmp_path / "other", (0, 0))
         (tmp_path / "other").replace(tmp_path / LOCK)
@@ -187,3 +188,22 @@ def test_a_lock_that_was_taken_over_is_not_touched(
         assert "taken over by process 1" in said
         assert (tmp_path / LOCK).stat().st_mtime == 0
     assert (tmp_path / LOCK).exists(), "it is another one's"
+
+
+@pytest.mark.parametrize("change", ["rename", "delete"])
+def test_a_directory_that_is_moved_while_a_run_writes_in_it_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Its files were in two places, config.yaml in one and the weights in the other, and the exit code was 0."""
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.01)
+    run, printed = tmp_path / "run", ""
+    with pytest.raises(UserError, match="was renamed or deleted while the run wrote in it"), lock_directory(run):
+        run.rename(tmp_path / "renamed") if change == "rename" else shutil.rmtree(run)
+        deadline = time.monotonic() + 20
+        while "warning: " not in printed and time.monotonic() < deadline:
+            time.sleep(0.01)
+            printed += capsys.readouterr().out
+        assert f"{run / LOCK}: is gone: its directory was renamed or deleted" in printed
+    with pytest.raises(ZeroDivisionError), lock_directory(tmp_path / "other"):
+        (tmp_path / "other").rename(tmp_path / "moved")
+        raise ZeroDivisionError  # an error of the run itself is what is raised
