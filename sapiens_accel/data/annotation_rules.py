@@ -42,7 +42,7 @@ class PeopleColumns:
     Attributes:
         box_origins: where the box of each is from, see `person_boxes`.
         size_wh: of each person's image; not a number where it is not known.
-        place: which annotation of the whole file it was.
+        position: which annotation of the whole file it was.
         left_out: how many annotations were not taken, by cause (see `describe_left_out`).
         labeled: whether a keypoint has a label.
         box_area: px^2 of the annotated box, else of the one made from keypoints, whatever `box_xywh` is.
@@ -55,7 +55,7 @@ class PeopleColumns:
     area: Float[Array, "n"]
     box_area: Float[Array, "n"]
     keypoints: Float[Array, "n k 3"]
-    place: Int[Array, "n"]
+    position: Int[Array, "n"]
     box_origins: Int[Array, "n"]
     size_wh: Float[Array, "n 2"]
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class PeopleColumns:
             area=np.array([row["area"] for row in rows], np.float64),
             box_area=np.array([row["box_area"] for row in rows], np.float64),
             keypoints=np.array([row["keypoints"] for row in rows], np.float64).reshape(num, num_keypoints, 3),
-            place=np.arange(num),
+            position=np.arange(num),
             box_origins=np.array([row.get("box_origin", ANNOTATED) for row in rows], np.int64),
             size_wh=np.array([row.get("size_wh", UNKNOWN_WH) for row in rows], np.float64).reshape(num, 2),
         )
@@ -349,10 +349,10 @@ class PeopleReader:
             raise ValueError(_describe_count(points.size, self.num_keypoints))
         points = clear_unlabeled(points.reshape(-1, 3))
         if not (finite := np.isfinite(points).all(axis=1)).all():
-            place = int(np.argmin(finite))
+            index = int(np.argmin(finite))
             raise ValueError(
-                f"expected {points.size} finite numbers in 'keypoints', found NaN or infinity in keypoint {place + 1}, "
-                f"{points[place].tolist()}; write 0, 0, 0 for a keypoint without label"
+                f"expected {points.size} finite numbers in 'keypoints', found NaN or infinity in keypoint {index + 1}, "
+                f"{points[index].tolist()}; write 0, 0, 0 for a keypoint without label"
             )
         if np.abs(points).max() > FARTHEST:
             raise ValueError(f"expected pixels of an image, found numbers above {FARTHEST:g}")
@@ -417,7 +417,7 @@ class PeopleReader:
             area=area[chosen],
             box_area=made.areas[chosen],
             keypoints=points[chosen],
-            place=_field(people, "place", numbers)[chosen],
+            position=_field(people, "place", numbers)[chosen],
             box_origins=made.origins[chosen],
             size_wh=size_wh[chosen],
             left_out=check.left_out,
@@ -480,7 +480,7 @@ class PeopleReader:
             area=sizes.prod(axis=1),
             box_area=sizes.prod(axis=1),
             keypoints=np.zeros((table.num_rows, self.num_keypoints, 3)),
-            place=numbers,
+            position=numbers,
             box_origins=np.full(table.num_rows, ANNOTATED),
             size_wh=sizes,
         )
@@ -674,11 +674,11 @@ def _box_if_any(annotation: dict[str, Any]) -> Float[Array, "4"]:
     return np.zeros(4) if annotation.get("bbox") in (None, []) else box_of(annotation)
 
 
-def _describe_count(found: int, num_keypoints: int) -> str:
-    text = f"expected {3 * num_keypoints} numbers in 'keypoints' (x, y, v of {num_keypoints}), found {found}"
-    if found == 2 * num_keypoints:
+def _describe_count(number: int, num_keypoints: int) -> str:
+    text = f"expected {3 * num_keypoints} numbers in 'keypoints' (x, y, v of {num_keypoints}), found {number}"
+    if number == 2 * num_keypoints:
         return f"{text}: x and y without v? Write a 2 after each pair, or 0 where there is no label"
-    return text + (f": {found // 3} keypoints" if found % 3 == 0 else "")
+    return text + (f": {number // 3} keypoints" if number % 3 == 0 else "")
 
 
 def _name_of(annotation: Any, index: int) -> str:

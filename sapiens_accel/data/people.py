@@ -47,7 +47,7 @@ if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
 SCHEMA_VERSION = 7
-MEASURED = 20_000  # people, evenly spread, whose sizes are looked at
+MEASURED = 20_000  # people, evenly spread, whose sizes are measured
 EIGHTH = 8  # `images.check_images` gives sizes to this many px
 MOST_OF_OTHER_SIZE = 0.25  # of the images: with more of them labels and images do not belong together
 DECODE_AT_MOST = 5000  # images; of people above the source's `max_looked_at`, the check auto looks at so many
@@ -195,12 +195,12 @@ def select_people(people: People, chosen: Int[Array, "n"]) -> People:
 def order_by_image(people: People, folder: str) -> Int[Array, "n"]:
     """The people's indices in the order of the source's images, and in that of its annotations within an image."""
     names = [f"{folder}/{image['file_name']}" for image in people.source.images()]
-    places = {name: place for place, name in reversed(list(enumerate(names)))}
-    return np.argsort([places[name] for name in people.rows["file_name"][:]], kind="stable")
+    index_of = {name: index for index, name in reversed(list(enumerate(names)))}
+    return np.argsort([index_of[name] for name in people.rows["file_name"][:]], kind="stable")
 
 
-def withheld_people(train: People, folder: str, places: Int[Array, "n"], min_side: float, cache: Path) -> People:
-    """The people at these places of `labeled_people`, with boxes of at least `min_side` px and all keypoints zero.
+def withheld_people(train: People, folder: str, indices: Int[Array, "n"], min_side: float, cache: Path) -> People:
+    """The people of these indices of `labeled_people`, with boxes of at least `min_side` px and all keypoints zero.
 
     Their boxes are annotated ones, or whole images by `--data.boxes image`: a box around keypoints would show what is
     withheld. Those without one are left out, with a note.
@@ -217,9 +217,9 @@ def withheld_people(train: People, folder: str, places: Int[Array, "n"], min_sid
     if files.reading.boxes == "keypoints":
         files = replace(files, reading=replace(files.reading, boxes="annotation"))
     people = files.read("withheld")
-    ids = np.array(everybody.rows["ann_id"][:])[np.flatnonzero(_read_labeled(everybody.rows))[places]]
-    place_of = {number: place for place, number in enumerate(people.rows["ann_id"][:])}
-    chosen = np.array([place_of[number] for number in ids.tolist()], np.int64)
+    ids = np.array(everybody.rows["ann_id"][:])[np.flatnonzero(_read_labeled(everybody.rows))[indices]]
+    index_of = {number: index for index, number in enumerate(people.rows["ann_id"][:])}
+    chosen = np.array([index_of[number] for number in ids.tolist()], np.int64)
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
     without = int((sides == 0).sum())
     note = f"{train.annotations}: {without} people with withheld labels are left out: no box of theirs is annotated"
@@ -288,20 +288,20 @@ def check_people(
         UserError: an image that is not there, whatever `on_bad_image` says; a corrupt one, unless it says skip; more
             than MOST_OF_OTHER_SIZE of those that are decoded have another size than the file says.
     """
-    looks_at_some = check == "auto" and len(people) > people.source.max_looked_at
-    rows = spread_rows(people.rows, DECODE_AT_MOST) if looks_at_some else people.rows
+    is_sample = check == "auto" and len(people) > people.source.max_looked_at
+    rows = spread_rows(people.rows, DECODE_AT_MOST) if is_sample else people.rows
     names = list(dict.fromkeys(rows["file_name"][:]))
     for name in images.find_missing(people.root, names)[:1]:
         path = people.root / name
         first = _first_annotation(people.parts or (people,), path)
         raise UserError(f"{first}: its image {path} is not there{images.suggest_image(people.root, name)}")
-    looks = images.check_images(people.root, names, decodes(check, len(names)))
-    bad = {name: look for name, look in looks.items() if isinstance(look, str)}
+    results = images.check_images(people.root, names, decodes(check, len(names)))
+    bad = {name: result for name, result in results.items() if isinstance(result, str)}
     for name, reason in bad.items():
         if on_bad_image == "stop":
             raise UserError(f"{people.root / name}: {reason}; mend it, or --data.on_bad_image skip")
         print(f"skipped: {people.root / name} {reason}", flush=True)
-    if wrong := find_other_sizes(_read_known_sizes(rows), looks):
+    if wrong := find_other_sizes(_read_known_sizes(rows), results):
         people = replace(people, size_note=_describe_other_sizes(people, wrong, len(names) - len(bad)))
     if not bad:
         return people
@@ -314,16 +314,16 @@ def check_people(
 
 
 def find_other_sizes(
-    sizes_wh: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[int, int] | str]
+    sizes_wh: Mapping[str, tuple[float, float]], results: Mapping[str, tuple[int, int] | str]
 ) -> dict[str, tuple[str, ...]]:
     """Images that have another size when read than their file says: what is wrong, with each image that it is about.
 
     Args:
         sizes_wh: what the file says, of those of whom it does.
-        looks: what `images.check_images` gave.
+        results: of `images.check_images`.
     """
     turned, other = [], []
-    for name, hw in looks.items():
+    for name, hw in results.items():
         if isinstance(hw, str) or not any(hw) or name not in sizes_wh:
             continue
         (width, height), (seen_h, seen_w) = sizes_wh[name], (EIGHTH * side for side in hw)
@@ -380,7 +380,7 @@ class Rows:
             {name: _values(batch.column(name), feature) for name, feature in rows.features.items()} for batch in batches
         ]
         # What `select` has chosen; the table itself is never copied.
-        self.places = None if rows._indices is None else rows._indices.column(0).to_numpy()
+        self.indices = None if rows._indices is None else rows._indices.column(0).to_numpy()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.rows,)  # a process that is not forked opens the table itself
@@ -389,10 +389,10 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = index if self.places is None else int(self.places[index])
-        number = bisect_right(self.ends, place)
-        place -= self.ends[number - 1] if number else 0
-        return {name: _value(values[place]) for name, values in self.batches[number].items()}
+        row = index if self.indices is None else int(self.indices[index])
+        number = bisect_right(self.ends, row)
+        row -= self.ends[number - 1] if number else 0
+        return {name: _value(values[row]) for name, values in self.batches[number].items()}
 
 
 def _values(column: Any, feature: Any) -> Any:
@@ -502,7 +502,7 @@ def cached_table(
 
 def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> tuple[Dataset, dict[str, int]]:
     """A table made once for each content, and who is not in it: a moved or touched JSON makes no second one."""
-    how = [] if files.reading == PLAIN else [repr(files.reading)]
+    options = [] if files.reading == PLAIN else [repr(files.reading)]
     reader = PeopleReader(source=source, prefix=files.images, num_keypoints=files.num_keypoints, reading=files.reading)
 
     def chunks() -> Iterator[PeopleColumns]:
@@ -510,7 +510,7 @@ def _people_table(files: PeopleFiles, source: Source, keypoints: str) -> tuple[D
             yield _withhold(people) if keypoints == "withheld" else people
 
     kind = "withheld, boxes too" if keypoints == "withheld" else keypoints
-    digest = digest_of(source.digest.encode(), kind, files.images, *how)
+    digest = digest_of(source.digest.encode(), kind, files.images, *options)
     folder = _cached_chunks(chunks, digest, files.num_keypoints, files.cache)
     return _open_table(folder, files.num_keypoints), json.loads((folder / LEFT_OUT).read_text())
 
@@ -547,20 +547,20 @@ def _open_table(folder: Path, num_keypoints: int) -> Dataset:
 
 
 def _write_table(folder: Path, chunks: Iterator[PeopleColumns], features: Features) -> None:
-    places, labeled, origins = [np.empty(0, np.int64)], [np.empty(0, bool)], [np.empty(0, np.int64)]
+    positions, labeled, origins = [np.empty(0, np.int64)], [np.empty(0, bool)], [np.empty(0, np.int64)]
     left_out: Counter[str] = Counter()
     with ArrowWriter(features=features, path=str(folder / PEOPLE)) as writer:
         for people in chunks:
             writer.write_table(people.table(features.arrow_schema))
-            places.append(people.place)
+            positions.append(people.position)
             labeled.append(people.labeled)
             left_out.update(people.left_out)
             origins.append(people.box_origins)
         writer.finalize()
-    place = np.concatenate(places)
-    if not len(place):  # `datasets` cannot read a table of nobody again
+    position = np.concatenate(positions)
+    if not len(position):  # `datasets` cannot read a table of nobody again
         (folder / PEOPLE).unlink(missing_ok=True)
-    order = np.argsort(place, kind="stable")
+    order = np.argsort(position, kind="stable")
     (folder / LEFT_OUT).write_text(json.dumps(left_out))
     np.save(folder / LABELED, np.concatenate(labeled)[order])
     np.save(folder / BOXES, np.concatenate(origins)[order])
@@ -623,6 +623,6 @@ def list_image_names(folder: Path) -> list[str]:
 def _first_annotation(parts: Sequence[People], image: Path) -> str:
     """Names the first annotation of an image."""
     several = ((people, row) for people in parts for row in enumerate(people.rows["file_name"][:]))
-    people, place = next((people, i) for people, (i, name) in several if people.root / name == image)
-    (given,) = read_given_ids(people, np.array([people.rows[place]["ann_id"]]))
+    people, position = next((people, i) for people, (i, name) in several if people.root / name == image)
+    (given,) = read_given_ids(people, np.array([people.rows[position]["ann_id"]]))
     return f"{people.annotations}: annotation {show_value(given)}"

@@ -256,8 +256,8 @@ def _counted(source: StreamSource, cache: Path) -> Int[Array, "groups counts"]:
     reader = source.reader
     digest, reading = reader.source.digest, reader.known_reading
     chosen = repr(source.chosen) if isinstance(source.chosen, Unlabeled) else "labelled"
-    how = "" if reading == PLAIN else f"-{reading!r}"
-    name = f"{digest}-k{reader.num_keypoints}-{chosen}{how}-v{SCHEMA_VERSION}"
+    options = "" if reading == PLAIN else f"-{reading!r}"
+    name = f"{digest}-k{reader.num_keypoints}-{chosen}{options}-v{SCHEMA_VERSION}"
     file = cache / "streams" / f"{zlib.crc32(name.encode()):08x}-{digest}.npy"
     if not file.is_file():
         counted = _count(source, is_annotated=True)

@@ -158,9 +158,9 @@ def check_images(
     if check == "auto" and len(names) > read.max_looked_at:
         text = f"{DECODE_AT_MOST} of {len(names)} images were looked at; all by --data.check_images ends"
         findings.append(Finding(level="note", check="unreadable", text=text))
-        names = [names[place] for place in np.linspace(0, len(names) - 1, DECODE_AT_MOST).astype(int)]
-    looks = images.check_images(root, names, decodes(check, len(names)))
-    reasons = {name: look for name, look in looks.items() if isinstance(look, str)}
+        names = [names[index] for index in np.linspace(0, len(names) - 1, DECODE_AT_MOST).astype(int)]
+    results = images.check_images(root, names, decodes(check, len(names)))
+    reasons = {name: result for name, result in results.items() if isinstance(result, str)}
     corrupt = tuple(name if reason == images.UNDECODABLE else f"{name} {reason}" for name, reason in reasons.items())
     if missing:
         hint = images.suggest_image(root, missing[0])
@@ -176,7 +176,7 @@ def check_images(
         findings.append(Finding(level=level, check="unreadable", text=text, culprits=corrupt))
     if line := images.describe_bits(root, [name for name in names if name not in reasons]):
         findings.append(Finding(level="warning", check="bits", text=line.removeprefix("warning: ")))
-    wrong = find_other_sizes(read.sizes_wh, looks)
+    wrong = find_other_sizes(read.sizes_wh, results)
     return [*findings, *(_error("size", text, *culprits) for text, culprits in wrong.items())]
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with labeled people, found on whole columns: each check names all that it finds.
+"""What is wrong with labeled people, checked on whole columns: each check names all that it finds.
 
 Shape letters: n people, k keypoints. All coordinates are image px.
 """
@@ -21,7 +21,7 @@ from sapiens_accel.sources.coco import show_value
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 PERCENTILES = (5, 50, 95)
-LEAST_CORNERS, MOST_CORNERS = 4, 0.9  # people, and the share of them that must look so
+LEAST_CORNERS, MOST_CORNERS = 4, 0.9  # people, and the share of them that must seem so
 CORNER_SLACK = 0.1  # of a side, by which keypoints may lie outside of their box
 SLACK = 1.0  # px by which a label may lie outside of its image: rounding
 LEAST_VOTES = 30  # people in whom a pair was compared: of fewer, chance decides
@@ -81,9 +81,9 @@ class Labels:
     def names(self, chosen: Bool[Array, "n"]) -> tuple[str, ...]:
         return _annotation_names(self.given_ids[chosen], self.file_names[chosen])
 
-    def at(self, places: Int[Array, "m"]) -> "Labels":
-        """The people at these places."""
-        return Labels(**{column.name: getattr(self, column.name)[places] for column in dataclasses.fields(self)})
+    def at(self, indices: Int[Array, "m"]) -> "Labels":
+        """The people of these indices."""
+        return Labels(**{column.name: getattr(self, column.name)[indices] for column in dataclasses.fields(self)})
 
 
 def join_labels(several: Sequence[Labels]) -> Labels:
@@ -124,14 +124,14 @@ def find_faults(labels: Labels, skeleton: Skeleton, *, scored: bool, run: Config
         _check_corners,
         _check_keypoints,
     )
-    found = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
+    findings = [finding for check in checks for finding in check(labels, scored)] if len(labels) else []
     if len(labels):
-        found += _check_areas(labels, scored and run.eval.area == "annotation")
-        found += _check_visibility(labels, run.data)
-    found += find_repeated_ids(labels.ann_ids, labels.given_ids, labels.file_names, scored=scored)
-    found += _find_zero_id(labels, scored)
+        findings += _check_areas(labels, scored and run.eval.area == "annotation")
+        findings += _check_visibility(labels, run.data)
+    findings += find_repeated_ids(labels.ann_ids, labels.given_ids, labels.file_names, scored=scored)
+    findings += _find_zero_id(labels, scored)
     return [
-        *found,
+        *findings,
         *_find_never_labeled(labels, skeleton),
         *find_swapped_pairs(labels, skeleton),
         *find_mirrored(labels, skeleton),
@@ -201,13 +201,12 @@ def _check_corners(labels: Labels, scored: bool) -> Iterator[Finding]:
     sides = np.maximum(extent, SLACK)
     nearer = np.abs(np.log((corners[:, 2:] - corners[:, :2]).clip(SLACK) / sides)).sum(axis=1)
     farther = np.abs(np.log(corners[:, 2:] / sides)).sum(axis=1)
-    looks = np.asarray(fits.all(axis=1)) & (nearer < farther)
-    if looks.mean() >= MOST_CORNERS:
-        text = (
-            f"{_count(looks, 'box looks', 'boxes look')} like corners, x1, y1, x2, y2; expected x, y, width, height: "
-        )
+    are_corners = np.asarray(fits.all(axis=1)) & (nearer < farther)
+    if are_corners.mean() >= MOST_CORNERS:
+        counted = _count(are_corners, "box looks", "boxes look")
+        text = f"{counted} like corners, x1, y1, x2, y2; expected x, y, width, height: "
         text += "write x2 - x1 and y2 - y1, or make boxes from the keypoints, --data.boxes keypoints"
-        yield Finding(level="warning", check="corners", text=text, culprits=people.names(looks))
+        yield Finding(level="warning", check="corners", text=text, culprits=people.names(are_corners))
 
 
 def _check_areas(labels: Labels, scored: bool) -> Iterator[Finding]:

@@ -69,9 +69,9 @@ def check_lost_by_augmentation(labels: Labels, augmenter: Augmenter, config: Dat
     """The share of labeled keypoints that training crops leave out, of a sample of people."""
     rng = np.random.default_rng(seed)
     lost = total = 0
-    for place in _spread(len(labels), NUM_CROPPED):
-        keypoints = labels.keypoints[place]
-        base = geometry.crop_around_box(labels.boxes_xywh[place], config.box_padding, config.input_hw)
+    for index in _spread(len(labels), NUM_CROPPED):
+        keypoints = labels.keypoints[index]
+        base = geometry.crop_around_box(labels.boxes_xywh[index], config.box_padding, config.input_hw)
         crop = augmenter.train_crop(base, keypoints, rng)
         seen = data.transform_keypoints(crop, keypoints, config.input_hw, augmenter.skeleton)
         labeled = is_labeled(seen)
@@ -89,8 +89,8 @@ def check_enlargement(labels: Labels, config: DataConfig) -> Finding:
     height, width = config.input_hw
     sides = labels.boxes_xywh[:, 2:] * config.box_padding
     low, middle, high = np.percentile(np.minimum(width / sides[:, 0], height / sides[:, 1]), PERCENTILES)
-    how = f"enlarged {middle:.2g} times" if middle >= 1 else f"reduced to {middle:.2g} of their size"
-    text = f"to {height} x {width} people are {how} in the median ({low:.2g} to {high:.2g})"
+    scaling = f"enlarged {middle:.2g} times" if middle >= 1 else f"reduced to {middle:.2g} of their size"
+    text = f"to {height} x {width} people are {scaling} in the median ({low:.2g} to {high:.2g})"
     if middle <= MOST_ENLARGED:
         return Finding(level="note", check="resolution", text=text)
     return Finding(level="warning", check="resolution", text=f"{text}; a smaller --data.input_hw would show as much")

@@ -285,19 +285,19 @@ def _with_keypoints(labels: Labels) -> Labels:
     return labels.at(np.flatnonzero(labels.labeled.any(axis=1)))
 
 
-def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations, looks: Path | None = None) -> list[Finding]:
+def _leaks(root: Path, train: ReadAnnotations, val: ReadAnnotations, cache: Path | None = None) -> list[Finding]:
     """Validation images that are learned from; and ids that are in both files, which harms nobody here.
 
     Args:
-        looks: the cache of `leakage.find_copies`, which finds images in any encoding; None: it is not asked.
+        cache: of `leakage.find_copies`, which finds images in any encoding; None: it is not asked.
     """
     ours, theirs = (
         {path: image_id for name, image_id in read.image_ids.items() if images.exists(path := root / name)}
         for read in (train, val)
     )
     leaks = leakage.find_leaks(ours, theirs)
-    if looks is not None and ours and theirs:
-        leaks |= leakage.find_copies(list(ours), list(theirs), looks)
+    if cache is not None and ours and theirs:
+        leaks |= leakage.find_copies(list(ours), list(theirs), cache)
     findings = []
     if leaks:
         pairs = tuple(f"{_below(root, a)} is {_below(root, b)}" for a, b in leaks.items())

@@ -55,7 +55,7 @@ def _bar_color(rng: np.random.Generator) -> np.ndarray:
     return cartoon.SKINS[rng.integers(len(cartoon.SKINS))] if rng.random() < 0.3 else rng.uniform(20, 235, 3)
 
 
-def _place(
+def _position_person(
     rng: np.random.Generator, parts: Sequence[Part], keypoints: np.ndarray, height: float, hw: tuple[int, int]
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """A height (px), a pelvis position (px) and the box (x1, y1, x2, y2 px); one in eight is cut by the border."""
@@ -96,7 +96,7 @@ def scene(rng: np.random.Generator, hw: tuple[int, int], num_max: int) -> tuple[
         if len(placed) == num:
             break
         keypoints, parts = cartoon.figure(cartoon.random_pose(rng), cartoon.random_look(rng))
-        height, origin, box = _place(rng, parts, keypoints, min(hw) * rng.uniform(*reach), hw)
+        height, origin, box = _position_person(rng, parts, keypoints, min(hw) * rng.uniform(*reach), hw)
         if not _covers(boxes, box):
             placed.append((height, origin, keypoints, parts))
             boxes.append(box)

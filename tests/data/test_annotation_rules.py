@@ -123,7 +123,7 @@ def _outcome(file: Path, num_keypoints: int, reading: Reading) -> list[Any] | st
     except UserError as error:
         assert "\n" not in str(error)
         return re.findall(r"annotation \d+", str(error))[0]
-    rows = [(chunk.place[i], chunk.row(i)) for chunk in chunks for i in range(len(chunk))]
+    rows = [(chunk.position[i], chunk.row(i)) for chunk in chunks for i in range(len(chunk))]
     people = [row for _, row in sorted(rows, key=lambda row: row[0])]
     return [row | {"file_name": Path(row["file_name"]).name} for row in people]
 
