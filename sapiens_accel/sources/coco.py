@@ -66,7 +66,7 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        hint = _explain_no_json(path, error) or suggest_conversion(path)
+        hint = suggest_conversion(path) or _explain_no_json(path, error)  # other tools' files are no text at all
         raise UserError(f"{path}: not JSON: {error}{hint}") from None
 
 

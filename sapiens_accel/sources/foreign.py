@@ -109,7 +109,7 @@ def _tool_of_file(file: Path) -> str | None:
         start = stream.read(HEAD)
     ending = file.suffix.lower()
     if start.startswith(ZIP):
-        return "zip" if ending in (".zip", *ENDINGS) else None
+        return "zip" if ending in (".zip", *ENDINGS) and ending != ".json" else None  # JSON: sources/coco names it
     if ending not in ENDINGS:
         return None
     head = start.decode(errors="replace")
