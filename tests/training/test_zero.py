@@ -153,8 +153,13 @@ def test_deepspeed_equals_plain(processes, runs, cache, reference):
     ],
 )  # fmt: skip
 def test_a_resumed_run_continues_bit_for_bit(zero, stage, precision, cache, reference):
-    """Cut after 8 of 20 steps and continued, in two processes: the same 20 losses, to the last digit."""
+    """Cut after 8 of 20 steps and continued, in two processes: the same 20 losses, to the last digit.
+
+    In ssl also with what evaluations decide: a fitted confidence, and which weights are handed over.
+    """
     start = after(reference) if stage == "ssl" else [f"--weights={reference / 'phase1' / 'weights'}"]
+    if stage == "ssl":
+        start += ["--eval_every=4", "--ssl.hand_over=best", "--ssl.teacher.confidence=calibrated"]
     resumed, whole = cache / f"resumed-z{zero}-{stage}", cache / f"whole-z{zero}-{stage}"
     run = {"stage": stage, "micro_batch": 2, "zero": zero}
     cut = job(resumed, **run, extra=[*start, "--max_steps=8", "--save_every=4"])
@@ -168,6 +173,9 @@ def test_a_resumed_run_continues_bit_for_bit(zero, stage, precision, cache, refe
     assert len(losses(resumed, stage)) == STEPS
     assert losses(resumed, stage) == losses(whole, stage)
     assert sorted(path.name for path in (resumed / stage / "checkpoints").glob("step_*")) == ["step_20", "step_8"]
+    if stage == "ssl":
+        files = ("begin.json", "kept.json", "eval.json", "weights/model.safetensors", "student/model.safetensors")
+        assert all((resumed / stage / name).read_bytes() == (whole / stage / name).read_bytes() for name in files)
 
 
 @pytest.mark.slow
