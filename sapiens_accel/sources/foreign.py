@@ -47,8 +47,11 @@ def suggest_conversion(path: Path) -> str:
     It is for what was refused already: a folder in COCO's form may hold a tool's files too.
     """
     try:
+        is_folder = path.is_dir()
         tool, path = find_tool(path)
     except OSError:
+        return ""
+    if tool == "coco" and not is_folder:  # what is wrong with it is no matter of its form
         return ""
     if tool == "coco":
         folder = path.parent
