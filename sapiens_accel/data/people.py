@@ -148,7 +148,8 @@ def labeled_people(
     if not len(labeled):
         raise UserError(
             (people.left_out and f"{people.left_out}; nobody is left")
-            or f"{people.annotations}: no annotation in it; expected labeled people with 'keypoints', as in COCO's person_keypoints files"
+            or f"{people.annotations}: no annotation in it; expected labeled people with 'keypoints', as in COCO's "
+            "person_keypoints files"
         )
     origins = _read_beside(people.rows, BOXES)
     note = describe_boxes(np.bincount(origins[labeled], minlength=NO_BOX), people.annotations, reading)
