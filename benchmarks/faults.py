@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as a launcher sets it: losses are compared by their bits
+sys.path.insert(0, str(Path(__file__).parents[1]))  # not the package of another checkout that is installed
 
 import record
 import yaml
@@ -434,6 +435,9 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     if asked.join:
         return join(asked.join, asked.out)
+    # Ignored under nohup and in the background, which the runs would inherit, and rightly go on.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     # Not a TemporaryDirectory, which every fork would delete at its end.
     scratch = Path(tempfile.mkdtemp(prefix="faults"))
