@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import RNG_STATE_NAME, broadcast_object_list
+from accelerate.utils import MODEL_NAME, RNG_STATE_NAME, broadcast_object_list
 from accelerate.utils.other import TORCH_SAFE_GLOBALS, load
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.runtime import failures
-from sapiens_accel.runtime.distributed import deepspeed_config, is_deepspeed, least, overlaps, zero_stage
+from sapiens_accel.runtime.distributed import any_rank, deepspeed_config, is_deepspeed, least, overlaps, zero_stage
 
 
 def prepare(
@@ -157,23 +157,34 @@ def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[E
     DeepSpeed's ranks wait for each other inside, so a rank whose disk is full must reach that point too.
     """
     problems: list[Exception] = []
-    writer: Any = _engine(accelerator).checkpoint_engine if is_deepspeed(accelerator) else None
-    if writer:
 
-        def write(*args: Any, **kwargs: Any) -> None:
+    def guard(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> None:
             try:
-                type(writer).save(writer, *args, **kwargs)
+                write(*args, **kwargs)
             except not_written as error:
                 problems.append(error)
 
-        writer.save = write
+        return call
+
+    guard(folder.mkdir)(parents=True, exist_ok=True)
+    if any_rank(accelerator, bool(problems)):
+        return _first_line(problems) or "another process could not create its folder"
+    engine: Any = _engine(accelerator) if is_deepspeed(accelerator) else None
+    if engine:
+        engine.checkpoint_engine.save = guard(engine.checkpoint_engine.save)
+        engine._copy_recovery_script = guard(engine._copy_recovery_script)  # on rank 0 alone, as its file `latest`
     try:
-        accelerator.save_state(str(folder))
-    except not_written as error:
-        problems.append(error)
+        guard(accelerator.save_state)(str(folder), **({"save_latest": False} if engine else {}))
     finally:
-        if writer:
-            del writer.save
+        if engine:
+            del engine.checkpoint_engine.save, engine._copy_recovery_script
+    if engine and accelerator.is_main_process:
+        guard((folder / "latest").write_text)(MODEL_NAME)
+    return _first_line(problems)
+
+
+def _first_line(problems: list[Exception]) -> str | None:
     return " ".join(str(problems[0]).split())[:200] if problems else None
 
 

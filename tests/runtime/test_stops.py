@@ -497,6 +497,18 @@ def test_a_disk_fault_loses_no_run(begin: Callable[..., Started], writer: str, k
         assert faults.saved_step(started.folder, "phase2") == (0 if writer == "checkpoints" else 4)
 
 
+def test_what_rank_0_alone_cannot_write_of_a_zero_checkpoint_hangs_no_other(begin: Callable[..., Started]) -> None:
+    """A full disk met DeepSpeed's copy of a script, on rank 0: it left the save, and the others waited in it."""
+
+    def fail(_: int) -> None:
+        faults.fail_writes(ENOSPC, Path("/tmp"), "/state/(zero_to_|latest)")
+
+    started = begin(Run(processes=2, zero2=True), "--max_steps=4", "--save_every=2", before=fail, step=0)
+    text = stopped(started, 2)
+    assert text.count("step 4 could not be saved") == 2 and "but not phase2/checkpoints/step_4 (see" in text
+    assert (started.folder / "phase2" / "weights" / "model.safetensors").is_file() and "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     "run",
     [
