@@ -125,7 +125,7 @@ def probe(
     truth; with `data.absent_is_background` those without a label count as wrong. `pseudo_precision_absent_wrong`: they
     do in any case. `pseudo_coverage`: the share of the true keypoints in the strong view that it keeps. `pseudo_oks`:
     mean OKS over people, of the kept keypoints alone. Precision and coverage also as NAME/KEYPOINT. Each is nan where
-    there is nothing to measure.
+    there is nothing to measure. `pseudo_precision_stderr`: the binomial standard error of the first.
 
     Args:
         gather: concatenates a tensor over all ranks along its first dimension. All ranks must call this.
@@ -133,19 +133,11 @@ def probe(
     device = next(objective.teacher.parameters()).device
     mine = list(range(rank, len(holdout), num_ranks))
     shown = set(np.linspace(0, len(mine) - 1, min(NUM_SHOWN, len(mine))).round().astype(int).tolist())
-    loader = DataLoader(
-        Subset(holdout, mine),
-        batch_size=batch_size,
-        num_workers=holdout.config.num_workers,
-        collate_fn=default_collate,
-        worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # so that the global random state is the same with and without a hold-out
-    )
     sums, shown_people, position = torch.zeros(2, dtype=torch.float64), [], 0
-    num_keypoints = holdout.augmenter.skeleton.num_keypoints
-    # Equally many rows on each rank, as gathering needs; those of nobody are nan.
-    rows = torch.full((math.ceil(len(holdout) / num_ranks), len(Judged._fields), num_keypoints), math.nan)
-    for labeled_pair in unwrap_errors(loader):
+    # Equally many rows on each rank, as gathering needs.
+    num_rows, num_keypoints = math.ceil(len(holdout) / num_ranks), holdout.augmenter.skeleton.num_keypoints
+    rows = torch.full((num_rows, len(Judged._fields), num_keypoints), math.nan)
+    for labeled_pair in unwrap_errors(_load(holdout, mine, batch_size)):
         prediction: TeacherPrediction = _map(Tensor.cpu, objective.pseudo_labels(to_device(labeled_pair.pair, device)))
         sums += _similarity(labeled_pair, prediction, holdout)
         rows[position : position + len(labeled_pair.area)] = _judge(labeled_pair, prediction, holdout)
@@ -154,14 +146,23 @@ def probe(
                 shown_people.append(_map(lambda tensor, row=row: tensor[row : row + 1], (labeled_pair, prediction)))
         position += len(labeled_pair.area)
     similarity, people = gather(sums[None].to(device)).sum(dim=0).tolist()
-    # In the hold-out's order, whatever the number of ranks: sums of floats depend on it.
-    table = gather(rows.to(device)).cpu().numpy().reshape(num_ranks, -1, *rows.shape[1:]).swapaxes(0, 1)
-    table = table.reshape(-1, *rows.shape[1:])
-    table = table[~np.isnan(table[:, 0]).all(axis=1)] if len(table) > len(holdout) else table
-    scores, confidence, *masks = table.swapaxes(0, 1)
+    # In the hold-out's order, whatever the number of ranks: sums of floats depend on it. Rows of nobody come last.
+    table = gather(rows.to(device)).cpu().numpy().reshape(num_ranks, *rows.shape).swapaxes(0, 1)
+    scores, confidence, *masks = table.reshape(-1, *rows.shape[1:])[: len(holdout)].swapaxes(0, 1)
     judged = Judged(scores, confidence, *(mask > 0 for mask in masks))
     oks_of_kept = {"pseudo_oks": similarity / people if people else math.nan}
     return ProbeResult(_shares(judged, holdout) | oks_of_kept, shown_people, judged)
+
+
+def _load(holdout: Holdout, rows: Sequence[int], batch_size: int) -> DataLoader:
+    return DataLoader(
+        Subset(holdout, rows),
+        batch_size=batch_size,
+        num_workers=holdout.config.num_workers,
+        collate_fn=default_collate,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # so that the global random state is the same with and without a hold-out
+    )
 
 
 def _shares(judged: Judged, holdout: Holdout) -> dict[str, float]:
@@ -174,6 +175,7 @@ def _shares(judged: Judged, holdout: Holdout) -> dict[str, float]:
         "pseudo_coverage": (judged.true & kept, judged.true),
     }
     values = {name: _ratio(part.sum(), whole.sum()) for name, (part, whole) in pairs.items()}
+    values["pseudo_precision_stderr"] = _binomial_error(int((right & compared).sum()), int(compared.sum()))
     for name in ("pseudo_precision", "pseudo_coverage"):
         part, whole = (mask.sum(axis=0) for mask in pairs[name])
         names = holdout.augmenter.skeleton.names
@@ -183,6 +185,15 @@ def _shares(judged: Judged, holdout: Holdout) -> dict[str, float]:
 
 def _ratio(part: int, whole: int) -> float:
     return int(part) / int(whole) if whole else math.nan
+
+
+def _binomial_error(part: int, whole: int) -> float:
+    """The standard error of a share, as if two more were counted each way: that of 3 of 3 is not 0; nan of none.
+
+    Source: Agresti and Coull 1998, Approximate is better than "exact" for interval estimation of binomial proportions.
+    """
+    share = (part + 2) / (whole + 4)
+    return math.sqrt(share * (1 - share) / (whole + 4)) if whole else math.nan
 
 
 def _judge(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdout: Holdout) -> Float[Tensor, "b fields k"]:

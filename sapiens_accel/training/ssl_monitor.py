@@ -16,6 +16,7 @@ KEEP_RANGE = (0.05, 0.98)
 MOVED = 0.01  # in fp32 nearly every weight moves; if updates are rounded away, none does
 GRADIENTS = 10.0  # of the unlabeled loss to the labeled one; in balance they are within 0.2 to 2
 PRECISION_LOST = 0.03
+MIN_ERRORS = 2.0  # standard errors by which a share must differ: with few validation people 0.03 is noise
 STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what it averages
 AP_LOST = 0.005
 
@@ -44,6 +45,12 @@ class Rule:
     share: float = 0.0
     stops: bool = False
     harms: bool = False
+
+
+def _noise_of_precision(now: Mapping[str, float], first: Mapping[str, float]) -> float:
+    """How far the precision may fall by chance, or without harm."""
+    errors = (values["pseudo_precision_stderr"] for values in (now, first))
+    return max(PRECISION_LOST, MIN_ERRORS * math.hypot(*errors))
 
 
 RULES = (
@@ -110,10 +117,11 @@ RULES = (
         in_a_row=IN_A_ROW,
     ),
     Rule(
-        needs=("pseudo_precision",),
-        holds=lambda now, first: now["pseudo_precision"] < first["pseudo_precision"] - PRECISION_LOST,
-        says="pseudo_precision {pseudo_precision:.3f}, first {first[pseudo_precision]:.3f}: the teacher's labels get "
-        "worse; raise --ssl.teacher.threshold or lower --ssl.teacher.weight",
+        needs=("pseudo_precision", "pseudo_precision_stderr"),
+        holds=lambda now, first: first["pseudo_precision"] - now["pseudo_precision"] > _noise_of_precision(now, first),
+        says="pseudo_precision {pseudo_precision:.3f} (standard error {pseudo_precision_stderr:.3f}), first "
+        "{first[pseudo_precision]:.3f}: the teacher's labels get worse; raise --ssl.teacher.threshold or lower "
+        "--ssl.teacher.weight",
     ),
     Rule(
         needs=("AP", "student_AP"),

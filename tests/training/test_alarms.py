@@ -10,7 +10,7 @@ from sapiens_accel.training.ssl_monitor import RULES, Alarms, Stopped
 
 LOGGED = {"teacher_peak": 0.5, "teacher_peak_p99": 1.0, "spread": 0.2, "spread_labelled": 0.2, "keep": 0.6,
           "ema_moved": 1.0, "lr": 1e-4, "grad_ratio": 1.0, "loss": 0.1}  # fmt: skip
-JUDGED = {"AP": 0.5, "student_AP": 0.5, "pseudo_precision": 0.9}
+JUDGED = {"AP": 0.5, "student_AP": 0.5, "pseudo_precision": 0.9, "pseudo_precision_stderr": 0.005}
 STOPS = [
     ({"teacher_peak": 0.2499}, {"teacher_peak": 0.2501}, "--ssl.teacher.weight"),
     ({"teacher_peak_p99": 1.201}, {"teacher_peak_p99": 1.199}, "--ssl.teacher.weight"),
@@ -89,6 +89,17 @@ def test_keeping_next_to_nothing_or_everything_is_warned_of_after_a_share_of_the
     for step in range(20, 2000, 20):
         values = LOGGED | {"keep": inside if step % well_every == 0 else keep}
         assert alarms.check(step, values) == [], "never for so long on end"
+
+
+def test_a_precision_of_few_people_may_fall_by_two_standard_errors() -> None:
+    """Of 100 kept keypoints, 0.90 and then 0.82 are within chance; of 1,000 they are not."""
+    for stderr, noise in ((0.03, 2 * math.hypot(0.03, 0.04)), (0.009, 0.03)):
+        alarms = Alarms(good="", num_steps=100)
+        then = 0.04 if stderr == 0.03 else 0.01
+        first = {"pseudo_precision": 0.9, "pseudo_precision_stderr": stderr}
+        assert alarms.check(1, first) == []
+        well, sick = ({"pseudo_precision": 0.9 - noise + by, "pseudo_precision_stderr": then} for by in (1e-3, -1e-3))
+        assert alarms.check(20, well) == [] and len(alarms.check(40, sick)) == 1
 
 
 def test_weights_that_are_not_to_move_may_stand_still() -> None:

@@ -164,6 +164,8 @@ def test_the_hold_out_measures_what_its_labels_say(holdout: Holdout, far: float,
     values, *_ = probe(_objective(answers), holdout, batch_size=16)
     assert answers.mirrored > 10 and answers.judged > 30
     assert values["pseudo_precision"] == pytest.approx(answers.right / answers.judged, abs=1e-12)
+    share, num = (answers.right + 2) / (answers.judged + 4), answers.judged + 4
+    assert values["pseudo_precision_stderr"] == pytest.approx((share * (1 - share) / num) ** 0.5, abs=1e-12)
     assert values["pseudo_coverage"] == pytest.approx(answers.kept_true / answers.true, abs=1e-12)
     assert values["pseudo_precision_absent_wrong"] == pytest.approx(answers.right / answers.kept, abs=1e-12)
     assert answers.kept > 1.1 * answers.judged, "it keeps what nobody has labeled"
@@ -207,7 +209,9 @@ def test_left_and_right_taken_for_each_other_are_seen(holdout: Holdout) -> None:
 def test_nothing_kept_is_no_precision(holdout: Holdout) -> None:
     values, seen, _ = probe(_objective(Answers(holdout, unsure=1.0)), holdout, batch_size=16)
     assert values["pseudo_coverage"] == 0
-    assert math.isnan(values["pseudo_precision"]) and math.isnan(values["pseudo_oks"])
+    assert math.isnan(values["pseudo_precision"] + values["pseudo_precision_stderr"]) and math.isnan(
+        values["pseudo_oks"]
+    )
     assert panel(seen, COCO17).any()
 
 
