@@ -325,10 +325,9 @@ class TeacherConfig:
     views: Annotated[int, Range(1, 4)] = 1
     """Views of each unlabeled person that the teacher predicts. With more than one the mean of their heatmaps is used,
     whose peaks are high only where the views agree. Each further view costs another forward of the teacher."""
-    max_grad_ratio: NonNegative | None = None
+    max_grad_ratio: NonNegative | None = 0.5
     """Upper limit of the unlabeled loss's gradient norm at the heatmaps, as a multiple of the labeled loss's. The
-    weight is lowered to hold it, by the ratio that the steps before had. Default: no limit."""
-
+    weight is lowered to hold it, by the ratio that the steps before had. null: no limit."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 
