@@ -1,5 +1,6 @@
-"""The table of `gain.py` as an image: a bar for each arm's mean, a dot for each seed."""
+"""The table of `gain.py` as an image: for each data set and arm what it gains over `supervised`, seed by seed."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,57 +10,65 @@ import numpy as np
 
 from sapiens_accel.pose import draw
 
-ERROR_COLORS = [
-    (120, 120, 120),
+COLORS = [
     (90, 140, 200),
-    (200, 90, 80),
     (60, 160, 90),
+    (200, 90, 80),
     (230, 170, 60),
     (150, 100, 190),
     (90, 180, 190),
+    (120, 120, 120),
 ]
-HEIGHT, BAR, GAP, LEFT, TOP, BELOW = 420, 46, 60, 60, 40, 150
-ENTRY = 130  # px of a name in the legend
+HEIGHT, COLUMN, GAP, LEFT, TOP, BELOW = 420, 46, 60, 60, 50, 110
+ENTRY = 160  # px of a name in the legend
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def save(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw AP by arm, in a group for each number of labels.
+def save(cells: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw a dot for each seed's difference in AP, a line at their mean and a bar over its 95 % interval.
 
     Args:
-        cells: of `gain.summary`.
-        rows: with `labels`, `arm` and `ap`.
+        cells: of `gain.summary`; arms without a difference are left out.
     """
-    groups = sorted({cell["labels"] for cell in cells})
-    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
-    width = LEFT + GAP + len(cells) * BAR + len(groups) * GAP
+    shown = [cell for cell in cells if cell["arm"] != "supervised" and cell.get("ap_gains")]
+    cases = list(dict.fromkeys((cell["data"], cell["labels"]) for cell in shown))
+    arms = list(dict.fromkeys(cell["arm"] for cell in shown))
+    width = max(LEFT + GAP + len(shown) * COLUMN + len(cases) * GAP, 640)
     canvas = np.full((TOP + HEIGHT + BELOW, width, 3), 255, np.uint8)
-    most = 10 * (int(max(row["ap"] for row in rows)) // 10 + 1)
-    for value in range(0, most + 1, 10):
-        y = TOP + round(HEIGHT * (1 - value / most))
-        cv2.line(canvas, (LEFT, y), (width - 20, y), (225, 225, 225), 1)
-        _text(canvas, str(value), (18, y + 5))
+    gains = [gain for cell in shown for gain in cell["ap_gains"]]
+    low, high = math.floor(min([0.0, *gains])) - 1, math.ceil(max([0.0, *gains])) + 1
+
+    def height(value: float) -> int:
+        return TOP + round(HEIGHT * (high - min(max(value, low), high)) / (high - low))
+
+    for value in range(low, high + 1, max(1, (high - low) // 10)):
+        cv2.line(canvas, (LEFT, height(value)), (width - 20, height(value)), (230, 230, 230), 1)
+        _text(canvas, f"{value:+d}", (14, height(value) + 5))
+    cv2.line(canvas, (LEFT, height(0)), (width - 20, height(0)), (60, 60, 60), 1)
     x = LEFT + GAP // 2
-    for labels in groups:
-        first = x
-        for cell in (cell for cell in cells if cell["labels"] == labels):
-            top = TOP + round(HEIGHT * (1 - cell["ap"] / most))
-            color = ERROR_COLORS[arms.index(cell["arm"]) % len(ERROR_COLORS)]
-            cv2.rectangle(canvas, (x + 4, top), (x + BAR - 4, TOP + HEIGHT), color, -1)
-            _text(canvas, f"{cell['ap']:.1f}", (x + 6, TOP + HEIGHT - 8), (255, 255, 255))
-            for row in (row for row in rows if (row["labels"], row["arm"]) == (labels, cell["arm"])):
-                y = TOP + round(HEIGHT * (1 - row["ap"] / most))
-                cv2.circle(canvas, (x + BAR // 2, y), 4, (0, 0, 0), -1, cv2.LINE_AA)
-            x += BAR
-        _text(canvas, f"{labels} labels", (first + 4, TOP + HEIGHT + 22))
+    for case in cases:
+        _text(canvas, f"{case[0]}, {case[1]} labels", (x, TOP + HEIGHT + 22))
+        for cell in (cell for cell in shown if (cell["data"], cell["labels"]) == case):
+            _draw_cell(canvas, cell, x + COLUMN // 2, height, COLORS[arms.index(cell["arm"]) % len(COLORS)])
+            x += COLUMN
         x += GAP
     in_a_row = max(1, (width - LEFT) // ENTRY)
     for index, arm in enumerate(arms):
         x, y = LEFT + index % in_a_row * ENTRY, TOP + HEIGHT + 50 + 22 * (index // in_a_row)
-        cv2.rectangle(canvas, (x, y - 11), (x + 12, y + 1), ERROR_COLORS[index % len(ERROR_COLORS)], -1)
+        cv2.rectangle(canvas, (x, y - 11), (x + 12, y + 1), COLORS[index % len(COLORS)], -1)
         _text(canvas, arm, (x + 18, y))
-    _text(canvas, "AP of the teacher (drawn people, a tiny network)", (LEFT, 22))
+    _text(canvas, "AP of the teacher minus AP of `supervised`: each seed, mean and 95 % interval", (LEFT, 24))
     return draw.save_image(canvas, path)
+
+
+def _draw_cell(canvas: np.ndarray, cell: dict[str, Any], x: int, height: Any, color: tuple[int, int, int]) -> None:
+    if cell["ap_interval"] is not None:
+        low, high = cell["ap_interval"]
+        cv2.rectangle(canvas, (x - 9, height(high)), (x + 9, height(low)), tuple(128 + c // 2 for c in color), -1)
+    mean = height(sum(cell["ap_gains"]) / len(cell["ap_gains"]))
+    cv2.line(canvas, (x - 14, mean), (x + 14, mean), color, 3)
+    for gain in cell["ap_gains"]:
+        cv2.circle(canvas, (x, height(gain)), 4, (0, 0, 0), -1, cv2.LINE_AA)
 
 
 def _text(canvas: np.ndarray, text: str, at: tuple[int, int], color: tuple[int, int, int] = (40, 40, 40)) -> None:

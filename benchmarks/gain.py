@@ -1,21 +1,29 @@
-"""What unlabeled people are worth: train.py's own stages on drawn people, few of them labeled, arm by arm.
+"""What unlabeled images are worth: train.py's stage ssl against the strongest supervised training that was found.
 
-    python benchmarks/ssl.py --labels 30 100 --seeds 0 1 2 --arms supervised mse literal recommended
+    python benchmarks/ssl.py --data drawn mouse --seeds 0 1 2
 
-For each number of labels and seed, phase2 from random weights; from there every arm with the same steps, learning rate,
-labeled people, augmentation and average of weights. `supervised` sees no unlabeled people; it is what the others are
-held against. Drawn people and a tiny network: this ranks losses and finds mistakes, and predicts no accuracy on COCO.
+For each data set and number of labels, first the opponent: supervised training with several strengths of augmentation,
+then, with the best of them, several learning rates of its continuation, on a seed of its own; the best by AP is taken.
+Then, for each seed, that supervised stage from random weights, trained until more steps bring little, and from it all
+arms: `supervised` continues for as many steps as stage ssl has, `supervised_long` for as many as take the time of stage
+ssl, and the others see unlabeled images, all with one set of settings. A difference is that of an arm and `supervised`
+of the same seed. The weights of the last step are compared: choosing among steps by the people that are tested on would
+flatter an arm.
+
+Drawn people, and a real laboratory mouse (`mirror_mouse`, in the folder that --mouse or SAPIENS_ACCEL_TEST_DATA names),
+with a tiny network from random weights: this ranks methods and finds harm, and predicts no accuracy on COCO.
 """
 
 import argparse
 import json
 import os
-import subprocess
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,157 +31,327 @@ from typing import Any
 import chart
 import record
 import yaml
+from scipy import stats
 from tqdm import tqdm
 
-from sapiens_accel.config import parse as config
-from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-RECIPE = Path(__file__).with_name("ssl.yaml")
-BASELINE = "supervised"
+sys.path.append(str(ROOT / "tests"))
+import forks  # noqa: E402  (of a run of two minutes, a quarter are imports)
+
+BASELINE, LONG = "supervised", "supervised_long"
+CHOICE_SEED = 100  # of the choice of the opponent; no arm is compared on it
+LONGER = 1.8  # steps of supervised training in the time of a step of stage ssl
+# Options of the labeled images' augmentation; the student's view is as strong (its t reaches twice as far, hence half).
+STRENGTHS = {
+    "weak": {"rotation": 13, "scale": 0.14, "shift": 0.08, "photometric_p": 0, "coarse_dropout_p": 0},
+    "mid": {"rotation": 25, "scale": 0.25, "shift": 0.1, "photometric_p": 0.5, "coarse_dropout_p": 0.3},
+    "strong": {"rotation": 45, "scale": 0.4, "shift": 0.16, "photometric_p": 0.5, "coarse_dropout_p": 0.5},
+}
+RATES = (1.0, 0.3)  # of the supervised continuation, as shares of the start's
+OLD_RULE = ("--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.views=1", "--ssl.teacher.confidence_floor=0.2")
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: ("--ssl.teacher.ratio=0",),
+    LONG: ("--ssl.teacher.ratio=0",),
+    "recommended": (),
+    "version_0.1": OLD_RULE,
+    "no_limit": ("--ssl.teacher.max_grad_ratio=null",),
+    "limit_1": ("--ssl.teacher.max_grad_ratio=1",),
+    "one_view": ("--ssl.teacher.views=1",),
+    "no_floor": ("--ssl.teacher.confidence_floor=0.2",),
+    "no_cutout": ("--ssl.teacher.cutout=0",),
+    "ratio_2": ("--ssl.teacher.ratio=2",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),
     "literal": ("--ssl.teacher.loss=literal",),
-    "recommended": (),
-    "no_cutout": ("--ssl.teacher.cutout=0",),
-    "no_mask": ("--ssl.teacher.threshold=0",),
-    "no_ema": ("--ssl.teacher.ema_decay=0",),
 }
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set: its recipe, how many labels are tried, and the options that give it to train.py.
+
+    Attributes:
+        options: of (folder to write into, labels, seed, mirror_mouse's folder).
+    """
+
+    recipe: Path
+    labels: tuple[int, ...]
+    options: Callable[[Path, int, int, Path], list[str]]
+
+
+def drawn(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]:
+    return [f"--data.labels={labels}", "--data.labels_by=random", f"--data.labels_seed={seed}"]
+
+
+def mouse_frames(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]:
+    """All 90 labeled frames, shuffled by the seed: the first `labels` to train on, the others to test; and the film.
+
+    Thirty frames of validation alone would make one seed's AP worth about +-2.
+    """
+    whole: dict[str, list[Any]] = {"images": [], "annotations": []}
+    for split in ("train", "val"):
+        tree = json.loads((mouse / "annotations" / f"{split}.json").read_text())
+        whole["categories"], shift = tree["categories"], len(whole["images"])
+        for image in tree["images"]:
+            source = mouse / split / image["file_name"]
+            whole["images"].append({**image, "id": image["id"] + shift, "file_name": str(source.resolve())})
+        for annotation in tree["annotations"]:
+            moved = {"id": annotation["id"] + shift, "image_id": annotation["image_id"] + shift}
+            whole["annotations"].append({**annotation, **moved})
+    order = sorted(image["id"] for image in whole["images"])
+    random.Random(seed).shuffle(order)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for split, ids in (("train", set(order[:labels])), ("val", set(order[labels:]))):
+        tree = {**whole, "images": [image for image in whole["images"] if image["id"] in ids]}
+        tree["annotations"] = [one for one in whole["annotations"] if one["image_id"] in ids]
+        (folder / split).mkdir(exist_ok=True)
+        for image in tree["images"]:
+            source = Path(image["file_name"])
+            link = folder / split / f"{source.parent.name}_{source.name}"
+            if not link.exists():
+                link.symlink_to(source)
+        named = [{**i, "file_name": "_".join(Path(i["file_name"]).parts[-2:])} for i in tree["images"]]
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps({**tree, "images": named}))
+    files = [f"--data.{split}_annotations=annotations/{split}.json" for split in ("train", "val")]
+    images = [f"--data.{split}_images={split}" for split in ("train", "val")]
+    return [f"--data.root={folder}", *files, *images, f"--data.unlabelled_images={(mouse / 'unlabelled').resolve()}"]
+
+
+HERE = Path(__file__).parent
+DATA = {
+    "drawn": Data(recipe=HERE / "ssl.yaml", labels=(30, 100, 300), options=drawn),
+    "mouse": Data(recipe=HERE / "ssl_mouse.yaml", labels=(10, 30, 60), options=mouse_frames),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs of train.py for one case of a benchmark: data set, labels, seed."""
+
+    data: str
+    labels: int
+    seed: int
+    work: Path
+    mouse: Path
+    options: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.work / f"{self.data}_{self.labels}_{self.seed}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return yaml.safe_load(DATA[self.data].recipe.read_text())
+
+    def start(self, strength: str) -> Path:
+        """The supervised stage that all arms begin with."""
+        folder = self.folder / strength
+        if not (folder / "phase2" / "eval.json").is_file():
+            self.train(folder, "phase2", strength, [])
+        return folder / "phase2"
+
+    def arm(self, arm: str, strength: str, rate: float) -> Row:
+        """One arm's result; the supervised ones at `rate` times the start's."""
+        start, since = self.start(strength), time.perf_counter()
+        more = [f"--weights={start / 'weights'}", "--ssl.teacher.on_alarm=warn", *ARMS[arm]]
+        stage = self.recipe["ssl"]
+        if arm in (BASELINE, LONG):
+            more.append(f"--ssl.optim.lr={rate * self.recipe['phase2']['optim']['lr']}")
+        if arm == LONG:
+            more.append(f"--ssl.steps={round(LONGER * stage['steps'])}")
+        name = f"{strength}_{arm}_{rate}"
+        if not (self.folder / name / "ssl" / "eval.json").is_file():
+            self.train(self.folder / name, "ssl", strength, more)
+        logs = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        seen = {key: [line[key] for line in logs if line.get(key) is not None] for key in ("keep", "teacher_peak_p99")}
+        return {
+            "data": self.data, "labels": self.labels, "seed": self.seed, "arm": arm, "strength": strength,
+            "rate": rate if arm in (BASELINE, LONG) else None,
+            **scores(self.folder / name / "ssl" / "eval.json"), **scores(start / "eval.json", "start_"),
+            "keep": round(mean(seen["keep"]), 3) if seen["keep"] else None,
+            "peak_p99": round(max(seen["teacher_peak_p99"]), 3) if seen["teacher_peak_p99"] else None,
+            "seconds": round(time.perf_counter() - since),
+        }  # fmt: skip
+
+    def train(self, folder: Path, stage: str, strength: str, more: Sequence[str]) -> None:
+        """One run of train.py.
+
+        Raises:
+            UserError: it failed; with the end of its output.
+        """
+        changes = STRENGTHS[strength]
+        view = {
+            "strong_rotation": changes["rotation"] / 2,
+            "strong_scale": changes["scale"],
+            "strong_shift": changes["shift"] / 2,
+        }
+        augment = [f"--augment.{name}={value}" for name, value in (changes | view).items()]
+        people = DATA[self.data].options(self.folder / "data", self.labels, self.seed, self.mouse)
+        recipe = DATA[self.data].recipe
+        run = [f"--recipe={recipe}", f"--stage={stage}", f"--seed={self.seed}", f"--output_dir={folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"ACCELERATE_MIXED_PRECISION": "no"}
+        words = ["train.py", *run, *augment, *people, *more, *self.options]
+        done = forks.run(words, cwd=ROOT, env=environment, timeout=7200)
+        if done.returncode:
+            raise UserError(f"{folder}: {(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def scores(file: Path, prefix: str = "") -> Row:
+    found = json.loads(file.read_text())
+    pixels = {"px": round(found["mean_px"], 3)} if found.get("mean_px") is not None else {}
+    return {f"{prefix}{name}": value for name, value in {"ap": round(100 * found["AP"], 2), **pixels}.items()}
+
+
 def main(words: Sequence[str]) -> None:
     asked = parse(words)
-    everyone = yaml.safe_load(RECIPE.read_text())["data"]["synthetic"]["num_train"]
-    labels = [everyone if text == "all" else int(text) for text in asked.labels]
-    if max(labels) > everyone or min(labels) < 1:
-        raise UserError(f"--labels {' '.join(asked.labels)}: expected 1 to {everyone}, or all")
     path = record.place("ssl", "cpu", "", asked.json)
-    settings = {"recipe": yaml.safe_load(RECIPE.read_text()), "options": asked.options}
-    heading = record.heading("ssl", "cpu", record.cpu_name(), jobs=asked.jobs, **settings, all_labels=everyone)
-    rows = done_before(path, settings)
-    wanted = [(num, seed, arm) for num in labels for seed in asked.seeds for arm in asked.arms]
-    missing = [case for case in wanted if case not in {(row["labels"], row["seed"], row["arm"]) for row in rows}]
-    print(f"{len(missing)} runs on drawn people, {asked.jobs} at a time, one thread each", flush=True)
+    settings = {
+        "recipes": {name: yaml.safe_load(DATA[name].recipe.read_text()) for name in asked.data},
+        "strengths": STRENGTHS,
+        "options": asked.options,
+    }
+    heading = record.heading("ssl", "cpu", record.cpu_name(), jobs=asked.jobs, **settings)
+    rows, choices = done_before(path, settings)
+    cases = [(data, labels) for data in asked.data for labels in asked.labels or DATA[data].labels]
     with tempfile.TemporaryDirectory() as folder:
-        work, starts = Path(folder), sorted({case[:2] for case in missing})
-        draw(asked.options)
+        bench = Bench(Path(asked.work or folder).resolve(), path, heading, asked, rows, choices)
         with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda start: begin(work, *start, asked.options), starts))
-            runs = pool.map(lambda case: go_on(work, *case, asked.options), missing)
-            for row in tqdm(runs, total=len(missing), unit="run", disable=None):
-                rows.append(row)
-                record.write(path, heading, rows=sorted(rows, key=order), summary=summary(rows))
-    record.write(path, heading, rows=sorted(rows, key=order), summary=summary(rows))
-    picture = chart.save(summary(rows), rows, path.with_suffix(".png"))
+            bench.choose(pool, cases)
+            bench.compare(pool, cases)
+    picture = chart.save(summary(rows), path.with_suffix(".png"))
     print(f"{table(summary(rows))}\n{path}\n{picture}")
+
+
+@dataclass
+class Bench:
+    """All runs of one call; rows are written as they come."""
+
+    work: Path
+    path: Path
+    heading: dict[str, Any]
+    asked: argparse.Namespace
+    rows: list[Row]
+    choices: list[Row]
+
+    def runner(self, data: str, labels: int, seed: int) -> Runner:
+        mouse = Path(self.asked.mouse)
+        options = self.asked.options
+        return Runner(data=data, labels=labels, seed=seed, work=self.work, mouse=mouse, options=options)
+
+    def choose(self, pool: ThreadPoolExecutor, cases: Sequence[tuple[str, int]]) -> None:
+        """Run what chooses the opponent: each strength, then with the best of them each rate."""
+        self.run_choices(pool, [(*case, strength, RATES[0]) for case in cases for strength in STRENGTHS])
+        self.run_choices(pool, [(*case, self.best(*case)[0], rate) for case in cases for rate in RATES[1:]])
+
+    def run_choices(self, pool: ThreadPoolExecutor, wanted: Sequence[tuple[str, int, str, float]]) -> None:
+        known = {tuple(row[key] for key in ("data", "labels", "strength", "rate")) for row in self.choices}
+        missing = [case for case in wanted if case not in known]
+
+        def run(case: tuple[str, int, str, float]) -> Row:
+            data, labels, strength, rate = case
+            return self.runner(data, labels, CHOICE_SEED).arm(BASELINE, strength, rate)
+
+        for row in tqdm(pool.map(run, missing), total=len(missing), unit="choice", disable=None):
+            self.choices.append(row)
+            self.write()
+
+    def best(self, data: str, labels: int) -> tuple[str, float]:
+        """The strength and rate of the opponent with the best AP on the seed of the choice."""
+        mine = [row for row in self.choices if (row["data"], row["labels"]) == (data, labels)]
+        best = max(mine, key=lambda row: row["ap"])
+        return best["strength"], best["rate"]
+
+    def compare(self, pool: ThreadPoolExecutor, cases: Sequence[tuple[str, int]]) -> None:
+        known = {tuple(row[key] for key in ("data", "labels", "seed", "arm")) for row in self.rows}
+        wanted = [(data, labels, seed) for data, labels in cases for seed in self.asked.seeds]
+        missing = [case for case in wanted if any((*case, arm) not in known for arm in self.asked.arms)]
+
+        def run(case: tuple[str, int, int]) -> None:
+            strength, rate = self.best(*case[:2])
+            for arm in self.asked.arms:
+                if (*case, arm) not in known:
+                    self.rows.append(self.runner(*case).arm(arm, strength, rate))
+                    self.write()
+
+        for _ in tqdm(pool.map(run, missing), total=len(missing), unit="seed", disable=None):
+            pass
+
+    def write(self) -> None:
+        rows = sorted(self.rows, key=order)
+        record.write(self.path, self.heading, choices=self.choices, rows=rows, summary=summary(rows))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--labels", nargs="+", default=["30", "100"], help="labeled people, or all (30 100)")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="(all of them)")
+    parser.add_argument("--labels", nargs="+", type=int, help="labeled images (each data set's own three numbers)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(all of them)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[BASELINE, LONG, "recommended"], help="(three)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (one for each core)")
     parser.add_argument("--json", help="file to write; runs that it holds already are kept (results/ssl_cpu_DATE.json)")
+    shared = os.environ.get("SAPIENS_ACCEL_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+    parser.add_argument("--work", help="folder for the runs, which is not removed; runs that it holds are used again")
+    parser.add_argument("--mouse", default=f"{shared}/mirror_mouse", help="the folder of mirror_mouse (%(default)s)")
     asked, asked.options = parser.parse_known_args(words)  # what is left is for train.py
+    if "mouse" in asked.data and not Path(asked.mouse).is_dir():
+        raise UserError(f"--mouse {asked.mouse}: no such folder. Leave it out with --data drawn")
     return asked
 
 
-def done_before(path: Path, settings: dict[str, Any]) -> list[Row]:
+def done_before(path: Path, settings: dict[str, Any]) -> tuple[list[Row], list[Row]]:
     """The rows of the file, if it was made with the same settings."""
     if not path.is_file():
-        return []
+        return [], []
     found = json.loads(path.read_text())
-    return found["rows"] if all(found.get(name) == value for name, value in settings.items()) else []
+    same = all(found.get(name) == value for name, value in settings.items())
+    return (found["rows"], found["choices"]) if same else ([], [])
 
 
-def draw(options: Sequence[str]) -> None:
-    """The people, once for all runs, and a look at the options before hours are spent on them."""
-    from sapiens_accel.pose.skeleton import COCO17
-
-    run = config.load([f"--recipe={RECIPE}", *options])
-    build.open_people(run.data, COCO17, unlabeled=True)
-
-
-def begin(work: Path, labels: int, seed: int, options: Sequence[str]) -> None:
-    """The supervised stage that all arms start from."""
-    train(work / f"{labels}_{seed}" / "start", "phase2", labels, seed, options)
-
-
-def go_on(work: Path, labels: int, seed: int, arm: str, options: Sequence[str]) -> Row:
-    """One arm's row: what its stage ssl has come to, and what was seen on the way."""
-    folder = work / f"{labels}_{seed}"
-    since = time.perf_counter()
-    start = folder / "start" / "phase2"
-    # An arm that inflates is to be seen doing it.
-    more = [f"--weights={start / 'weights'}", "--ssl.teacher.on_alarm=warn", *ARMS[arm]]
-    train(folder / arm, "ssl", labels, seed, [*more, *options])
-    found = json.loads((folder / arm / "ssl" / "eval.json").read_text())
-    logs = [json.loads(line) for line in (folder / arm / "metrics.jsonl").read_text().splitlines()]
-    seen = {name: [line[name] for line in logs if line.get(name) is not None] for name in ("keep", "teacher_peak_p99")}
-    return {
-        "arm": arm,
-        "labels": labels,
-        "seed": seed,
-        "ap": round(100 * found["AP"], 2),
-        "ar": round(100 * found["AR"], 2),
-        "start_ap": round(100 * json.loads((start / "eval.json").read_text())["AP"], 2),
-        "student_ap": round(100 * found["student_AP"], 2) if "student_AP" in found else None,
-        "keep": round(mean(seen["keep"]), 3) if seen["keep"] else None,
-        "peak_p99": round(max(seen["teacher_peak_p99"]), 3) if seen["teacher_peak_p99"] else None,
-        "seconds": round(time.perf_counter() - since),
-    }
-
-
-def train(folder: Path, stage: str, labels: int, seed: int, more: Sequence[str]) -> None:
-    """One run of train.py.
-
-    Raises:
-        UserError: it failed; with the end of what it said.
-    """
-    people = [f"--data.labels={labels}", "--data.labels_by=random", f"--data.labels_seed={seed}"]
-    run = [f"--recipe={RECIPE}", f"--stage={stage}", f"--seed={seed}", f"--output_dir={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "train.py", *run, *people, *more],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{folder.name}, {labels} labels, seed {seed}: {(done.stderr or done.stdout).strip()[-2000:]}")
-
-
-def order(row: Row) -> tuple[int, int, int]:
-    return row["labels"], list(ARMS).index(row["arm"]), row["seed"]
+def order(row: Row) -> tuple[str, int, int, int]:
+    return row["data"], row["labels"], list(ARMS).index(row["arm"]), row["seed"]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """For each number of labels and arm: mean and spread of AP, and what it gains over the supervised arm, by seed."""
-    cells: dict[tuple[int, str], dict[int, float]] = {}
+    """For each case and arm: mean AP, and the paired difference from `supervised` with its 95 % interval (t)."""
+    cells: dict[tuple[str, int, str], dict[int, Row]] = {}
     for row in sorted(rows, key=order):
-        cells.setdefault((row["labels"], row["arm"]), {})[row["seed"]] = row["ap"]
+        cells.setdefault((row["data"], row["labels"], row["arm"]), {})[row["seed"]] = row
     found = []
-    for (labels, arm), aps in cells.items():
-        base = cells.get((labels, BASELINE), {})
-        gains = [round(ap - base[seed], 2) for seed, ap in aps.items() if seed in base]
-        values = list(aps.values())
-        spread = round(stdev(values), 2) if len(values) > 1 else None
-        gain = round(mean(gains), 2) if gains else None
-        found.append(
-            {"labels": labels, "arm": arm, "ap": round(mean(values), 2), "spread": spread, "gain": gain, "gains": gains}
-        )
+    for (data, labels, arm), by_seed in cells.items():
+        base = cells.get((data, labels, BASELINE), {})
+        cell: Row = {"data": data, "labels": labels, "arm": arm}
+        for name in ("ap", "px"):
+            if all(name in row for row in by_seed.values()):
+                gains = [by_seed[seed][name] - base[seed][name] for seed in by_seed if name in base.get(seed, {})]
+                cell[name] = round(mean(row[name] for row in by_seed.values()), 2)
+                cell |= {f"{name}_gains": [round(gain, 2) for gain in gains], f"{name}_interval": interval(gains)}
+        found.append(cell)
     return found
 
 
+def interval(gains: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of a mean of paired differences, by Student's t."""
+    if len(gains) < 2:
+        return None
+    half = stats.t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
+    return round(mean(gains) - half, 2), round(mean(gains) + half, 2)
+
+
 def table(cells: Sequence[Row]) -> str:
-    lines = [f"{'labels':>6}  {'arm':<12}{'AP':>7}{'+-':>6}{'gain':>7}  by seed"]
+    lines = [f"{'data':<6}{'labels':>7}  {'arm':<16}{'AP':>7}{'gain':>7}  by seed (95 % of the mean)"]
     for cell in cells:
-        spread = "" if cell["spread"] is None else f"{cell['spread']:.1f}"
-        gain = "" if cell["gain"] is None else f"{cell['gain']:+.1f}"
-        seeds = " ".join(f"{gain:+.1f}" for gain in cell["gains"])
-        lines.append(f"{cell['labels']:>6}  {cell['arm']:<12}{cell['ap']:>7.1f}{spread:>6}{gain:>7}  {seeds}")
+        gains = cell.get("ap_gains") or []
+        gain = f"{mean(gains):+.1f}" if gains else ""
+        low_high = "" if cell.get("ap_interval") is None else "({:+.1f} to {:+.1f})".format(*cell["ap_interval"])
+        pixels = f"  {cell['px']:.2f} px" if "px" in cell else ""
+        seeds = " ".join(f"{value:+.1f}" for value in gains)
+        lines.append(
+            f"{cell['data']:<6}{cell['labels']:>7}  {cell['arm']:<16}{cell['ap']:>7.1f}{gain:>7}  "
+            f"{seeds} {low_high}{pixels}"
+        )
     return "\n".join(lines)

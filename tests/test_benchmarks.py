@@ -252,26 +252,41 @@ def shell(folder: Path, packages: Path) -> str:
     return str(python)
 
 
-@pytest.mark.slow  # five trainings, each a launch of its own
-def test_arms_are_held_against_the_supervised_one(tmp_path: Path) -> None:
-    words = ["--labels", "6", "--seeds", "3", "--arms", "supervised", "recommended", "literal", "--jobs", "2"]
+@pytest.mark.slow  # nine trainings
+def test_arms_are_held_against_the_strongest_supervised_one(tmp_path: Path) -> None:
+    words = ["--data", "drawn", "--labels", "6", "--seeds", "3", "4", "--jobs", "2"]
+    words += ["--arms", "supervised", "recommended"]
     small = [f"--data.synthetic.num_{name}={num}" for name, num in (("train", 8), ("unlabelled", 4), ("val", 4))]
     short = [f"--{stage}.{knob}" for stage in ("phase2", "ssl") for knob in ("steps=2", "global_batch=2")]
     words += [*small, *short, "--data.input_hw=[64,48]"]
     out, cache = tmp_path / "ssl.json", {"SAPIENS_ACCEL_CACHE": str(tmp_path)}
     found = benchmark("ssl", out, *words, option="--json", **cache)
-    rows = {row["arm"]: row for row in found["rows"]}
-    assert set(rows) == {"supervised", "recommended", "literal"}
-    assert all((row["labels"], row["seed"]) == (6, 3) and 0 <= row["ap"] <= 100 for row in rows.values())
-    assert rows["supervised"]["keep"] is None and rows["recommended"]["keep"] is not None
+    choices = {(row["strength"], row["rate"]): row["ap"] for row in found["choices"]}
+    assert {strength for strength, _ in choices} == {"weak", "mid", "strong"} and len(choices) == 4
+    assert {row["seed"] for row in found["choices"]} == {100}  # none of the seeds that are compared
+    rows = {(row["arm"], row["seed"]): row for row in found["rows"]}
+    assert set(rows) == {(arm, seed) for arm in ("supervised", "recommended") for seed in (3, 4)}
+    best = max(choices, key=lambda case: choices[case])
+    assert all((rows["supervised", seed]["strength"], rows["supervised", seed]["rate"]) == best for seed in (3, 4))
+    assert rows["supervised", 3]["keep"] is None and rows["recommended", 3]["keep"] is not None
+    assert rows["supervised", 3]["start_ap"] == rows["recommended", 3]["start_ap"]
     cells = {cell["arm"]: cell for cell in found["summary"]}
-    assert cells["recommended"]["gains"] == [rows["recommended"]["ap"] - rows["supervised"]["ap"]]
+    gains = [round(rows["recommended", seed]["px"] - rows["supervised", seed]["px"], 2) for seed in (3, 4)]
+    assert cells["recommended"]["px_gains"] == gains
     picture = cv2.imread(str(out.with_suffix(".png")))
     assert picture is not None and picture.std() > 5
     # What a file of the same settings holds is not run again: made-up rows stay.
-    out.write_text(out.read_text().replace('"ap": ', '"ap": 5'))
+    out.write_text(out.read_text().replace('"px": ', '"px": 5'))
     again = benchmark("ssl", out, *words, option="--json", **cache)
-    assert again["rows"] == json.loads(json.dumps(found["rows"]).replace('"ap": ', '"ap": 5'))
+    assert again["rows"] == json.loads(json.dumps(found["rows"]).replace('"px": ', '"px": 5'))
+
+
+def test_an_interval_of_paired_gains_is_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: mean 2, standard deviation 1, and of 2 degrees of freedom t is 4.3027."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gain = importlib.import_module("gain")
+    assert gain.interval([1.0, 2.0, 3.0]) == (round(2 - 4.3027 / 3**0.5, 2), round(2 + 4.3027 / 3**0.5, 2))
+    assert gain.interval([1.0]) is None
 
 
 def test_the_folder_of_benchmarks_does_not_hide_the_standard_librarys_ssl() -> None:
