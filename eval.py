@@ -105,7 +105,8 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
             print("\npredictions:", *tables, sep="\n  ")
         if run.eval.html:
             weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
-            about, file = [f"people of {people.annotations}", *weights], html_report.report_path(run.eval.html, folder)
+            about = [f"people of {people.annotations}", *weights, *networks.read_summaries(candidates)]
+            file = html_report.report_path(run.eval.html, folder)
             print(f"\npage: {html_report.write_report(file, results, configs, analyses, skeleton, about)}")
 
 

@@ -24,6 +24,7 @@ from sapiens_accel.pose.infer_skeleton import Category, short
 from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, skeleton_from_tree, words
 from sapiens_accel.runtime import distributed
+from sapiens_accel.runtime.files import read_json
 
 PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not name it
 
@@ -89,6 +90,13 @@ def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate
         of_others = f"; it has those of {', '.join(trained)}" if trained else ""
         raise UserError(f"{path}: no weights of {run.stage} in it (expected STAGE/weights/{FILE}){of_others}")
     return [Candidate(name=stage, weights=path / stage / "weights", folder=output or path) for stage in stages]
+
+
+def read_summaries(candidates: Sequence[Candidate]) -> list[str]:
+    """What training said of the stages at their end (stage ssl: what was gained, how right its pseudo-labels were)."""
+    records = {one.name: read_json(one.weights.parent / "eval.json") for one in candidates}
+    summaries = {name: (record or {}).get("summary") for name, record in records.items()}
+    return [f"{name}, at the end of its training: {text}" for name, text in summaries.items() if isinstance(text, str)]
 
 
 def _name_of(path: Path) -> str:

@@ -180,16 +180,23 @@ def estimate_size(accelerator: Accelerator, model: nn.Module, *, teacher: bool, 
     return num * (value + 4 + 8 * teacher) + learning * optimizer
 
 
-def warn_of_little_room(stage_folder: Path, needed: int) -> None:
-    """Print a line where the disk has not room for the first checkpoint of a stage. Rank 0 calls it."""
+def warn_of_little_room(stage_folder: Path, needed: int, first_weights: int = 0) -> None:
+    """Print a line where the disk has not room for the first checkpoint of a stage. Rank 0 calls it.
+
+    Args:
+        needed: bytes of that checkpoint.
+        first_weights: bytes of the weights that are exported before it.
+    """
     if list_checkpoints(stage_folder / "checkpoints"):  # `save` takes the size of the last one
         return
     free = shutil.disk_usage(stage_folder.parent).free
-    if free < needed:
-        sizes = f"expected about {needed / GIB:.2f} GiB, found {free / GIB:.2f} GiB free"
+    if free < needed + first_weights:
+        sizes = f"expected about {needed / GIB:.2f} GiB, "
+        sizes += f"and {first_weights / GIB:.2f} GiB for the initial weights, " if first_weights else ""
         print(
             f"{stage_folder.name}: warning: --output_dir {stage_folder.parent}: too little room for the first "
-            f"checkpoint ({sizes}). Make room: what cannot be saved is lost when the run stops",
+            f"checkpoint ({sizes}found {free / GIB:.2f} GiB free). Make room: what cannot be saved is lost when the "
+            "run stops",
             flush=True,
         )
 

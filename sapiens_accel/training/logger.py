@@ -41,6 +41,7 @@ from sapiens_accel.training.loop import Step, stop_between_batches
 from sapiens_accel.training.mean_teacher import MeanTeacher
 from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.pseudo_label_quality import Holdout, Judged, ProbeResult
+from sapiens_accel.training.run_folder import digest_people
 from sapiens_accel.training.ssl_monitor import KEEP_RANGE, Alarms, StageResult, Stopped, describe_result
 
 if TYPE_CHECKING:
@@ -183,18 +184,51 @@ class StageLogger:
         folder, start, teacher = self.context.folder, self.context.start, self.context.config.teacher
         resumes = self.first and self.accelerator.is_main_process
         earlier = _first_values(self.run_folder / "metrics.jsonl", self.stage) if resumes else {}
-        kept, began = (files.read_json(folder / name) if resumes else None for name in (KEPT, BEGIN))
-        earlier, kept, began = broadcast_object_list([earlier, kept, began])
+        # With `best`, weights of a step after the checkpoint are the best until now all the same: the steps between are
+        # taken again and come to them.
+        latest = self.last if self.context.config.hand_over == "best" else self.first
+        kept = self._read_evaluated(KEPT, latest) if resumes else None
+        began = self._read_evaluated(BEGIN, self.first) if resumes else None
+        earlier, self.kept, self.began = broadcast_object_list([earlier, kept, began])
+        self.is_interrupted = broadcast_object_list([bool(resumes) and self._is_interrupted()])[0]
         good = f"the initial weights, {start}" if start else "none: the initial weights are random"
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
         self.alarms = Alarms(
             good=good, num_steps=self.last, stops=teacher is None or teacher.on_alarm == "stop", first=earlier
         )
-        # With `best`, weights of a step after the checkpoint are the best until now all the same: the steps between are
-        # taken again and come to them.
-        latest = self.last if self.context.config.hand_over == "best" else self.first
-        self.kept, self.began = _read_evaluated(kept, latest), _read_evaluated(began, self.first)
+
+    def _read_evaluated(self, name: str, latest: int) -> Evaluated | None:
+        """Return the content of kept.json or begin.json on rank 0.
+
+        None if it is damaged, of a step after `latest`, or measured otherwise than this run does.
+        """
+        record = files.read_json(self.context.folder / name) or {}
+        step, metrics, oks = (record.get(key) for key in ("step", "metrics", "oks"))
+        if not (isinstance(step, int) and step <= latest and isinstance(metrics, dict)):
+            return None
+        if not isinstance(metrics.get("AP"), int | float):
+            return None
+        if tables.list_differences(record, self._protocol | {"people": digest_people(self.people)}):
+            return None
+        oks = [math.nan if value is None else value for value in oks] if isinstance(oks, list) else None
+        return Evaluated(step, metrics, oks)
+
+    def _is_interrupted(self) -> bool:
+        """Whether the evaluation of the step that is resumed, or the export of its weights, was not finished.
+
+        The checkpoint of a step is written before its evaluation.
+        """
+        every, is_best = self.run.eval_every, self.context.config.hand_over == "best"
+        if not (every and self.first % every == 0 and self.first < self.last and is_best and self.kept):
+            return False
+        if self.run.dry_run or self.kept.step == self.first:
+            return False
+        entries = _entries(self.run_folder / "metrics.jsonl", self.stage)
+        aps = [
+            entry["AP"] for entry in entries if entry.get("step") == self.first and isinstance(entry.get("AP"), float)
+        ]
+        return not aps or aps[-1] > self.kept.metrics["AP"]
 
     @property
     def unhealthy(self) -> bool:
@@ -271,7 +305,8 @@ class StageLogger:
     def _record(self, name: str, evaluated: Evaluated) -> None:
         """Write what a resumed stage compares with; a person without a labeled keypoint is null."""
         oks = evaluated.oks and [value if math.isfinite(value) else None for value in evaluated.oks]
-        record = {"step": evaluated.step, "metrics": evaluated.metrics, "oks": oks}
+        record = {"step": evaluated.step, "metrics": evaluated.metrics, "oks": oks, **self._protocol}
+        record["people"] = digest_people(self.people)
 
         def write() -> None:
             self.context.folder.mkdir(parents=True, exist_ok=True)
@@ -581,15 +616,6 @@ class StageLogger:
         path = self.run_folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
         self._on_disk(lambda: draw.save_image(image, path))
         self._on_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
-
-
-def _read_evaluated(record: Mapping[str, Any] | None, latest: int) -> Evaluated | None:
-    """Return the content of kept.json or begin.json; None if it is damaged, or of a step after `latest`."""
-    step, metrics, oks = ((record or {}).get(name) for name in ("step", "metrics", "oks"))
-    if not (isinstance(step, int) and step <= latest and isinstance(metrics, dict) and "AP" in metrics):
-        return None
-    oks = [math.nan if value is None else value for value in oks] if isinstance(oks, list) else None
-    return Evaluated(step, metrics, oks)
 
 
 def _fit(objective: Objective, judged: Judged) -> None:

@@ -96,14 +96,17 @@ class TrainingStage:
     def begin(self) -> None:
         """Evaluate the weights that the stage begins with, where they are compared with later ones.
 
-        With `hand_over` best they are exported too: a stage that is stopped, or that learns nothing, leaves them. All
-        ranks must call it.
+        With `hand_over` best they are exported too: a stage that is stopped, or that learns nothing, leaves them. A
+        stage that was stopped in an evaluation makes that again. All ranks must call it.
 
         Raises:
             EvaluationStopped: a stop was asked for.
         """
         context, is_best = self.context, self.context.config.hand_over == "best"
-        self.logger.calibrate(context.first, self.objective)
+        if self.logger.is_interrupted:
+            self.evaluate(context.first)
+        else:  # an evaluation does that too, after it has measured with the fit before
+            self.logger.calibrate(context.first, self.objective)
         # A resumed stage has begun earlier; without a record of its best weights it compares with the resumed ones.
         is_due = (is_best or context.config.teacher) if not context.first else is_best and self.logger.kept is None
         if not is_due or context.run.dry_run or context.first == context.last:
@@ -236,6 +239,16 @@ class Progress:
         )
 
 
+def _estimate_sizes(context: StageContext, model: SapiensPose) -> tuple[int, int]:
+    """The bytes of a checkpoint, and of the weights that the stage exports before its first step."""
+    run, has_teacher = context.run, context.config.teacher is not None
+    size = checkpoint.estimate_size(context.accelerator, model, teacher=has_teacher, adam_8bit=run.memory.adam_8bit)
+    if context.config.hand_over != "best":
+        return size, 0
+    num = sum(parameter.numel() for parameter in model.parameters())
+    return size, num * getattr(torch, run.weights_dtype).itemsize * (1 + has_teacher)
+
+
 def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     """Build a stage from its checkpoint, the given weights, those of the stage before it, or random ones.
 
@@ -260,9 +273,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     model.lay_out(plan.layout)
     teacher = ema.moving_average(accelerator, deepcopy(model), plan.way.teacher) if config.teacher else None
     frozen = engine.frozen_masters(accelerator, model)
-    size = checkpoint.estimate_size(
-        accelerator, model, teacher=config.teacher is not None, adam_8bit=run.memory.adam_8bit
-    )
+    sizes = _estimate_sizes(context, model)
     groups = optim.param_groups(model.layer_groups(), config.optim)
     optimizer = optim.adamw(groups, config.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
     network, optimizer = engine.prepare(
@@ -275,18 +286,20 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     )
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     num_steps = sampling.num_steps(config, len(context.sets.train))
-    parameters = partial(engine.full_values, accelerator, network)
-    gather, autocast = partial(distributed.gather, accelerator), distributed.autocast_dtype(accelerator)
     setup = teacher and TeacherSetup(
-        average=teacher, student_parameters=parameters, num_steps=num_steps, gather=gather, autocast=autocast,
+        average=teacher,
+        student_parameters=partial(engine.full_values, accelerator, network),
+        num_steps=num_steps,
+        gather=partial(distributed.gather, accelerator),
+        autocast=distributed.autocast_dtype(accelerator),
         mirrors=run.augment.flip_p > 0,
-    )  # fmt: skip
+    )
     objective = build_objective(config, codec, skeleton, setup)
     first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
     context.begin(first)
     if accelerator.is_main_process and not run.dry_run:
-        checkpoint.warn_of_little_room(context.folder, size)
+        checkpoint.warn_of_little_room(context.folder, *sizes)
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sapiens_accel.config import parse as config
 from sapiens_accel.evaluation.paired import PairedDifference, mean_oks, paired_difference
 from sapiens_accel.publish import model_card
+from sapiens_accel.training.logger import StageLogger
 from sapiens_accel.training.ssl_monitor import StageResult, describe_result
 
 SMALL = [
@@ -123,6 +124,28 @@ def test_weights_that_got_worse_are_not(
     main(run, "--stage=ssl", f"--weights={trained}", "--ssl.hand_over=last", "--max_steps=1", *HARM)
     assert read(run)["weights_step"] == 1 and not same(run / "ssl" / "weights", trained)
     assert "hands over the weights of step 1 of 1" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_stopped_in_an_evaluation_makes_it_again(
+    whole: Path, main: Main, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of that step is there already: its weights were never compared, and a later step was exported."""
+    cut, evaluate = tmp_path / "cut", StageLogger.evaluate
+
+    def stop(logger: StageLogger, step: int, *args: Any) -> None:
+        if step == 4:
+            raise RuntimeError("stopped")
+        evaluate(logger, step, *args)
+
+    words = "--stage=ssl", f"--weights={begun}", "--eval_every=2", *GOOD
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(StageLogger, "evaluate", stop)
+        main(cut, *words)
+    assert read(cut, "kept.json")["step"] < 4 and (cut / "ssl" / "checkpoints" / "step_4").is_dir()
+    main(cut, *words, LATEST)
+    found, expected = ([line for line in lines(run) if "AP" in line] for run in (cut, whole))
+    assert found == expected
+    assert all(read(cut, name) == read(whole, name) for name in ("kept.json", "eval.json"))
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["after an evaluation", "before the best one"])
