@@ -46,6 +46,7 @@ HOLE = (0.2, 0.4)
 AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of grays, as a cross product
 GRAY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
 BUILT_IN_OPTIONS = ("photometric_p", "blur_p", "coarse_dropout_p")
+TRIES = 16  # draws of a transform, of which one must change a pixel
 # Warnings of albumentations about a transform as such, whatever its arguments.
 ADVICE = (r"\w+ is a specialized version of ", r"\w+ is an alias for ")
 
@@ -196,14 +197,19 @@ def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
     where = f"--augment.albumentations: {name}"
     kind = getattr(albumentations, name, None)
     if not (isinstance(kind, type) and issubclass(kind, BasicTransform)):
-        version = albumentations.__version__
-        raise UserError(f"{where}: no transform of albumentations {version}{nearest(name, _pixel_transforms())}")
+        is_group = isinstance(kind, type) and issubclass(kind, albumentations.BaseCompose)
+        hint = (
+            " but a group of them. List them, each with its own p" if is_group else nearest(name, _pixel_transforms())
+        )
+        raise UserError(f"{where}: no transform of albumentations {albumentations.__version__}{hint}")
+    if not issubclass(kind, ImageOnlyTransform | albumentations.DualTransform):
+        raise UserError(f"{where}: makes no image of an image (expected a transform of colors or noise). Leave it out")
     if not _moves_nothing(kind):
         raise UserError(
             f"{where}: moves pixels, and keypoints would not follow (expected a transform of colors or noise). "
             "Rotation, scale, shift and flip are --augment.rotation, .scale, .shift and .flip_p"
         )
-    known = [key for key in inspect.signature(kind).parameters if key not in ("args", "kwargs")]
+    known = _arguments_of(kind)
     for argument in arguments:
         if argument not in known:
             takes = f"(expected {', '.join(known)})"
@@ -220,6 +226,10 @@ def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
     return transform
 
 
+def _arguments_of(kind: type) -> list[str]:
+    return [key for key in inspect.signature(kind).parameters if key not in ("args", "kwargs")]
+
+
 def _moves_nothing(kind: type) -> bool:
     """Whether no pixel moves: transforms of the image alone, and those that put something over it."""
     over = (BaseDropout, albumentations.PixelDropout, albumentations.XYMasking)
@@ -232,19 +242,30 @@ def _pixel_transforms() -> list[str]:
 
 
 def _try_out(where: str, transform: BasicTransform) -> None:
-    """Refuse what does not make an image of an image alone: a reference that it needs, another type or size."""
-    image = default_rng(0).integers(0, 256, (96, 72, 3), dtype=np.uint8)
+    """Refuse what does not make another image of an image alone: it needs more, makes another type or changes none."""
+    # From dark to bright as photographs are: noise of the whole range has neither contrast to gain nor a main color.
+    image = np.linspace(40, 180, 96).astype(np.uint8)[:, None, None] + default_rng(0).integers(
+        0, 32, (96, 72, 3), dtype=np.uint8
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            transform.set_random_seed(0)
-            changed = transform(image=image.copy(), force_apply=True)["image"]
+            for seed in range(TRIES):
+                transform.set_random_seed(seed)
+                changed = transform(image=image.copy(), force_apply=True)["image"]
+                if not np.array_equal(changed, image):
+                    break
     except Exception as error:
         raise UserError(f"{where}: fails on an image: {_reason(error)}") from None
     if changed.dtype != np.uint8 or changed.shape != image.shape:
         shape = "x".join(map(str, changed.shape))
         raise UserError(
             f"{where}: makes {changed.dtype} of {shape} of an image (expected uint8 of 96x72x3); leave it out"
+        )
+    if np.array_equal(changed, image):
+        raise UserError(
+            f"{where}: changes no pixel of an image, with these arguments and no masks or boxes (expected some). Set "
+            f"others of its arguments ({', '.join(_arguments_of(type(transform)))}), or leave it out"
         )
 
 

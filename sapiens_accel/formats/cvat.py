@@ -1,7 +1,8 @@
 """CVAT's XML 1.1, for images and for video: skeletons, points and boxes.
 
-A point of a skeleton that is `outside` is not labeled, one that is `occluded` has v = 1. Of tracks, key frames count:
-what CVAT interpolates between them is left out.
+A point of a skeleton that is `outside` is not labeled, one that is `occluded` has v = 1. Points at 0.00, 0.00 are not
+labeled either: Datumaro's export to CVAT writes those of v = 0 so, without a mark. Of tracks, key frames count: what
+CVAT interpolates between them is left out.
 """
 
 import math
@@ -37,6 +38,7 @@ from sapiens_accel.sources.coco import reason
 
 CATEGORY = "person"  # of points in no box
 SHAPES = ("skeleton", "points", "box")
+AT_ORIGIN = "points at 0.00, 0.00, taken as not labeled, as Datumaro writes v = 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     root = _parse(file)
     left_out: Counter[str] = Counter()
     frames = [*_image_frames(root), *_track_frames(root, left_out)]
+    left_out[AT_ORIGIN] = sum(_count_at_origin(shape) for frame in frames for shape in frame.shapes)
     folders = [images] if images else [file.parent, file.parent / "images"]
     finder = ImageFinder(folders)
     kept: list[tuple[Frame, Path]] = []
@@ -213,8 +216,9 @@ def _skeleton(
     for point in shape.iter("points"):
         v = _visibility(point)
         if v:
-            x, y = point.attrib["points"].split(",")
-            keypoints[names.index(point.attrib["label"])] = float(x), float(y), v
+            ((x, y),) = _coordinates(point)
+            if x or y:
+                keypoints[names.index(point.attrib["label"])] = x, y, v
     return PoseInstance(category=number, keypoints=keypoints, box_xywh=box_of.get(_key(shape) or ""))
 
 
@@ -224,6 +228,18 @@ def _visibility(shape: ET.Element) -> int:
     return OCCLUDED if shape.attrib.get("occluded") == "1" else VISIBLE
 
 
+def _coordinates(shape: ET.Element) -> list[tuple[float, float]]:
+    """x and y (px) of each of the shape's points."""
+    pairs = [pair.split(",") for pair in shape.attrib["points"].split(";") if pair]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def _count_at_origin(shape: ET.Element) -> int:
+    """Points that are marked as labeled at 0, 0, of a skeleton or of a shape of points."""
+    shown = [one for one in shape.iter("points") if _visibility(one)]
+    return sum(not any(xy) for one in shown for xy in _coordinates(one))
+
+
 def _key(shape: ET.Element) -> str | None:
     key = shape.attrib.get("group_id")
     return key if key not in (None, "", "0") else None
@@ -231,11 +247,11 @@ def _key(shape: ET.Element) -> str | None:
 
 def _points(shape: ET.Element) -> Iterator[LoosePoint]:
     """The points of a shape: one by its label, several as LABEL_1, LABEL_2, ..."""
-    pairs = [pair.split(",") for pair in shape.attrib["points"].split(";") if pair]
-    label = shape.attrib["label"]
-    for number, (x, y) in enumerate(pairs, 1):
-        name = label if len(pairs) == 1 else f"{label}_{number}"
-        yield LoosePoint(label=name, xy=(float(x), float(y)), v=_visibility(shape), key=_key(shape))
+    points, label = _coordinates(shape), shape.attrib["label"]
+    for number, xy in enumerate(points, 1):
+        if any(xy):
+            name = label if len(points) == 1 else f"{label}_{number}"
+            yield LoosePoint(label=name, xy=xy, v=_visibility(shape), key=_key(shape))
 
 
 def _box(shape: ET.Element) -> LooseBox:

@@ -14,7 +14,7 @@ import yaml
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from sapiens_accel.errors import UserError, read_tree
+from sapiens_accel.errors import UserError, count, read_tree
 from sapiens_accel.formats.dataset import PoseCategory, PoseDataset, PoseImage, PoseInstance, find_edges, read_size
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import images as photo
@@ -72,7 +72,18 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         left_out["images of the split test"] += sum(1 for _ in _images(layout, NOT_USED, optional=True))
     used = {one.category for image in pose_images for one in image.instances}
     left_out["classes without an instance"] += len(categories) - len(used)
-    return PoseDataset(categories=categories, images=pose_images, left_out=left_out, notes=[note])
+    notes = [note, *_describe_shared(pose_images)]
+    return PoseDataset(categories=categories, images=pose_images, left_out=left_out, notes=notes)
+
+
+def _describe_shared(images: Sequence[PoseImage]) -> list[str]:
+    """Files that are in both splits, in a line: `val: images/train` stands in many a first data.yaml."""
+    files = {split: {Path(str(one.source)).resolve() for one in images if one.split == split} for split in SPLITS}
+    num, total = len(files["train"] & files["val"]), len(files["val"])
+    return [
+        f"warning: {num} of {count(total, 'image')} of val are images of train too, so validation would be on what was "
+        "trained. Give val images of its own, or remove `val:` from data.yaml: then --val draws some of train"
+    ] * bool(num)
 
 
 def _layout(path: Path, images: Path | None) -> YoloLayout:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from sapiens_accel.config.parse import check_model_id
 from sapiens_accel.config.schema import DataConfig
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.hub.errors import explain, hide_token
 from sapiens_accel.sources import coco as coco_json
 from sapiens_accel.sources import images as photo
@@ -128,6 +129,9 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
         _number(out / "data", name, ending, made)
         people = len(tree["annotations"])
         summary.append(f"{split.name}: {len(tree['images'])} images, {people} annotations, {made} shard(s)")
+        if not _has_people(split) and (others := _other_files(split)):
+            suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in others}))
+            summary.append(f"{split.name}: left out: {count(len(others), 'file')} with other suffixes ({suffixes})")
         written.append(split.name)
         categories += [{"split": name, **category} for category in tree.get("categories", ())]
     if to == "parquet" and categories:
@@ -140,18 +144,28 @@ def write(splits: Sequence[Split], out: Path, to: str, shard_bytes: int, group_r
 
 def _tree(split: Split) -> dict[str, Any]:
     """The split's JSON; of an unlabeled folder without one, its images."""
-    if split.annotations.is_file() and not coco_json.is_detections(split.annotations):
+    if _has_people(split):
         return coco_json.read_json(split.annotations)
     if not split.optional:
         raise UserError(f"{split.annotations}: expected a COCO annotation file; see --{split.name}_annotations")
-    images = []
-    for index, path in enumerate(sorted(p for p in split.images.iterdir() if p.suffix.lower() in photo.IMAGE_SUFFIXES)):
+    images, others = [], _other_files(split)
+    for index, path in enumerate(sorted(set(split.images.iterdir()) - set(others))):
         image = photo.read_unchecked_image(path, cv2.IMREAD_COLOR)
         if image is None:
             raise UserError(f"{path}: does not decode; repair it or move it away")
         sizes = {"width": image.shape[1], "height": image.shape[0]}
         images.append({"id": index, "file_name": path.name, **sizes})
     return {"images": images, "annotations": [], "categories": []}
+
+
+def _has_people(split: Split) -> bool:
+    """Whether its JSON lists its images and people; of detections, and without a JSON, the folder is what counts."""
+    return split.annotations.is_file() and not coco_json.is_detections(split.annotations)
+
+
+def _other_files(split: Split) -> list[Path]:
+    """What is in the folder of an unlabeled split and is no image by its suffix."""
+    return [path for path in split.images.iterdir() if path.suffix.lower() not in photo.IMAGE_SUFFIXES]
 
 
 def _check_ids(split: Split, tree: dict[str, Any], to: str) -> None:
@@ -270,11 +284,23 @@ def _write_tars(groups: Iterator[Group], folder: Path, split: str, _: dict[str, 
             for row in group:
                 image = row.pop("image")
                 about = {**row, "people": [{k: v for k, v in one.items() if v is not None} for one in row["people"]]}
-                _add(tar, f"{number:09d}{Path(row['file_name']).suffix.lower()}", image["bytes"])
+                _add(tar, f"{number:09d}{_suffix(row['file_name'], image['bytes'])}", image["bytes"])
                 _add(tar, f"{number:09d}.json", json.dumps(about).encode())
                 number += 1
         count = shard + 1
     return count
+
+
+def _suffix(name: str, content: bytes) -> str:
+    """An image's suffix in a tar, where its member is known by it: that of its format where its name has another."""
+    if (suffix := Path(name).suffix.lower()) in photo.IMAGE_SUFFIXES:
+        return suffix
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            suffix = f".{image.format}".lower()
+    except Exception:  # Pillow documents no complete list of what a broken header raises
+        suffix = ""
+    return suffix if suffix in photo.IMAGE_SUFFIXES else ".jpg"  # what does not decode is named by its readers
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -45,7 +45,13 @@ def _augmenter(listed: str) -> Augmenter:
     ("listed", "said"),
     [
         ("[GausNoise]", r"GausNoise: no transform of albumentations 2\.0\.8; did you mean GaussNoise\?"),
-        ("[Compose]", r"Compose: no transform of albumentations"),
+        *((f"[{name}]", rf"{name}: no transform of albumentations 2\.0\.8 but a group of them\. List them, ") for
+          name in ("Compose", "OneOf", "SomeOf", "Sequential")),
+        ("[ToTensorV2]", r"ToTensorV2: makes no image of an image"),
+        # Without what they need they leave the image as it is.
+        ("[XYMasking]", r"XYMasking: changes no pixel .* Set others of its arguments \(num_masks_x, "),
+        ("[ConstrainedCoarseDropout]", r"ConstrainedCoarseDropout: changes no pixel of an image, .* no masks or boxes"),
+        ("[{ColorJitter: {brightness: 0, contrast: 0, saturation: 0, hue: 0}}]", r"ColorJitter: changes no pixel"),
         # 2.0.8 only warns, and then takes the defaults.
         ("[{CoarseDropout: {max_holes: 1}}]", r"CoarseDropout: no argument 'max_holes' \(expected num_holes_range"),
         ("[{GaussNoise: {var_limit: [10, 50]}}]", r"GaussNoise: no argument 'var_limit' \(expected std_range"),
@@ -92,7 +98,15 @@ def test_of_all_transforms_those_that_move_pixels_are_refused() -> None:
         with pytest.raises(UserError, match=f"{name}: moves pixels"):
             augment.open_transforms([{name: {}}])
     taken = [name for name in augment._pixel_transforms() if _is_taken(name)]
-    assert {"GaussNoise", "CLAHE", "RandomBrightnessContrast", "MotionBlur", "CoarseDropout", "ToGray"} <= set(taken)
+    assert {
+        "GaussNoise",
+        "CLAHE",
+        "RandomBrightnessContrast",
+        "MotionBlur",
+        "CoarseDropout",
+        "ToGray",
+        "FancyPCA",
+    } <= set(taken)
     assert len(taken) > 40 and not set(taken) & set(moving)
     assert {"FrequencyMasking", "TimeMasking"} <= set(taken), "albumentations advises against them, whatever they get"
 

@@ -237,6 +237,29 @@ def test_cvat_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "left out: shapes of type polygon (1)\n" in capsys.readouterr().out
 
 
+def test_points_at_the_origin_of_cvat_are_not_labeled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Datumaro writes v = 0 as a point at 0.00, 0.00 like any other: in skeletons and in shapes of points."""
+    task = foreign.cvat_images(tmp_path / "task")
+    file, mice = task / "annotations.xml", [mouse for shot in foreign.shots() for mouse in shot.mice]
+    hidden = sum(int((mouse.points[:, 2] == 0).sum()) for mouse in mice)
+    text, num = re.subn('outside="1"', 'outside="0"', file.read_text())
+    assert num == hidden == 1
+    file.write_text(text)
+    run("cvat", task, tmp_path / "out")
+    check_mice(tmp_path / "out", boxes=False)
+    said = "points at 0.00, 0.00, taken as not labeled, as Datumaro writes v = 0"
+    assert f"left out: {said} (1), shapes of type polygon (1)\n" in capsys.readouterr().out
+    points = '<points label="mouse" occluded="0" points="30.00,40.00;0.00,0.00;0.00,60.00"/>'
+    file.write_text(re.sub("<skeleton.*?</skeleton>", points, text))
+    for image in ("img001", "img003", "img005"):  # where they had two
+        file.write_text(re.sub(f"({image}.png[^>]*>{points}){points}", r"\1", file.read_text()))
+    run("cvat", task, tmp_path / "loose")
+    by_name, categories, _ = read_back(tmp_path / "loose")
+    assert categories[0]["keypoints"] == ["mouse_1", "mouse_3"]
+    assert all(one["keypoints"] == [30, 40, 2, 0, 60, 2] for people in by_name.values() for one in people)
+    assert f"left out: {said} (6)" in capsys.readouterr().out
+
+
 def test_cvat_for_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("cvat", foreign.cvat_video(tmp_path / "task"), tmp_path / "out")
     by_name, _, split_of = read_back(tmp_path / "out")
@@ -253,6 +276,21 @@ def test_yolo(tmp_path: Path, dims: int, capsys: pytest.CaptureFixture[str]) -> 
     assert [split_of[f"img{n:03d}"] for n in range(6)] == ["train"] * 4 + ["val"] * 2
     assert "split: as the tool has it\n" in capsys.readouterr().out
     assert (tmp_path / "out" / "skeleton.yaml").read_text() == "mirror:\n- [left_ear, right_ear]\n"
+
+
+def test_images_of_both_splits_of_yolo_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = foreign.yolo(tmp_path / "mice")
+    file = folder / "data.yaml"
+    written = file.read_text()
+    for number, (val, said) in enumerate([("images/train", "4 of 4 images"), ("images", "4 of 6 images")]):
+        file.write_text(written.replace("val: images/val", f"val: {val}"))
+        run("yolo", folder, tmp_path / f"out{number}")
+        assert f"warning: {said} of val are images of train too, " in capsys.readouterr().out
+    # The remedy that is named.
+    file.write_text(written.replace("val: images/val\n", ""))
+    run("yolo", folder, tmp_path / "drawn")
+    said = capsys.readouterr().out
+    assert "warning" not in said and "split: 1 image validate, drawn with seed 0\n" in said
 
 
 def test_yolo_as_sleap_io_writes_it(tmp_path: Path) -> None:

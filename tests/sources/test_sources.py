@@ -211,6 +211,27 @@ def test_shards_and_groups_are_as_large_as_asked(shard: dict[str, Path]) -> None
     assert max(file.stat().st_size for file in files) < 0.2e6
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_other_suffixes_stay_and_other_files_are_counted(
+    drawn: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a tar a member is an image by its suffix; in a folder by its content."""
+    root = Path(shutil.copytree(drawn, tmp_path / "odd"))
+    tree = json.loads((root / TRAIN).read_text())
+    for image, suffix in zip(tree["images"], (".jfif", "", ".json", ".part.bin"), strict=False):
+        name = Path(image["file_name"]).stem + suffix
+        (root / "train2017" / image["file_name"]).rename(root / "train2017" / name)
+        image["file_name"] = name
+    (root / TRAIN).write_text(json.dumps(tree))
+    (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()
+    for name in ("Thumbs.db", "notes"):
+        (root / "unlabeled2017" / name).write_text("")
+    convert.main(_words(root, tmp_path / "out", "--to", form))
+    assert "unlabelled: left out: 2 files with other suffixes (.db, no suffix)\n" in capsys.readouterr().out
+    of_folder, of_shards = (_open(one, tmp_path / one.name / "cache") for one in (root, tmp_path / "out"))
+    assert _marks(of_shards.train) == _marks(of_folder.train)
+
+
 def test_images_are_where_they_were(shard: dict[str, Path], tmp_path: Path) -> None:
     """A tar and Arrow files are read in place: what is in the cache is small."""
     for form in ("webdataset", "arrow"):
