@@ -247,6 +247,7 @@ def _try_out(where: str, transform: BasicTransform) -> None:
     image = np.linspace(40, 180, 96).astype(np.uint8)[:, None, None] + default_rng(0).integers(
         0, 32, (96, 72, 3), dtype=np.uint8
     )
+    changed = image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -39,7 +39,7 @@ def read_back(out: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str
         for image in tree["images"]:
             name = image["file_name"]
             assert (image["width"], image["height"]) == (WIDTH, HEIGHT)
-            assert cv2.imread(str(out / folder / name)).shape == (HEIGHT, WIDTH, 3)
+            assert np.asarray(cv2.imread(str(out / folder / name))).shape == (HEIGHT, WIDTH, 3)
             key = Path(name).stem
             by_name[key] = [one for one in tree["annotations"] if one["image_id"] == image["id"]]
             split_of[key] = split
@@ -164,7 +164,7 @@ def test_sleap(tmp_path: Path, embed: bool) -> None:
     expected = sorted(x for shot in every for mouse in shot.mice for x in mouse.points[:, 0].tolist())
     np.testing.assert_allclose(numbers, expected, atol=0.01)
     # Each image is the session's own: image n has a background of 40 n.
-    colors = sorted(int(np.median(cv2.imread(str(path)))) for path in (tmp_path / "out").rglob("0*/*.*g"))
+    colors = sorted(int(np.median(np.asarray(cv2.imread(str(path))))) for path in (tmp_path / "out").rglob("0*/*.*g"))
     np.testing.assert_allclose(colors, [40 * number for number in range(6)], atol=2)
     assert categories[0]["name"] == "mouse" and categories[0]["skeleton"] == [[a + 1, b + 1] for a, b in EDGES]
     assert (tmp_path / "out" / "skeleton.yaml").read_text() == "mirror:\n- [left_ear, right_ear]\n"
@@ -189,7 +189,7 @@ def test_sleap_with_a_film(tmp_path: Path) -> None:
     assert split_of == {"000000": "train", "000003": "train", "000004": "train", "000007": "val"}  # the last frames
     assert categories[0]["name"] == "animal"
     for path in (tmp_path / "out").rglob("*.jpg"):
-        assert abs(int(np.median(cv2.imread(str(path)))) - 30 * int(path.stem)) <= 4
+        assert abs(int(np.median(np.asarray(cv2.imread(str(path))))) - 30 * int(path.stem)) <= 4
     np.testing.assert_allclose(np.array(by_name["000003"][0]["keypoints"]).reshape(4, 3)[:, :2], points, atol=0.01)
 
 
