@@ -326,7 +326,7 @@ class PeopleReader:
             raise ValueError(UNKNOWN_SIZE)
         from_box = AREA_OF_BOX * float(chosen.areas[0])
         area = from_box if annotation.get("area") is None else annotation["area"]
-        if not isinstance(area, int | float) or not 0 <= area <= FARTHEST**2:
+        if type(area) not in (int, float) or not 0 <= area <= FARTHEST**2:
             raise ValueError(f"expected 'area' of a number from 0 up, found {show_value(area)}")
         return {
             "file_name": f"{self.prefix}/{images.names[annotation['image_id']]}",
@@ -344,7 +344,7 @@ class PeopleReader:
     def _points(self, annotation: dict[str, Any]) -> Float[Array, "k 3"]:
         """The run's keypoints of an annotation; zeros where it has none."""
         numbers = keypoint_numbers(annotation, self.num_keypoints, self.known_reading)
-        points = _numbers(numbers or [0] * 3 * self.num_keypoints, "keypoints")
+        points = _numbers([0] * 3 * self.num_keypoints if numbers in (None, []) else numbers, "keypoints")
         if points.shape != (3 * self.num_keypoints,):
             raise ValueError(_describe_count(points.size, self.num_keypoints))
         points = clear_unlabeled(points.reshape(-1, 3))

@@ -20,7 +20,7 @@ from sapiens_accel.data.sampling import Mixture
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose import geometry, infer_skeleton
 from sapiens_accel.pose.infer_skeleton import Category
-from sapiens_accel.pose.person_boxes import PeopleSizes
+from sapiens_accel.pose.person_boxes import PeopleSizes, are_outside
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, images, synthetic
@@ -320,12 +320,30 @@ def _drawn(config: DataConfig, cache: Path) -> Path:
     return synthetic.write(cache / name, **dataclasses.asdict(drawn))
 
 
+def _refuse_boxes_outside(people: People) -> None:
+    boxes, sizes = boxes_of(people.rows), people_tables.sizes_of(people.rows)
+    outside = np.flatnonzero(are_outside(boxes, sizes))
+    if not len(outside):
+        return
+    first = outside[0]
+    (given,) = people_tables.read_given_ids(people, np.array([people.rows[int(first)]["ann_id"]]))
+    width, height = sizes[first].tolist()
+    size = f" in an image of {width:g} x {height:g}" if width > 0 else ""
+    raise UserError(
+        f"{people.annotations}: {len(outside)} of {len(people)} people have a box outside their image: annotation "
+        f"{show_value(given)} has {boxes[first].tolist()}{size}; expected x, y, width, height in "
+        " pixels of the image. Correct 'bbox', or the keypoints where the box is made from them"
+    )
+
+
 def check_targets(people: People, config: DataConfig) -> None:
-    """Refuse people whose labeled keypoints mostly lie outside their crops: nearly every target would be zero.
+    """Refuse a box outside its image, whose crop would be empty, and people whose labeled keypoints mostly lie outside
+    their crops: nearly every target would be zero.
 
     Raises:
         UserError: with an annotation for which it is so.
     """
+    _refuse_boxes_outside(people)
     people = dataclasses.replace(people, rows=people_tables.spread_rows(people.rows, CHECKED))
     keypoints, boxes = keypoints_of(people.rows), boxes_of(people.rows)
     labeled = is_labeled(keypoints)

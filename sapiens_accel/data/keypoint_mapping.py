@@ -10,6 +10,7 @@ from typing import Any
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, is_numbered, nearest, short
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
+from sapiens_accel.sources.coco import show_value
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading, Source
 from sapiens_accel.sources.source import open_source
 
@@ -102,7 +103,9 @@ def _named_edges(file: Path, pairs: Any, names: Sequence[str]) -> tuple[tuple[tu
     """COCO's `skeleton`, pairs counted from 1, as pairs of names; and what is odd in it. Only images need it."""
     fine: list[list[int]] = []
     odd: list[Any] = []
-    for pair in pairs if isinstance(pairs, list) else ():
+    if pairs is not None and not isinstance(pairs, list):
+        return (), (f"warning: {file}: skeleton: expected a list of pairs, found {show_value(pairs)}; it is left out",)
+    for pair in pairs or ():
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(k) is int for k in pair)
         (fine if is_pair and all(0 <= k <= len(names) for k in pair) else odd).append(pair)
     from_zero = any(0 in pair for pair in fine) and not any(len(names) in pair for pair in fine)

@@ -11,7 +11,7 @@ import shutil
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ from sapiens_accel.sources.source import open_source
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 MEASURED = 20_000  # people, evenly spread, whose sizes are measured
 EIGHTH = 8  # `images.check_images` gives sizes to this many px
 MOST_OF_OTHER_SIZE = 0.25  # of the images: with more of them labels and images do not belong together
@@ -431,12 +431,22 @@ def measure_people(parts: Sequence[People]) -> PeopleSizes | None:
 
 
 def read_given_ids(people: People, ann_ids: Int[Array, "n"]) -> Shaped[Array, "n"]:
-    """Ids of annotations as their file writes them, as objects. It is read again where one may be a text."""
-    given = ann_ids.astype(object)
-    if not (ann_ids >> HASHED_BIT == 1).any():
+    """Ids of annotations as their files write them, as objects. These are read again where one may be a text."""
+    return _as_written(people, ann_ids, lambda source: source.read()["annotations"])
+
+
+def read_given_image_ids(people: People, image_ids: Int[Array, "n"]) -> Shaped[Array, "n"]:
+    """As `read_given_ids`, of images."""
+    return _as_written(people, image_ids, lambda source: source.images())
+
+
+def _as_written(people: People, ids: Int[Array, "n"], items: Callable[[Source], Iterable[Any]]) -> Shaped[Array, "n"]:
+    given = ids.astype(object)
+    if not (ids >> HASHED_BIT == 1).any():
         return given
-    annotations = people.source.read()["annotations"]
-    texts = {one.get("id"): one["given_id"] for one in annotations if isinstance(one, dict) and "given_id" in one}
+    several = (items(part.source) for part in people.parts or (people,))
+    listed = (one for each in several for one in each if isinstance(one, dict) and "given_id" in one)
+    texts = {one.get("id"): one["given_id"] for one in listed}
     return np.array([texts.get(number, number) for number in given], object)
 
 

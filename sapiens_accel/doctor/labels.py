@@ -170,18 +170,17 @@ def _find_zero_id(labels: Labels, scored: bool) -> Iterator[Finding]:
 
 
 def _check_boxes(labels: Labels, scored: bool) -> Iterator[Finding]:
-    labels = labels.at(np.flatnonzero(~labels.box_made))
     x, y, w, h = labels.boxes_xywh.T
     width, height = labels.size_wh.T
     with np.errstate(invalid="ignore"):
         inside_w = np.clip(np.minimum(x + w, width + SLACK) - np.maximum(x, -SLACK), 0, None)
         inside_h = np.clip(np.minimum(y + h, height + SLACK) - np.maximum(y, -SLACK), 0, None)
         share = inside_w * inside_h / (w * h)
-    gone = share == 0
+    gone = person_boxes.are_outside(labels.boxes_xywh, labels.size_wh) & labels.labeled.any(axis=1)
     if gone.any():
         text = f"{_count(gone, 'box', 'boxes')} outside of the image"
         yield Finding(level="error", check="boxes", text=text, culprits=labels.names(gone))
-    partly = (share > 0) & (share < 0.9)
+    partly = ~labels.box_made & ~gone & (share < 0.9)
     if partly.any():
         text = f"{_count(partly, 'box', 'boxes')} with more than a tenth outside of the image"
         yield Finding(level="warning", check="boxes", text=text, culprits=labels.names(partly))

@@ -1,6 +1,5 @@
 """The boxes that evaluation predicts people in: the labeled ones or those of a detector, checked against the images."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from sapiens_accel.data.detections import read_detections
 from sapiens_accel.data.people import People, boxes_of, read_given_ids
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
-from sapiens_accel.pose.person_boxes import measure_sizes
+from sapiens_accel.pose.person_boxes import are_outside, measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.coco import given_id, number_of_id, show_value, whole_number
 
@@ -229,11 +228,7 @@ def _check_files(file: Path, rows: list[Row], images: dict[Any, dict[str, Any]],
 
 def _outside(box: Float[Array, "4"], image: dict[str, Any]) -> bool:
     """Whether nothing of the box is in the image, as far as its size is known."""
-    x, y, w, h = box
-    sizes = (image.get(name) for name in ("width", "height"))
-    # What is no number says nothing.
-    width, height = (size if isinstance(size, int | float) and size > 0 else math.inf for size in sizes)
-    return bool(x + w <= 0 or y + h <= 0 or x >= width or y >= height)
+    return bool(are_outside(box[None], np.array([size_of(image)]))[0])
 
 
 def _beyond(box: Float[Array, "4"], image: dict[str, Any]) -> str:

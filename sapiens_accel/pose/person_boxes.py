@@ -88,6 +88,12 @@ def clip_boxes(boxes_xywh: Float[Array, "n 4"], size_wh: Float[Array, "n 2"]) ->
     return np.where(clips[:, None], np.concatenate([first, last - first], axis=1), boxes_xywh)
 
 
+def are_outside(boxes_xywh: Float[Array, "n 4"], size_wh: Float[Array, "n 2"]) -> Bool[Array, "n"]:
+    """Of whose box nothing is in their image, as far as its size is known (else not a number)."""
+    first, last = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+    return np.asarray(((last <= 0) | (first >= size_wh)).any(axis=1))
+
+
 def measure_keypoints(
     keypoints_xy: Float[Array, "n k 2"], labeled: Bool[Array, "n k"]
 ) -> tuple[Float[Array, "n 2"], Float[Array, "n 2"]]:

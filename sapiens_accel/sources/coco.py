@@ -184,7 +184,19 @@ def _normalize_ids(tree: dict[str, Any]) -> None:
                     item[name] = number_of_id(value)
                     if isinstance(value, str):
                         item[given] = value
+    _normalize_sizes(tree.get("images"))
     _number_those_without_id(tree.get("annotations"))
+
+
+def _normalize_sizes(images: Any) -> None:
+    """Some tools write the width and height of images as text; one that is no number says nothing."""
+    for image in images if isinstance(images, list) else ():
+        for name in ("width", "height") if isinstance(image, dict) else ():
+            if isinstance(image.get(name), str):
+                try:
+                    image[name] = whole_number(float(image[name]))
+                except ValueError:
+                    image[name] = None
 
 
 def _number_those_without_id(annotations: Any) -> None:

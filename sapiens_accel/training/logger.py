@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,7 +24,9 @@ from tqdm import tqdm
 from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherPlacement
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
+from sapiens_accel.data.people import read_given_ids
 from sapiens_accel.data.sampling import Share
+from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate, figures, paired, tables
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.evaluation.paired import PairedDifference
@@ -247,7 +250,8 @@ class StageLogger:
             return
         people = gather_object(list(done.ann_ids))
         # The people whose loss was not finite; all people if every loss was finite.
-        ann_ids = sorted([number for number, finite in people if not finite] or [number for number, _ in people])
+        numbers = sorted([number for number, finite in people if not finite] or [number for number, _ in people])
+        ann_ids = self._as_written(numbers)
         self._line(done.number, {"skipped_in_a_row": self.skipped, "ann_ids": ann_ids})
         if self.skipped >= MAX_SKIPPED:
             saved = checkpoint.list_checkpoints(self.context.folder / "checkpoints")
@@ -259,6 +263,15 @@ class StageLogger:
             )
         if self.accelerator.mixed_precision != "fp16" or self.skipped > SCALE_SEARCH:
             self._warn(done.number, f"gradients are not finite, step skipped; annotations: {_shortened(ann_ids)}")
+
+    def _as_written(self, ann_ids: list[int]) -> list[int | str]:
+        """Ids of annotations as their file writes them; their numbers where it is streamed, or is there no more."""
+        if self.run.data.streaming:
+            return [*ann_ids]
+        try:
+            return read_given_ids(self.context.sets.train, np.array(ann_ids, np.int64)).tolist()
+        except (UserError, OSError):
+            return [*ann_ids]
 
     def scalars(self, step: int, logs: Mapping[str, Tensor | float]) -> None:
         """Average the logs over the ranks and write them, with speed and memory. All ranks must call it.
@@ -349,7 +362,7 @@ class StageLogger:
         if self.accelerator.is_main_process:
             self.progress.write(f"{self.stage}, step {step}: warning: {warning}")
 
-    def _line(self, step: int, entries: Mapping[str, float | str | list[int] | None]) -> None:
+    def _line(self, step: int, entries: Mapping[str, float | str | Sequence[int | str] | None]) -> None:
         if file := self.file:
             line = json.dumps({"stage": self.stage, "step": step, **entries}) + "\n"
             self._on_disk(lambda: file.write(line) and file.flush())
@@ -641,7 +654,7 @@ def crop_image(people: TrainingPeople, step: int, codec: Codec, skeleton: Skelet
     return draw.arrange_grid([*above, *below], columns=num)
 
 
-def _shortened(ann_ids: Sequence[int]) -> str:
+def _shortened(ann_ids: Sequence[int | str]) -> str:
     more = f" and {len(ann_ids) - MAX_SHOWN_IDS} more" if len(ann_ids) > MAX_SHOWN_IDS else ""
     return ", ".join(map(str, ann_ids[:MAX_SHOWN_IDS])) + more
 

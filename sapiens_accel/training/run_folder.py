@@ -23,13 +23,22 @@ from sapiens_accel.config import record
 from sapiens_accel.config.record import Continuation
 from sapiens_accel.config.schema import STAGES, Config, DataConfig, StageName
 from sapiens_accel.data.dataset import Sets
-from sapiens_accel.data.people import People, boxes_of, column_of, keypoints_of, spread_rows
+from sapiens_accel.data.people import (
+    People,
+    boxes_of,
+    column_of,
+    keypoints_of,
+    read_given_ids,
+    read_given_image_ids,
+    spread_rows,
+)
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
 from sapiens_accel.runtime import failures
 from sapiens_accel.runtime.files import UNFINISHED, first_free_name, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
+from sapiens_accel.sources.coco import number_of_id
 from sapiens_accel.training.checkpoint import list_checkpoints, read_position, step_of
 
 MAX_RECORDED_PEOPLE = 1_000_000  # with more, no ids of labeled people are recorded, and the digest takes a sample
@@ -485,7 +494,11 @@ def write_labeled_ids(path: Path, people: People, config: DataConfig) -> None:
     rule = {"labels": config.labels, "labels_by": config.labels_by, "labels_seed": config.labels_seed}
     ids = {}
     if config.labels is not None or (not config.streaming and len(people) <= MAX_RECORDED_PEOPLE):
-        ids = {f"{name}s": sorted(set(people.rows[name][:])) for name in ("ann_id", "image_id")}
+        numbers = {name: np.unique(column_of(people.rows, name)) for name in ("ann_id", "image_id")}
+        ids = {
+            "ann_ids": read_given_ids(people, numbers["ann_id"]).tolist(),
+            "image_ids": read_given_image_ids(people, numbers["image_id"]).tolist(),
+        }
     record = rule | {"annotations": people.annotations.name, "num_people": len(people)} | ids
     if path.is_file():
         _keep_record(path, record)
@@ -496,12 +509,13 @@ def _keep_record(path: Path, record: dict[str, Any]) -> None:
     """Rename an earlier run's record if it names other people, and print what that means for this run."""
     try:
         old = read_tree(path, json.loads, "JSON")
-        set(old.get("ann_ids", ()))
+        earlier, now = (set(map(number_of_id, one.get("ann_ids", ()))) for one in (old, record))
     except (UserError, TypeError) as error:
         raise UserError(
             f"{path}: not JSON of ids ({error}), although it records the labeled people of an earlier run. Move it away"
         ) from None
-    if all(old.get(key) == record.get(key) for key in ("annotations", "ann_ids")):
+    has_ids = "ann_ids" in old, "ann_ids" in record
+    if old.get("annotations") == record["annotations"] and earlier == now and has_ids[0] == has_ids[1]:
         return
     number = 1
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
@@ -509,7 +523,7 @@ def _keep_record(path: Path, record: dict[str, Any]) -> None:
     path.rename(kept)
     # Ids of another annotation file belong to other people. Without `labels` no label is withheld.
     comparable = record["labels"] is not None and old.get("annotations") == record["annotations"]
-    lost = set(old.get("ann_ids", ())) - set(record.get("ann_ids", ())) if comparable else ()
+    lost = earlier - now if comparable else ()
     line = (
         f"warning: {path}: {old.get('num_people')} people were labeled in an earlier run in this folder, "
         f"{record['num_people']} are now; the earlier record is {kept.name}"

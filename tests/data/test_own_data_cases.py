@@ -381,6 +381,39 @@ def test_a_category_without_id_is_named(tmp_path: Path) -> None:
         open_case(config_of(root, OUTCOMES["dlc_names"]))
 
 
+def _change(root: Path, change: Callable[[dict], Any]) -> None:
+    for split in ("train", "val"):
+        tree = json.loads((root / f"{split}.json").read_text())
+        change(tree)
+        (root / f"{split}.json").write_text(json.dumps(tree))
+
+
+def test_a_box_outside_its_image_is_refused(tmp_path: Path) -> None:
+    root = lay("dlc_names", tmp_path)
+    _change(root, lambda tree: tree["annotations"][1].update(id="ann 1", bbox=[1000, 20, 50, 50]))
+    said = r"train\.json: 1 of 6 people have a box outside their image: annotation 'ann 1' has .* 320 x 240"
+    with pytest.raises(UserError, match=said):
+        open_case(config_of(root, OUTCOMES["dlc_names"]))
+    open_case(config_of(root, OUTCOMES["dlc_names"], boxes="keypoints"))
+
+
+def test_sizes_of_images_may_be_text(tmp_path: Path) -> None:
+    root = lay("dlc_names", tmp_path)
+    _change(root, lambda tree: [one.update(width="320", height="240") for one in tree["images"]])
+    sets, _ = open_case(config_of(root, OUTCOMES["dlc_names"], boxes="image"))
+    assert sets.train.rows["size_wh"][0] == [320, 240] and sets.train.rows["box_xywh"][0] == [0, 0, 320, 240]
+
+
+def test_an_area_that_is_no_number_and_edges_that_are_no_list_are_named(tmp_path: Path) -> None:
+    root = lay("dlc_names", tmp_path)
+    _change(root, lambda tree: tree["categories"][0].update(skeleton="none"))
+    _, said = open_case(config_of(root, OUTCOMES["dlc_names"]))
+    assert "skeleton: expected a list of pairs, found 'none'; it is left out" in said
+    _change(root, lambda tree: tree["annotations"][0].update(area=True))
+    with pytest.raises(UserError, match="expected 'area' of a number from 0 up, found True"):
+        open_case(config_of(root, OUTCOMES["dlc_names"]))
+
+
 def test_images_of_all_formats_that_are_read_are_found(tmp_path: Path) -> None:
     """Images that training reads were left out of folders in silence."""
     for suffix in (".jpg", ".tif", ".tiff", ".gif", ".jp2", ".ppm"):

@@ -220,6 +220,27 @@ def test_the_labeled_ids_are_written_with_their_rule(drawn: Path, cache: Path, t
     }
 
 
+def test_text_ids_are_recorded_as_the_file_writes_them(
+    root: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = _tree(root / TRAIN)
+    for item in tree["images"]:
+        item["id"] = f"image {item['id']:03}"
+    for item in tree["annotations"]:
+        item |= {"id": f"person {item['id']:05}", "image_id": f"image {item['image_id']:03}"}
+    (root / TRAIN).write_text(json.dumps(tree))
+    train, file = _open(root, cache, labels=5, unlabeled=False).train, tmp_path / "labelled_ann_ids.json"
+    run_folder.write_labeled_ids(file, train, DataConfig(labels=5))
+    record = _tree(file)
+    texts = {one["id"]: one["image_id"] for one in tree["annotations"]}
+    assert len(record["ann_ids"]) == 5 and set(record["ann_ids"]) <= set(texts)
+    assert set(record["image_ids"]) == {texts[one] for one in record["ann_ids"]}
+    capsys.readouterr()
+    file.write_text(json.dumps(record | {"ann_ids": _ids(train)}))  # as earlier versions wrote them
+    run_folder.write_labeled_ids(file, train, DataConfig(labels=5))
+    assert capsys.readouterr().out == "" and _tree(file) == record
+
+
 def _record(folder: Path, root: Path, cache: Path, **labels: Any) -> list[int]:
     """Write a run's record as train.py does; the ids of its labeled people."""
     train = _open(root, cache, **labels, unlabeled=False).train

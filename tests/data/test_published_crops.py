@@ -250,6 +250,20 @@ def test_frames_of_a_fixed_camera_are_no_copies_of_one_another(tmp_path: Path) -
     assert leakage.find_copies([*frames[:6], copy], frames[6:], tmp_path) == {copy: frames[8]}
 
 
+def test_figures_before_a_plain_background_are_no_copies_of_one_another(tmp_path: Path) -> None:
+    """Thin ones, whose 32 x 32 gray levels hardly differ; each image at half its size is a copy."""
+    files, copies = [], []
+    for index in range(4):
+        image = np.full((240, 320, 3), 200, np.uint8)
+        cv2.line(image, (60 + 61 * index, 40), (90 + 55 * index, 200), (88, 88, 88), 2, cv2.LINE_AA)
+        files.append(tmp_path / f"{index}.png")
+        cv2.imwrite(str(files[-1]), image)
+        copies.append(tmp_path / f"copy_{index}.jpg")
+        cv2.imwrite(str(copies[-1]), cv2.resize(image, (160, 120), interpolation=cv2.INTER_AREA))
+    assert leakage.find_copies(files[:2], files[2:], tmp_path) == {}
+    assert leakage.find_copies(copies, files, tmp_path) == dict(zip(copies, files, strict=True))
+
+
 def test_a_set_of_validations_images_alone_is_refused(four: Path, tmp_path: Path) -> None:
     one = MoreData(train_annotations="coco/annotations/person_keypoints_val2017.json", train_images="coco/val2017")
     data = replace(_recipe(four, tmp_path), more=(one,))

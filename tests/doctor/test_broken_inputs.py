@@ -168,6 +168,8 @@ REFUSED: dict[str, tuple[Callable[[Tree], Tree], str]] = {
         "id 1 is of two categories, 'person' and 'dog'",
     ),
     "v of 3, as AI Challenger writes": (_point(2, 3), "AI Challenger"),
+    "a box outside of the image": (_person(bbox=[900, 20, 30, 40]), "annotation 3"),
+    "keypoints of false": (_person(keypoints=False), "annotation 3"),
 }  # fmt: skip
 LEFT_OUT: dict[str, tuple[Callable[[Tree], Tree], str]] = {
     "box of no width, no keypoint": (_person(bbox=[5, 5, 0, 9], keypoints=[0] * 51, num_keypoints=0), "annotation 3"),
@@ -177,7 +179,6 @@ LEFT_OUT: dict[str, tuple[Callable[[Tree], Tree], str]] = {
 }
 WARNED: dict[str, tuple[Callable[[Tree], Tree], str, str]] = {
     "an id of two annotations": (_person(id=1), "warning", "annotation 1 "),
-    "a box outside of the image": (_person(bbox=[900, 20, 30, 40]), "error", "annotation 3"),
     "keypoints outside of the image": (_point(0, 5000.0), "warning", "annotation 3"),
     "v=0 with coordinates": (_point(2, 0), "warning", "annotation 3"),
     "box of no width": (_person(bbox=[5, 5, 0, 9]), "warning", "annotation 3"),

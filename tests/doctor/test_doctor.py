@@ -445,7 +445,7 @@ def test_other_keypoints_in_validation_are_one_error_of_its_file(root: Path) -> 
 def test_images_whose_size_is_not_recorded_are_said_to_be_unchecked(root: Path) -> None:
     tree = json.loads((root / TRAIN).read_text())
     del tree["images"][3]["width"]
-    tree["images"][4]["height"] = "160"
+    tree["images"][4]["height"] = "high"
     (root / TRAIN).write_text(json.dumps(tree))
     (finding,) = _found(_run(root), "train/size")
     assert finding.level == "note" and "not looked at" in finding.text
