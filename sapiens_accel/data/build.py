@@ -73,15 +73,13 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         people_of["unlabelled"], more = gathered
         warnings += more
     checked = {name: _check(people, config) for name, people in people_of.items()}
-    warnings += [people.size_note for people in checked.values()]
-    warnings.append(_describe_bits(*checked.values()))
+    warnings += [*(people.size_note for people in checked.values()), _describe_bits(*checked.values())]
     parts = [checked["train"]]
     for one in others:
         people, warning = _labeled_people(one, config, skeleton, root, cache)
         people, leaks = leakage.leave_out_copies(_check(people, config), checked["val"], config.on_leak, cache)
-        warnings.append(people.size_note)
         parts.append(people)
-        warnings += [warning, people.box_note, leaks]
+        warnings += [people.size_note, warning, people.box_note, leaks]
     for people in (*parts, checked["val"]):
         check_targets(people, config)
     warnings.append(leakage.describe_leaks(parts[0], checked["val"]))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.data.annotation_rules import size_of
-from sapiens_accel.data.detections import read_detections
+from sapiens_accel.data.detections import Detection, read_detections
 from sapiens_accel.data.people import People, boxes_of, read_given_ids
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_images
@@ -107,10 +107,7 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     if not detections:
         raise UserError(f"{file}: an empty list; expected a detector's results for {people.annotations}")
     images = read_images(people)
-    rows: list[Row] = [
-        (number_of_id(one.image_id), _find_category(one.category_id, people), one.box_xywh, one.score, one.position)
-        for one in detections
-    ]
+    rows = _list_rows(detections, people)
     of_images = [row for row in rows if isinstance(row[0], int | str) and row[0] in images]
     if not of_images:
         raise UserError(
@@ -122,25 +119,16 @@ def detector_boxes(file: Path, people: People) -> Boxes:
     is_of_any = len(categories) > 1 and len(kinds) == 1 and _has_one_class(of_images, people)
     kept = [row for row in of_images if is_of_any or row[1] in categories]
     if not kept:
-        categories_in_file = sorted({str(one.category_id) for one in detections})
         wanted = ", ".join(f"{given} ({name})" for given, name in list(categories.values())[:9])
-        raise UserError(
-            f"{file}: no detection of category {wanted}; its categories: {', '.join(categories_in_file[:9])}"
-        )
+        theirs = ", ".join(sorted({str(one.category_id) for one in detections})[:9])
+        raise UserError(f"{file}: no detection of category {wanted}; its categories: {theirs}")
     folder = _folder(people)
     faults = [_find_fault(row[2], images[row[0]]) for row in kept]
     if all(faults):
         raise UserError(f"{file}: none of its {len(kept)} boxes can be used: detection {kept[0][4]}: {faults[0]}")
-    left_out = {
-        "of other images": len(rows) - len(of_images),
-        "of other categories": len(of_images) - len(kept),
-        "without area": sum(bool(fault) and "no area" in fault for fault in faults),
-        "outside of their image": sum(bool(fault) and "no area" not in fault for fault in faults),
-    }
-    parts = [f"{count} {what}" for what, count in left_out.items() if count]
+    left_out = _describe_left_out(len(rows), len(of_images), faults)
+    lines = [f"{file}: {text}" for text in (left_out, renamed) if text]
     kept = [row for row, fault in zip(kept, faults, strict=True) if not fault]
-    lines = [f"{file}: of its {len(rows)} detections are left out: {', '.join(parts)}"] if parts else []
-    lines += [f"{file}: {renamed}"] if renamed else []
     if len(categories) > 1 and len(kinds) == 1:
         lines.append(f"{file}: all of category {_describe_only_category(of_images[0][1], categories, is_of_any)}")
     _check_files(file, kept, images, people.root / folder)
@@ -155,6 +143,30 @@ def detector_boxes(file: Path, people: People) -> Boxes:
         category_ids=[None if is_of_any else row[1] for row in kept],
         note="; ".join(lines),
     )
+
+
+def _list_rows(detections: Sequence[Detection], people: People) -> "list[Row]":
+    return [
+        (number_of_id(one.image_id), _find_category(one.category_id, people), one.box_xywh, one.score, one.position)
+        for one in detections
+    ]
+
+
+def _describe_left_out(num: int, num_of_images: int, faults: Sequence[str]) -> str:
+    """How many of `num` detections are left out for each reason; empty for none.
+
+    Args:
+        num_of_images: those of the people's images.
+        faults: of those that are also of the evaluated categories, what is wrong with each box.
+    """
+    left_out = {
+        "of other images": num - num_of_images,
+        "of other categories": num_of_images - len(faults),
+        "without area": sum(bool(fault) and "no area" in fault for fault in faults),
+        "outside of their image": sum(bool(fault) and "no area" not in fault for fault in faults),
+    }
+    parts = [f"{count} {what}" for what, count in left_out.items() if count]
+    return f"of its {num} detections are left out: {', '.join(parts)}" if parts else ""
 
 
 def _describe_only_category(category: Any, categories: dict[Any, tuple[Any, str]], is_of_any: bool) -> str:

@@ -114,30 +114,21 @@ def evaluate_networks(
     seconds = time.perf_counter() - started
     matches = None if boxes.labeled else match_boxes(predictions, boxes, people, skeleton)
     matched = predictions if matches is None else _select(predictions, matches)
-    data = replace(data, input_hw=networks[0].codec.input_hw)
+    data, rules = replace(data, input_hw=networks[0].codec.input_hw), CountingRules(config.area, config.max_people)
 
     def compute(check: Callable[[], None]) -> tuple[Any, tuple[ImageRow, ...]]:
-        try:
-            named = with_categories(boxes, people, skeleton)
-            results, chosen = coco_metrics.coco_results(predictions, named, skeleton, data, config, check)
-            rows = tuple(list_image_rows(results, chosen, named, people)) if config.csv else ()
-            if config.save_predictions:
-                coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
-            rules = CountingRules(config.area, config.max_people)
-            metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules, check)
-            quality = measure_keypoints(matched, people, skeleton)
-            notes = _collect_notes(metrics, matched, named, people, skeleton, config)
-            metrics |= measure_distances(quality)
-            return (metrics, curves, quality, notes, describe_area(people, skeleton, config)), rows
-        except (UserError, OSError) as error:  # the other ranks wait for the metrics
-            return str(error), ()
+        named = with_categories(boxes, people, skeleton)
+        results, chosen = coco_metrics.coco_results(predictions, named, skeleton, data, config, check)
+        rows = tuple(list_image_rows(results, chosen, named, people)) if config.csv else ()
+        if config.save_predictions:
+            coco_metrics.save_results(results, Path(config.save_predictions), people, skeleton)
+        metrics, curves = coco_metrics.compute_metrics(results, people, skeleton, config.backend, rules, check)
+        quality = measure_keypoints(matched, people, skeleton)
+        notes = _collect_notes(metrics, matched, named, people, skeleton, config)
+        area = describe_area(people, skeleton, config)
+        return (metrics | measure_distances(quality), curves, quality, notes, area), rows
 
-    on_main = distributed.run_on_main(accelerator, compute)
-    computed, image_rows = (None, ()) if on_main is None else on_main
-    message: Any = broadcast_object_list([computed])[0]
-    if isinstance(message, str):
-        raise UserError(message)
-    metrics, curves, quality, notes, area = message
+    (metrics, curves, quality, notes, area), image_rows = _compute_on_main(accelerator, compute)
     return EvaluationResult(
         metrics=metrics,
         predictions=matched,
@@ -150,6 +141,24 @@ def evaluate_networks(
         people_boxes=people.reading.boxes,
         image_rows=image_rows,
     )
+
+
+def _compute_on_main(
+    accelerator: Accelerator, compute: Callable[[Callable[[], None]], tuple[Any, tuple[ImageRow, ...]]]
+) -> tuple[Any, tuple[ImageRow, ...]]:
+    """Return rank 0's metrics on all ranks, and its rows on rank 0 alone; its UserError is raised on all ranks."""
+
+    def compute_or_explain(check: Callable[[], None]) -> tuple[Any, tuple[ImageRow, ...]]:
+        try:
+            return compute(check)
+        except (UserError, OSError) as error:  # the other ranks wait for the metrics
+            return str(error), ()
+
+    computed, image_rows = distributed.run_on_main(accelerator, compute_or_explain) or (None, ())
+    computed: Any = broadcast_object_list([computed])[0]
+    if isinstance(computed, str):
+        raise UserError(computed)
+    return computed, image_rows
 
 
 def _collect_notes(

@@ -249,6 +249,35 @@ def _estimate_sizes(context: StageContext, model: SapiensPose) -> tuple[int, int
     return size, num * getattr(torch, run.weights_dtype).itemsize * (1 + has_teacher)
 
 
+def _prepare(context: StageContext, model: SapiensPose) -> tuple[nn.Module, Any]:
+    """Create the optimizer, and wrap both for the launch."""
+    config, accelerator, share = context.config.optim, context.accelerator, context.plan.share
+    groups = optim.param_groups(model.layer_groups(), config)
+    optimizer = optim.adamw(groups, config, accelerator.device, eight_bit=context.run.memory.adam_8bit)
+    return engine.prepare(
+        accelerator,
+        model,
+        optimizer,
+        micro_batch=share.micro_batch,
+        accumulation=share.accumulation,
+        clip_norm=config.clip_norm,
+    )
+
+
+def _set_up_teacher(
+    context: StageContext, average: ema.MovingAverage, network: nn.Module, num_steps: int
+) -> TeacherSetup:
+    accelerator = context.accelerator
+    return TeacherSetup(
+        average=average,
+        student_parameters=partial(engine.full_values, accelerator, network),
+        num_steps=num_steps,
+        gather=partial(distributed.gather, accelerator),
+        autocast=distributed.autocast_dtype(accelerator),
+        mirrors=context.run.augment.flip_p > 0,
+    )
+
+
 def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     """Build a stage from its checkpoint, the given weights, those of the stage before it, or random ones.
 
@@ -274,26 +303,10 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     teacher = ema.moving_average(accelerator, deepcopy(model), plan.way.teacher) if config.teacher else None
     frozen = engine.frozen_masters(accelerator, model)
     sizes = _estimate_sizes(context, model)
-    groups = optim.param_groups(model.layer_groups(), config.optim)
-    optimizer = optim.adamw(groups, config.optim, accelerator.device, eight_bit=run.memory.adam_8bit)
-    network, optimizer = engine.prepare(
-        accelerator,
-        model,
-        optimizer,
-        micro_batch=plan.share.micro_batch,
-        accumulation=plan.share.accumulation,
-        clip_norm=config.optim.clip_norm,
-    )
+    network, optimizer = _prepare(context, model)
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     num_steps = sampling.num_steps(config, len(context.sets.train))
-    setup = teacher and TeacherSetup(
-        average=teacher,
-        student_parameters=partial(engine.full_values, accelerator, network),
-        num_steps=num_steps,
-        gather=partial(distributed.gather, accelerator),
-        autocast=distributed.autocast_dtype(accelerator),
-        mirrors=run.augment.flip_p > 0,
-    )
+    setup = teacher and _set_up_teacher(context, teacher, network, num_steps)
     objective = build_objective(config, codec, skeleton, setup)
     first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
