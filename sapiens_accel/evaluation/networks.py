@@ -94,9 +94,9 @@ def list_weights(path: Path, run: Config, output: Path | None) -> list[Candidate
 
 def read_summaries(candidates: Sequence[Candidate]) -> list[str]:
     """What training said of the stages at their end (stage ssl: what was gained, how right its pseudo-labels were)."""
-    records = {one.name: read_json(one.weights.parent / "eval.json") for one in candidates}
-    summaries = {name: (record or {}).get("summary") for name, record in records.items()}
-    return [f"{name}, at the end of its training: {text}" for name, text in summaries.items() if isinstance(text, str)]
+    records = [(choose_name([one], candidates), read_json(one.weights.parent / "eval.json")) for one in candidates]
+    summaries = [(name, (record or {}).get("summary")) for name, record in records]
+    return [f"{name}, at the end of its training: {text}" for name, text in summaries if isinstance(text, str)]
 
 
 def _name_of(path: Path) -> str:

@@ -108,6 +108,18 @@ def test_a_run_of_somebody_else_names_no_file_to_write(main: Main, weights: Path
     assert json.loads(precious.read_text())
 
 
+def test_the_page_has_what_training_said_of_each_stage(main: Main, weights: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "one" / "ssl", tmp_path / "other" / "ssl"]
+    for run in runs:
+        shutil.copytree(weights, run / "weights")
+        (run.parent / "config.yaml").write_text(yaml.safe_dump({"eval": {"num_pictures": 0}}))
+        (run / "eval.json").write_text(json.dumps({"AP": 0.5, "summary": f"hands over <b>{run.parent.name}"}))
+    main(runs[0].parent, runs[1].parent, "--html", tmp_path / "page.html", "--output_dir", tmp_path / "evaluations/x")
+    page = (tmp_path / "page.html").read_text()
+    for number, run in enumerate(runs, start=1):
+        assert f"ssl ({number}), at the end of its training: hands over &lt;b&gt;{run.parent.name}" in page
+
+
 def test_short_options_are_the_long_ones(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:
     short = main(weights, "--flip", "false", "--scales", "1.0", "1.5", "--boxes", "detector.json",
                  "--save_predictions", tmp_path / "a.json", "--pictures", "0")  # fmt: skip
