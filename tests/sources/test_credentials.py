@@ -87,13 +87,12 @@ def test_no_message_has_a_password(address: str, tmp_path: Path) -> None:
     assert more.data.more[0].root == "https://host/d"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)  # tests of other files know users too
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in list(credentials.known):
         monkeypatch.delitem(credentials.known, key)
 
 
-@pytest.mark.usefixtures("_nothing_known")
 @pytest.mark.parametrize(
     ("address", "left"),
     [
@@ -114,7 +113,6 @@ def test_secrets_are_taken_and_put_back_and_nothing_else(address: str, left: str
     assert credentials.take(left) == left
 
 
-@pytest.mark.usefixtures("_nothing_known")
 @pytest.mark.parametrize(
     "address",
     [f"https://u:{SECRET}{mark}q@host/d" for mark in "/?#'"]
@@ -127,7 +125,6 @@ def test_a_secret_that_cannot_be_taken_is_refused(address: str) -> None:
     assert SECRET not in str(caught.value) and "host/d" in str(caught.value)
 
 
-@pytest.mark.usefixtures("_nothing_known")
 def test_a_second_user_of_a_host_is_refused() -> None:
     credentials.take(f"https://u:{SECRET}@host/a")
     assert credentials.take("https://u:other@host/b") == "https://host/b"
@@ -144,7 +141,6 @@ class _PutBack(Dataset[str]):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_nothing_known")
 def test_loading_processes_that_are_no_forks_have_the_passwords() -> None:
     credentials.take("https://u:p@host/d")
     batches = DataLoader(_PutBack(), num_workers=1, worker_init_fn=loader.begin_worker, multiprocessing_context="spawn")
