@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,16 @@ def test_official_recipes_are_the_published_ones(recipes: dict[str, Config], nam
     assert (plan.optim.betas, plan.optim.clip_norm, plan.optim.warmup_steps) == ((0.9, 0.999), 1.0, 500)
     assert plan.optim.schedule == "multistep"
     assert plan.optim.milestones == pytest.approx((170 / 210, 200 / 210), abs=1e-8)
+
+
+def test_official_recipes_name_the_same_exceptions_and_what_the_published_number_is_of() -> None:
+    texts = {name: (ROOT / f"sapiens_accel/recipes/{name}.yaml").read_text() for name in OFFICIAL_RECIPES}
+    assert len({text[text.index("# Not as published") : text.index("stage:")] for text in texts.values()}) == 1
+    for name, text in texts.items():
+        size, (number,) = name.split("_")[1], re.findall(r"COCO val2017, (8\d\.\d|79\.6), is of a checkpoint", text)
+        assert number == {"0.3b": "79.6", "0.6b": "81.2", "1b": "82.1", "2b": "82.2"}[size]
+        assert "names coco_mpii_crowdpose_aic" in text and "above 25 times" in text
+        assert size == "0.3b" or f"with --model.name sapiens_{size}." in text
 
 
 # ---- What is said where
