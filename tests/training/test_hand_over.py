@@ -179,6 +179,16 @@ def test_a_stage_resumed_without_its_record_compares_with_what_it_resumes(
     assert read(run)["oks_gain"] == pytest.approx(read(whole)["oks_gain"], abs=1e-12), "over what the stage began with"
 
 
+def test_best_weights_that_were_measured_otherwise_are_not_compared(
+    whole: Path, main: Main, begun: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    words = "--eval_every=2", *GOOD, LATEST, "--ssl.steps=8", "--eval.area=box"
+    main(run, "--stage=ssl", f"--weights={begun}", *words)
+    assert (read(run, "begin.json")["step"], read(run, "begin.json")["area"]) == (6, "box")
+    assert read(run, "kept.json")["area"] == "box" and read(run)["weights_step"] >= 6
+
+
 def _result(**values: Any) -> StageResult:
     known = {"step": 4, "last": 8, "aps": {0: 0.5, 4: 0.6, 8: 0.55}, "began": 0, "keep": 0.4, "precision": 0.9,
              "precision_absent_wrong": 0.8, "gain": PairedDifference(0.02, 0.005, 300)}  # fmt: skip
