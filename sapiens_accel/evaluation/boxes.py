@@ -240,7 +240,10 @@ def _check_files(file: Path, rows: list[Row], images: dict[Any, dict[str, Any]],
 
 def _outside(box: Float[Array, "4"], image: dict[str, Any]) -> bool:
     """Whether nothing of the box is in the image, as far as its size is known."""
-    return bool(are_outside(box[None], np.array([size_of(image)]))[0])
+    sizes = (image.get(name) for name in ("width", "height"))
+    # What is no number says nothing.
+    size_wh = [size if isinstance(size, int | float) and size > 0 else np.inf for size in sizes]
+    return bool(are_outside(box[None], np.array([size_wh], float))[0])
 
 
 def _beyond(box: Float[Array, "4"], image: dict[str, Any]) -> str:
