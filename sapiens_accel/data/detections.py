@@ -382,7 +382,7 @@ def detected_people(files: PeopleFiles, min_side: float, min_score: float) -> Pe
 
 def _keep_large(table: Dataset, min_side: float, left_out: dict[str, int]) -> Dataset:
     is_large = people_tables.boxes_of(table)[:, 2:].min(axis=1, initial=np.inf) >= min_side
-    left_out[f"with a side below {min_side:g} px (--data.unlabelled_min_side)"] = int((~is_large).sum())
+    left_out[people_tables.too_small(min_side)] = int((~is_large).sum())
     return table.select(np.flatnonzero(is_large))
 
 

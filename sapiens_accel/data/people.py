@@ -224,9 +224,11 @@ def withheld_people(train: People, folder: str, indices: Int[Array, "n"], min_si
     sides = boxes_of(people.rows)[chosen, 2:].min(axis=1, initial=np.inf)
     without = int((sides == 0).sum())
     note = f"{train.annotations}: {without} people with withheld labels are left out: no box of theirs is annotated"
+    num_small = int(((sides > 0) & (sides < min_side)).sum())
     return replace(
         people, rows=people.rows.select(chosen[(sides > 0) & (sides >= min_side)]), annotations=train.annotations,
         box_note=note if without else "",
+        left_out=_describe_small(train.annotations, num_small, len(sides), "people with withheld labels", min_side),
     )  # fmt: skip
 
 
@@ -238,8 +240,20 @@ def unlabeled_people(files: PeopleFiles, min_side: float) -> People:
     """
     people = files.read("optional")
     is_large = boxes_of(people.rows)[:, 2:].min(axis=1, initial=np.inf) >= min_side
-    chosen = np.flatnonzero(~_read_labeled(people.rows) & is_large)
-    return replace(people, rows=people.rows.select(chosen), left_out="")  # that line is of the labeled ones
+    is_unlabeled = ~_read_labeled(people.rows)
+    num, chosen = int(is_unlabeled.sum()), np.flatnonzero(is_unlabeled & is_large)
+    line = _describe_small(people.annotations, num - len(chosen), num, "people without labels", min_side)
+    return replace(people, rows=people.rows.select(chosen), left_out=line)  # what was read is of the labeled ones
+
+
+def _describe_small(file: Path, num_small: int, num: int, of_whom: str, min_side: float) -> str:
+    """How many people are not learned from as too small, in a line; empty if all are large enough."""
+    return f"{file}: {num_small} of its {num} {of_whom} are left out: {too_small(min_side)}" if num_small else ""
+
+
+def too_small(min_side: float) -> str:
+    """Why an unlabeled box is left out, with the option that says so."""
+    return f"with a side below {min_side:g} px (--data.unlabelled_min_side)"
 
 
 def files_of(people: People, folder: str, cache: Path) -> PeopleFiles:

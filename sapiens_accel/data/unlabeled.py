@@ -78,15 +78,16 @@ def gather_unlabeled(
         people = people_tables.unlabeled_people(files, min_side)
         sources.append(replace(people, annotations=train.annotations))
     people_of_parts = [people for people in sources if people]
+    left_out = [people.left_out for people in sources if people is not None]
     if not people_of_parts:
         raise UserError(
             f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
             f"or leave stage ssl out: --stage phase1, and then --stage phase2"
+            + "".join(f"; {one}" for one in left_out if one)
         )
-    left_out = sources[0].left_out if sources[0] else ""  # those of the training people are said with them
-    notes = [left_out, *(people.box_note for people in people_of_parts)]
+    notes = [*left_out, *(people.box_note for people in people_of_parts)]
     warnings = [*notes, *(_warn_of_other_boxes(people, train) for people in people_of_parts)]
     return people_tables.join_people(people_of_parts), tuple(line for line in warnings if line)
 

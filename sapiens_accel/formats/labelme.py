@@ -21,6 +21,7 @@ from sapiens_accel.formats.dataset import (
     group_points,
     name_below,
 )  # fmt: skip
+from sapiens_accel.sources import images as photo
 from sapiens_accel.sources.coco import load_json, reason
 
 CATEGORY = "person"  # of points in no rectangle
@@ -36,6 +37,7 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
     """
     files = [path] if path.is_file() else sorted(path.rglob("*.json"))
     left_out: Counter[str] = Counter()
+    with_json: set[Path] = set()
     read_files: list[tuple[str, Path | bytes, list[LooseInstance]]] = []
     missing = ImageFinder([])
     for file in files:
@@ -49,9 +51,14 @@ def read(path: Path, images: Path | None = None) -> PoseDataset:
         except ODD as error:
             raise UserError(f"{file}: {reason(error)}") from None
         left_out["images without a point or rectangle"] += not instances
+        if isinstance(source, Path):
+            with_json.add(source.resolve())
         if instances and source is not None:
             read_files.append((name, source, instances))
     missing.check(path)
+    if folder := images or (path if path.is_dir() else None):
+        every = {file.resolve() for file in folder.rglob("*") if file.suffix.lower() in photo.IMAGE_SUFFIXES}
+        left_out["images without labels (no JSON of theirs)"] = len(every - with_json)
     if not read_files:
         raise UserError(
             f"{path}: no labels of labelme (expected JSON files with 'shapes', found {len(files)} JSON files)"

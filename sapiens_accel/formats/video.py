@@ -5,6 +5,7 @@ They are added to a folder in COCO's form, with the boxes of what moves against 
 
 import json
 import math
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,9 +88,21 @@ def main(asked: Namespace) -> None:
         print(f"replaced: {count(num_replaced, 'frame')} of the same names in {folder / film.stem}")
     if finder and finder.share_moving > MOVING_CAMERA:
         print(f"warning: {finder.share_moving:.0%} of the image moves in the median frame; is the camera fixed?")
-    print(f"{file}: {count(total, 'frame')} in all; stage ssl reads them: --data.root {asked.out}")
-    if asked.folder != DataConfig.unlabelled_images:
-        print(f"with --data.unlabelled_images {asked.folder}")
+    print(f"{file}: {count(total, 'frame')} in all; {_describe_use(asked, file)}")
+
+
+def _describe_use(asked: Namespace, file: Path) -> str:
+    """The options by which stage ssl reads the frames; those of another folder where OUT has no labels."""
+    if (asked.out / DataConfig.train_annotations).is_file():
+        words = ["--data.root", str(asked.out)]
+        words += ["--data.unlabelled_images", asked.folder] * (asked.folder != DataConfig.unlabelled_images)
+        beside = ""
+    else:
+        words = ["--data.unlabelled_images", str((asked.out / asked.folder).absolute())]
+        words += ["--data.unlabelled_annotations", str(file.absolute())]
+        beside = f" {asked.out} has no labels ({DataConfig.train_annotations}): beside --data.root of labeled data"
+    small = "" if asked.boxes != "motion" else "; boxes with a side below --data.unlabelled_min_side are left out there"
+    return f"stage ssl reads them:{beside} {shlex.join(words)}{small}"
 
 
 def _check(asked: Namespace) -> None:

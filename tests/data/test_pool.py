@@ -169,10 +169,15 @@ def test_more_labels_than_people_says_how_many_there_are(drawn: Path, cache: Pat
 def test_small_people_are_withheld_and_join_no_pool(drawn: Path, cache: Path) -> None:
     boxes = {a["id"]: a["bbox"] for a in _tree(drawn / TRAIN)["annotations"]}
     side = float(np.median([min(box[2:]) for box in boxes.values()]))
-    people = _pool(drawn, cache, labels=5, unlabelled_min_side=side)
+    sets = _open(drawn, cache, labels=5, unlabelled_min_side=side)
+    people = sets.unlabeled
+    assert people is not None
     of_train = [i for i in _ids(people) if i in boxes]
     assert of_train == [i for i in _labeled_ids(drawn / TRAIN)[5:] if min(boxes[i][2:]) >= side]
     assert 0 < len(of_train) < 15
+    num = 15 - len(of_train)
+    small = f"people with withheld labels are left out: with a side below {side:g} px (--data.unlabelled_min_side)"
+    assert f"{drawn / TRAIN}: {num} of its 15 {small}" in str(sets).splitlines()
 
 
 def test_no_box_of_withheld_people_shows_their_keypoints(root: Path, cache: Path) -> None:

@@ -325,6 +325,16 @@ def test_labelme(tmp_path: Path) -> None:
     check_mice(tmp_path / "out", boxes=True)
 
 
+def test_images_without_a_json_of_labelme_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = foreign.labelme(tmp_path / "labels")
+    first = sorted(folder.rglob("*.json"))[0]
+    image = first.parent / json.loads(first.read_text())["imagePath"]
+    first.unlink()
+    image.with_name(f"another{image.suffix}").write_bytes(image.read_bytes())
+    run("labelme", folder, tmp_path / "out")
+    assert "left out: images without labels (no JSON of theirs) (2)\n" in capsys.readouterr().out
+
+
 def test_labelme_with_the_image_in_the_json(tmp_path: Path) -> None:
     import base64
 

@@ -1,6 +1,7 @@
 """Frames of a film without labels: how many, which, their boxes against what was drawn, and how ssl reads them."""
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,28 @@ def test_stage_ssl_reads_the_frames_of_two_films_beside_converted_labels(
     skeleton, _ = build.open_skeleton(config.data)
     people = build.open_people(config.data, skeleton, unlabeled=True)
     assert people.unlabeled is not None and len(people.unlabeled) == len(read_boxes(tmp_path / "out"))
+
+
+def test_frames_in_a_folder_without_labels_are_read_by_the_options_that_are_printed(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And those whose boxes are too small are counted, by the option's name."""
+    convert.main(["deeplabcut", str(foreign.deeplabcut(tmp_path / "project")), str(tmp_path / "labels")])
+    run(film, tmp_path / "my frames", "--frames", "6", "--boxes", "motion")
+    said = capsys.readouterr().out
+    assert "my frames has no labels" in said and "a side below --data.unlabelled_min_side" in said
+    options = shlex.split(said[said.index("--data.unlabelled_images") :].split(";")[0])
+    file = tmp_path / "my frames" / "annotations" / "person_boxes_unlabeled2017.json"
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["bbox"][3] = 23.0
+    file.write_text(json.dumps(tree))
+    words = ["--data.cache_dir", str(tmp_path / "cache"), "--data.root", str(tmp_path / "labels"), *options]
+    config = parse.load(["--recipe", "demo", *words])
+    skeleton, _ = build.open_skeleton(config.data)
+    sets = build.open_people(config.data, skeleton, unlabeled=True)
+    assert sets.unlabeled is not None and len(sets.unlabeled) == 5
+    small = "people without labels are left out: with a side below 24 px (--data.unlabelled_min_side)"
+    assert f"{file}: 1 of its 6 {small}" in str(sets).splitlines()
 
 
 def numbers_of(num: int) -> list[int]:
