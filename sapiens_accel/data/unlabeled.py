@@ -15,7 +15,7 @@ from sapiens_accel.data.people import People, PeopleFiles, boxes_of
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources.coco import is_detections
 
-ASPECT_FACTOR = 2.0
+SIZE_FACTOR, ASPECT_FACTOR = 1.5, 2.0  # above them the network is shown other people than it learned from
 COMPARED = 20_000
 
 
@@ -88,7 +88,8 @@ def gather_unlabeled(
             + "".join(f"; {one}" for one in left_out if one)
         )
     notes = [*left_out, *(people.box_note for people in people_of_parts)]
-    warnings = [*notes, *(_warn_of_other_boxes(people, train) for people in people_of_parts)]
+    # The other parts have their boxes from the file of the labeled people.
+    warnings = [*notes, _warn_of_other_boxes(sources[0], train) if sources[0] else None]
     return people_tables.join_people(people_of_parts), tuple(line for line in warnings if line)
 
 
@@ -119,21 +120,33 @@ def unlabeled_images(root: Path, config: DataConfig, num_keypoints: int, cache: 
 
 
 def _warn_of_other_boxes(people: People, labeled: People) -> str | None:
-    """A line about boxes of another shape or size than the labeled people's; whole images are allowed, so no error."""
-    unlabeled_sizes, sizes = people_tables.measure_people([people]), people_tables.measure_people([labeled])
-    if unlabeled_sizes and sizes and (misfit := unlabeled_sizes.describe_misfit(sizes)):
-        of_whom = "whole images" if people.annotations.is_dir() else "unlabeled people"
+    """A line about boxes of another size or shape than the labeled people's; whole images are allowed, so no error."""
+    what, advice = _compare_boxes(people, labeled)
+    if not what:
+        return None
+    if people.annotations.is_dir():
         return (
-            f"warning: {people.annotations}: {of_whom} beside labeled people of another size: their {misfit}; boxes "
-            f"of single people (--data.unlabelled_annotations) teach more"
+            f"warning: {people.annotations}: unlabeled people are whole images: {what}. Boxes of single people "
+            f"(--data.unlabelled_annotations) teach more"
         )
-    theirs, ours = (
+    return f"warning: {people.annotations}: unlabeled boxes are not as the labeled ones: {what}. {advice}"
+
+
+def _compare_boxes(people: People, labeled: People) -> tuple[str, str]:
+    """How the unlabeled boxes differ, in their size or else in their shape, and what to do; empty: they do not."""
+    theirs, ours = people_tables.measure_people([people]), people_tables.measure_people([labeled])
+    if theirs and ours:
+        sides = theirs.share[1] ** 0.5, ours.share[1] ** 0.5
+        if max(sides[0] / sides[1], sides[1] / sides[0]) > SIZE_FACTOR:
+            what = f"they are {sides[0]:.0%} of their image's side in the median, labeled people {sides[1]:.0%}"
+            if sides[0] > sides[1]:
+                return what, "Make them as tight as the labeled ones"
+            return what, "Make them as large as the labeled ones, or leave small ones out by --data.unlabelled_min_side"
+    aspects = [
         float(np.median(boxes[:, 2] / boxes[:, 3]))
         for boxes in (boxes_of(people_tables.spread_rows(of.rows, COMPARED)) for of in (people, labeled))
-    )
-    if max(theirs / ours, ours / theirs) <= ASPECT_FACTOR:
-        return None
-    return (
-        f"warning: {people.annotations}: its unlabeled boxes have a median width / height of {theirs:.2f}, the "
-        f"labeled people's of {ours:.2f}; boxes of single people (--data.unlabelled_annotations) teach more"
-    )
+    ]
+    if max(aspects[0] / aspects[1], aspects[1] / aspects[0]) <= ASPECT_FACTOR:
+        return "", ""
+    what = f"their median width / height is {aspects[0]:.2f}, labeled people's {aspects[1]:.2f}"
+    return what, "Make them around whole people, as the labeled ones"

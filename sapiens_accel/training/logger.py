@@ -498,13 +498,6 @@ class StageLogger:
         if self.writes:
             self._save_image("crops", crop_image(people, self.first, codec, self.skeleton), self.first)
 
-    def compare_boxes(self) -> None:
-        """Warn where unlabeled people's boxes are made otherwise than the labeled ones."""
-        labeled, unlabeled = self.context.sets.split("train"), self.context.sets.unlabeled
-        warning = holdout.compare_box_sizes(labeled, unlabeled) if self.holdout and unlabeled else None
-        if warning:
-            self._warn(self.first, warning)
-
     def finish(self) -> Metrics:
         """Write eval.json and predictions of the exported weights (not in a dry run), and close.
 

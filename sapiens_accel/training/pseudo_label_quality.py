@@ -22,7 +22,7 @@ from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.dataset import Pair, PairSettings, make_pair, transform_keypoints
 from sapiens_accel.data.loader import begin_worker, to_device, unwrap_errors
-from sapiens_accel.data.people import People, boxes_of, spread_rows
+from sapiens_accel.data.people import People
 from sapiens_accel.evaluation.error_analysis import bin_scores
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
@@ -32,11 +32,10 @@ from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, 
 
 NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, in seconds
 NUM_SHOWN = 6
-NUM_BOXES, CURVE_PX = 10_000, 400
+CURVE_PX = 400
 OFFSET_RIDGE = 1.0  # keypoints' offsets have a standard deviation of about 1 in log-odds
 SLOPE_RIDGE = 1e-3  # none to speak of: it makes Newton's matrix invertible
 NEWTON_STEPS = 50  # it takes about 8
-MISFIT = 1.5  # ratio of box sizes above which the network is shown people of another size
 NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint counts as right
 
 
@@ -275,28 +274,6 @@ def fit_calibration(
     if common[0] < 0:
         return fit_calibration(np.zeros_like(scores), right, counted)
     return torch.from_numpy(np.concatenate([common, offsets]))
-
-
-def compare_box_sizes(labeled: People, unlabeled: People) -> str | None:
-    """A warning where unlabeled boxes take another share of their images than labeled ones; None if they are alike.
-
-    Nothing is read of people who are streamed.
-    """
-    if any(hasattr(people.rows, "counts") for people in (labeled, unlabeled)):
-        return None
-    shares = []
-    for people in (labeled, unlabeled):
-        rows = spread_rows(people.rows, NUM_BOXES)
-        boxes, sizes = boxes_of(rows), np.asarray(rows["size_wh"][:], dtype=np.float64)
-        shares.append(float(np.median(np.sqrt(boxes[:, 2:].prod(axis=1) / sizes.prod(axis=1)))))
-    ours, theirs = shares
-    if 1 / MISFIT <= theirs / max(ours, 1e-9) <= MISFIT:
-        return None
-    return (
-        f"unlabeled boxes are {100 * theirs:.0f} % of their image's side in the median, labeled ones {100 * ours:.0f} "
-        "%: the teacher is shown people of another size than it learned from. Give boxes as tight as the labeled ones "
-        "(--data.unlabelled_annotations)"
-    )
 
 
 def is_near(

@@ -320,7 +320,6 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     epoch = len(context.sets.train) / config.global_batch
     schedule = SaveSchedule(every=run.save_every, epoch=epoch, last=context.last, saved_at=first)
     logger.draw_crops(people, codec)
-    logger.compare_boxes()
     return TrainingStage(
         context=context, model=model, network=network, optimizer=optimizer, objective=objective, frozen=frozen,
         people=people, logger=logger, num_steps=num_steps, schedule=schedule,

@@ -552,7 +552,7 @@ def test_an_empty_pool_says_all_that_would_fill_it(root: Path, cache: Path) -> N
 # ---- Boxes of another shape
 
 
-def test_boxes_of_another_shape_are_reported_once_with_both_numbers(root: Path, cache: Path) -> None:
+def test_whole_images_beside_boxes_are_reported_once(root: Path, cache: Path) -> None:
     assert str(_open(root, cache)) == "people: 20 train, 6 val, 8 unlabeled"
     (root / BOXES).unlink()
     for picture in (root / "unlabeled2017").iterdir():
@@ -560,7 +560,45 @@ def test_boxes_of_another_shape_are_reported_once_with_both_numbers(root: Path, 
     sets = _open(root, cache, labels=10)
     first, second = str(sets).splitlines()
     assert first == f"people: 10 train, 6 val, {len(list((root / 'unlabeled2017').iterdir())) + 10} unlabeled"
-    boxes = np.array([a["bbox"] for a in _tree(root / TRAIN)["annotations"]])
-    ours = np.median(boxes[:, 2] / boxes[:, 3])
-    named = (root / "unlabeled2017", "of 3.00", f"of {ours:.2f}", "--data.unlabelled_annotations")
-    assert second.startswith("warning: ") and all(str(name) in second for name in named), second
+    start = f"warning: {root / 'unlabeled2017'}: unlabeled people are whole images: they are 100% of their image's side"
+    assert second.startswith(start) and second.endswith(
+        "Boxes of single people (--data.unlabelled_annotations) teach more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wide", "high", "what", "advice"),
+    [
+        (2.0, 2.0, "% of their image's side in the median, labeled people ", "Make them as tight as the labeled ones"),
+        (
+            0.4,
+            0.4,
+            "% of their image's side in the median, labeled people ",
+            "or leave small ones out by --data.unlabelled_min_side",
+        ),
+        (0.6, 1.5, "labeled people's ", "Make them around whole people, as the labeled ones"),
+        (1.2, 1.2, "", ""),
+    ],
+)
+def test_boxes_that_are_made_otherwise_are_reported_with_what_to_do(
+    root: Path, cache: Path, wide: float, high: float, what: str, advice: str
+) -> None:
+    """In one line, which proposes no boxes to those who have some."""
+    train, tree = _tree(root / TRAIN), _tree(root / BOXES)
+    size_of = {image["id"]: (image["width"], image["height"]) for image in train["images"]}
+    sides = [(np.prod(a["bbox"][2:]) / np.prod(size_of[a["image_id"]])) ** 0.5 for a in train["annotations"]]
+    shapes = [a["bbox"][2] / a["bbox"][3] for a in train["annotations"]]
+    images = {image["id"]: image for image in tree["images"]}
+    for one in tree["annotations"]:
+        image = images[one["image_id"]]
+        side = np.median(sides) * (image["width"] * image["height"]) ** 0.5
+        shape = np.median(shapes) ** 0.5
+        one["bbox"] = [0.0, 0.0, wide * side * shape, high * side / shape]
+    (root / BOXES).write_text(json.dumps(tree))
+    lines = str(_open(root, cache)).splitlines()[1:]
+    assert len(lines) == bool(what)
+    for line in lines:
+        assert (
+            line.startswith(f"warning: {root / BOXES}: unlabeled boxes are not as the labeled ones: ") and what in line
+        )
+        assert line.endswith(advice) and "--data.unlabelled_annotations" not in line

@@ -33,7 +33,7 @@ from sapiens_accel.training import run_folder
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out
 from sapiens_accel.training.objectives import Supervised
-from sapiens_accel.training.pseudo_label_quality import Holdout, LabeledPair, compare_box_sizes, panel, probe
+from sapiens_accel.training.pseudo_label_quality import Holdout, LabeledPair, panel, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT_HW = (128, 96)
@@ -187,16 +187,6 @@ def test_where_v_0_means_absent_what_is_kept_of_it_is_wrong(holdout: Holdout) ->
     assert (judged.counted & ~judged.labeled).any() and not (judged.right & ~judged.labeled).any()
     _, _, judged = probe(_objective(answers), holdout, batch_size=16)
     assert not (judged.counted & ~judged.labeled).any(), "else nothing is known of it"
-
-
-def test_unlabeled_boxes_that_are_made_otherwise_are_warned_of(holdout: Holdout) -> None:
-    sets = build.open_people(holdout.config, COCO17, unlabeled=True)
-    assert sets.unlabeled and compare_box_sizes(sets.train, sets.unlabeled) is None
-    rows, feature = sets.unlabeled.rows, sets.unlabeled.rows.features["box_xywh"]
-    whole = [[0.0, 0.0, *size] for size in rows["size_wh"][:]]
-    rows = rows.remove_columns("box_xywh").add_column("box_xywh", whole, feature=feature)
-    warning = compare_box_sizes(sets.train, dataclasses.replace(sets.unlabeled, rows=rows))
-    assert warning and "unlabeled boxes are 100 % of their image's side" in warning
 
 
 def test_left_and_right_taken_for_each_other_are_seen(holdout: Holdout) -> None:
