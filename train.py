@@ -79,6 +79,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
+    images_before = list_images(Path(run.output_dir))
     unwritten: list[Path] = []
     with uploads, StopRequest() as stop:
         for name in run.stages:
@@ -99,10 +100,17 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
             if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
-    images = sorted(str(path) for path in Path(run.output_dir).glob("pictures/*.*"))
+    images = sorted(list_images(Path(run.output_dir)).items() - images_before.items())
     if accelerator.is_main_process:
-        print(f"\n{format_results(run, sets, table, done)}\n\nimages:", *images, sep="\n  ")
+        print(f"\n{format_results(run, sets, table, done)}")
+        if images:
+            print("\nimages:", *(path for path, _ in images), sep="\n  ")
     run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
+
+
+def list_images(folder: Path) -> dict[str, int]:
+    """The images of a run directory with the times (ns) of their files: those that a program wrote have another one."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("pictures/*.*")}
 
 
 def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Mapping[str, Metrics]) -> str:

@@ -22,6 +22,27 @@ from sapiens_accel.sources.images import read_image
 LABELED = 2  # COCO's v of a keypoint that is there
 
 
+def choose_folder(folder: Path, path: Path) -> Path:
+    """The folder for the results of these images: NAME, or the first of NAME.1, ... that is free or of the same images.
+
+    Of which images a folder is, is in the first line of its keypoints.json; without one it counts as of others.
+    """
+    number, free = 0, folder
+    while free.exists() and _read_origin(free / "keypoints.json") != str(path.resolve()):
+        number += 1
+        free = folder.with_name(f"{folder.name}.{number}")
+    return free
+
+
+def _read_origin(file: Path) -> str | None:
+    """What was predicted in the file; None where there is no such file, or it does not say."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return json.loads(stream.readline().rstrip(",\n") + "}")["info"]["pictures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class Person(NamedTuple):
     """A person of an image, in px of the image; `score` is the box's times the mean of keypoint scores."""
 

@@ -27,7 +27,7 @@ from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup, predict
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
-from sapiens_accel.inference.outputs import MediaWriter, Person, Piece, category_name
+from sapiens_accel.inference.outputs import MediaWriter, Person, Piece, category_name, choose_folder
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.oks import oks_nms, person_scores
 from sapiens_accel.pose.person_boxes import measure_sizes
@@ -97,7 +97,10 @@ def predict_media(accelerator: Accelerator, weights_list: Sequence[Candidate], r
         networks = candidates.build_networks(accelerator, group, run, skeleton)
         task = Task(path=path, run=run, skeleton=skeleton, networks=networks, finder=finder)
         folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
-        _predict_pieces(accelerator, task, folder, " and ".join(str(one.weights) for one in group))
+        free = broadcast_object_list([choose_folder(folder, path)])[0]
+        if free != folder:
+            accelerator.print(f"{folder}: has results of other images than {path}; these are written to {free}")
+        _predict_pieces(accelerator, task, free, " and ".join(str(one.weights) for one in group))
 
 
 def _groups(weights_list: Sequence[Candidate], evaluation: EvalConfig) -> list[list[Candidate]]:

@@ -446,6 +446,21 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
         predict_media._groups(several, EvalConfig())
 
 
+def test_results_of_other_images_of_the_same_name_are_not_replaced(tmp_path: Path) -> None:
+    """NAME, NAME.1, ...: those of the same images again in their own folder, which is told by what was written."""
+    results, paths = tmp_path / "images" / "val", [tmp_path / one / "val" for one in "abc"]
+
+    def write(path: Path) -> str:
+        folder = outputs.choose_folder(results, path)
+        writer = outputs.KeypointsWriter(folder / "keypoints.json", COCO17, 0.3, {"pictures": str(path.resolve())})
+        writer.close()
+        return folder.name
+
+    assert [write(path) for path in (*paths[:2], *paths[:2])] == ["val", "val.1", "val", "val.1"]
+    (results / "keypoints.json").write_text("{}")
+    assert write(paths[0]) == "val.2", "not known of which images"
+
+
 # ---- Images
 
 
