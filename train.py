@@ -79,7 +79,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
-    images_before = list_images(Path(run.output_dir))
+    images_before = list_images(Path(run.output_dir)) if accelerator.is_main_process else {}
     unwritten: list[Path] = []
     with uploads, StopRequest() as stop:
         for name in run.stages:
@@ -100,10 +100,9 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
                 return accelerator.print(f"dry run: {name} could be built, and one step was taken; nothing was written")
             if name != run.stages[-1] and (number := int(distributed.most(accelerator, stop.number))):
                 raise Interrupted(f"{name} is finished; stopped by {Signals(number).name}", number)
-    images = sorted(list_images(Path(run.output_dir)).items() - images_before.items())
     if accelerator.is_main_process:
         print(f"\n{format_results(run, sets, table, done)}")
-        if images:
+        if images := sorted(list_images(Path(run.output_dir)).items() - images_before.items()):
             print("\nimages:", *(path for path, _ in images), sep="\n  ")
     run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
 

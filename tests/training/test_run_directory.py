@@ -6,6 +6,7 @@ Whole runs of train.main in this process, on a few drawn people.
 import errno
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -343,3 +344,18 @@ def test_a_record_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
         record.read_record(tmp_path / "config.yaml")
+
+
+def test_images_of_earlier_programs_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    program = importlib.import_module("train")
+    files = [tmp_path / "pictures" / f"{name}.jpg" for name in ("phase2_predictions", "phase1_val_worst", "ssl_crops")]
+    files[0].parent.mkdir()
+    for number, file in enumerate(files[:2]):
+        file.write_text("earlier")
+        os.utime(file, ns=(number, number))
+    before = program.list_images(tmp_path)
+    for file in files[1:]:
+        file.write_text("now")
+    written = program.list_images(tmp_path).items() - before.items()
+    assert sorted(path for path, _ in written) == sorted(map(str, files[1:]))
