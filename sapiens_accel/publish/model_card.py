@@ -316,14 +316,21 @@ def _cell(score: Mapping[str, Any], name: str) -> str:
 
 
 def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
-    """The rows of metrics by keypoint (NAME/KEYPOINT, or NAME with a value for each), if the evaluation has any."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.scores.get(facts.stage, {}).items():
-        flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
-    names = dict.fromkeys(key.split("/")[0] for key in flat if "/" in key and key.split("/", 1)[1] in keypoints)
+    """The rows of metrics by keypoint, if the evaluation has any: `joints` of eval.json, or of an earlier one
+    a value for each keypoint under the metric's name."""
+    score, by_name = facts.scores.get(facts.stage, {}), {}
+    known = score.get("joints")
+    of_keypoints = known.get("keypoints") if isinstance(known, Mapping) else None
+    if isinstance(of_keypoints, Mapping):
+        for keypoint, values in of_keypoints.items():
+            for name, value in values.items() if isinstance(values, Mapping) else ():
+                by_name.setdefault(name, {})[keypoint] = value
+    else:
+        by_name = {name: value for name, value in score.items() if isinstance(value, Mapping) and name != "joints"}
+    names = [name for name, values in by_name.items() if name != "people" and any(k in values for k in keypoints)]
     rows = [["keypoint", *map(literal, names)]]
     for keypoint in keypoints:
-        values = [flat.get(f"{name}/{keypoint}") for name in names]
+        values = [by_name[name].get(keypoint) for name in names]
         rows.append([literal(keypoint), *(f"{v:.3f}" if _is_finite(v) else "-" for v in values)])
     return rows if names else []
 

@@ -628,6 +628,18 @@ def test_the_card_has_distances_categories_and_how_boxes_were_made(run_folder: P
     assert any("whole images as people's boxes, flip test" in one.metric_name for one in made.data.eval_results)
 
 
+def test_the_card_has_the_keypoints_of_eval_json(run_folder: Path) -> None:
+    """As stages write them, and as those of version 0.1 did: a value for each keypoint under the metric's name."""
+    file = run_folder / "ssl" / "eval.json"
+    numbers = json.loads(file.read_text())
+    each = {name: {"people": 2, "OKS": k / 100, "mean_px": None} for k, name in enumerate(COCO17.names)}
+    now = {"joints": {"OKS": 0.08, "keypoints": each}}
+    before = {"OKS": {name: k / 100 for k, name in enumerate(COCO17.names)}}
+    for table, row in ((now, "| left_ankle | 0.150 | - |"), (before, "| left_ankle | 0.150 |")):
+        file.write_text(json.dumps(numbers | table))
+        assert row in _card(run_folder).text.split("### By keypoint")[1]
+
+
 def test_a_card_promises_nothing_that_was_not_measured(run_folder: Path) -> None:
     facts = card.collect(run_folder, "ssl", step=5)
     assert facts.scores["ssl"]["AP"] == 0.05 and facts.image is None, "step 5's, not those of eval.json"
