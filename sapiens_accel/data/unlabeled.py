@@ -84,7 +84,7 @@ def gather_unlabeled(
             f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
             f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
             f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
-            f"or leave stage ssl out: --stage phase1, and then --stage phase2"
+            f"or leave stage ssl out: --stage phase2 (the whole network; --stage phase1 before it: the head)"
             + "".join(f"; {one}" for one in left_out if one)
         )
     notes = [*left_out, *(people.box_note for people in people_of_parts)]

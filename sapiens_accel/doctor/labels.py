@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import Config, DataConfig
+from sapiens_accel.errors import count
 from sapiens_accel.pose import geometry, mirror_pairs, person_boxes, visibility
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.coco import show_value
@@ -339,16 +340,28 @@ def find_mirrored(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
 
 
 def propose_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
-    """The pairs that the shapes of the people suggest, as the line of a skeleton file."""
+    """The pairs that the shapes of the people suggest, as the line of a skeleton file; or why there are none."""
     pairs = mirror_pairs.find_pairs(labels.keypoints)
+    num = int(mirror_pairs.has_enough_keypoints(labels.keypoints).sum())
     if pairs:
         named = json.dumps([[skeleton.names[pair.first], skeleton.names[pair.second]] for pair in pairs])
         text = (
-            f"left and right as the shapes of the labeled people suggest: {len(pairs)} pairs; look at each "
+            f"left and right as the shapes of the labeled people suggest: {count(len(pairs), 'pair')}; look at each "
             f"(front and hind may be taken for left and right), add what "
             f"is missing, and put it into --data.skeleton FILE:  mirror: {named}"
         )
-        yield Finding(level="note", check="pairs", text=text)
+    elif num < mirror_pairs.MIN_PEOPLE:
+        text = (
+            f"no pairs of left and right are proposed: too few people to tell from their shapes (expected at least "
+            f"{mirror_pairs.MIN_PEOPLE} with {mirror_pairs.MIN_KEYPOINTS} or more labeled keypoints, found {num}). Give "
+            f"the pairs as mirror: [[NAME, NAME], ...] in --data.skeleton FILE"
+        )
+    else:
+        text = (
+            f"no pairs of left and right are proposed: the shapes of {num} people show none clearly. Give the pairs as "
+            f"mirror: [[NAME, NAME], ...] in --data.skeleton FILE"
+        )
+    yield Finding(level="note", check="pairs", text=text)
 
 
 def _is_significant(share: float, votes: int) -> bool:

@@ -112,7 +112,7 @@ def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
         text = "not looked at: what training would make of these data; mend the errors first"
         report.findings.append(Finding(level="note", check="crops/grid", text=text))
     else:
-        report.findings += _under("crops", _crops(run, train, skeleton, report, out))
+        report.findings += _crops(run, train, skeleton, report, out)
     report.findings += _under("machine", environment.check_machine(run, launch, skeleton))
     report.findings = _drop_repeated(report.findings)
     return report
@@ -239,13 +239,13 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
         draw.save_image(preview.draw_grid(preview.first_stage_people(run, sets, skeleton), skeleton), out / "crops.png")
     )
     text = f"{preview.NUM_CROPS} augmented crops with their keypoints: {report.grid}"
-    return [
-        *findings,
+    seen = [
         *_findings_of_lines("reader", [line for line in sets.warnings if line not in notes]),
         *_evaluation_faults(sets.split(run.eval.split), skeleton, run.eval),
         *preview.check_crops(run, labels, skeleton),
         Finding(level="note", check="grid", text=text),
     ]
+    return [*findings, *_under("crops", seen)]
 
 
 def _open_sets(run: Config, skeleton: Skeleton) -> tuple[Sets | None, list[Finding]]:
@@ -259,8 +259,8 @@ def _open_sets(run: Config, skeleton: Skeleton) -> tuple[Sets | None, list[Findi
         except UserError as error:
             errors.append(str(error))
             continue
-        return sets, [Finding(level="error", check="reader", text=text) for text in errors]
-    return None, [Finding(level="error", check="reader", text=text) for text in dict.fromkeys(errors)]
+        return sets, [Finding(level="error", check="unlabelled/reader", text=text) for text in errors]
+    return None, [Finding(level="error", check="crops/reader", text=text) for text in dict.fromkeys(errors)]
 
 
 def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:

@@ -10,7 +10,7 @@ has what it found, and what not, where names were taken away.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from numpy import ndarray as Array
 
 from sapiens_accel.pose.visibility import is_labeled
@@ -23,7 +23,7 @@ ANGLES = np.arange(12) * np.pi / 12
 RESAMPLES = 20
 # Of the resamples, as many must agree on a pair; and it must be nearer than any other by a quarter.
 AGREEMENT, MARGIN = 0.9, 1.25
-MIN_PEOPLE = 10
+MIN_PEOPLE, MIN_KEYPOINTS = 10, 4  # people, each with so many labeled keypoints
 # Reflected, keypoints lie this near to their partners (those of the midline to themselves) on average, in units of a
 # person's spread: COCO's 0.20 and 0.24, a mouse's 0.47, hands' 0.58, which have no symmetry.
 NEAR = 0.35
@@ -39,6 +39,11 @@ class MirrorPair:
     agreement: float
 
 
+def has_enough_keypoints(keypoints: Float[Array, "n k 3"]) -> Bool[Array, " n"]:
+    """Return which people have enough labeled keypoints to be compared."""
+    return is_labeled(keypoints).sum(1) >= MIN_KEYPOINTS
+
+
 def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPair]:
     """The pairs that are near certain, in the order of keypoints; none where people are too few or have no symmetry.
 
@@ -47,7 +52,7 @@ def find_pairs(keypoints: Float[Array, "n k 3"], seed: int = 0) -> list[MirrorPa
         seed: of the people that are compared, and of the resamples.
     """
     rng = np.random.default_rng(seed)
-    keypoints = keypoints[is_labeled(keypoints).sum(1) >= 4]
+    keypoints = keypoints[has_enough_keypoints(keypoints)]
     if len(keypoints) < MIN_PEOPLE:
         return []
     most = min(MAX_PEOPLE, max(3 * MIN_PEOPLE, MAX_DISTANCES // keypoints.shape[1] ** 2))

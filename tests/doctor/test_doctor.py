@@ -26,7 +26,7 @@ from sapiens_accel.doctor import report as doctor
 from sapiens_accel.doctor.environment import Launch
 from sapiens_accel.doctor.labels import Finding, Labels
 from sapiens_accel.errors import UserError
-from sapiens_accel.pose import draw, geometry, skeleton
+from sapiens_accel.pose import draw, geometry, mirror_pairs, skeleton
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.runtime import distributed
@@ -484,9 +484,21 @@ def test_without_unlabeled_people_the_labeled_ones_are_still_looked_at(root: Pat
         run = config.load([*_words(root), "--stage", stage])
         report = doctor.examine(run, environment.read_launch(None), tmp_path / "out")
         (error,) = [finding for finding in report.findings if finding.level == "error"]
-        assert error.text.endswith("or leave stage ssl out: --stage phase1, and then --stage phase2")
+        assert error.check == "unlabelled/reader" and "or leave stage ssl out: --stage phase2 " in error.text
         assert report.grid and Path(report.grid).is_file()
         assert {"crops/resolution", "crops/sigma", "crops/codec"} <= {finding.check for finding in report.findings}
+
+
+def test_why_no_pairs_of_left_and_right_are_proposed_is_said() -> None:
+    few, many = _labels(mirror_pairs.MIN_PEOPLE - 1), _labels(2 * mirror_pairs.MIN_PEOPLE)
+    (said,) = examine.propose_pairs(few, COCO17)
+    assert said.level == "note" and "expected at least 10 with 4 or more labeled keypoints, found 9" in said.text
+    few.keypoints[0, 3:, 2] = 0
+    (said,) = examine.propose_pairs(few, COCO17)
+    assert "found 8" in said.text, "three keypoints have no shape"
+    many.keypoints[..., :2] = np.random.default_rng(0).uniform(0, 200, many.keypoints[..., :2].shape)
+    (said,) = examine.propose_pairs(many, COCO17)
+    assert "the shapes of 20 people show none clearly" in said.text
 
 
 def _ssl(root: Path, **changes: Any) -> Config:
