@@ -222,16 +222,29 @@ class _EscapedOutput:
         return getattr(self._stream, name)
 
 
+_launch: list[str] | None = None
+
+
+def remember_launch(words: Sequence[str] | None) -> None:
+    """Keep the words before the script in this process's launch; None where they are not known.
+
+    They are kept from the start, since a launcher may end before the process that it launched.
+    """
+    global _launch
+    _launch = None if words is None else list(words)
+
+
 def continue_with() -> str:
     """The end of a sentence: how to continue a run that has ended before its last step."""
-    return f"continue with the same launch and: {_resume_command(sys.argv)}"
+    command, secret = _resume_command([*(_launch or ()), *sys.argv])
+    needs = f" (add user and password to {', '.join(secret)})" if secret else ""
+    if _launch is None:
+        return f"continue with this after what launched it (srun, mpirun or such){needs}: {command}"
+    return f"continue with{needs}: {command}"
 
 
-def _resume_command(words: Sequence[str]) -> str:
-    """The command that resumes the run of this command line.
-
-    Credentials in URLs are left out, and the options that need them are listed.
-    """
+def _resume_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that resumes a run, without credentials in URLs, and the options that need these."""
     option = "--resume_from_checkpoint"
     shown, secret = [], []
     for before, word in pairwise(["", *words]):
@@ -240,5 +253,4 @@ def _resume_command(words: Sequence[str]) -> str:
         shown.append(_replace_users(word, ""))
         if shown[-1] != word:
             secret.append(word.partition("=")[0] if word.startswith("--") else before)
-    needs = f" (with user and password in {', '.join(secret)})" if secret else ""
-    return shlex.join([*shown, option, "latest"]) + needs
+    return shlex.join([*shown, option, "latest"]), secret

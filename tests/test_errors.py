@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sapiens_accel.errors import UserError, _resume_command, escape, read_tree
+from sapiens_accel import errors
+from sapiens_accel.errors import UserError, _resume_command, continue_with, escape, read_tree
 
 HOSTILE = "left\x1b]0;title\x07_eye\x1b[2J\r\u202e\ud800\x9b31m\u2028é"
 SHOWN = r"left\x1b]0;title\x07_eye\x1b[2J\r\u202e\ud800\x9b31m\u2028é"
@@ -91,9 +92,20 @@ def test_what_may_not_be_opened_needs_no_room(tmp_path: Path, number: str, said:
 def test_a_command_to_continue_can_run_and_has_no_password() -> None:
     words = ["train.py", "--data.root", "https://u:p@ss@host/d", "--seed=1", "--resume_from_checkpoint", "old"]
     command = "train.py --data.root https://host/d --seed=1 --resume_from_checkpoint latest"
-    assert escape(_resume_command(words)) == f"{command} (with user and password in --data.root)"
+    assert _resume_command(words) == (command, ["--data.root"])
     words[1:3] = ["--data.root=sftp://me@host/d"]
-    assert escape(_resume_command(words)) == command.replace("root https://", "root=sftp://me@")
+    assert _resume_command(words) == (command.replace("root https://", "root=sftp://me@"), [])
+
+
+def test_how_to_continue_ends_with_a_command_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data.root=https://u:p@host/d"])
+    command = "train.py --data.root=https://host/d --resume_from_checkpoint latest"
+    needs = "(add user and password to --data.root)"
+    assert continue_with() == f"continue with this after what launched it (srun, mpirun or such) {needs}: {command}"
+    monkeypatch.setattr(errors, "_launch", ["accelerate", "launch"])
+    assert continue_with() == f"continue with {needs}: accelerate launch {command}"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert continue_with() == "continue with: accelerate launch train.py --resume_from_checkpoint latest"
 
 
 @pytest.mark.parametrize(

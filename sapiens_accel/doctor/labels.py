@@ -353,8 +353,8 @@ def propose_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:
     elif num < mirror_pairs.MIN_PEOPLE:
         text = (
             f"no pairs of left and right are proposed: too few people to tell from their shapes (expected at least "
-            f"{mirror_pairs.MIN_PEOPLE} with {mirror_pairs.MIN_KEYPOINTS} or more labeled keypoints, found {num}). Give "
-            f"the pairs as mirror: [[NAME, NAME], ...] in --data.skeleton FILE"
+            f"{mirror_pairs.MIN_PEOPLE} with {mirror_pairs.MIN_KEYPOINTS} or more labeled keypoints, found {num}). "
+            f"Give the pairs as mirror: [[NAME, NAME], ...] in --data.skeleton FILE"
         )
     else:
         text = (

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from sapiens_accel.errors import UserError, count
+from sapiens_accel.errors import UserError, count, remember_launch
 from sapiens_accel.runtime import launch, signals
 from sapiens_accel.runtime.device import check_device
 
@@ -64,6 +64,7 @@ def start() -> Accelerator:
         UserError: the launch asks for something that this package cannot run.
     """
     signals.follow_launcher()
+    remember_launch(launch.words_before_script())
     launch.check()
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     if cuda:

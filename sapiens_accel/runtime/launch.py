@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,34 @@ def _launcher() -> psutil.Process | None:
         except psutil.Error:
             return None
     return None
+
+
+def words_before_script() -> list[str] | None:
+    """Return the words of this launch before the script: of accelerate's launcher, torchrun or the interpreter.
+
+    None where several processes run and neither has launched them, or on several machines, whose words differ.
+    """
+    launcher = _launcher()
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        return None
+    if launcher is None:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return None if several else _before_arguments(sys.orig_argv) or ["python"]
+    try:
+        return _before_arguments(launcher.cmdline())
+    except psutil.Error:
+        return None
+
+
+def _before_arguments(words: Sequence[str]) -> list[str] | None:
+    """The words before the script and its arguments, programs by their names where PATH finds them by these."""
+    if len(words) <= len(sys.argv) or list(words[-len(sys.argv) :]) != sys.argv:
+        return None
+    before = list(words[: -len(sys.argv)])
+    if Path(before[0]).name.startswith("python") and len(before) > 1 and Path(before[1]).name in SCRIPTS:
+        del before[0]  # the interpreter of a script that is started by its name
+    name = Path(before[0]).name
+    return [name if shutil.which(name) == before[0] else before[0], *before[1:]]  # links to another environment differ
 
 
 def is_launcher(words: Sequence[str]) -> bool:

@@ -113,3 +113,29 @@ def test_extensions_are_where_torch_builds_them(tmp_path: Path, monkeypatch: pyt
 )
 def test_a_launcher_is_known_by_its_program_alone(command: str, launches: bool) -> None:
     assert launch.is_launcher(command.split()) == launches
+
+
+@pytest.mark.parametrize(
+    ("command", "before"),
+    [
+        (
+            "/v/bin/python3 BIN/accelerate launch --config_file a.yaml train.py --seed 1",
+            "accelerate launch --config_file a.yaml",
+        ),
+        ("/v/bin/python3 /other/accelerate launch train.py --seed 1", "/other/accelerate launch"),
+        ("python -m accelerate.commands.launch train.py --seed 1", "python -m accelerate.commands.launch"),
+        ("/v/bin/python3 BIN/torchrun --nproc_per_node 2 train.py --seed 1", "torchrun --nproc_per_node 2"),
+        ("BIN/python -u train.py --seed 1", "python -u"),
+        ("train.py --seed 1", None),
+        ("accelerate launch other.py", None),
+    ],
+)
+def test_the_words_before_the_script_start_it_again(
+    command: str, before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("accelerate", "torchrun", "python"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
+    found = launch._before_arguments(command.replace("BIN", str(tmp_path)).split())
+    assert found == (before.split() if before else None)

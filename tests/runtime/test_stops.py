@@ -83,7 +83,7 @@ def test_a_signal_to_the_group_saves_the_step(begin: Callable[..., Started], nam
     text = stopped(run, 128 + number)
     step = is_saved(run)
     assert f"phase2: stopped by {name}; step {step} is in " in text and "Traceback" not in text
-    assert text.count("continue with the same launch and: train.py ") == 1 and "--resume_from_checkpoint latest" in text
+    assert text.count("continue with: python train.py ") == 1 and "--resume_from_checkpoint latest" in text
 
 
 def test_a_signal_to_one_of_two_ranks_saves_the_step_of_both(begin: Callable[..., Started]) -> None:

@@ -567,8 +567,9 @@ def test_the_command_that_a_signal_leaves_resumes_the_run(name: str, tmp_path: P
     assert len(_losses(tmp_path / "run")) == step, "the last whole step is what was saved"
     assert checkpoint._broken(whole) is None
     # The command that was printed is taken at its word.
-    again = said.split("the same launch and: ")[1].splitlines()[0]
-    done = forks.run([*shlex.split(again), f"--max_steps={step + 2}"], env=_environment(tmp_path))
+    python, *again = shlex.split(said.split("; continue with: ")[1].splitlines()[0])
+    assert python == "python"
+    done = forks.run([*again, f"--max_steps={step + 2}"], env=_environment(tmp_path))
     assert done.returncode == 0, done.stderr
     assert len(_losses(tmp_path / "run")) == step + 2
 
