@@ -201,6 +201,8 @@ class Alarms:
 
 # ---- The end
 
+ENOUGH_PEOPLE = 100  # with 30 validation people a choice by AP was little better than chance, with 300 always right
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
@@ -229,13 +231,13 @@ class StageResult:
 
 def describe_result(result: StageResult) -> str:
     """The last line of a stage: which weights it hands over, what it gained, and how right its pseudo-labels were."""
-    ap, last = result.aps[result.step], max(result.aps)
+    ap, last = 100 * result.aps[result.step], max(result.aps)
     if result.step == result.began:
-        found = f"AP {result.aps[last]:.3f} at step {last}, {ap:.3f} before"
+        found = f"AP {ap:.1f} -> {100 * result.aps[last]:.1f} at step {last}"
         parts = [f"hands over the weights that it began with: no later ones are better ({found}), nothing was gained"]
     else:
-        known = "" if result.began is None else f", {result.aps[result.began]:.3f} for what it began with"
-        found = "nobody could be measured" if ap < 0 else f"AP {ap:.3f}{known}"
+        before = "" if result.began is None else f"{100 * result.aps[result.began]:.1f} -> "
+        found = "nobody could be measured" if ap < 0 else f"AP {before}{ap:.1f}"
         parts = [f"hands over the weights of step {result.step} of {result.last}: {found}{_judge(result.gain)}"]
     if result.keep is not None:
         parts.append(_describe_labels(result.keep, result.precision, result.precision_absent_wrong))
@@ -245,14 +247,21 @@ def describe_result(result: StageResult) -> str:
 def _judge(gain: PairedDifference | None) -> str:
     if gain is None or not math.isfinite(gain.mean):
         return ""
+    people = f"by {gain.num} validation {'person' if gain.num == 1 else 'people'}"
+    few = f", which are few: measure on {ENOUGH_PEOPLE} or more" if gain.num < ENOUGH_PEOPLE else ""
+    measured = f"; mean OKS {gain.mean:+.4f}, standard error {gain.stderr:.4f}, {people}{few}"
     if not gain.is_known:
-        return f"; mean OKS {gain}: within 2 standard errors, so it is not known whether the stage helped"
-    return f"; mean OKS {gain}: {'better' if gain.mean > 0 else 'worse'} than what it began with"
+        return f"{measured}: within 2 standard errors, so it is not known whether the stage helped"
+    return f"{measured}: {'better' if gain.mean > 0 else 'worse'} than what it began with"
 
 
 def _describe_labels(keep: float, precision: float, absent_wrong: float) -> str:
     learned = f"it learned from {100 * keep:.1f} % of the unlabeled keypoints"
     if not math.isfinite(precision):
         return f"{learned}; none of the validation people's is kept, so it is not known how right they are"
-    counted = f" ({100 * absent_wrong:.1f} % if those without a label are wrong)" if math.isfinite(absent_wrong) else ""
-    return f"{learned}, {100 * precision:.1f} % of such labels are right on validation people{counted}"
+    right, counted = f"{100 * precision:.1f}", f"{100 * absent_wrong:.1f}"
+    differs = math.isfinite(absent_wrong) and counted != right
+    other = f" ({counted} % if those on keypoints without a label count as wrong)" if differs else ""
+    return (
+        f"{learned}; of the pseudo-labels that it would keep on validation people {right} % are near the truth{other}"
+    )

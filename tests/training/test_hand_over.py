@@ -197,15 +197,19 @@ def _result(**values: Any) -> StageResult:
 
 def test_the_last_line_says_what_is_known() -> None:
     assert describe_result(_result()) == (
-        "hands over the weights of step 4 of 8: AP 0.600, 0.500 for what it began with; mean OKS +0.0200, standard "
-        "error 0.0050, 300 people: better than what it began with; it learned from 40.0 % of the unlabeled keypoints, "
-        "90.0 % of such labels are right on validation people (80.0 % if those without a label are wrong)"
+        "hands over the weights of step 4 of 8: AP 50.0 -> 60.0; mean OKS +0.0200, standard error 0.0050, by 300 "
+        "validation people: better than what it began with; it learned from 40.0 % of the unlabeled keypoints; of the "
+        "pseudo-labels that it would keep on validation people 90.0 % are near the truth (80.0 % if those on keypoints "
+        "without a label count as wrong)"
     )
+    assert describe_result(_result(precision_absent_wrong=0.9)).endswith(" 90.0 % are near the truth")
+    few = describe_result(_result(gain=PairedDifference(0.02, 0.005, 99)))
+    assert "by 99 validation people, which are few: measure on 100 or more: better" in few
     near = describe_result(_result(gain=PairedDifference(0.009, 0.005, 300)))
     assert "within 2 standard errors, so it is not known whether the stage helped" in near and "better" not in near
     assert "worse than what it began with" in describe_result(_result(gain=PairedDifference(-0.02, 0.005, 300)))
     nothing = describe_result(_result(keep=None, gain=PairedDifference(0.3, float("nan"), 1)))
     assert "not known" in nothing and "learned from" not in nothing
     began = describe_result(_result(step=0))
-    assert began.startswith("hands over the weights that it began with: no later ones are better (AP 0.550 at step 8, "
-                            "0.500 before), nothing was gained; it learned from 40.0 %")  # fmt: skip
+    assert began.startswith("hands over the weights that it began with: no later ones are better (AP 50.0 -> 55.0 "
+                            "at step 8), nothing was gained; it learned from 40.0 %")  # fmt: skip
