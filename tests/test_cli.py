@@ -325,6 +325,7 @@ def test_every_step_has_a_line(finished: tuple[Path, str]) -> None:
         assert all(np.isfinite(line["loss"]) and line["loss"] > 0 and line["lr"] > 0 for line in steps)
         scores = [line for line in lines if line["stage"] == stage and "AP" in line]
         labels = {"pseudo_precision", "pseudo_precision_absent_wrong", "pseudo_coverage", "pseudo_oks"}
+        labels |= {"pseudo_precision_stderr"}
         labels |= {f"pseudo_{share}/{name}" for share in ("precision", "coverage") for name in COCO17.names}
         ends = labels | {"student_AP", "oks_gain", "oks_gain_stderr"}
         beside = [set(), ends] if stage == "ssl" else [set()]  # where it begins, where it ends
