@@ -316,23 +316,29 @@ def _cell(score: Mapping[str, Any], name: str) -> str:
 
 
 def _by_keypoint(facts: Facts, keypoints: Sequence[str]) -> list[list[str]]:
-    """The rows of metrics by keypoint, if the evaluation has any: `joints` of eval.json, or of an earlier one
-    a value for each keypoint under the metric's name."""
-    score, by_name = facts.scores.get(facts.stage, {}), {}
-    known = score.get("joints")
-    of_keypoints = known.get("keypoints") if isinstance(known, Mapping) else None
-    if isinstance(of_keypoints, Mapping):
-        for keypoint, values in of_keypoints.items():
-            for name, value in values.items() if isinstance(values, Mapping) else ():
-                by_name.setdefault(name, {})[keypoint] = value
-    else:
-        by_name = {name: value for name, value in score.items() if isinstance(value, Mapping) and name != "joints"}
+    """The rows of metrics by keypoint, if the evaluation has any: `joints` of eval.json, NAME/KEYPOINT, or, in earlier
+    ones, NAME with a value for each."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for name, value in facts.scores.get(facts.stage, {}).items():
+        if name == "joints":
+            for keypoint, values in _mapping(_mapping(value).get("keypoints")).items():
+                for metric, number in _mapping(values).items():
+                    by_name.setdefault(metric, {})[keypoint] = number
+        elif isinstance(value, Mapping):
+            by_name.setdefault(name, {}).update(value)
+        elif "/" in name:
+            metric, keypoint = name.split("/", 1)
+            by_name.setdefault(metric, {})[keypoint] = value
     names = [name for name, values in by_name.items() if name != "people" and any(k in values for k in keypoints)]
     rows = [["keypoint", *map(literal, names)]]
     for keypoint in keypoints:
         values = [by_name[name].get(keypoint) for name in names]
         rows.append([literal(keypoint), *(f"{v:.3f}" if _is_finite(v) else "-" for v in values)])
     return rows if names else []
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _settings(facts: Facts) -> list[list[str]]:
