@@ -330,7 +330,7 @@ def _refuse_boxes_outside(people: People) -> None:
     raise UserError(
         f"{people.annotations}: {len(outside)} of {len(people)} people have a box outside their image: annotation "
         f"{show_value(given)} has {boxes[first].tolist()}{size}; expected x, y, width, height in "
-        " pixels of the image. Correct 'bbox', or the keypoints where the box is made from them"
+        "pixels of the image. Correct 'bbox', or the keypoints where the box is made from them"
     )
 
 

@@ -223,7 +223,8 @@ def test_pairs_are_proposed_as_a_line_to_paste() -> None:
     proposed = yaml.safe_load(finding.text.partition("FILE:")[2])
     pairs = [[COCO17.names[a], COCO17.names[b]] for a, b in enumerate(COCO17.mirror) if a < b]
     assert (proposed, finding.level) == ({"mirror": pairs}, "note")
-    assert list(examine.propose_pairs(_labels(9), COCO17)) == []
+    (finding,) = examine.propose_pairs(_labels(9), COCO17)
+    assert "too few people" in finding.text and "found 9" in finding.text
 
 
 def _labels(num: int) -> Labels:
@@ -571,8 +572,12 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
 def shards(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """People in parquet; one of area 0, one whose box lies outside."""
     folder = tmp_path_factory.mktemp("shards")
+    return _shards(drawn, folder, lambda people: (people[5].update(area=0), people[8].update(bbox=[900, 5, 40, 100])))
+
+
+def _shards(drawn: Path, folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> Path:
     broken = Path(shutil.copytree(drawn, folder / "drawn"))
-    _change(broken, lambda people: (people[5].update(area=0), people[8].update(bbox=[900, 5, 40, 100])))
+    _change(broken, change)
     convert.main(["convert", "coco", str(broken), str(folder / "parquet"), "--group_rows", "10"])
     return folder / "parquet"
 
@@ -588,8 +593,13 @@ def test_people_in_shards_are_looked_at(shards: Path, tmp_path: Path, streaming:
     assert not sizes, "images in shards are decoded for their size as files are"
 
 
-def test_before_a_training_from_a_stream_few_are_fetched(shards: Path, tmp_path: Path) -> None:
-    run = _run(shards, streaming=True)
+def test_a_box_outside_of_its_image_starts_no_training(shards: Path) -> None:
+    with pytest.raises(UserError, match=r"1 of \d+ people have a box outside their image: annotation 9 has \[900\.0, "):
+        build.open_people(_run(shards, streaming=True).data, COCO17, unlabeled=False)
+
+
+def test_before_a_training_from_a_stream_few_are_fetched(drawn: Path, tmp_path: Path) -> None:
+    run = _run(_shards(drawn, tmp_path, lambda people: people[5].update(area=0)), streaming=True)
     sets, said = build.open_people(run.data, COCO17, unlabeled=False), []
     doctor.summarize(said.append, sets, run)
     assert any("train/area: 1 person of area 0: annotation 6 (" in str(line) for line in said)
