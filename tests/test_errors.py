@@ -99,6 +99,7 @@ def test_a_command_to_continue_can_run_and_has_no_password() -> None:
 
 def test_how_to_continue_ends_with_a_command_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--data.root=https://u:p@host/d"])
+    monkeypatch.setattr(errors, "_launch", None)
     command = "train.py --data.root=https://host/d --resume_from_checkpoint latest"
     needs = "(add user and password to --data.root)"
     assert continue_with() == f"continue with this after what launched it (srun, mpirun or such) {needs}: {command}"
