@@ -5,6 +5,7 @@ read at a million people a second. `tests/data/test_annotation_rules.py` proves 
 annotations either raise at the first fault, or collect every fault for the doctor.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -648,8 +649,9 @@ def labeled_points(annotation: dict[str, Any]) -> Float[Array, "k 2"]:
     numbers = annotation.get("keypoints")
     if not isinstance(numbers, list) or len(numbers) % 3 or not set(map(type, numbers)) <= NUMBERS:
         return np.zeros((0, 2))
-    points = np.asarray(numbers, dtype=np.float64).reshape(-1, 3)
-    is_good = is_labeled(points) & (np.abs(points) <= FARTHEST).all(axis=1)
+    # An integer of a JSON may be too large for a float.
+    points = np.array([number if abs(number) <= FARTHEST else math.inf for number in numbers]).reshape(-1, 3)
+    is_good = is_labeled(points) & np.isfinite(points).all(axis=1)
     return points[is_good, :2]
 
 

@@ -238,7 +238,7 @@ def read_json(path: Path, collect: list[Fault] | None = None) -> dict[str, Any]:
     texts += [f"annotations: entry {index}, {show_value(item)}: {NO_ANNOTATION}" for index, item in odd[:1]]
     if texts:
         raise UserError(f"{path}: {texts[0]}")
-    return tree
+    return tree if kinds or "categories" not in tree else tree | {"categories": kinds}  # null, 0 and {} are none too
 
 
 def _explain_no_lists(tree: Any, key: str) -> str:

@@ -196,7 +196,7 @@ def _rows(split: Split, tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             person = annotation_to_person(annotation, position) | {"id": coco_json.given_id(annotation)}
             people[annotation["image_id"]].append(person)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except coco_json.BROKEN as error:
             raise UserError(f"{split.annotations}: annotations[{position}]: {coco_json.reason(error)}") from None
     known = [image["id"] for image in tree["images"]]
     unknown = people.keys() - set(known)

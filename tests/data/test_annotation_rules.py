@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.annotation_rules import PeopleReader
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import schema, shards
@@ -181,3 +182,8 @@ def test_scores_in_place_of_v_are_refused_in_one_line(tmp_path: Path) -> None:
             UserError, match=r"annotation 7: expected v of 0 .* found 0.87; .*--data.visibility_threshold"
         ):
             list(reader.chunks(needs_keypoints=True))
+
+
+def test_a_point_that_no_float_holds_is_no_labeled_point() -> None:
+    annotation = {"keypoints": [5, 6, 2, 10**400, 6, 2, 7, 8, 0, float("nan"), 1, 2, 9.5, 8, 1]}
+    assert annotation_rules.labeled_points(annotation).tolist() == [[5, 6], [9.5, 8]]

@@ -330,6 +330,22 @@ def test_the_command_writes_all_or_nothing(drawn: Path, tmp_path: Path) -> None:
         convert.main(_words(drawn, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_a_json_of_odd_numbers_is_converted_or_named(drawn: Path, tmp_path: Path, form: str) -> None:
+    """Categories that are null, 0 or {} are none; an integer that no float holds is in one line."""
+    root = Path(shutil.copytree(drawn, tmp_path / "root"))
+    file = root / "annotations" / "person_keypoints_train2017.json"
+    tree = json.loads(file.read_text())
+    for number, none in enumerate((None, 0.0, {})):
+        file.write_text(json.dumps(tree | {"categories": none}))
+        convert.main([*_words(root, tmp_path / f"out{number}"), "--to", form])
+    tree["annotations"][2]["bbox"][0] = 10**400
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"annotations\[2\]: .*too large") as caught:
+        convert.main([*_words(root, tmp_path / "out"), "--to", form])
+    assert "\n" not in str(caught.value)
+
+
 # ---- What is broken
 
 
