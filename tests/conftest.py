@@ -1,8 +1,10 @@
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hub_server import TOKEN, Server, serve
 from huggingface_hub import HfFileSystem, constants
 from messages import Recorder
@@ -79,3 +81,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     )  # fmt: skip
     order = {name: index for index, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))
+
+
+@pytest.fixture(scope="module")
+def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """train.main in this process: (words, run directory, *more words)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        train, threads = importlib.import_module("train").main, torch.get_num_threads()
+
+        def run(words: Sequence[str], folder: Path, *more: str) -> None:
+            try:
+                train([*words, f"--output_dir={folder}", *more])
+            finally:
+                AcceleratorState._reset_state()
+                GradientState._reset_state()
+
+        yield run
+        torch.set_num_threads(threads)

@@ -1,15 +1,14 @@
 """Which weights a stage hands over: whole runs of train.main in this process, on a few drawn people."""
 
-import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from sapiens_accel.config import parse as config
@@ -35,21 +34,8 @@ Main = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Main]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.syspath_prepend(str(Path(__file__).parents[2]))
-        train, threads = importlib.import_module("train").main, torch.get_num_threads()
-
-        def run(folder: Path, *words: str) -> None:
-            try:
-                train([*SMALL, f"--output_dir={folder}", *words])
-            finally:
-                AcceleratorState._reset_state()
-                GradientState._reset_state()
-
-        yield run
-        torch.set_num_threads(threads)
+def main(train_here: Main) -> Main:
+    return partial(train_here, SMALL)
 
 
 @pytest.fixture(scope="module")

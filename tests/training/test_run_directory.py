@@ -8,13 +8,13 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 
 from sapiens_accel.config import parse, record
 from sapiens_accel.config.schema import STAGES
@@ -33,21 +33,8 @@ Main = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Main]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.syspath_prepend(str(Path(__file__).parents[2]))
-        train, threads = importlib.import_module("train").main, torch.get_num_threads()
-
-        def run(folder: Path, *words: str) -> None:
-            try:
-                train([*SMALL, f"--output_dir={folder}", *words])
-            finally:
-                AcceleratorState._reset_state()
-                GradientState._reset_state()
-
-        yield run
-        torch.set_num_threads(threads)
+def main(train_here: Main) -> Main:
+    return partial(train_here, SMALL)
 
 
 @pytest.fixture(scope="module")
