@@ -50,20 +50,20 @@ STRENGTHS = {
     "strong": {"rotation": 45, "scale": 0.4, "shift": 0.16, "photometric_p": 0.5, "coarse_dropout_p": 0.5},
 }
 RATES = (1.0, 0.3)  # of the supervised continuation, as shares of the start's
-OLD_RULE = ("--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.views=1", "--ssl.teacher.confidence_floor=0.2")
+VIEWS = "--ssl.teacher.views=3"
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: ("--ssl.teacher.ratio=0",),
     LONG: ("--ssl.teacher.ratio=0",),
-    "recommended": (),
-    "version_0.1": OLD_RULE,
-    "no_limit": ("--ssl.teacher.max_grad_ratio=null",),
+    "defaults": (),  # what a user gets who gives no --ssl.teacher option
+    "version_0.1": ("--ssl.teacher.max_grad_ratio=null",),
     "limit_1": ("--ssl.teacher.max_grad_ratio=1",),
-    "one_view": ("--ssl.teacher.views=1",),
-    "no_floor": ("--ssl.teacher.confidence_floor=0.2",),
+    "three_views": (VIEWS,),
+    "three_views_limit_1": (VIEWS, "--ssl.teacher.max_grad_ratio=1"),
+    "calibrated": ("--ssl.teacher.confidence=calibrated",),
     "no_cutout": ("--ssl.teacher.cutout=0",),
     "ratio_2": ("--ssl.teacher.ratio=2",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),
-    "literal": ("--ssl.teacher.loss=literal",),
+    "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null"),
 }
 Row = dict[str, Any]
 
@@ -291,7 +291,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="(all of them)")
     parser.add_argument("--labels", nargs="+", type=int, help="labeled images (each data set's own three numbers)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[BASELINE, LONG, "recommended"], help="(three)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[BASELINE, LONG, "defaults"], help="(three)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (one for each core)")
     parser.add_argument("--json", help="file to write; runs that it holds already are kept (results/ssl_cpu_DATE.json)")
     shared = os.environ.get("SAPIENS_ACCEL_TEST_DATA", str(ROOT.parent / "shared" / "data"))

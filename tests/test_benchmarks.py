@@ -255,7 +255,7 @@ def shell(folder: Path, packages: Path) -> str:
 @pytest.mark.slow  # nine trainings
 def test_arms_are_held_against_the_strongest_supervised_one(tmp_path: Path) -> None:
     words = ["--data", "drawn", "--labels", "6", "--seeds", "3", "4", "--jobs", "2"]
-    words += ["--arms", "supervised", "recommended"]
+    words += ["--arms", "supervised", "defaults"]
     small = [f"--data.synthetic.num_{name}={num}" for name, num in (("train", 8), ("unlabelled", 4), ("val", 4))]
     short = [f"--{stage}.{knob}" for stage in ("phase2", "ssl") for knob in ("steps=2", "global_batch=2")]
     words += [*small, *short, "--data.input_hw=[64,48]"]
@@ -265,14 +265,14 @@ def test_arms_are_held_against_the_strongest_supervised_one(tmp_path: Path) -> N
     assert {strength for strength, _ in choices} == {"weak", "mid", "strong"} and len(choices) == 4
     assert {row["seed"] for row in found["choices"]} == {100}  # none of the seeds that are compared
     rows = {(row["arm"], row["seed"]): row for row in found["rows"]}
-    assert set(rows) == {(arm, seed) for arm in ("supervised", "recommended") for seed in (3, 4)}
+    assert set(rows) == {(arm, seed) for arm in ("supervised", "defaults") for seed in (3, 4)}
     best = max(choices, key=lambda case: choices[case])
     assert all((rows["supervised", seed]["strength"], rows["supervised", seed]["rate"]) == best for seed in (3, 4))
-    assert rows["supervised", 3]["keep"] is None and rows["recommended", 3]["keep"] is not None
-    assert rows["supervised", 3]["start_ap"] == rows["recommended", 3]["start_ap"]
+    assert rows["supervised", 3]["keep"] is None and rows["defaults", 3]["keep"] is not None
+    assert rows["supervised", 3]["start_ap"] == rows["defaults", 3]["start_ap"]
     cells = {cell["arm"]: cell for cell in found["summary"]}
-    gains = [round(rows["recommended", seed]["px"] - rows["supervised", seed]["px"], 2) for seed in (3, 4)]
-    assert cells["recommended"]["px_gains"] == gains
+    gains = [round(rows["defaults", seed]["px"] - rows["supervised", seed]["px"], 2) for seed in (3, 4)]
+    assert cells["defaults"]["px_gains"] == gains
     picture = cv2.imread(str(out.with_suffix(".png")))
     assert picture is not None and picture.std() > 5
     # What a file of the same settings holds is not run again: made-up rows stay.
