@@ -154,6 +154,14 @@ def _other_tools(folder: Path) -> None:
     foreign.cvat_images(folder / "TASK")
     foreign.yolo(folder / "YOLO")
     foreign.labelme(folder / "LABELME")
+    foreign.mpii(folder / "MPII")
+    (folder / "CROWDPOSE").mkdir()
+    tree = json.loads(foreign.crowdpose(folder / "CROWDPOSE").read_text())
+    for split, images in (("train", tree["images"][::2]), ("val", tree["images"][1::2])):
+        ids = {image["id"] for image in images}
+        people = [one for one in tree["annotations"] if one["image_id"] in ids]
+        part = tree | {"images": images, "annotations": people}
+        (folder / "CROWDPOSE" / f"crowdpose_{split}.json").write_text(json.dumps(part))
 
 
 def _published(folder: Path) -> None:
@@ -237,6 +245,14 @@ def _prepare(workspace: Path, command: str, environment: dict[str, str]) -> None
                 shutil.rmtree(run / stage)
             (run / "phase1" / "eval.json").unlink()
             shutil.rmtree(run / "phase1" / "weights")
+    if "--data.root ROOT" in command:  # the four data sets of the published weights, of drawn people
+        for name in ("coco", "mpii", "crowdpose"):
+            (workspace / "ROOT").mkdir(exist_ok=True)
+            (workspace / "ROOT" / name).symlink_to(workspace / "DIR")
+        (workspace / "ROOT" / "aic" / "annotations").mkdir(parents=True)
+        (workspace / "ROOT" / "aic" / "images").symlink_to(workspace / "DIR" / "train2017")
+        people = workspace / "DIR" / "annotations" / "person_keypoints_train2017.json"
+        (workspace / "ROOT" / "aic" / "annotations" / "aic_train.json").symlink_to(people)
     if "--data.root OUT" in command:
         _bash("python -m sapiens_accel.data convert coco COCO OUT --to parquet", workspace, environment)
 
