@@ -304,7 +304,7 @@ def draw_calibration(judged: Judged) -> UInt8[Array, "h w 3"]:
             cv2.rectangle(image, (left, top), (round((place + 1) * width) - 2, side - 1), (59, 125, 216), -1)
             cv2.putText(image, str(num), (left, side - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (20, 20, 20), 1, cv2.LINE_AA)
     cv2.line(image, (0, side - 1), (side - 1, 0), (20, 20, 20), 1, cv2.LINE_AA)
-    return draw.add_header(image, "right, by confidence")
+    return draw.add_header(image, "share that is right (up, 0-1) by confidence (0-1)")
 
 
 def panel(shown_people: ShownPeople, skeleton: Skeleton) -> UInt8[Array, "h w 3"]:
@@ -336,11 +336,12 @@ def _column(
     turned = " (mirrored)" if swapped else ""
     return [
         draw.add_title(
-            draw.draw_person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton), f"keeps {kept.sum()}"
+            draw.draw_person(weak, weak_xy, np.where(kept, 1.0, 0.5)[order], skeleton),
+            f"teacher: {kept.sum()} of {len(kept)} kept",
         ),
-        draw.add_title(draw.draw_person(cut, predicted_xy, kept.astype(float), skeleton), f"to learn{turned}"),
+        draw.add_title(draw.draw_person(cut, predicted_xy, kept.astype(float), skeleton), f"student{turned}"),
         draw.add_title(
             draw.draw_errors(strong, predicted_xy, true_xy, compared, right),
-            f"{(compared & ~right).sum()} of {compared.sum()} far",
+            f"{(compared & ~right).sum()} of {compared.sum()} wrong" if compared.any() else "no label to compare",
         ),
     ]
