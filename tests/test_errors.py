@@ -159,8 +159,10 @@ def test_keys_and_values_are_read(tmp_path: Path) -> None:
 def test_ctrl_c_is_one_line(when: str) -> None:
     """Also while a program imports its libraries, which takes seconds: it was a traceback."""
     body = {"import": "interrupt()", "main": "errors.run_main(lambda _: interrupt())"}[when]
+    # Below a suite that a shell runs behind `&` it would be ignored, as under nohup.
     code = (
-        "import os, signal, time\nfrom sapiens_accel import errors\nerrors.end_on_interrupt()\n"
+        "import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from sapiens_accel import errors\nerrors.end_on_interrupt()\n"
         f"def interrupt():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n{body}\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
