@@ -105,7 +105,8 @@ def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate],
             print("\npredictions:", *tables, sep="\n  ")
         if run.eval.html:
             weights = [f"{one.name}: weights of {one.weights}" for one in candidates]
-            about = [f"people of {people.annotations}", *weights, *networks.read_summaries(candidates)]
+            lines = [f"people of {people.annotations}", *weights, *networks.read_summaries(candidates)]
+            about = html_report.About(lines, networks.read_pseudo_labels(candidates))
             file = html_report.report_path(run.eval.html, folder)
             print(f"\npage: {html_report.write_report(file, results, configs, analyses, skeleton, about)}")
 

@@ -10,8 +10,9 @@ ssl, and the others see unlabeled images, all with one set of settings. A differ
 of the same seed. The weights of the last step are compared: choosing among steps by the people that are tested on would
 flatter an arm.
 
-Drawn people, and a real laboratory mouse (`mirror_mouse`, in the folder that --mouse or SAPIENS_ACCEL_TEST_DATA names),
-with a tiny network from random weights: this ranks methods and finds harm, and predicts no accuracy on COCO.
+Drawn people, a real laboratory mouse (`mirror_mouse`) and 80 images of COCO (`coco_mini`), both in the folder that
+--real or SAPIENS_ACCEL_TEST_DATA names, with a tiny network from random weights: this ranks methods and finds harm, and
+predicts no accuracy on COCO. Of 40 people of COCO such a network learns next to nothing: there only harm can show.
 """
 
 import argparse
@@ -73,16 +74,23 @@ class Data:
     """A data set: its recipe, how many labels are tried, and the options that give it to train.py.
 
     Attributes:
-        options: of (folder to write into, labels, seed, mirror_mouse's folder).
+        options: of (folder to write into, labels, seed, the data set's folder).
+        folder: name of that folder; None: the data are made.
     """
 
     recipe: Path
     labels: tuple[int, ...]
     options: Callable[[Path, int, int, Path], list[str]]
+    folder: str | None = None
 
 
-def drawn(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]:
+def drawn(folder: Path, labels: int, seed: int, real: Path) -> list[str]:
     return [f"--data.labels={labels}", "--data.labels_by=random", f"--data.labels_seed={seed}"]
+
+
+def coco(folder: Path, labels: int, seed: int, real: Path) -> list[str]:
+    """Labels of some people; the others of the training images are unlabeled, and those of `unlabeled2017`."""
+    return [f"--data.root={real}", *drawn(folder, labels, seed, real)]
 
 
 def mouse_frames(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]:
@@ -122,7 +130,8 @@ def mouse_frames(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]
 HERE = Path(__file__).parent
 DATA = {
     "drawn": Data(recipe=HERE / "ssl.yaml", labels=(30, 100, 300), options=drawn),
-    "mouse": Data(recipe=HERE / "ssl_mouse.yaml", labels=(10, 30, 60), options=mouse_frames),
+    "mouse": Data(recipe=HERE / "ssl_mouse.yaml", labels=(10, 30, 60), options=mouse_frames, folder="mirror_mouse"),
+    "coco": Data(recipe=HERE / "ssl_coco.yaml", labels=(40,), options=coco, folder="coco_mini"),
 }
 
 
@@ -134,7 +143,7 @@ class Runner:
     labels: int
     seed: int
     work: Path
-    mouse: Path
+    real: Path
     options: Sequence[str]
 
     @property
@@ -188,9 +197,9 @@ class Runner:
             "strong_shift": changes["shift"] / 2,
         }
         augment = [f"--augment.{name}={value}" for name, value in (changes | view).items()]
-        people = DATA[self.data].options(self.folder / "data", self.labels, self.seed, self.mouse)
-        recipe = DATA[self.data].recipe
-        run = [f"--recipe={recipe}", f"--stage={stage}", f"--seed={self.seed}", f"--output_dir={folder}"]
+        data = DATA[self.data]
+        people = data.options(self.folder / "data", self.labels, self.seed, self.real / (data.folder or ""))
+        run = [f"--recipe={data.recipe}", f"--stage={stage}", f"--seed={self.seed}", f"--output_dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"ACCELERATE_MIXED_PRECISION": "no"}
         words = ["train.py", *run, *augment, *people, *more, *self.options]
@@ -209,11 +218,13 @@ def main(words: Sequence[str]) -> None:
     asked = parse(words)
     path = record.place("ssl", "cpu", "", asked.json)
     settings = {
-        "recipes": {name: yaml.safe_load(DATA[name].recipe.read_text()) for name in asked.data},
+        "recipes": {name: yaml.safe_load(data.recipe.read_text()) for name, data in DATA.items()},
         "strengths": STRENGTHS,
         "options": asked.options,
     }
-    heading = record.heading("ssl", "cpu", record.cpu_name(), jobs=asked.jobs, **settings)
+    # Choices that were not made for a case, but carried over from another.
+    given = [[*case, *opponent] for case, opponent in asked.opponents.items()]
+    heading = record.heading("ssl", "cpu", record.cpu_name(), jobs=asked.jobs, opponents_given=given, **settings)
     rows, choices = done_before(path, settings)
     cases = [(data, labels) for data in asked.data for labels in asked.labels or DATA[data].labels]
     with tempfile.TemporaryDirectory() as folder:
@@ -237,12 +248,12 @@ class Bench:
     choices: list[Row]
 
     def runner(self, data: str, labels: int, seed: int) -> Runner:
-        mouse = Path(self.asked.mouse)
-        options = self.asked.options
-        return Runner(data=data, labels=labels, seed=seed, work=self.work, mouse=mouse, options=options)
+        real, options = Path(self.asked.real).resolve(), self.asked.options
+        return Runner(data=data, labels=labels, seed=seed, work=self.work, real=real, options=options)
 
     def choose(self, pool: ThreadPoolExecutor, cases: Sequence[tuple[str, int]]) -> None:
         """Run what chooses the opponent: each strength, then with the best of them each rate."""
+        cases = [case for case in cases if case not in self.asked.opponents]
         self.run_choices(pool, [(*case, strength, RATES[0]) for case in cases for strength in STRENGTHS])
         self.run_choices(pool, [(*case, self.best(*case)[0], rate) for case in cases for rate in RATES[1:]])
 
@@ -259,13 +270,19 @@ class Bench:
             self.write()
 
     def best(self, data: str, labels: int) -> tuple[str, float]:
-        """The strength and rate of the opponent with the best AP on the seed of the choice."""
+        """The strength and rate of the opponent: those asked for, or of the best AP on the seed of the choice."""
+        if (data, labels) in self.asked.opponents:
+            return self.asked.opponents[data, labels]
         mine = [row for row in self.choices if (row["data"], row["labels"]) == (data, labels)]
         best = max(mine, key=lambda row: row["ap"])
         return best["strength"], best["rate"]
 
     def compare(self, pool: ThreadPoolExecutor, cases: Sequence[tuple[str, int]]) -> None:
-        known = {tuple(row[key] for key in ("data", "labels", "seed", "arm")) for row in self.rows}
+        known = {
+            (row["data"], row["labels"], row["seed"], row["arm"])
+            for row in self.rows
+            if row["strength"] == self.best(row["data"], row["labels"])[0]
+        }
         wanted = [(data, labels, seed) for data, labels in cases for seed in self.asked.seeds]
         missing = [case for case in wanted if any((*case, arm) not in known for arm in self.asked.arms)]
 
@@ -292,15 +309,35 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--labels", nargs="+", type=int, help="labeled images (each data set's own three numbers)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[BASELINE, LONG, "defaults"], help="(three)")
+    parser.add_argument(
+        "--opponent",
+        nargs="+",
+        type=opponent,
+        default=[],
+        metavar="DATA:LABELS=STRENGTH:RATE",
+        help="the opponent of a case, carried over from another: it is not chosen again, and the file says so",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (one for each core)")
     parser.add_argument("--json", help="file to write; runs that it holds already are kept (results/ssl_cpu_DATE.json)")
     shared = os.environ.get("SAPIENS_ACCEL_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     parser.add_argument("--work", help="folder for the runs, which is not removed; runs that it holds are used again")
-    parser.add_argument("--mouse", default=f"{shared}/mirror_mouse", help="the folder of mirror_mouse (%(default)s)")
+    parser.add_argument("--real", default=shared, help="the folder of mirror_mouse and coco_mini (%(default)s)")
     asked, asked.options = parser.parse_known_args(words)  # what is left is for train.py
-    if "mouse" in asked.data and not Path(asked.mouse).is_dir():
-        raise UserError(f"--mouse {asked.mouse}: no such folder. Leave it out with --data drawn")
+    asked.opponents = dict(asked.opponent)
+    for folder in (DATA[name].folder for name in asked.data):
+        if folder and not (Path(asked.real) / folder).is_dir():
+            raise UserError(f"--real {asked.real}: has no folder {folder}. Leave it out with --data drawn")
     return asked
+
+
+def opponent(text: str) -> tuple[tuple[str, int], tuple[str, float]]:
+    """(data, labels), (strength, rate) of DATA:LABELS=STRENGTH:RATE."""
+    case, _, given = text.partition("=")
+    data, _, labels = case.partition(":")
+    strength, _, rate = given.partition(":")
+    if data not in DATA or strength not in STRENGTHS:
+        raise argparse.ArgumentTypeError(f"{text}: expected e.g. drawn:100=mid:1")
+    return (data, int(labels)), (strength, float(rate))
 
 
 def done_before(path: Path, settings: dict[str, Any]) -> tuple[list[Row], list[Row]]:

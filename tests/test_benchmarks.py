@@ -279,6 +279,11 @@ def test_arms_are_held_against_the_strongest_supervised_one(tmp_path: Path) -> N
     out.write_text(out.read_text().replace('"px": ', '"px": 5'))
     again = benchmark("ssl", out, *words, option="--json", **cache)
     assert again["rows"] == json.loads(json.dumps(found["rows"]).replace('"px": ', '"px": 5'))
+    # An opponent that is carried over is not chosen, and the file says so.
+    given = ["--opponent", "drawn:6=weak:0.3", "--seeds", "3", "--arms", "supervised"]
+    carried = benchmark("ssl", tmp_path / "given.json", *words, *given, option="--json", **cache)
+    assert carried["choices"] == [] and carried["opponents_given"] == [["drawn", 6, "weak", 0.3]]
+    assert [(row["strength"], row["rate"]) for row in carried["rows"]] == [("weak", 0.3)]
 
 
 def test_an_interval_of_paired_gains_is_students(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ Ours also calls it a wrong person if a keypoint that would be missed lies at any
 Shape letters: n people, k keypoints, j labeled keypoints of the others. All in image px.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -228,6 +229,23 @@ class Reliability(NamedTuple):
     num: Int[Array, "bins"]
     score: Float[Array, "bins"]
     right: Float[Array, "bins"]
+
+
+def write_reliability(bins: Reliability) -> dict[str, list[float | None]]:
+    """Bins for a JSON."""
+    return {
+        name: [value if math.isfinite(value) else None for value in values.tolist()]
+        for name, values in bins._asdict().items()
+    }
+
+
+def parse_reliability(tree: object) -> Reliability | None:
+    """The bins of a JSON; None if it holds none."""
+    lists = [tree.get(name) if isinstance(tree, dict) else None for name in Reliability._fields]
+    if not all(isinstance(values, list) and len(values) == NUM_BINS for values in lists):
+        return None
+    num, score, right = (np.array([math.nan if v is None else v for v in cast(list, values)]) for values in lists)
+    return Reliability(num.astype(int), score, right)
 
 
 def reliability(diagnosis: Diagnosis, scores: Float[Array, "n k"]) -> Reliability:

@@ -6,7 +6,7 @@ The page is eval.html.jinja; here are the values that it shows.
 import base64
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import UserError, escape
 from sapiens_accel.evaluation import coco_metrics, figures, tables
 from sapiens_accel.evaluation.coco_metrics import Curves
-from sapiens_accel.evaluation.error_analysis import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, reliability
+from sapiens_accel.evaluation.error_analysis import GOOD_FROM, NEAR_FROM, Diagnosis, Kind, Reliability, reliability
 from sapiens_accel.evaluation.evaluate import MAX_SHOWN_KEYPOINTS, EvaluationResult
 from sapiens_accel.evaluation.figures import Case, ErrorAnalysis
 from sapiens_accel.pose import draw
@@ -64,6 +64,22 @@ class BarTable(NamedTuple):
     rows: Sequence[BarRow]
 
 
+class About(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+        lines: which weights and which people, a line each.
+        pseudo_labels: by the name of the weights, the validation people's pseudo-labels by their confidence, at the end
+            of the stage ssl that made the weights.
+    """
+
+    lines: Sequence[str] = ()
+    pseudo_labels: Mapping[str, Reliability] = {}
+
+
+NOTHING_KNOWN = About()
+
+
 def report_path(name: str, folder: Path) -> Path:
     """The file that --eval.html names: `auto` is eval.html in the folder of the results."""
     return folder / "eval.html" if name == AUTO else Path(name)
@@ -75,14 +91,14 @@ def write_report(
     configs: dict[str, EvalConfig],
     findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
-    about: Sequence[str] = (),
+    about: About = NOTHING_KNOWN,
 ) -> Path:
     """Write the page of an evaluation.
 
     Args:
         rows, configs: the evaluations by their names in the tables, and the options of each.
         findings: the error analyses of some of them.
-        about: which weights and which people, a line each.
+        about: which weights and which people, and what is known of the weights' training.
 
     Raises:
         UserError: the file cannot be written.
@@ -100,7 +116,7 @@ def render_report(
     configs: dict[str, EvalConfig],
     findings: dict[str, ErrorAnalysis],
     skeleton: Skeleton,
-    about: Sequence[str] = (),
+    about: About = NOTHING_KNOWN,
 ) -> str:
     """The page as text."""
     loader = PackageLoader("sapiens_accel.evaluation", package_path="")
@@ -113,11 +129,12 @@ def render_report(
     notes = [f"{name}: {note}" for name, result in rows.items() for note in result.notes]
     return template.render(
         title=f"Evaluation of {'; '.join(rows)}",
-        about=about,
+        about=about.lines,
         metric_names=columns,
         metrics=[[name, *map(tables.format_metric, values, columns)] for name, values in lines.items()],
         settings=[_settings(name, rows[name], config) for name, config in configs.items()],
         lines=[*costs, *notes],
+        pseudo_labels={name: _calibration(bins, "confidence") for name, bins in about.pseudo_labels.items()},
         sections=[_section(name, result, findings.get(name), skeleton) for name, result in rows.items()],
         most_rows=MAX_SHOWN_KEYPOINTS,
         good_from=f"{GOOD_FROM:g}",
@@ -154,7 +171,7 @@ def _section(name: str, result: EvaluationResult, analysis: ErrorAnalysis | None
             "errors": _error_table(analysis.diagnosis, skeleton),
             "kinds": _kinds(),
             "calibration_error": "-" if math.isnan(error) else f"{100 * error:.1f}",
-            "bins": _calibration(result, analysis.diagnosis),
+            "bins": _calibration(reliability(analysis.diagnosis, result.predictions.scores), "score"),
             "summary": _summary(analysis.diagnosis, skeleton),
             "case_key": _case_key(),
             "cases": [_case(case) for case in analysis.cases],
@@ -178,16 +195,15 @@ def _curves(curves: Curves) -> list[dict[str, str]]:
     return lines
 
 
-def _calibration(result: EvaluationResult, diagnosis: Diagnosis) -> list[dict[str, str]]:
+def _calibration(bins: Reliability, what: str) -> list[dict[str, str]]:
     """For each bin of scores the share of its keypoints that is right; of calibrated scores they lie on the line."""
-    bins = reliability(diagnosis, result.predictions.scores)
     width = 100 / len(bins.num)
     return [
         {
             "x": f"{i * width + 1:g}",
             "width": f"{width - 2:g}",
             "height": f"{100 * right:.2f}",
-            "title": f"{count} keypoints of score {score:.2f}: {100 * right:.1f} % right",
+            "title": f"{count} keypoints of {what} {score:.2f}: {100 * right:.1f} % right",
         }
         for i, (count, score, right) in enumerate(zip(bins.num, bins.score, bins.right, strict=True))
         if count

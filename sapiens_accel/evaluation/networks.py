@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from sapiens_accel.config.schema import STAGES, Config, EvalConfig
 from sapiens_accel.data.keypoint_mapping import describe_keypoints
 from sapiens_accel.errors import UserError, read_tree
+from sapiens_accel.evaluation.error_analysis import Reliability, parse_reliability
 from sapiens_accel.evaluation.predict import PoseNetwork
 from sapiens_accel.hub import download
 from sapiens_accel.models import checkpoint_formats as published
@@ -97,6 +98,13 @@ def read_summaries(candidates: Sequence[Candidate]) -> list[str]:
     records = [(choose_name([one], candidates), read_json(one.weights.parent / "eval.json")) for one in candidates]
     summaries = [(name, (record or {}).get("summary")) for name, record in records]
     return [f"{name}, at the end of its training: {text}" for name, text in summaries if isinstance(text, str)]
+
+
+def read_pseudo_labels(candidates: Sequence[Candidate]) -> dict[str, Reliability]:
+    """How right the pseudo-labels of each stage ssl were at its end, as its eval.json has it."""
+    records = {choose_name([one], candidates): read_json(one.weights.parent / "eval.json") for one in candidates}
+    found = {name: parse_reliability((record or {}).get("pseudo_labels")) for name, record in records.items()}
+    return {name: bins for name, bins in found.items() if bins}
 
 
 def _name_of(path: Path) -> str:

@@ -28,6 +28,7 @@ from sapiens_accel.data.people import read_given_ids
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate, figures, paired, tables
+from sapiens_accel.evaluation.error_analysis import Reliability, write_reliability
 from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.evaluation.paired import PairedDifference
 from sapiens_accel.evaluation.predict import Diverged
@@ -141,6 +142,7 @@ class StageLogger:
         self.kept: Evaluated | None = None  # what is exported
         self.began: Evaluated | None = None  # the weights that the stage began with
         self.skipped, self.disk_failed = 0, False
+        self.pseudo_label_bins: Reliability | None = None  # of the last evaluation
         self.unwritten: list[Path] = []  # files of the results, on all ranks
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
@@ -490,7 +492,8 @@ class StageLogger:
         )
         if self.writes and draws:
             self._save_image("panel", holdout.panel(found.shown_people, self.skeleton), step, numbered=f"_{step}")
-            self._save_image("calibration", holdout.draw_calibration(found.judged), step)
+            self._save_image("calibration", holdout.draw_calibration(found.bins), step)
+        self.pseudo_label_bins = found.bins
         return found
 
     def draw_crops(self, people: TrainingPeople, codec: Codec) -> None:
@@ -543,6 +546,8 @@ class StageLogger:
         if summary:
             whole |= {"hand_over": self.context.config.hand_over, "summary": summary}
         whole["area_used"] = evaluate.describe_area(self.people, self.skeleton, self.run.eval)
+        if self.pseudo_label_bins:
+            whole["pseudo_labels"] = write_reliability(self.pseudo_label_bins)
         if kept.predictions:
             quality = evaluate.measure_keypoints(kept.predictions, self.people, self.skeleton)
             whole["joints"] = tables.keypoint_statistics(quality, self.skeleton)  # as eval.py has it

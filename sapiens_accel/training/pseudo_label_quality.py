@@ -23,7 +23,7 @@ from sapiens_accel.data.augment import Augmenter, change_pixels
 from sapiens_accel.data.dataset import Pair, PairSettings, make_pair, transform_keypoints
 from sapiens_accel.data.loader import begin_worker, to_device, unwrap_errors
 from sapiens_accel.data.people import People
-from sapiens_accel.evaluation.error_analysis import bin_scores
+from sapiens_accel.evaluation.error_analysis import Reliability, bin_scores
 from sapiens_accel.evaluation.evaluate import oks
 from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.skeleton import Skeleton
@@ -78,6 +78,11 @@ class ProbeResult(NamedTuple):
     values: dict[str, float]
     shown_people: ShownPeople
     judged: Judged
+
+    @property
+    def bins(self) -> Reliability:
+        """The counted keypoints by their confidence, and how many of them are right."""
+        return bin_scores(self.judged.confidence[self.judged.counted], self.judged.right[self.judged.counted])
 
 
 class Holdout(Dataset[LabeledPair]):
@@ -293,9 +298,8 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
 
 
-def draw_calibration(judged: Judged) -> UInt8[Array, "h w 3"]:
+def draw_calibration(bins: Reliability) -> UInt8[Array, "h w 3"]:
     """Draw the share of keypoints that is right (upwards) by confidence in 10 bins; calibrated ones end at the line."""
-    bins = bin_scores(judged.confidence[judged.counted], judged.right[judged.counted])
     side, image = CURVE_PX, np.full((CURVE_PX, CURVE_PX, 3), 255, dtype=np.uint8)
     width = side / len(bins.num)
     for place, (num, right) in enumerate(zip(bins.num, bins.right, strict=True)):

@@ -28,7 +28,15 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import boxes as detections
-from sapiens_accel.evaluation import coco_metrics, evaluate, figures, html_report, predict
+from sapiens_accel.evaluation import (
+    coco_metrics,
+    error_analysis,
+    evaluate,
+    figures,
+    html_report,
+    networks,
+    predict,
+)
 from sapiens_accel.evaluation.error_analysis import NOBODY, Kind
 from sapiens_accel.evaluation.evaluate import EvaluationResult
 from sapiens_accel.evaluation.figures import ErrorAnalysis
@@ -230,6 +238,23 @@ def test_bars_are_the_numbers(judged: EvaluationResult, found: ErrorAnalysis) ->
         shares = [100 * count / counts[:, k].sum() for count in counts[:, k] if count]
         assert widths == pytest.approx(shares, abs=0.006)
     assert f"Expected calibration error, %: {100 * judged.keypoints.ece:.1f}" in read.text
+
+
+def test_pseudo_labels_are_drawn_as_stage_ssl_left_them(judged: EvaluationResult, tmp_path: Path) -> None:
+    """As high as the share that is right; weights of another stage have none."""
+    bins = error_analysis.bin_scores(np.array([0.65] * 3 + [0.95] * 5), np.arange(8) % 4 > 0)
+    candidates = []
+    for stage, more in (("phase2", {}), ("ssl", {"pseudo_labels": error_analysis.write_reliability(bins)})):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "eval.json").write_text(json.dumps({"AP": 0.5} | more))
+        candidates.append(networks.Candidate(name=stage, weights=tmp_path / stage / "weights", folder=tmp_path))
+    about = html_report.About(["weights of a run"], networks.read_pseudo_labels(candidates))
+    read = _fetches_nothing(html_report.render_report({"net": judged}, {"net": HOW}, {}, COCO17, about))
+    assert "weights of a run" in read.text and "Pseudo-labels of ssl" in read.text
+    bars = [(float(bar["x"]), float(bar["height"])) for bar in read.all("rect")]
+    assert bars == [(61, 66.67), (91, 80)]
+    titles = ["3 keypoints of confidence 0.65: 66.7 % right", "5 keypoints of confidence 0.95: 80.0 % right"]
+    assert all(title in read.text for title in titles)
 
 
 def test_whatever_a_name_is_it_stays_a_name(judged: EvaluationResult, found: ErrorAnalysis) -> None:

@@ -16,7 +16,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup
 from sapiens_accel.training.objectives import Supervised
-from sapiens_accel.training.pseudo_label_quality import Judged, draw_calibration, fit_calibration
+from sapiens_accel.training.pseudo_label_quality import Judged, ProbeResult, draw_calibration, fit_calibration
 
 OFFSETS = np.linspace(-2.5, 2.5, 17)  # from a keypoint that the teacher is bad at to one that it is good at
 SLOPE, INTERCEPT = 9.0, -4.0
@@ -104,7 +104,7 @@ def test_the_curve_is_drawn_as_high_as_its_share() -> None:
     right = np.arange(100)[:, None] < 60
     all_of_them = np.ones_like(right)
     judged = Judged(confidence, confidence, all_of_them, right, all_of_them, all_of_them, all_of_them)
-    image = draw_calibration(judged)[-400:]
+    image = draw_calibration(ProbeResult({}, (), judged).bins)[-400:]
     column = (image[:, 8 * 40 + 36] == (59, 125, 216)).all(axis=-1)
     assert column.sum() == pytest.approx(0.6 * 400, abs=4) and not (image[:, 20] == (59, 125, 216)).all(axis=-1).any()
 

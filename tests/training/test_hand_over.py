@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.evaluation.error_analysis import parse_reliability
 from sapiens_accel.evaluation.paired import PairedDifference, mean_oks, paired_difference
 from sapiens_accel.publish import model_card
 from sapiens_accel.training.logger import StageLogger
@@ -90,6 +92,10 @@ def test_the_best_evaluated_weights_are_handed_over(whole: Path) -> None:
     assert gain.num == 12
     oks = f"mean OKS {gain.mean:+.4f}, standard error {gain.stderr:.4f}, by 12 validation people, which are few"
     assert oks in result["summary"]
+    # The curve of the pseudo-labels in its last evaluation, for eval.py's page.
+    bins = parse_reliability(result["pseudo_labels"])
+    assert bins and 0 < bins.num.sum() <= 12 * 17 and ((bins.right >= 0) & (bins.right <= 1))[bins.num > 0].all()
+    assert np.abs(np.nan_to_num(bins.score) * 10 - np.arange(10) - 0.5)[bins.num > 0].max() <= 0.5 + 1e-6
     assert config.load([], base=whole / "config.yaml").ssl.hand_over == "best"
 
 
