@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
+from sapiens_accel import train
 from sapiens_accel.errors import run_main
 from sapiens_accel.training import checkpoint
 

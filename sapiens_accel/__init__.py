@@ -1,7 +1,16 @@
 """Fine-tune Sapiens and Sapiens2 for 2-D human pose on the GPUs people have."""
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sapiens_accel.errors import UserError as UserError
+    from sapiens_accel.eval import evaluate as evaluate
+    from sapiens_accel.inference.estimator import PoseEstimator as PoseEstimator
+    from sapiens_accel.inference.estimator import PoseResult as PoseResult
+    from sapiens_accel.train import train as train
 
 __version__ = "0.1.0"
 
@@ -23,3 +32,25 @@ if not (_limit.isascii() and _limit.isdigit() and len(_limit) < 19 and int(_limi
         f"OPENCV_IO_MAX_IMAGE_PIXELS: not a number of pixels (expected a whole number such as {1 << 27}, found "
         f"{_limit!r}). Correct or unset that environment variable."
     )
+
+# What `from sapiens_accel import NAME` gives, by its module, which is imported then: importing torch takes seconds.
+# `train` is that module itself, which can be called (sapiens_accel/train.py says why).
+_API = {
+    "PoseEstimator": "sapiens_accel.inference.estimator",
+    "PoseResult": "sapiens_accel.inference.estimator",
+    "UserError": "sapiens_accel.errors",
+    "evaluate": "sapiens_accel.eval",
+    "train": "sapiens_accel.train",
+}
+__all__ = ["PoseEstimator", "PoseResult", "UserError", "__version__", "evaluate", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_API[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})

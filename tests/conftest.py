@@ -88,7 +88,7 @@ def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """train.main in this process: (words, run directory, *more words)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        train, threads = importlib.import_module("train").main, torch.get_num_threads()
+        train, threads = importlib.import_module("sapiens_accel.train").main, torch.get_num_threads()
 
         def run(words: Sequence[str], folder: Path, *more: str) -> None:
             try:

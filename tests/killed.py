@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
+from sapiens_accel import train
 from sapiens_accel.runtime.files import UNFINISHED
 from sapiens_accel.training import checkpoint
 

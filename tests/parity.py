@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
+from sapiens_accel import train
 from sapiens_accel.training import loop
 from sapiens_accel.training.objectives import Supervised
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import distributed as dist
 
-import train
+from sapiens_accel import train
 from sapiens_accel.config.schema import AugmentConfig, DataConfig, StageConfig
 from sapiens_accel.data import build, loader
 from sapiens_accel.data.augment import Augmenter

@@ -58,7 +58,7 @@ def main(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Seq
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(cache))
     monkeypatch.syspath_prepend(str(REPOSITORY))
     num_threads = torch.get_num_threads()
-    yield importlib.import_module("train").main
+    yield importlib.import_module("sapiens_accel.train").main
     torch.set_num_threads(num_threads)
 
 

@@ -6,6 +6,7 @@ A recipe in `recipes/` holds only what differs from the defaults of `schema.py`.
 import dataclasses
 import difflib
 import glob
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -34,8 +36,8 @@ LITERAL_WARNING = (
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) -> Config:
-    """Combine the defaults, the recipe (`--recipe`, or the file `base`) and the command line.
+def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None = None) -> Config:
+    """Combine the defaults, the recipe (`--recipe`, or the options `base`, a file of them or a Config) and `argv`.
 
     `--help` and `--print_config` print and exit.
 
@@ -43,6 +45,10 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         UserError: an unknown recipe, an unknown key (with the most similar known one), a value of the wrong type or out
             of its range.
     """
+    if isinstance(base, Config):
+        with TemporaryDirectory() as folder:
+            save(base, Path(folder) / "config.yaml")
+            return load(argv, prog, Path(folder) / "config.yaml")
     show = "--print_config" in argv
     words = _spell_out_switches([word for word in argv if word != "--print_config"])
     recipe = _value_of(words, "recipe") or Config.recipe
@@ -78,6 +84,23 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | None = None) 
         print(_as_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+def to_words(overrides: Mapping[str, Any]) -> list[str]:
+    """Options by their names ({"data.root": "DIR", "eval.scales": [0.7, 1]}) as words of a command line.
+
+    Raises:
+        UserError: a name or value that no option can have.
+    """
+    words = []
+    for name, value in overrides.items():
+        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        try:
+            text = str(plain) if isinstance(plain, str | Path) else json.dumps(plain)
+        except (TypeError, ValueError):
+            raise UserError(f"{name}: not the value of an option (found {type(value).__name__})") from None
+        words.append(f"--{name}={text}")
+    return words
 
 
 def answer_help(argv: Sequence[str], prog: str, usage: str = "") -> None:
@@ -157,12 +180,20 @@ def recipe_path(recipe: str) -> Path:
         if not _is_file(recipe):
             raise UserError(f"--recipe {recipe}: no such file")
         return Path(recipe)
-    folder = Path(str(resources.files("sapiens_accel.recipes")))
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names = list_recipes()
     if recipe not in names:
         expected = f"expected one of {', '.join(names)}"
         raise UserError(f"--recipe {recipe}: no such recipe ({expected}){_nearest(recipe, names)}")
-    return folder / f"{recipe}.yaml"
+    return _recipes() / f"{recipe}.yaml"
+
+
+def list_recipes() -> list[str]:
+    """The names of the recipes that are built in."""
+    return sorted(path.stem for path in _recipes().glob("*.yaml"))
+
+
+def _recipes() -> Path:
+    return Path(str(resources.files("sapiens_accel.recipes")))
 
 
 def _check_values(config: Config) -> None:

@@ -1,12 +1,12 @@
 """The boxes that evaluation predicts people in: the labeled ones or those of a detector, checked against the images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 
 from sapiens_accel.data.annotation_rules import size_of
@@ -17,6 +17,7 @@ from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ima
 from sapiens_accel.pose.person_boxes import are_outside, measure_sizes
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.coco import given_id, number_of_id, show_value, whole_number
+from sapiens_accel.sources.images import read_image
 
 GROUND_TRUTH = "gt"
 
@@ -34,6 +35,7 @@ class Boxes:
         labeled: whether row i is the labeled person i.
         category_ids: [n], as numbers, None where not known; None: those of the labeled people, or of a single category.
         note: what was left out, in a line; empty if nothing was.
+        pixels: the image of an image_id, RGB, where images are not files.
     """
 
     root: Path
@@ -45,9 +47,20 @@ class Boxes:
     labeled: bool
     category_ids: Sequence[Any] | None = None
     note: str = ""
+    pixels: Callable[[int], UInt8[Array, "h w 3"]] | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
+
+    def read_image(self, index: int) -> UInt8[Array, "h w 3"]:
+        """The whole image of a box, RGB.
+
+        Raises:
+            UserError: it does not decode.
+        """
+        if self.pixels is not None:
+            return self.pixels(int(self.image_ids[index]))
+        return read_image(self.root / self.file_names[index])
 
 
 def load_boxes(given: str, people: People) -> Boxes:

@@ -9,6 +9,7 @@ x and y are px of the image, with the center of its first pixel at (0, 0).
 
 import contextlib
 import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,6 +27,7 @@ COLUMNS = (
 SCORER = "sapiens_accel"
 ABSENT = "nan"  # pandas takes a first line of empty cells for the name of the index, and would lose a frame
 Cell = str | int | float
+WideRow = tuple[Cell, list[list[Cell]]]  # an image or frame, and x, y, score of each person's keypoints
 
 
 class PersonRow(NamedTuple):
@@ -58,7 +60,7 @@ class KeypointCsv:
     def __init__(self, file: Path, keypoints: Sequence[str], shape: CsvShape) -> None:
         self.file, self.keypoints, self.shape = file, keypoints, shape
         self._part = file.with_name(f".{file.name}.part")
-        self._wide: list[tuple[Cell, list[list[Cell]]]] = []
+        self._wide: list[WideRow] = []
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._part.open("w", newline="", encoding="utf-8")
@@ -80,8 +82,7 @@ class KeypointCsv:
                     self._write(line)
             return
         # How many people there are at most is known at the end alone, and it is the width of the table.
-        people = [_coordinates(person) for person in row.people]
-        self._wide.append((row.image if row.frame is None else row.frame, people))
+        self._wide.append(_wide_row(row))
 
     def close(self) -> Path:
         """Write the rest, and give the file its name.
@@ -90,8 +91,8 @@ class KeypointCsv:
             UserError: it cannot be written; what was written is removed.
         """
         with self._naming_errors():
-            if self.shape == "deeplabcut":
-                self._write_wide()
+            for line in _wide_lines(self._wide, self.keypoints) if self.shape == "deeplabcut" else ():
+                self._write(line)
             self._stream.close()
             self._part.replace(self.file)
         return self.file
@@ -111,19 +112,6 @@ class KeypointCsv:
             self.discard()
             raise UserError(f"--eval.csv: {self.file}: not written: {error.strerror}") from None
 
-    def _write_wide(self) -> None:
-        most = max((len(people) for _, people in self._wide), default=1) or 1
-        individuals = [f"individual{number}" for number in range(1, most + 1)]
-        cells = [(one, keypoint, part) for one in individuals for keypoint in self.keypoints for part in "xyp"]
-        self._write(["scorer", *[SCORER] * len(cells)])
-        if most > 1:
-            self._write(["individuals", *(one for one, _, _ in cells)])
-        self._write(["bodyparts", *(keypoint for _, keypoint, _ in cells)])
-        self._write(["coords", *({"p": "likelihood"}.get(part, part) for _, _, part in cells)])
-        for name, people in self._wide:
-            absent: list[Cell] = [ABSENT] * (len(cells) - sum(map(len, people)))
-            self._write([name, *(cell for person in people for cell in person), *absent])
-
 
 def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Iterable[ImageRow]) -> Path:
     """Write a whole CSV at once.
@@ -139,6 +127,35 @@ def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Itera
     except BaseException:
         table.discard()
         raise
+
+
+def format_csv(keypoints: Sequence[str], shape: CsvShape, rows: Sequence[ImageRow]) -> str:
+    """The text of a whole CSV."""
+    text = io.StringIO()
+    write = csv.writer(text, lineterminator="\n").writerows
+    if shape == "long":
+        write([COLUMNS, *(line for row in rows for line in _long_lines(row, keypoints))])
+    else:
+        write(_wide_lines([_wide_row(row) for row in rows], keypoints))
+    return text.getvalue()
+
+
+def _wide_row(row: ImageRow) -> WideRow:
+    return row.image if row.frame is None else row.frame, [_coordinates(person) for person in row.people]
+
+
+def _wide_lines(rows: Sequence[WideRow], keypoints: Sequence[str]) -> Iterator[list[Cell]]:
+    most = max((len(people) for _, people in rows), default=1) or 1
+    individuals = [f"individual{number}" for number in range(1, most + 1)]
+    cells = [(one, keypoint, part) for one in individuals for keypoint in keypoints for part in "xyp"]
+    yield ["scorer", *[SCORER] * len(cells)]
+    if most > 1:
+        yield ["individuals", *(one for one, _, _ in cells)]
+    yield ["bodyparts", *(keypoint for _, keypoint, _ in cells)]
+    yield ["coords", *({"p": "likelihood"}.get(part, part) for _, _, part in cells)]
+    for name, people in rows:
+        absent: list[Cell] = [ABSENT] * (len(cells) - sum(map(len, people)))
+        yield [name, *(cell for person in people for cell in person), *absent]
 
 
 def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]:

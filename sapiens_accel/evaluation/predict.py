@@ -28,7 +28,6 @@ from sapiens_accel.models.sapiens import use_input_size
 from sapiens_accel.pose import geometry, heatmap
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.sources.images import read_image
 
 PATCH = 16
 
@@ -144,7 +143,7 @@ class Crops(Dataset[tuple[NetworkInput, ...]]):
         return len(self.boxes)
 
     def __getitem__(self, index: int) -> tuple[NetworkInput, ...]:
-        image = read_image(self.boxes.root / self.boxes.file_names[index])
+        image = self.boxes.read_image(index)
         return tuple(self._crop(image, index, own_hw, input_hw) for own_hw, input_hw in self.sizes)
 
     def _crop(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from sapiens_accel.config.commands import detect_parser
@@ -27,6 +26,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import Detector
 from sapiens_accel.inference.media import ImageFiles
+from sapiens_accel.runtime.device import choose_device
 from sapiens_accel.sources.images import describe_fault
 from sapiens_accel.sources.schema import Reading
 
@@ -177,7 +177,9 @@ def main(words: Sequence[str]) -> None:
     if asked.annotations:
         category = annotation_rules.person_category(asked.annotations, Reading(categories=(asked.detector_class,)))
     classes = asked.detector_class
-    detector = Detector(asked.detector, _device(asked.device), asked.threshold, asked.max_iou, classes=classes)
+    detector = Detector(
+        asked.detector, choose_device(asked.device, "--device"), asked.threshold, asked.max_iou, classes=classes
+    )
     job = DetectionJob(
         images=images, ids=ids, category=category, out=asked.out,
         batch_size=asked.batch_size, num_workers=asked.num_workers, classes=classes,
@@ -203,12 +205,3 @@ def _find_images(asked: Any) -> ImageFiles:
         return media.find_images(asked.images)
     folder = asked.frames or asked.out.parent / asked.images.stem
     return media.write_frames(asked.images, folder, asked.every or 1)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not here; expected cpu or, with a GPU, cuda") from None

@@ -1,13 +1,13 @@
 """What was found in a user's own images: keypoints.json, and everybody drawn, image by image or as a video."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
 from sapiens_accel.config.schema import EvalConfig
@@ -59,6 +59,37 @@ def category_name(skeleton: Skeleton) -> str:
     return " or ".join(skeleton.categories) or "person"
 
 
+def to_categories(skeleton: Skeleton, categories: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """COCO's `categories`, from names by their ids."""
+    edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
+    return [
+        {"id": key, "name": name, "keypoints": list(skeleton.names), "skeleton": edges}
+        | ({"supercategory": "person"} if name == "person" else {})
+        for key, name in categories.items()
+    ]
+
+
+def to_annotation(person: Person, threshold: float) -> dict[str, Any]:
+    """A COCO annotation without its ids: v of a keypoint is 2 where its score is above the threshold, else 0."""
+    shown = np.where(person.scores > threshold, LABELED, 0)
+    points = [
+        number
+        for (x, y), v in zip(person.points_xy.round(4).tolist(), shown.tolist(), strict=True)
+        for number in (x, y, v)
+    ]
+    return {
+        "category_id": person.category_id,
+        "iscrowd": 0,
+        "bbox": person.box_xywh.round(2).tolist(),
+        "area": round(float(person.box_xywh[2:].prod()), 2),
+        "num_keypoints": int((shown > 0).sum()),
+        "keypoints": points,
+        "keypoint_scores": person.scores.round(4).tolist(),
+        "score": round(person.score, 5),
+        "box_score": round(person.box_score, 5),
+    }
+
+
 class KeypointsWriter:
     """A COCO annotation file that is written image by image, and appears under its name when it is whole.
 
@@ -79,12 +110,7 @@ class KeypointsWriter:
         self._images: list[dict[str, Any]] = []
         self._num = 0
         self._stream: TextIO | None = None  # nothing is written before there is something
-        edges = [[a + 1, b + 1] for a, b in skeleton.edges]  # COCO counts keypoints from 1
-        kinds = [
-            {"id": key, "name": name, "keypoints": skeleton.names, "skeleton": edges}
-            | ({"supercategory": "person"} if name == "person" else {})
-            for key, name in (categories or {1: category_name(skeleton)}).items()
-        ]
+        kinds = to_categories(skeleton, categories or {1: category_name(skeleton)})
         third = f"v: 2 where the score is above {threshold:g}, else 0"
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
         self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps(kinds)},\n"annotations": ['
@@ -97,7 +123,8 @@ class KeypointsWriter:
         for person in people:
             self._written.write(",\n" if self._num else "\n")
             self._num += 1
-            self._written.write(json.dumps({"id": self._num, "image_id": number, **self._annotation(person)}))
+            annotation = to_annotation(person, self.threshold)
+            self._written.write(json.dumps({"id": self._num, "image_id": number, **annotation}))
 
     @property
     def num_images(self) -> int:
@@ -111,25 +138,6 @@ class KeypointsWriter:
             self._stream = self._part.open("w")
             self._stream.write(self._head)
         return self._stream
-
-    def _annotation(self, person: Person) -> dict[str, Any]:
-        shown = np.where(person.scores > self.threshold, LABELED, 0)
-        points = [
-            number
-            for (x, y), v in zip(person.points_xy.round(4).tolist(), shown.tolist(), strict=True)
-            for number in (x, y, v)
-        ]
-        return {
-            "category_id": person.category_id,
-            "iscrowd": 0,
-            "bbox": person.box_xywh.round(2).tolist(),
-            "area": round(float(person.box_xywh[2:].prod()), 2),
-            "num_keypoints": int((shown > 0).sum()),
-            "keypoints": points,
-            "keypoint_scores": person.scores.round(4).tolist(),
-            "score": round(person.score, 5),
-            "box_score": round(person.box_score, 5),
-        }
 
     def close(self) -> None:
         """Write the rest, and give the file its name."""
@@ -146,13 +154,22 @@ class KeypointsWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Images that decode: `files` in `root`, the names they go by, (height, width); `bad` are those that do not."""
+    """Images that decode.
+
+    Attributes:
+        root: the folder of `files`.
+        names: what they are called in results.
+        sizes: (height, width), px.
+        bad: names of images that do not decode.
+        pixels: the image of an index, RGB, where images are not files.
+    """
 
     root: Path
     files: list[str]
     names: list[str]
     sizes: list[tuple[int, int]]
     bad: list[str]
+    pixels: Callable[[int], UInt8[Array, "h w 3"]] | None = None
 
 
 class MediaWriter:

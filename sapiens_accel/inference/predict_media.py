@@ -9,11 +9,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -21,16 +20,13 @@ from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data.detections import NOBODY, BoxesFile, PersonBoxes
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import networks as candidates
-from sapiens_accel.evaluation.boxes import GROUND_TRUTH, Boxes
+from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.evaluate import processes_of
 from sapiens_accel.evaluation.networks import Candidate
-from sapiens_accel.evaluation.predict import PoseNetwork, PredictionSetup, predict
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
-from sapiens_accel.inference.outputs import MediaWriter, Person, Piece, category_name, choose_folder
-from sapiens_accel.pose import geometry
-from sapiens_accel.pose.oks import oks_nms, person_scores
-from sapiens_accel.pose.person_boxes import measure_sizes
+from sapiens_accel.inference.keypoints import KeypointFinder, collect_boxes, find_whole
+from sapiens_accel.inference.outputs import MediaWriter, Piece, category_name, choose_folder
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import failures
 from sapiens_accel.sources.images import describe_bits, describe_fault, set_image_bits
@@ -61,13 +57,11 @@ class PeopleFinder:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is the same for all pieces: the networks, which count as one, and who finds people."""
+    """What is the same for all pieces: who finds people, and their keypoints."""
 
     path: Path
-    run: Config
-    skeleton: Skeleton
-    networks: Sequence[PoseNetwork]
     finder: PeopleFinder
+    keypoints: KeypointFinder
 
 
 def predict_media(accelerator: Accelerator, weights_list: Sequence[Candidate], run: Config) -> None:
@@ -95,7 +89,11 @@ def predict_media(accelerator: Accelerator, weights_list: Sequence[Candidate], r
     finder = _choose_finder(accelerator, run, names, skeleton)
     for group in groups:
         networks = candidates.build_networks(accelerator, group, run, skeleton)
-        task = Task(path=path, run=run, skeleton=skeleton, networks=networks, finder=finder)
+        keypoints = KeypointFinder(
+            networks=networks, skeleton=skeleton, run=run, device=accelerator.device,
+            processes=processes_of(accelerator),
+        )  # fmt: skip
+        task = Task(path=path, finder=finder, keypoints=keypoints)
         folder = group[0].folder / "images" / (path.stem if path.is_file() else path.resolve().name)
         free = broadcast_object_list([choose_folder(folder, path)])[0]
         if free != folder:
@@ -131,7 +129,7 @@ def _names(path: Path) -> tuple[list[str], str]:
 def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], skeleton: Skeleton) -> PeopleFinder:
     given, min_score, kind = run.eval.boxes, run.eval.min_box_score, category_name(skeleton)
     if given in (GROUND_TRUTH, WHOLE):
-        return PeopleFinder(find=_whole, about="whole images", categories={1: kind})
+        return PeopleFinder(find=find_whole, about="whole images", categories={1: kind})
     if given.endswith(".json") or Path(given).is_file():
         file = BoxesFile(Path(given), names, min_score, skeleton, (run.data.boxes, run.data.box_margin))
         if file.note:
@@ -147,10 +145,6 @@ def _choose_finder(accelerator: Accelerator, run: Config, names: Sequence[str], 
     find = partial(_detected, accelerator, detector, run.data.num_workers)
     kind = kind if skeleton.categories else classes
     return PeopleFinder(find=find, about=f"of the detector {name}", categories={1: kind})
-
-
-def _whole(piece: Piece) -> list[PersonBoxes]:
-    return [PersonBoxes(np.array([[0.0, 0.0, width, height]]), np.ones(1)) for height, width in piece.sizes]
 
 
 def _detected(accelerator: Accelerator, detector: Detector, num_workers: int, piece: Piece) -> list[PersonBoxes]:
@@ -214,11 +208,11 @@ def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Se
 
 
 def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
-    evaluation = task.run.eval
+    evaluation = task.keypoints.run.eval
     about = {"weights": weights, "boxes": task.finder.about, "flip": evaluation.flip, "scales": list(evaluation.scales)}
     writer = None
     if accelerator.is_main_process:
-        writer = MediaWriter(task.path, folder, task.skeleton, evaluation, about, task.finder.categories)
+        writer = MediaWriter(task.path, folder, task.keypoints.skeleton, evaluation, about, task.finder.categories)
     try:
         _add_pieces(accelerator, task, folder, writer)
         if writer is not None:
@@ -235,17 +229,19 @@ def _add_pieces(accelerator: Accelerator, task: Task, folder: Path, writer: Medi
     Raises:
         UserError: no image can be used, or all boxes of a file are left out.
     """
+    finder, keypoints = task.finder, task.keypoints
     num_images = num_outside = num_boxes = num_people = 0
-    warning = ""
+    misfit = ""
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_images += len(piece.files)
         for name in piece.bad:
             accelerator.print(f"skipped: {task.path / name} {describe_fault(task.path / name)}")
-        boxes, outside = _find_boxes(piece, task)
+        boxes, outside = collect_boxes(finder.find(piece), piece, finder.about, next(iter(finder.categories)))
         num_outside += outside
-        if not warning and (warning := _describe_misfit(boxes, piece, task)):
-            accelerator.print(warning)
-        people = _people(accelerator, piece, task, boxes)
+        if not misfit and (misfit := keypoints.describe_misfit(boxes, piece)):
+            fix = "Give boxes as in training: --boxes detector, or a JSON of boxes"
+            accelerator.print(f"warning: {misfit}. {fix}")
+        people = keypoints.find_people(boxes, len(piece.files))
         num_boxes += len(boxes) if boxes is not None else 0
         num_people += sum(map(len, people))
         if writer is not None:
@@ -255,85 +251,14 @@ def _add_pieces(accelerator: Accelerator, task: Task, folder: Path, writer: Medi
     if media.is_video(task.path) and (line := media.describe_missing_frames(task.path, num_images)):
         accelerator.print(line)
     if num_outside:
-        accelerator.print(f"{num_outside} boxes {task.finder.about} are left out: nothing of them is in their image")
+        accelerator.print(f"{num_outside} boxes {finder.about} are left out: nothing of them is in their image")
     if num_boxes > num_people:
         accelerator.print(
             f"{num_boxes - num_people} of {num_boxes} boxes are left out: their people are those of others "
-            f"(OKS above --eval.nms_threshold {task.run.eval.nms_threshold:g})"
+            f"(OKS above --eval.nms_threshold {keypoints.run.eval.nms_threshold:g})"
         )
-    if task.finder.is_file and not num_people:
+    if finder.is_file and not num_people:
         raise UserError(
-            f"--eval.boxes {task.run.eval.boxes}: none of its boxes is in one of the {num_images} images of "
+            f"--eval.boxes {keypoints.run.eval.boxes}: none of its boxes is in one of the {num_images} images of "
             f"{task.path} that can be read. To take each image as one person, --eval.boxes whole"
         )
-
-
-def _find_boxes(piece: Piece, task: Task) -> tuple[Boxes | None, int]:
-    """The boxes in a piece's images, by the indices of the images; None: there are none. And how many lie outside."""
-    people_of_images = task.finder.find(piece)
-    image_indices = np.array(
-        [index for index, people in enumerate(people_of_images) for _ in people.scores], dtype=np.int64
-    )
-    if not len(image_indices):
-        return None, 0
-    boxes_xywh = np.concatenate([people.boxes_xywh for people in people_of_images])
-    sizes_wh = np.array(piece.sizes, dtype=np.float64)[image_indices, ::-1]
-    low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
-    kept = np.flatnonzero(((high > 0) & (low < sizes_wh)).all(axis=1))
-    first = next(iter(task.finder.categories))
-    categories = [key for people in people_of_images for key in people.category_ids or [first] * len(people.scores)]
-    if not len(kept):
-        return None, len(image_indices)
-    boxes = Boxes(
-        root=piece.root, file_names=[piece.files[index] for index in image_indices[kept]],
-        image_ids=image_indices[kept], boxes_xywh=boxes_xywh[kept],
-        scores=np.concatenate([people.scores for people in people_of_images])[kept],
-        source=task.finder.about, labeled=False, category_ids=[categories[index] for index in kept],
-    )  # fmt: skip
-    return boxes, len(image_indices) - len(kept)
-
-
-def _describe_misfit(boxes: Boxes | None, piece: Piece, task: Task) -> str:
-    """A line, if people's boxes are of another size than in the weights' training images; else empty."""
-    trained = task.skeleton.people
-    if boxes is None or trained is None:
-        return ""
-    sizes = measure_sizes(boxes.boxes_xywh, np.array(piece.sizes, dtype=np.float64)[boxes.image_ids, ::-1])
-    if sizes is None or not (misfit := sizes.describe_misfit(trained)):
-        return ""
-    return (
-        f"warning: {task.finder.about}: {misfit}: keypoints will be far less accurate. Give boxes as in training: "
-        f"--boxes detector, or a JSON of boxes"
-    )
-
-
-def _people(accelerator: Accelerator, piece: Piece, task: Task, boxes: Boxes | None) -> list[list[Person]]:
-    """The people of each image, the surest first."""
-    if boxes is None:
-        return [[] for _ in piece.files]
-    setup = PredictionSetup(skeleton=task.skeleton, data=task.run.data, config=task.run.eval, device=accelerator.device)
-    predictions = predict(task.networks, boxes, setup, processes_of(accelerator))
-    scores = boxes.scores * person_scores(predictions.scores, task.run.eval.score_threshold)
-    categories = boxes.category_ids or []
-    parts = (predictions.points_xy, predictions.scores, scores.tolist(), boxes.boxes_xywh, boxes.scores.tolist())
-    everybody = [Person(*row) for row in zip(*parts, categories, strict=True)]
-    of_image: list[list[Person]] = []
-    for index in range(len(piece.files)):
-        people = [everybody[number] for number in np.flatnonzero(boxes.image_ids == index)]
-        kinds = dict.fromkeys(person.category_id for person in people)
-        kept = [_different([one for one in people if one.category_id == kind], task) for kind in kinds]
-        of_image.append(sorted(chain(*kept), key=lambda person: -person.score) if len(kinds) > 1 else [*chain(*kept)])
-    return of_image
-
-
-def _different(people: list[Person], task: Task) -> list[Person]:
-    """Each person once, as evaluation counts them: areas are those of the padded boxes."""
-    if not people:
-        return []
-    input_hw, padding = task.networks[0].codec.input_hw, task.run.data.box_padding
-    sizes = [geometry.crop_around_box(person.box_xywh, padding, input_hw).size_wh for person in people]
-    areas = np.array([width * height for width, height in sizes])
-    points_xy = np.stack([person.points_xy for person in people])
-    scores = np.array([person.score for person in people])
-    kept = oks_nms(points_xy, scores, areas, task.skeleton.sigmas, task.run.eval.nms_threshold)
-    return [people[index] for index in kept]

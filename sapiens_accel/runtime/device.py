@@ -17,6 +17,23 @@ def check_device(index: int) -> None:
         raise UserError(problem)
 
 
+def choose_device(name: str | torch.device | None, option: str) -> torch.device:
+    """The device of this name; by default the GPU, if there is one.
+
+    Args:
+        option: what named it, for messages.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"{option} {name}: not here; expected cpu or, with a GPU, cuda") from None
+
+
 def problem_of_device(index: int) -> str | None:
     """What is wrong with a GPU, in one line; None where nothing is."""
     if index >= (count := torch.cuda.device_count()):

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 
 from sapiens_accel.errors import UserError, count, remember_launch
@@ -91,6 +92,22 @@ def start() -> Accelerator:
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were launched, but Accelerate sees {accelerator.num_processes}")
     return accelerator
+
+
+@contextmanager
+def use_in_process(mixed_precision: launch.Precision | None) -> Iterator[None]:
+    """Run in a Python session: in the precision given, or in that of the launch; the next call may have another one.
+
+    accelerate keeps its state for the whole process, and with it notebook_launcher starts no others.
+    """
+    given = {} if mixed_precision is None else {"accelerate_mixed_precision": mixed_precision}
+    try:
+        with patch_environment(**given):
+            yield
+    finally:
+        if not torch.distributed.is_initialized():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 def precision_of_device(asked: str, cuda: bool) -> str:

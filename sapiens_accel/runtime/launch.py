@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,6 +24,7 @@ from sapiens_accel.runtime import extensions, host
 CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 FIELDS_VARIABLE = "ACCELERATE_CONFIG_DS_FIELDS"
+Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 # Settings that change the training are options of this package: one recipe means the same under every launch.
 OURS = {
@@ -67,7 +68,8 @@ def uses_cuda() -> bool:
 
 def precision_asked() -> str:
     """Return the launch's `mixed_precision`: no, bf16 or fp16."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    # accelerate's notebook_launcher sets the second variable, which Accelerator does not read.
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") or os.environ.get("MIXED_PRECISION") or "no"
 
 
 def use_all_cores() -> int:

@@ -241,11 +241,20 @@ def _find_size(content: shards.Bytes) -> tuple[int, int] | None:
 def whole_image(path: Path) -> Array | None:
     """The image as `read_image` has it; None if it is cut short, does not decode, or has more than MAX_PIXELS."""
     try:
-        content = _read_whole_file(path)
-        check_size(content)
-        return _decode_rgb(content, REDUCED[1])
+        return decode_image(_read_if_file(path))
     except BadImageError:
         return None
+
+
+def decode_image(content: shards.Bytes) -> UInt8[Array, "h w 3"]:
+    """The RGB image of a file's bytes, turned as its EXIF data says.
+
+    Raises:
+        BadImageError: they are cut short, do not decode, or have more than MAX_PIXELS.
+    """
+    _check_whole(content)
+    check_size(content)
+    return _decode_rgb(content, REDUCED[1])
 
 
 def describe_fault(path: Path) -> str:
@@ -397,20 +406,29 @@ def _ends_as_it_must(head: shards.Bytes, tail: bytes) -> bool:
 
 
 def _read_whole_file(path: Path) -> shards.Bytes:
-    """The bytes of a JPEG or PNG that begins and ends as it must. OpenCV fills what a cut JPEG lacks with gray,
+    """The bytes of an image file.
+
+    Raises:
+        BadImageError: as `_check_whole`.
+    """
+    content = _read_if_file(path)
+    _check_whole(content)
+    return content
+
+
+def _check_whole(content: shards.Bytes) -> None:
+    """Refuse a JPEG or PNG that does not begin and end as it must: OpenCV fills what a cut JPEG lacks with gray,
     silently.
 
     Raises:
         BadImageError: it does not.
     """
-    content = _read_if_file(path)
     is_whole = _ends_as_it_must(content, bytes(content[-TAIL:]))
     if not is_whole and content[:2] == b"\xff\xd8":
         # Cameras append data of their own, so the end need not be the last thing in the file.
         is_whole = JPEG_END in _jpeg_scan(bytes(content))
     if not is_whole:
         raise BadImageError(UNDECODABLE)
-    return content
 
 
 def _jpeg_scan(content: bytes) -> bytes:

@@ -119,7 +119,7 @@ def train(
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(REPOSITORY))
     monkeypatch.chdir(tmp_path)
-    program, num_threads = importlib.import_module("train").main, torch.get_num_threads()
+    program, num_threads = importlib.import_module("sapiens_accel.train").main, torch.get_num_threads()
 
     def run(root: Path, output: Path, steps: int, *more: object, recipe: str = "demo") -> Any:
         program([*_words(root, output, steps, recipe), *map(str, more)])
@@ -135,7 +135,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(REPOSITORY))
     monkeypatch.chdir(tmp_path)
-    program = importlib.import_module("eval").main
+    program = importlib.import_module("sapiens_accel.eval").main
 
     def run(*words: object) -> str:
         program([*map(str, words), "--data.num_workers=0"])

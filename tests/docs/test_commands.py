@@ -93,7 +93,7 @@ def tail(command: str) -> str:
         return "--help"
     if command.startswith("python -m") and len(words) <= 3 + (words[2] in ("sapiens_accel.data", "sapiens_accel.hub")):
         return "--help"
-    if "train.py" in words and "--help" not in words:
+    if {"train.py", "sapiens_accel.train"} & set(words) and "--help" not in words:
         return f"--model.name {family} {TRAIN}"
     if {"sapiens_accel.doctor", "doctor"} & set(words):
         return f"--model.name {family} {SMALL}"

@@ -538,7 +538,7 @@ def test_training_learns_from_odd_images_and_from_what_is_left_of_broken_ones(
         KINDS[case][1](Image.open(path).convert(KINDS[case][0]), path)
     _cut(paths[-1])
     words = [*_words(root, tmp_path / "cache", tmp_path / "run"), "--data.on_bad_image", "skip", "--dry_run"]
-    importlib.import_module("train").main(words)
+    importlib.import_module("sapiens_accel.train").main(words)
     assert f"skipped: {paths[-1]} does not decode" in capsys.readouterr().out
 
 

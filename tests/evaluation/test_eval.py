@@ -57,7 +57,7 @@ def main(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(root.parent / "cache"))
     monkeypatch.syspath_prepend(str(REPOSITORY))
     monkeypatch.chdir(tmp_path)
-    program = importlib.import_module("eval").main
+    program = importlib.import_module("sapiens_accel.eval").main
     data = ["--data.root", str(root), "--data.num_workers", "0"]
 
     def run(*words: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from networks import untrained
 from safetensors.torch import load_file, save_file
 
-import train
+from sapiens_accel import train
 from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.detections import BoxesFile

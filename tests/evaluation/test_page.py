@@ -509,7 +509,7 @@ def test_133_keypoints_and_augmentation_by_row(
     ]
     weights = untrained(tmp_path / "whole", 0, WHOLEBODY133)
     shown = ["--compare", "--worst", "3", "--pictures", "0", "--html", "my/page.html"]
-    importlib.import_module("eval").main([str(weights), *shown, *data])
+    importlib.import_module("sapiens_accel.eval").main([str(weights), *shown, *data])
     assert "page: my/page.html" in capsys.readouterr().out
     read = _fetches_nothing(Path("my/page.html").read_text())
     assert len(read.curves) == 20, "of both rows"

@@ -35,7 +35,7 @@ from sapiens_accel.doctor import environment, report
 from sapiens_accel.evaluation import boxes as eval_boxes
 from sapiens_accel.evaluation import evaluate, figures, networks
 from sapiens_accel.evaluation.predict import Crops, list_views
-from sapiens_accel.inference import detect_people, media, predict_media
+from sapiens_accel.inference import detect_people, keypoints, media, predict_media
 from sapiens_accel.models import load
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.skeleton import COCO17
@@ -119,13 +119,11 @@ def boxes_of_images(folder: Path) -> None:
     found = media.find_images(images)
     file = detections.BoxesFile(folder / "boxes.json", found.names, 0.3, COCO17)
     piece = predict_media._piece(accelerator(), images, found.names, found.names)
-    finder = predict_media.PeopleFinder(
-        find=lambda piece: [file.of(name) for name in piece.names], about="x", categories=file.categories
-    )
-    task = predict_media.Task(path=images, run=run, skeleton=COCO17, networks=[pose_network()], finder=finder)
-    people = predict_media._people(accelerator(), piece, task, predict_media._find_boxes(piece, task)[0])
+    boxes, _ = keypoints.collect_boxes([file.of(name) for name in piece.names], piece, "x", next(iter(file.categories)))
+    finder = keypoints.KeypointFinder(networks=[pose_network()], skeleton=COCO17, run=run, device=torch.device("cpu"))
+    everybody = finder.find_people(boxes, len(piece.files))
     made = predict_media.MediaWriter(images, folder / "out", COCO17, run.eval, {"boxes": "x"})
-    made.add(piece, people)
+    made.add(piece, everybody)
     made.close()
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-import train
+from sapiens_accel import train
 from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import distributed

@@ -62,7 +62,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.syspath_prepend(str(REPOSITORY))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path / "cache"))
-    program = importlib.import_module("eval").main
+    program = importlib.import_module("sapiens_accel.eval").main
 
     def run(weights: Path, images: Path, *words: object) -> tuple[dict[str, Any], str]:
         shutil.rmtree(tmp_path / "evaluations", ignore_errors=True)
@@ -436,7 +436,7 @@ def test_of_a_run_the_last_stage_looks(main: Main, root: Path, tmp_path: Path) -
     for stage, weights in (("phase1", first), ("ssl", last)):
         shutil.copytree(weights, tmp_path / "run" / stage / "weights")
     config.save(config.load(["--data.root=nowhere"]), tmp_path / "run" / "config.yaml")
-    program = importlib.import_module("eval").main
+    program = importlib.import_module("sapiens_accel.eval").main
     program([str(tmp_path / "run"), "--images", str(root / "val2017"), "--data.num_workers=0", *ALL])
     assert not run.exists()
     tree = json.loads((tmp_path / "run" / "images" / "val2017" / "keypoints.json").read_text())
@@ -552,7 +552,7 @@ def test_wrong_input_is_refused(main: Main, weights: Path, root: Path, tmp_path:
     other = untrained(tmp_path / "other", seed=3)
     words = ["--images", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match="results of several weights would all be in"):
-        importlib.import_module("eval").main([str(weights), str(other), *words])
+        importlib.import_module("sapiens_accel.eval").main([str(weights), str(other), *words])
 
 
 def test_wrong_boxes_are_refused(main: Main, weights: Path, root: Path, tmp_path: Path) -> None:

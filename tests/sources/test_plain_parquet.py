@@ -83,7 +83,7 @@ def test_eval_has_the_numbers_of_the_folder_to_the_last_digit(
 ) -> None:
     monkeypatch.setenv("SAPIENS_ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(REPOSITORY))
-    program, weights = importlib.import_module("eval").main, untrained(tmp_path / "first", 0)
+    program, weights = importlib.import_module("sapiens_accel.eval").main, untrained(tmp_path / "first", 0)
     found = []
     for name, root in zip(("folder", "parquet"), roots, strict=True):
         (tmp_path / name).mkdir()

@@ -335,7 +335,7 @@ def test_a_record_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_images_of_earlier_programs_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    program = importlib.import_module("train")
+    program = importlib.import_module("sapiens_accel.train")
     files = [tmp_path / "pictures" / f"{name}.jpg" for name in ("phase2_predictions", "phase1_val_worst", "ssl_crops")]
     files[0].parent.mkdir()
     for number, file in enumerate(files[:2]):
