@@ -33,7 +33,7 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STAGES = ("phase2", "ssl")
 WORDS = [
     "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=2",
-    "--data.input_hw=[64,48]", "--log_every=1", "--ssl.teacher.on_alarm=warn",
+    "--data.input_hw=[64,48]", "--log_every=1", "--ssl.teacher.on_alarm=warn", "--weights=random",
     *(f"--{stage}.{option}" for stage in STAGES
       for option in ("steps=2000", "global_batch=4", "optim.warmup_steps=2", "loss_weight=100")),
 ]  # fmt: skip

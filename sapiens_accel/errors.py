@@ -234,6 +234,11 @@ def remember_launch(words: Sequence[str] | None) -> None:
     _launch = None if words is None else list(words)
 
 
+def resume_command() -> str:
+    """This process's command with `--resume_from_checkpoint latest`, without credentials in URLs."""
+    return _resume_command([*(_launch or ()), *sys.argv])[0]
+
+
 def continue_with() -> str:
     """The end of a sentence: how to continue a run that has ended before its last step."""
     command, secret = _resume_command([*(_launch or ()), *sys.argv])

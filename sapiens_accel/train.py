@@ -8,8 +8,10 @@ In Python the module itself is the function `train`: `from sapiens_accel import 
 """
 
 import importlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
 from signal import Signals
@@ -23,11 +25,12 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from sapiens_accel.config.schema import Config
+from sapiens_accel.config.schema import ALL, RANDOM, Config
 from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.data.dataset import Sets
+from sapiens_accel.data.unlabeled import NoUnlabeledPeople
 from sapiens_accel.doctor import report as doctor
-from sapiens_accel.errors import Interrupted, run_main
+from sapiens_accel.errors import Interrupted, resume_command, run_main
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner
@@ -81,6 +84,7 @@ def run_stages(run: Config, argv: Sequence[str]) -> dict[str, Metrics]:
     Args:
         argv: the options on a command line, for messages that suggest another launch.
     """
+    config.refuse_drawn_people(run, argv)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
     if run.recipe == Config.recipe and run.data.root:
@@ -98,12 +102,29 @@ def run_stages(run: Config, argv: Sequence[str]) -> dict[str, Metrics]:
 
 
 def open_data(run: Config) -> tuple[str | None, Config, Sets, tuple[str, ...]]:
-    """Return the path of `--weights`, the options (without mirroring if sides are unknown), the datasets, and notes."""
-    given = uploader.fetch(run.weights) if run.weights else None
-    skeleton, note = build.open_skeleton(run.data)
+    """Return the path of `--weights`, the options, the datasets, and notes.
+
+    The options are without mirroring if sides are unknown; with `--stage all`, without ssl if nobody is unlabeled.
+    """
+    given = uploader.fetch(run.weights) if run.weights and run.weights != RANDOM else None
+    skeleton, notes = build.open_skeleton(run.data)
     run = run if skeleton.mirror_known else run.without_mirroring()
-    sets = build.open_people(run.data, skeleton, unlabeled=any(run.get_stage(stage).ratio for stage in run.stages))
-    return given, run, sets, note
+    try:
+        sets = build.open_people(run.data, skeleton, unlabeled=learns_from_unlabeled(run))
+    except NoUnlabeledPeople as error:
+        shorter = replace(run, stage=",".join(stage for stage in run.stages if stage != "ssl"))
+        if run.stage != ALL or learns_from_unlabeled(shorter):
+            raise
+        run, notes = shorter, (*notes, f"--stage {ALL}: ssl is left out: {error.reason}")
+        sets = build.open_people(run.data, skeleton, unlabeled=False)
+    if run.data.root is None:
+        notes = (*notes, "people: DRAWN by this program (--data.synthetic), to show how training works")
+    return given, run, sets, notes
+
+
+def learns_from_unlabeled(run: Config) -> bool:
+    """Whether any stage of the run does."""
+    return any(run.get_stage(stage).ratio for stage in run.stages)
 
 
 def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> dict[str, Metrics]:
@@ -118,6 +139,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     """
     uploads = failures.on_each_rank(lambda: uploader.uploads(run, accelerator.is_main_process))
     given, run, sets, note = failures.on_main_first(accelerator, lambda: open_data(run))
+    uploads.last_stage = run.stages[-1]
     doctor.summarize(accelerator.print, sets, run, note)
     # Rank 0 alone computes metrics.
     failures.on_each_rank(lambda: accelerator.is_main_process and doctor.check_evaluation(accelerator.print, sets, run))
@@ -129,9 +151,10 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     images_before = list_images(Path(run.output_dir)) if accelerator.is_main_process else {}
     unwritten: list[Path] = []
     with uploads, StopRequest() as stop:
-        for name in run.stages:
+        for index, name in enumerate(run.stages):
+            later = sum(lasts[stage] for stage in run.stages[index + 1 :])
             context = StageContext(
-                accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name],
+                accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name], later=later,
                 begin=partial(record.begin, accelerator, sets),
             )  # fmt: skip
             with planner.explain_out_of_memory(accelerator, name, plans[name]):
@@ -152,6 +175,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
         print(f"\n{format_results(run, sets, table, done)}")
         if images := sorted(list_images(Path(run.output_dir)).items() - images_before.items()):
             print("\nimages:", *(path for path, _ in images), sep="\n  ")
+        print(f"\n{format_next_steps(run, argv)}")
     run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
     return table
 
@@ -167,6 +191,19 @@ def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Map
     area, boxes = evaluate.describe_area(people, sets.skeleton, run.eval), people.reading.boxes
     lines = tables.describe_other_protocols(done, evaluate.protocol_settings(run.eval, boxes))
     return "\n".join([evaluate.format_table(table, evaluate.format_protocol(run.eval, area, boxes)), *lines])
+
+
+def format_next_steps(run: Config, argv: Sequence[str]) -> str:
+    """Where the weights of each stage are, and the commands that look at them, use them and resume."""
+    folder = shlex.quote(run.output_dir)
+    evaluate = "python eval.py" if Path("eval.py").is_file() else "sapiens-accel eval"
+    weights = [f"  {path}" for stage in run.stages if (path := Path(run.output_dir) / stage / "weights").is_dir()]
+    steps = [f"  evaluate again      {evaluate} {folder}", f"  your own images     {evaluate} {folder} --images FOLDER"]
+    if run.report_to == "tensorboard":
+        steps.insert(0, f"  curves and images   tensorboard --logdir {folder}/tensorboard")
+    if list(argv) == sys.argv[1:]:  # not a call from Python
+        steps.append(f"  resume, train on    {resume_command()}")
+    return "\n".join(["weights:", *weights, "", "next:", *steps])
 
 
 def check_folders(run: Config) -> None:

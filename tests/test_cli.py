@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.data import sampling
@@ -176,8 +177,67 @@ def test_ssl_without_unlabeled_people_is_refused(
     shutil.rmtree(root / "unlabeled2017")
     (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()
     named = ["ssl", "unlabelled", str(root / "unlabeled2017")]
-    for stage in ("ssl", "all"):
+    for stage in ("ssl", "phase1,ssl"):
         _assert_refused(main, tmp_path, ["--data.root", str(root), "--stage", stage], named)
+
+
+def test_all_stages_without_unlabeled_people_are_those_without_ssl(
+    main: Callable[[Sequence[str]], None], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "unlabeled2017")
+    (root / "annotations" / "person_boxes_unlabeled2017.json").unlink()
+    main([*SMALL, *STEPS, "--data.root", str(root), "--output_dir", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "left out" in line]
+    assert line.startswith("--stage all: ssl is left out: no unlabeled people: expected images in ")
+    assert {line["stage"] for line in _lines(tmp_path / "run")} == {"phase1", "phase2"}
+    assert "DRAWN" not in said
+
+
+def test_several_stages_are_trained_in_their_order(
+    main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    main([*SMALL, *DRAWN, *STEPS, "--stage", "phase1,phase2", "--phase2.steps", "4", "--eval_every", "2",
+          "--output_dir", str(folder)])  # fmt: skip
+    assert [line["stage"] for line in _lines(folder) if "loss" in line] == ["phase1"] * 2 + ["phase2"] * 4
+    said = capsys.readouterr().out
+    assert "people: DRAWN by this program" in said
+    # A line for each evaluation: where the weights are, and how long the run still takes.
+    evaluated = [line for line in said.splitlines() if ": AP " in line and ": step " in line]
+    assert [line.partition(": AP ")[0] for line in evaluated] == [
+        "phase1: step 2 of 2", "phase2: step 2 of 4", "phase2: step 4 of 4"]  # fmt: skip
+    assert f"weights in {folder / 'phase1' / 'weights'}, about " in evaluated[0] and "left in the run" in evaluated[0]
+    assert "weights not saved yet, about " in evaluated[1] or "weights of step_2 in " in evaluated[1]
+    assert re.search(r", (the best so far|best \d+\.\d at step 2), weights in ", evaluated[2])
+    assert evaluated[2].endswith(f"weights in {folder / 'phase2' / 'weights'}")
+    end = said[said.index("\nweights:") :]
+    for named in (f"  {folder / 'phase2' / 'weights'}", f"eval.py {folder}", f"eval.py {folder} --images FOLDER"):
+        assert named in end, (named, end)
+    assert "--logdir" not in end, "of --report_to none"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--stage", "ssl"], ["--stage ssl: no weights to start from", "--weights random"]),
+        (["--stage", "phase2,phase1"], ["--stage", "expected phase1,phase2, found phase2,phase1"]),
+        (["--stage", "all,ssl"], ["--stage", "found all"]),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(
+    main: Callable[[Sequence[str]], None], tmp_path: Path, words: list[str], named: list[str]
+) -> None:
+    _assert_refused(main, tmp_path, [*DRAWN, *words], named)
+
+
+def test_drawn_people_are_trained_on_by_request_alone(
+    main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--recipe", "sapiens_0.3b_coco", "--model.name", "sapiens_tiny", "--data.input_hw", "[64,48]"]
+    _assert_refused(main, tmp_path, words, ["--data.root DIR", "sapiens_0.3b_coco", "--data.synthetic"])
+    main([*SMALL, *STEPS, *words, *DRAWN, "--dry_run", "--data.sigma", "1", "--output_dir", str(tmp_path / "run")])
+    assert "people: DRAWN" in capsys.readouterr().out
 
 
 def _assert_refused(main: Callable[[Sequence[str]], None], tmp_path: Path, words: list[str], named: list[str]) -> None:
@@ -249,7 +309,8 @@ def test_a_dry_run_writes_nothing(
     dry = ["--dry_run", "--save_every", "1", "--eval_every", "1", "--report_to", "tensorboard"]
     main([*SMALL, *DRAWN, *STEPS, *dry])
     assert "dry run" in capsys.readouterr().out
-    main([*SMALL, *DRAWN, *STEPS, *dry, "--stage", "ssl", "--output_dir", str(tmp_path / "run")])
+    ssl = ["--stage", "ssl", "--weights", "random"]
+    main([*SMALL, *DRAWN, *STEPS, *dry, *ssl, "--output_dir", str(tmp_path / "run")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -295,10 +356,29 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
         # The people of the lowest OKS: labeled, predicted and the errors side by side, two people in a row.
         assert b"worst" in events[0].read_bytes()
         assert cv2.imread(str(folder / "pictures" / f"{stage}_worst.png")).shape[1] == 6 * 320
+    assert f"tensorboard --logdir {folder}/tensorboard" in said
+    assert f"--output_dir {folder} --resume_from_checkpoint latest" in said
     assert load_file(folder / "ssl" / "student" / "model.safetensors").keys()
     labeled = json.loads((folder / "labelled_ann_ids.json").read_text())
     assert (labeled["labels"], labeled["labels_by"], len(labeled["ann_ids"])) == (4, "first", 4)
     assert "people: 4 train, 8 val, 11 unlabeled" in said, "three people are withheld"
+
+
+def test_tensorboard_groups_its_values_and_has_ap_as_the_tables(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    groups = {}
+    for stage in ("phase2", "ssl"):
+        events = EventAccumulator(str(folder / "tensorboard" / stage)).Reload()
+        tags = events.Tags()
+        groups[stage] = {tag.split("/")[0] for tag in (*tags["scalars"], *tags["images"])}
+        assert {"train/loss", "train/lr", "eval/AP", "eval/AP50", "eval/mean_px"} <= set(tags["scalars"])
+        assert {"train/crops", "eval/predictions", "eval/worst"} <= set(tags["images"])
+        saved = json.loads((folder / stage / "eval.json").read_text())
+        assert events.Scalars("eval/AP")[-1].value == pytest.approx(100 * saved["AP"], abs=1e-4)
+        assert events.Scalars("eval/mean_px")[-1].value == pytest.approx(saved["mean_px"], rel=1e-6)
+    assert groups == {"phase2": {"train", "eval"}, "ssl": {"train", "eval", "ssl"}}
+    assert {"ssl/keep", "ssl/keep/nose", "ssl/loss_unlabelled", "ssl/pseudo_precision"} <= set(tags["scalars"])
+    assert {"ssl/panel", "ssl/calibration"} <= set(tags["images"]) and "eval/student_AP" in tags["scalars"]
 
 
 TAUGHT = {

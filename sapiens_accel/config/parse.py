@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config import credentials
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import STAGES, Config, TeacherConfig
+from sapiens_accel.config.schema import ALL, STAGES, Config, TeacherConfig
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -78,6 +78,7 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
     for key, limits, value in range_faults(config, Config):
         where = _locate(key, words, path, tree)
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
+    _check_stages(config, _locate("stage", words, path, tree))
     _check_values(config)
     _warn(config)
     if show:
@@ -194,6 +195,36 @@ def list_recipes() -> list[str]:
 
 def _recipes() -> Path:
     return Path(str(resources.files("sapiens_accel.recipes")))
+
+
+def refuse_drawn_people(config: Config, argv: Sequence[str]) -> None:
+    """Refuse to train on drawn people unless the recipe or the command line asks for them by `data.synthetic`.
+
+    Raises:
+        UserError: `data.root` is missing.
+    """
+    asked = any(word.startswith("--data.synthetic") for word in argv)
+    if (
+        config.data.root is None
+        and not asked
+        and "data.synthetic" not in _flatten(_read_recipe(recipe_path(config.recipe)))
+    ):
+        raise UserError(
+            f"--data.root: no data (expected a folder or dataset for recipe {config.recipe}). Add --data.root DIR; "
+            "--data.synthetic trains on drawn people"
+        )
+
+
+def _check_stages(config: Config, where: str) -> None:
+    """Refuse `stage` if it is neither a stage, nor several in their order, nor all."""
+    names, choices = config.stage.split(","), [*STAGES, ALL]
+    for name in names:
+        if name not in choices or (name == ALL and len(names) > 1):
+            wrong = f"no such value (expected one of {', '.join(choices)}, found {name}){_nearest(name, choices)}"
+            raise UserError(f"{where}: {wrong}")
+    if config.stage != ALL and names != [stage for stage in STAGES if stage in names]:
+        in_order = ",".join(stage for stage in STAGES if stage in names)
+        raise UserError(f"{where}: each stage once and in order (expected {in_order}, found {config.stage})")
 
 
 def _check_values(config: Config) -> None:
@@ -390,7 +421,7 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """Complete bool options without a value: `--dry_run` means `--dry_run=true`."""
-    values = {f"--{name}": "true" for name in switches()} | {"--eval.html": "auto"}
+    values = {f"--{name}": "true" for name in switches()} | {"--eval.html": "auto", "--data.synthetic": "{}"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [
         f"{word}={values[word]}" if word in values and last else word for word, last in zip(argv, bare, strict=True)

@@ -8,10 +8,12 @@ plain numbers, which YAML writes and a type checker understands.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
+ALL = "all"  # of --stage
+RANDOM = "random"  # of --weights
 TeacherPlacement = Literal["device", "sharded", "host"]
 BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that there are without it
 
@@ -87,7 +89,7 @@ class DataConfig:
 
     root: str | None = None
     """A folder in COCO's format; a folder of parquet, Arrow or WebDataset tar shards; or a dataset on the Hub,
-    hf://ORG/NAME[@REVISION]. Default: the built-in synthetic dataset."""
+    hf://ORG/NAME[@REVISION]. Without it the demo draws people; other recipes do so with --data.synthetic alone."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the columns of shards, where these are neither ours nor common ones: {people: objs, bbox: xywh}.
     Ours: image, image_id, file_name, width, height, people; for each person id, category_id, iscrowd, area, bbox,
@@ -432,16 +434,17 @@ class Config:
 
     recipe: str = "demo"
     """A recipe: its name in sapiens_accel/recipes, or a YAML file."""
-    stage: Literal[StageName, "all"] = "all"
-    """Stage to train; each stage starts from the weights of the one before it."""
+    stage: str = ALL
+    """Stages to train: phase1, phase2, ssl, several of them (phase1,phase2), or all, without ssl if no people are
+    unlabeled. Each stage starts from the weights of the one before it."""
     output_dir: str = "runs/{recipe}"
     """Run directory. Training a stage again starts a new run: the whole old one is moved to OUTPUT_DIR.1, and the
     stages before that stage are carried over."""
     seed: Seed = 0
     """Seed of weights, batches and augmentation."""
     weights: str | None = None
-    """Weights to start from: a file, a folder, or a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO]. Default: those
-    of the stage before, else random weights."""
+    """Weights to start from: a file, a folder, a Hub repository, ORG/NAME[@REVISION][:PATH/IN/REPO], or random.
+    Default: those of the stage before, else random ones (for stage ssl these must be asked for)."""
     max_steps: PositiveCount | None = None
     """Stop each stage after this many steps of its schedule."""
     log_every: PositiveCount = 20
@@ -492,7 +495,7 @@ class Config:
 
     @property
     def stages(self) -> tuple[StageName, ...]:
-        return STAGES if self.stage == "all" else (self.stage,)
+        return STAGES if self.stage == ALL else cast(tuple[StageName, ...], tuple(self.stage.split(",")))
 
     def get_stage(self, stage: StageName) -> StageConfig:
         return getattr(self, stage)

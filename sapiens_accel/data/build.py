@@ -152,7 +152,7 @@ def _open_unlabeled_streams(config: DataConfig, train: PeopleReader, root: Path,
     if config.unlabelled_train_people:
         readers.append(train)
     if not readers:
-        raise UserError(f"--data.root {config.root}: no shards of 'unlabelled' in it for stage ssl")
+        raise unlabeled_data.NoUnlabeledPeople(f"--data.root {config.root} has no shards of 'unlabelled'")
     chosen = streaming.Unlabeled(config.unlabelled_min_side)
     return streaming.open_streams(root, [streaming.StreamSource(reader, chosen) for reader in readers], cache)
 

@@ -19,6 +19,19 @@ SIZE_FACTOR, ASPECT_FACTOR = 1.5, 2.0  # above them the network is shown other p
 COMPARED = 20_000
 
 
+class NoUnlabeledPeople(UserError):  # noqa: N818  (a run may do without)
+    """Stage ssl has nobody to learn from.
+
+    Attributes:
+        reason: what was expected, for a run that can do without.
+    """
+
+    def __init__(self, reason: str, left_out: str = "") -> None:
+        self.reason = f"no unlabeled people: {reason}"
+        fix = "or leave stage ssl out: --stage phase2 (the whole network; --stage phase1 before it: the head)"
+        super().__init__(f"stage ssl has {self.reason}; {fix}{left_out}")
+
+
 def choose_labeled(config: DataConfig, people: People) -> Int[Array, "n"]:
     """Which of the people (indices, ascending) keep their labels: `config.labels` of them, the first or at random.
 
@@ -65,7 +78,8 @@ def gather_unlabeled(
         train: all training people with keypoints; `labeled` holds the indices of those that keep them.
 
     Raises:
-        UserError: there is nobody, or what was asked for is missing or broken.
+        NoUnlabeledPeople: there is nobody.
+        UserError: what was asked for is missing or broken.
     """
     sources = [unlabeled_images(root, config, num_keypoints, cache)]
     withheld = np.setdiff1d(np.arange(len(train)), labeled) if len(labeled) < len(train) else labeled[:0]
@@ -80,12 +94,11 @@ def gather_unlabeled(
     people_of_parts = [people for people in sources if people]
     left_out = [people.left_out for people in sources if people is not None]
     if not people_of_parts:
-        raise UserError(
-            f"stage ssl has no unlabeled people: expected images in {root / config.unlabelled_images} "
-            f"(--data.unlabelled_images), or people without keypoints and of at least {config.unlabelled_min_side:g} "
-            f"px in {root / config.train_annotations}; or withhold labels, such as --data.labels 10%; "
-            f"or leave stage ssl out: --stage phase2 (the whole network; --stage phase1 before it: the head)"
-            + "".join(f"; {one}" for one in left_out if one)
+        raise NoUnlabeledPeople(
+            f"expected images in {root / config.unlabelled_images} (--data.unlabelled_images), or people "
+            f"without keypoints and of at least {config.unlabelled_min_side:g} px in "
+            f"{root / config.train_annotations}; or withhold labels, such as --data.labels 10%",
+            "".join(f"; {one}" for one in left_out if one),
         )
     notes = [*left_out, *(people.box_note for people in people_of_parts)]
     # The other parts have their boxes from the file of the labeled people.

@@ -21,7 +21,7 @@ import numpy as np
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.commands import doctor_parser
-from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, MoreData
+from sapiens_accel.config.schema import ALL, Config, DataConfig, EvalConfig, MoreData
 from sapiens_accel.data import augment, build, leakage, streaming
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.people import (
@@ -33,7 +33,7 @@ from sapiens_accel.data.people import (
     read_given_ids,
     spread_rows,
 )
-from sapiens_accel.data.unlabeled import unlabeled_images
+from sapiens_accel.data.unlabeled import NoUnlabeledPeople, unlabeled_images
 from sapiens_accel.doctor import annotations as annotation_checks
 from sapiens_accel.doctor import environment, preview
 from sapiens_accel.doctor import labels as label_checks
@@ -251,16 +251,22 @@ def _crops(run: Config, labels: Labels, skeleton: Skeleton, report: DoctorReport
 def _open_sets(run: Config, skeleton: Skeleton) -> tuple[Sets | None, list[Finding]]:
     """The run's people, those with labels alone where those without are the error; and the errors."""
     uses_unlabeled = any(run.get_stage(stage).ratio for stage in run.stages)
-    errors: list[str] = []
+    errors: list[Finding] = []
     for unlabeled in dict.fromkeys((uses_unlabeled, False)):
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what it skips has been said, and stdout may be JSON
                 sets = build.open_people(run.data, skeleton, unlabeled=unlabeled)
+        except NoUnlabeledPeople as error:
+            level, text = (
+                ("note", f"--stage {ALL} leaves ssl out: {error.reason}") if run.stage == ALL else ("error", str(error))
+            )
+            errors.append(Finding(level=level, check="unlabelled/reader", text=text))
         except UserError as error:
-            errors.append(str(error))
-            continue
-        return sets, [Finding(level="error", check="unlabelled/reader", text=text) for text in errors]
-    return None, [Finding(level="error", check="crops/reader", text=text) for text in dict.fromkeys(errors)]
+            errors.append(Finding(level="error", check="unlabelled/reader", text=str(error)))
+        else:
+            return sets, errors
+    of_reader = [dataclasses.replace(one, check="crops/reader") for one in errors if one.level == "error"]
+    return None, list(dict.fromkeys(of_reader))
 
 
 def _under(group: str, findings: Sequence[Finding]) -> list[Finding]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from sapiens_accel.config.schema import STAGES
+from sapiens_accel.config.schema import ALL, RANDOM, STAGES
 from sapiens_accel.errors import read_tree
 from sapiens_accel.hub.download import LICENSE_FILES, parse_reference
 from sapiens_accel.publish.markdown import REPOSITORY, repository_link
@@ -90,11 +90,12 @@ def find_origin(run: Mapping[str, Any], stage: str, visited: tuple[Path, ...] = 
     """
     name = run["model"]["name"]
     # Else a later run in the same directory has overwritten the settings of this stage.
-    is_its_own = stage in STAGES and run.get("stage") in ("all", stage)
-    if is_its_own and run.get("weights"):
-        return _origin_of_weights(str(run["weights"]), name, visited)
-    starts_here = is_its_own and run.get("stage") in ("all", "phase1") and not run.get("resume_from_checkpoint")
-    if name.endswith("_tiny") or starts_here:
+    stages = STAGES if run.get("stage") == ALL else tuple(str(run.get("stage")).split(","))
+    is_its_own, given = stage in STAGES and stage in stages, run.get("weights")
+    if is_its_own and given and given != RANDOM:
+        return _origin_of_weights(str(given), name, visited)
+    starts_here = is_its_own and stages[0] == "phase1" and not run.get("resume_from_checkpoint")
+    if name.endswith("_tiny") or starts_here or (is_its_own and given):
         return Origin(license=APACHE, base=None, path=None, description="random weights")
     description = f"weights of unknown origin that were in the run directory when `{stage}` began"
     return _by_family(name, None, None, description)

@@ -20,7 +20,7 @@ from numpy import ndarray as Array
 
 import sapiens_accel
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import STAGES, EvalConfig
+from sapiens_accel.config.schema import ALL, STAGES, EvalConfig
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
@@ -203,7 +203,7 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["literal"] = literal
     run, keypoints = facts.run, facts.network.get("keypoints") or []
-    own_settings = run.get("stage") in ("all", facts.stage)
+    own_settings = run.get("stage") == ALL or facts.stage in str(run.get("stage")).split(",")
     license_link = f"[{LICENSE_NAME}]({LICENSE_NAME})" if has_license else f"<{SAPIENS2.metadata['license_link']}>"
     return environment.get_template(TEMPLATE).render(
         facts=facts,

@@ -187,6 +187,8 @@ class Uploads:
 class NoUploads:
     """Stands for `Uploads` on all ranks but the first, and in a run that pushes nothing."""
 
+    last_stage = ""
+
     def saved(
         self,
         stage: str,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TextIO, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate, figures, paired, tables
 from sapiens_accel.evaluation.error_analysis import Reliability, write_reliability
-from sapiens_accel.evaluation.evaluate import Metrics, Predictions
+from sapiens_accel.evaluation.evaluate import METRICS, Metrics, Predictions
 from sapiens_accel.evaluation.paired import PairedDifference
 from sapiens_accel.evaluation.predict import Diverged
 from sapiens_accel.models.sapiens import Layout
@@ -58,6 +58,14 @@ NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
 BEGIN, KEPT = "begin.json", "kept.json"
 PRINT_SECONDS = 30
+# The values of a step that every stage has; of a stage with a teacher, the others belong to the teacher.
+OF_EVERY_STAGE = ("loss", "lr", "grad_norm", "skipped", "people_per_second")
+OF_EVERY_STAGE += ("host_peak_gib", "gpu_peak_gib", "gpu_peak_predicted_gib")
+PANEL_TEXT = (
+    "validation people as if they were unlabeled: the teacher's keypoints (hollow: below the threshold); the student's "
+    "view; what is learned, with a line to the label (red: more than 5 % of the diagonal away)"
+)
+PICTURE_GROUPS = {"crops": "train", "predictions": "eval", "worst": "eval", "panel": "ssl", "calibration": "ssl"}
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage(2): Linux counts in KiB
 
 
@@ -89,6 +97,7 @@ class StageContext:
         start: the weights that the stage starts from; None for random ones.
         first: steps that are done already.
         last: the stage's last step.
+        later: steps of the stages that this run trains after this one.
         begin: called by all ranks with `first` when the stage is built, before anything is written.
     """
 
@@ -100,6 +109,7 @@ class StageContext:
     last: int
     start: str | None = None
     first: int = 0
+    later: int = 0
     begin: Callable[[int], None] = lambda first: None
 
     @property
@@ -147,6 +157,8 @@ class StageLogger:
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
         self.since, self.since_step, self.printed = time.perf_counter(), self.first, -math.inf
+        self.opened = self.since
+        self.scores: list[tuple[int, float]] = []  # step and AP of each evaluation of the stage
         self.writes = self.accelerator.is_main_process and not self.run.dry_run
         gpu.reset_peak(self.accelerator.device)
         self.holdout = self._open_holdout(augmenter)
@@ -172,7 +184,10 @@ class StageLogger:
             self._on_disk(self._open_board)
 
     def _open_metrics(self) -> None:
-        self.file = _without_later_lines(self.run_folder / "metrics.jsonl", self.stage, self.first).open("a")
+        path = _without_later_lines(self.run_folder / "metrics.jsonl", self.stage, self.first)
+        entries = _entries(path, self.stage) if self.first else ()
+        self.scores = [(one["step"], one["AP"]) for one in entries if isinstance(one.get("AP"), float)]
+        self.file = path.open("a")
 
     def _open_board(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -291,7 +306,7 @@ class StageLogger:
         if peak := gpu.peak_bytes(device):
             means["gpu_peak_gib"] = peak / GIB
             means["gpu_peak_predicted_gib"] = self.context.plan.gpu_peak / GIB
-        self.write(step, means)
+        self.write(step, means, "train")
         if peak and step - self.first <= self.run.log_every:
             measured, predicted = means["gpu_peak_gib"], means["gpu_peak_predicted_gib"]
             self.accelerator.print(
@@ -341,15 +356,19 @@ class StageLogger:
         """Exclude the time of an evaluation or a save from the speed."""
         self.since, self.since_step = time.perf_counter(), step
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float], group: Literal["train", "eval", "ssl"]) -> None:
         """Write values, and the warnings that they cause. All ranks must call it, with equal values.
+
+        Args:
+            group: what precedes their names in TensorBoard; what only a teacher has is in ssl.
 
         Raises:
             Stopped: an alarm stops the stage.
         """
         # JSON has neither infinity (the gradient norm of an fp16 overflow) nor NaN: they become null.
         self._line(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
-        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        tagged = {self._tag(name, group): shown_value(name, value) for name, value in values.items()}
+        self._on_board(lambda board: [board.add_scalar(tag, value, step) for tag, value in tagged.items()])
         try:
             warnings = self.alarms.check(step, values)
         except Stopped as stopped:
@@ -358,6 +377,44 @@ class StageLogger:
             raise
         for warning in warnings:
             self._warn(step, warning)
+
+    def _tag(self, name: str, group: str) -> str:
+        """The name of a value in TensorBoard, where those of one group stand together."""
+        of_teacher = name.startswith("pseudo_") or (group == "train" and name not in OF_EVERY_STAGE)
+        return f"{'ssl' if of_teacher and self.context.config.teacher else group}/{name}"
+
+    def report(self) -> None:
+        """Print the last evaluation in a line: AP, its change, the best one, where the weights are, the time left."""
+        if not (self.accelerator.is_main_process and self.evaluated):
+            return
+        step, ap = self.evaluated.step, self.evaluated.metrics["AP"]
+        earlier = [one for one in self.scores if one[0] < step]
+        before = earlier[-1][1] if earlier else self._first_ap() if step > self.first else None
+        parts = [f"{self.stage}: step {step} of {self.last}: {format_score(ap, before)}"]
+        if earlier:
+            best = max(earlier, key=lambda one: one[1])
+            parts.append("the best so far" if ap > best[1] else f"best {100 * best[1]:.1f} at step {best[0]}")
+        parts.append(self._where_weights_are())
+        if left := self._time_left(step):
+            parts.append(left)
+        self.progress.write(", ".join(parts))
+        sys.stdout.flush()
+
+    def _where_weights_are(self) -> str:
+        weights = self.context.folder / "weights"
+        if self.kept is self.evaluated:
+            return f"weights in {weights}"
+        if self.kept:
+            return f"weights of step {self.kept.step} in {weights}"
+        best = checkpoint.find_best(self.context.folder / "checkpoints")
+        return f"weights of {best.name} in {best / 'weights'}" if best else "weights not saved yet"
+
+    def _time_left(self, step: int) -> str:
+        """The time until the end of the run, if its later steps take as long as those until now."""
+        done, left = step - self.first, self.last - step + self.context.later
+        if not (done and left):
+            return ""
+        return f"about {format_duration((time.perf_counter() - self.opened) / done * left)} left in the run"
 
     def _warn(self, step: int, warning: str) -> None:
         self._line(step, {"warning": warning})
@@ -401,7 +458,8 @@ class StageLogger:
             self.began = self.evaluated
             if self.writes:
                 self._record(BEGIN, self.began)
-        self.write(step, metrics)
+        self.scores.append((step, metrics["AP"]))
+        self.write(step, metrics, "eval")
         self.restart_clock(step)
 
     def probe_first(self, step: int, objective: Objective) -> None:
@@ -410,7 +468,7 @@ class StageLogger:
         It follows the first step: before that, the teacher has no reference for the confidence of a keypoint.
         """
         if self.holdout and not self.run.dry_run:
-            self.write(step, self._probe(step, objective).values)
+            self.write(step, self._probe(step, objective).values, "ssl")
             self.restart_clock(step)
 
     def calibrate(self, step: int, objective: Objective) -> None:
@@ -447,7 +505,8 @@ class StageLogger:
         self.evaluated = Evaluated(step, metrics, oks, predictions)
         if self.writes and predictions:
             self._worst(step, predictions)
-        self.write(step, metrics)
+        self.scores.append((step, metrics["AP"]))
+        self.write(step, metrics, "eval")
         self.restart_clock(step)
 
     def ap(self, step: int) -> float | None:
@@ -491,7 +550,9 @@ class StageLogger:
             gather=partial(distributed.gather, self.accelerator),
         )
         if self.writes and draws:
-            self._save_image("panel", holdout.panel(found.shown_people, self.skeleton), step, numbered=f"_{step}")
+            text = f"{self.stage}, step {step}: {PANEL_TEXT}"
+            image = draw.add_header(holdout.panel(found.shown_people, self.skeleton), text)
+            self._save_image("panel", image, step, numbered=f"_{step}")
             self._save_image("calibration", holdout.draw_calibration(found.bins), step)
         self.pseudo_label_bins = found.bins
         return found
@@ -499,7 +560,9 @@ class StageLogger:
     def draw_crops(self, people: TrainingPeople, codec: Codec) -> None:
         """Write an image of the first step's crops and target heatmaps."""
         if self.writes:
-            self._save_image("crops", crop_image(people, self.first, codec, self.skeleton), self.first)
+            image = crop_image(people, self.first, codec, self.skeleton)
+            text = f"{self.stage}, step {self.first + 1}: augmented crops with their keypoints; below, target heatmaps"
+            self._save_image("crops", draw.add_header(image, text), self.first)
 
     def finish(self) -> Metrics:
         """Write eval.json and predictions of the exported weights (not in a dry run), and close.
@@ -515,7 +578,7 @@ class StageLogger:
             metrics = metrics | {"oks_gain": gain.mean, "oks_gain_stderr": gain.stderr}
         summary = self._summarize(gain)
         if step < self.last and not summary:
-            worse = f"AP {self.evaluated.metrics['AP']:.3f}, after {metrics['AP']:.3f}"
+            worse = f"AP {100 * self.evaluated.metrics['AP']:.1f}, after {100 * metrics['AP']:.1f}"
             self.accelerator.print(
                 f"{self.stage}: the exported weights are those of step {step}; the last ones are worse ({worse})"
             )
@@ -581,8 +644,8 @@ class StageLogger:
         first = self._first_ap()
         if first is not None and round(metrics["AP"], 3) < round(first, 3):
             print(
-                f"{self.stage}: warning: AP {metrics['AP']:.3f}, and {first:.3f} for the initial weights: the stage "
-                f"made them worse. Lower --{self.stage}.optim.lr, or leave this stage out",
+                f"{self.stage}: warning: AP {100 * metrics['AP']:.1f}, and {100 * first:.1f} for the initial weights: "
+                f"the stage made them worse. Lower --{self.stage}.optim.lr, or leave this stage out",
                 flush=True,
             )
         keeps = [entry["keep"] for entry in _entries(self.run_folder / "metrics.jsonl", self.stage) if "keep" in entry]
@@ -626,7 +689,30 @@ class StageLogger:
     ) -> None:
         path = self.run_folder / "pictures" / f"{self.stage}_{name}{numbered}.{ending}"
         self._on_disk(lambda: draw.save_image(image, path))
-        self._on_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
+        tag = f"{PICTURE_GROUPS[name]}/{name}"
+        self._on_board(lambda board: board.add_image(tag, image, step, dataformats="HWC"))
+
+
+def shown_value(name: str, value: float) -> float:
+    """A value in the unit that tables have: AP, AR and PCK x 100, -1 where nobody could be measured."""
+    column = name.rsplit("/", 1)[-1].removeprefix("student_")
+    is_share = column in METRICS or column.startswith("PCK")
+    return 100 * value if is_share and value > 0 else value
+
+
+def format_score(ap: float, before: float | None) -> str:
+    """AP x 100, and its change."""
+    if ap < 0:
+        return "AP unknown (nobody could be measured)"
+    return f"AP {100 * ap:.1f}" + ("" if before is None or before < 0 else f" ({100 * (ap - before):+.1f})")
+
+
+def format_duration(seconds: float) -> str:
+    """`50 s`, `12 min`, `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _fit(objective: Objective, judged: Judged) -> None:

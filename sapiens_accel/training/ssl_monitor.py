@@ -126,15 +126,15 @@ RULES = (
     Rule(
         needs=("AP", "student_AP"),
         holds=lambda now, _: now["student_AP"] > now["AP"] + STUDENT_AHEAD,
-        says="student_AP {student_AP:.3f} is above the teacher's {AP:.3f}: the average is too slow; lower "
-        "--ssl.teacher.ema_decay",
+        says="student_AP {percent[student_AP]:.1f} is above the teacher's {percent[AP]:.1f}: the average is too slow; "
+        "lower --ssl.teacher.ema_decay",
         in_a_row=2,
     ),
     Rule(
         needs=("AP", "student_AP"),
         holds=lambda now, first: now["AP"] < first["AP"] - AP_LOST,
-        says="the teacher's AP {AP:.3f} is below its first {first[AP]:.3f}: the stage does harm; lower "
-        "--ssl.teacher.weight or --ssl.optim.lr, or leave the stage out",
+        says="the teacher's AP {percent[AP]:.1f} is below its first {percent[first_AP]:.1f}: the stage does harm; "
+        "lower --ssl.teacher.weight or --ssl.optim.lr, or leave the stage out",
         harms=True,
     ),
 )
@@ -189,7 +189,9 @@ class Alarms:
             since, times = self.held.get(rule, (step, 0))
             self.held[rule] = since, times + 1
             lasts = times + 1 >= rule.in_a_row and step - since >= rule.share * self.num_steps
-            text = rule.says.format(first=self.first, steps=step - since, **known)
+            scores = known | {"first_AP": self.first.get("AP", math.nan)}
+            percent = {name: 100 * value for name, value in scores.items() if name.endswith("AP")}
+            text = rule.says.format(first=self.first, steps=step - since, percent=percent, **known)
             if lasts and rule.stops and self.stops:
                 raise Stopped(f"stage ssl stopped at step {step}: {text}; the last good weights are {self.good}")
             if (lasts or rule.stops) and rule not in self.said:

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from sapiens_accel.config.schema import RANDOM
 from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
@@ -114,12 +115,14 @@ class TrainingStage:
         self.logger.begin(context.first, self.network, self.objective)
         if is_best:
             self._export(needed=False)
+        self.logger.report()
 
     def evaluate(self, step: int) -> None:
         """Evaluate the weights of this step, and export them if they are the best so far. All ranks must call it."""
         self.logger.evaluate(step, self.network, self.objective)
         if self._keeps_best(step):
             self._export(needed=step == self.context.last)
+        self.logger.report()
 
     def _keeps_best(self, step: int) -> bool:
         """Return whether the weights that were just evaluated replace the exported ones.
@@ -287,7 +290,8 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
         given: the weights of `--weights`, for the run's first stage.
 
     Raises:
-        UserError: weights or a checkpoint cannot be read; a frozen pattern matches nothing.
+        UserError: weights or a checkpoint cannot be read; a frozen pattern matches nothing; a teacher would start from
+            random weights, which are not asked for.
     """
     accelerator, run, config, plan = context.accelerator, context.run, context.config, context.plan
     skeleton = context.sets.skeleton
@@ -295,7 +299,14 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
     folder, asked = Path(run.output_dir), run.resume_from_checkpoint
     resume = checkpoint.find_checkpoint(accelerator, folder, asked, context.name, dry_run=run.dry_run)
-    start = (resume and resume.weights) or given or weights.starting_point(folder, context.name)
+    before = None if run.weights == RANDOM and context.name == run.stages[0] else context.name
+    start = (resume and resume.weights) or given or (before and weights.starting_point(folder, before))
+    if config.ratio and not (start or resume or run.weights == RANDOM):
+        raise UserError(
+            f"--stage {context.name}: no weights to start from, and a teacher of random weights makes random labels "
+            f"(expected those of an earlier stage in {folder}). Add --weights WEIGHTS, train --stage phase2 before "
+            f"it, or ask for random ones: --weights {RANDOM}"
+        )
     loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
     accelerator.print(f"\n{context.name}: {resume or loaded}")
     model.freeze(config.frozen)

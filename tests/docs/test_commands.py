@@ -36,6 +36,8 @@ NOT_RUN = {
     "pytest": "is this",
     "bash .ci/run": "runs this, in an environment of its own",
     "mkdocs serve": "does not end; .ci/run builds the same site",
+    "tensorboard --logdir {}/tensorboard": "does not end",
+    "tensorboard --logdir runs/demo/tensorboard": "does not end",
     "accelerate launch --config_file accelerate_configs/multi_node.yaml --machine_rank 0 --main_process_ip HOST "
     "--main_process_port 29500 train.py --recipe sapiens_1b_coco --data.root DIR": "16 processes on two machines",
     "accelerate launch --config_file accelerate_configs/zero2.yaml -m sapiens_accel.selftest.training_step TASK "
@@ -56,7 +58,7 @@ NOT_RUN = {
 # They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
 NOT_RUN_PREFIX = ("python benchmarks/", "python -m sapiens_accel.selftest.")
 NOT_RUN_FILES = ("docs/laboratory_animal.md",)  # tests/docs/test_laboratory_animal.py runs it from top to bottom
-NAMES = ("accelerate launch",)  # of a program, in a sentence
+NAMES = ("accelerate launch", "python eval.py")  # of a program, in a sentence
 
 COUNTS = {"num_train": 12, "num_unlabelled": 8, "num_val": 6}
 SMALL = "--data.input_hw [64,48] --data.sigma 1 --data.num_workers 0"

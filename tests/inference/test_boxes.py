@@ -266,7 +266,8 @@ def test_stage_ssl_learns_from_them(root: Path, detector: Path, tmp_path: Path) 
     num = sum(row["score"] >= least and min(row["bbox"][2:]) >= 24 for row in _read(out))
     assert 5 < num < len(_read(out))
     said = _run(
-        "train.py", "--stage", "ssl", "--max_steps", 1, "--data.root", root, "--data.unlabelled_images", folder,
+        "train.py", "--stage", "ssl", "--weights", "random", "--max_steps", 1, "--data.root", root,
+        "--data.unlabelled_images", folder,
         "--data.unlabelled_annotations", out, "--data.unlabelled_min_score", least, "--data.num_workers", 0,
         "--data.unlabelled_train_people", "false", "--ssl.global_batch", 2, "--report_to", "none",
         "--output_dir", tmp_path / "run", "--data.cache_dir", tmp_path / "cache",

@@ -530,7 +530,7 @@ def _losses(folder: Path) -> list[float]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, during saves too: `latest` always loads, and the losses are those of a run that was never killed."""
     kills = os.environ.get("SAPIENS_ACCEL_TEST_KILLS", "6")
-    words = [*WORDS, "--stage=ssl", "--keep_checkpoints=1", "--ssl.teacher.on_alarm=warn"]
+    words = [*WORDS, "--stage=ssl", "--weights=random", "--keep_checkpoints=1", "--ssl.teacher.on_alarm=warn"]
     folder = tmp_path / "killed"
     program = ["tests/killed.py", kills, "0", folder, *words, f"--output_dir={folder}"]
     done = forks.run(program, env=_environment(tmp_path))

@@ -225,7 +225,7 @@ def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsy
     file = run / "phase1" / "eval.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"AP": 0.9}))
     main(run, "--stage=phase2", "--max_steps=1")
-    assert "phase2: warning: AP 0.000, and 0.900 for the initial weights" in capsys.readouterr().out
+    assert "phase2: warning: AP 0.0, and 90.0 for the initial weights" in capsys.readouterr().out
     main(run, "--stage=phase2", "--max_steps=1", "--eval.flip=false")
     assert "initial weights" not in capsys.readouterr().out, "another protocol gives other numbers"
     main(run, "--stage=ssl", "--max_steps=2", "--ssl.teacher.threshold=1", "--ssl.teacher.confidence=raw")
