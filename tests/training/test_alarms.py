@@ -129,7 +129,7 @@ def test_warnings_alone_never_stop() -> None:
 
 def test_a_resumed_stage_is_held_against_where_it_began() -> None:
     alarms = Alarms(good="", num_steps=100, first={"AP": 0.6, "teacher_peak": 0.9})
-    assert "first 0.600" in alarms.check(100, JUDGED)[0]
+    assert "first 60.0" in alarms.check(100, JUDGED)[0]
     assert len(alarms.check(100, LOGGED | {"teacher_peak": 0.44})) == 1
 
 
