@@ -27,6 +27,12 @@ FIELDS_VARIABLE = "ACCELERATE_CONFIG_DS_FIELDS"
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 # Settings that change the training are options of this package: one recipe means the same under every launch.
+OLD = 'is of an older DeepSpeed. Write "offload_optimizer": {"device": "cpu"}'
+REFUSED = {  # keys of zero_optimization
+    "cpu_offload": OLD,
+    "cpu_offload_params": OLD,
+    "zenflow": "cannot train convolutions, which these networks have (docs/one_gpu.md). Take it out",
+}
 OURS = {
     "gradient_clipping": "--STAGE.optim.clip_norm",
     "gradient_accumulation_steps": "--STAGE.global_batch and --memory.micro_batch",
@@ -276,8 +282,8 @@ def _check_json(file: Path, where: Path | str) -> None:
         for key, value in parts.items():
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{file}: {key} is {json.dumps(value)} (expected an object, as in ds_configs)")
-    if old := [key for key in ("cpu_offload", "cpu_offload_params") if key in zero]:
-        raise UserError(f'{file}: {old[0]} is of an older DeepSpeed. Write "offload_optimizer": {{"device": "cpu"}}')
+    if refused := [key for key in REFUSED if zero.get(key) is not None]:
+        raise UserError(f"{file}: zero_optimization.{refused[0]} {REFUSED[refused[0]]}")
     if zero["stage"] == 0 and precision_asked() != "no":
         raise UserError(
             f"{file}: ZeRO stage 0 in {precision_asked()} cannot be saved whole (expected stage 1 to 3, or "

@@ -30,6 +30,7 @@ def deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, "stage3_prefetch_bucket_size"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload is of an older DeepSpeed"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'offload_optimizer is "cpu"'),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow cannot"),
         ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 is true"),
         ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True}}, "torch_autocast is not for this"),
         ({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, "communication_data_type is not"),
