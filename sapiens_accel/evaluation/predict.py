@@ -9,7 +9,7 @@ Shape letters: n boxes, b of them at a time, k keypoints, H W the input, h w the
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from sapiens_accel.data.loader import begin_worker, unwrap_errors
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.models.sapiens import use_input_size
-from sapiens_accel.pose import geometry, heatmap
+from sapiens_accel.pose import geometry
+from sapiens_accel.pose.averaging import View, average_flip, average_views, resize_matrices, scale_sizes
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 
@@ -104,10 +105,6 @@ class ScaledNetwork:
     network: PoseNetwork
     input_hw: tuple[int, int]
 
-    @cached_property
-    def is_native_size(self) -> bool:
-        return self.input_hw == self.network.codec.input_hw
-
 
 def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list[ScaledNetwork]:
     """Every network at every scale of its own input, in multiples of the patch.
@@ -117,18 +114,14 @@ def list_views(networks: Sequence[PoseNetwork], scales: Sequence[float]) -> list
     """
     views = []
     for network in networks:
-        sizes = [
-            tuple(max(1, round(side * scale / PATCH)) * PATCH for side in network.codec.input_hw) for scale in scales
-        ]
-        # The network's own size need not be of patches for whatever is no ViT.
-        sizes = [network.codec.input_hw if scale == 1 else size for scale, size in zip(scales, sizes, strict=True)]
+        sizes = scale_sizes(network.codec.input_hw, scales, PATCH)
         for index, size in enumerate(sizes):
             if size in sizes[:index]:
                 same = f"{scales[sizes.index(size)]:g} and {scales[index]:g}"
                 raise UserError(
                     f"--eval.scales: {same} are both {size[0]}x{size[1]} px of {PATCH}-px patches; drop one"
                 )
-            views.append(ScaledNetwork(network, (size[0], size[1])))
+            views.append(ScaledNetwork(network, size))
     return views
 
 
@@ -191,7 +184,7 @@ def predict(
             progress.update(len(points_xy))
     points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*decoded, strict=True))
     # The frame of the maps is the first network's own crop, whatever its first view was.
-    frames = _own_matrices(matrices, views[0])
+    frames = resize_matrices(matrices, views[0].input_hw, networks[0].codec.input_hw)
     image_xy = torch.stack([_to_image(m, p) for m, p in zip(frames, points_xy, strict=True)])
     rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
     index = torch.tensor(mine, device=device)
@@ -222,21 +215,15 @@ def _mean_maps(
     views: Sequence[ScaledNetwork], crops: Sequence[NetworkInput], setup: PredictionSetup
 ) -> Float[Tensor, "b k h w"]:
     """The average of all views, in the frame of the first network's own crop."""
-    total, num = None, 0
-    frame, codec = _own_matrices(crops[0].matrix, views[0]), views[0].network.codec
-    for view, crop in zip(views, crops, strict=True):
-        image = crop.image.to(setup.device, non_blocking=True)
-        maps = _maps(view, image)
-        if setup.config.flip:
-            maps = maps + heatmap.flip(_maps(view, image.flip(-1)), setup.skeleton.mirror)
-        if not torch.equal(crop.matrix, frame) or tuple(maps.shape[-2:]) != codec.heatmap_hw:
-            frame_from_view = geometry.strong_from_weak(frame, crop.matrix).float().to(setup.device)
-            maps = geometry.warp_maps(
-                maps, frame_from_view, view.input_hw, other_input_hw=codec.input_hw, other_hw=codec.heatmap_hw
-            )
-        total, num = maps if total is None else total + maps, num + 1 + setup.config.flip
-    assert total is not None
-    return total / num
+
+    def predict_views() -> Iterator[View]:
+        for view, crop in zip(views, crops, strict=True):
+            image, network = crop.image.to(setup.device, non_blocking=True), partial(_maps, view)
+            maps = average_flip(network, image, setup.skeleton.mirror) if setup.config.flip else network(image)
+            yield View(maps, crop.matrix, view.input_hw)
+
+    codec = views[0].network.codec
+    return average_views(predict_views(), codec.input_hw, codec.heatmap_hw)
 
 
 def _maps(view: ScaledNetwork, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
@@ -264,15 +251,6 @@ def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
 def _progress(total: int, rank: int) -> tqdm:
     hidden = None if rank == 0 else True  # None: where there is no terminal
     return tqdm(total=total, desc="evaluating", unit="person", disable=hidden, leave=False)
-
-
-def _own_matrices(matrices: Float[Tensor, "n 2 3"], view: ScaledNetwork) -> Float[Tensor, "n 2 3"]:
-    """What `matrices` would be at the network's own size: the same rectangle of the image."""
-    if view.is_native_size:
-        return matrices
-    (height, width), (own_h, own_w) = view.input_hw, view.network.codec.input_hw
-    factors = [(own_w - 1) / (width - 1), (own_h - 1) / (height - 1)]
-    return matrices * torch.tensor(factors, dtype=torch.float64)[:, None]
 
 
 def _to_image(matrix: Float[Tensor, "2 3"], points_xy: Float[Tensor, "k 2"]) -> Float[Tensor, "k 2"]:
