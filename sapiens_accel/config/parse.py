@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config import credentials
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import ALL, STAGES, Config, TeacherConfig
+from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig, TeacherConfig
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -234,6 +234,12 @@ def _check_values(config: Config) -> None:
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: no repository is named (expected --hub_model_id ORG/NAME)")
     check_model_id(config.hub_model_id)
+    if config.lora.rank is None and config.lora != LoraConfig():
+        given = next(f.name for f in dataclasses.fields(LoraConfig) if getattr(config.lora, f.name) != f.default)
+        raise UserError(
+            f"--lora.{given} {getattr(config.lora, given)}: there are no adapters (expected --lora.rank with it, such "
+            "as --lora.rank 16)"
+        )
     scales, html = config.eval.scales, config.eval.html
     if not scales or len(set(scales)) < len(scales):
         shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
@@ -405,8 +411,11 @@ def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _nearest(word: str, names: Sequence[str], dashes: str = "") -> str:
-    # A missing or wrong group (--lr in place of --phase2.optim.lr) is as common as a typing error.
-    close = difflib.get_close_matches(word, names, n=1) or [n for n in names if n.split(".")[-1] == word.split(".")[-1]]
+    # A missing or wrong group (--lr in place of --phase2.optim.lr) is as common as a typing error, and an option of
+    # another group is nearer to a word without one than a name that only looks alike (--lora).
+    close = difflib.get_close_matches(word, names, n=1)
+    same = [name for name in names if name.split(".")[-1] == word.split(".")[-1]]
+    close = same or close if "." not in word else close or same
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 

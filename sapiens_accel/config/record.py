@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sapiens_accel.config.parse import as_tree
-from sapiens_accel.config.schema import STAGES, Config
+from sapiens_accel.config.schema import STAGES, Config, LoraConfig
 from sapiens_accel.errors import UserError, read_tree
 
 FILE = "config.yaml"
@@ -48,6 +48,7 @@ class Continuation:
         finished: the stages that were asked for and are finished already.
         begun: the stages with any files in the directory.
         from_earlier: the first trained stage starts from the weights of an earlier stage in the directory.
+        freezes_blocks: the resumed stage freezes all blocks, so that it has no adapters.
     """
 
     file: Path
@@ -57,6 +58,7 @@ class Continuation:
     finished: Sequence[str] = ()
     begun: Sequence[str] = ()
     from_earlier: bool = False
+    freezes_blocks: bool = False
 
 
 def read_record(file: Path) -> Mapping[str, Any] | None:
@@ -69,7 +71,11 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 
 
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
-    """The options whose value differs from the record; options that the record lacks are not compared."""
+    """The options whose value differs from the record; options that the record lacks are not compared.
+
+    Except `lora`: a run without it in its record had no adapters.
+    """
+    record = {"lora": dataclasses.asdict(LoraConfig()), **record}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 
@@ -124,6 +130,8 @@ def _is_fixed(one: Difference, context: Continuation) -> bool:
     if one.key == "model.name":
         return bool(context.resumed or context.from_earlier)
     fixed = ("data.input_hw", "memory.adam_8bit", f"{context.resumed}.frozen", f"{context.resumed}.teacher")
+    if not context.freezes_blocks:
+        fixed += ("lora.rank", "lora.alpha", "lora.target", "lora.dora")
     return context.resumed is not None and one.key in fixed
 
 

@@ -244,6 +244,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) in a frozen backbone, by peft.
+
+    In a stage whose blocks are not frozen, a matrix W of a block is replaced by W + alpha / rank * B A. A, B, the norms
+    and the head learn; all else is frozen. A stage whose blocks are frozen anyway (phase1) is unchanged.
+    """
+
+    rank: PositiveCount | None = None
+    """Rank of the adapters: rows of A and columns of B. Default: no adapters."""
+    alpha: Positive | None = None
+    """The adapters' product is multiplied by alpha / rank. Default: 2 * rank."""
+    dropout: BelowOne = 0.0
+    """Probability of dropout on the input of each adapter."""
+    target: Literal["attention", "all"] = "all"
+    """Matrices with adapters: attention, its four projections; all, those of the MLP too."""
+    dora: bool = False
+    """Also learn the norm of each matrix's rows (DoRA, https://arxiv.org/abs/2402.09353). Not with ZeRO-3."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' product."""
+        return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Options that trade time for memory; losses stay the same up to rounding. The memory plan sets their defaults."""
 
@@ -481,6 +506,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     phase1: StageConfig = field(
         default_factory=lambda: StageConfig(epochs=10, frozen=("embeddings", "block_*", "norm"))

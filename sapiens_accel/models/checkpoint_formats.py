@@ -144,6 +144,11 @@ def find(reference: str) -> Path:
     for name in (FILE, INDEX):
         if (path / name).is_file():
             return path / name
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--weights {reference}: adapters without the network they belong to (expected merged weights). Give the "
+            "weights folder that this folder is in"
+        )
     names = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", ".pth", ".pt2"))
     names = [name for name in names if not name.startswith(".")]
     names = [name for name in names if not (name.endswith(".pth") and f"{name[:-4]}_clean.pth" in names)]

@@ -79,7 +79,7 @@ def export(
         dtype: data type of the tensors in the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_published_key(key, model): value.to(dtype).contiguous() for key, value in state.items()}
+    tensors = {published_key(key, model): value.to(dtype).contiguous() for key, value in state.items()}
     temporary = folder / f".{FILE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     files.follow_umask(temporary)
@@ -100,7 +100,8 @@ def _write(file: Path, tree: dict[str, Any]) -> None:
     file.write_text(json.dumps(tree, indent=2) + "\n")
 
 
-def _published_key(key: str, model: SapiensPose) -> str:
+def published_key(key: str, model: SapiensPose) -> str:
+    """The key of one of the model's parameters in a weights folder."""
     if model.size.family == "sapiens":
         return key
     return re.sub(r"^head\.", "decode_head.", re.sub(r"^backbone\.", "model.", key))

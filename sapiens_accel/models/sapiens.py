@@ -181,9 +181,10 @@ class SapiensPose(nn.Module):
 
     def lay_out(self, layout: Layout) -> None:
         """Apply a layout, from the next forward on."""
-        # Non-reentrant: reentrant checkpoints give no gradients if their input needs none. Blocks draw no random
-        # numbers, so the state of the generators need not be restored for the recomputation.
-        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        # Non-reentrant: reentrant checkpoints give no gradients if their input needs none. Without dropout (of
+        # adapters) blocks draw no random numbers, so the generators need not be restored for the recomputation.
+        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.backbone.modules())
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": draws})
         for index, block in enumerate(self.blocks):
             block.gradient_checkpointing = index < layout.checkpointed_blocks
             if layout.compiled:

@@ -25,7 +25,7 @@ from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
 from sapiens_accel.evaluation.paired import MIN_ERRORS
-from sapiens_accel.models import export
+from sapiens_accel.models import adapters, export
 from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
 from sapiens_accel.publish import license as origin
@@ -57,6 +57,7 @@ class Facts:
         image: JPEG of predictions.
         num_labeled: number of labeled training people.
         has_code: there are Python files (of ours) beside the weights.
+        adapter: rank of the adapters that the stage has trained, which are beside the weights; None without any.
     """
 
     run: Mapping[str, Any]
@@ -68,6 +69,7 @@ class Facts:
     num_labeled: int | None
     has_code: bool
     origin: Origin
+    adapter: int | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -110,7 +112,22 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
         num_labeled=_num_labeled(labeled) if labeled.is_file() else None,
         has_code=any(weights.parent.glob("*.py")),
         origin=origin.find_origin(run, stage),
+        adapter=_rank(weights.parent / adapters.FOLDER / adapters.CONFIG),
     )
+
+
+def _rank(file: Path) -> int | None:
+    """The rank that peft's description of adapters states; None: there is no such file.
+
+    Raises:
+        UserError: the file states none.
+    """
+    if not file.is_file():
+        return None
+    rank = read_tree(file, json.loads, "JSON").get("r")
+    if type(rank) is not int or not 0 < rank < LARGEST_NUMBER:
+        raise UserError(f"{file}: r: expected the rank of the adapters, found {rank!r}. Copy the folder again")
+    return rank
 
 
 def _trained(run: Mapping[str, Any], stage: str) -> tuple[str, ...]:
@@ -356,11 +373,16 @@ _SETTINGS = {
     "weight decay": lambda stage, last: f"{stage['optim']['weight_decay']:g}",
     "frozen": lambda stage, last: ", ".join(f"`{name}`" for name in stage["frozen"]) or "nothing",
 }
+_ADAPTED = "all but adapters (rank {rank}), norms and head"
 
 
 def _setting(facts: Facts, stage: str, name: str) -> str:
     last = max((line["step"] for line in facts.lines if line.get("stage") == stage and "step" in line), default=0)
-    return _SETTINGS[name](facts.run[stage], last)
+    tree, lora = facts.run[stage], facts.run.get("lora") or {}
+    if name == "frozen" and lora.get("rank") and "block_*" not in tree["frozen"]:
+        more = "".join(f", `{group}`" for group in tree["frozen"])
+        return _ADAPTED.format(rank=lora["rank"]) + more
+    return _SETTINGS[name](tree, last)
 
 
 def _people(facts: Facts, split: str) -> str:

@@ -151,10 +151,15 @@ def drop_gradients(model: Any) -> None:
         model.optimizer.zero_grad(set_to_none=True)
 
 
-def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[Exception], ...]) -> str | None:
+def save_state(
+    accelerator: Accelerator, folder: Path, not_written: tuple[type[Exception], ...], *, without_frozen: bool = False
+) -> str | None:
     """Save Accelerate's state into a folder; returns this rank's error, if any. All ranks must call it.
 
     DeepSpeed's ranks wait for each other inside, so a rank whose disk is full must reach that point too.
+
+    Args:
+        without_frozen: leave the frozen parameters out.
     """
     problems: list[Exception] = []
 
@@ -174,14 +179,25 @@ def save_state(accelerator: Accelerator, folder: Path, not_written: tuple[type[E
     if engine:
         engine.checkpoint_engine.save = guard(engine.checkpoint_engine.save)
         engine._copy_recovery_script = guard(engine._copy_recovery_script)  # on rank 0 alone, as its file `latest`
+    options = {"save_latest": False, "exclude_frozen_parameters": without_frozen} if engine else {}
+    hook = accelerator.register_save_state_pre_hook(_leave_frozen_out) if without_frozen and not engine else None
     try:
-        guard(accelerator.save_state)(str(folder), **({"save_latest": False} if engine else {}))
+        guard(accelerator.save_state)(str(folder), **options)
     finally:
+        if hook:
+            hook.remove()
         if engine:
             del engine.checkpoint_engine.save, engine._copy_recovery_script
     if engine and accelerator.is_main_process:
         guard((folder / "latest").write_text)(MODEL_NAME)
     return _first_line(problems)
+
+
+def _leave_frozen_out(models: list[nn.Module], states: list[dict[str, Tensor]], _: str) -> None:
+    for model, state in zip(models, states, strict=True):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                state.pop(name, None)
 
 
 def _first_line(problems: list[Exception]) -> str | None:
@@ -201,7 +217,14 @@ FORCE_SAFE, FORCE_UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIG
 PICKLES = (".pt", ".bin", ".pkl")
 
 
-def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = False, trusted: bool = False) -> None:
+def load_state(
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    universal: bool = False,
+    trusted: bool = False,
+    without_frozen: bool = False,
+) -> None:
     """Restore what `save_state` wrote, except the optimizer's settings. All ranks must call it.
 
     A state dict contains the parameter groups of the run that saved it: betas, weight decay and layer-wise rates;
@@ -210,6 +233,7 @@ def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = Fals
     Args:
         universal: it was saved by another number of processes, under the same ZeRO stage (1 or 2).
         trusted: unpickle any class. Otherwise only tensors, numbers and the classes that a checkpoint needs.
+        without_frozen: as it was saved.
 
     Raises:
         UserError: a file holds other classes or functions; random states cannot be restored; DeepSpeed could not
@@ -221,7 +245,12 @@ def load_state(accelerator: Accelerator, folder: Path, *, universal: bool = Fals
     clip_norm = getattr(zero, "clip_grad", None)
     with _safe_unpickling(accelerator, folder, trusted):
         failures.on_each_rank(lambda: _check_random_states(folder, accelerator.process_index))
-        _load_universal(accelerator, folder, trusted) if universal else accelerator.load_state(str(folder))
+        strict = "load_module_strict" if is_deepspeed(accelerator) else "strict"
+        options: dict[str, Any] = {strict: False} if without_frozen else {}
+        if universal:
+            _load_universal(accelerator, folder, trusted, options)
+        else:
+            accelerator.load_state(str(folder), **options)
     for group, settings in zip((g for o in optimizers for g in o.param_groups), groups, strict=True):
         group.update(settings)
     if clip_norm is not None:
@@ -302,7 +331,7 @@ def _find_unsafe(folder: Path) -> str | None:
     return None
 
 
-def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> None:
+def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool, options: dict[str, Any]) -> None:
     """Convert the state with DeepSpeed's converter, parameter by parameter; load it; delete the converted copy.
 
     Raises:
@@ -332,7 +361,7 @@ def _load_universal(accelerator: Accelerator, folder: Path, trusted: bool) -> No
     engine = _engine(accelerator)
     engine._config.load_universal_checkpoint = True
     try:
-        accelerator.load_state(str(converted))
+        accelerator.load_state(str(converted), **options)
     finally:
         engine._config.load_universal_checkpoint = False
     accelerator.wait_for_everyone()
@@ -353,9 +382,13 @@ def release(accelerator: Accelerator, *prepared: Any) -> None:
     accelerator.free_memory(*prepared)
 
 
-def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(
+    accelerator: Accelerator, model: nn.Module, *, only_learning: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield name and full value of each parameter, as used in the forward. Under ZeRO-3 all ranks must iterate it."""
     for name, parameter in _module(model).named_parameters():
+        if only_learning and not parameter.requires_grad:
+            continue
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -365,9 +398,9 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> Iterator[tupl
             yield name, parameter.data
 
 
-def full_values(accelerator: Accelerator, model: nn.Module) -> Iterator[Tensor]:
+def full_values(accelerator: Accelerator, model: nn.Module, *, only_learning: bool = False) -> Iterator[Tensor]:
     """Yield the values of `full_parameters`."""
-    return (value for _, value in full_parameters(accelerator, model))
+    return (value for _, value in full_parameters(accelerator, model, only_learning=only_learning))
 
 
 def frozen_masters(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
@@ -384,14 +417,18 @@ def _module(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
-def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
+def full_state(
+    accelerator: Accelerator, model: nn.Module, *, only_learning: bool = False
+) -> dict[str, Float[Tensor, "..."]]:
     """Gather all weights in fp32 on the CPU of rank 0 (empty on the others), from the optimizer's fp32 copies if any.
 
     All ranks must call it.
     """
     state = {}
     masters = is_deepspeed(accelerator) and accelerator.mixed_precision != "no"
-    for (name, value), parameter in zip(full_parameters(accelerator, model), _module(model).parameters(), strict=True):
+    parameters = dict(_module(model).named_parameters())
+    for name, value in full_parameters(accelerator, model, only_learning=only_learning):
+        parameter = parameters[name]
         if masters and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 

@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -144,7 +143,7 @@ def take_steps(
     """Build the stage, and return an iterator that takes an optimizer step for each item, until the batches end."""
     plan = case.run.get_stage(case.stage)
     model.lay_out(case.layout)
-    teacher = ema.moving_average(accelerator, deepcopy(model), case.teacher) if plan.teacher else None
+    teacher = ema.moving_average(accelerator, model, case.teacher) if plan.teacher else None
     groups = optim.param_groups(model.layer_groups(), plan.optim)
     optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
     network, optimizer = engine.prepare(

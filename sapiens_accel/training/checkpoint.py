@@ -72,6 +72,7 @@ class Saver:
         keep: the number of last checkpoints that are kept; the best one is kept too.
         collect: returns the full weights by folder, on rank 0; all ranks call it.
         write: writes them into a folder; rank 0 calls it.
+        without_frozen: the state is of what learns alone: the stage's folder holds the frozen base.
     """
 
     accelerator: Accelerator
@@ -80,6 +81,7 @@ class Saver:
     objective: Objective
     collect: Callable[[], Weights]
     write: Callable[[Path, Weights], None]
+    without_frozen: bool = False
 
 
 @dataclass(kw_only=True)
@@ -140,7 +142,8 @@ def save(saver: Saver, step: int) -> Path | None:
         collected = saver.collect()
         failed = [error_of(lambda: saver.write(temporary, collected)) if main else None]
         del collected
-        failed.append(engine.save_state(accelerator, temporary / STATE, NOT_WRITTEN))
+        without_frozen = saver.without_frozen
+        failed.append(engine.save_state(accelerator, temporary / STATE, NOT_WRITTEN, without_frozen=without_frozen))
         state = objective.state_dict()  # gathered from all ranks, where each keeps a part of the teacher
         failed.append(error_of(lambda: save_file(state, temporary / OBJECTIVE)) if main else None)
         accelerator.wait_for_everyone()
@@ -164,11 +167,14 @@ def save(saver: Saver, step: int) -> Path | None:
     return None
 
 
-def estimate_size(accelerator: Accelerator, model: nn.Module, *, teacher: bool, adam_8bit: bool) -> int:
+def estimate_size(
+    accelerator: Accelerator, model: nn.Module, *, teacher: bool, adam_8bit: bool, without_frozen: bool = False
+) -> int:
     """Bytes that a checkpoint of a network takes that is not prepared yet.
 
     For each parameter: its value as the launch keeps it (none under ZeRO-3), the two moments of AdamW and DeepSpeed's
-    fp32 copy if it is trained, 4 bytes in each folder of weights, and 4 in the teacher's state.
+    fp32 copy if it is trained, 4 bytes in each folder of weights, and 4 in the teacher's state. Without the frozen ones
+    these have no value in the state and none in the teacher's.
     """
     num, learning = (
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_learning)
@@ -177,7 +183,8 @@ def estimate_size(accelerator: Accelerator, model: nn.Module, *, teacher: bool, 
     is_deepspeed, half = distributed.is_deepspeed(accelerator), accelerator.mixed_precision != "no"
     value = 0 if distributed.zero_stage(accelerator) == 3 else 2 if is_deepspeed and half else 4
     optimizer = (2 if adam_8bit else 8) + 4 * is_deepspeed
-    return num * (value + 4 + 8 * teacher) + learning * optimizer
+    saved = learning if without_frozen else num
+    return num * 4 * (1 + teacher) + saved * (value + 4 * teacher) + learning * optimizer
 
 
 def warn_of_little_room(stage_folder: Path, needed: int, first_weights: int = 0) -> None:
@@ -357,6 +364,20 @@ class Resume:
         student = self.folder / "student"
         return None if self.way != "weights" else str(student if student.is_dir() else self.folder / "weights")
 
+    def find_base(self, name: str) -> Path:
+        """The folder `name` of its stage, which holds what its adapters are added to.
+
+        Raises:
+            UserError: there is none.
+        """
+        base = self.folder.absolute().parents[1] / name
+        if not base.is_dir():
+            raise UserError(
+                f"{self.folder}: what its adapters are added to is missing (expected {base}). Copy the whole folder of "
+                "the stage, or use another checkpoint"
+            )
+        return base
+
     def __str__(self) -> str:
         processes = count(self.position.num_processes, "process")
         then = f"{processes}, {_kind(self.position.zero_stage, self.position.precision)}"
@@ -367,7 +388,9 @@ class Resume:
         }
         return f"resumes from {self.folder}{said[self.way]}"
 
-    def load(self, accelerator: Accelerator, objective: Objective, *, trusted: bool = False) -> int:
+    def load(
+        self, accelerator: Accelerator, objective: Objective, *, trusted: bool = False, without_frozen: bool = False
+    ) -> int:
         """Load the checkpoint into network, optimizer and objective; returns the step. All ranks must call it.
 
         Raises:
@@ -376,14 +399,20 @@ class Resume:
         if self.way != "weights":
             universal = self.way == "universal"
             try:
-                engine.load_state(accelerator, self.folder / STATE, universal=universal, trusted=trusted)
+                engine.load_state(
+                    accelerator,
+                    self.folder / STATE,
+                    universal=universal,
+                    trusted=trusted,
+                    without_frozen=without_frozen,
+                )
             except (ValueError, RuntimeError) as error:
                 if not OTHER_STATE.search(str(error)):
                     raise
                 said = " ".join(str(error).split())[:300]
                 raise UserError(
                     f"{self.folder}: the state of another network or optimizer ({said}). Use the options of the run "
-                    "that saved it (model, frozen, crop), or start a new run"
+                    "that saved it (model, lora, frozen, crop), or start a new run"
                 ) from None
         # Accelerate restores its count of micro-steps; a checkpoint is saved between two optimizer steps.
         accelerator.step = 0

@@ -1,7 +1,8 @@
 """The fp32 moving average of a network's parameters: on the device, sharded over the ranks, or in host memory."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class MovingAverage:
             `device`, its fp32 values are never copied to the device.
         device: where the forward runs; by default where the network is.
         dtype: of the copy, for `sharded` and `host`.
+        names: parameters that are averaged, in the network's order; the others are left as and where they are, and
+            are in no state dict. Default: all.
     """
 
     def __init__(
@@ -64,9 +67,15 @@ class MovingAverage:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         ranks: Ranks | None = None,
+        names: Collection[str] | None = None,
     ) -> None:
-        self.network = network.float().eval().requires_grad_(False)
+        self._is_whole = names is None
+        self.network = (network.float() if self._is_whole else network).eval()
         self.ranks = ranks or Ranks()
+        self._averaged = {name: p for name, p in network.named_parameters() if names is None or name in names}
+        for parameter in self._averaged.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(False)
         device = device or next(network.parameters()).device
         self._own: Tensor | None = None  # this rank's part of the flat average
         self._copy: Tensor | None = None  # all of it in `dtype`; the network's parameters are views of it
@@ -74,9 +83,11 @@ class MovingAverage:
         # power of two.
         self._down: Tensor | None = None
         self._up: Tensor | None = None
+        self._move_buffers(device)
         if placement == "device":
-            network.to(device)
-            flat = [parameter.detach().view(-1) for parameter in network.parameters()]
+            for parameter in self._averaged.values():
+                parameter.data = parameter.data.to(device)
+            flat = [parameter.detach().view(-1) for parameter in self._averaged.values()]
             self._segments = [
                 [Segment(piece, values[piece], None) for piece in _pieces(0, len(values))] for values in flat
             ]
@@ -85,7 +96,7 @@ class MovingAverage:
 
     def _split(self, device: torch.device, device_of_average: torch.device, dtype: torch.dtype) -> list[list[Segment]]:
         """Lay the parameters out one after the other in a flat buffer, and take this rank's part of it."""
-        parameters = list(self.network.parameters())
+        parameters = list(self._averaged.values())
         starts, total = [], 0
         for parameter in parameters:
             starts.append(total)
@@ -112,14 +123,19 @@ class MovingAverage:
             )
             for segment in segments[-1]:
                 segment.mean.copy_(values[segment.elements])
+        return segments
+
+    def _move_buffers(self, device: torch.device) -> None:
         for name, buffer in self.network.named_buffers():
             owner, _, last = name.rpartition(".")
             self.network.get_submodule(owner)._buffers[last] = buffer.to(device)
-        return segments
 
     @torch.no_grad()
     def update(self, student: Iterable[Tensor], decay: float) -> None:
-        """Move towards the student's whole parameters, given in the network's order. All ranks must call it."""
+        """Move towards the student's whole parameters, those that are averaged, in the network's order.
+
+        All ranks must call it.
+        """
         for segments, values in zip(self._segments, student, strict=True):
             for segment in segments:
                 change = self._move_to_average(values.detach().flatten()[segment.elements]) - segment.mean
@@ -150,14 +166,16 @@ class MovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """The average, whole, in fp32, and the network's buffers, on the CPU of rank 0 (empty elsewhere).
 
-        All ranks must call it. Use it before the next update: tensors on the CPU are not copied.
+        Without the buffers if only some parameters are averaged. All ranks must call it. Use it before the next update:
+        tensors on the CPU are not copied.
         """
         whole = self._gather()
         if self.ranks.rank:
             return {}
-        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
+        values = self.network.state_dict().items()
+        state = {name: value.cpu() for name, value in values if self._is_whole or name in self._averaged}
         if whole is not None and self._copy is not None:
-            for name, parameter in self.network.named_parameters():
+            for name, parameter in self._averaged.items():
                 start = parameter.storage_offset()
                 state[name] = whole[start : start + parameter.numel()].view(parameter.shape)
         return state
@@ -186,8 +204,10 @@ class MovingAverage:
         Raises:
             RuntimeError: other names or shapes.
         """
-        self.network.load_state_dict(state)
-        for segments, (name, _) in zip(self._segments, self.network.named_parameters(), strict=True):
+        if not self._is_whole and state.keys() != self._averaged.keys():
+            raise RuntimeError("Error(s) in loading state_dict: the average is of other parameters")
+        self.network.load_state_dict(state, strict=self._is_whole)
+        for segments, name in zip(self._segments, self._averaged, strict=True):
             for segment in segments:
                 segment.mean.copy_(state[name].flatten()[segment.elements])
 
@@ -200,8 +220,15 @@ def _pieces(start: int, stop: int, most: int = PIECE) -> list[slice]:
     return [slice(at, min(at + most, stop)) for at in range(start, stop, most)]
 
 
-def moving_average(accelerator: Accelerator, network: nn.Module, placement: TeacherPlacement) -> MovingAverage:
-    """Create a moving average of the values of `network`, sharded over the ranks unless its placement is `device`."""
+def moving_average(
+    accelerator: Accelerator, model: nn.Module, placement: TeacherPlacement, *, shares_frozen: bool = False
+) -> MovingAverage:
+    """Create a moving average of the values of a model, sharded over the ranks unless its placement is `device`.
+
+    Args:
+        shares_frozen: average what learns alone. The frozen parameters are those of the model itself; under ZeRO-3,
+            which shards them, a 16-bit copy on each device.
+    """
     if placement == "host":
         launch.use_all_cores()
     is_parallel = accelerator.num_processes > 1
@@ -210,5 +237,14 @@ def moving_average(accelerator: Accelerator, network: nn.Module, placement: Teac
         if is_parallel
         else Ranks()
     )
-    dtype = distributed.autocast_dtype(accelerator) or torch.float32
-    return MovingAverage(network, placement, device=accelerator.device, dtype=dtype, ranks=ranks)
+    dtype, device = distributed.autocast_dtype(accelerator) or torch.float32, accelerator.device
+    if not shares_frozen:
+        return MovingAverage(deepcopy(model), placement, device=device, dtype=dtype, ranks=ranks)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    is_sharded = distributed.zero_stage(accelerator) == 3
+    network = deepcopy(model, {} if is_sharded else {id(parameter): parameter for parameter in frozen})
+    for parameter in network.parameters() if is_sharded else ():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(device, dtype)
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return MovingAverage(network, placement, device=device, dtype=dtype, ranks=ranks, names=names)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -49,6 +51,8 @@ class StepConfig:
         first: steps that are done already.
         num_steps: length of the schedule.
         offload: activations are kept in host memory until the backward.
+        dropout_key: numbers from which, with step, rank and micro-batch, the dropout of adapters is drawn; None: there
+            is none, and the generators are left alone.
     """
 
     accumulation: int
@@ -56,6 +60,7 @@ class StepConfig:
     first: int = 0
     num_steps: int
     offload: bool = False
+    dropout_key: tuple[int, ...] | None = None
 
 
 def steps(
@@ -79,7 +84,10 @@ def steps(
         set_lr(optimizer, rate)
         logs: dict[str, Tensor | float] = {}
         losses: list[Tensor] = []
-        for batch, prepared in zip(micro_batches, objective.prepare(micro_batches, step), strict=True):
+        every = zip(micro_batches, objective.prepare(micro_batches, step), strict=True)
+        for index, (batch, prepared) in enumerate(every):
+            if config.dropout_key:
+                torch.manual_seed(_seed(*config.dropout_key, step, accelerator.process_index, index))
             with accelerator.accumulate(model):
                 with offloaded(accelerator.device, wanted=config.offload):
                     loss, parts = objective.loss(model, batch, prepared)
@@ -135,6 +143,10 @@ def _fetch(accelerator: Accelerator, batches: Iterator[Batch], num: int) -> list
         text = next(filter(None, gather_object([problem and failures.describe(problem)])))
         raise failures.SharedError(text, None if isinstance(problem, UserError) else problem)
     return fetched
+
+
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _people(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[tuple[int, bool]]:

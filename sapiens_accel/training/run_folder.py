@@ -34,7 +34,7 @@ from sapiens_accel.data.people import (
 )
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.models.load import FILE, starting_point
-from sapiens_accel.runtime import failures
+from sapiens_accel.runtime import failures, files
 from sapiens_accel.runtime.files import UNFINISHED, first_free_name, read_json, set_aside, write_json, write_text
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.runtime.versions import describe_versions
@@ -234,6 +234,7 @@ def _plan(run: Config, sets: Sets, done: Sequence[str]) -> RunPlan:
         finished=done,
         begun=find_begun(source) if plan.resumed else () if plan.replaces else begun,
         from_earlier=starts_there and not (run.weights or plan.resumed),
+        freezes_blocks=bool(trained) and "block_*" in run.get_stage(trained[0]).frozen,
     )
     _compare(plan, context)
     return plan
@@ -391,23 +392,16 @@ def _carry_over(old: Path, new: Path, stages: Sequence[str]) -> None:
         for part in (stage, f"tensorboard/{stage}"):
             if (old / part).is_dir():
                 shutil.copytree(
-                    old / part, new / part, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints")
+                    old / part, new / part, copy_function=files.link, ignore=shutil.ignore_patterns("checkpoints")
                 )
         for image in old.glob(f"pictures/{stage}_*"):
             (new / "pictures").mkdir(exist_ok=True)
-            _link(image, new / "pictures" / image.name)
+            files.link(image, new / "pictures" / image.name)
     if stages:
         kept = [line + "\n" for line in _lines(old / METRICS) if _stage_of(line) in stages]
         (new / METRICS).write_text("".join(kept))
         for file in old.glob(f"{Path(LABELED_IDS).stem}*.json"):
             shutil.copyfile(file, new / file.name)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(source, target)
 
 
 def _set_stage_aside(folder: Path, stage: str) -> None:

@@ -1,36 +1,37 @@
 """A stage of training: network, optimizer, objective, batches and logger, and how far it has come."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from sapiens_accel.config.schema import RANDOM
+from sapiens_accel.config.schema import RANDOM, STAGES
 from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.errors import Interrupted, UserError
-from sapiens_accel.models import export
+from sapiens_accel.models import adapters, checkpoint_formats, export
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.runtime import distributed, engine, files
 from sapiens_accel.runtime.signals import EvaluationStopped, StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
-from sapiens_accel.training.checkpoint import Saver, SaveSchedule
+from sapiens_accel.training.checkpoint import Resume, Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
 
+BASE = "base"  # in a stage's folder: the network that its adapters are added to
 AGAIN = "Restart all machines with --resume_from_checkpoint latest"
 
 
@@ -41,6 +42,8 @@ class TrainingStage:
     Attributes:
         model: the Sapiens network; `network` is its wrapper of the launch (DeepSpeed, DistributedDataParallel).
         frozen: fp32 values of the frozen parameters, on rank 0, if the engine rounds them.
+        base: the weights folder that the adapters are added to; None without adapters. Checkpoints then leave frozen
+            parameters out, and exported weights are merged from this folder.
         num_steps: length of the schedule; the stage may end earlier (`--max_steps`).
     """
 
@@ -50,6 +53,7 @@ class TrainingStage:
     optimizer: Any
     objective: Objective
     frozen: dict[str, Tensor]
+    base: Path | None
     people: TrainingPeople
     logger: StageLogger
     num_steps: int
@@ -67,6 +71,7 @@ class TrainingStage:
             first=context.first,
             num_steps=self.num_steps,
             offload=run.memory.offload_activations,
+            dropout_key=(run.seed, STAGES.index(context.name)) if self.base and run.lora.dropout else None,
         )
         return steps(accelerator, self.network, self.optimizer, self.objective, batches, config)
 
@@ -89,6 +94,7 @@ class TrainingStage:
             objective=self.objective,
             collect=self._collect,
             write=self._write,
+            without_frozen=self.base is not None,
         )
         saved = self.schedule.measure(step, partial(checkpoint.save, saver, step))
         self.logger.restart_clock(step)
@@ -145,11 +151,17 @@ class TrainingStage:
 
     def _collect(self) -> checkpoint.Weights:
         """Return the weights to export, by folder, on rank 0. All ranks must call it."""
-        state = engine.full_state(self.context.accelerator, self.network)
+        only_learning = self.base is not None
+        state = engine.full_state(self.context.accelerator, self.network, only_learning=only_learning)
         return self.objective.results({**state, **self.frozen})
 
     def _write(self, folder: Path, collected: checkpoint.Weights, dtype: torch.dtype = torch.float32) -> None:
-        sets, sigma = self.context.sets, self.context.run.data.sigma
+        sets, sigma, lora = self.context.sets, self.context.run.data.sigma, self.context.run.lora
+        if self.base:
+            base = checkpoint_formats.read(str(self.base)).state
+            for name, learned in collected.items():
+                adapters.write_folder(folder / name / adapters.FOLDER, learned, self.model, lora)
+            collected = {name: adapters.Merged(base, learned, lora.scale) for name, learned in collected.items()}
         export.write(folder, collected, dtype=dtype, model=self.model, skeleton=sets.skeleton, sigma=sigma)
 
     def drop_gradients(self) -> None:
@@ -242,14 +254,17 @@ class Progress:
         )
 
 
-def _estimate_sizes(context: StageContext, model: SapiensPose) -> tuple[int, int]:
-    """The bytes of a checkpoint, and of the weights that the stage exports before its first step."""
+def _estimate_sizes(context: StageContext, model: SapiensPose, *, adapted: bool) -> tuple[int, int]:
+    """The bytes of a checkpoint, and of the weights that the stage writes before its first step."""
     run, has_teacher = context.run, context.config.teacher is not None
-    size = checkpoint.estimate_size(context.accelerator, model, teacher=has_teacher, adam_8bit=run.memory.adam_8bit)
-    if context.config.hand_over != "best":
-        return size, 0
+    size = checkpoint.estimate_size(
+        context.accelerator, model, teacher=has_teacher, adam_8bit=run.memory.adam_8bit, without_frozen=adapted
+    )
     num = sum(parameter.numel() for parameter in model.parameters())
-    return size, num * getattr(torch, run.weights_dtype).itemsize * (1 + has_teacher)
+    base = 4 * num if adapted else 0
+    if context.config.hand_over != "best":
+        return size, base
+    return size, base + num * getattr(torch, run.weights_dtype).itemsize * (1 + has_teacher)
 
 
 def _prepare(context: StageContext, model: SapiensPose) -> tuple[nn.Module, Any]:
@@ -268,17 +283,94 @@ def _prepare(context: StageContext, model: SapiensPose) -> tuple[nn.Module, Any]
 
 
 def _set_up_teacher(
-    context: StageContext, average: ema.MovingAverage, network: nn.Module, num_steps: int
+    context: StageContext, average: ema.MovingAverage, network: nn.Module, *, num_steps: int, adapted: bool
 ) -> TeacherSetup:
     accelerator = context.accelerator
     return TeacherSetup(
         average=average,
-        student_parameters=partial(engine.full_values, accelerator, network),
+        student_parameters=partial(engine.full_values, accelerator, network, only_learning=adapted),
         num_steps=num_steps,
         gather=partial(distributed.gather, accelerator),
         autocast=distributed.autocast_dtype(accelerator),
         mirrors=context.run.augment.flip_p > 0,
     )
+
+
+class _Start(NamedTuple):
+    """The network that a stage starts with.
+
+    Attributes:
+        weights: where its weights come from; None for random ones.
+        adapted: it has adapters.
+        base: the weights that they are added to, where these are not in STAGE/base yet: a folder, or values on rank 0.
+    """
+
+    model: SapiensPose
+    resume: Resume | None
+    weights: str | None
+    adapted: bool
+    base: Path | Mapping[str, Tensor] | None
+
+
+def _find_weights(context: StageContext, given: str | None, resume: Resume | None) -> str | None:
+    """The weights that a stage starts from; None: random ones, or a checkpoint holds them.
+
+    Raises:
+        UserError: a stage with a teacher has none, and random ones are not asked for.
+    """
+    run, folder = context.run, Path(context.run.output_dir)
+    before = None if run.weights == RANDOM and context.name == run.stages[0] else context.name
+    start = (resume and resume.weights) or given or (before and weights.starting_point(folder, before))
+    if context.config.ratio and not (start or resume or run.weights == RANDOM):
+        raise UserError(
+            f"--stage {context.name}: no weights to start from, and a teacher of random weights makes random labels "
+            f"(expected those of an earlier stage in {folder}). Add --weights WEIGHTS, train --stage phase2 before "
+            f"it, or ask for random ones: --weights {RANDOM}"
+        )
+    return start
+
+
+def _load_model(context: StageContext, given: str | None) -> _Start:
+    """Load the network of a stage, freeze parameters, and add adapters. All ranks must call it."""
+    accelerator, run, config = context.accelerator, context.run, context.config
+    skeleton, asked = context.sets.skeleton, run.resume_from_checkpoint
+    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
+    resume = checkpoint.find_checkpoint(accelerator, Path(run.output_dir), asked, context.name, dry_run=run.dry_run)
+    model.freeze(config.frozen)
+    adapted = bool(adapters.find_targets(model, run.lora))
+    saved_base = resume.find_base(BASE) if resume and adapted else None
+    start = str(saved_base) if saved_base else _find_weights(context, given, resume)
+    loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
+    accelerator.print(f"\n{context.name}: {resume or loaded}")
+    if not adapted:
+        if run.lora.rank:
+            accelerator.print(f"{context.name}: all blocks are frozen: no adapters (--lora.rank)")
+        return _Start(model, resume, start, adapted=False, base=None)
+    base = saved_base or (model.state_dict() if accelerator.is_main_process else None)
+    num = adapters.add(model, run.lora)
+    learning, total = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (True, False)
+    )
+    accelerator.print(
+        f"{context.name}: adapters of rank {run.lora.rank} on {num} matrices: with norms and head, {learning:,} "
+        f"parameters learn; {total - learning:,} are frozen"
+    )
+    if resume and resume.weights:
+        adapters.load_folder(model, Path(resume.weights) / adapters.FOLDER)
+    half = distributed.autocast_dtype(accelerator)
+    if half and not distributed.is_deepspeed(accelerator):  # which casts all parameters itself
+        adapters.keep_base_in(model, half)
+    return _Start(model, resume, start, adapted=True, base=base)
+
+
+def _write_base(context: StageContext, model: SapiensPose, base: Path | Mapping[str, Tensor] | None) -> None:
+    """Write STAGE/base, or link it to that of the run whose checkpoint is resumed."""
+    target, sets = context.folder / BASE, context.sets
+    if isinstance(base, Mapping):
+        export.export(target, base, model, sets.skeleton, context.run.data.sigma)
+    elif base and base.resolve() != target.resolve():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(base, target, copy_function=files.link)
 
 
 def build_stage(context: StageContext, given: str | None) -> TrainingStage:
@@ -296,34 +388,28 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     accelerator, run, config, plan = context.accelerator, context.run, context.config, context.plan
     skeleton = context.sets.skeleton
     set_seed(run.seed)
-    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
-    folder, asked = Path(run.output_dir), run.resume_from_checkpoint
-    resume = checkpoint.find_checkpoint(accelerator, folder, asked, context.name, dry_run=run.dry_run)
-    before = None if run.weights == RANDOM and context.name == run.stages[0] else context.name
-    start = (resume and resume.weights) or given or (before and weights.starting_point(folder, before))
-    if config.ratio and not (start or resume or run.weights == RANDOM):
-        raise UserError(
-            f"--stage {context.name}: no weights to start from, and a teacher of random weights makes random labels "
-            f"(expected those of an earlier stage in {folder}). Add --weights WEIGHTS, train --stage phase2 before "
-            f"it, or ask for random ones: --weights {RANDOM}"
-        )
-    loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
-    accelerator.print(f"\n{context.name}: {resume or loaded}")
-    model.freeze(config.frozen)
+    model, resume, start, adapted, base = _load_model(context, given)
     model.lay_out(plan.layout)
-    teacher = ema.moving_average(accelerator, deepcopy(model), plan.way.teacher) if config.teacher else None
-    frozen = engine.frozen_masters(accelerator, model)
-    sizes = _estimate_sizes(context, model)
+    placement = plan.way.teacher
+    teacher = ema.moving_average(accelerator, model, placement, shares_frozen=adapted) if config.teacher else None
+    frozen = {} if adapted else engine.frozen_masters(accelerator, model)
+    sizes = _estimate_sizes(context, model, adapted=adapted)
     network, optimizer = _prepare(context, model)
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     num_steps = sampling.num_steps(config, len(context.sets.train))
-    setup = teacher and _set_up_teacher(context, teacher, network, num_steps)
+    setup = teacher and _set_up_teacher(context, teacher, network, num_steps=num_steps, adapted=adapted)
     objective = build_objective(config, codec, skeleton, setup)
-    first = resume.load(accelerator, objective, trusted=run.trust_checkpoint) if resume else 0
+    trusted = run.trust_checkpoint
+    first = resume.load(accelerator, objective, trusted=trusted, without_frozen=adapted) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)
     context.begin(first)
     if accelerator.is_main_process and not run.dry_run:
         checkpoint.warn_of_little_room(context.folder, *sizes)
+    if adapted and not run.dry_run:
+        write = partial(_write_base, context, model, base)
+        files.write_on_main(accelerator, write, context.folder / BASE, needed=True)
+        accelerator.wait_for_everyone()
+    del base
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)
@@ -333,5 +419,6 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     logger.draw_crops(people, codec)
     return TrainingStage(
         context=context, model=model, network=network, optimizer=optimizer, objective=objective, frozen=frozen,
-        people=people, logger=logger, num_steps=num_steps, schedule=schedule,
+        base=context.folder / BASE if adapted else None, people=people, logger=logger, num_steps=num_steps,
+        schedule=schedule,
     )  # fmt: skip

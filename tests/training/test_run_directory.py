@@ -19,6 +19,7 @@ import yaml
 from sapiens_accel.config import parse, record
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError
+from sapiens_accel.runtime import files
 from sapiens_accel.runtime.lock import LOCK, lock_directory
 from sapiens_accel.training import run_folder
 
@@ -141,7 +142,7 @@ def test_a_run_that_cannot_be_carried_over_stays_where_it_is(run: Path, monkeypa
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "_link", refuse)
+    monkeypatch.setattr(files, "link", refuse)
     with pytest.raises(OSError, match="No space left"):
         run_folder._move_run_aside(run, ["phase1"])
     assert contents(run) == before and not list(run.parent.glob("run.*"))

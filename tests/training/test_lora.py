@@ -1,0 +1,160 @@
+"""Whole runs with adapters: what learns, what is written, resumed and merged; phase1 is what it was without them."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sapiens_accel.errors import UserError
+from sapiens_accel.models import adapters
+from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation
+from sapiens_accel.training.ema import MovingAverage
+from sapiens_accel.training.stage import TrainingStage
+
+pytestmark = pytest.mark.slow
+Main = Callable[..., None]
+STEPS = 6
+WORDS = [
+    "--data.synthetic.num_train=16", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=4",
+    "--data.num_workers=0", "--data.input_hw=[64,48]", "--log_every=1", "--report_to=none", "--eval.num_pictures=0",
+    "--eval.num_worst=0", "--save_every=3", "--keep_checkpoints=3", "--memory.micro_batch=4",
+    *(f"--{stage}.{knob}" for stage in ("phase1", "phase2", "ssl")
+      for knob in (f"steps={STEPS}", "global_batch=8", "optim.warmup_steps=2", "loss_weight=100")),
+    "--ssl.teacher.threshold=0.1", "--ssl.hand_over=last", "--ssl.teacher.on_alarm=warn",
+]  # fmt: skip
+RANK = ["--lora.rank=4", "--lora.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, TrainingStage]:
+    """The stages of the fixture `run`, as their last step left them."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, train_here: Main, stages: dict[str, TrainingStage]) -> Path:
+    """All three stages with adapters."""
+    folder, train = tmp_path_factory.mktemp("lora") / "run", importlib.import_module("sapiens_accel.train")
+    build = train.build_stage
+
+    def keep(context, given):
+        stages[context.name] = build(context, given)
+        if teacher := getattr(stages[context.name].objective, "average", None):
+            shared = {name: p.data_ptr() for name, p in stages[context.name].model.named_parameters()}
+            _check_sharing(teacher, shared)
+        return stages[context.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_stage", keep)
+        train_here([*WORDS, *RANK], folder)
+    return folder
+
+
+def _check_sharing(teacher: MovingAverage, student: dict[str, int]) -> None:
+    """The teacher's base is the student's own; what is averaged is not."""
+    for name, parameter in teacher.network.named_parameters():
+        learns = adapters.is_adapter(name) or "norm" in name or name.startswith("head.")
+        assert (parameter.data_ptr() == student[name]) != learns, name
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_phase1_is_the_same_with_and_without_adapters(run: Path, train_here: Main, tmp_path: Path) -> None:
+    train_here([*WORDS, "--stage=phase1"], tmp_path / "plain")
+    with_rank, without = (tensors(folder / "phase1" / "weights") for folder in (run, tmp_path / "plain"))
+    assert all(torch.equal(value, with_rank[key]) for key, value in without.items())
+    assert not (run / "phase1" / "base").exists() and not (run / "phase1" / "weights" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("stage", "before"), [("phase2", "phase1"), ("ssl", "phase2")])
+def test_the_base_is_what_the_stage_began_with_and_no_step_changes_it(
+    run: Path, stages: dict[str, TrainingStage], stage: str, before: str
+) -> None:
+    base, started, final = (tensors(run / path) for path in (f"{stage}/base", f"{before}/weights", f"{stage}/weights"))
+    assert all(torch.equal(value, started[key]) for key, value in base.items())
+    model, count = stages[stage].model, 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")]), name
+            count += 1
+        elif not adapters.is_adapter(name):
+            assert not torch.equal(parameter, base[name]), name
+    assert count > 40
+    # In the exported weights matrices and norms have moved; biases, positions and patches have not.
+    moved = {key for key, value in base.items() if not torch.equal(value, final[key])}
+    frozen = ("position", "patch", "query.bias", "key.bias", "value.bias", "dense.bias", "fc1.bias", "fc2.bias")
+    assert moved == {key for key in base if not any(word in key for word in frozen)}
+
+
+@pytest.mark.parametrize("stage", ["phase2", "ssl"])
+def test_exported_weights_are_the_base_and_the_adapter_folder_in_peft(run: Path, stage: str) -> None:
+    base = SapiensForPoseEstimation.from_pretrained(run / stage / "base")
+    merged = SapiensForPoseEstimation.from_pretrained(run / stage / "weights").eval()
+    read = PeftModel.from_pretrained(base, str(run / stage / "weights" / "adapter")).eval()
+    pixels = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = read(pixels).heatmaps
+        assert (merged(pixels).heatmaps - expected).abs().max() < 1e-5 * expected.abs().max()
+    config = json.loads((run / stage / "weights" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"] is None
+
+
+def test_checkpoints_hold_what_learns_alone(run: Path, stages: dict[str, TrainingStage]) -> None:
+    names = set(adapters.list_learning(stages["ssl"].model))
+    folder = run / "ssl" / "checkpoints" / "step_3"
+    assert set(load_file(folder / "state" / "model.safetensors")) == names
+    averaged = {n.removeprefix("teacher.") for n in load_file(folder / "objective.safetensors") if n.startswith("t")}
+    assert averaged == names
+    assert (folder / "student" / "adapter").is_dir() and (folder / "weights" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("stage", ["phase2", "ssl"])
+def test_a_stage_that_is_resumed_ends_with_the_same_bits(
+    run: Path, train_here: Main, tmp_path: Path, stage: str
+) -> None:
+    """In another run directory, whose base is linked to that of the checkpoint's; dropout is drawn again."""
+    asked = run / stage / "checkpoints" / "step_3"
+    train_here([*WORDS, *RANK, f"--stage={stage}"], tmp_path / "run", f"--resume_from_checkpoint={asked}")
+    for part in ("weights", "weights/adapter", "base"):
+        file = next((run / stage / part).glob("*.safetensors")).name
+        found, expected = (load_file(folder / stage / part / file) for folder in (tmp_path / "run", run))
+        assert all(torch.equal(value, found[key]) for key, value in expected.items()), part
+    losses = [_losses(folder, stage)[-3:] for folder in (tmp_path / "run", run)]
+    assert losses[0] == losses[1]
+
+
+def _losses(folder: Path, stage: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora.rank=8"], "lora.rank was 4, is 8"),
+        (["--lora.rank=4", "--lora.target=attention"], "lora.target was all, is attention"),
+        ([], "lora.rank was 4, is null"),
+    ],
+)
+def test_a_resume_with_other_adapters_is_refused_before_anything_is_written(
+    run: Path, train_here: Main, words: list[str], said: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match=said) as error:
+        train_here([*WORDS, *words, "--stage=ssl", "--ssl.steps=9"], run, "--resume_from_checkpoint=latest")
+    assert "\n" not in str(error.value)
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert {path for path in after if after[path] != before.get(path)} <= {run, run / ".lock"}
+
+
+def test_options_without_a_rank_are_refused(train_here: Main, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--lora\.alpha 32.*no adapters \(expected --lora\.rank"):
+        train_here([*WORDS, "--lora.alpha=32"], tmp_path / "run")
