@@ -7,6 +7,7 @@ plain numbers, which YAML writes and a type checker understands.
 """
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -30,7 +31,8 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        finite = abs(value) <= sys.float_info.max  # of an integer that no float holds, math.isfinite raises
+        return finite and above and below
 
     def __str__(self) -> str:
         least = f"a number {'>' if self.open_low else '>='} {self.low:.12g}"

@@ -9,7 +9,6 @@ edges: [[wrist, thumb_tip], ...]      lines in images
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +150,7 @@ def _sigmas(values: Any, where: str) -> Mapping[str, float] | tuple[float, ...] 
         raise UserError(f"{where}: expected a number for each name, or a list of numbers, found {str(values)[:80]}")
     for key, value in items:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not 0 < value <= 1:
+        if not is_number or not 0 < value <= 1:
             raise UserError(f"{where}: {key}: expected a number above 0 and up to 1 (a nose: 0.026), found {value!r}")
     return {str(k): float(v) for k, v in items} if isinstance(values, dict) else tuple(float(v) for _, v in items)
 

@@ -93,6 +93,12 @@ def test_a_range_holds_what_is_between_its_ends(low: int, size: int, value: int,
     assert (value in limits) == (value in range(low + ends[0], low + size + 1 - ends[1]))
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_no_float_holds_is_in_no_range(value: float) -> None:
+    assert value not in Range(float("-inf"))
+    assert value not in Range(0)
+
+
 @pytest.mark.parametrize("key", [key for key in switches() if not key.startswith("data.more")])
 def test_every_true_or_false_is_a_switch(key: str) -> None:
     def value(words: list[str]) -> object:

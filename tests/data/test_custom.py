@@ -373,6 +373,7 @@ def _refusal(action: Callable[[], object]) -> str:
         ("sigmas: {pam: 0.1}", "sigmas: no such keypoint 'pam'; did you mean palm?"),
         ("sigmas: {palm: big}", "sigmas: palm: expected a number above 0 and up to 1 (a nose: 0.026), found 'big'"),
         ("sigmas: {palm: -1}", "found -1"),
+        (f"sigmas: {{palm: 1{'0' * 400}}}", "sigmas: palm: expected a number above 0 and up to 1"),
         ("sigmas: [0.1, 0.1]", "sigmas: expected 21 numbers, found 2"),
         ("sigmas: 0.1", "expected a number for each name, or a list of numbers, found 0.1"),
         ("mirror: [[palm, index_tp]]", "mirror: no such keypoint 'index_tp'; did you mean index_tip?"),
