@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from sapiens_accel.config.schema import StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Room, Stage, measure_stage, predict
+from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Room, predict
 from sapiens_accel.memory.fitting import fit
+from sapiens_accel.memory.stages import Stage, measure_stage
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import host

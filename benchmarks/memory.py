@@ -21,7 +21,7 @@ from cases import REAL_BATCH, REAL_HW, Planned, Wanted
 
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory import report as memory
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest import checks
 from sapiens_accel.selftest.peak_memory import launch_case, way_of

@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before training"),
-    "memory": Command("sapiens_accel.memory.planner", (), "predict whether a recipe fits a GPU, and with which launch"),
+    "memory": Command("sapiens_accel.memory.report", (), "predict how a recipe fits a GPU, and its hours"),
     "detect": Command("sapiens_accel.inference.detect_people", (), "detect people in images or a video, as boxes"),
     "convert": Command(
         "sapiens_accel.formats.convert", (), "labels of another tool as a COCO folder, or such a folder as shards"

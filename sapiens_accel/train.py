@@ -10,7 +10,7 @@ In Python the module itself is the function `train`: `from sapiens_accel import 
 import importlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from sapiens_accel.config.schema import ALL, RANDOM, Config
+from sapiens_accel.config.schema import ALL, RANDOM, Config, StageName
 from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.unlabeled import NoUnlabeledPeople
@@ -144,7 +144,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     # Rank 0 alone computes metrics.
     failures.on_each_rank(lambda: accelerator.is_main_process and doctor.check_evaluation(accelerator.print, sets, run))
     lasts = {stage: sampling.num_steps(run.get_stage(stage), len(sets.train), run.max_steps) for stage in run.stages}
-    plans = planner.plan_run(accelerator, run, argv, sets.skeleton.num_keypoints)
+    plans = planner.plan_run(accelerator, run, argv, sets.skeleton.num_keypoints, len(sets.train))
     done = run_folder.find_finished(accelerator, run, lasts)
     record = run_folder.plan_run(accelerator, run, sets, done)
     table: dict[str, Metrics] = {}
@@ -152,7 +152,7 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
     unwritten: list[Path] = []
     with uploads, StopRequest() as stop:
         for index, name in enumerate(run.stages):
-            later = sum(lasts[stage] for stage in run.stages[index + 1 :])
+            later = count_later_steps(plans, lasts, run.stages[index:], done)
             context = StageContext(
                 accelerator=accelerator, run=run, name=name, sets=sets, plan=plans[name], last=lasts[name], later=later,
                 begin=partial(record.begin, accelerator, sets),
@@ -178,6 +178,14 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
         print(f"\n{format_next_steps(run, argv)}")
     run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
     return table
+
+
+def count_later_steps(
+    plans: Mapping[StageName, Plan], lasts: Mapping[str, int], stages: Sequence[StageName], done: Container[str]
+) -> float:
+    """Steps of the unfinished stages after the first of these, as many of that one as take their planned time."""
+    own, *later = stages
+    return sum(lasts[stage] * plans[stage].seconds / plans[own].seconds for stage in later if stage not in done)
 
 
 def list_images(folder: Path) -> dict[str, int]:

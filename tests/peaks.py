@@ -24,7 +24,8 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import OptimConfig, StageConfig, StageName
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory.estimate import Room, measure_stage, predict
+from sapiens_accel.memory.estimate import Room, predict
+from sapiens_accel.memory.stages import measure_stage
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec

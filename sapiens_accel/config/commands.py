@@ -34,9 +34,14 @@ def memory_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
-    parser.add_argument("--gpu_memory", default="16GiB", help="memory of each GPU: 16GiB, 24GB, 15360MiB, ... (16GiB)")
-    parser.add_argument("--capability", default="8.0", help="compute capability of each GPU: 7.5 of a T4, ... (8.0)")
-    parser.add_argument("--host_memory", default="64GiB", help="memory of the machine (64GiB)")
+    parser.add_argument(
+        "--gpu", metavar="NAME",
+        help="T4, V100, A4000, L4, 4060Ti-16, 4080, 3090, 4090, A100 or H100: memory, compute capability and speed",
+    )  # fmt: skip
+    parser.add_argument("--gpu_memory", help="memory of each GPU: 16GiB, 24GB, 15360MiB, ... (that of --gpu, or 16GiB)")
+    parser.add_argument("--capability", help="compute capability of each GPU: 7.5, ... (that of --gpu, or 8.0)")
+    parser.add_argument("--host_memory", help="memory of the machine (that of this machine)")
+    parser.add_argument("--people", type=int, help="labeled people of training, for the hours (of the data; COCO's)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
 from sapiens_accel.config.schema import StageConfig
@@ -53,8 +52,6 @@ class Footprint:
         whole: peak of the backward of a block without checkpoint, above what is stored when it begins.
         again: peak of recomputation and backward of a checkpointed block, above what is stored before that block.
         forward: peak of a forward without gradients, including the heatmaps.
-        block_flops: operations in the forward of one block for a person.
-        head_flops: operations in the forward of the head for a person.
     """
 
     stem: Linear
@@ -66,8 +63,6 @@ class Footprint:
     whole: Linear
     again: Linear
     forward: Linear
-    block_flops: float
-    head_flops: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +102,7 @@ def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) 
         part: _line(small[part], large[part], chunked[part], 2 * group)
         for part in ("stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
     }
-    return Footprint(
-        **parts,
-        block_flops=small["block_flops"] / (2 * group),
-        head_flops=small["head_flops"] / (2 * group),
-    )
+    return Footprint(**parts)
 
 
 def _line(small: float, large: float, chunked: float, p: int) -> Linear:
@@ -143,14 +134,11 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
         step = _step(model, objective, plan, p)
         with live:
             sizes = _phases(model, live, step, autocast)
-        with live, autocast, torch.no_grad(), FlopCounterMode(display=False) as flops:
+        with live, autocast, torch.no_grad():
             image = torch.zeros(p, 3, *network.input_hw, dtype=torch.uint8)
             before = live.mark()
             model(image)
             sizes["forward"] = live.peak - before
-    counts = flops.get_flop_counts()
-    sizes["head_flops"] = sum(counts["SapiensPose.head"].values())
-    sizes["block_flops"] = (flops.get_total_flops() - sizes["head_flops"]) / 2  # the patches' share is small
     return sizes
 
 

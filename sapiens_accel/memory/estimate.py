@@ -5,33 +5,27 @@ DeepSpeed allocates; activations are measured on fake tensors (`footprint`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
-
-from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
+from sapiens_accel.memory.activations import Footprint
+from sapiens_accel.memory.duration import step_seconds
+from sapiens_accel.memory.gpus import ASSUMED, Rates
+from sapiens_accel.memory.stages import Stage
 from sapiens_accel.memory.strategies import Way
-from sapiens_accel.models.attention import padded_dim
-from sapiens_accel.models.sapiens import Layout, SapiensPose
+from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.training import optim
 
 # Allowances, not measured yet: to be calibrated on a GPU.
 CONTEXT = 1.0 * GIB  # GPU memory of CUDA, its libraries and the display
-WORKSPACE = 0.125 * GIB  # of cuBLAS and cuDNN
-NCCL = 0.25 * GIB  # buffers of communication between ranks
+CUBLAS = 0.03 * GIB  # workspaces of cuBLAS
+CUDNN = 0.25 * GIB  # the largest workspace of cuDNN for a convolution of the head
+NCCL, NCCL_ALONE = 0.3 * GIB, 0.15 * GIB  # buffers of communication; DeepSpeed creates them for a single rank too
 FRAGMENTATION = 0.04  # as a fraction of what a step allocates and frees
 PROCESS = 3.0 * GIB  # host memory of Python, torch and CUDA in a process
 WORKER = 0.6 * GIB  # host memory of a data loading process
 IN_FLIGHT = 3  # offloaded block inputs that are on the GPU at a time
-FLATTENED_SUMS, FLATTENED = 500_000_000, 50_000_000  # elements that DeepSpeed copies into one tensor, in fp32
-
-# Rates per second of a 16 GB card and its host, only to rank ways: 16-bit operations, bytes of PCIe, of host memory.
-FLOPS, BUS, HOST = 4e13, 1.2e10, 2e10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +38,8 @@ class Plan:
         later: bytes on a device by part, of parts that exist only at other times.
         host: bytes of host memory by part, summed over all ranks of this machine.
         allowance: bytes on a device beyond what torch allocates: workspaces, fragmentation.
-        seconds: rough time of an optimizer step, only to compare ways with each other.
+        seconds: predicted time of an optimizer step at the rates of `Room`.
+        steps: optimizer steps of the stage.
         room: usable bytes of a device; None if memory is not a limit.
         host_room: the same for the host.
         otherwise: options to try if memory runs out in spite of the plan.
@@ -58,6 +53,7 @@ class Plan:
     host: Mapping[str, float] = field(default_factory=dict)
     allowance: float = 0.0
     seconds: float = 0.0
+    steps: int = 0
     room: float | None = None
     host_room: float | None = None
     otherwise: str = ""
@@ -68,13 +64,30 @@ class Plan:
         return sum(self.gpu.values())
 
     @property
+    def hours(self) -> float:
+        """The predicted time of all steps of the stage, without evaluations and checkpoints."""
+        return self.seconds * self.steps / 3600
+
+    @property
+    def people_per_second(self) -> float:
+        """Labeled people of the global batch over the predicted time of its step; 0 if that is unknown."""
+        return self.share.global_batch / self.seconds if self.seconds else 0.0
+
+    @property
+    def fits_device(self) -> bool:
+        return self.room is None or self.gpu_peak + self.allowance <= self.room
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_room is None or self.host_peak <= self.host_room
+
+    @property
     def host_peak(self) -> float:
         return sum(self.host.values())
 
     @property
     def fits(self) -> bool:
-        fits_device = self.room is None or self.gpu_peak + self.allowance <= self.room
-        return fits_device and (self.host_room is None or self.host_peak <= self.host_room)
+        return self.fits_device and self.fits_host
 
     def __str__(self) -> str:
         blocks = f"{self.layout.checkpointed_blocks} blocks checkpointed"
@@ -85,77 +98,6 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """The properties of a stage that determine its memory: parameters, frozen or not, and the footprint of a step."""
-
-    plan: StageConfig
-    memory: MemoryConfig
-    num_parameters: int
-    num_learning: int
-    head_learning: int
-    block_learning: int
-    stem_learning: int  # of the embeddings and the first block
-    groups: tuple[int, ...]
-    largest: int
-    depth: int
-    image_bytes: int
-    queries: int  # elements of the queries of a person over all heads, padded if attention pads them
-    map_bytes: int
-    num_workers: int
-    footprint_of: Callable[[bool], Footprint]  # argument: whether autocast casts fp32 weights
-
-    @property
-    def ratio(self) -> int:
-        return self.plan.ratio
-
-
-def measure_stage(
-    run: Config, name: StageName, half: bool = True, num_keypoints: int = 17, *, padded: bool = False
-) -> Stage:
-    """Count a stage's parameters and measure its step.
-
-    Args:
-        padded: attention is padded (`models.attention.needs_padding`).
-
-    Raises:
-        UserError: a frozen pattern that matches nothing.
-    """
-    plan = run.get_stage(name)
-    with torch.device("meta"):
-        model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
-    model.freeze(plan.frozen)
-    sizes = [p.numel() for p in model.parameters()]
-    layers = model.layer_groups()
-    groups = optim.param_groups(layers, plan.optim)
-    (height, width), size = run.data.input_hw, model.size
-    dim = size.width // size.heads
-    network = NetworkShape(
-        name=run.model.name,
-        num_keypoints=num_keypoints,
-        input_hw=run.data.input_hw,
-        sigma=run.data.sigma,
-        padded=padded,
-    )
-    return Stage(
-        plan=plan,
-        memory=run.memory,
-        num_parameters=sum(sizes),
-        num_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        head_learning=sum(p.numel() for p in model.head.parameters() if p.requires_grad),
-        block_learning=sum(p.numel() for p in model.blocks[-1].parameters() if p.requires_grad),
-        stem_learning=sum(p.numel() for part in ("embeddings", "block_0") for _, p in layers[part] if p.requires_grad),
-        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-        largest=max(sizes),
-        depth=model.size.depth,
-        image_bytes=3 * height * width,
-        queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),
-        map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
-        num_workers=run.data.num_workers,
-        footprint_of=partial(footprint, network, plan, half),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Room:
     """The memory that a plan may use.
 
@@ -163,11 +105,13 @@ class Room:
         device: bytes of a GPU; None if its memory is not a limit.
         host: bytes of host memory of this machine; None likewise.
         cuda: the device is a GPU: count the memory of CUDA's kernels too.
+        rates: how fast the machine is.
     """
 
     device: float | None = None
     host: float | None = None
     cuda: bool = True
+    rates: Rates = ASSUMED
 
 
 UNLIMITED = Room()
@@ -187,6 +131,8 @@ class _Step:
         gradients: gradients of all trained parameters.
         gradients_forward: the part of them that exists during a forward.
         gradients_early: the part of them that exists during the backward of the last blocks.
+        buckets: DeepSpeed's gradient buffers, from the first gradient of a backward to its end.
+        end: what the end of a backward and the optimizer allocate: copies of gradients in another dtype or place.
         alone: one process without DeepSpeed or accumulation, in which gradients appear block by block.
     """
 
@@ -204,6 +150,8 @@ class _Step:
     gradients: float
     gradients_forward: float
     gradients_early: float
+    buckets: float
+    end: float
     alone: bool
 
 
@@ -212,21 +160,21 @@ def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = U
     strategy, accumulates = way.strategy, share.accumulation > 1
     footprint = stage.footprint_of(strategy.zero == 0 and strategy.half)
     state = state_bytes(stage, way, accumulates)
-    gradients = state.pop("gradients")
+    gradients, buckets = state.pop("gradients"), state.pop("backward_buckets")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
     if strategy.zero == 0 and strategy.num_ranks > 1:
         state["zero_buckets"] = 4.0 * stage.num_learning  # DistributedDataParallel's
-    step = _describe_step(stage, way, share, layout, gradients, cuda=room.cuda)
+    step = _describe_step(stage, way, share, layout, (gradients, buckets), cuda=room.cuda)
     phases = _phases(stage, share, step)
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
     moving = {part: size for part, size in phases[name].items() if part != "gradients"}
-    gpu = {**state, **phases[name]}
+    gpu = {part: state.get(part, 0.0) + phases[name].get(part, 0.0) for part in {**state, **phases[name]}}
     later = {
         "head_chunk": footprint.head(step.people, step.chunk),
         "block_working_set": phases.get("first", {}).get("block_working_set", 0.0),
     }
-    communication = NCCL if strategy.num_ranks > 1 else 0.0
-    allowance = WORKSPACE + FRAGMENTATION * sum(moving.values()) + communication if room.cuda else 0.0
+    communication = NCCL if strategy.num_ranks > 1 else NCCL_ALONE if strategy.zero else 0.0
+    allowance = CUBLAS + CUDNN + FRAGMENTATION * sum(moving.values()) + communication if room.cuda else 0.0
     offloaded = _pinned([step.kept]) * step.checkpointed if way.offload_activations else 0.0
     return Plan(
         way=way,
@@ -236,16 +184,22 @@ def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = U
         later={part: size for part, size in later.items() if size and not gpu.get(part)},
         host=_host(stage, way, accumulates, offloaded),
         allowance=allowance,
-        seconds=_seconds(stage, way, share, layout, footprint),
+        seconds=step_seconds(stage, way, share, layout, room.rates),
+        steps=stage.steps,
         room=room.device,
         host_room=room.host,
     )
 
 
-def _describe_step(stage: Stage, way: Way, share: Share, layout: Layout, gradients: float, *, cuda: bool) -> _Step:
+def _describe_step(
+    stage: Stage, way: Way, share: Share, layout: Layout, sizes: tuple[float, float], *, cuda: bool
+) -> _Step:
+    """Args: `sizes` are those of all gradients and of the buckets of a backward."""
+    gradients, buckets = sizes
     plain, accumulates = way.strategy.zero == 0, share.accumulation > 1
     footprint = stage.footprint_of(plain and way.strategy.half)
     people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
+    fills_late = stage.num_learning <= way.strategy.bucket or way.strategy.zero == 1
     return _Step(
         people=people,
         chunk=min(people, layout.head_chunk or people),
@@ -260,9 +214,12 @@ def _describe_step(stage: Stage, way: Way, share: Share, layout: Layout, gradien
         attention=4.0 * people * stage.queries if cuda else 0.0,
         gradients=gradients,
         # A gradient exists from its backward to the optimizer's step. ZeRO-3 holds its gradient buffer all the time;
-        # ZeRO-1 and 2 allocate theirs for all gradients when the first bucket is full, early in the backward.
+        # ZeRO-1 and 2 allocate theirs for all gradients when the first bucket is full: early in the backward, or at its
+        # end where one bucket holds them all.
         gradients_forward=gradients if accumulates or way.strategy.zero == 3 else 0.0,
-        gradients_early=0.0 if plain and not accumulates else gradients,
+        gradients_early=gradients if accumulates or way.strategy.zero == 3 or (not plain and not fills_late) else 0.0,
+        buckets=buckets,
+        end=_end_bytes(stage, way, accumulates),
         alone=plain and not accumulates,
     )
 
@@ -277,6 +234,8 @@ def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, floa
         phases["last"] = _last_recomputed_phase(stage, step)
     if not step.saved:
         phases["forward"] = _forward_phase(step)
+        phases["backward"] = _head_backward_phase(step)
+    phases["update"] = {"gradients": step.gradients, "zero_buckets": step.buckets, "optimizer_step": step.end}
     if stage.ratio:
         phases["teacher"] = _teacher_phase(stage, share, step)
     return phases
@@ -304,6 +263,7 @@ def _whole_blocks_phase(step: _Step) -> dict[str, float]:
         "whole_blocks": step.whole * step.saved,
         "block_working_set": step.footprint.whole(step.people) + step.attention,
         "gradients": step.gradients_early,
+        "zero_buckets": step.buckets,
     }
 
 
@@ -320,6 +280,7 @@ def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
         "block_working_set": step.footprint.again(step.people) + step.attention,
         "block_checkpoints": max(0, step.on_device - 1) * step.kept,
         "gradients": gradients,
+        "zero_buckets": step.buckets,
     }
 
 
@@ -331,13 +292,32 @@ def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
     return {
         "features": step.stem,
         "block_working_set": step.footprint.again(step.people) + step.attention,
-        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients,
+        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients_early,
+        "zero_buckets": step.buckets,
     }
 
 
 def _forward_phase(step: _Step) -> dict[str, float]:
     """A frozen backbone stores no activations, so the forward of one block can be the peak."""
     return {"features": step.footprint.forward(step.people), "gradients": step.gradients_forward}
+
+
+def _head_backward_phase(step: _Step) -> dict[str, float]:
+    """The gradients of the head, if nothing else learns: as they were summed over chunks, and those of parameters."""
+    gradients = {"gradients": step.gradients_early, "zero_buckets": step.buckets}
+    return {"features": step.stem + step.neck + step.footprint.gradient(step.people), **gradients}
+
+
+def _end_bytes(stage: Stage, way: Way, accumulates: bool) -> float:
+    """Bytes at the end of a backward and in the optimizer: gradients of a group, flat and in fp32; ZeRO-1's copy."""
+    strategy, part = way.strategy, stage.num_learning / way.strategy.num_ranks
+    if strategy.zero == 0 or strategy.offload:
+        return 0.0
+    word = 2 if strategy.half else 4
+    group = max(stage.groups) / strategy.num_ranks
+    upcast = (word + 4) * group if strategy.half else word * group
+    second = word * part if strategy.zero == 1 and not accumulates else 0.0
+    return max(upcast, second)
 
 
 def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
@@ -350,7 +330,11 @@ def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
 
 
 def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
-    """Bytes on a device that persist through a step; `gradients` is their size once all exist."""
+    """Bytes on a device that persist through a step.
+
+    But `gradients` is their size once all exist, and `backward_buckets` exist from the first gradient of a backward to
+    its end.
+    """
     strategy, ranks = way.strategy, way.strategy.num_ranks
     everything, learning = stage.num_parameters, stage.num_learning
     sixteen = strategy.half and strategy.zero > 0
@@ -368,20 +352,19 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
         "masters": 4 * part if strategy.zero else 0.0,
         "adam": 2 * (1 + 4 / 256) * learning if way.adam_8bit else 8 * (part if strategy.zero else learning),
         "ema_teacher": _teacher_bytes(stage, way),
-        "zero_buckets": float(strategy.bucket * word),
+        "zero_buckets": 0.0,
+        # ZeRO-1 puts fp32 sums into it.
+        "backward_buckets": float(strategy.bucket * (4 if beside else word)),
     }
     if strategy.zero == 3:
-        state["zero_buckets"] += word * min(strategy.live, everything)
-    if beside and ranks > 1:
-        state["zero_buckets"] = 4.0 * min(FLATTENED_SUMS, learning)  # elements that ranks reduce at a time
+        state["zero_buckets"] = state.pop("backward_buckets") + word * min(strategy.live, everything)
+        state["backward_buckets"] = 0.0
     if strategy.offload:
         state |= {"masters": 0.0, "adam": 0.0}
         # A buffer for the largest parameter, and its gradient in fp32 twice: for the copy to the host and for its norm.
         state["zero_buckets"] += (word + 8) * stage.largest
         if not in_fp32 or strategy.zero == 3:
             state["gradients"] = 0.0
-        else:
-            state["zero_buckets"] += 4.0 * min(FLATTENED, part)
     return state
 
 
@@ -420,33 +403,3 @@ def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[s
 def _pinned(sizes: Sequence[float]) -> float:
     """Bytes of pinned memory: torch rounds each allocation up to a power of two."""
     return float(sum(2 ** math.ceil(math.log2(size)) for size in sizes if size > 0))
-
-
-def _seconds(stage: Stage, way: Way, share: Share, layout: Layout, footprint: Footprint) -> float:
-    """A rough time of an optimizer step, only to rank ways; it is not calibrated by measurements."""
-    strategy, ranks = way.strategy, way.strategy.num_ranks
-    p, steps = share.micro_batch * (1 + stage.ratio), share.accumulation
-    learns = stage.num_learning > stage.head_learning
-    passes = (3 if learns else 1) * stage.depth + (layout.checkpointed_blocks if learns else 0)
-    flops = p * (passes * footprint.block_flops + 3 * footprint.head_flops)
-    flops += share.micro_batch * stage.ratio * (stage.depth * footprint.block_flops + footprint.head_flops)
-    # Casts between fp32 and 16 bits (ZeRO 0), hooks at every layer (ZeRO-3).
-    overhead = {0: 1.1, 3: 1.05}.get(strategy.zero, 1.0)
-    small_batch = 1 + 1 / p  # kernel launches and small matrices
-    compute = steps * flops * overhead * small_batch / FLOPS
-    copies = 0.0
-    if strategy.offload:  # copies of gradients to the host mostly overlap with the backward
-        copies += 28 * stage.num_learning / ranks / HOST + 2 * stage.num_learning / BUS * (0.3 * steps + 1)
-    if strategy.zero == 3:
-        copies += steps * 3 * 2 * stage.num_parameters / BUS * 0.5
-    if way.offload_activations:
-        copies += steps * 2 * layout.checkpointed_blocks * footprint.kept(p) / BUS * 0.3
-    if strategy.zero and ranks > 1:
-        copies += 4 * stage.num_learning / BUS * 0.5
-    if strategy.zero == 0 and ranks > 1:
-        copies += 8 * stage.num_learning / BUS * 0.5
-    if stage.plan.teacher and way.teacher == "host":
-        copies += (2 * 2 / BUS + 12 / HOST) * stage.num_parameters / ranks
-    if stage.plan.teacher and way.teacher != "device" and ranks > 1:
-        copies += 2 * stage.num_parameters / BUS * 0.5
-    return compute + copies + (0.002 if way.adam_8bit else 0.0)

@@ -7,7 +7,9 @@ from itertools import product
 from sapiens_accel.config.schema import StageConfig, TeacherPlacement
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory.estimate import UNLIMITED, Plan, Room, Stage, predict
+from sapiens_accel.memory.duration import step_seconds
+from sapiens_accel.memory.estimate import UNLIMITED, Plan, Room, predict
+from sapiens_accel.memory.stages import Stage
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models.sapiens import Layout
 
@@ -40,7 +42,9 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
     if room.device is None:  # memory is not a limit: no recomputation
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
         layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
-        return Plan(way=replace(way, teacher=placements[0]), share=share, layout=layout)
+        way = replace(way, teacher=placements[0])
+        seconds = step_seconds(stage, way, share, layout, room.rates)
+        return Plan(way=way, share=share, layout=layout, seconds=seconds, steps=stage.steps)
     tried = []
     for size, placement in product(sizes, placements):
         way = replace(way, teacher=placement)

@@ -60,3 +60,14 @@ def command(way: Way, words: Sequence[str]) -> str:
     ranks = way.strategy.num_ranks
     launch = f"accelerate launch --config_file accelerate_configs/{way.launch}.yaml --num_processes {ranks} train.py"
     return " ".join([launch, shlex.join(words), *way.options()])
+
+
+def without(words: Sequence[str], *options: str) -> list[str]:
+    """Remove the options that begin like one of `options`, and their values, from a command line."""
+    remaining, value_follows = [], False
+    for word in words:
+        is_removed = word.startswith(options) or (value_follows and not word.startswith("--"))
+        if not is_removed:
+            remaining.append(word)
+        value_follows = is_removed and word.startswith("--") and "=" not in word
+    return remaining

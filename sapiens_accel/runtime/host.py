@@ -34,6 +34,13 @@ def free_bytes() -> float:
     return free
 
 
+def total_bytes() -> float:
+    """Memory of this machine, or the limit of the groups that this process is in."""
+    total = float(psutil.virtual_memory().total)
+    limits = (_read(group / "memory.max") for group in _groups())
+    return min([total, *(float(limit) for limit in limits if limit.isdigit())])
+
+
 def _groups() -> Iterator[Path]:
     """This process's own group and those above it, up to the root that is mounted here.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config
 from sapiens_accel.errors import run_main
+from sapiens_accel.memory.duration import part_flops
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
 from sapiens_accel.selftest.checks import Result, Row, Skipped
-from sapiens_accel.selftest.throughput import forward_flops, part_flops
 
 COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
 
@@ -28,15 +28,15 @@ def epoch_rows(rates: Mapping[str, float], hw: tuple[int, int], recipes: Mapping
         rates: people a second in phase2 by model, measured with crops of `hw` px.
     """
     k = SKELETON.num_keypoints
-    flops = {model: forward_flops(model, k, hw) for model in rates}
+    flops = {model: part_flops(model, k, hw).whole for model in rates}
     for recipe, run in recipes.items():
-        backbone, head = part_flops(run.model.name, k, run.data.input_hw)
-        whole = backbone + head
+        parts = part_flops(run.model.name, k, run.data.input_hw)
+        whole = parts.whole
         # The most similar in FLOPs, since larger networks reach a higher utilization.
         nearest = min(rates, key=lambda model: abs(flops[model] / whole - 1) + abs(whole / flops[model] - 1))
         per_second = rates[nearest] * 3 * flops[nearest]
         work = {
-            "phase1": backbone + 3 * head,
+            "phase1": parts.backbone + 3 * parts.head,
             "phase2": 3 * whole,
             "ssl": (3 + 4 * run.ssl.ratio) * whole,
         }

@@ -20,9 +20,10 @@ import yaml
 from sapiens_accel.config.schema import Config, StageName
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory import planner
-from sapiens_accel.memory.estimate import Plan, Room, Stage, measure_stage, predict
+from sapiens_accel.memory import report
+from sapiens_accel.memory.estimate import Plan, Room, predict
 from sapiens_accel.memory.fitting import fit
+from sapiens_accel.memory.stages import Stage, measure_stage
 from sapiens_accel.memory.strategies import Way, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import Layout
@@ -156,7 +157,7 @@ def _size(num: float) -> str:
 def _capability(asked: str | None) -> tuple[int, int]:
     """The compute capability of the command line, or that of the GPU, as found by another process."""
     if asked:
-        return planner.parse_capability(asked)
+        return report.parse_capability(asked)
     with tempfile.TemporaryDirectory() as folder:
         machine = inspect_machine(Path(folder))
     if machine.capability is None:
@@ -175,7 +176,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--hw", nargs=2, type=int, default=[512, 384])
     parser.add_argument("--batch", type=int, default=32)
     asked: Any = parser.parse_args(words)
-    result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(planner.parse_bytes("limit", asked.limit))
+    result, hw, limit = Result(Path(asked.result)), tuple(asked.hw), int(report.parse_bytes("limit", asked.limit))
     # No further call of torch.cuda: a CUDA context of this process would take memory from the case.
     cuda = torch.cuda.is_available()
     with result.guard(f"{asked.model} {asked.stage} {asked.way}"):

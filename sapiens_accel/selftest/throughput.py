@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how th
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Sapiens2ForPoseEstimation
 
 from sapiens_accel.config.schema import Config
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory.estimate import Plan, Room, measure_stage, predict
+from sapiens_accel.memory.duration import part_flops
+from sapiens_accel.memory.estimate import Plan, Room, predict
 from sapiens_accel.memory.fitting import MIN_CHUNK, fit
+from sapiens_accel.memory.stages import measure_stage
 from sapiens_accel.memory.strategies import Way
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
@@ -125,24 +126,6 @@ def plain_steps(
         yield loss.detach()
 
 
-@lru_cache
-def part_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[int, int]:
-    """Operations in one person's forward, of backbone and head: products, convolutions, attention, by meta tensors."""
-    with torch.device("meta"):
-        model = SapiensPose(name, num_keypoints, input_hw)
-        image = torch.zeros(1, 3, *input_hw, dtype=torch.uint8)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    counts = counter.get_flop_counts()
-    head = sum(next((counts[key] for key in counts if key.endswith(".head")), {}).values())
-    return counter.get_total_flops() - head, head
-
-
-def forward_flops(name: str, num_keypoints: int, input_hw: tuple[int, int]) -> int:
-    """Operations in one person's forward, as in `part_flops`."""
-    return sum(part_flops(name, num_keypoints, input_hw))
-
-
 def peak_tflops(device: str) -> float | None:
     """The peak rate of a device; None if it is not in the table."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
@@ -197,7 +180,7 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
     layouts = {key: layout for key, layout in layouts_to_time(run, plan).items() if key in (timing.layouts or [key])}
     runners: dict[str, Runner] = {key: (partial(model.lay_out, layout), ours) for key, layout in layouts.items()}
     others: dict[str, Runner] = {} if peer_steps is None else {"peer": (lambda: None, peer_steps)}
-    flops = 3 * forward_flops(name, SKELETON.num_keypoints, timing.input_hw)
+    flops = 3 * part_flops(name, SKELETON.num_keypoints, timing.input_hw).whole
     losses = {"ours": loss, "peer": loss_of_peer}
     settings = {key: value for key, value in case.as_json().items() if key in SETTINGS}
     taken = seconds_of({**runners, **others}, timing, device)

@@ -58,6 +58,7 @@ NOTHING_KEPT = 0.005  # shown as 0.00
 MAX_SHOWN_IDS = 40
 BEGIN, KEPT = "begin.json", "kept.json"
 PRINT_SECONDS = 30
+MEASURED_STEPS = 50  # before each line says how much time is left
 # The values of a step that every stage has; of a stage with a teacher, the others belong to the teacher.
 OF_EVERY_STAGE = ("loss", "lr", "grad_norm", "skipped", "people_per_second")
 OF_EVERY_STAGE += ("host_peak_gib", "gpu_peak_gib", "gpu_peak_predicted_gib")
@@ -97,7 +98,7 @@ class StageContext:
         start: the weights that the stage starts from; None for random ones.
         first: steps that are done already.
         last: the stage's last step.
-        later: steps of the stages that this run trains after this one.
+        later: steps of the stages that this run trains after this one, as many of this one as take their planned time.
         begin: called by all ranks with `first` when the stage is built, before anything is written.
     """
 
@@ -109,7 +110,7 @@ class StageContext:
     last: int
     start: str | None = None
     first: int = 0
-    later: int = 0
+    later: float = 0.0
     begin: Callable[[int], None] = lambda first: None
 
     @property
@@ -314,11 +315,12 @@ class StageLogger:
             )
         shown = {"loss": "loss", "keep": "keep", "peak": "teacher_peak", "people/s": "people_per_second"}
         texts = {short: f"{means[name]:.3g}" for short, name in shown.items() if name in means}
-        self.progress.set_postfix(texts)
+        left = [text for text in [self._time_left(step)] if text and step - self.first >= MEASURED_STEPS]
+        self.progress.set_postfix_str(", ".join([*(f"{short}={value}" for short, value in texts.items()), *left]))
         # Without a terminal there is no progress bar: a line is printed every PRINT_SECONDS.
         if self.progress.disable and (now - self.printed > PRINT_SECONDS or step == self.last):
             self.printed = now
-            numbers = ", ".join(f"{short} {value}" for short, value in texts.items())
+            numbers = ", ".join([*(f"{short} {value}" for short, value in texts.items()), *left])
             self.accelerator.print(f"{self.stage}: step {step} of {self.last}, {numbers}", flush=True)
 
     def mark_kept(self, weights: Path) -> None:
@@ -410,7 +412,7 @@ class StageLogger:
         return f"weights of {best.name} in {best / 'weights'}" if best else "weights not saved yet"
 
     def _time_left(self, step: int) -> str:
-        """The time until the end of the run, if its later steps take as long as those until now."""
+        """The time until the end of the run, if the plan is as wrong about later stages as about this one until now."""
         done, left = step - self.first, self.last - step + self.context.later
         if not (done and left):
             return ""

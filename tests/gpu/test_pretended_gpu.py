@@ -463,7 +463,12 @@ def test_a_run_in_fp32_is_planned_with_padded_attention(
     run = config.load(["--model.name=sapiens2_tiny", "--data.input_hw=[64,48]", "--stage=phase2"])
     asked: list[bool] = []
     known = planner.measure_stage
-    monkeypatch.setattr(planner, "measure_stage", lambda *_, padded: asked.append(padded) or known(*_, padded=padded))
+
+    def measure(*words: Any, padded: bool, **more: Any) -> Any:
+        asked.append(padded)
+        return known(*words, padded=padded, **more)
+
+    monkeypatch.setattr(planner, "measure_stage", measure)
     strategy = distributed.strategy_of({}, num_ranks=1, num_local=1, precision=precision)
     room = Room(device=40e9, host=500e9)
     launch = LaunchInfo(strategy=strategy, room=room, words=[], capability=A100.capability)

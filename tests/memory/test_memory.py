@@ -19,8 +19,8 @@ from sapiens_accel.config.schema import Config, MemoryConfig, StageName, Teacher
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory import estimate as plan
-from sapiens_accel.memory import fitting, strategies
-from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory import fitting, planner, stages, strategies
+from sapiens_accel.memory import report as memory
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.memory.strategies import Way
@@ -38,8 +38,8 @@ def recipe(name: str, *words: str) -> Config:
 
 
 @lru_cache
-def counted(name: str, stage: StageName, *words: str) -> plan.Stage:
-    return plan.measure_stage(recipe(name, *words), stage)
+def counted(name: str, stage: StageName, *words: str) -> stages.Stage:
+    return stages.measure_stage(recipe(name, *words), stage)
 
 
 def way(name: str, ranks: int = 1) -> Way:
@@ -199,14 +199,14 @@ def test_the_chunked_head_saves_what_an_independent_prediction_says(
 def test_padded_attention_needs_little_more_and_the_math_kernel_far_more(name: str, math: float) -> None:
     """A checkpointed block at 32 people, GiB; `math` was measured on fake tensors with torch's MATH kernel."""
     plain, padded = (
-        plan.measure_stage(recipe(name), "phase2", padded=padded).footprint_of(False).again(32) / GIB
+        stages.measure_stage(recipe(name), "phase2", padded=padded).footprint_of(False).again(32) / GIB
         for padded in (False, True)
     )
     assert plain <= padded < 1.25 * plain and padded < 0.6 * math
 
 
 def test_a_t4_is_planned_in_fp16_for_the_kernel_that_it_gets(capsys: pytest.CaptureFixture) -> None:
-    words = ["--recipe", "sapiens_2b_coco", "--stage", "phase2", "--data.root", "DIR", "--json"]
+    words = ["--recipe", "sapiens_2b_coco", "--stage", "phase2", "--host_memory=64GiB", "--data.root=DIR", "--json"]
     peak = {}
     for capability, precision in (("7.5", "fp16"), ("8.0", "bf16")):
         memory.main([*words, "--gpu_memory", "15109MiB", "--capability", capability])
@@ -270,7 +270,7 @@ def test_a_teacher_makes_way_for_a_larger_micro_batch_only() -> None:
     assert seen[0] == "device" and "host" in seen
 
 
-def _keeping(stage: plan.Stage, place: str) -> plan.Stage:
+def _keeping(stage: stages.Stage, place: str) -> stages.Stage:
     return replace(stage, memory=MemoryConfig(teacher=place))  # pyright: ignore[reportArgumentType]
 
 
@@ -336,7 +336,7 @@ def planned(name: str, room_gib: float, *words: str, strategy: Strategy | None =
     words = ("--recipe", name, *words)
     strategy = strategy or way("zero2").strategy
     launch = LaunchInfo(strategy=strategy, room=Room(device=room_gib * GIB, host=HOST), words=words)
-    return memory.plan_stages(config.load(words), launch)
+    return planner.plan_stages(config.load(words), launch)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_nearest_that_can() -> None:
@@ -355,7 +355,10 @@ def test_force_goes_on() -> None:
 
 
 def test_a_gpu_too_small_for_anything_is_said() -> None:
-    with pytest.raises(UserError, match=r"phase2: needs .*; phase2: no launch fits: .* Use a smaller model or"):
+    with pytest.raises(
+        UserError,
+        match=r"phase2: needs .*; phase2: no launch fits: GPU memory is the limit: .* What would fit: .*GPU memory",
+    ):
         planned("sapiens_2b_coco", 0.5, "--stage", "phase2")
 
 
@@ -364,7 +367,7 @@ def test_host_memory_short_for_offload_is_said() -> None:
     with pytest.raises(UserError, match=r"phase2: needs \d+\.\d GiB of host memory \(predicted\), 16\.0 GiB are free"):
         room = Room(device=ROOM, host=16 * GIB)
         launch = LaunchInfo(strategy=way("zero2_offload").strategy, room=room, words=words)
-        memory.plan_stages(config.load(words), launch)
+        planner.plan_stages(config.load(words), launch)
 
 
 def test_what_to_try_next_takes_less() -> None:
@@ -389,7 +392,7 @@ def test_a_chunk_holds_no_more_people_than_there_are() -> None:
 
 def test_the_command_is_what_a_shell_takes() -> None:
     words = ["--stage", "phase2", "--memory.adam_8bit", "true", "--output_dir", "a b", "--memory.offload_activations"]
-    kept = memory._without(words, "--memory.offload_activations", "--memory.adam_8bit")
+    kept = strategies.without(words, "--memory.offload_activations", "--memory.adam_8bit")
     assert kept == ["--stage", "phase2", "--output_dir", "a b"]
     assert strategies.command(way("8bit"), kept).endswith(
         "train.py --stage phase2 --output_dir 'a b' --memory.adam_8bit"
@@ -449,7 +452,8 @@ def said(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_prints_every_way_and_the_launch() -> None:
-    done = said("--recipe", "sapiens_0.3b_coco", "--stage", "phase2", "--data.root", "DIR", "--json")
+    words = "--recipe sapiens_0.3b_coco --stage phase2 --data.root DIR"
+    done = said(*words.split(), "--host_memory", "64GiB", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     best = found["recommended"]
@@ -461,7 +465,8 @@ def test_the_command_prints_every_way_and_the_launch() -> None:
         assert sum(one["parts"]["host"].values()) == pytest.approx(one["host_gib"], abs=2e-3)
         total = one["gpu_peak_gib"] + one["gpu_allowance_gib"]
         assert one["fits"] == (total <= 16 and one["host_gib"] <= 64)
-    words = "--recipe sapiens_0.3b_coco --stage phase2 --data.root DIR"
+        assert (one["not_recommended"] is None) == (one == best)
+        assert one["hours"] == pytest.approx(100 * 149_813 / one["people_per_second"] / 3600, rel=0.01)
     launch = f"accelerate_configs/{best['strategy']}.yaml"
     launched = f"accelerate launch --config_file {launch} --num_processes 1 train.py"
     assert best["command"] == f"{launched} {words} --weights WEIGHTS"
@@ -472,9 +477,10 @@ def test_the_table_is_explained_and_the_command_names_what_it_still_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2"])
+    host = ["--host_memory", "64GiB"]
+    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2", *host])
     printed = capsys.readouterr().out
-    for column in ("way", "micro-batch", "checkpointed", "head chunk", "GPU peak", "host", "time"):
+    for column in ("way", "micro-batch", "checkpointed", "head chunk", "GPU peak", "host", "people/s", "hours"):
         assert re.search(rf"(^|; ){column}: ", memory.COLUMNS.replace("\n", " ").strip()), column
     assert memory.COLUMNS in printed
     assert printed.endswith("--stage phase2 --data.root DIR --weights WEIGHTS\n")
@@ -482,7 +488,7 @@ def test_the_table_is_explained_and_the_command_names_what_it_still_needs(
     weights = tmp_path / "runs" / "sapiens_0.3b_coco" / "phase1" / "weights"
     weights.mkdir(parents=True)
     (weights / "model.safetensors").touch()
-    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2"])
+    memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2", *host])
     assert capsys.readouterr().out.endswith("--stage phase2 --data.root DIR\n")
     memory.main(["--recipe", "demo"])
     assert capsys.readouterr().out.endswith("train.py --recipe demo\n")
@@ -502,6 +508,8 @@ def test_several_gpus_share_the_state() -> None:
         (["--host_memory", "0GiB"], "--host_memory 0GiB"),
         (["--gpus", "0"], "--gpus 0: expected 1 or more"),
         (["--capability", "6.1"], "--capability 6.1: expected the compute capability of a GPU, 7.0 or newer"),
+        (["--gpu", "3070"], "--gpu 3070: not in the table (expected one of T4, V100, "),
+        (["--people", "0"], "--people 0: expected 1 or more"),
         (["--capability", "new"], "--capability new: expected"),
         (["--gpus", "3", "--recipe", "demo"], "--phase1.global_batch 32 is not divisible by 3 processes"),
         (["--gpus", "1", "--recepie", "demo"], "--recepie"),

@@ -1,0 +1,117 @@
+"""The properties of a stage that determine its memory and its time: parameters, frozen or not, and its steps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
+from sapiens_accel.data import sampling
+from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
+from sapiens_accel.models.attention import padded_dim
+from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.training import optim
+
+COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The properties of a stage that determine its memory and its time.
+
+    Attributes:
+        num_parameters, num_learning: elements of all parameters, and of those that are trained.
+        head_learning, block_learning: the same of the head, and of one block.
+        stem_learning: of the embeddings and the first block.
+        tensors_learning: how many tensors are trained.
+        dense: whether the gradients of the blocks' own matrices are computed, and not of adapters alone.
+        groups: elements of each parameter group.
+        largest: elements of the largest parameter.
+        queries: elements of the queries of a person over all heads, padded if attention pads them.
+        steps: optimizer steps of the stage.
+        footprint_of: what a step takes; argument: whether autocast casts fp32 weights.
+    """
+
+    plan: StageConfig
+    memory: MemoryConfig
+    network: NetworkShape
+    num_parameters: int
+    num_learning: int
+    head_learning: int
+    block_learning: int
+    stem_learning: int
+    tensors_learning: int
+    dense: bool
+    groups: tuple[int, ...]
+    largest: int
+    depth: int
+    image_bytes: int
+    queries: int
+    map_bytes: int
+    num_workers: int
+    steps: int
+    footprint_of: Callable[[bool], Footprint]
+
+    @property
+    def ratio(self) -> int:
+        return self.plan.ratio
+
+
+def measure_stage(
+    run: Config,
+    name: StageName,
+    half: bool = True,
+    num_keypoints: int = 17,
+    *,
+    padded: bool = False,
+    num_people: int = COCO_PEOPLE,
+) -> Stage:
+    """Count a stage's parameters and measure its step.
+
+    Args:
+        padded: attention is padded (`models.attention.needs_padding`).
+        num_people: labeled people of training; they decide how many steps the stage has.
+
+    Raises:
+        UserError: a frozen pattern that matches nothing.
+    """
+    plan = run.get_stage(name)
+    with torch.device("meta"):
+        model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
+    model.freeze(plan.frozen)
+    sizes = [p.numel() for p in model.parameters()]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    layers = model.layer_groups()
+    groups = optim.param_groups(layers, plan.optim)
+    (height, width), size = run.data.input_hw, model.size
+    dim = size.width // size.heads
+    network = NetworkShape(
+        name=run.model.name,
+        num_keypoints=num_keypoints,
+        input_hw=run.data.input_hw,
+        sigma=run.data.sigma,
+        padded=padded,
+    )
+    return Stage(
+        plan=plan,
+        memory=run.memory,
+        network=network,
+        num_parameters=sum(sizes),
+        num_learning=sum(p.numel() for p in learning),
+        head_learning=sum(p.numel() for p in model.head.parameters() if p.requires_grad),
+        block_learning=sum(p.numel() for p in model.blocks[-1].parameters() if p.requires_grad),
+        stem_learning=sum(p.numel() for part in ("embeddings", "block_0") for _, p in layers[part] if p.requires_grad),
+        tensors_learning=len(learning),
+        dense=True,
+        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
+        largest=max(sizes),
+        depth=model.size.depth,
+        image_bytes=3 * height * width,
+        queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),
+        map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
+        num_workers=run.data.num_workers,
+        steps=sampling.num_steps(plan, num_people, run.max_steps),
+        footprint_of=partial(footprint, network, plan, half),
+    )
