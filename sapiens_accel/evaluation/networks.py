@@ -275,13 +275,14 @@ def build_network(
     """
     published_weights = published.read(str(candidate.weights))
     input_hw = published_weights.input_hw or (PUBLISHED_HW if published_weights.as_published else run.data.input_hw)
-    model = SapiensPose(_size_name(published_weights), skeleton.num_keypoints, input_hw)
-    report = weights.load(model, str(candidate.weights), skeleton.names if published_weights.names else None)
+    model = SapiensPose(_size_name(published_weights), skeleton.num_keypoints, input_hw, empty=True)
+    names, home = skeleton.names if published_weights.names else None, weights.Home(device=device)
+    report = weights.load(model, str(candidate.weights), names, home)
     anew = [*report.new_keypoints, *report.missing, *report.reinitialized]
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    network = model.to(device).eval()
+    network = model.eval()
     return PoseNetwork(model=network, codec=codec, autocast=autocast, name=str(candidate.weights)), str(report)
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sapiens_accel.config.schema import STAGES, StageName
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
+from sapiens_accel.models.weights_file import MappedPages
 
 FROM_RANDOM = "starts from RANDOM weights; to start from published weights, or from those of a run, give --weights"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -59,17 +61,29 @@ class Report:
         return "\n".join(lines)
 
 
-def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Where the parameters of a network are to be: a device, and a dtype (None: each in its own)."""
+
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype | None = None
+
+
+def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None, home: Home | None = None) -> Report:
     """Load a file or folder into the model.
+
+    Tensor by tensor, from the mapped file to its place: beside the network, one tensor of the file is in memory.
 
     Position embeddings are resized to the model's grid. The rows of the head's last layer are matched by keypoint name
     if the file's names are known (from its metadata, a config.json beside it or, for a published layout, their number),
     else by position if there are as many; else that layer stays random.
 
     Args:
-        model: on any device; values that the file lacks stay as they are.
+        model: on any device, or without values in its backbone (`SapiensPose(empty=True)`); values that the file lacks
+            stay as they are.
         reference: a local file or folder; see `published.find`.
         names: keypoints of the run; None matches rows by position.
+        home: where to put the parameters; by default where the network is, those without values on the CPU.
 
     Raises:
         UserError: as `published.read`; weights of another size or family; a tensor of the backbone that is missing or
@@ -85,8 +99,13 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None)
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     absent = [key for key in own if key not in fitting]
     _check_backbone(weights, state, own, absent, model)
-    _check_values(weights, fitting, own)
-    model.load_state_dict(fitting, strict=False)
+    pages = MappedPages()
+    for key, value in fitting.items():
+        _check_value(weights, key, value, torch.finfo(own[key].dtype).max)
+        _put(model, key, value, home)
+        pages.give_back(value)
+    if home is not None:
+        _move(model, home)
     return Report(
         source=str(weights.file),
         loaded=sorted(set(fitting) - {*reshaped, *mapped}),
@@ -166,18 +185,44 @@ def _check_types(weights: Weights, own: State) -> None:
             )
 
 
-def _check_values(weights: Weights, fitting: State, own: State) -> None:
-    """Refuse values that are not finite, one tensor at a time, so that at most one is copied."""
-    for key, value in fitting.items():
-        values = value if value.dtype in FLOATS else value.float()
-        most = torch.finfo(own[key].dtype).max
-        low, high = (float(bound) for bound in torch.aminmax(values.detach()))
-        if not (-most <= low and high <= most):
-            bad = int((~(values.double().abs() <= most)).sum())
-            raise UserError(
-                f"--weights {weights.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
-                f"(nan, inf): the training that wrote it has diverged. Use weights of an earlier step"
-            )
+def _check_value(weights: Weights, key: str, value: Tensor, most: float) -> None:
+    """Refuse values that are not finite, or too large for the network's dtype."""
+    values = value if value.dtype in FLOATS else value.float()
+    low, high = (float(bound) for bound in torch.aminmax(values.detach()))
+    if not (-most <= low and high <= most):
+        bad = int((~(values.double().abs() <= most)).sum())
+        raise UserError(
+            f"--weights {weights.file}: {key!r} holds {bad} values of {value.numel()} that are not finite numbers "
+            f"(nan, inf): the training that wrote it has diverged. Use weights of an earlier step"
+        )
+
+
+# ---- Places
+
+
+def _put(model: SapiensPose, key: str, value: Tensor, home: Home | None) -> None:
+    """Copy a value into a parameter or buffer of the model, or create the parameter if it has no value yet."""
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    own = getattr(module, name)
+    with torch.no_grad():
+        if not own.is_meta:
+            own.copy_(value)
+            return
+        home = home or Home()
+        # A copy in any case: the value may be a view of the mapped file.
+        there = value.to(device=home.device, dtype=home.dtype or own.dtype, copy=True)
+    setattr(module, name, nn.Parameter(there, requires_grad=own.requires_grad))
+    model.keep_first_slot_empty()
+
+
+def _move(model: SapiensPose, home: Home) -> None:
+    """Move all that is not at home yet: parameters that the file lacks, and buffers, which keep their dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(home.device, home.dtype or parameter.dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(home.device)
 
 
 # ---- Positions

@@ -7,14 +7,16 @@ Shape letters: b people, k keypoints, c channels, H W the input image, h w the h
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackbone, VitPoseBackboneConfig
@@ -93,6 +95,9 @@ class Layout:
     compiled: bool = False
 
 
+BuildHead = Callable[[], ChunkedHead]
+
+
 class HeatmapHead(ChunkedHead):
     """Sapiens v1's head: 4x4 deconvolutions without bias, 1x1 convolutions, InstanceNorm without parameters, SiLU.
 
@@ -150,12 +155,16 @@ class SapiensPose(nn.Module):
         num_keypoints: K.
         input_hw: the crop's height and width in pixels, multiples of the patch.
         depth: number of blocks in place of the published one, to measure single blocks.
+        empty: the parameters of the backbone have no values and take no memory (meta), until `load.load` puts them in.
+            The head has its random values.
 
     Raises:
         UserError: no such size, or an input size that is no multiple of the patch.
     """
 
-    def __init__(self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None) -> None:
+    def __init__(
+        self, name: str, num_keypoints: int, input_hw: tuple[int, int], *, depth: int | None = None, empty: bool = False
+    ) -> None:
         super().__init__()
         size = get_size(name)
         size = replace(size, depth=depth or size.depth)
@@ -168,7 +177,10 @@ class SapiensPose(nn.Module):
         build = _build_sapiens if size.family == "sapiens" else _build_sapiens2
         self.backbone: Any
         self.head: ChunkedHead
-        self.backbone, self.head = build(size, num_keypoints, input_hw)
+        with init_empty_weights(include_buffers=False) if empty else nullcontext():
+            self.backbone, build_head = build(size, num_keypoints, input_hw)
+        self.head = build_head()
+        self.keep_first_slot_empty()
 
     @property
     def heatmap_hw(self) -> tuple[int, int]:
@@ -242,6 +254,15 @@ class SapiensPose(nn.Module):
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to learn. Freeze fewer layer groups")
 
+    def keep_first_slot_empty(self) -> None:
+        """Let slot 0 of the positions have no gradient, so that it stays zero.
+
+        VitPose adds it to every position; Sapiens has no such slot.
+        """
+        positions = getattr(self.backbone.embeddings, "position_embeddings", None)
+        if self.size.family == "sapiens" and positions is not None and not positions._backward_hooks:
+            positions.register_hook(_without_first_slot)
+
     def description(self) -> dict[str, Any]:
         """The description of this network for config.json, from which it can be rebuilt."""
         shape = {"num_keypoints": self.num_keypoints, "input_hw": list(self.input_hw), "size": asdict(self.size)}
@@ -265,7 +286,7 @@ def _normalize(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
+def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, BuildHead]:
     config = VitPoseBackboneConfig(
         image_size=input_hw,
         patch_size=(size.patch, size.patch),
@@ -281,9 +302,7 @@ def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) ->
     with torch.no_grad():
         positions[:, 0] = 0.0
         positions[:, 1:] = sine_cosine_positions(grid_hw, size.width)
-    # VitPose adds slot 0 to every position; Sapiens has no such slot. Without a gradient it stays zero.
-    positions.register_hook(_without_first_slot)
-    return backbone, HeatmapHead(size, num_keypoints)
+    return backbone, partial(HeatmapHead, size, num_keypoints)
 
 
 def sine_cosine_positions(grid_hw: tuple[int, int], width: int) -> Float[Tensor, "n c"]:
@@ -301,15 +320,24 @@ def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n 
     return torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], dim=1)
 
 
-def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, ChunkedHead]:
+def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, BuildHead]:
     config = sapiens2_config(size, num_keypoints, input_hw)
     config._attn_implementation = BY_DEVICE
     pose = Sapiens2ForPoseEstimation(config)
+    return pose.model, partial(_build_sapiens2_head, config, pose)
+
+
+def _build_sapiens2_head(config: Sapiens2Config, pose: Sapiens2ForPoseEstimation) -> ChunkedHead:
+    """The head of `pose`, or a new one with initial values as transformers gives them, if that has none."""
     head = Sapiens2PoseHead(config)
-    head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)
+    if any(p.is_meta for p in pose.decode_head.parameters()) and not any(p.is_meta for p in head.parameters()):
+        for module in reversed(list(head.modules())):  # the head itself last: it overwrites what its layers do
+            pose._init_weights(module)
+    else:
+        head.load_state_dict(pose.decode_head.state_dict(keep_vars=True), assign=True)
     # Published: kaiming. With few keypoints, maps then have an initial standard deviation of 3.3, and the loss is 10.
     nn.init.normal_(head.predictor.weight, std=0.001)
-    return pose.model, head
+    return head
 
 
 def sapiens2_config(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> Sapiens2Config:
