@@ -51,7 +51,7 @@ class Setting:
     def table(self) -> Table:
         """Plan every stage for every way, in 16 bits."""
         every = list_ways(self.gpus, self.precision)
-        stages = {name: self.stage(name) for name in self.run.stages}
+        stages: dict[StageName, Stage] = {name: self.stage(name) for name in self.run.stages}
         return {name: [fit(stage, name, way, self.room) for way in every] for name, stage in stages.items()}
 
 

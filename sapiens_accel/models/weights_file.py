@@ -78,6 +78,6 @@ def save(
             left.remove(key)
             values = tensor.detach().to("cpu", entries[key].dtype).contiguous()
             file.seek(begin + offsets[key])
-            file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+            file.write(values.view(-1).view(torch.uint8).numpy().data)
         if left:
             raise ValueError(f"no tensor for {sorted(left)[0]}")
