@@ -1,13 +1,21 @@
-"""sapiens-accel COMMAND: the commands beside train.py and eval.py. Only the modules of the chosen one are imported."""
+"""sapiens-accel COMMAND: training, evaluation and the other commands. Only the modules of the chosen one are imported.
+
+`sapiens-accel train` runs in this process. With `--launch` or `--num_processes` this process becomes accelerate's
+launcher, and prints nothing after the one line of a run that ends by an error.
+"""
 
 import difflib
 import importlib
+import logging
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from sapiens_accel.config.commands import PARSERS
-from sapiens_accel.errors import UserError, run_main
+from sapiens_accel.config.commands import LAUNCH_OPTIONS, PARSERS, split_launch_options
+from sapiens_accel.errors import UserError, program_words, run_main
 
 
 class Command(NamedTuple):
@@ -17,6 +25,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "train": Command("sapiens_accel.train", (), "train the stages of a run; --launch zero2 --num_processes 2: how"),
+    "eval": Command("sapiens_accel.eval", (), "evaluate a run or weights, or predict on your own images"),
     "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before training"),
     "memory": Command("sapiens_accel.memory.report", (), "predict how a recipe fits a GPU, and its hours"),
     "detect": Command("sapiens_accel.inference.detect_people", (), "detect people in images or a video, as boxes"),
@@ -27,6 +37,7 @@ COMMANDS = {
     "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
     "selftest": Command("sapiens_accel.selftest.__main__", (), "test on this machine what training relies on"),
 }
+LAUNCHED = ("train", "eval")  # with the launcher's options; they answer --help themselves
 
 
 def main() -> None:
@@ -48,15 +59,78 @@ def run(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"{name}: no such command (expected one of {', '.join(COMMANDS)}).{hint}")
-    sys.argv[0] = f"sapiens-accel {name}"
+    sys.argv = [f"sapiens-accel {name}", *words]
     start(name, [*COMMANDS[name].words, *words])
 
 
 def start(name: str, words: Sequence[str]) -> None:
     """Run the main of a command. `--help` is answered before its imports, which take seconds."""
-    if name in PARSERS and any(word in ("-h", "--help") for word in words):
+    if name in LAUNCHED:
+        parse = importlib.import_module("sapiens_accel.config.parse")
+        parse.answer_help(words, f"{name}.py")
+        launch_if_asked(name, words)
+    elif name in PARSERS and any(word in ("-h", "--help") for word in words):
         PARSERS[name]().parse_args(words)
     importlib.import_module(COMMANDS[name].module).main(words)
+    if name in LAUNCHED:
+        importlib.import_module("sapiens_accel.runtime.distributed").stop()
+
+
+# ---- sapiens-accel train --launch zero2 --num_processes 2
+
+
+def launch_program(name: str) -> None:
+    """`launch_if_asked` for `python train.py` and `eval.py`: before their imports, which take seconds."""
+    if any(word.partition("=")[0].removeprefix("--") in LAUNCH_OPTIONS for word in sys.argv[1:]):
+        run_main(partial(launch_if_asked, name))
+
+
+def launch_if_asked(name: str, words: Sequence[str]) -> None:
+    """If the launcher's options are among the words: run `train` or `eval` by it, and exit with the code of the run.
+
+    Raises:
+        UserError: there is no such launch, or an option of training that cannot be.
+    """
+    options, rest = split_launch_options(words)
+    if not options:
+        return
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    from sapiens_accel.config import parse
+    from sapiens_accel.runtime import launch
+
+    one = options.get("num_processes", "1") == "1"
+    config = launch.find_launch(options.pop("launch", "single_gpu" if one else "multi_gpu"))
+    if name == "train":
+        parse.load(rest)  # here in seconds: the processes of a launch would take many more to come to it
+    launch.announce([*program_words(), *given], config)
+    logging.disable(logging.CRITICAL)  # of the launcher: its processes have said what happened
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the processes, which save; it waits for them
+    flags = ["--config_file", str(config), *(f"--{key}={value}" for key, value in options.items())]
+    sys.exit(_launch([*flags, "-m", COMMANDS[name].module, *rest]))
+
+
+def _launch(words: Sequence[str]) -> int:
+    """Run accelerate's launcher; the exit code of the first process that failed, 128 + N for signal N."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args(list(words)))
+    except subprocess.CalledProcessError as error:
+        code, rank = error.returncode, 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    else:
+        return 0
+    if code < 0:
+        name = signal.Signals(-code).name
+        reason = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        print(f"{sys.argv[0]}: error: the process of rank {rank} was ended by {name}{reason}", file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -223,25 +223,41 @@ class _EscapedOutput:
 
 
 _launch: list[str] | None = None
+_launched_program: list[str] | None = None
 
 
-def remember_launch(words: Sequence[str] | None) -> None:
-    """Keep the words before the script in this process's launch; None where they are not known.
+def remember_launch(words: Sequence[str] | None, program: Sequence[str] | None = None) -> None:
+    """Keep the words before the program in this process's launch; None where they are not known.
 
     They are kept from the start, since a launcher may end before the process that it launched.
+
+    Args:
+        program: the words of the program, where they are others than this process's own.
     """
-    global _launch
+    global _launch, _launched_program
     _launch = None if words is None else list(words)
+    _launched_program = None if program is None else list(program)
+
+
+def program_words() -> list[str]:
+    """The program of this process as words of a command: a script, `-m` MODULE, or `sapiens-accel` COMMAND."""
+    if _launched_program is not None:
+        return _launched_program
+    if sys.argv[0].startswith("sapiens-accel "):
+        return sys.argv[0].split()
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_module = spec is not None and spec.origin == sys.argv[0]
+    return ["-m", spec.name.removesuffix(".__main__")] if spec and is_module else sys.argv[:1]
 
 
 def resume_command() -> str:
     """This process's command with `--resume_from_checkpoint latest`, without credentials in URLs."""
-    return _resume_command([*(_launch or ()), *sys.argv])[0]
+    return _resume_command([*(_launch or ()), *program_words(), *sys.argv[1:]])[0]
 
 
 def continue_with() -> str:
     """The end of a sentence: how to continue a run that has ended before its last step."""
-    command, secret = _resume_command([*(_launch or ()), *sys.argv])
+    command, secret = _resume_command([*(_launch or ()), *program_words(), *sys.argv[1:]])
     needs = f" (add user and password to {', '.join(secret)})" if secret else ""
     if _launch is None:
         return f"continue with this after what launched it (srun, mpirun or such){needs}: {command}"

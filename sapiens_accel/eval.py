@@ -12,16 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sapiens_accel import cli
 from sapiens_accel.config import commands
 from sapiens_accel.config import parse as config
+from sapiens_accel.errors import UserError, run_main
 
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "eval.py", __doc__ or "")  # before imports that take seconds
+    cli.launch_program("eval")
 
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data import build
 from sapiens_accel.data.people import People
-from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.evaluation import evaluate as evaluation
 from sapiens_accel.evaluation import figures, html_report, keypoint_csv, networks
 from sapiens_accel.evaluation.evaluate import EvaluationResult, Metrics

@@ -18,10 +18,13 @@ from signal import Signals
 from types import ModuleType
 from typing import Any
 
+from sapiens_accel import cli
 from sapiens_accel.config import parse as config
+from sapiens_accel.errors import Interrupted, resume_command, run_main
 
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "train.py")  # before imports that take seconds
+    cli.launch_program("train")
 
 from accelerate import Accelerator
 
@@ -30,7 +33,6 @@ from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.unlabeled import NoUnlabeledPeople
 from sapiens_accel.doctor import report as doctor
-from sapiens_accel.errors import Interrupted, resume_command, run_main
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.evaluate import Metrics
 from sapiens_accel.memory import planner

@@ -15,6 +15,7 @@ from sapiens_accel.config.commands import (
     DETECTOR_THRESHOLD,
     EXPORT_DTYPES,
     EXPORT_FORMATS,
+    split_launch_options,
 )  # fmt: skip
 from sapiens_accel.errors import UserError
 from sapiens_accel.inference import detector
@@ -30,9 +31,44 @@ def test_help_lists_each_command_on_a_line(capsys: pytest.CaptureFixture[str]) -
 
 def test_an_unknown_command_is_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^docter: no such command \(expected one of doctor, .*\)\. Did you mean doctor\?$"
+        UserError,
+        match=r"^docter: no such command \(expected one of train, eval, doctor, .*\)\. Did you mean doctor\?$",
     ):
         cli.run(["docter"])
+
+
+def test_options_of_the_launcher_are_told_from_those_of_the_run() -> None:
+    words = ["RUN_DIR", "--launch", "zero2", "--seed=1", "--num_processes=2", "--data.root", "--launchpad"]
+    options, rest = split_launch_options(words)
+    assert options == {"launch": "zero2", "num_processes": "2"}
+    assert rest == ["RUN_DIR", "--seed=1", "--data.root", "--launchpad"]
+    with pytest.raises(UserError, match="--launch: no value"):
+        split_launch_options(["--launch", "--seed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--launch", "zero4"], r"--launch zero4: no such launch \(expected one of cpu, .*\); did you mean zero3\?"),
+        (["--launch", "mine.yaml"], r"--launch mine\.yaml: no such file"),
+        (["--num_processes", "2", "--stage", "phase9"], r"--stage: no such value .*found phase9"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_launch_starts(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        cli.run(["train", *words])
+
+
+@pytest.mark.slow
+def test_nothing_follows_the_line_of_a_launched_run_that_fails(tmp_path: Path) -> None:
+    """accelerate's launcher alone: 10 lines for one process, 33 for two (2026-11-29)."""
+    words = ["--launch", "zero2", "--num_processes", "2", "--data.root", "/no/such", "--output_dir", str(tmp_path)]
+    root = Path(cli.__file__).parents[1]
+    for program in (["-m", "sapiens_accel.cli", "train"], ["train.py"]):
+        done = subprocess.run([sys.executable, *program, *words], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr == "train.py: error: --data.root /no/such: no such folder\n"
+        assert done.stdout.splitlines()[0] == "demo: 2 processes on CPU, ZeRO-2, bf16"
 
 
 def test_an_error_names_the_command_that_was_called() -> None:

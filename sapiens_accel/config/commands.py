@@ -158,6 +158,34 @@ PARSERS = {
 }
 
 
+# ---- sapiens-accel train and eval
+
+LAUNCH_OPTIONS = (
+    "launch", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids",
+    "mixed_precision",
+)  # fmt: skip
+
+
+def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options of the launcher in a command line of train or eval, by name, and the other words.
+
+    Raises:
+        UserError: one without a value.
+    """
+    options: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in LAUNCH_OPTIONS:
+            rest.append(word)
+            continue
+        options[name] = value if equals else next(words, "")
+        if not options[name] or options[name].startswith("--"):
+            raise UserError(f"--{name}: no value (expected such as --launch zero2 --num_processes 2)")
+    return options, rest
+
+
 # ---- eval.py
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sapiens_accel.config.schema import TeacherPlacement
-from sapiens_accel.errors import UserError
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy
+from sapiens_accel.runtime.launch import configs_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Way:
 
 def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
     """All ways of `accelerate_configs/` for a number of GPUs in one machine, in a precision."""
-    folder = Path(__file__).parent.parent.parent
+    folder = configs_folder()
     ways = []
 
     def add(name: str, launch: str, **options: Any) -> None:
@@ -45,8 +45,6 @@ def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
     add("plain", plain)
     add("8bit", plain, adam_8bit=True)
     add("8bit+activations", plain, adam_8bit=True, offload_activations=True)
-    if not (folder / "ds_configs").is_dir():
-        raise UserError(f"{folder}: no ds_configs in it (expected a clone of the repository, as for train.py)")
     for launch in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
         if launch != "zero1" or num_ranks > 1:
             add(launch, launch)
@@ -56,9 +54,11 @@ def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
 
 
 def command(way: Way, words: Sequence[str]) -> str:
-    """The command that launches train.py in this way with these arguments."""
+    """The command that trains in this way with these arguments: by train.py in a checkout, else by the installation."""
     ranks = way.strategy.num_ranks
     launch = f"accelerate launch --config_file accelerate_configs/{way.launch}.yaml --num_processes {ranks} train.py"
+    if not Path("train.py").is_file():
+        launch = f"sapiens-accel train --launch {way.launch} --num_processes {ranks}"
     return " ".join([launch, shlex.join(words), *way.options()])
 
 

@@ -1,10 +1,11 @@
 """The launch of this process: Accelerator, device, precision, ZeRO stage, and collectives."""
 
+import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -65,7 +66,8 @@ def start() -> Accelerator:
         UserError: the launch asks for something that this package cannot run.
     """
     signals.follow_launcher()
-    remember_launch(launch.words_before_script())
+    ours = launch.own_launch()
+    remember_launch(*((ours.command, []) if ours else (launch.words_before_script(),)))
     launch.check()
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     if cuda:
@@ -83,11 +85,12 @@ def start() -> Accelerator:
         InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
         AutocastKwargs(cache_enabled=False),
     ]
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=not cuda and not with_deepspeed,
-        kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
-    )
+    with redirect_stdout(io.StringIO()) if with_deepspeed else nullcontext():  # each process: "... built successfully"
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=not cuda and not with_deepspeed,
+            kwargs_handlers=handlers,  # pyright: ignore[reportArgumentType]
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were launched, but Accelerate sees {accelerator.num_processes}")

@@ -5,6 +5,7 @@ are refused in one line, so that no setting of a config file is silently ignored
 """
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -12,18 +13,19 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, program_words
 from sapiens_accel.runtime import extensions, host
 
 CHECKOUT = Path(__file__).parents[2]
 JSON_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 FIELDS_VARIABLE = "ACCELERATE_CONFIG_DS_FIELDS"
+LAUNCH_VARIABLE = "SAPIENS_ACCEL_LAUNCH"
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 # Settings that change the training are options of this package: one recipe means the same under every launch.
@@ -92,8 +94,64 @@ def use_all_cores() -> int:
     return torch.get_num_threads()
 
 
+class OwnLaunch(NamedTuple):
+    """A launch by `sapiens-accel train --launch ...`.
+
+    Attributes:
+        launcher: its process.
+        command: the words that started it, without the options of the run.
+        config: the accelerate config.
+        sets_threads: OMP_NUM_THREADS was set by the user.
+    """
+
+    launcher: int
+    command: list[str]
+    config: str
+    sets_threads: bool
+
+
+def announce(command: Sequence[str], config: Path) -> None:
+    """Let the processes that this one will launch know how they were launched."""
+    ours = OwnLaunch(os.getpid(), list(command), str(config), "OMP_NUM_THREADS" in os.environ)
+    os.environ[LAUNCH_VARIABLE] = json.dumps(ours)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's launcher would set it with a warning of 5 lines
+
+
+def own_launch() -> OwnLaunch | None:
+    """Return how our own launcher started this process; None if another one has, or none."""
+    text = os.environ.get(LAUNCH_VARIABLE)
+    ours = OwnLaunch(*json.loads(text)) if text else None
+    return ours if ours and ours.launcher == os.getppid() else None
+
+
+def configs_folder() -> Path:
+    """Return the folder of accelerate_configs/ and ds_configs/: the checkout, or the package once it is installed."""
+    return CHECKOUT if (CHECKOUT / "accelerate_configs").is_dir() else CHECKOUT / "sapiens_accel"
+
+
+def find_launch(name: str) -> Path:
+    """Return the accelerate config that `--launch` names: one of accelerate_configs/, or a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name.endswith((".yaml", ".yml", ".json")):
+        if not Path(name).is_file():
+            raise UserError(f"--launch {name}: no such file (expected an accelerate config, or a name such as zero2)")
+        return Path(name).resolve()
+    folder = configs_folder() / "accelerate_configs"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--launch {name}: no such launch (expected one of {', '.join(names)}, or a file){hint}")
+    return folder / f"{name}.yaml"
+
+
 def _user_set_threads() -> bool:
     """Return whether OMP_NUM_THREADS was set before the launcher started, by the launcher's environment."""
+    if ours := own_launch():
+        return ours.sets_threads
     launcher = _launcher()
     if launcher is None:
         return "OMP_NUM_THREADS" in os.environ
@@ -124,6 +182,8 @@ def words_before_script() -> list[str] | None:
     launcher = _launcher()
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         return None
+    if sys.argv[0].startswith("sapiens-accel "):
+        return []
     if launcher is None:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         return None if several else _before_arguments(sys.orig_argv) or ["python"]
@@ -135,9 +195,10 @@ def words_before_script() -> list[str] | None:
 
 def _before_arguments(words: Sequence[str]) -> list[str] | None:
     """The words before the script and its arguments, programs by their names where PATH finds them by these."""
-    if len(words) <= len(sys.argv) or list(words[-len(sys.argv) :]) != sys.argv:
+    program = [*program_words(), *sys.argv[1:]]
+    if len(words) <= len(program) or list(words[-len(program) :]) != program:
         return None
-    before = list(words[: -len(sys.argv)])
+    before = list(words[: -len(program)])
     if Path(before[0]).name.startswith("python") and len(before) > 1 and Path(before[1]).name in SCRIPTS:
         del before[0]  # the interpreter of a script that is started by its name
     name = Path(before[0]).name
@@ -161,6 +222,8 @@ def is_launcher(words: Sequence[str]) -> bool:
 
 def config_file() -> Path | None:
     """Return the accelerate config that this process's launcher has read, if any."""
+    if ours := own_launch():
+        return Path(ours.config)
     launcher = _launcher()
     try:
         words = launcher.cmdline() if launcher else []
@@ -189,6 +252,10 @@ def check() -> None:
     _check_environment(where)
     if not uses_deepspeed():
         return
+    if not uses_cuda():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed would find that itself, with a warning of each process
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
             "DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml train.py"
@@ -257,11 +324,12 @@ def find_json(name: str, where: Path | str) -> Path:
         UserError: it is in none of these folders.
     """
     beside = [where.parent, where.parent.parent] if isinstance(where, Path) else []
-    for folder in (Path.cwd(), *beside, CHECKOUT):
+    searched = (Path.cwd(), *beside, configs_folder())
+    for folder in searched:
         with contextlib.suppress(OSError):  # a name that is too long to be one
             if (folder / name).is_file():
                 return (folder / name).resolve()
-    folders = ", ".join(str(folder) for folder in dict.fromkeys((Path.cwd(), *beside, CHECKOUT)))
+    folders = ", ".join(str(folder) for folder in dict.fromkeys(searched))
     raise UserError(f"{where}: deepspeed_config_file: {name} is not there (looked in {folders}). Give its whole path")
 
 

@@ -80,7 +80,7 @@ def follow_launcher() -> None:
     """Receive SIGTERM when the launcher ends (Linux): a launcher that is killed does not pass a signal on."""
     parent = psutil.Process().parent()
     try:
-        launched = parent is not None and launch.is_launcher(parent.cmdline())
+        launched = parent is not None and (launch.own_launch() or launch.is_launcher(parent.cmdline()))
     except psutil.Error:
         return
     if launched:
