@@ -179,6 +179,51 @@ def test_a_resumed_run_continues_bit_for_bit(zero, stage, precision, cache, refe
 
 
 @pytest.mark.slow
+def test_adapters_train_alike_under_every_stage_of_zero_and_are_resumed(cache, reference):
+    """phase2 and ssl with adapters, on 2 processes under ZeRO 1 to 3, against a plain run; ZeRO-2 and 3 cut in two.
+
+    Then on another number of processes, and from plain to ZeRO-2: the base and the checkpoint's adapters.
+    """
+    lora = ["--lora.rank=4", "--data.synthetic.num_val=2"]
+    starts = {"phase2": [f"--weights={reference / 'phase1' / 'weights'}", *lora], "ssl": [*after(reference), *lora]}
+    cut, again = ["--max_steps=8", "--save_every=8"], ["--resume_from_checkpoint=latest"]
+    plain = {stage: cache / f"lora-{stage}" for stage in starts}
+    jobs = [
+        job(
+            plain[stage],
+            stage=stage,
+            micro_batch=GLOBAL_BATCH,
+            extra=[*start, "--save_every=8", "--keep_checkpoints=3"],
+        )
+        for stage, start in starts.items()
+    ]
+    launch(jobs, cache, processes=1, deepspeed=False)
+    jobs, expected = [], []
+    for zero in (1, 2, 3):
+        for stage, start in starts.items():
+            folder = cache / f"lora-{stage}-z{zero}"
+            for extra in ([],) if zero == 1 else (cut, again):
+                run = {"stage": stage, "micro_batch": 2, "zero": zero}
+                jobs.append(job(folder, **run, extra=[*start, *SPARING[zero - 1], *extra]))
+            expected.append((folder, stage))
+    launch(jobs, cache, processes=2, deepspeed=True)
+    for folder, stage in expected:
+        assert_same(folder, plain[stage], stage)
+    moved, fresh = cache / "lora-moved", cache / "lora-fresh"
+    run = {"stage": "ssl", "micro_batch": 2, "zero": 2}
+    steps = [(moved, cache / "lora-ssl-z2" / "ssl"), (fresh, plain["ssl"] / "ssl")]
+    jobs = [
+        job(folder, **run, extra=[*starts["ssl"], f"--resume_from_checkpoint={there / 'checkpoints' / 'step_8'}"])
+        for folder, there in steps
+    ]
+    said = launch(jobs, cache, processes=1, deepspeed=True)
+    assert "converted by DeepSpeed's universal checkpoint" in said and "the optimizer's state is NOT" in said
+    expected = losses(plain["ssl"], "ssl")[8:]
+    assert losses(moved, "ssl") == pytest.approx(expected, rel=RELATIVE)
+    assert losses(fresh, "ssl")[0] == pytest.approx(expected[0], rel=RELATIVE)
+
+
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_micro_batch(cache, reference):
     """A checkpoint stands between two optimizer steps of any accumulation."""
     folder, start = cache / "regrouped", [f"--weights={reference / 'phase1' / 'weights'}"]
