@@ -51,20 +51,19 @@ STRENGTHS = {
     "strong": {"rotation": 45, "scale": 0.4, "shift": 0.16, "photometric_p": 0.5, "coarse_dropout_p": 0.5},
 }
 RATES = (1.0, 0.3)  # of the supervised continuation, as shares of the start's
-VIEWS = "--ssl.teacher.views=3"
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: ("--ssl.teacher.ratio=0",),
     LONG: ("--ssl.teacher.ratio=0",),
     "defaults": (),  # what a user gets who gives no --ssl.teacher option
-    "version_0.1": ("--ssl.teacher.max_grad_ratio=null",),
-    "limit_1": ("--ssl.teacher.max_grad_ratio=1",),
-    "three_views": (VIEWS,),
-    "three_views_limit_1": (VIEWS, "--ssl.teacher.max_grad_ratio=1"),
+    "version_0.1": ("--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.ramp_down=0"),
+    "limit_0.5": ("--ssl.teacher.max_grad_ratio=0.5",),
+    "constant_weight": ("--ssl.teacher.ramp_down=0",),
+    "three_views": ("--ssl.teacher.views=3",),
     "calibrated": ("--ssl.teacher.confidence=calibrated",),
     "no_cutout": ("--ssl.teacher.cutout=0",),
     "ratio_2": ("--ssl.teacher.ratio=2",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),
-    "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null"),
+    "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.ramp_down=0"),
 }
 Row = dict[str, Any]
 

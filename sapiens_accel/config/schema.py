@@ -317,6 +317,9 @@ class OptimConfig:
     """multistep: fractions of the stage at which the rate is divided by 10."""
 
 
+MAX_CUTOUTS, CUTOUTS_PER_KEYPOINT = 5, 0.3  # by default
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The mean teacher of stage ssl (Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780)."""
@@ -331,6 +334,9 @@ class TeacherConfig:
     """Weight of the unlabeled loss relative to the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
+    ramp_down: Fraction = 0.7
+    """Fraction of the stage, at its end, over which that weight, and its limit, fall to 0: pseudo-labels are less exact
+    than labels, which have the last word. 0: it does not fall."""
     ratio: Annotated[int, Range(0, 64)] = 1
     """Unlabeled people for each labeled one in a batch. 0: labeled people alone; the teacher is still averaged."""
     loss: Literal["kl", "mse", "literal"] = "kl"
@@ -344,8 +350,9 @@ class TeacherConfig:
     of that kind (label noise makes it lower for a hip than for an eye), or the raw peak, or the probability of being
     right (calibrated): a logistic regression of the peak with an offset for each keypoint, fitted on validation people
     at the start and at each evaluation. literal always uses the raw peak."""
-    cutout: Annotated[int, Range(0, 64)] = 5
-    """Number of squares of the mean color in the student's view, each centered on one of the teacher's keypoints."""
+    cutout: Annotated[int, Range(0, 64)] | None = None
+    """Number of squares of the mean color in the student's view, each centered on one of the teacher's keypoints.
+    Default: 5, or 3 for 10 keypoints where these are fewer than 17: more would hide all of a body of four."""
     confidence_floor: Fraction = 0.2
     """Lower limit of the usual peak of a good keypoint, so that a kind of keypoint for which all of the teacher's peaks
     are low does not count as confident."""
@@ -354,11 +361,16 @@ class TeacherConfig:
     views: Annotated[int, Range(1, 4)] = 1
     """Views of each unlabeled person that the teacher predicts. With more than one the mean of their heatmaps is used,
     whose peaks are high only where the views agree. Each further view costs another forward of the teacher."""
-    max_grad_ratio: NonNegative | None = 0.5
+    max_grad_ratio: NonNegative | None = 1.0
     """Upper limit of the unlabeled loss's gradient norm at the heatmaps, as a multiple of the labeled loss's. The
     weight is lowered to hold it, by the ratio that the steps before had. null: no limit."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
+
+    def num_cutouts(self, num_keypoints: int) -> int:
+        """Number of squares for a skeleton."""
+        few = max(1, round(CUTOUTS_PER_KEYPOINT * num_keypoints))
+        return min(MAX_CUTOUTS, few) if self.cutout is None else self.cutout
 
     @property
     def compares_maps(self) -> bool:

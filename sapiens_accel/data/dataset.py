@@ -123,7 +123,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
         self.ratio = plan.ratio
-        self.cutout = plan.teacher.cutout if plan.teacher else 0
+        self.num_cutouts = plan.teacher.num_cutouts(augmenter.skeleton.num_keypoints) if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
         if self.mixture and 0 in (shares := self.mixture.shares(self.global_batch)):
             number = shares.index(0) + 1
@@ -161,7 +161,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         assert self.unlabeled is not None and self.unlabeled_rows is not None
         row = self.unlabeled_rows[index]
         path = self.unlabeled.root / row["file_name"]
-        settings = PairSettings(self.augmenter, self.config, self.changes, self.cutout)
+        settings = PairSettings(self.augmenter, self.config, self.changes, self.num_cutouts)
         return make_pair(path, self._base(row), settings, rng)[0]
 
     def _base(self, row: dict) -> Crop:

@@ -172,7 +172,8 @@ class StageLogger:
         if teacher is None or not teacher.ratio:
             return None
         people = self.context.sets.val
-        return Holdout(people, augmenter, self.run.data, num_cutouts=teacher.cutout, seed=self.run.seed)
+        num_cutouts = teacher.num_cutouts(augmenter.skeleton.num_keypoints)
+        return Holdout(people, augmenter, self.run.data, num_cutouts=num_cutouts, seed=self.run.seed)
 
     def _open_files(self) -> None:
         disabled = None if self.accelerator.is_main_process else True  # None: shown where there is a terminal

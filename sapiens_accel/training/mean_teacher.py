@@ -109,13 +109,14 @@ class GradientLimit:
         self.squares = torch.zeros(2, device=device)  # of this step's micro-batches on this rank
         self.weight: Tensor | float = 0.0
 
-    def begin_step(self, wanted: float) -> Tensor | float:
-        """The weight of this step: what is wanted, or what the limit allows."""
+    def begin_step(self, wanted: float, part: float = 1.0) -> Tensor | float:
+        """The weight of this step: the given part of what is wanted, or of what the limit allows."""
         self.squares = torch.zeros_like(self.squares)
-        self.weight = wanted
+        self.weight = wanted * part
         if self.share is not None:
             # Nothing is measured at ratio 0: the first step is the ramp's.
-            self.weight = torch.where(self.ratio > 0, self.share / self.ratio, wanted).clamp(max=wanted)
+            allowed = torch.where(self.ratio > 0, self.share / self.ratio, wanted).clamp(max=wanted)
+            self.weight = allowed * part
         return self.weight
 
     def add(self, squares: Float[Tensor, "2"]) -> None:
@@ -183,7 +184,7 @@ class MeanTeacher:
         kept = torch.stack([labels.kept.sum() for labels in predictions]).sum().reshape(1)
         num_kept = self.gather(kept)
         # The loop averages over micro-batches and ranks; this turns that mean into a sum over the kept keypoints.
-        weight = self.limit.begin_step(self._ramp(step))
+        weight = self.limit.begin_step(self._ramp(step), self._ramp_down(step))
         factor = weight * self.supervised.loss_weight * len(batches) * len(num_kept)
         scale, logs = (
             factor / num_kept.sum().clamp_min(1),
@@ -355,6 +356,11 @@ class MeanTeacher:
     def _ramp(self, step: int) -> float:
         done = min(1.0, step / max(1.0, self.config.ramp * self.num_steps))
         return self.config.weight * math.exp(-5 * (1 - done) ** 2)
+
+    def _ramp_down(self, step: int) -> float:
+        """The part of the weight that is left: a line to 0 at the end of the stage."""
+        num_steps = self.config.ramp_down * self.num_steps
+        return min(1.0, (self.num_steps - step) / num_steps) if num_steps else 1.0
 
     def _logs(self, predictions: Sequence[TeacherPrediction], labeled: Sequence[Labeled]) -> dict[str, Tensor]:
         scores, kept = (

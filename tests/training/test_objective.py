@@ -208,7 +208,7 @@ def test_a_perfect_student_has_no_loss() -> None:
     points_xy = _points(4, CODEC)
     batch = _same_views(points_xy, CODEC)
     objective, student = _mean_teacher(Oracle(CODEC, points_xy)), Oracle(CODEC, points_xy)
-    (prepared,) = objective.prepare([batch], step=500)
+    (prepared,) = objective.prepare([batch], step=300)
     loss, logs = objective.loss(student, batch, prepared)
     assert (prepared.weights > 0.7).all(), "everything is learned from"
     assert logs["keep"].item() == 1.0
@@ -217,9 +217,9 @@ def test_a_perfect_student_has_no_loss() -> None:
     assert loss.item() == pytest.approx(logs["loss_labelled"].item() + logs["loss_unlabelled"].item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (999, 1.0)])
+@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (650, 0.5)])
 def test_unlabeled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ramp: float) -> None:
-    """With a ramp over the first 50 of 1000 steps."""
+    """With a ramp over the first 50 of 1000 steps, and another over the last 700."""
     points_xy = _points(4, CODEC)
     batch, wrong = _same_views(points_xy, CODEC), Oracle(CODEC, points_xy + torch.tensor([6.0, -4.0]))
     objective = _mean_teacher(Oracle(CODEC, points_xy), weight=0.5)
@@ -269,7 +269,7 @@ def _affine_pairs(num: int) -> tuple[Batch, Tensor, Tensor, list[tuple[Crop, Cro
 def test_the_teachers_points_are_the_true_ones_in_the_strong_view() -> None:
     """Through random crops, with left and right swapped exactly where one of the views is mirrored."""
     batch, weak_xy, strong_xy, crops = _affine_pairs(60)
-    (prepared,) = _mean_teacher(Oracle(CODEC, weak_xy)).prepare([batch], step=500)
+    (prepared,) = _mean_teacher(Oracle(CODEC, weak_xy)).prepare([batch], step=300)
     kept = prepared.weights > 0
     heatmap_px = torch.tensor([47 / 191, 63 / 255])
     error = ((prepared.prediction.points_xy - strong_xy) * heatmap_px).abs().amax(dim=-1)
@@ -292,7 +292,7 @@ def test_the_teachers_confidence_goes_with_its_keypoint() -> None:
     heights[:, unsure] = 0.3
     objective = _mean_teacher(Oracle(CODEC, weak_xy, heights))
     objective.reference = torch.ones(17)
-    (prepared,) = objective.prepare([batch], step=500)
+    (prepared,) = objective.prepare([batch], step=300)
     swapped = torch.tensor([weak.flip != strong.flip for weak, strong in crops])
     assert 10 < swapped.sum() < 50
     wrists = {True: COCO17.names.index("right_wrist"), False: unsure}
@@ -309,7 +309,7 @@ def test_a_person_with_fewer_than_four_good_keypoints_is_not_learned_from() -> N
         heights[person, :num] = 1.0
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights))
     objective.reference = torch.ones(17)
-    (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=500)
+    (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=300)
     assert (prepared.weights > 0).sum(dim=1).tolist() == [0, 4, 17]
 
 
@@ -336,7 +336,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     points_xy = _points(4, CODEC)
     teacher, student = Oracle(CODEC, points_xy), Oracle(CODEC, points_xy + 5)
     objective, batch = _mean_teacher(teacher), _same_views(points_xy, CODEC)
-    (prepared,) = objective.prepare([batch], step=500)
+    (prepared,) = objective.prepare([batch], step=300)
     tensors = [value for value in (*prepared, *prepared.prediction) if isinstance(value, Tensor)]
     assert tensors and not any(value.requires_grad for value in tensors)
     objective.loss(student, batch, prepared)[0].backward()
@@ -371,7 +371,7 @@ def _step(objective: MeanTeacher, student: nn.Module, batches: Sequence[Batch]) 
     """The loop's step: the mean over micro-batches, and its gradient."""
     student.zero_grad()
     total = 0.0
-    for batch, prepared in zip(batches, objective.prepare(batches, step=500), strict=True):
+    for batch, prepared in zip(batches, objective.prepare(batches, step=300), strict=True):
         loss = objective.loss(student, batch, prepared)[0] / len(batches)
         loss.backward()
         total += loss.item()
@@ -384,7 +384,7 @@ def test_two_micro_batches_are_one_batch(tiny: SapiensPose) -> None:
     student = tiny.double()
     whole, gradient = _step(_mean_teacher(teacher, TINY_CODEC), student, [batch])
     halves, same = _step(_mean_teacher(teacher, TINY_CODEC), student, _halves(batch))
-    kept = [(p.weights > 0).sum().item() for p in _mean_teacher(teacher, TINY_CODEC).prepare(_halves(batch), 500)]
+    kept = [(p.weights > 0).sum().item() for p in _mean_teacher(teacher, TINY_CODEC).prepare(_halves(batch), 300)]
     assert kept[0] < kept[1] and min(kept) > 0
     assert halves == pytest.approx(whole, rel=1e-6)
     torch.testing.assert_close(same, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
@@ -448,7 +448,7 @@ def test_other_losses_are_their_formulas(changes: dict[str, str]) -> None:
     points_xy, heights = _points(4, CODEC), torch.linspace(0.8, 1.0, 17).expand(4, 17)
     batch, student = _same_views(points_xy, CODEC), Oracle(CODEC, points_xy + torch.tensor([6.0, -4.0]))
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights), **changes)
-    (prepared,) = objective.prepare([batch], step=500)
+    (prepared,) = objective.prepare([batch], step=300)
     _, logs = objective.loss(student, batch, prepared)
     image = batch.labeled.view.image
     h_s, h_t = (network(image).detach().double().numpy() for network in (student, objective.teacher))
@@ -498,7 +498,7 @@ def test_the_teachers_map_moves_as_its_points_do() -> None:
     """Decoded in the strong view, the warped map has its peak where the moved point is; channels swap with them."""
     batch, weak_xy, _, _ = _affine_pairs(40)
     objective = _mean_teacher(Oracle(CODEC, weak_xy), target="heatmap")
-    (prepared,) = objective.prepare([batch], step=500)
+    (prepared,) = objective.prepare([batch], step=300)
     prediction = prepared.prediction
     assert prediction.maps is not None
     found, _ = CODEC.decode(prediction.maps)
@@ -520,7 +520,7 @@ def test_raw_confidence_is_the_peak_itself() -> None:
     points_xy = _points(6, CODEC)
     heights = torch.linspace(0.3, 1.4, 6)[:, None].expand(6, 17)
     objective = _mean_teacher(Oracle(CODEC, points_xy, heights), confidence="raw")
-    (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=500)
+    (prepared,) = objective.prepare([_same_views(points_xy, CODEC)], step=300)
     scores = prepared.prediction.scores
     torch.testing.assert_close(prepared.weights, scores.clamp(max=1) * (scores > 0.7))
     assert prepared.logs["keep"].item() == pytest.approx((scores > 0.7).float().mean().item())
@@ -540,7 +540,7 @@ def test_without_unlabeled_people_the_labeled_loss_and_the_average_are_left(tiny
 def test_the_gradient_ratio_is_that_of_the_two_losses_by_the_heatmaps(tiny: SapiensPose) -> None:
     batch, teacher = _tiny_batch()
     objective, student = _mean_teacher(teacher, TINY_CODEC), tiny.float()
-    (prepared,) = objective.prepare([batch], 500)
+    (prepared,) = objective.prepare([batch], 300)
     with torch.no_grad():
         heatmaps = student(torch.cat([batch.labeled.view.image, prepared.image]))
     heatmaps.requires_grad_(True)
@@ -553,9 +553,9 @@ def test_the_gradient_ratio_is_that_of_the_two_losses_by_the_heatmaps(tiny: Sapi
         torch.testing.assert_close(found, norms[1] / norms[0], rtol=1e-4, atol=0)
 
 
-def _gradients(objective: MeanTeacher, student: nn.Module, batch: Batch) -> Tensor:
+def _gradients(objective: MeanTeacher, student: nn.Module, batch: Batch, step: int = 300) -> Tensor:
     """One step's norms of the labeled and the unlabeled gradient at the heatmaps."""
-    (prepared,) = objective.prepare([batch], 999)
+    (prepared,) = objective.prepare([batch], step)
     heatmaps = student(torch.cat([batch.labeled.view.image, prepared.image])).detach().requires_grad_()
     num = len(batch.labeled.view.image)
     labeled = objective.supervised.heatmap_loss(heatmaps[:num], batch.labeled, slice(0, num))
@@ -582,6 +582,20 @@ def test_the_unlabeled_gradient_is_held_to_its_share_from_the_second_step_on(tin
             torch.testing.assert_close(labeled, free_labeled, rtol=1e-4, atol=0)
             torch.testing.assert_close(unlabeled, expected, rtol=1e-3, atol=0)
     assert free_unlabeled > 0.25 * free_labeled
+
+
+def test_the_labels_have_the_last_word(tiny: SapiensPose) -> None:
+    """Over the last part of the stage the weight falls to 0 in a line, and the limit with it."""
+    (batch, teacher), student = _tiny_batch(), tiny.float()
+    for share in (None, 0.25):
+        ratios = {}
+        for part in (0.0, 0.8):
+            objective = _mean_teacher(teacher, TINY_CODEC, weight=50.0, max_grad_ratio=share, ramp_down=part)
+            for step in (100, 199, 600, 999):  # of 1000
+                labeled, unlabeled = _gradients(objective, student, batch, step)
+                ratios[part, step] = unlabeled / labeled
+        for step, left in ((199, 1.0), (600, 0.5), (999, 1 / 800)):
+            torch.testing.assert_close(ratios[0.8, step], left * ratios[0.0, step], rtol=1e-3, atol=0)
 
 
 def test_a_step_without_a_kept_keypoint_leaves_the_measured_ratio_alone(tiny: SapiensPose) -> None:
@@ -651,7 +665,7 @@ def test_a_step_says_how_its_teacher_is() -> None:
     heights[:10, 3] = 0.25
     heights[0, 0] = 1.3
     batch = _same_views(points_xy, CODEC)
-    (prepared,) = _mean_teacher(Oracle(CODEC, points_xy, heights)).prepare([batch], step=500)
+    (prepared,) = _mean_teacher(Oracle(CODEC, points_xy, heights)).prepare([batch], step=300)
     logs, scores = prepared.logs, prepared.prediction.scores.numpy()
     assert logs[f"keep/{COCO17.names[3]}"].item() == pytest.approx(0.8)
     assert logs["keep"].item() == pytest.approx(1 - 0.2 / 17)
@@ -670,7 +684,7 @@ def test_spread_leaves_out_what_is_not_labeled() -> None:
     points_xy[10:, :5] = 1e4
     weights[1:, 16] = 0
     labeled = batch.labeled._replace(points_xy=points_xy, weights=weights)
-    (prepared,) = _mean_teacher(Oracle(CODEC, _points(20, CODEC))).prepare([Batch(labeled, batch.pair)], step=500)
+    (prepared,) = _mean_teacher(Oracle(CODEC, _points(20, CODEC))).prepare([Batch(labeled, batch.pair)], step=300)
     shares = points_xy.numpy() / [192, 256]
     expected = np.concatenate([shares[:10, :5].std(axis=0), shares[:, 5:16].std(axis=0)]).mean()
     assert prepared.logs["spread_labelled"].item() == pytest.approx(expected, rel=1e-4)
