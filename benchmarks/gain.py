@@ -43,7 +43,7 @@ import forks  # noqa: E402  (of a run of two minutes, a quarter are imports)
 
 BASELINE, LONG = "supervised", "supervised_long"
 CHOICE_SEED = 100  # of the choice of the opponent; no arm is compared on it
-LONGER = 1.8  # steps of supervised training in the time of a step of stage ssl
+LONGER = 2.0  # steps of supervised training in the time of a step of stage ssl: CPU seconds, drawn people, see docs
 # Options of the labeled images' augmentation; the student's view is as strong (its t reaches twice as far, hence half).
 STRENGTHS = {
     "weak": {"rotation": 13, "scale": 0.14, "shift": 0.08, "photometric_p": 0, "coarse_dropout_p": 0},

@@ -818,6 +818,13 @@ def test_cut_out_by_hand() -> None:
     assert torch.equal(found, expected)
 
 
+def test_few_keypoints_are_not_all_hidden() -> None:
+    """Five squares on a body of four would hide three of them on average."""
+    counts = {num: TeacherConfig().num_cutouts(num) for num in (1, 4, 10, 16, 17, 133)}
+    assert counts == {1: 1, 4: 1, 10: 3, 16: 5, 17: 5, 133: 5}
+    assert TeacherConfig(cutout=9).num_cutouts(4) == 9 and TeacherConfig(cutout=0).num_cutouts(17) == 0
+
+
 def test_no_cutout_changes_nothing() -> None:
     view = _view(_indexed(range(2), (64, 48)))
     assert torch.equal(cut_out(Pair(view, view, torch.zeros(2, 0, 4)), torch.zeros(2, 17, 2)), view.image)
