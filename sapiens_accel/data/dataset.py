@@ -33,6 +33,9 @@ from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
 from sapiens_accel.pose.visibility import is_labeled, target_weights
 from sapiens_accel.sources.images import DecodedImage, read_reduced_image
+from sapiens_accel.sources.jpeg_region import Region
+
+LARGE = 1 << 30  # px: no image has such a side
 
 
 class View(NamedTuple):
@@ -194,18 +197,26 @@ def make_pair(path: Path, base: Crop, settings: PairSettings, rng: Generator) ->
 
 
 def read_for_crops(crops: Sequence[Crop], path: Path, config: DataConfig) -> DecodedImage:
-    """The image that the crops are cut from, as small as shows all that is seen in each of them.
+    """The image that the crops are cut from, or its part that they show, as small as shows all that is seen in each.
 
     Raises:
         UserError: it does not decode.
     """
     at_most = min(geometry.choose_reduction(crop, config.input_hw) for crop in crops) if config.reduced_decode else 1
-    return read_reduced_image(path, at_most)
+    return read_reduced_image(path, at_most, _visible_region(crops, config.input_hw))
+
+
+def _visible_region(crops: Sequence[Crop], input_hw: tuple[int, int]) -> Region:
+    """The part of the image that any of the crops shows; of an image of any size."""
+    seen = [geometry.visible_rectangle(crop.matrix(input_hw), input_hw, (LARGE, LARGE)) for crop in crops]
+    left, top, right, bottom = zip(*seen, strict=True)
+    return Region(min(left), min(top), max(right), max(bottom))
 
 
 def _view(image: DecodedImage, crop: Crop, input_hw: tuple[int, int], changes: Callable | None = None) -> View:
     matrix = crop.matrix(input_hw)
-    pixels = geometry.warp(image.pixels, geometry.adjust_to_reduction(matrix, image.reduction), input_hw)
+    from_decoded = geometry.move_origin(geometry.adjust_to_reduction(matrix, image.reduction), image.corner_xy)
+    pixels = geometry.warp(image.pixels, from_decoded, input_hw)
     pixels = changes(pixels) if changes else pixels
     return View(_channels_first(pixels), torch.from_numpy(matrix.astype(np.float32)), _scalar(crop.flip))
 

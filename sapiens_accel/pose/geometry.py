@@ -80,7 +80,7 @@ def warp(
     size_wh = (input_hw[1], input_hw[0])
     if image.ndim == 2:
         return cv2.warpAffine(image, matrix, size_wh, flags=cv2.INTER_LINEAR)
-    left, top, right, bottom = _visible_rectangle(matrix, input_hw, image.shape[:2])
+    left, top, right, bottom = visible_rectangle(matrix, input_hw, image.shape[:2])
     if left >= right or top >= bottom:
         return np.zeros((*input_hw, 3), np.uint8)
     visible, matrix = image[top:bottom, left:right], matrix.copy()
@@ -92,8 +92,15 @@ def warp(
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
 
-def _visible_rectangle(
-    matrix: Float[Array, "2 3"], input_hw: tuple[int, int], image_hw: tuple[int, ...]
+def move_origin(matrix: Float[Array, "2 3"], corner_xy: tuple[int, int]) -> Float[Array, "2 3"]:
+    """input_from_image of a part of the image, whose first pixel is that at `corner_xy` of the whole."""
+    moved = matrix.copy()
+    moved[:, 2] += matrix[:, :2] @ corner_xy
+    return moved
+
+
+def visible_rectangle(
+    matrix: Float[Array, "2 3"], input_hw: tuple[int, int], image_hw: tuple[float, ...]
 ) -> tuple[int, int, int, int]:
     """The rectangle of image pixels that the input shows: left, top, and one past right and bottom.
 

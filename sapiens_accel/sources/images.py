@@ -21,7 +21,8 @@ from numpy import ndarray as Array
 from tqdm import tqdm
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.sources import shards
+from sapiens_accel.sources import jpeg_region, shards
+from sapiens_accel.sources.jpeg_region import Region
 
 JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
@@ -49,13 +50,16 @@ BITS = (8, 10, 12, 14, 16)  # that cameras and microscopes write into 16
 LOOKED_AT = 32  # images whose values are looked at
 HEADS = (1 << 12, 1 << 16)  # bytes that usually hold the header: of an image off the web, and of a camera's with EXIF
 TAIL = 64  # bytes
+LARGEST_PART = 0.9  # of an image's pixels: more are decoded no sooner than all
 
 
 class DecodedImage(NamedTuple):
-    """A decoded image. One of its pixels stands for reduction x reduction of the file's, and lies amid them."""
+    """A decoded image, or a part of it. One of its pixels stands for reduction x reduction of the file's, and lies amid
+    them; the first of its pixels is that at `corner_xy` of the whole (px after the reduction)."""
 
     pixels: UInt8[Array, "h w 3"]
     reduction: int
+    corner_xy: tuple[int, int] = (0, 0)
 
 
 class BadImageError(ValueError):
@@ -89,11 +93,12 @@ def read_image(path: Path) -> UInt8[Array, "h w 3"]:
     return read_reduced_image(path).pixels
 
 
-def read_reduced_image(path: Path, at_most: int = 1) -> DecodedImage:
-    """`read_image`, smaller where that decodes sooner.
+def read_reduced_image(path: Path, at_most: int = 1, region: Region | None = None) -> DecodedImage:
+    """`read_image`, smaller or a part of it where that decodes sooner.
 
     Args:
         at_most: the largest reduction that may be made, 1, 2, 4 or 8.
+        region: the part that is needed (image px; it may reach beyond the image). Default: all.
 
     Raises:
         UserError: the file does not decode, or has more than MAX_PIXELS.
@@ -103,10 +108,27 @@ def read_reduced_image(path: Path, at_most: int = 1) -> DecodedImage:
     reduction = at_most if at_most > 1 and frame and frame.is_reducible(at_most) else 1
     try:
         check_size(content)
+        part = _decode_part(content, frame, region) if region and frame and reduction == 1 else None
+        if part is not None:
+            return part
         pixels = _decode_rgb(content, REDUCED[reduction])
     except BadImageError as error:
         raise UserError(f"{path}: {error}; mend it, or run with --data.check_images decode") from None
     return DecodedImage(pixels, reduction)
+
+
+def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region) -> DecodedImage | None:
+    """Decode a region of a JPEG; None where all of it is decoded as soon, or must be (one cut short is refused)."""
+    is_plain = frame.channels == 3 and not frame.may_turn and JPEG_END in bytes(content[-TAIL:])
+    if not is_plain or jpeg_region.find_package() is None:
+        return None
+    left, top, right, bottom = region
+    seen = Region(max(0, left), max(0, top), min(frame.width, right), min(frame.height, bottom))
+    width, height = seen.right - seen.left, seen.bottom - seen.top
+    if width < 1 or height < 1 or width * height > LARGEST_PART * frame.width * frame.height:
+        return None
+    pixels = jpeg_region.decode(bytes(content), seen, frame.width)
+    return None if pixels is None else DecodedImage(pixels, 1, (seen.left, seen.top))
 
 
 def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:
@@ -188,6 +210,7 @@ class JpegFrame(NamedTuple):
 
     height: int
     width: int
+    channels: int
     may_turn: bool
 
     def is_reducible(self, reduction: int) -> bool:
@@ -201,11 +224,11 @@ class JpegFrame(NamedTuple):
 
 def _find_jpeg_frame(content: shards.Bytes) -> JpegFrame | None:
     at, may_turn = 2, False
-    while content[:2] == b"\xff\xd8" and at + 9 <= len(content) and content[at] == 0xFF:
+    while content[:2] == b"\xff\xd8" and at + 10 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
         if marker in JPEG_START_OF_FRAME:
             sides = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
-            return JpegFrame(*sides, may_turn)
+            return JpegFrame(*sides, content[at + 9], may_turn)
         may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return None

@@ -32,7 +32,8 @@ from sapiens_accel.pose.geometry import Crop
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.pose.visibility import target_weights
 from sapiens_accel.sources import images as photo
-from sapiens_accel.sources import synthetic
+from sapiens_accel.sources import jpeg_region, synthetic
+from sapiens_accel.sources.jpeg_region import Region
 
 TRAIN = "annotations/person_keypoints_train2017.json"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -469,9 +470,9 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
     known: list[tuple[int, int]] = []
     read = data.read_reduced_image
 
-    def told(path: Path, at_most: int = 1) -> photo.DecodedImage:
+    def told(path: Path, at_most: int = 1, region: Region | None = None) -> photo.DecodedImage:
         known.append((at_most, read(path, at_most).reduction))
-        return read(path, at_most)
+        return read(path, at_most, region)
 
     monkeypatch.setattr(data, "read_reduced_image", told)
     whole = replace(run, config=replace(run.config, reduced_decode=False))
@@ -492,6 +493,23 @@ def test_reduced_decoding_changes_pixels_a_little_and_nothing_else(
     known.clear()
     people = UprightPeople(run.sets.val, run.config, COCO17)
     assert [people[index].view.image.shape for index in range(len(people))] and set(known) == {(1, 1)}
+
+
+@pytest.mark.skipif(jpeg_region.find_package() is None, reason='pip install "sapiens_accel[jpeg]"')
+def test_views_of_a_part_of_an_image_are_those_of_all_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, parts = data.read_reduced_image, []
+
+    def told(path: Path, at_most: int = 1, region: Region | None = None) -> photo.DecodedImage:
+        parts.append((found := read(path, at_most, region)).corner_xy != (0, 0))
+        return found
+
+    monkeypatch.setattr(data, "read_reduced_image", told)
+    ours = _samples(run.people(global_batch=20), 20)
+    assert sum(parts) > 10
+    monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
+    for one, other in zip(ours, _samples(run.people(global_batch=20), 20), strict=True):
+        for a, b in zip(_tensors(one), _tensors(other), strict=True):
+            assert (a.double() - b.double()).abs().max() <= (1 if a.ndim > 2 and a.dtype == torch.uint8 else 0)
 
 
 def test_a_pair_is_decoded_as_its_finer_view_needs(run: Run) -> None:

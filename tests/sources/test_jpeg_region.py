@@ -1,0 +1,103 @@
+"""A region of a JPEG is the bytes that the whole image has there, or all of it is decoded."""
+
+import os
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sapiens_accel.errors import UserError
+from sapiens_accel.sources import images, jpeg_region
+from sapiens_accel.sources.jpeg_region import Region
+
+pytestmark = pytest.mark.skipif(jpeg_region.find_package() is None, reason='pip install "sapiens_accel[jpeg]"')
+SUBSAMPLINGS = {
+    "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
+    "4:4:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440,
+    "4:2:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+    "4:1:1": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411,
+}
+
+
+def jpeg(size_wh: tuple[int, int], *options: int, seed: int = 0) -> bytes:
+    """Colors that change from pixel to pixel, so that a shift or another upsampling of them would show."""
+    rng = np.random.default_rng(seed)
+    smooth = cv2.resize(rng.uniform(0, 255, (9, 7, 3)).astype(np.float32), size_wh, interpolation=cv2.INTER_CUBIC)
+    image = np.clip(smooth + rng.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", image, options)[1].tobytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(17, 231), st.integers(17, 131)), st.sampled_from([*SUBSAMPLINGS]), st.booleans(),
+    st.integers(30, 100), st.tuples(*[st.floats(0, 1)] * 4),
+)  # fmt: skip
+def test_a_region_has_the_bytes_of_the_whole_image(
+    size_wh: tuple[int, int], subsampling: str, progressive: bool, quality: int, corners: tuple[float, ...]
+) -> None:
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SUBSAMPLINGS[subsampling], cv2.IMWRITE_JPEG_QUALITY, quality]
+    content = jpeg(size_wh, *options, cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive))
+    whole = images._decode_rgb(content, 0)
+    (left, right), (top, bottom) = (
+        sorted(int(corners[i] * (size_wh[axis] - 1)) for i in (axis, axis + 2)) for axis in (0, 1)
+    )
+    part = jpeg_region.decode(content, Region(left, top, right + 1, bottom + 1), size_wh[0])
+    assert part is not None and np.array_equal(part, whole[top : bottom + 1, left : right + 1])
+
+
+def test_where_all_of_an_image_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plain = tmp_path / "image", jpeg((120, 100))
+    exif = b"\xff\xe1\x00\x0aExif\0\0\0\0"
+    gray = cv2.imencode(".jpg", cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_GRAYSCALE))[1].tobytes()
+    some, most, beyond = Region(30, -20, 60, 40), Region(-5, 0, 119, 99), Region(120, 0, 150, 50)
+    png = cv2.imencode(".png", cv2.imdecode(np.frombuffer(plain, np.uint8), 1))[1].tobytes()
+    cases = [(plain[:2] + exif + plain[2:], some), (gray, some), (png, some), (plain, most), (plain, beyond)]
+    for content, region in cases:
+        path.write_bytes(content)
+        found = images.read_reduced_image(path, 1, region)
+        assert (found.corner_xy, found.pixels.shape) == ((0, 0), (100, 120, 3))
+    path.write_bytes(plain)
+    assert images.read_reduced_image(path, 2, some).pixels.shape == (50, 60, 3)
+    part = images.read_reduced_image(path, 1, some)
+    assert part.corner_xy == (30, 0) and np.array_equal(part.pixels, images.read_image(path)[:40, 30:60])
+    monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
+    assert np.array_equal(images.read_reduced_image(path, 1, some).pixels, images.read_image(path))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_images_give_what_they_gave(tmp_path: Path, progressive: bool) -> None:
+    """Cut short, or with bytes changed: the same pixels as by OpenCV, gray where it has gray."""
+    content, rng = jpeg((120, 100), cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)), np.random.default_rng(1)
+    region, path, num_parts = Region(20, 30, 100, 90), tmp_path / "image.jpg", 0
+    for trial in range(40):
+        damaged = bytearray(content[: rng.integers(700, len(content))] if trial % 2 else content)
+        for at in rng.integers(700, len(damaged), 3 * (trial % 4 > 1)):
+            damaged[at] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            whole = images.read_image(path)
+        except UserError as error:
+            with pytest.raises(UserError, match=re.escape(str(error))):
+                images.read_reduced_image(path, 1, region)
+            continue
+        found = images.read_reduced_image(path, 1, region)
+        left, top = found.corner_xy
+        num_parts += found.pixels.size < whole.size
+        assert np.array_equal(found.pixels, whole[top : top + len(found.pixels), left : left + found.pixels.shape[1]])
+    assert num_parts > 4
+
+
+def test_a_forked_process_has_a_decoder_of_its_own() -> None:
+    content, region = jpeg((120, 100)), Region(20, 30, 100, 90)
+    expected = jpeg_region.decode(content, region, 120)
+    assert expected is not None
+    child = os.fork()
+    if child == 0:
+        found = jpeg_region.decode(content, region, 120)
+        os._exit(0 if found is not None and np.array_equal(found, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
