@@ -86,6 +86,8 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
         raise UserError("--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)")
     if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
         raise UserError("--memory.adam_8bit: torchao is not installed. Run pip install torchao")
+    if run.lora.dora and strategy.zero == 3:
+        raise UserError("--lora.dora: not with ZeRO-3, which shards the matrices whose norms it needs. Use ZeRO-2")
     if memory.compile_blocks and strategy.zero == 3:
         raise UserError("--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs")
     offloads, eight_bit = memory.offload_activations, memory.adam_8bit

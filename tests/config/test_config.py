@@ -18,6 +18,7 @@ COCO_RECIPES = [
     *(f"sapiens_{size}_coco" for size in ("0.3b", "0.6b", "1b", "2b")),
     *(f"sapiens2_{size}_coco" for size in ("0.1b", "0.4b", "0.8b", "1b", "5b")),
 ]
+LORA_RECIPES = [f"{size}_coco_lora" for size in ("sapiens_1b", "sapiens_2b", "sapiens2_5b")]
 OFFICIAL_RECIPES = [f"sapiens_{size}_coco_official" for size in ("0.3b", "0.6b", "1b", "2b")]
 MIXED = "sapiens_0.3b_coco_mpii_crowdpose_aic"
 # Sapiens v1: one decay for all sizes. Sapiens2: one for each; the 0.1B has no published one.
@@ -28,7 +29,7 @@ LAYER_DECAY = {"sapiens2_0.4b": 0.80, "sapiens2_0.8b": 0.85, "sapiens2_1b": 0.90
 
 
 def test_there_is_a_recipe_for_every_network(recipes: dict[str, Config]) -> None:
-    assert set(recipes) == {"demo", *COCO_RECIPES, *OFFICIAL_RECIPES, MIXED}
+    assert set(recipes) == {"demo", *COCO_RECIPES, *LORA_RECIPES, *OFFICIAL_RECIPES, MIXED}
     for name, run in recipes.items():
         assert run.recipe == name and run.output_dir == f"runs/{name}"
         if name != "demo":
@@ -53,6 +54,25 @@ def test_coco_recipes_hold_the_specification(recipes: dict[str, Config], name: s
     for plan in (run.phase2, run.ssl):
         decay = LAYER_DECAY.get(run.model.name, 0.80 if run.model.name == "sapiens2_0.1b" else 0.85)
         assert plan.optim.layer_decay == decay
+
+
+@pytest.mark.parametrize("name", LORA_RECIPES)
+def test_recipes_of_adapters_differ_from_the_coco_recipes_in_what_they_say(
+    recipes: dict[str, Config], name: str
+) -> None:
+    run, coco = recipes[name], recipes[name.removesuffix("_lora")]
+    assert (run.lora.rank, run.lora.scale, run.lora.target, run.lora.dora) == (16, 2.0, "all", False)
+    assert (run.phase2.epochs, run.ssl.epochs) == (20, 10)
+    replace = dataclasses.replace
+    for stage in ("phase2", "ssl"):
+        plan, theirs = run.get_stage(stage), coco.get_stage(stage)
+        assert (plan.optim.layer_decay, plan.optim.weight_decay) == (1.0, 0.0)
+        optim = replace(plan.optim, layer_decay=theirs.optim.layer_decay, weight_decay=theirs.optim.weight_decay)
+        run = replace(run, **{stage: replace(plan, epochs=theirs.epochs, optim=optim)})
+    # The head is at the full rate in phase1, whatever the decay by layer.
+    phase1 = replace(run.phase1, optim=replace(run.phase1.optim, layer_decay=coco.phase1.optim.layer_decay))
+    same = {"recipe": coco.recipe, "output_dir": coco.output_dir, "lora": coco.lora, "phase1": phase1}
+    assert replace(run, **same) == coco
 
 
 @pytest.mark.parametrize("name", [*OFFICIAL_RECIPES, MIXED])

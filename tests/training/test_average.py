@@ -209,3 +209,29 @@ def test_under_zero_it_is_the_formula_of_the_students_own_values(num_steps: int,
                 assert torch.equal(values, one["networks"][place][parameter])
                 assert torch.equal(values, state if place == "device" else state.bfloat16())
                 assert torch.equal(zero["states"][place][parameter], state)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_only_named_parameters_are_averaged_and_the_others_are_those_of_the_network_itself(place, num) -> None:
+    names, students = ("values.2", "values.4"), walk(50)
+    first = [parameter.detach().clone() for parameter in Network().parameters()]
+
+    def job(ranks: Ranks) -> dict[str, Tensor]:
+        network = Network()
+        others = {n: (p.data_ptr(), p.detach().clone()) for n, p in network.named_parameters() if n not in names}
+        mean = MovingAverage(network, place, dtype=torch.float32, ranks=ranks, names=names)
+        for student in students:
+            mean.update([student[2], student[4]], 0.9)
+        for name, parameter in mean.network.named_parameters():
+            if name in others:
+                assert parameter.data_ptr() == others[name][0] and torch.equal(parameter, others[name][1])
+        with pytest.raises(RuntimeError, match="other parameters"):
+            mean.load_state_dict(network.state_dict())
+        return mean.state_dict()
+
+    state = among(num, job)[0]
+    assert tuple(state) == names
+    for index, name in ((2, "values.2"), (4, "values.4")):
+        expected = formula(first[index], torch.stack([student[index] for student in students]), 0.9)
+        assert (state[name].double() - expected).abs().max() < ROUNDING

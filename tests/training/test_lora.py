@@ -136,6 +136,28 @@ def _losses(folder: Path, stage: str) -> list[float]:
     return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
 
 
+def test_in_16_bits_the_base_is_16_bits_on_the_device_and_fp32_on_disk(
+    run: Path, train_here: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: dict[str, TrainingStage]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    start, train = f"--weights={run / 'phase2' / 'weights'}", importlib.import_module("sapiens_accel.train")
+    built: list[TrainingStage] = []
+    build = train.build_stage
+    monkeypatch.setattr(train, "build_stage", lambda *words: built.append(build(*words)) or built[0])
+    train_here([*WORDS, *RANK, "--stage=ssl", start], tmp_path / "run")
+    (stage,) = built
+    teacher = getattr(stage.objective, "average", None)
+    assert isinstance(teacher, MovingAverage)
+    for network in (stage.model, teacher.network):
+        for name, parameter in network.named_parameters():
+            is_matrix = ".layer." in name and not (adapters.is_adapter(name) or "norm" in name)
+            assert parameter.dtype == (torch.bfloat16 if is_matrix else torch.float32), name
+    _check_sharing(teacher, {name: p.data_ptr() for name, p in stage.model.named_parameters()})
+    base, before = (tensors(folder) for folder in (tmp_path / "run" / "ssl" / "base", run / "phase2" / "weights"))
+    assert all(torch.equal(value, before[key]) for key, value in base.items())
+    assert _losses(tmp_path / "run", "ssl") == pytest.approx(_losses(run, "ssl"), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
