@@ -67,7 +67,8 @@ def test_nothing_follows_the_line_of_a_launched_run_that_fails(tmp_path: Path) -
     for program in (["-m", "sapiens_accel.cli", "train"], ["train.py"]):
         done = subprocess.run([sys.executable, *program, *words], cwd=root, capture_output=True, text=True)
         assert done.returncode == 2
-        assert done.stderr == "train.py: error: --data.root /no/such: no such folder\n"
+        # Both ranks say it where the machine is so busy that the first does not end in time.
+        assert set(done.stderr.splitlines()) == {"train.py: error: --data.root /no/such: no such folder"}
         assert done.stdout.splitlines()[0] == "demo: 2 processes on CPU, ZeRO-2, bf16"
 
 
@@ -105,7 +106,7 @@ def test_help_imports_no_torch(module: str) -> None:
 def test_help_of_the_programs_imports_no_torch(program: str) -> None:
     script = (
         "import atexit, runpy, sys\n"
-        f"sys.argv = [{program!r}, '--help']\n"
+        f"sys.argv = [{program!r}, '--help', 'all']\n"
         "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\n"
         f"runpy.run_path({program!r}, run_name='__main__')"
     )

@@ -17,7 +17,7 @@ def options() -> Mapping[str, Any]:
 
 def is_group(key: str) -> bool:
     """Whether a key is a group of options."""
-    return _group(options()[key]) is not None
+    return group_of(options()[key]) is not None
 
 
 def switches() -> tuple[str, ...]:
@@ -61,11 +61,11 @@ def describe(kind: Any) -> str:
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, inner in get_type_hints(kind, include_extras=True).items():
         yield prefix + name, inner
-        if group := _group(inner):
+        if group := group_of(inner):
             yield from _walk(group, f"{prefix}{name}.")
 
 
-def _group(kind: Any) -> type | None:
+def group_of(kind: Any) -> type | None:
     """The dataclass in a type that is one, is optionally one, or is a list of them."""
     return next(
         (one for one in (kind, *get_args(kind)) if isinstance(one, type) and dataclasses.is_dataclass(one)), None

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -22,9 +21,9 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from sapiens_accel.config import credentials
+from sapiens_accel.config import credentials, help
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig, TeacherConfig
+from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -32,6 +31,16 @@ LITERAL_WARNING = (
     "softmaxes of raw heatmaps with the teacher's alone sharpened; measured on drawn people, 30 labels: AP 4.9 where "
     "supervised training gives 16.1, with peaks of 7.9 where targets end at 1"
 )
+
+# What other programs call an option.
+OTHER_NAMES = {
+    "batch_size": "{stage}.global_batch", "batch": "{stage}.global_batch", "global_batch": "{stage}.global_batch",
+    "per_device_train_batch_size": "memory.micro_batch", "micro_batch": "memory.micro_batch",
+    "epochs": "{stage}.epochs", "num_epochs": "{stage}.epochs", "num_train_epochs": "{stage}.epochs",
+    "lr": "{stage}.optim.lr", "lr0": "{stage}.optim.lr", "learning_rate": "{stage}.optim.lr",
+    "weight_decay": "{stage}.optim.weight_decay", "warmup_steps": "{stage}.optim.warmup_steps",
+    "workers": "data.num_workers", "num_workers": "data.num_workers", "imgsz": "data.input_hw",
+}  # fmt: skip
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -50,7 +59,7 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
             save(base, Path(folder) / "config.yaml")
             return load(argv, prog, Path(folder) / "config.yaml")
     show = "--print_config" in argv
-    words = _spell_out_switches([word for word in argv if word != "--print_config"])
+    words = _spell_out(_name_resume([word for word in argv if word != "--print_config"]))
     recipe = _value_of(words, "recipe") or Config.recipe
     path = base or recipe_path(recipe)
     tree = _read_recipe(path)
@@ -58,8 +67,10 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
     _check_groups(path, tree)
     parser = _parser()
     parser.prog, parser.default_config_files = prog, [glob.escape(str(path))]
-    if "--help" in words or "-h" in words:
-        _print_help(parser)
+    if asked := next((word for word in words if word in ("-h", "--help")), None):
+        defaults = Config(**vars(parser.instantiate(parser.get_defaults())))
+        form = help.format_all if "all" in words[words.index(asked) + 1 :] else help.format_everyday
+        print(form(prog, _recipe_name(recipe), defaults))
         sys.exit(0)
     try:
         config = Config(**vars(parser.instantiate(parser.parse_args(words))))
@@ -127,16 +138,6 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description=Config.__doc__)
     parser.add_class_arguments(Config)
     return parser
-
-
-def _print_help(parser: ArgumentParser) -> None:
-    """Print every option with its range and its default under the recipe, ssl's optional group `teacher` included."""
-    teacher = ArgumentParser(usage=SUPPRESS, add_help=False)
-    teacher.add_class_arguments(TeacherConfig, "ssl.teacher")
-    if recipe_teacher := parser.get_defaults().ssl.teacher:
-        teacher.set_defaults({f"ssl.teacher.{name}": value for name, value in recipe_teacher.init_args.items()})
-    text = parser.format_help() + "\n" + teacher.format_help()
-    print(text.rstrip() + "\n\nOther stages take a teacher too: --phase2.teacher.ratio 1, and so on.")
 
 
 def _describe_type_error(reason: str, words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> str:
@@ -359,6 +360,9 @@ def _check_keys(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> No
         if not word.startswith("--"):
             continue
         key, equals, value = word[2:].partition("=")
+        if key in OTHER_NAMES:
+            stage = next((stage for stage in STAGES if _value_of(words, "stage") == stage), "phase2")
+            raise UserError(f"no such option --{key}; did you mean --{OTHER_NAMES[key].format(stage=stage)}?")
         if key not in (*known, "help", *(f"{stage}.teacher.help" for stage in STAGES)):
             raise UserError(f"no such option --{key}{_nearest(key, known, '--')}")
         if key in known and is_group(key):
@@ -428,8 +432,38 @@ def _value_of(words: Sequence[str], name: str) -> str | None:
     return None
 
 
+def _name_resume(argv: Sequence[str]) -> list[str]:
+    """`--resume` as its whole name; alone it means the last checkpoint."""
+    words = []
+    for word, following in pairwise([*argv, ""]):
+        alone = word == "--resume" and (not following or following.startswith("--"))
+        words.append(re.sub(r"^--resume(?==|$)", "--resume_from_checkpoint", word) + ("=latest" if alone else ""))
+    return words
+
+
+def _spell_out(argv: Sequence[str]) -> list[str]:
+    """Complete bool options without a value (`--dry_run` means `--dry_run=true`), and put lists in brackets.
+
+    `--data.input_hw 512 384` means `--data.input_hw=[512,384]`.
+    """
+    words: list[str] = []
+    items: list[str] | None = None  # of the list that is being read
+    for word in _spell_out_switches(argv):
+        name = word.removeprefix("--")
+        if items is not None and not word.startswith("--"):
+            items.append(word)
+            is_whole = items == [word] and word.startswith(("[", "null"))
+            value = word if is_whole else f"[{','.join(items)}]"
+            words[-1] = f"{words[-1].partition('=')[0]}={value}"
+        else:
+            is_list = name != word and get_origin(options().get(name)) is tuple and not is_group(name)
+            items = [] if is_list else None
+            words.append(word)
+    return words
+
+
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
-    """Complete bool options without a value: `--dry_run` means `--dry_run=true`."""
+    """Complete bool options without a value."""
     values = {f"--{name}": "true" for name in switches()} | {"--eval.html": "auto", "--data.synthetic": "{}"}
     bare = [following.startswith("--") or not following for _, following in pairwise([*argv, ""])]
     return [

@@ -95,7 +95,7 @@ def use_all_cores() -> int:
 
 
 class OwnLaunch(NamedTuple):
-    """A launch by `sapiens-accel train --launch ...`.
+    """A launch by `--launch` of our own commands.
 
     Attributes:
         launcher: its process.

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from sapiens_accel.config import parse as config
+from sapiens_accel.config.commands import evaluation_options
+from sapiens_accel.config.options import options
 from sapiens_accel.config.parse import load, save
 from sapiens_accel.config.schema import STAGES, Config
 from sapiens_accel.errors import UserError
@@ -140,6 +142,54 @@ def test_stages() -> None:
     assert load(["--stage", "ssl"]).stages == ("ssl",)
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--resume"], "latest"),
+        (["--resume", "--seed", "1"], "latest"),
+        (["--resume", "a/b"], "a/b"),
+        (["--resume=c"], "c"),
+    ],
+)
+def test_resume_is_a_short_name(words: list[str], value: str) -> None:
+    assert load(words).resume_from_checkpoint == value
+
+
+def test_another_name_of_an_option_of_a_stage_is_that_stage_s() -> None:
+    assert _error(["--stage", "ssl", "--lr", "1"]) == "no such option --lr; did you mean --ssl.optim.lr?"
+
+
+def test_lists_are_words_or_in_brackets() -> None:
+    words = [
+        "--data.input_hw",
+        "64",
+        "48",
+        "--phase1.frozen",
+        "block_*",
+        "--phase2.optim.milestones",
+        "[0.5]",
+        "--seed",
+        "3",
+    ]
+    run = load(words)
+    assert (run.data.input_hw, run.phase1.frozen, run.phase2.optim.milestones) == ((64, 48), ("block_*",), (0.5,))
+    assert run == load(
+        ["--data.input_hw=[64,48]", '--phase1.frozen=["block_*"]', "--phase2.optim.milestones=[0.5]", "--seed=3"]
+    )
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_the_short_help_fits_a_screen(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(["--help"], prog=program)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 32 and max(map(len, lines)) <= 120
+    keys = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+    known = {*options(), *(evaluation_options() if program == "eval.py" else ()), "launch", "print_config"}
+    assert 18 <= len(keys) <= 25 and set(keys) <= known
+    assert "help all" in lines[-1]
+
+
 # ---- Save and load
 
 
@@ -206,7 +256,9 @@ def _error(words: list[str]) -> str:
         ("--data.imput_hw=[64,48]", "--data.input_hw"),
         ("--dryrun", "--dry_run"),
         ("--phase2.layer_decay=0.9", "--phase2.optim.layer_decay"),
-        ("--lr=1", "--phase1.optim.lr"),
+        ("--lr=1", "--phase2.optim.lr"),
+        ("--batch_size=8", "--phase2.global_batch"),
+        ("--epochs=8", "--phase2.epochs"),
         ("--ssl.teacher.treshold=0.5", "--ssl.teacher.threshold"),
     ],
 )

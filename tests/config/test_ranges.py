@@ -1,6 +1,7 @@
 """Each number of the tree has a range, and outside of it nothing runs: from the command line and from a file."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -112,8 +113,9 @@ def test_every_true_or_false_is_a_switch(key: str) -> None:
 
 def test_every_option_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        load(["--help"])
+        load(["--help", "all"])
     text = capsys.readouterr().out
+    assert not re.search(r"Annotated|Optional|Literal|Union|tuple|\(type:|\bdict\[", text), "Python, not words"
     shown = [key for key in options() if not key.startswith(("phase1.teacher.", "phase2.teacher.", "data.more."))]
     assert [key for key in shown if f"--{key}" not in text] == []
 

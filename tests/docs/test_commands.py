@@ -49,6 +49,7 @@ NOT_RUN = {
     "accelerate launch --config_file accelerate_configs/{}.yaml --num_processes {} train.py": (
         "test_what_the_memory_plan_prints"
     ),
+    "sapiens-accel train --launch {} --num_processes {}": "test_what_the_memory_plan_prints",
     "accelerate launch {}": "what selftest runs: tests/selftest",
     "accelerate launch --config_file {}": "a launch that the user gave to the doctor",
     "python -m sapiens_accel.hub {}": "tests/publish/test_hub.py runs it",
@@ -95,7 +96,8 @@ def tail(command: str) -> str:
         return "--help"
     if command.startswith("python -m") and len(words) <= 3 + (words[2] in ("sapiens_accel.data", "sapiens_accel.hub")):
         return "--help"
-    if {"train.py", "sapiens_accel.train"} & set(words) and "--help" not in words:
+    trains = {"train.py", "sapiens_accel.train"} & set(words) or words[:2] == ["sapiens-accel", "train"]
+    if trains and "--help" not in words:
         return f"--model.name {family} {TRAIN}"
     if {"sapiens_accel.doctor", "doctor"} & set(words):
         return f"--model.name {family} {SMALL}"
