@@ -346,7 +346,8 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
     for stage in STAGES:
         names = sorted(path.name for path in (folder / stage / "weights").iterdir())
         described = ["preprocessor_config.json", "skeleton.json"]
-        assert names == ["config.json", "model.safetensors", "modeling_sapiens_pose.py", *described]
+        code = ["heatmap_numpy.py", "image_processing_sapiens_pose.py"]
+        assert names == ["config.json", *code, "model.safetensors", "modeling_sapiens_pose.py", *described]
         events = list((folder / "tensorboard" / stage).glob("events.out.tfevents.*"))
         assert len(events) == 1 and events[0].stat().st_size > 1000
         for name in ("crops", "predictions"):

@@ -16,34 +16,33 @@ from torch import Tensor
 
 from sapiens_accel.config.commands import export_parser
 from sapiens_accel.models import export_graph as graph
-from sapiens_accel.models import modeling_sapiens_pose
+from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose
 from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
 from sapiens_accel.models.load import FILE
 from sapiens_accel.models.modeling_sapiens_pose import SapiensPoseConfig
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
+from sapiens_accel.pose import heatmap_numpy
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _SNIPPET = """\
-import cv2, numpy as np, torch
-from transformers import {auto}
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {auto}
 
+processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 model = {auto}.from_pretrained("{repo_id}"{trust}).eval()
-image = cv2.cvtColor(cv2.imread("people.jpg"), cv2.COLOR_BGR2RGB)
-x, y, w, h = 120, 80, 160, 400  # one person's box: left, top, width, height in pixels
-H, W = model.config.image_size
-size = 1.25 * max(w / W, h / H) * np.array([W, H])  # the box with room around it, in the network's aspect
-corner, scale = np.array([x + w / 2, y + h / 2]) - size / 2, (np.array([W, H]) - 1) / size
-crop = cv2.warpAffine(image, np.column_stack([np.diag(scale), -scale * corner]), (W, H))
-pixels = (torch.from_numpy(crop) / 255 - torch.tensor({mean})) / torch.tensor({std})
+image = Image.open("people.jpg")
+boxes = [[[120, 80, 160, 400]]]  # of each image its people's boxes: left, top, width, height in pixels
+inputs = processor(image, boxes=boxes, return_tensors="pt")
 with torch.no_grad():
-    maps = model(pixels.permute(2, 0, 1)[None]).heatmaps[0].float().numpy()
-rows_columns = np.array([np.unravel_index(one.argmax(), one.shape) for one in maps])
-points = rows_columns[:, ::-1] / (np.array(maps.shape[:0:-1]) - 1) * size + corner  # x, y in pixels of the image
-for k, (px, py) in enumerate(points):
-    print(f"{{model.config.id2label[k]:>16}} {{px:7.1f}} {{py:7.1f}}  score {{maps[k].max():.2f}}")
+    outputs = model(**inputs)
+(people,) = processor.post_process_pose_estimation(outputs, boxes=boxes)  # of each image
+for person in people:
+    for k, ((x, y), score) in enumerate(zip(person["keypoints"], person["scores"])):  # x, y in pixels of the image
+        print(f"{{model.config.id2label[k]:>16}} {{x:7.1f}} {{y:7.1f}}  score {{score:.2f}}")
 """
 
 
@@ -72,7 +71,9 @@ def export(
     """Write weights and the files that describe the network and its input; plain transformers loads the folder.
 
     Sapiens2: `AutoModelForPoseEstimation.from_pretrained(folder)`. Sapiens v1: `AutoModel.from_pretrained(folder,
-    trust_remote_code=True)`, by the modeling file in the folder.
+    trust_remote_code=True)`, by the modeling file in the folder. Both: `AutoImageProcessor.from_pretrained(folder,
+    trust_remote_code=True)`, by image_processing_sapiens_pose.py; without trust_remote_code it is transformers' own
+    for Sapiens2, which needs torchvision and enlarges small people otherwise (bicubic).
 
     Args:
         state: whole tensors by the model's keys: the fp32 master weights.
@@ -89,9 +90,12 @@ def export(
     _write(folder / "config.json", _config(model, skeleton, sigma, dtype))
     _write(folder / "preprocessor_config.json", _preprocessor(model, sigma))
     _write(folder / SKELETON_FILE, meaning)
-    if model.size.family == "sapiens":
-        source = Path(modeling_sapiens_pose.__file__)
-        (folder / source.name).write_text(source.read_text())
+    modules = [image_processing_sapiens_pose, heatmap_numpy]
+    for module in [modeling_sapiens_pose, *modules] if model.size.family == "sapiens" else modules:
+        source = Path(str(module.__file__))
+        # In the folder they are beside each other.
+        text = source.read_text().replace(f"from {heatmap_numpy.__name__} import", "from .heatmap_numpy import")
+        (folder / source.name).write_text(text)
     # Last and in one step: a folder that holds this file is complete.
     temporary.replace(folder / FILE)
 
@@ -142,10 +146,12 @@ def _flip_pairs(skeleton: Skeleton) -> list[list[int]]:
 
 
 def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
-    """For transformers' Sapiens2ImageProcessor, which crops boxes and decodes heatmaps of either family."""
+    """For our image processor, and for transformers' Sapiens2ImageProcessor, which needs torchvision."""
     height, width = model.input_hw
+    processor = image_processing_sapiens_pose.SapiensPoseImageProcessor
     return {
         "image_processor_type": "Sapiens2ImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{Path(image_processing_sapiens_pose.__file__).stem}.{processor.__name__}"},
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
@@ -173,8 +179,6 @@ def snippet(repo_id: str, family: str) -> str:
         repo_id=repo_id,
         auto="AutoModel" if v1 else "AutoModelForPoseEstimation",
         trust=", trust_remote_code=True" if v1 else "",
-        mean=[round(mean / 255, 6) for mean in PIXEL_MEAN],
-        std=[round(std / 255, 6) for std in PIXEL_STD],
     )
 
 

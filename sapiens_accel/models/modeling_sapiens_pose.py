@@ -80,6 +80,7 @@ class SapiensForPoseEstimation(VitPoseBackbonePreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
+        flip_pairs: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> VitPoseEstimatorOutput:
@@ -87,6 +88,7 @@ class SapiensForPoseEstimation(VitPoseBackbonePreTrainedModel):
 
         Args:
             pixel_values: [b, 3, H, W], RGB, normalized as in preprocessor_config.json; H and W are config.image_size.
+            flip_pairs: [n, 2], config.flip_pairs, where pixel_values are mirrored: heatmaps are mirrored back.
 
         Returns:
             heatmaps [b, K, h, w] and, if asked for, hidden_states and attentions. Corners of maps and image coincide
@@ -100,6 +102,12 @@ class SapiensForPoseEstimation(VitPoseBackbonePreTrainedModel):
         patch_h, patch_w = backbone.embeddings.patch_embeddings.patch_size
         grid_hw = (pixel_values.shape[-2] // patch_h, pixel_values.shape[-1] // patch_w)
         features = backbone.layernorm(outputs.last_hidden_state).transpose(1, 2).unflatten(2, grid_hw)
+        heatmaps = self.head(features)
+        if flip_pairs is not None:
+            mirror = torch.arange(heatmaps.shape[1], device=heatmaps.device)
+            left, right = flip_pairs.to(mirror.device).long().reshape(-1, 2).unbind(-1)
+            mirror[left], mirror[right] = right, left
+            heatmaps = heatmaps[:, mirror].flip(-1)
         return VitPoseEstimatorOutput(
-            heatmaps=self.head(features), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            heatmaps=heatmaps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
