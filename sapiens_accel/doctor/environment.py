@@ -19,7 +19,7 @@ from huggingface_hub import get_token
 from sapiens_accel.config.schema import Config
 from sapiens_accel.doctor.labels import Finding
 from sapiens_accel.errors import UserError
-from sapiens_accel.models import attention
+from sapiens_accel.models import adapters, attention
 from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import extensions, host
@@ -30,7 +30,7 @@ from sapiens_accel.runtime.launch import find_json
 from sapiens_accel.runtime.versions import package_version
 from sapiens_accel.sources.coco import parse_json, show_value
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "opencv-python-headless", "numpy")
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "opencv-python-headless", "numpy")
 DRIVER = Path("/proc/driver/nvidia/version")
 # Keys of accelerate's deepspeed_config, and the variables that pass them to the processes of a launch.
 VARIABLES = {
@@ -252,17 +252,22 @@ def _disk(run: Config, skeleton: Skeleton) -> Iterator[Finding]:
 def disk_bytes(run: Config, skeleton: Skeleton) -> float:
     """What a run leaves: 4 bytes a parameter for each stage's weights (ssl: two), 16 and weights for a checkpoint.
 
-    One checkpoint more is there while the next one is written, and one is the best.
+    One checkpoint more is there while the next one is written, and one is the best. A stage with adapters also leaves
+    its base, and its checkpoints hold the weights and the state of what learns alone.
     """
-    with torch.device("meta"):
-        model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     total = 0.0
     for stage in run.stages:
-        networks = 2 if run.get_stage(stage).teacher else 1
-        checkpoints = run.keep_checkpoints + 2
-        total += 4 * networks + checkpoints * (12 + 8 * networks)
-    return total * parameters
+        with torch.device("meta"):
+            model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
+            parameters = learning = sum(parameter.numel() for parameter in model.parameters())
+            model.freeze(run.get_stage(stage).frozen)
+            adapted = adapters.add(model, run.lora) > 0
+        if adapted:
+            learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        networks, checkpoints = 2 if run.get_stage(stage).teacher else 1, run.keep_checkpoints + 2
+        total += (4 * networks + 4 * adapted + checkpoints * 4 * networks) * parameters
+        total += checkpoints * (12 + 4 * networks) * learning
+    return total
 
 
 def _host(run: Config) -> Iterator[Finding]:

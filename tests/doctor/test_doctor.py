@@ -16,7 +16,7 @@ import yaml
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config import schema
-from sapiens_accel.config.schema import Config, DataConfig, EvalConfig
+from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, LoraConfig
 from sapiens_accel.data import build
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
@@ -813,6 +813,9 @@ def test_too_little_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     needs = environment.disk_bytes(run, COCO17)
     # 1B: three stages' weights and the student's, and 4 checkpoints of weights and Adam's moments each.
     assert needs == pytest.approx(1.2e9 * (16 + 4 * (20 + 20 + 28)), rel=0.1)
+    # With adapters in phase2 and ssl: their bases, and checkpoints of merged weights and of the 50 M that learn.
+    adapted = environment.disk_bytes(dataclasses.replace(run, lora=LoraConfig(rank=16)), COCO17)
+    assert adapted == pytest.approx(1.2e9 * (16 + 8 + 4 * (20 + 4 + 8)) + 4 * 0.05e9 * (16 + 20), rel=0.1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(needs)))
     assert {f.level for f in environment._disk(run, COCO17)} == {"error"}

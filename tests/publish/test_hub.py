@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from hub_server import TOKEN, Server, serve
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
@@ -597,6 +598,25 @@ def test_the_card_says_what_was_measured_and_how(server: Server, run_folder: Pat
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", made.text):
         assert cv2.imread(str(run_folder / "card" / name)).std() > 5
     assert made.text.count("![") == 2
+
+
+def test_the_card_says_which_stages_have_trained_adapters(run_folder: Path) -> None:
+    assert "adapter" not in _card(run_folder).text
+    tree = yaml.safe_load((run_folder / "config.yaml").read_text())
+    tree["lora"] = {"rank": 16}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    folder = run_folder / "ssl" / "weights" / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 16}))
+    text = _card(run_folder).text
+    assert (
+        "Stage `ssl` trained low-rank adapters (LoRA) of rank 16, the norms and the head on the frozen weights" in text
+    )
+    own = "all but adapters (rank 16), norms and head"
+    assert f"| frozen | `embeddings`, `block_*`, `norm` | {own} | {own} |" in text
+    (folder / "adapter_config.json").write_text(json.dumps({"r": "<b>"}))
+    with pytest.raises(UserError, match=r"adapter_config\.json: r: expected the rank of the adapters, found '<b>'"):
+        _card(run_folder)
 
 
 def test_numbers_of_keypoints_have_a_table_of_their_own(run_folder: Path) -> None:
