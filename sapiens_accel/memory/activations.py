@@ -8,7 +8,7 @@ Shape letters: p people of a micro-batch (labeled and unlabeled), n people of on
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
-from sapiens_accel.config.schema import StageConfig
+from sapiens_accel.config.schema import LoraConfig, StageConfig
 from sapiens_accel.data.dataset import Batch, Labeled, View
+from sapiens_accel.models import adapters
 from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
@@ -74,6 +75,7 @@ class NetworkShape:
         input_hw: px.
         sigma: of the target heatmaps, heatmap px.
         padded: attention is padded, as on GPUs without a flash kernel.
+        lora: its adapters.
     """
 
     name: str
@@ -81,6 +83,7 @@ class NetworkShape:
     input_hw: tuple[int, int]
     sigma: float
     padded: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @lru_cache(maxsize=32)
@@ -124,10 +127,13 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
     model.backbone.config._attn_implementation = PADDED if network.padded else "sdpa"
     if "block_*" in plan.frozen:  # other frozen groups save little and are counted as trained
         model.freeze(("embeddings", "block_*", "norm"))
+    with torch.device("meta"):
+        adapters.add(model, network.lora)
+    base = {id(p) for p in adapters.frozen_matrices(model)} if network.lora.rank else set()
     model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
     objective = _objective(model, plan, network.sigma)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill(model, torch.bfloat16 if precision.half and not precision.cast else torch.float32)
+        _fill(model, torch.bfloat16 if precision.half and not precision.cast else torch.float32, base, precision.half)
         live = LiveBytes(model.parameters(), model.buffers())
         casts = precision.half and precision.cast
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts, cache_enabled=False)
@@ -142,11 +148,12 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
     return sizes
 
 
-def _fill(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace meta tensors by fake tensors; parameters get this dtype."""
+def _fill(model: nn.Module, dtype: torch.dtype, base: set[int], half: bool) -> None:
+    """Replace meta tensors by fake tensors; parameters get this dtype, those of the base 16 bits if `half`."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+            own = torch.bfloat16 if half and id(p) in base else dtype
+            fake = nn.Parameter(torch.empty(p.shape, dtype=own), requires_grad=p.requires_grad)
             if p.requires_grad:
                 fake.register_post_accumulate_grad_hook(_forget_gradient)
             setattr(module, name, fake)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sapiens_accel.config.schema import Config, StageName
+from sapiens_accel.config.schema import Config, LoraConfig, StageName
 from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.fitting import fit
@@ -16,6 +16,7 @@ from sapiens_accel.runtime.files import GIB
 
 Table = Mapping[StageName, Sequence[Plan]]
 
+RANK = 16  # of the adapters that are proposed
 TIGHT = 0.9  # of the host memory: a way that takes more leaves no room for an error of the prediction
 TIGHT_COST, EIGHT_BIT_COST = 2.0, 1.5  # factors on the time, in the comparison of ways
 
@@ -146,6 +147,7 @@ def changes_that_fit(setting: Setting, table: Table) -> Iterator[str]:
     limited_by_host = all(any(plan.fits_device for plan in plans) for plans in table.values())
     if limited_by_host:
         yield from _fewer_workers(setting)
+    yield from _adapters(setting)
     yield from _smaller_model(setting)
     if limited_by_host:
         yield from _more_host_memory(setting)
@@ -161,6 +163,12 @@ def _fewer_workers(setting: Setting) -> Iterator[str]:
         if best := choose(dataclasses.replace(setting, run=fewer).table()):
             yield f"--data.num_workers {num} (by {best[0].way.name})"
             return
+
+
+def _adapters(setting: Setting) -> Iterator[str]:
+    adapted = dataclasses.replace(setting, run=dataclasses.replace(setting.run, lora=LoraConfig(rank=RANK)))
+    if setting.run.lora.rank is None and (best := _choose_or_none(adapted)):
+        yield f"--lora.rank {RANK} (by {best[0].way.name})"
 
 
 def _smaller_model(setting: Setting) -> Iterator[str]:

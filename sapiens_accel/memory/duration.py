@@ -68,7 +68,7 @@ def flops_of_step(stage: Stage, people: int, checkpointed_blocks: int) -> float:
     """
     parts = part_flops(stage.network.name, stage.network.num_keypoints, stage.network.input_hw)
     learns = stage.num_learning > stage.head_learning
-    passes = (3 if stage.dense else 2) if learns else 1
+    passes = (2 if stage.adapted else 3) if learns else 1
     recomputed = checkpointed_blocks * parts.block if learns else 0
     student = passes * parts.backbone + recomputed + 3 * parts.head
     return people * ((1 + stage.ratio) * student + stage.ratio * parts.whole)
@@ -92,9 +92,9 @@ def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Ra
     if ranks > 1:
         copies += (4 if strategy.zero else 8) * stage.num_learning / rates.bus * 0.5
     if stage.plan.teacher and way.teacher == "host":
-        copies += (2 * 2 / rates.bus + 12 / rates.host) * stage.num_parameters / ranks
+        copies += (2 * 2 / rates.bus + 12 / rates.host) * stage.averaged / ranks
     if stage.plan.teacher and way.teacher != "device" and ranks > 1:
-        copies += 2 * stage.num_parameters / rates.bus * 0.5
+        copies += 2 * stage.averaged / rates.bus * 0.5
     return compute + copies + (0.002 if way.adam_8bit else 0.0)
 
 

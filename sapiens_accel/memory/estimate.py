@@ -14,6 +14,7 @@ from sapiens_accel.memory.duration import step_seconds
 from sapiens_accel.memory.gpus import ASSUMED, Rates
 from sapiens_accel.memory.stages import Stage
 from sapiens_accel.memory.strategies import Way
+from sapiens_accel.models.load import goes_to_device
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime.files import GIB
 
@@ -346,6 +347,8 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     summed = 6 if beside else 4 if in_fp32 else word
     part = learning / ranks
     weights = word * everything / (ranks if strategy.zero == 3 else 1)
+    if strategy.zero == 0 and strategy.half:
+        weights -= 2 * stage.base  # `adapters.keep_base_in`
     state = {
         "weights": 0.0 if strategy.offload_weights else weights,
         "gradients": summed * (part if strategy.zero >= 2 else learning),
@@ -372,7 +375,7 @@ def _teacher_bytes(stage: Stage, way: Way) -> float:
     """Bytes of the teacher on a device. The buffers of its update are small and exist only between two steps."""
     if stage.plan.teacher is None:
         return 0.0
-    average, copy = 4.0 * stage.num_parameters, (2.0 if way.strategy.half else 4.0) * stage.num_parameters
+    average, copy = 4.0 * stage.averaged, (2.0 if way.strategy.half else 4.0) * stage.averaged
     return {"device": average, "sharded": average / way.strategy.num_ranks + copy, "host": copy}[way.teacher]
 
 
@@ -380,7 +383,6 @@ def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[s
     """Bytes of host memory at the peak: while all ranks load weights, or with the complete state."""
     strategy, ranks, num_local = way.strategy, way.strategy.num_ranks, way.strategy.num_local
     always = {"process": PROCESS * num_local, "workers": WORKER * stage.num_workers * num_local}
-    loading = 8.0 * stage.num_parameters * num_local  # network and file in fp32 on every rank
     state: dict[str, float] = {}
     if strategy.offload:
         groups = [size / ranks for size in stage.groups]
@@ -393,11 +395,32 @@ def _host(stage: Stage, way: Way, accumulates: bool, offloaded: float) -> dict[s
     if strategy.offload_weights:
         state["weights"] = 2.0 * stage.num_parameters * num_local / ranks
     if stage.plan.teacher and way.teacher == "host":
-        state["ema_teacher"] = 4.0 * stage.num_parameters * num_local / ranks
+        state["ema_teacher"] = 4.0 * stage.averaged * num_local / ranks
     if offloaded:
         state["block_checkpoints"] = num_local * offloaded
-    saving = 4.0 * stage.num_parameters * (2 if stage.plan.teacher else 1)  # rank 0 collects the weights
-    return {**always, **state, "loading_and_saving": max(saving, loading - sum(state.values()))}
+    frozen = stage.num_parameters - stage.num_learning
+    if frozen and not stage.adapted and strategy.zero and strategy.half:
+        state["frozen_weights"] = 4.0 * frozen  # rank 0 keeps them, for the export
+    loading = _loading(stage, way) * num_local
+    return {**always, **state, "loading_and_saving": max(_saving(stage, way), loading - sum(state.values()))}
+
+
+def _loading(stage: Stage, way: Way) -> float:
+    """Bytes of host memory of a rank while it loads weights; pages of the file are given back."""
+    sixteen, frozen = way.strategy.zero > 0 and way.strategy.half, stage.num_parameters > stage.num_learning
+    teacher = stage.plan.teacher is not None
+    options = {"sixteen": sixteen, "adapted": stage.adapted, "teacher": teacher, "frozen": frozen}
+    if goes_to_device(way.strategy.zero, **options):
+        return 4.0 * stage.largest
+    # In fp32 on the host; the average of a teacher begins as a copy.
+    return 4.0 * stage.num_parameters * (2 if teacher and not stage.adapted else 1)
+
+
+def _saving(stage: Stage, way: Way) -> float:
+    """Bytes of host memory of rank 0 while it exports weights: one tensor at a time, but what has to be collected."""
+    of_student = stage.num_learning if stage.adapted else stage.num_parameters
+    collected = 4.0 * of_student if way.strategy.num_ranks > 1 else 4.0 * stage.largest
+    return collected + (4.0 * stage.averaged if stage.plan.teacher else 0.0)
 
 
 def _pinned(sizes: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import torch
 from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data import sampling
 from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
+from sapiens_accel.models import adapters
 from sapiens_accel.models.attention import padded_dim
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.training import optim
@@ -26,9 +27,10 @@ class Stage:
         head_learning, block_learning: the same of the head, and of one block.
         stem_learning: of the embeddings and the first block.
         tensors_learning: how many tensors are trained.
-        dense: whether the gradients of the blocks' own matrices are computed, and not of adapters alone.
+        adapted: adapters learn in place of the blocks' own matrices, which have no gradients.
+        base: elements of the frozen matrices under adapters, which are kept in 16 bits in 16-bit arithmetic.
         groups: elements of each parameter group.
-        largest: elements of the largest parameter.
+        largest: elements of the largest parameter that is trained.
         queries: elements of the queries of a person over all heads, padded if attention pads them.
         steps: optimizer steps of the stage.
         footprint_of: what a step takes; argument: whether autocast casts fp32 weights.
@@ -43,7 +45,8 @@ class Stage:
     block_learning: int
     stem_learning: int
     tensors_learning: int
-    dense: bool
+    adapted: bool
+    base: int
     groups: tuple[int, ...]
     largest: int
     depth: int
@@ -57,6 +60,11 @@ class Stage:
     @property
     def ratio(self) -> int:
         return self.plan.ratio
+
+    @property
+    def averaged(self) -> int:
+        """Elements that a teacher has of its own: under adapters it shares what is frozen."""
+        return self.num_learning if self.adapted else self.num_parameters
 
 
 def measure_stage(
@@ -75,12 +83,13 @@ def measure_stage(
         num_people: labeled people of training; they decide how many steps the stage has.
 
     Raises:
-        UserError: a frozen pattern that matches nothing.
+        UserError: a frozen pattern that matches nothing; adapters, and peft is not installed.
     """
     plan = run.get_stage(name)
     with torch.device("meta"):
         model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
-    model.freeze(plan.frozen)
+        model.freeze(plan.frozen)
+        adapted = adapters.add(model, run.lora) > 0
     sizes = [p.numel() for p in model.parameters()]
     learning = [p for p in model.parameters() if p.requires_grad]
     layers = model.layer_groups()
@@ -93,6 +102,7 @@ def measure_stage(
         input_hw=run.data.input_hw,
         sigma=run.data.sigma,
         padded=padded,
+        lora=run.lora,
     )
     return Stage(
         plan=plan,
@@ -104,9 +114,10 @@ def measure_stage(
         block_learning=sum(p.numel() for p in model.blocks[-1].parameters() if p.requires_grad),
         stem_learning=sum(p.numel() for part in ("embeddings", "block_0") for _, p in layers[part] if p.requires_grad),
         tensors_learning=len(learning),
-        dense=True,
+        adapted=adapted,
+        base=sum(p.numel() for p in adapters.frozen_matrices(model)) if adapted else 0,
         groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-        largest=max(sizes),
+        largest=max(p.numel() for p in learning),
         depth=model.size.depth,
         image_bytes=3 * height * width,
         queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),

@@ -83,10 +83,18 @@ def keep_base_in(model: SapiensPose, dtype: torch.dtype) -> None:
     Results stay the same to the bit. Patches and positions, which are small, stay in fp32: Sapiens2 computes its
     positions in the dtype of the patches' matrix.
     """
-    for module in model.backbone.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(dtype)
+    for parameter in frozen_matrices(model):
+        parameter.data = parameter.data.to(dtype)
+
+
+def frozen_matrices(model: SapiensPose) -> list[nn.Parameter]:
+    """The parameters of the frozen linear layers of an adapted network."""
+    return [
+        parameter
+        for module in model.backbone.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+        for parameter in module.parameters()
+    ]
 
 
 def _import_peft() -> Any:

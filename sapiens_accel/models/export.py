@@ -5,22 +5,23 @@ python -m sapiens_accel.export RUN_DIR/STAGE/weights --to onnx model.onnx
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sapiens_accel.config.commands import export_parser
 from sapiens_accel.models import export_graph as graph
-from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose
+from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose, weights_file
 from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
 from sapiens_accel.models.load import FILE
 from sapiens_accel.models.modeling_sapiens_pose import SapiensPoseConfig
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
+from sapiens_accel.models.weights_file import Entry, MappedPages
 from sapiens_accel.pose import heatmap_numpy
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import files
@@ -80,9 +81,9 @@ def export(
         dtype: data type of the tensors in the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {published_key(key, model): value.to(dtype).contiguous() for key, value in state.items()}
     temporary = folder / f".{FILE}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    entries = {published_key(key, model): Entry(tuple(_source(state, key).shape), dtype) for key in state}
+    weights_file.save(temporary, entries, _tensors(state, model), {"format": "pt"})
     files.follow_umask(temporary)
     meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
     if skeleton.image_bits is None:
@@ -98,6 +99,24 @@ def export(
         (folder / source.name).write_text(text)
     # Last and in one step: a folder that holds this file is complete.
     temporary.replace(folder / FILE)
+
+
+def _source(state: Mapping[str, Tensor], key: str) -> Tensor:
+    """A tensor of the shape of `state[key]`, which may be computed or copied when it is read."""
+    if isinstance(state, ChainMap):
+        return _source(next(part for part in state.maps if key in part), key)
+    for name in ("base", "parameters"):  # of merged adapters, of a network's state
+        if hasattr(state, name):
+            return getattr(state, name)[key]
+    return state[key]
+
+
+def _tensors(state: Mapping[str, Tensor], model: SapiensPose) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by published keys, one after another; the pages of a mapped file are given back."""
+    pages = MappedPages()
+    for key in state:
+        yield published_key(key, model), state[key]
+        pages.give_back(_source(state, key))
 
 
 def _write(file: Path, tree: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Report:
         unused: tensors of the file that were not loaded.
         mapping: how many keypoints were mapped and where their names are from, for the report.
         new_keypoints: keypoints of the run that the file lacks; their rows stay random.
+        values: what was loaded, as views of the mapped file where they are unchanged.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Report:
     unused: list[str]
     mapping: str = ""
     new_keypoints: tuple[str, ...] = ()
+    values: State = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}"]
@@ -67,6 +69,20 @@ class Home:
 
     device: str | torch.device = "cpu"
     dtype: torch.dtype | None = None
+
+
+def goes_to_device(zero: int, *, sixteen: bool, adapted: bool, teacher: bool, frozen: bool) -> bool:
+    """Whether a stage loads its weights straight onto a GPU, in their final dtype, and not in fp32 on the host.
+
+    ZeRO-3 shards them from the host. The average of a teacher begins with fp32 values; and frozen values that the
+    engine rounds are exported as they were. Under adapters a file holds those.
+
+    Args:
+        zero: DeepSpeed's ZeRO stage; 0 without it.
+        sixteen: the weights have 16 bits.
+        frozen: some parameters do not learn.
+    """
+    return zero < 3 and (adapted or not (teacher or (frozen and sixteen)))
 
 
 def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None, home: Home | None = None) -> Report:
@@ -116,6 +132,7 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None,
         unused=sorted(set(weights.state) - set(fitting)),
         mapping=mapping,
         new_keypoints=new,
+        values=fitting,
     )
 
 

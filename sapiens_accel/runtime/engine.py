@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -409,7 +409,8 @@ def frozen_masters(accelerator: Accelerator, model: nn.Module) -> dict[str, Floa
     A 16-bit DeepSpeed engine casts every parameter, and keeps fp32 copies of the trained ones only.
     """
     rounds = is_deepspeed(accelerator) and accelerator.mixed_precision != "no" and accelerator.is_main_process
-    return {n: p.detach().clone() for n, p in model.named_parameters() if rounds and not p.requires_grad}
+    # The engine's cast gives each parameter another tensor: these need no copies.
+    return {n: p.detach() for n, p in model.named_parameters() if rounds and not p.requires_grad}
 
 
 def _module(model: nn.Module) -> nn.Module:
@@ -417,22 +418,45 @@ def _module(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
+class FullState(Mapping[str, Tensor]):
+    """All weights of a process that is alone, in fp32 on the CPU: each is copied when it is read."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, masters: bool) -> None:
+        self.parameters, self.masters = parameters, masters
+
+    def __getitem__(self, key: str) -> Float[Tensor, "..."]:
+        return _full_value(self.parameters[key], self.parameters[key].data, masters=self.masters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+
 def full_state(
     accelerator: Accelerator, model: nn.Module, *, only_learning: bool = False
-) -> dict[str, Float[Tensor, "..."]]:
+) -> Mapping[str, Float[Tensor, "..."]]:
     """Gather all weights in fp32 on the CPU of rank 0 (empty on the others), from the optimizer's fp32 copies if any.
 
-    All ranks must call it.
+    All ranks must call it. Of a process that is alone they are not gathered but read, until the next step.
     """
-    state = {}
     masters = is_deepspeed(accelerator) and accelerator.mixed_precision != "no"
-    parameters = dict(_module(model).named_parameters())
+    parameters = {n: p for n, p in _module(model).named_parameters() if p.requires_grad or not only_learning}
+    if accelerator.num_processes == 1 and zero_stage(accelerator) < 3:
+        return FullState(parameters, masters=masters)
+    state = {}
     for name, value in full_parameters(accelerator, model, only_learning=only_learning):
-        parameter = parameters[name]
-        if masters and parameter.requires_grad:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            value = torch.as_tensor(safe_get_full_fp32_param(parameter))
+        full = _full_value(parameters[name], value, masters=masters)
         if accelerator.is_main_process:
-            state[name] = value.detach().float().cpu().clone()
+            state[name] = full
     return state
+
+
+def _full_value(parameter: nn.Parameter, value: Tensor, *, masters: bool) -> Float[Tensor, "..."]:
+    """Copy a parameter's fp32 value to the CPU: the optimizer's if it has one, else `value`."""
+    if masters and parameter.requires_grad:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = torch.as_tensor(safe_get_full_fp32_param(parameter))
+    return value.detach().float().cpu().clone()

@@ -5,7 +5,7 @@ precision of the network.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -264,7 +264,7 @@ class MeanTeacher:
     def result(self, model: nn.Module) -> nn.Module:
         return self.teacher
 
-    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def results(self, student: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         return {"weights": self.average.state_dict(), "student": student}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ whatever the precision of the network. Single-device code.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class Objective(Protocol):
         """What is evaluated and handed on."""
         ...
 
-    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def results(self, student: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         """What is written, by folder: `weights` are the result's. All ranks must call it; rank 0 writes."""
         ...
 
@@ -89,7 +89,7 @@ class Supervised:
     def result(self, model: nn.Module) -> nn.Module:
         return model
 
-    def results(self, student: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def results(self, student: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         return {"weights": student}
 
     def state_dict(self) -> dict[str, Tensor]:

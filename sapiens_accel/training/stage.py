@@ -1,6 +1,7 @@
 """A stage of training: network, optimizer, objective, batches and logger, and how far it has come."""
 
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,7 +154,8 @@ class TrainingStage:
         """Return the weights to export, by folder, on rank 0. All ranks must call it."""
         only_learning = self.base is not None
         state = engine.full_state(self.context.accelerator, self.network, only_learning=only_learning)
-        return self.objective.results({**state, **self.frozen})
+        whole = ChainMap(self.frozen, state)  # pyright: ignore[reportArgumentType]  (it is only read)
+        return self.objective.results(whole if self.frozen else state)
 
     def _write(self, folder: Path, collected: checkpoint.Weights, dtype: torch.dtype = torch.float32) -> None:
         sets, sigma, lora = self.context.sets, self.context.run.data.sigma, self.context.run.lora
@@ -334,19 +336,27 @@ def _load_model(context: StageContext, given: str | None) -> _Start:
     """Load the network of a stage, freeze parameters, and add adapters. All ranks must call it."""
     accelerator, run, config = context.accelerator, context.run, context.config
     skeleton, asked = context.sets.skeleton, run.resume_from_checkpoint
-    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw)
+    model = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw, empty=True)
     resume = checkpoint.find_checkpoint(accelerator, Path(run.output_dir), asked, context.name, dry_run=run.dry_run)
     model.freeze(config.frozen)
     adapted = bool(adapters.find_targets(model, run.lora))
     saved_base = resume.find_base(BASE) if resume and adapted else None
     start = str(saved_base) if saved_base else _find_weights(context, given, resume)
-    loaded = weights.load(model, start, skeleton.names) if start else weights.FROM_RANDOM
-    accelerator.print(f"\n{context.name}: {resume or loaded}")
+    if start:
+        loaded = weights.load(model, start, skeleton.names, _home(context, model, adapted=adapted))
+    else:
+        set_seed(run.seed)  # the empty network has drawn random numbers
+        model, loaded = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw), None
+        model.freeze(config.frozen)
+    accelerator.print(f"\n{context.name}: {resume or loaded or weights.FROM_RANDOM}")
     if not adapted:
         if run.lora.rank:
             accelerator.print(f"{context.name}: all blocks are frozen: no adapters (--lora.rank)")
         return _Start(model, resume, start, adapted=False, base=None)
-    base = saved_base or (model.state_dict() if accelerator.is_main_process else None)
+    base = saved_base
+    if base is None and accelerator.is_main_process:
+        # Values of the file where it has them: the network's may be rounded.
+        base = {**model.state_dict(), **(loaded.values if loaded else {})}
     num = adapters.add(model, run.lora)
     learning, total = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (True, False)
@@ -361,6 +371,22 @@ def _load_model(context: StageContext, given: str | None) -> _Start:
     if half and not distributed.is_deepspeed(accelerator):  # which casts all parameters itself
         adapters.keep_base_in(model, half)
     return _Start(model, resume, start, adapted=True, base=base)
+
+
+def _home(context: StageContext, model: SapiensPose, *, adapted: bool) -> weights.Home:
+    """Where the weights of a stage are loaded to."""
+    accelerator = context.accelerator
+    sixteen = distributed.autocast_dtype(accelerator) if distributed.is_deepspeed(accelerator) else None
+    straight = weights.goes_to_device(
+        distributed.zero_stage(accelerator),
+        sixteen=sixteen is not None,
+        adapted=adapted,
+        teacher=context.config.teacher is not None,
+        frozen=not all(p.requires_grad for p in model.parameters()),
+    )
+    if accelerator.device.type != "cuda" or not straight:
+        return weights.Home()
+    return weights.Home(device=accelerator.device, dtype=sixteen)
 
 
 def _write_base(context: StageContext, model: SapiensPose, base: Path | Mapping[str, Tensor] | None) -> None:
