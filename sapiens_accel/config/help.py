@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from sapiens_accel.config import schema
 from sapiens_accel.config.options import describe, group_of, is_group, options
@@ -108,9 +108,9 @@ def format_all(program: str, recipe: str, defaults: Config) -> str:
 
 def leaves() -> Iterator[str]:
     """Every option in the order of groups: the general ones first. Other stages' teachers have ssl's options."""
-    keys = [key for key, kind in options().items() if not is_group(key) or get_origin(kind) is tuple]
-    keys = [key for key in keys if not key.startswith("data.more.")]  # of the items of a list
-    keys = [key for key in keys if key.split(".")[1:2] != ["teacher"] or key.startswith("ssl.")]
+    inner = ("data.more.", *(f"{stage}.teacher." for stage in STAGES if stage != "ssl"))
+    wholes = [prefix.removesuffix(".") for prefix in inner]  # a list of groups; groups that are not there by default
+    keys = [key for key in options() if (not is_group(key) or key in wholes) and not key.startswith(inner)]
     yield from (key for key in keys if "." not in key)
     groups = dict.fromkeys(key.rpartition(".")[0] for key in keys if "." in key)
     for group in groups:
