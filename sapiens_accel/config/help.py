@@ -18,6 +18,7 @@ LONG = 24  # characters of a default that stays out of a line
 # What most runs need, in the order of the questions of a first one. `--help all` has the whole text of each.
 TRAINING = {
     "recipe": "a recipe (demo, sapiens_0.3b_coco, sapiens2_1b_coco, ...) or your own YAML",
+    "preset": "laid over the recipe: fast (3 + 20 epochs, ssl 10) or limited_memory (GPUs of 8 and 12 GB)",
     "data.root": "the data: a folder in COCO's format, shards, or hf://ORG/NAME",
     "data.train_annotations": "COCO JSON of the training people, under the root; data.val_annotations: validation",
     "data.train_images": "folder of its images, under the root; data.val_images: validation",

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config import credentials, help
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig
+from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig, Preset
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -65,6 +65,7 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
     tree = _read_recipe(path)
     _check_keys(words, path, tree)
     _check_groups(path, tree)
+    words = [*_read_preset(words, path, tree), *words]
     parser = _parser()
     parser.prog, parser.default_config_files = prog, [glob.escape(str(path))]
     if asked := next((word for word in words if word in ("-h", "--help")), None):
@@ -85,7 +86,9 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
     output_dir = os.path.expanduser(config.output_dir.replace("{recipe}", _recipe_name(config.recipe)))  # noqa: PTH111
     transforms = read_transforms(config.augment.albumentations)
     augment = dataclasses.replace(config.augment, albumentations=transforms)
-    config = credentials.take_all(dataclasses.replace(config, output_dir=output_dir, augment=augment))
+    # Its options are recorded one by one; laid over a record again, it would undo what the command line changed.
+    config = dataclasses.replace(config, output_dir=output_dir, augment=augment, preset=None)
+    config = credentials.take_all(config)
     for key, limits, value in range_faults(config, Config):
         where = _locate(key, words, path, tree)
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
@@ -187,6 +190,23 @@ def recipe_path(recipe: str) -> Path:
         expected = f"expected one of {', '.join(names)}"
         raise UserError(f"--recipe {recipe}: no such recipe ({expected}){_nearest(recipe, names)}")
     return _recipes() / f"{recipe}.yaml"
+
+
+def _read_preset(words: Sequence[str], path: Path, tree: Mapping[str, Any]) -> list[str]:
+    """The options of `--preset` as words, to be put before those of the user.
+
+    Raises:
+        UserError: there is no such preset; a file names one.
+    """
+    if tree.get("preset") is not None:
+        raise UserError(f"{path}: preset: only on the command line. Run with --preset {tree['preset']}")
+    name, names = _value_of(words, "preset"), [str(one) for one in get_args(Preset)]
+    if name in (None, "null"):
+        return []
+    if name not in names:
+        raise UserError(f"--preset {name}: no such preset (expected one of {', '.join(names)}){_nearest(name, names)}")
+    overlay = read_tree(_recipes() / "presets" / f"{name}.yaml", yaml.safe_load, "YAML")
+    return to_words({f"{group}.{key}": value for group, values in overlay.items() for key, value in values.items()})
 
 
 def list_recipes() -> list[str]:
