@@ -19,14 +19,16 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import OptimConfig, StageConfig, StageName
+from sapiens_accel.config.schema import Config, OptimConfig, StageConfig, StageName
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.estimate import Room, predict
 from sapiens_accel.memory.stages import measure_stage
 from sapiens_accel.memory.strategies import Way
+from sapiens_accel.models import adapters
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
@@ -62,11 +64,13 @@ class Case:
     accumulation: int
     checkpointed: int
     chunk: int
+    rank: int | None = None  # of adapters
 
 
 def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     """Bytes that two steps of a run take at most, everything but the batches counted, and what was predicted."""
     words = [f"--model.name={case.name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
+    words += [f"--lora.rank={case.rank}"] if case.rank else []
     run = config.load([*words, f"--{case.stage}.global_batch={case.micro_batch * case.accumulation}"])
     counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
     way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
@@ -76,17 +80,22 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]
     # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.
     outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
-    most = peak(accelerator, case.name, run.get_stage(case.stage), share, layout, batches)
+    most = peak(accelerator, run, case.stage, share, layout, batches)
     return {"predicted": predicted.gpu_peak - outside, "measured": most}
 
 
 def peak(
-    accelerator: Accelerator, name: str, stage: StageConfig, share: Share, layout: Layout, batches: list[Batch]
+    accelerator: Accelerator, run: Config, name: StageName, share: Share, layout: Layout, batches: list[Batch]
 ) -> float:
     """What the allocator had given out at most, from before the network is built to the end of two steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = SapiensPose(name, 17, INPUT_HW)
+        stage = run.get_stage(name)
+        model = SapiensPose(run.model.name, 17, INPUT_HW)
         model.freeze(stage.frozen)
+        adapters.add(model, run.lora)
+        half = distributed.autocast_dtype(accelerator)
+        if run.lora.rank and half and not distributed.is_deepspeed(accelerator):
+            adapters.keep_base_in(model, half)
         model.lay_out(layout)
         teacher = MovingAverage(deepcopy(model)) if stage.teacher else None
         groups = optim.param_groups(model.layer_groups(), stage.optim)
@@ -98,6 +107,7 @@ def peak(
         config = StepConfig(accumulation=share.accumulation, optim=OptimConfig(), num_steps=100)
         for _ in steps(accelerator, network, optimizer, objective, _fresh(batches), config):
             pass
+    engine.release(accelerator, network, optimizer)
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     now = most = 0
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
@@ -133,6 +143,10 @@ def _objective(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    launched = distributed.start()
-    print(json.dumps([measure(launched, Case(**case)) for case in json.loads(Path(sys.argv[1]).read_text())]))
+    results = []
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        results.append(measure(distributed.start(), Case(**case)))
+    print(json.dumps(results))
     distributed.stop()
