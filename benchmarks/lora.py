@@ -2,9 +2,8 @@
 
     python benchmarks/lora.py --seeds 0 1 2 --real DIR      DIR: the folder of mirror_mouse
 
-The tiny network, trained on drawn people, is fine-tuned to a real laboratory mouse; trained on the mouse, to drawn
-people.
-Runs of train.py in this process; AP x 100 on the people that were not trained on, by arm, seed by seed.
+The tiny network, trained on drawn people, is fine-tuned to a real laboratory mouse, and to other drawn people. Runs of
+train.py in this process; AP x 100 on people or frames that were not trained on, by arm, seed by seed.
 """
 
 import argparse
@@ -56,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     shared = str(HERE.parent.parent / "shared" / "data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--targets", nargs="+", default=["mouse", "drawn"], help="%(default)s")
     parser.add_argument("--real", default=shared, help="the folder of mirror_mouse (%(default)s)")
     parser.add_argument("--out", default=str(HERE / "results" / "lora_cpu.json"), help="%(default)s")
     asked = parser.parse_args()
@@ -65,17 +65,20 @@ def main() -> None:
             folder = Path(work) / str(seed)
             mouse = mouse_frames(folder / "frames", 60, seed, Path(asked.real) / "mirror_mouse")
             data = {"drawn": [*DRAWN, f"--data.synthetic.seed={seed}"], "mouse": mouse}
-            for source, target in (("drawn", "mouse"), ("mouse", "drawn")):
-                words = [f"--seed={seed}", *data[source], "--stage=phase2"]
-                before = run(folder / source, FIRST, words)
-                start = f"--weights={folder / source / 'phase2' / 'weights'}"
+            before = run(
+                folder / "base",
+                FIRST,
+                [f"--seed={seed}", *DRAWN, f"--data.synthetic.seed={100 + seed}", "--stage=phase2"],
+            )
+            start = f"--weights={folder / 'base' / 'phase2' / 'weights'}"
+            for target in asked.targets:
                 for arm, options in ARMS.items():
                     ap = run(folder / f"{target}-{arm}", STEPS, [f"--seed={seed}", *data[target], start, *options])
-                    rows.append({"seed": seed, "target": target, "arm": arm, "AP": ap, "AP_before": before})
+                    rows.append({"seed": seed, "target": target, "arm": arm, "AP": ap, "AP_base": before})
                     print(f"RESULT {target} {arm} seed {seed}: AP {ap:.1f}", flush=True)
                     Path(asked.out).write_text(json.dumps({"steps": STEPS, "first": FIRST, "rows": rows}, indent=1))
             shutil.rmtree(folder)
-    for target in ("mouse", "drawn"):
+    for target in asked.targets:
         for arm in ARMS:
             values = [float(str(row["AP"])) for row in rows if (row["target"], row["arm"]) == (target, arm)]
             print(f"{target:>6} {arm:<18} {statistics.mean(values):5.1f}  ({', '.join(f'{v:.1f}' for v in values)})")
