@@ -28,6 +28,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_START_OF_SCAN = 0xDA
 JPEG_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: those that are decoded at other sizes
 JPEG_APP1 = 0xE1
+EXIF_ORIENTATION = 0x112
 DEEP_STARTS = (b"II*\0", b"MM\0*", b"\x89PNG")  # TIFF and PNG may have 16 bits
 # OpenCV from 4.11 on decodes to RGB; a reduction is named with the flag of gray, which the one of color overrules.
 RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)
@@ -119,16 +120,26 @@ def read_reduced_image(path: Path, at_most: int = 1, region: Region | None = Non
 
 def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region) -> DecodedImage | None:
     """Decode a region of a JPEG; None where all of it is decoded as soon, or must be (one cut short is refused)."""
-    is_plain = frame.channels == 3 and not frame.may_turn and JPEG_END in bytes(content[-TAIL:])
-    if not is_plain or jpeg_region.find_package() is None:
+    if jpeg_region.find_package() is None or frame.channels != 3 or JPEG_END not in bytes(content[-TAIL:]):
         return None
     left, top, right, bottom = region
     seen = Region(max(0, left), max(0, top), min(frame.width, right), min(frame.height, bottom))
     width, height = seen.right - seen.left, seen.bottom - seen.top
     if width < 1 or height < 1 or width * height > LARGEST_PART * frame.width * frame.height:
         return None
+    if frame.may_turn and not _is_upright(content):
+        return None
     pixels = jpeg_region.decode(bytes(content), seen, frame.width)
     return None if pixels is None else DecodedImage(pixels, 1, (seen.left, seen.top))
+
+
+def _is_upright(content: shards.Bytes) -> bool:
+    """Whether EXIF data surely do not turn this JPEG: cameras write them into every image."""
+    try:
+        exif = PIL.Image.open(io.BytesIO(content)).getexif()
+    except Exception:  # Pillow documents no complete list of what broken data raise
+        return False
+    return exif.get(EXIF_ORIENTATION) == 1
 
 
 def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import struct
 from pathlib import Path
 
 import cv2
@@ -32,6 +33,15 @@ def jpeg(size_wh: tuple[int, int], *options: int, seed: int = 0) -> bytes:
     return cv2.imencode(".jpg", image, options)[1].tobytes()
 
 
+def exif(content: bytes, tags: bytes) -> bytes:
+    """A JPEG with EXIF data."""
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(tags) + 8) + b"Exif\0\0" + tags + content[2:]
+
+
+def oriented(orientation: int) -> bytes:
+    return struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, orientation, 0, 0)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.tuples(st.integers(17, 231), st.integers(17, 131)), st.sampled_from([*SUBSAMPLINGS]), st.booleans(),
@@ -52,19 +62,26 @@ def test_a_region_has_the_bytes_of_the_whole_image(
 
 def test_where_all_of_an_image_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, plain = tmp_path / "image", jpeg((120, 100))
-    exif = b"\xff\xe1\x00\x0aExif\0\0\0\0"
     gray = cv2.imencode(".jpg", cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_GRAYSCALE))[1].tobytes()
     some, most, beyond = Region(30, -20, 60, 40), Region(-5, 0, 119, 99), Region(120, 0, 150, 50)
     png = cv2.imencode(".png", cv2.imdecode(np.frombuffer(plain, np.uint8), 1))[1].tobytes()
-    cases = [(plain[:2] + exif + plain[2:], some), (gray, some), (png, some), (plain, most), (plain, beyond)]
+    cases = [
+        (exif(plain, b"\0\0"), some),
+        (exif(plain, oriented(3)), some),
+        (gray, some),
+        (png, some),
+        (plain, most),
+        (plain, beyond),
+    ]
     for content, region in cases:
         path.write_bytes(content)
         found = images.read_reduced_image(path, 1, region)
         assert (found.corner_xy, found.pixels.shape) == ((0, 0), (100, 120, 3))
-    path.write_bytes(plain)
+    for content in (plain, exif(plain, oriented(1))):
+        path.write_bytes(content)
+        part = images.read_reduced_image(path, 1, some)
+        assert part.corner_xy == (30, 0) and np.array_equal(part.pixels, images.read_image(path)[:40, 30:60])
     assert images.read_reduced_image(path, 2, some).pixels.shape == (50, 60, 3)
-    part = images.read_reduced_image(path, 1, some)
-    assert part.corner_xy == (30, 0) and np.array_equal(part.pixels, images.read_image(path)[:40, 30:60])
     monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
     assert np.array_equal(images.read_reduced_image(path, 1, some).pixels, images.read_image(path))
 
