@@ -211,6 +211,7 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
 
     first, second = model.blocks
     hooks = [
+        model.backbone.embeddings.register_forward_hook(_require_gradient),
         first.register_forward_pre_hook(partial(note, "stem")),
         first.register_forward_hook(partial(note_output, "first")),
         second.register_forward_hook(partial(note_output, "second")),
@@ -239,6 +240,15 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
         "whole": max(peak["gradient of second"], peak["gradient of first"]) - at["head"],
         "again": peak["end"] - at["stem"],
     }
+
+
+def _require_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    """Let the measured block compute the gradient of its input, as all blocks but a network's first do.
+
+    Under adapters the embeddings are frozen; in a frozen backbone there are no gradients at all.
+    """
+    if torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_leaf:
+        output.requires_grad_()
 
 
 class LiveBytes(TorchDispatchMode):

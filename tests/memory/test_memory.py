@@ -60,6 +60,7 @@ CASES = [
     {"stage": "phase1", "micro_batch": 8, "accumulation": 1, "checkpointed": 4, "chunk": 4},
     {"stage": "ssl", "micro_batch": 4, "accumulation": 1, "checkpointed": 4, "chunk": 2},
 ]
+ADAPTED = [{**CASES[0], "rank": 8}, {**CASES[1], "rank": 8}]
 
 
 def free_port() -> int:
@@ -80,9 +81,9 @@ def peaks(cases: list[dict], folder: Path, **env: str) -> list[dict[str, float]]
 @pytest.mark.launch
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: str, tmp_path: Path) -> None:
-    cases = [{"name": "sapiens_tiny", **case} for case in CASES] + [{"name": "sapiens2_tiny", **CASES[1]}]
+    cases = [{"name": "sapiens_tiny", **case} for case in [*CASES, *ADAPTED]] + [{"name": "sapiens2_tiny", **CASES[1]}]
     if precision == "bf16":  # the CPU takes its time for it
-        cases = [{"name": "sapiens_tiny", **CASES[0]}]
+        cases = [{"name": "sapiens_tiny", **case} for case in (CASES[0], ADAPTED[0])]
     found = peaks(cases, tmp_path, ACCELERATE_MIXED_PRECISION=precision)
     for case, result in zip(cases, found, strict=True):
         assert result["predicted"] == pytest.approx(result["measured"], rel=0.03), case
@@ -90,14 +91,16 @@ def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: st
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("zero", "case", "rel"),
+    ("zero", "cases", "rel"),
     [
-        (2, CASES[0], 0.03),
-        pytest.param(2, CASES[1], 0.06, marks=pytest.mark.slow),
-        pytest.param(1, CASES[1], 0.06, marks=pytest.mark.slow),
+        (2, CASES[:1], 0.03),
+        pytest.param(2, [*CASES[1:], *ADAPTED], 0.03, marks=pytest.mark.slow),
+        pytest.param(1, CASES[1:2], 0.06, marks=pytest.mark.slow),
     ],
 )
-def test_the_predicted_peak_under_zero_is_the_allocators(zero: int, case: dict, rel: float, tmp_path: Path) -> None:
+def test_the_predicted_peak_under_zero_is_the_allocators(
+    zero: int, cases: list[dict], rel: float, tmp_path: Path
+) -> None:
     """bf16 weights, fp32 masters, moments, sums and DeepSpeed's buckets, as it really allocates them."""
     tree = json.loads((ROOT / "ds_configs" / f"zero{zero}.json").read_text())
     tree["zero_optimization"]["reduce_bucket_size"] = 200_000  # a part of the network, as for large ones
@@ -107,8 +110,9 @@ def test_the_predicted_peak_under_zero_is_the_allocators(zero: int, case: dict, 
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
     }  # fmt: skip
-    (found,) = peaks([{"name": "sapiens_tiny", **case}], tmp_path, **env)
-    assert found["predicted"] == pytest.approx(found["measured"], rel=rel)
+    found = peaks([{"name": "sapiens_tiny", **case} for case in cases], tmp_path, **env)
+    for case, result in zip(cases, found, strict=True):
+        assert result["predicted"] == pytest.approx(result["measured"], rel=rel), case
 
 
 # ---- Against counts that need no network
