@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from sapiens_accel.config.schema import ALL, RANDOM, Config, StageName
+from sapiens_accel.config.schema import ALL, RANDOM, TENSORBOARD, Config, StageName
 from sapiens_accel.data import augment, build, sampling
 from sapiens_accel.data.dataset import Sets
 from sapiens_accel.data.unlabeled import NoUnlabeledPeople
@@ -39,7 +39,7 @@ from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Plan
 from sapiens_accel.publish import uploader
 from sapiens_accel.publish.uploader import NoUploads, Uploads
-from sapiens_accel.runtime import distributed, failures, files
+from sapiens_accel.runtime import distributed, failures, files, trackers
 from sapiens_accel.runtime.launch import Precision
 from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
@@ -97,6 +97,7 @@ def run_stages(run: Config, argv: Sequence[str]) -> dict[str, Metrics]:
     if run.eval.csv:
         accelerator.print("note: --eval.csv: training writes no CSV; give it to eval.py")
     with distributed.explain_lost_ranks(accelerator):
+        failures.on_each_rank(lambda: trackers.check_installed(run.trackers))
         failures.on_each_rank(lambda: check_folders(run))
         failures.on_each_rank(lambda: augment.open_transforms(run.augment.albumentations or ()))
         with run_folder.lock_run(accelerator, run):
@@ -209,7 +210,7 @@ def format_next_steps(run: Config, argv: Sequence[str]) -> str:
     evaluate = "python eval.py" if Path("eval.py").is_file() else "sapiens-accel eval"
     weights = [f"  {path}" for stage in run.stages if (path := Path(run.output_dir) / stage / "weights").is_dir()]
     steps = [f"  evaluate again      {evaluate} {folder}", f"  your own images     {evaluate} {folder} --images FOLDER"]
-    if run.report_to == "tensorboard":
+    if TENSORBOARD in run.trackers:
         steps.insert(0, f"  curves and images   tensorboard --logdir {folder}/tensorboard")
     if list(argv) == sys.argv[1:]:  # not a call from Python
         steps.append(f"  resume, train on    {resume_command()}")

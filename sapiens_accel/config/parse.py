@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config import credentials, help
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import ALL, STAGES, Config, LoraConfig, Preset
+from sapiens_accel.config.schema import ALL, STAGES, TRACKERS, Config, LoraConfig, Preset
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -255,6 +255,11 @@ def _check_values(config: Config) -> None:
     if config.push_to_hub and config.hub_model_id is None:
         raise UserError("--push_to_hub: no repository is named (expected --hub_model_id ORG/NAME)")
     check_model_id(config.hub_model_id)
+    for name in config.trackers:
+        if name not in TRACKERS or config.trackers.count(name) > 1:
+            choices = [*TRACKERS, "none"]
+            expected = f"expected some of {', '.join(choices)}, found {name or '(empty)'}"
+            raise UserError(f"--report_to: no such value ({expected}){_nearest(name, choices)}")
     if config.lora.rank is None and config.lora != LoraConfig():
         given = next(f.name for f in dataclasses.fields(LoraConfig) if getattr(config.lora, f.name) != f.default)
         raise UserError(

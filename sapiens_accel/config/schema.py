@@ -15,6 +15,8 @@ StageName = Literal["phase1", "phase2", "ssl"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order of --stage all
 ALL = "all"  # of --stage
 RANDOM = "random"  # of --weights
+TENSORBOARD = "tensorboard"
+TRACKERS = (TENSORBOARD, "wandb", "trackio", "mlflow", "comet_ml")  # of --report_to, by accelerate's names
 Preset = Literal["fast", "limited_memory"]
 TeacherPlacement = Literal["device", "sharded", "host"]
 BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that there are without it
@@ -510,8 +512,9 @@ class Config:
     tensors, numbers and a few classes of DeepSpeed. Needed for checkpoints of other DeepSpeed versions."""
     dry_run: bool = False
     """Build and check everything, take one step of the first stage, and write nothing."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Logger for scalars and images, beside metrics.jsonl."""
+    report_to: str = TENSORBOARD
+    """Trackers of scalars and images, beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, comet_ml, several
+    (tensorboard,wandb) or none. What each of them needs (an account, a server, offline mode) its own variables say."""
     push_to_hub: bool = False
     """Upload weights to the Hugging Face Hub in the background, with a model card, the training curve and an image of
     predictions on validation people."""
@@ -541,6 +544,11 @@ class Config:
     @property
     def stages(self) -> tuple[StageName, ...]:
         return STAGES if self.stage == ALL else cast(tuple[StageName, ...], tuple(self.stage.split(",")))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that `report_to` names."""
+        return () if self.report_to == "none" else tuple(self.report_to.split(","))
 
     def get_stage(self, stage: StageName) -> StageConfig:
         return getattr(self, stage)

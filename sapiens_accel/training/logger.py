@@ -21,7 +21,8 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherPlacement
+from sapiens_accel.config.help import leaves, value_of
+from sapiens_accel.config.schema import TENSORBOARD, Config, StageConfig, StageName, TeacherPlacement
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.people import read_given_ids
@@ -39,6 +40,7 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import device as gpu
 from sapiens_accel.runtime import distributed, files
 from sapiens_accel.runtime.files import GIB
+from sapiens_accel.runtime.trackers import Trackers
 from sapiens_accel.training import checkpoint
 from sapiens_accel.training import pseudo_label_quality as holdout
 from sapiens_accel.training.loop import Step, stop_between_batches
@@ -182,8 +184,13 @@ class StageLogger:
         )
         if self.writes:
             self._on_disk(self._open_metrics)
-        if self.writes and self.run.report_to == "tensorboard":
+        if self.writes and TENSORBOARD in self.run.trackers:
             self._on_disk(self._open_board)
+        others = tuple(name for name in self.run.trackers if name != TENSORBOARD and self.writes)
+        settings = {key: value_of(self.run, key) for key in leaves()} if others else {}
+        self.trackers = Trackers(
+            others, self.run_folder, self.stage, settings, lambda text: self._warn(self.first, text)
+        )
 
     def _open_metrics(self) -> None:
         path = _without_later_lines(self.run_folder / "metrics.jsonl", self.stage, self.first)
@@ -372,6 +379,7 @@ class StageLogger:
         self._line(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
         tagged = {self._tag(name, group): shown_value(name, value) for name, value in values.items()}
         self._on_board(lambda board: [board.add_scalar(tag, value, step) for tag, value in tagged.items()])
+        self.trackers.log(tagged, step)
         try:
             warnings = self.alarms.check(step, values)
         except Stopped as stopped:
@@ -680,6 +688,7 @@ class StageLogger:
         if self.file:
             self._on_disk(self.file.close)
         self._on_board(lambda board: board.close())
+        self.trackers.finish()
 
     def _worst(self, step: int, predictions: Predictions) -> None:
         """Draw the people of lowest OKS; without heatmaps, which would take another forward of all ranks."""
@@ -694,6 +703,7 @@ class StageLogger:
         self._on_disk(lambda: draw.save_image(image, path))
         tag = f"{PICTURE_GROUPS[name]}/{name}"
         self._on_board(lambda board: board.add_image(tag, image, step, dataformats="HWC"))
+        self.trackers.log_image(tag, image, step)
 
 
 def shown_value(name: str, value: float) -> float:
