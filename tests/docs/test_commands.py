@@ -340,7 +340,7 @@ def test_every_kind_of_place_is_read() -> None:
     """So that a collector that finds nothing does not pass."""
     files = {one.file for one in PARTS}
     recipes = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("sapiens_accel/recipes/*.yaml")}
-    assert {"README.md", "CONTRIBUTING.md", "docs/quick_start.md", "train.py", *recipes} <= files
+    assert {"README.md", "CONTRIBUTING.md", "docs/quick_start.md", "sapiens_accel/train.py", *recipes} <= files
     assert any("--config_file accelerate_configs/zero2.yaml" in one.text for one in RUN)
 
 
