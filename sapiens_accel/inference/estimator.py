@@ -159,7 +159,7 @@ class PoseEstimator:
         Args:
             weights: a run directory, a weights folder or file, ORG/NAME; of several the heatmaps are averaged.
             device: cpu, cuda, cuda:1, ... Default: the GPU, if there is one.
-            dtype: bfloat16 or float16: the arithmetic of the networks on a GPU, twice as fast and less memory.
+            dtype: bfloat16 or float16: the arithmetic of the networks on a GPU; less memory.
                 Default: float32, as `eval.py` without a launcher.
             options: OPTIONS, as of eval.py: flip=False, scales=(0.7, 1.0), batch_size=8 (crops in a forward pass),
                 score_threshold=0.2, nms_threshold=0.9, min_box_score=0.5, detector_class="mouse". Default: those of
