@@ -451,8 +451,9 @@ def test_eval_prints_the_same_numbers(finished: tuple[Path, str], cache: Path, t
 # The teacher follows quickly and everything is learned from: one that was not restored would show in the first loss.
 SIX = {
     "phase2": ["--phase2.steps", "6", "--phase2.global_batch", "4", "--memory.micro_batch", "2"],
-    "ssl": ["--ssl.steps", "6", "--ssl.global_batch", "4", "--ssl.optim.lr", "1e-2", "--ssl.teacher.ema_decay", "0.6",
-            "--ssl.teacher.threshold", "-1", "--ssl.teacher.ramp", "0.3", "--ssl.hand_over", "last"],
+    "ssl": ["--weights", "random", "--ssl.steps", "6", "--ssl.global_batch", "4", "--ssl.optim.lr", "1e-2",
+            "--ssl.teacher.ema_decay", "0.6", "--ssl.teacher.threshold", "-1", "--ssl.teacher.ramp", "0.3",
+            "--ssl.hand_over", "last"],
 }  # fmt: skip
 
 
