@@ -54,6 +54,7 @@ NOT_RUN = {
     "accelerate launch --config_file {}": "a launch that the user gave to the doctor",
     "python -m sapiens_accel.hub {}": "tests/publish/test_hub.py runs it",
     "sapiens-accel convert {} {} OUT": "tests/formats runs what is suggested for each file of another tool",
+    "python docs/list_recipes.py": "plans every recipe, for minutes: tests/docs/test_recipes_page.py",
     "pip install {}": "the name of a backend: test_what_pip_installs knows both",
 }
 # They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
