@@ -251,6 +251,7 @@ class SapiensPose(nn.Module):
             frozen = any(fnmatch.fnmatch(group, pattern) for pattern in patterns)
             for _, parameter in members:
                 parameter.requires_grad_(not frozen)
+        self.keep_first_slot_empty()
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"frozen: {', '.join(patterns)} leaves nothing to learn. Freeze fewer layer groups")
 
@@ -260,7 +261,9 @@ class SapiensPose(nn.Module):
         VitPose adds it to every position; Sapiens has no such slot.
         """
         positions = getattr(self.backbone.embeddings, "position_embeddings", None)
-        if self.size.family == "sapiens" and positions is not None and not positions._backward_hooks:
+        if self.size.family != "sapiens" or positions is None:
+            return
+        if positions.requires_grad and not positions._backward_hooks:  # a frozen one takes no hook, and needs none
             positions.register_hook(_without_first_slot)
 
     def description(self) -> dict[str, Any]:

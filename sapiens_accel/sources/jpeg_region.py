@@ -4,6 +4,7 @@ By libjpeg-turbo in nvImageCodec, on the CPU; an extra: pip install "sapiens_acc
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from functools import cache
@@ -72,7 +73,7 @@ def _import_codec() -> Any:
     assert package is not None
     with tempfile.TemporaryDirectory() as folder:
         for file in (package / "extensions").glob("*jpeg_turbo*"):
-            (Path(folder) / file.name).symlink_to(file)
+            shutil.copy(file, folder)  # no link: not every disk has links
         os.environ.update(NVIMGCODEC_EXTENSIONS_PATH=folder, PYNVIMGCODEC_VERBOSITY="0")
         try:
             from nvidia import nvimgcodec  # pyright: ignore[reportMissingImports]

@@ -496,7 +496,7 @@ def test_the_table_is_explained_and_the_command_names_what_it_still_needs(
     memory.main(["--recipe", "sapiens_0.3b_coco", "--stage", "phase2", *host])
     assert capsys.readouterr().out.endswith("--stage phase2 --data.root DIR\n")
     memory.main(["--recipe", "demo"])
-    assert capsys.readouterr().out.endswith("train.py --recipe demo\n")
+    assert capsys.readouterr().out.endswith("sapiens-accel train --launch zero2 --num_processes 1 --recipe demo\n")
 
 
 def test_several_gpus_share_the_state() -> None:
