@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from sapiens_accel.errors import UserError, run_main
-from sapiens_accel.memory import planner as memory
+from sapiens_accel.memory import report as memory
 from sapiens_accel.runtime import distributed
 from sapiens_accel.selftest.checks import Row
 from sapiens_accel.selftest.throughput import Timing, compare, free_memory, peak_tflops
