@@ -116,8 +116,10 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None,
     absent = [key for key in own if key not in fitting]
     _check_backbone(weights, state, own, absent, model)
     pages = MappedPages()
-    for key, value in fitting.items():
+    for key, value in fitting.items():  # all of them first: a file that is refused changes nothing
         _check_value(weights, key, value, torch.finfo(own[key].dtype).max)
+        pages.give_back(value)
+    for key, value in fitting.items():
         _put(model, key, value, home)
         pages.give_back(value)
     if home is not None:

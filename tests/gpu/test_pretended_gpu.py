@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from gpu.pretended_driver import (
     A100,
     A4000,
@@ -36,13 +37,13 @@ from sapiens_accel.doctor import environment
 from sapiens_accel.doctor.environment import Launch
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import predict
-from sapiens_accel.inference import detect_people
-from sapiens_accel.memory import planner
+from sapiens_accel.inference import estimator
+from sapiens_accel.memory import gpus, planner
 from sapiens_accel.memory.estimate import Room
 from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.models import attention
 from sapiens_accel.runtime import device, distributed, engine
-from sapiens_accel.training import activation_offload, optim
+from sapiens_accel.training import activation_offload, optim, stage
 
 PACKAGE = Path(sapiens_accel.__file__).parent
 CARDS = [T4, V100, A4000, RTX4080, A100, H100, RTX5090]
@@ -59,11 +60,13 @@ COVERED = {
     "doctor/environment.py::_attention": "test_the_doctor_says_which_kernel_attention_gets",
     "doctor/environment.py::_operations": "test_the_doctor_knows_what_a_gpu_compiles",
     "evaluation/predict.py::predict": "test_crops_to_predict_are_pinned_for_a_gpu",
-    "inference/detect_people.py::_device": "test_people_are_looked_for_on_the_gpu",
+    "inference/estimator.py::_choose_autocast": "test_the_estimator_has_the_precisions_of_the_card",
+    "memory/planner.py::_rates": "test_hours_are_those_of_the_card",
     "memory/planner.py::explain_out_of_memory": "test_running_out_of_memory_frees_what_torch_keeps",
     "models/attention.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
+    "runtime/device.py::choose_device": "test_people_are_looked_for_on_the_gpu",
     "runtime/device.py::problem_of_device": "test_a_card_that_cannot_be_trained_on_is_refused_before_anything_is_built",
     "runtime/device.py::peak_bytes": "test_the_peak_is_the_allocators",
     "runtime/device.py::reset_peak": "test_the_peak_is_the_allocators",
@@ -78,6 +81,7 @@ COVERED = {
     "training/activation_offload.py::_Copies._fetch": "test_offloaded_activations_wait_in_the_right_order",
     "training/activation_offload.py::_stream": "test_offloaded_activations_wait_in_the_right_order",
     "training/optim.py::adamw": "test_adamw_is_fused_on_a_gpu",
+    "training/stage.py::_home": "test_weights_are_loaded_straight_onto_the_gpu",
 }
 
 
@@ -382,9 +386,60 @@ def test_crops_to_predict_are_pinned_for_a_gpu(where: torch.device, monkeypatch:
 
 
 def test_people_are_looked_for_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert detect_people._device(None).type == "cpu"
+    assert device.choose_device(None, "--device").type == "cpu"
     pretend(monkeypatch, T4)
-    assert detect_people._device(None).type == "cuda"
+    assert device.choose_device(None, "--device").type == "cuda"
+
+
+def test_the_estimator_has_the_precisions_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, T4)
+    assert estimator._choose_autocast("float16", CUDA_0) == torch.float16
+    assert estimator._choose_autocast(None, CUDA_0) is None
+    with pytest.raises(UserError, match=r"dtype bfloat16: Tesla T4 has none \(expected float16 or float32\)"):
+        estimator._choose_autocast(torch.bfloat16, CUDA_0)
+    pretend(monkeypatch, A100)
+    assert estimator._choose_autocast("bfloat16", CUDA_0) == torch.bfloat16
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_hours_are_those_of_the_card(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assumed rates, by the name that the driver gives; the selftest has measured nothing in this folder."""
+    monkeypatch.chdir(tmp_path)
+    pretend(monkeypatch, card)
+    accelerator: Any = types.SimpleNamespace(device=CUDA_0)
+    found = planner._rates(accelerator)
+    expected = {T4: "T4", V100: "V100", A4000: "A4000", RTX4080: "4080", A100: "A100", H100: "H100"}.get(card)
+    assert found == (gpus.GPUS[expected].rates if expected else gpus.ASSUMED) and not found.measured
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "options", "expected"),
+    [
+        ("bf16", 2, {}, (CUDA_0, torch.bfloat16)),
+        ("fp16", 1, {}, (CUDA_0, torch.float16)),
+        ("bf16", None, {}, (CUDA_0, None)),  # without DeepSpeed, autocast keeps the weights in fp32
+        ("bf16", 3, {}, (torch.device("cpu"), None)),  # ZeRO-3 shards them from the host
+        ("bf16", 2, {"teacher": True}, (torch.device("cpu"), None)),  # the average begins with fp32
+        ("bf16", 2, {"frozen": True}, (torch.device("cpu"), None)),  # exported as they were
+        ("bf16", 2, {"frozen": True, "adapted": True}, (CUDA_0, torch.bfloat16)),
+    ],
+)
+def test_weights_are_loaded_straight_onto_the_gpu(
+    precision: str, zero: int | None, options: dict[str, bool], expected: tuple[torch.device, torch.dtype | None]
+) -> None:
+    kind = DistributedType.NO if zero is None else DistributedType.DEEPSPEED
+    plugin = types.SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": zero}})
+    accelerator = types.SimpleNamespace(
+        device=CUDA_0,
+        mixed_precision=precision,
+        distributed_type=kind,
+        state=types.SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    teacher = object() if options.get("teacher") else None
+    context: Any = types.SimpleNamespace(accelerator=accelerator, config=types.SimpleNamespace(teacher=teacher))
+    model: Any = torch.nn.Linear(2, 2).requires_grad_(not options.get("frozen", False))
+    home = stage._home(context, model, adapted=options.get("adapted", False))
+    assert (torch.device(home.device), home.dtype) == expected
 
 
 # ---- The doctor
