@@ -4,7 +4,6 @@ By libjpeg-turbo in nvImageCodec, on the CPU; an extra: pip install "sapiens_acc
 """
 
 import os
-import shutil
 import sys
 import tempfile
 from functools import cache
@@ -45,9 +44,12 @@ def decode(content: bytes, region: Region, image_width: int) -> UInt8[Array, "h 
     The same bytes as of the whole image by OpenCV, which has libjpeg-turbo as well (tests/sources/test_jpeg_region.py).
 
     Returns:
-        None if it does not decode.
+        None if it does not decode, or nothing decodes parts on this machine.
     """
-    codec, decoder, settings = _open_decoder(os.getpid())  # a process that was forked has not the threads of the other
+    opened = _open_decoder(os.getpid())  # a process that was forked has not the threads of the other
+    if opened is None:
+        return None
+    codec, decoder, settings = opened
     first, end = max(0, region.left - MARGIN), min(image_width, region.right + MARGIN)
     wider = codec.Region(region.top, first, region.bottom, end)
     try:
@@ -59,8 +61,11 @@ def decode(content: bytes, region: Region, image_width: int) -> UInt8[Array, "h 
 
 
 @cache
-def _open_decoder(_: int) -> tuple[Any, Any, Any]:
-    codec = _import_codec()
+def _open_decoder(_: int) -> tuple[Any, Any, Any] | None:
+    try:
+        codec = _import_codec()
+    except (ImportError, OSError):  # a temporary folder that is full or has no links: whole images have the same pixels
+        return None
     backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
     decoder = codec.Decoder(device_id=CPU_ONLY, max_num_cpu_threads=1, backends=backends)
     return codec, decoder, codec.DecodeParams(apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB)
@@ -73,7 +78,7 @@ def _import_codec() -> Any:
     assert package is not None
     with tempfile.TemporaryDirectory() as folder:
         for file in (package / "extensions").glob("*jpeg_turbo*"):
-            shutil.copy(file, folder)  # no link: not every disk has links
+            (Path(folder) / file.name).symlink_to(file)
         os.environ.update(NVIMGCODEC_EXTENSIONS_PATH=folder, PYNVIMGCODEC_VERBOSITY="0")
         try:
             from nvidia import nvimgcodec  # pyright: ignore[reportMissingImports]
