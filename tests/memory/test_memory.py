@@ -107,12 +107,12 @@ def test_the_predicted_peak_under_zero_is_the_allocators(
     tree["zero_optimization"]["reduce_bucket_size"] = 200_000  # a part of the network, as for large ones
     (tmp_path / "zero.json").write_text(json.dumps(tree))
     env = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
     }  # fmt: skip
-    found = peaks([{"name": "sapiens_tiny", **case} for case in cases], tmp_path, **env)
-    for case, result in zip(cases, found, strict=True):
+    for case in cases:  # each in its own process: later ones of one process measured half as much, not explained
+        (result,) = peaks([{"name": "sapiens_tiny", **case}], tmp_path, **env, MASTER_PORT=str(free_port()))
         assert result["predicted"] == pytest.approx(result["measured"], rel=rel), case
 
 
@@ -421,11 +421,13 @@ def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: 
 def test_running_out_of_memory_in_a_run_saves_the_last_step(tmp_path: Path) -> None:
     """A CPU run in a process that may not grow: evaluating after 2 steps asks for far more than is left."""
     script = (
-        "import resource, sys, train\n"
+        "import resource, sys\n"
         "from pathlib import Path\n"
+        "from sapiens_accel.errors import run_main\n"
+        "from sapiens_accel.train import main\n"
         "size = int(Path('/proc/self/status').read_text().split('VmSize:')[1].split()[0]) * 1024\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 1500 * 2**20,) * 2)\n"
-        "train.run_main(train.main)\n"
+        "run_main(main)\n"
     )
     words = [
         "--stage=phase2", "--data.synthetic.num_train=8", "--data.synthetic.num_unlabelled=1",
