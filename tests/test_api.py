@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,10 +151,13 @@ def test_the_precision_of_a_call_and_of_notebook_launcher(monkeypatch: pytest.Mo
 def test_two_processes_of_notebook_launcher(tmp_path: Path) -> None:
     """The same losses as one process, within 1e-5; the notebook goes on afterwards."""
     overrides = {**OVERRIDES, "output_dir": "two"}
+    with socket.socket() as probe:  # that of others is taken while other tests run
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     script = (
         "from accelerate import notebook_launcher\n"
         "from sapiens_accel import train\n"
-        f"notebook_launcher(train, ('demo', {overrides!r}), num_processes=2)\n"
+        f"notebook_launcher(train, ('demo', {overrides!r}), num_processes=2, use_port={port!r})\n"
         f"train('demo', {overrides | {'output_dir': 'one'}!r})\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
