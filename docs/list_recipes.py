@@ -29,7 +29,7 @@ writes this page.
 
 Memory (GPU with its allowance, host) and hours are **predicted** for one RTX {GPU} (16 GB), {HOST[:-3]} GiB of host
 memory, COCO's 149,813 labeled people and the launch that the plan recommends; the speeds behind the hours are assumed.
-Nothing of it was measured on a GPU. For other GPUs: `sapiens-accel memory --recipe sapiens_1b_coco --gpu T4`.
+Nothing of it was measured on a GPU. For other GPUs: `sapiens-accel memory --recipe sapiens_0.3b_coco --gpu T4`.
 
 | recipe | parameters | input | stages (epochs) | launch of phase2 | GPU GiB | host GiB | hours of phase2 |
 |---|---|---|---|---|---|---|---|
