@@ -206,7 +206,7 @@ def _describe(setting: Setting, machine: _Machine) -> list[str]:
     half = setting.precision
     kernel = "memory-efficient" if half == "fp16" else "flash"
     rates = setting.room.rates
-    source = "measured by the selftest" if rates.measured else "ASSUMED: python -m sapiens_accel.selftest measures it"
+    source = "measured by the selftest" if rates.measured else "ASSUMED; measured by `python -m sapiens_accel.selftest`"
     return [
         f"{machine.name}, of which CUDA takes {CONTEXT / GIB:g} GiB; {half}, {kernel} attention; host {machine.host}",
         f"{rates.flops / 1e12:.0f} TFLOP/s sustained ({source})",

@@ -169,7 +169,7 @@ def test_a_card_brings_its_memory_and_precision(capsys: pytest.CaptureFixture) -
     report.main(["--recipe", "sapiens_0.3b_coco", "--stage=phase2", "--gpu", "T4", "--host_memory", "64GiB"])
     printed = capsys.readouterr().out
     assert "1 T4 with 14.8 GiB, of which CUDA takes 1 GiB; fp16, memory-efficient attention; host 64GiB" in printed
-    assert "22 TFLOP/s sustained (ASSUMED: python -m sapiens_accel.selftest measures it)" in printed
+    assert "22 TFLOP/s sustained (ASSUMED; measured by `python -m sapiens_accel.selftest`)" in printed
 
 
 def test_an_unknown_card_is_refused() -> None:
