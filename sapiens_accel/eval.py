@@ -102,8 +102,10 @@ def run_evaluation(references: Sequence[str], words: Sequence[str], base: Config
         raise UserError(
             f"--eval.ensemble: only one network, {candidates[0].weights}. Give the weights of several networks"
         )
-    run, line = networks.adopt_image_bits(candidates, run)
-    if line:
+    run, bits = networks.adopt_image_bits(candidates, run)
+    given = any(word.partition("=")[0] == "--data.box_padding" for word in words)
+    run, padding = networks.adopt_box_padding(candidates, run, given=given)
+    for line in filter(None, [bits, padding]):
         accelerator.print(line)
     if run.eval.images:
         predict_media.predict_media(accelerator, candidates, run)

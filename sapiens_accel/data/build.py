@@ -91,7 +91,7 @@ def open_people(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) -> S
         val=checked["val"],
         unlabeled=checked.get("unlabelled"),
         warnings=tuple(line for line in warnings if line),
-        skeleton=dataclasses.replace(skeleton, people=sizes, image_bits=config.image_bits),
+        skeleton=_record_training(skeleton, sizes, config),
         mixture=_mixture(config, [len(people) for people in parts]) if others else None,
     )
     if sets.unlabeled:
@@ -131,7 +131,7 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
     check_targets(dataclasses.replace(train, rows=first), config)
     val = open_split(config, skeleton, "val")
     others = _open_unlabeled_streams(config, reader, root, cache) if unlabeled else None
-    skeleton = dataclasses.replace(skeleton, people=streaming.measure_stream(train))
+    skeleton = _record_training(skeleton, streaming.measure_stream(train), config)
     lines = (
         warning,
         train.box_note,
@@ -140,8 +140,12 @@ def _open_streams(config: DataConfig, skeleton: Skeleton, *, unlabeled: bool) ->
         _propose_whole_images(config, skeleton.people),
         UNCOMPARED,
     )
-    skeleton = dataclasses.replace(skeleton, image_bits=config.image_bits)
     return Sets(train, val, others, tuple(line for line in lines if line), skeleton)
+
+
+def _record_training(skeleton: Skeleton, sizes: PeopleSizes | None, config: DataConfig) -> Skeleton:
+    """The skeleton with what predictions have to know of the training: exported weights keep it."""
+    return dataclasses.replace(skeleton, people=sizes, image_bits=config.image_bits, box_padding=config.box_padding)
 
 
 def _open_unlabeled_streams(config: DataConfig, train: PeopleReader, root: Path, cache: Path) -> People:

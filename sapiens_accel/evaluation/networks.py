@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from sapiens_accel.config.schema import STAGES, Config, EvalConfig
+from sapiens_accel.config.schema import STAGES, Config, DataConfig, EvalConfig
 from sapiens_accel.data.keypoint_mapping import describe_keypoints
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation.error_analysis import Reliability, parse_reliability
@@ -208,6 +208,29 @@ def adopt_image_bits(candidates: Sequence[Candidate], run: Config) -> tuple[Conf
     if len(trained) > 1:
         line = f"warning: {line}; others were trained with other bits ({listed})"
     return replace(run, data=replace(run.data, image_bits=bits)), line
+
+
+def adopt_box_padding(candidates: Sequence[Candidate], run: Config, *, given: bool) -> tuple[Config, str]:
+    """The run with the `data.box_padding` of the weights' training, unless it has its own; and a line about it.
+
+    With other room around them, people have another size in the network's input than those that it was trained on.
+
+    Args:
+        given: it is on the command line; one that is not the default is the run's own too.
+
+    Raises:
+        UserError: as `_stored`; there are no such weights.
+    """
+    own = run.data.box_padding
+    stored = [skeleton.box_padding for one in candidates if (skeleton := _stored(one))]
+    trained = sorted({padding for padding in stored if padding is not None})
+    if not set(trained) - {own}:
+        return run, ""
+    if given or own != DataConfig.box_padding or len(trained) > 1:
+        listed = " and ".join(f"{padding:g}" for padding in trained)
+        return run, f"warning: --data.box_padding {own:g}: the weights were trained with {listed}"
+    line = f"boxes have --data.box_padding {trained[0]:g}, as in the training of the weights"
+    return replace(run, data=replace(run.data, box_padding=trained[0])), line
 
 
 def _options(there: Category) -> list[list[str]]:

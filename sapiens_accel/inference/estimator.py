@@ -24,7 +24,6 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.data.detections import NOBODY, PersonBoxes
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import keypoint_csv, networks
-from sapiens_accel.evaluation.boxes import GROUND_TRUTH
 from sapiens_accel.evaluation.keypoint_csv import CsvShape, ImageRow, PersonRow
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector, prepare_batch
@@ -179,9 +178,11 @@ class PoseEstimator:
         words = ["--stage=all", "--data.num_workers=0", *words]
         run = config.load(words, prog="PoseEstimator", base=networks.find_run_config(paths[0]))
         candidates = [networks.list_weights(path, run, None)[-1] for path in paths]
-        run, line = networks.adopt_image_bits(candidates, run)
-        if line.startswith("warning: "):
-            warnings.warn(line.removeprefix("warning: "), stacklevel=2)
+        run, bits = networks.adopt_image_bits(candidates, run)
+        run, padding = networks.adopt_box_padding(candidates, run, given=False)
+        for line in (bits, padding):
+            if line.startswith("warning: "):
+                warnings.warn(line.removeprefix("warning: "), stacklevel=2)
         skeleton = networks.infer_weights_skeleton(candidates)
         run = run if skeleton.mirror_known else run.without_mirroring()
         built = [networks.build_network(one, run, skeleton, where, autocast)[0] for one in candidates]
@@ -246,7 +247,7 @@ class PoseEstimator:
         piece = Piece(
             root=Path(), files=names, names=names, sizes=sizes, bad=[], pixels=lambda index: read_pixels(images[index]),
         )  # fmt: skip
-        is_whole = isinstance(boxes, str | None) and boxes in (None, "image", WHOLE, GROUND_TRUTH)
+        is_whole = isinstance(boxes, str | None) and boxes in (None, "image", WHOLE)
         if isinstance(boxes, str | None):
             people = self._find_people(piece, WHOLE if is_whole else str(boxes))
         else:

@@ -86,10 +86,11 @@ def export(
     weights_file.save(temporary, entries, _tensors(state, model), {"format": "pt"})
     files.follow_umask(temporary)
     meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
-    if skeleton.image_bits is None:
-        del meaning["image_bits"]
+    for name in ("image_bits", "box_padding"):
+        if meaning[name] is None:
+            del meaning[name]
     _write(folder / "config.json", _config(model, skeleton, sigma, dtype))
-    _write(folder / "preprocessor_config.json", _preprocessor(model, sigma))
+    _write(folder / "preprocessor_config.json", _preprocessor(model, skeleton, sigma))
     _write(folder / SKELETON_FILE, meaning)
     modules = [image_processing_sapiens_pose, heatmap_numpy]
     for module in [modeling_sapiens_pose, *modules] if model.size.family == "sapiens" else modules:
@@ -164,10 +165,11 @@ def _flip_pairs(skeleton: Skeleton) -> list[list[int]]:
     return [[k, other] for k, other in enumerate(skeleton.mirror) if k < other]
 
 
-def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
+def _preprocessor(model: SapiensPose, skeleton: Skeleton, sigma: float) -> dict[str, Any]:
     """For our image processor, and for transformers' Sapiens2ImageProcessor, which needs torchvision."""
     height, width = model.input_hw
     processor = image_processing_sapiens_pose.SapiensPoseImageProcessor
+    padding = {} if skeleton.box_padding is None else {"box_padding": skeleton.box_padding}
     return {
         "image_processor_type": "Sapiens2ImageProcessor",
         "auto_map": {"AutoImageProcessor": f"{Path(image_processing_sapiens_pose.__file__).stem}.{processor.__name__}"},
@@ -183,6 +185,7 @@ def _preprocessor(model: SapiensPose, sigma: float) -> dict[str, Any]:
         "image_std": [std / 255 for std in PIXEL_STD],
         "keypoint_heatmap_downscale_factor": height // model.heatmap_hw[0],
         "keypoint_heatmap_sigma": sigma,
+        **padding,
     }
 
 

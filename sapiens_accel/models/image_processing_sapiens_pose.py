@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from sapiens_accel.pose.heatmap_numpy import NumpyCodec
 
-PADDING = 1.25  # of boxes, as in training
+PADDING = 1.25  # of boxes, where the folder does not say with which they were trained
 
 
 class SapiensPoseImageProcessor(BaseImageProcessor):
@@ -36,12 +36,13 @@ class SapiensPoseImageProcessor(BaseImageProcessor):
         image_std: list[float],
         rescale_factor: float = 1 / 255,
         keypoint_heatmap_sigma: float = 6.0,
+        box_padding: float = PADDING,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.size = dict(size)
         self.image_mean, self.image_std, self.rescale_factor = list(image_mean), list(image_std), rescale_factor
-        self.keypoint_heatmap_sigma = keypoint_heatmap_sigma
+        self.keypoint_heatmap_sigma, self.box_padding = keypoint_heatmap_sigma, box_padding
 
     def preprocess(self, images: Any, boxes: Any = None, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Crops of people, as the network takes them.
@@ -118,7 +119,7 @@ class SapiensPoseImageProcessor(BaseImageProcessor):
         if not (w > 0 and h > 0):
             raise ValueError(f"box {x:g} {y:g} {w:g} {h:g}: no area (expected left, top, width, height in px)")
         size_wh = np.array([self.size["width"], self.size["height"]], np.float64)
-        crop_wh = PADDING * max(w / size_wh[0], h / size_wh[1]) * size_wh
+        crop_wh = self.box_padding * max(w / size_wh[0], h / size_wh[1]) * size_wh
         scale = (size_wh - 1) / crop_wh
         corner = np.array([x + w / 2, y + h / 2]) - crop_wh / 2
         return np.column_stack([np.diag(scale), -scale * corner])

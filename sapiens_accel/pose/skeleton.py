@@ -1,6 +1,7 @@
 """What a set of keypoints means: names, mirror order, OKS sigmas, body halves, drawing edges."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ class Skeleton:
         categories: the names of the categories that have these keypoints; empty: person.
         people: how large people are in the training images, where that is known.
         image_bits: `data.image_bits` of the training, where it was given.
+        box_padding: `data.box_padding` of the training, where that is known.
 
     Raises:
         ValueError: names that are not text or not unique, indices out of range, sigmas outside of (0, 1].
@@ -40,6 +42,7 @@ class Skeleton:
     categories: tuple[str, ...] = field(default=(), compare=False)
     people: PeopleSizes | None = field(default=None, compare=False)
     image_bits: int | None = field(default=None, compare=False)
+    box_padding: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         k = len(self.names)
@@ -86,6 +89,7 @@ class Skeleton:
             categories=self.categories,
             people=self.people,
             image_bits=self.image_bits,
+            box_padding=self.box_padding,
         )
 
 
@@ -100,6 +104,9 @@ def skeleton_from_tree(tree: Mapping[str, Any]) -> Skeleton:
     bits = tree.get("image_bits")
     if bits is not None and (type(bits) is not int or not 8 <= bits <= 16):
         raise ValueError(f"image_bits: expected a number from 8 to 16, found {bits!r}")
+    padding = tree.get("box_padding")
+    if padding is not None and (type(padding) not in (int, float) or not 0 < padding <= sys.float_info.max):
+        raise ValueError(f"box_padding: expected a number above 0, found {str(padding)[:20]}")
     return Skeleton(
         **lists,
         edges=tuple((a, b) for a, b in tree["edges"]),
@@ -107,6 +114,7 @@ def skeleton_from_tree(tree: Mapping[str, Any]) -> Skeleton:
         categories=tuple(map(str, tree.get("categories") or ())),
         people=PeopleSizes(share=tuple(sizes["share"]), aspect=tuple(sizes["aspect"])) if sizes else None,
         image_bits=bits,
+        box_padding=padding,
     )
 
 

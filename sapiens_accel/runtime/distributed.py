@@ -67,7 +67,10 @@ def start() -> Accelerator:
     """
     signals.follow_launcher()
     ours = launch.own_launch()
-    remember_launch(*((ours.command, []) if ours else (launch.words_before_script(),)))
+    if ours:
+        remember_launch(ours.command, [])
+    else:
+        remember_launch(launch.words_before_script())
     launch.check()
     cuda, with_deepspeed = launch.uses_cuda(), launch.uses_deepspeed()
     if cuda:

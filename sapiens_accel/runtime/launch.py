@@ -253,9 +253,8 @@ def check() -> None:
     if not uses_deepspeed():
         return
     if not uses_cuda():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed would find that itself, with a warning of each process
+        # DeepSpeed would find that itself, with a warning of each process.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
             "DeepSpeed needs its launcher: accelerate launch --config_file accelerate_configs/zero2.yaml train.py"

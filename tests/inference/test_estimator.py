@@ -236,6 +236,8 @@ def test_boxes_of_another_number_of_images(pose: PoseEstimator, files: list[Path
         pose(files[:2], [np.zeros((1, 4))])
     with pytest.raises(UserError, match="boxes nothing/here: "):
         pose(files[0], "nothing/here")
+    with pytest.raises(UserError, match="boxes gt: "):  # labels, which an image has not
+        pose(files[0], "gt")
     _video(tmp_path / "clip.avi", files, 2)
     with pytest.raises(UserError, match="boxes: an array, for a video"):
         pose(tmp_path / "clip.avi", np.zeros((1, 4)))

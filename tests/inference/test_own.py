@@ -13,10 +13,12 @@ import cv2
 import forks
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from detectors import tiny
 from networks import untrained
+from transformers import AutoImageProcessor
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import EvalConfig
@@ -28,7 +30,8 @@ from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.evaluation.predict import PredictionSetup, predict
 from sapiens_accel.inference import detect_people as boxes
 from sapiens_accel.inference import outputs, predict_media
-from sapiens_accel.pose import draw
+from sapiens_accel.inference.estimator import PoseEstimator
+from sapiens_accel.pose import draw, geometry
 from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, SAPIENS308, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import images as photo
@@ -365,6 +368,33 @@ def test_images_are_read_with_the_bits_of_the_training(main: Main, root: Path, t
     finally:
         photo.set_image_bits(None)
     assert "image_bits" not in json.loads((untrained(tmp_path / "plain") / "skeleton.json").read_text())
+
+
+def test_boxes_are_padded_as_in_the_training(main: Main, root: Path, tmp_path: Path) -> None:
+    """Weights away from their run were given 1.25, whatever they were trained with."""
+    images, tight = root / "val2017", untrained(tmp_path / "tight", 0, replace(COCO17, box_padding=1.0))
+    plain = untrained(tmp_path / "plain", 0)
+
+    def keypoints(*words: Any) -> tuple[list[Any], str]:
+        tree, said = main(*words, *ALL)
+        return [one["keypoints"] for one in tree["annotations"]], said
+
+    expected, said = keypoints(plain, images, "--data.box_padding", 1)
+    assert "box_padding" not in said
+    found, said = keypoints(tight, images)
+    assert "boxes have --data.box_padding 1, as in the training of the weights" in said
+    assert found == expected
+    for padding in ("1.25", "1.1"):
+        other, said = keypoints(tight, images, "--data.box_padding", padding)
+        assert f"warning: --data.box_padding {padding}: the weights were trained with 1" in said
+        assert other == keypoints(plain, images, "--data.box_padding", padding)[0] != expected
+    file = sorted(images.iterdir())[0]
+    whole = PoseEstimator.from_pretrained(tight)(file).to_coco()["annotations"]
+    assert [one["keypoints"] for one in whole] == expected[:1]
+    processor = AutoImageProcessor.from_pretrained(tight, trust_remote_code=True)
+    image = PIL.Image.open(file)
+    crop = geometry.crop_around_box(np.array([0.0, 0, *image.size]), 1.0, (64, 48)).matrix((64, 48))
+    assert np.allclose(processor._matrix([0, 0, *image.size]), crop, atol=1e-9)
 
 
 def test_boxes_by_the_detector_are_those_of_the_program(
