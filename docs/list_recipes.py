@@ -44,9 +44,9 @@ BELOW = """
 
 These are checkpoints of the authors, trained on COCO, MPII, CrowdPose and AI Challenger (the authors' table names them
 `coco_mpii_crowdpose_aic`); the table is in their
-[POSE_README.md](https://github.com/facebookresearch/sapiens/blob/main/docs/evaluate/POSE_README.md). The recipes without `_official` train on COCO
-alone at 512x384, of which no result is published, and nothing in this project has been trained on all of COCO: expect
-less, and no more than these.
+[POSE_README.md](https://github.com/facebookresearch/sapiens/blob/main/docs/evaluate/POSE_README.md).
+The recipes without `_official` train on COCO alone at 512x384, of which no result is published, and nothing in this
+project has been trained on all of COCO: expect less, and no more than these.
 """
 
 
