@@ -102,7 +102,7 @@ def launch_if_asked(name: str, words: Sequence[str]) -> None:
     config = launch.find_launch(options.pop("launch", "single_gpu" if one else "multi_gpu"))
     if name == "train":
         parse.load(rest)  # here in seconds: the processes of a launch would take many more to come to it
-    launch.announce([*program_words(), *given], config)
+    launch.announce([*(launch.words_before_script() or []), *program_words(), *given], config)
     logging.disable(logging.CRITICAL)  # of the launcher: its processes have said what happened
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the processes, which save; it waits for them
     flags = ["--config_file", str(config), *(f"--{key}={value}" for key, value in options.items())]

@@ -71,8 +71,8 @@ def format_everyday(program: str, recipe: str, defaults: Config) -> str:
     for key, text in (EVALUATION if evaluates else TRAINING).items():
         name = SHORT.get(key, key.removeprefix("eval.")) if evaluates else key
         value = "" if evaluates or "default:" in text else _shown(value_of(defaults, key))
-        is_told = value not in ("", "none", "false") and len(value) < LONG
-        lines.append(f"  --{name:24} {text}" + (f" ({value})" if is_told else ""))
+        shows_default = value not in ("", "none", "false") and len(value) < LONG
+        lines.append(f"  --{name:24} {text}" + (f" ({value})" if shows_default else ""))
     if not evaluates:
         lines.append(f"  --{'launch zero2':24} start the processes (zero2, zero2_offload, ...), with --num_processes N")
         lines.append(f"  --{'print_config':24} print the value of every option, and exit")

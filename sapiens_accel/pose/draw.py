@@ -19,6 +19,7 @@ DARK = (20, 20, 20)
 SHORT = 8  # px: bones shorter than this have no outline, and their keypoints are dots
 SCALE_TO = 384  # px: small images are enlarged to about this height, so that keypoints do not overlap
 MANY = 40  # keypoints: skeletons with more are drawn with smaller ones
+HEADER_WIDTH = 900  # px of an image whose header is as it is drawn
 DOT = 1  # px: smallest radius of a keypoint, if others are close
 LARGEST_COORDINATE = 2.0**24  # that is passed to cv2
 STRIP, TEXT_COLOR, BACKGROUND = 20, (235, 235, 235), (24, 24, 24)
@@ -152,12 +153,17 @@ def draw_key(width: int, entries: Sequence[tuple[str, Color]]) -> UInt8[Array, "
 
 
 def add_header(image: UInt8[Array, "h w 3"], text: str) -> UInt8[Array, "H w 3"]:
-    """Put text above an image, wrapped to its width."""
-    lines, width = [""], image.shape[1] - 12
+    """Put text above an image, wrapped to its width; larger above an image that a screen shows smaller."""
+    enlarged = max(1, round(image.shape[1] / HEADER_WIDTH))
+    width = image.shape[1] // enlarged
+    lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if _width(longer) <= width else [*lines, word]
-    return np.concatenate([*(draw_key(image.shape[1], [(line, (0, 0, 0))]) for line in lines), image])
+        lines = [*lines[:-1], longer] if _width(longer) <= width - 12 else [*lines, word]
+    header = np.concatenate([draw_key(width, [(line, (0, 0, 0))]) for line in lines])
+    if enlarged > 1:
+        header = cv2.resize(header, (image.shape[1], enlarged * len(header)), interpolation=cv2.INTER_LINEAR)
+    return np.concatenate([header, image])
 
 
 def encode_jpeg(image: UInt8[Array, "h w 3"], max_bytes: int) -> bytes:

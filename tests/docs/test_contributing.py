@@ -65,7 +65,7 @@ def _apply(patch: str, root: Path) -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 def test_the_stage_that_it_adds_is_trained_evaluated_planned_and_pushed(tmp_path: Path) -> None:
-    for name in ("train.py", "eval.py", "sapiens_accel", "ds_configs"):
+    for name in ("train.py", "eval.py", "sapiens_accel", "accelerate_configs", "ds_configs"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, tmp_path / name)
     _apply(re.search(r"```diff\n(.*?)```", TEXT, re.DOTALL)[1], tmp_path)  # type: ignore[index]

@@ -1,6 +1,9 @@
 """What a launch is refused for before anything is built, and what DeepSpeed's fp16 scale does at its minimum."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -140,3 +143,21 @@ def test_the_words_before_the_script_start_it_again(
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     found = launch._before_arguments(command.replace("BIN", str(tmp_path)).split())
     assert found == (before.split() if before else None)
+
+
+def test_a_launch_by_an_option_is_repeated_with_its_interpreter(tmp_path: Path) -> None:
+    """`python train.py --launch ...` tells its processes that command, not one that begins with train.py."""
+    (tmp_path / "train.py").write_text(
+        "import os, sys\n"
+        "from sapiens_accel import cli\n"
+        "from sapiens_accel.runtime import launch\n"
+        "cli._launch = lambda words: print(os.environ[launch.LAUNCH_VARIABLE]) or 0\n"
+        'cli.launch_if_asked("train", sys.argv[1:])\n'
+    )
+    words = ["train.py", "--launch", "single_gpu", "--num_processes", "1", "--recipe", "tiny_demo"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    command = launch.OwnLaunch(*json.loads(done.stdout)).command
+    assert Path(command[0]).name.startswith("python") and command[1:] == words[:5]
