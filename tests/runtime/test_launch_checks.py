@@ -154,7 +154,7 @@ def test_a_launch_by_an_option_is_repeated_with_its_interpreter(tmp_path: Path) 
         "cli._launch = lambda words: print(os.environ[launch.LAUNCH_VARIABLE]) or 0\n"
         'cli.launch_if_asked("train", sys.argv[1:])\n'
     )
-    words = ["train.py", "--launch", "single_gpu", "--num_processes", "1", "--recipe", "tiny_demo"]
+    words = ["train.py", "--launch", "single_gpu", "--num_processes", "1", "--recipe", "demo"]
     environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
