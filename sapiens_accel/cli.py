@@ -7,10 +7,12 @@ launcher, and prints nothing after the one line of a run that ends by an error.
 import difflib
 import importlib
 import logging
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -104,9 +106,32 @@ def launch_if_asked(name: str, words: Sequence[str]) -> None:
         parse.load(rest)  # here in seconds: the processes of a launch would take many more to come to it
     launch.announce([*(launch.words_before_script() or []), *program_words(), *given], config)
     logging.disable(logging.CRITICAL)  # of the launcher: its processes have said what happened
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the processes, which save; it waits for them
+    _pass_signals_on()
     flags = ["--config_file", str(config), *(f"--{key}={value}" for key, value in options.items())]
     sys.exit(_launch([*flags, "-m", COMMANDS[name].module, *rest]))
+
+
+def _pass_signals_on() -> None:
+    """Let signals that stop a run reach its processes, which save their step, and wait for them as long as that takes.
+
+    torch's launcher would kill them 30 seconds later, and SIGUSR1 and SIGUSR2 would end the launcher alone.
+    """
+    import psutil
+
+    from sapiens_accel.runtime.signals import SIGNALS
+
+    def pass_on(number: int, _: object) -> None:
+        started = psutil.Process().children()
+        for process in started:
+            with suppress(psutil.Error):
+                process.send_signal(number)
+        if not started:
+            sys.exit(128 + number)
+
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals-to-handle: all but those
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
 
 
 def _launch(words: Sequence[str]) -> int:
