@@ -10,8 +10,8 @@ from sapiens_accel.config.options import options
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError
 
-EXPORT_FORMATS = ("onnx", "torch_export")
-EXPORT_DTYPES = ("fp32", "bf16")
+EXPORT_FORMATS = ("onnx", "torch_export", "tensorrt")
+EXPORT_DTYPES = ("fp32", "fp16", "bf16")
 DETECTOR, DETECTOR_THRESHOLD, DETECTOR_MAX_IOU = "PekingU/rtdetr_v2_r50vd", 0.05, 0.7
 
 
@@ -53,8 +53,14 @@ def export_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("weights", type=Path, help="a weights folder: RUN_DIR/STAGE/weights")
-    parser.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the format")
-    parser.add_argument("out", type=Path, help="the file to write: OUT.onnx or OUT.pt2")
+    parser.add_argument("--to", choices=EXPORT_FORMATS, help="the format")
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="the file to write: OUT.onnx, OUT.pt2 or OUT.engine"
+    )
+    parser.add_argument(
+        "--benchmark", action="store_true",
+        help="write no file; time PyTorch, ONNX Runtime and TensorRT on this machine, as people a second",
+    )  # fmt: skip
     parser.add_argument(
         "--dynamic_batch", nargs="?", const="true", default="true", choices=("true", "false"),
         help="any number of people at a time (true), or one",

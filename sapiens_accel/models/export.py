@@ -1,8 +1,10 @@
 """Export weights: a folder that plain transformers loads, a snippet for the model card, and graphs for other runtimes.
 
 python -m sapiens_accel.export RUN_DIR/STAGE/weights --to onnx model.onnx
+python -m sapiens_accel.export RUN_DIR/STAGE/weights --benchmark
 """
 
+import argparse
 import json
 import re
 from collections import ChainMap
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from sapiens_accel.config.commands import export_parser
+from sapiens_accel.errors import UserError
 from sapiens_accel.models import export_graph as graph
+from sapiens_accel.models import export_runtimes as runtimes
 from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose, weights_file
 from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
 from sapiens_accel.models.load import FILE
@@ -26,7 +30,7 @@ from sapiens_accel.pose import heatmap_numpy
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import files
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _SNIPPET = """\
 import torch
@@ -208,11 +212,34 @@ def snippet(repo_id: str, family: str) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    asked = export_parser().parse_args(words)
-    network = graph.Network(asked.weights, DTYPES[asked.dtype])
+    asked = export_parser().parse_intermixed_args(words)
+    _check_words(asked)
+    dtype = DTYPES[asked.dtype]
+    if asked.benchmark:
+        print(runtimes.format_table(runtimes.benchmark(asked.weights, dtype), asked.dtype))
+        return
+    network = graph.Network(asked.weights, dtype)
     dynamic = asked.dynamic_batch == "true"
     graph.write(network, asked.out, asked.to, dynamic_batch=dynamic, opset=asked.opset)
-    result = graph.check(network, asked.out, (1, 3) if dynamic else (1,))
+    # fp16 is held against fp32: what is deployed against what was evaluated.
+    reference = graph.Network(asked.weights) if asked.dtype == "fp16" else network
+    result = runtimes.check(reference, asked.out, (1, 3) if dynamic else (1,), dtype)
     for file in graph.files(asked.out):
         print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
     print(result)
+
+
+def _check_words(asked: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: options that exclude each other, or that need each other; what cannot be written here.
+    """
+    if asked.benchmark:
+        extra = {"--to": asked.to, "OUT": asked.out, "--opset": asked.opset, "--dynamic_batch": asked.dynamic_batch}
+        if given := [name for name, value in extra.items() if value not in (None, "true")]:
+            raise UserError(f"--benchmark: writes no file (found {given[0]}). Leave out {' and '.join(given)}")
+        return
+    if asked.to is None or asked.out is None:
+        lacking = "--to" if asked.to is None else "OUT"
+        raise UserError(f"export: {lacking} is missing (expected WEIGHTS --to FORMAT OUT, or WEIGHTS --benchmark)")
+    graph.check_request(asked.to, asked.out, asked.opset)

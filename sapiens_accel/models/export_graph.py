@@ -1,12 +1,13 @@
-"""Export a weights folder as a graph, ONNX or torch.export, and compare the written file with PyTorch.
+"""Export a weights folder as a graph: ONNX, torch.export, or a TensorRT engine that is built from the ONNX graph.
 
 In: `pixel_values`, float32 [b, 3, H, W], RGB, normalized as preprocessor_config.json says. Out: `heatmaps`, float32
-[b, K, h, w]. Both carry skeleton.json and preprocessor_config.json: ONNX as metadata, torch.export as extra files.
+[b, K, h, w], in any precision of the weights. skeleton.json and preprocessor_config.json are in the file: ONNX has them
+as metadata, torch.export as extra files; an engine has no place for them. `export_runtimes` runs the written files.
 """
 
 import logging
+import tempfile
 import warnings
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,17 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation
 
-Format = Literal["onnx", "torch_export"]
-SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch_export": ".pt2"}
+Format = Literal["onnx", "torch_export", "tensorrt"]
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch_export": ".pt2", "tensorrt": ".engine"}
+PACKAGES: dict[Format, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript"),
+    "torch_export": (),
+    "tensorrt": ("onnx", "onnxscript", "tensorrt"),
+}
 # The lowest and default operator sets of ONNX: torch writes none below 18, which most runtimes support; convolutions in
 # bf16 need 22.
-OPSET = {torch.float32: 18, torch.bfloat16: 22}
-# Maximum absolute difference; relative to the largest value where heatmaps exceed 1.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+OPSET = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+ENGINE_BATCHES = (1, 8, 32)  # of a TensorRT engine: the least, the one that it is tuned for, and the most
 EXTERNAL_BEYOND = 1_500_000_000  # bytes of weights; protobuf is limited to 2 GiB, graph included
 ATTACHED_FILES = ("skeleton.json", "preprocessor_config.json")
 
@@ -52,6 +57,7 @@ class Network(nn.Module):
         if lost:
             raise UserError(f"{folder / weights.FILE}: {lost[0]!r} does not match config.json ({len(lost)} tensors)")
         self.input_hw: tuple[int, int] = tuple(about["input_hw"])
+        self.sigma = float(about["sigma"])
         self.notes = {name: (folder / name).read_text() for name in ATTACHED_FILES if (folder / name).is_file()}
         self.eval().requires_grad_(False)
 
@@ -67,41 +73,68 @@ class Network(nn.Module):
         return torch.randn(num, 3, *self.input_hw, generator=torch.Generator().manual_seed(num))
 
 
+def problem_of_format(to: Format) -> str | None:
+    """Why a format cannot be written on this machine, and the remedy; None where it can."""
+    if missing := [name for name in PACKAGES[to] if find_spec(name) is None]:
+        install = dict.fromkeys(name if name == "tensorrt" else "sapiens_accel[onnx]" for name in missing)
+        return f"needs {' and '.join(missing)}; pip install {' '.join(install)}"
+    if to == "tensorrt" and not torch.cuda.is_available():
+        return "no CUDA GPU here (an engine is built on the GPU that runs it). Export on the machine that has it"
+    return None
+
+
+def check_request(to: Format, file: Path, opset: int | None = None) -> None:
+    """Refuse at once what cannot be written.
+
+    Raises:
+        UserError: a wrong suffix, --opset without ONNX, or as `problem_of_format`.
+    """
+    if file.suffix != SUFFIX[to]:
+        raise UserError(f"{file}: expected a file name that ends in {SUFFIX[to]}")
+    if opset is not None and to != "onnx":
+        raise UserError(f"--opset {opset}: only for --to onnx. Leave it out with --to {to}")
+    if problem := problem_of_format(to):
+        raise UserError(f"--to {to}: {problem}")
+
+
 def write(network: Network, file: Path, to: Format, *, dynamic_batch: bool = True, opset: int | None = None) -> None:
     """Write the graph.
 
     Args:
-        dynamic_batch: allow any batch size; else 1.
+        dynamic_batch: allow any batch size (TensorRT: those of `ENGINE_BATCHES`); else 1.
         opset: ONNX operator set. Default: `OPSET`.
 
     Raises:
-        UserError: a wrong suffix, an unsupported opset, or a package that is not installed.
+        UserError: as `check_request`; an unsupported opset; TensorRT cannot build the engine.
     """
-    if file.suffix != SUFFIX[to]:
-        raise UserError(f"{file}: expected a file name that ends in {SUFFIX[to]}")
+    check_request(to, file, opset)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # With one example image the batch size would become a constant.
-    example = network.example_images(2 if dynamic_batch else 1)
-    shapes = {"pixel_values": {0: torch.export.Dim("batch")} if dynamic_batch else None}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's about its own calls
         if to == "onnx":
-            _write_onnx(network, file, example, shapes, opset)
+            _write_onnx(network, file, opset, dynamic_batch=dynamic_batch)
+        elif to == "tensorrt":
+            _write_engine(network, file, dynamic_batch=dynamic_batch)
         else:
-            if opset is not None:
-                raise UserError(f"--opset {opset}: only for --to onnx. Leave it out with --to torch_export")
+            example, shapes = _example(network, dynamic_batch=dynamic_batch)
             program = torch.export.export(network, (example,), dynamic_shapes=shapes)
             torch.export.save(program, file, extra_files=dict(network.notes))
 
 
-def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str, Any], opset: int | None) -> None:
-    require("onnx", "onnxscript")
+def _example(network: Network, *, dynamic_batch: bool) -> tuple[Tensor, dict[str, Any]]:
+    # With one example image the batch size would become a constant.
+    example = network.example_images(2 if dynamic_batch else 1)
+    return example, {"pixel_values": {0: torch.export.Dim("batch")} if dynamic_batch else None}
+
+
+def _write_onnx(network: Network, file: Path, opset: int | None = None, *, dynamic_batch: bool) -> None:
     from onnx.defs import onnx_opset_version
 
     least, last = OPSET[network.dtype], onnx_opset_version()
     opset = least if opset is None else opset
     if not least <= opset <= last:
         raise UserError(f"--opset {opset}: expected {least} to {last} for weights in {network.dtype}")
+    example, shapes = _example(network, dynamic_batch=dynamic_batch)
     # It warns if torchvision is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = torch.onnx.export(
@@ -120,55 +153,33 @@ def _write_onnx(network: Network, file: Path, example: Tensor, shapes: dict[str,
         raise UserError(f"--opset {opset}: torch could only write {written}. Leave it out or give {written}")
     program.model.metadata_props.update(network.notes)
     size = sum(p.numel() * p.element_size() for p in network.parameters())
-    _remove(file)  # and the external data of an older graph
+    remove(file)  # and the external data of an older graph
     program.save(str(file), external_data=size > EXTERNAL_BEYOND)
 
 
-def check(network: Network, file: Path, batches: tuple[int, ...]) -> str:
-    """Run a written graph on batches of these sizes, and describe its difference from PyTorch.
+def _write_engine(network: Network, file: Path, *, dynamic_batch: bool) -> None:
+    """Build a TensorRT engine from an ONNX graph, in the precisions that the graph states (strongly typed)."""
+    import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
-    Raises:
-        UserError: the difference exceeds `TOLERANCE`; the file is removed.
-    """
-    run = _onnx_runner(file) if file.suffix == SUFFIX["onnx"] else torch.export.load(file).module()
-    if isinstance(run, str):
-        return run
-    worst, largest = 0.0, 0.0
-    with torch.no_grad():
-        for num in batches:
-            pixels = network.example_images(num)
-            expected, actual = network(pixels), run(pixels)
-            worst = max(worst, float((actual - expected).abs().max().nan_to_num(float("inf"))))
-            largest = max(largest, float(expected.abs().max()))
-    difference = f"differs from PyTorch by {worst:.1e} at most, of heatmaps up to {largest:.2g}"
-    if worst > TOLERANCE[network.dtype] * max(1.0, largest):
-        _remove(file)
-        raise UserError(f"{file}: {difference}, more than {TOLERANCE[network.dtype]:.0e}; it was removed")
-    return f"{difference} (batches of {', '.join(map(str, batches))})"
-
-
-def _onnx_runner(file: Path) -> Callable[[Tensor], Tensor] | str:
-    """A function that runs the graph; or, if it cannot be run on this machine, a text that says so.
-
-    Raises:
-        UserError: the graph is not valid, or onnxruntime refuses it; the file is removed.
-    """
-    if find_spec("onnxruntime") is None:
-        return "NOT CHECKED: onnxruntime is not installed; pip install sapiens_accel[onnx]"
-    import onnx
-    import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
-
-    try:
-        onnx.checker.check_model(str(file), full_check=True)
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    except Missing as error:
-        return f"a valid graph, but its numbers are NOT CHECKED: onnxruntime on the CPU: {' '.join(str(error).split())}"
-    except Exception as error:
-        _remove(file)
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file}: onnxruntime cannot run it, and it was removed: {reason}") from None
-    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(definition, logger)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=file.parent) as folder:
+        onnx = Path(folder) / "graph.onnx"
+        _write_onnx(network, onnx, dynamic_batch=dynamic_batch)
+        # By its file, beside which weights over 2 GB are.
+        if not parser.parse_from_file(str(onnx)):
+            raise UserError(f"{file}: TensorRT {trt.__version__} cannot read the graph: {parser.get_error(0).desc()}")
+        config = builder.create_builder_config()
+        if dynamic_batch:
+            profile = builder.create_optimization_profile()
+            profile.set_shape("pixel_values", *((num, 3, *network.input_hw) for num in ENGINE_BATCHES))
+            config.add_optimization_profile(profile)
+        engine = builder.build_serialized_network(definition, config)
+    if engine is None:
+        raise UserError(f"{file}: TensorRT {trt.__version__} cannot build the engine; the reason stands above")
+    file.write_bytes(engine)
 
 
 def files(file: Path) -> list[Path]:
@@ -176,16 +187,7 @@ def files(file: Path) -> list[Path]:
     return [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
 
 
-def _remove(file: Path) -> None:
+def remove(file: Path) -> None:
+    """Remove the files of a graph."""
     for path in files(file):
         path.unlink()
-
-
-def require(*packages: str) -> None:
-    """
-    Raises:
-        UserError: one of the packages is not installed.
-    """
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise UserError(f"--to onnx: needs {' and '.join(missing)}; pip install sapiens_accel[onnx]")

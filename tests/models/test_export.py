@@ -23,6 +23,7 @@ from sapiens_accel import PoseEstimator
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import export
 from sapiens_accel.models import export_graph as graph
+from sapiens_accel.models import export_runtimes as runtimes
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation, SapiensPoseConfig, SapiensPoseHead
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SIZES, HeatmapHead, SapiensPose
@@ -405,10 +406,91 @@ def test_a_graph_of_other_weights_is_found_out_and_removed(tmp_path: Path) -> No
     right, wrong = (graph.Network(folder) for folder in folders)
     file = tmp_path / "pose.pt2"
     graph.write(wrong, file, "torch_export")
-    assert "differs from PyTorch by 0.0e+00" in graph.check(wrong, file, (1, 3))
+    assert "differs from PyTorch by 0.0e+00" in runtimes.check(wrong, file, (1, 3))
     with pytest.raises(UserError, match=r"pose\.pt2: differs from PyTorch by .* more than 1e-04; it was removed"):
-        graph.check(right, file, (1,))
+        runtimes.check(right, file, (1,))
     assert not file.exists()
+
+
+# ---- fp16, TensorRT, times
+
+
+@needs_onnx
+def test_fp16_is_close_to_fp32_in_maps_and_points(
+    fitted: tuple[SapiensPose, Path, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the image that the network was fitted to: maps within 1e-2, points within 0.1 px, for any number of people."""
+    import onnxruntime
+
+    model, folder, _ = fitted
+    file = tmp_path / "half.onnx"
+    export.main([str(folder / "weights"), "--to", "onnx", str(file), "--dtype", "fp16"])
+    said = capsys.readouterr().out
+    assert "batches of 1, 3" in said and "NOT CHECKED" not in said
+    assert file.stat().st_size < 0.75 * (folder / "weights" / weights.FILE).stat().st_size
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [one.type for one in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    for num in (1, 4):
+        crops = _crop(folder, model.input_hw).repeat(num, 1, 1, 1)
+        (theirs,) = session.run(None, {"pixel_values": ((crops - mean) / std).numpy()})
+        with torch.no_grad():
+            ours = model(crops)
+        assert 1e-5 < _far(ours, torch.from_numpy(theirs)) < 1e-2
+        far = runtimes.distances(graph.Network(folder / "weights"), ours, torch.from_numpy(theirs))
+        assert len(far) >= 12 * num and 1e-5 < far.max() < 0.1
+
+
+def test_distances_are_those_of_clear_keypoints(tmp_path: Path) -> None:
+    network = graph.Network(_export(_model("sapiens_tiny", depth=1), tmp_path))
+    codec = Codec(input_hw=network.input_hw, heatmap_hw=(16, 12), sigma=SIGMA)
+    points_xy = torch.tensor([[[20.0, 30.0], [24.5, 31.25], [25.0, 40.0]]])
+    maps, _ = codec.encode(points_xy, torch.ones(1, 3))
+    moved, _ = codec.encode(points_xy + torch.tensor([0.12, -0.16]), torch.ones(1, 3))
+    maps[:, 1] *= 0.1  # too low
+    maps[:, 2] = torch.rand(16, 12, generator=torch.Generator().manual_seed(0))
+    assert runtimes.distances(network, maps, moved) == pytest.approx([0.2], abs=0.02)
+
+
+@needs_onnx
+def test_the_benchmark_is_a_table_of_each_runtime_and_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes, "SECONDS", 0.0)
+    export.main([str(_export(_model("sapiens_tiny", depth=1), tmp_path)), "--benchmark"])
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert "fp32" in head and columns.split() == ["batch", "1", "ms", "people/s", "batch", "8", "ms", "people/s"]
+    measured = {row.split(" ")[0]: [float(word) for word in row.split()[-4:]] for row in rows[:2]}
+    assert list(measured) == ["PyTorch", "ONNX"]
+    for ms, people, ms_of_8, people_of_8 in measured.values():
+        assert ms * people == pytest.approx(1000, rel=0.1) and ms_of_8 * people_of_8 == pytest.approx(8000, rel=0.1)
+    if find_spec("tensorrt") is None:
+        assert rows[2].split(maxsplit=1) == ["TensorRT", "not measured: needs tensorrt; pip install tensorrt"]
+
+
+@pytest.mark.skipif(
+    find_spec("tensorrt") is None or not torch.cuda.is_available(), reason="needs tensorrt and the GPU it builds for"
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_an_engine_gives_the_same_maps(
+    shallow: tuple[SapiensPose, Path], dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pose.engine"
+    export.main([str(shallow[1]), "--to", "tensorrt", str(file), "--dtype", dtype])
+    assert "batches of 1, 3" in capsys.readouterr().out and file.is_file()
+
+
+def test_options_that_exclude_each_other_are_refused_in_one_line(tmp_path: Path) -> None:
+    weights_folder, out = str(tmp_path), str(tmp_path / "x.onnx")
+    _refused([weights_folder], "--to is missing", "--benchmark")
+    _refused([weights_folder, "--to", "onnx"], "OUT is missing")
+    _refused([weights_folder, "--benchmark", "--to", "onnx", out], "--benchmark", "--to", "OUT")
+    _refused([weights_folder, "--benchmark", "--dynamic_batch", "false"], "--benchmark", "--dynamic_batch")
+    _refused([weights_folder, "--to", "tensorrt", out], out, ".engine")
+    engine = [weights_folder, "--to", "tensorrt", str(tmp_path / "x.engine")]
+    _refused([*engine, "--opset", "18"], "--opset 18", "only for --to onnx")
+    if find_spec("tensorrt") is None:
+        _refused(engine, "needs tensorrt; pip install tensorrt")
 
 
 def _refused(words: list[str], *named: str) -> None:
