@@ -1,6 +1,7 @@
 """Experiment trackers beside TensorBoard, by accelerate's classes: wandb, trackio, mlflow, comet_ml."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,14 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars of a step."""
         for name, tracker in [*self._active.items()]:
-            self._try(name, lambda tracker=tracker: tracker.log(dict(values), step=step))
+            named = {_valid_name(name, key): value for key, value in values.items()}
+            self._try(name, lambda tracker=tracker, named=named: tracker.log(named, step=step))
 
     def log_image(self, tag: str, image: UInt8[Array, "h w 3"], step: int) -> None:
         """Log an image of a step."""
         for name, tracker in [*self._active.items()]:
-            self._try(name, lambda name=name, tracker=tracker: _log_image(name, tracker, tag, image, step))
+            valid = _valid_name(name, tag)
+            self._try(name, lambda name=name, tracker=tracker, tag=valid: _log_image(name, tracker, tag, image, step))
 
     def finish(self) -> None:
         """End the runs."""
@@ -88,6 +91,11 @@ class Trackers:
             self._active.pop(name, None)
             reason = escape(" ".join(str(error).split())[:300], keep="") or type(error).__name__
             self._warn(f"--report_to {name}: {reason}; it gets no more values, training continues")
+
+
+def _valid_name(tracker: str, name: str) -> str:
+    """A name that a tracker takes: mlflow refuses a whole step for one such as PCK@0.1 or a keypoint with brackets."""
+    return re.sub(r"[^\w\-. :/]", "_", name) if tracker == "mlflow" else name
 
 
 def _log_image(name: str, tracker: Any, tag: str, image: UInt8[Array, "h w 3"], step: int) -> None:

@@ -107,6 +107,17 @@ def test_a_run_reports_to_several_and_survives_one_that_fails(
         assert one.calls[1][1]["data.input_hw"] == "(64, 48)" and one.calls[1][1]["phase1.optim.lr"] == 2.5e-3
 
 
+def test_mlflow_takes_every_name() -> None:
+    """It refused a whole evaluation for PCK@0.1."""
+    trackers = Trackers((), Path("run"), "phase1", {}, print)
+    fakes = {name: Fake("run") for name in ("mlflow", "wandb")}
+    trackers._active.update(fakes)
+    trackers.log({"eval/PCK@0.1": 0.5, "eval/AP, left (ear)": 0.25, "ssl/keep": 1.0}, step=3)
+    logged = {name: list(fake.calls[0][2]) for name, fake in fakes.items()}
+    assert logged["mlflow"] == ["eval/PCK_0.1", "eval/AP_ left _ear_", "ssl/keep"]
+    assert logged["wandb"] == ["eval/PCK@0.1", "eval/AP, left (ear)", "ssl/keep"]
+
+
 def test_what_is_not_installed_or_known_is_refused() -> None:
     with pytest.raises(UserError, match="--report_to no_such_tracker: not installed"):
         check_installed(("no_such_tracker",))
