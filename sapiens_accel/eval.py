@@ -115,6 +115,8 @@ def run_evaluation(references: Sequence[str], words: Sequence[str], base: Config
 
 def evaluate_people(accelerator: "Accelerator", candidates: Sequence[Candidate], run: Config) -> dict[str, Metrics]:
     """Evaluate each network, and the ensemble of all with --eval.ensemble, on the same people."""
+    if run.eval.smooth:
+        raise UserError("--eval.smooth: labeled images are no video (expected --images VIDEO)")
     if run.eval.csv and Path(run.eval.save_predictions or "").suffix.lower() == ".csv":
         raise UserError(
             f"--eval.save_predictions {run.eval.save_predictions}: --eval.csv writes its table there (expected the "

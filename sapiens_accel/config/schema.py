@@ -462,6 +462,14 @@ class EvalConfig:
     csv: Literal["long", "deeplabcut"] | None = None
     """eval.py: also write the predictions as a CSV beside the JSON: long, a line for each keypoint of each person;
     deeplabcut, a line for each image or frame under DeepLabCut's header rows."""
+    smooth: bool = False
+    """eval.py --images with a video: smooth each person's keypoints over time (one-euro filter). Predictions are then
+    less jittery, and lag behind fast movements by a fraction of a frame."""
+    smooth_cutoff: Positive = 2.0
+    """smooth: cutoff frequency in Hz of a keypoint that does not move; lower is smoother."""
+    smooth_beta: NonNegative = 10.0
+    """smooth: by how many Hz the cutoff frequency rises for a keypoint that moves by the size of its person (the square
+    root of the box's area) in a second; higher follows fast movements more closely."""
     num_pictures: Count = 8
     """Number of people to draw with their predictions."""
     num_worst: Count = 8

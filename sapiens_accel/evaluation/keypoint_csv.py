@@ -4,13 +4,16 @@
 `pandas.read_csv(FILE, header=[0, 1, 2], index_col=0)`, or four (individuals after scorer) where an image has several
 people, as DeepLabCut's projects of several animals have; its rows are frames of a video, counted from 0, or images.
 
+Of a video, `long` has TRACK_COLUMNS too, and in `deeplabcut` a person keeps the same columns in all frames: those of
+somebody who does not appear again are given to the next new person.
+
 x and y are px of the image, with the center of its first pixel at (0, 0).
 """
 
 import contextlib
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,10 +27,10 @@ CsvShape = Literal["long", "deeplabcut"]
 COLUMNS = (
     "image", "frame", "image_id", "person", "annotation_id", "category", "person_score", "keypoint", "x", "y", "score",
 )  # fmt: skip
+TRACK_COLUMNS = ("time", "track_id")  # after COLUMNS, of a video
 SCORER = "sapiens_accel"
 ABSENT = "nan"  # pandas takes a first line of empty cells for the name of the index, and would lose a frame
 Cell = str | int | float
-WideRow = tuple[Cell, list[list[Cell]]]  # an image or frame, and x, y, score of each person's keypoints
 
 
 class PersonRow(NamedTuple):
@@ -36,6 +39,7 @@ class PersonRow(NamedTuple):
     Attributes:
         score: of the person.
         annotation_id: of the labeled person whose box it is; "" for a detector's.
+        track_id: of a video: the same number in all frames of a person.
     """
 
     points_xy: Float[Array, "k 2"]
@@ -43,24 +47,38 @@ class PersonRow(NamedTuple):
     score: float
     category: str = ""
     annotation_id: Cell = ""
+    track_id: int | None = None
 
 
 class ImageRow(NamedTuple):
-    """One image and its people, the surest first; `frame` is that of a video, from 0."""
+    """One image and its people, the surest first; of a video `frame`, from 0, and `time` when it is shown (s)."""
 
     image: str
     people: Sequence[PersonRow]
     image_id: Cell = ""
     frame: int | None = None
+    time: float | None = None
+
+
+class _WideRow(NamedTuple):
+    """An image or frame, and of each person the identity and [K, 3] x, y, score."""
+
+    name: Cell
+    track_ids: list[int | None]
+    people: list[Float[Array, "k 3"]]
 
 
 class KeypointCsv:
-    """A CSV that is written image by image, and appears under its name when it is closed."""
+    """A CSV that is written image by image, and appears under its name when it is closed.
 
-    def __init__(self, file: Path, keypoints: Sequence[str], shape: CsvShape) -> None:
+    Args:
+        is_video: rows have a time, and people a track_id.
+    """
+
+    def __init__(self, file: Path, keypoints: Sequence[str], shape: CsvShape, is_video: bool = False) -> None:
         self.file, self.keypoints, self.shape = file, keypoints, shape
         self._part = file.with_name(f".{file.name}.part")
-        self._wide: list[WideRow] = []
+        self._wide: list[_WideRow] = []
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._part.open("w", newline="", encoding="utf-8")
@@ -68,7 +86,7 @@ class KeypointCsv:
             raise UserError(f"--eval.csv: {file}: not written: {error.strerror}") from None
         self._write = csv.writer(self._stream, lineterminator="\n").writerow
         if shape == "long":
-            self._write(COLUMNS)
+            self._write(_long_header(is_video))
 
     def add(self, row: ImageRow) -> None:
         """Add an image and its people.
@@ -134,18 +152,21 @@ def format_csv(keypoints: Sequence[str], shape: CsvShape, rows: Sequence[ImageRo
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerows
     if shape == "long":
-        write([COLUMNS, *(line for row in rows for line in _long_lines(row, keypoints))])
+        header = _long_header(any(row.time is not None for row in rows))
+        write([header, *(line for row in rows for line in _long_lines(row, keypoints))])
     else:
         write(_wide_lines([_wide_row(row) for row in rows], keypoints))
     return text.getvalue()
 
 
-def _wide_row(row: ImageRow) -> WideRow:
-    return row.image if row.frame is None else row.frame, [_coordinates(person) for person in row.people]
+def _wide_row(row: ImageRow) -> _WideRow:
+    name = row.image if row.frame is None else row.frame
+    return _WideRow(name, [person.track_id for person in row.people], [_coordinates(person) for person in row.people])
 
 
-def _wide_lines(rows: Sequence[WideRow], keypoints: Sequence[str]) -> Iterator[list[Cell]]:
-    most = max((len(people) for _, people in rows), default=1) or 1
+def _wide_lines(rows: Sequence[_WideRow], keypoints: Sequence[str]) -> Iterator[list[Cell]]:
+    place_of = _assign_places(rows)
+    most = max((_place(row, number, place_of) + 1 for row in rows for number in range(len(row.people))), default=1)
     individuals = [f"individual{number}" for number in range(1, most + 1)]
     cells = [(one, keypoint, part) for one in individuals for keypoint in keypoints for part in "xyp"]
     yield ["scorer", *[SCORER] * len(cells)]
@@ -153,21 +174,47 @@ def _wide_lines(rows: Sequence[WideRow], keypoints: Sequence[str]) -> Iterator[l
         yield ["individuals", *(one for one, _, _ in cells)]
     yield ["bodyparts", *(keypoint for _, keypoint, _ in cells)]
     yield ["coords", *({"p": "likelihood"}.get(part, part) for _, _, part in cells)]
-    for name, people in rows:
-        absent: list[Cell] = [ABSENT] * (len(cells) - sum(map(len, people)))
-        yield [name, *(cell for person in people for cell in person), *absent]
+    for row in rows:
+        at_place = {_place(row, number, place_of): person for number, person in enumerate(row.people)}
+        absent: list[Cell] = [ABSENT] * (3 * len(keypoints))
+        people = (at_place[place].ravel().tolist() if place in at_place else absent for place in range(most))
+        yield [row.name, *(cell for person in people for cell in person)]
+
+
+def _place(row: _WideRow, number: int, place_of: Mapping[int, int]) -> int:
+    """Which individual a person of a row is; without identities the first person is the first individual."""
+    track_id = row.track_ids[number]
+    return number if track_id is None else place_of[track_id]
+
+
+def _assign_places(rows: Sequence[_WideRow]) -> dict[int, int]:
+    """The individual of each track: the first one whose track before has ended."""
+    last_row = {key: index for index, row in enumerate(rows) for key in row.track_ids if key is not None}
+    place_of: dict[int, int] = {}
+    busy_until: list[int] = []  # the last row of each individual's track
+    for index, row in enumerate(rows):
+        for key in sorted(one for one in row.track_ids if one is not None and one not in place_of):
+            place = next((place for place, last in enumerate(busy_until) if last < index), len(busy_until))
+            busy_until[place : place + 1] = [last_row[key]]
+            place_of[key] = place
+    return place_of
+
+
+def _long_header(is_video: bool) -> tuple[str, ...]:
+    return COLUMNS + TRACK_COLUMNS if is_video else COLUMNS
 
 
 def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]:
     frame: Cell = "" if row.frame is None else row.frame
     for number, person in enumerate(row.people, start=1):
-        cells = _coordinates(person)
         about: list[Cell] = [number, person.annotation_id, person.category, round(person.score, 5)]
-        for k, keypoint in enumerate(keypoints):
-            yield [row.image, frame, row.image_id, *about, keypoint, *cells[3 * k : 3 * k + 3]]
+        end: list[Cell] = []
+        if row.time is not None:
+            end = [round(row.time, 6), "" if person.track_id is None else person.track_id]
+        for keypoint, cells in zip(keypoints, _coordinates(person).tolist(), strict=True):
+            yield [row.image, frame, row.image_id, *about, keypoint, *cells, *end]
 
 
-def _coordinates(person: PersonRow) -> list[Cell]:
+def _coordinates(person: PersonRow) -> Float[Array, "k 3"]:
     """x, y and score of each keypoint."""
-    rounded = np.column_stack([person.points_xy.round(3), person.scores.round(5)])
-    return rounded.ravel().tolist()
+    return np.column_stack([person.points_xy.round(3), person.scores.round(5)])

@@ -58,7 +58,7 @@ def main(asked: Namespace) -> None:
     folder = asked.out / asked.folder
     images, boxes = [], []
     decoded = num_still = num_replaced = 0
-    for index, frame in read_frames(film):
+    for index, _, frame in read_frames(film):
         decoded += 1
         if index not in indices:
             continue
@@ -185,7 +185,7 @@ def frames_that_differ(film: Path, wanted: int, seed: int) -> set[int]:
     """One frame of each of so many clusters: k-means of gray thumbnails, the frame nearest to each center."""
     every = max(video_length(film)[0] // MOST_COMPARED, 1)
     indices, rows = [], []
-    for index, frame in read_frames(film, every):
+    for index, _, frame in read_frames(film, every):
         small = cv2.resize(_gray(frame), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
         indices.append(index)
         rows.append(small.reshape(-1).astype(np.float32))
@@ -221,7 +221,7 @@ class MotionBoxes:
 
     def __init__(self, film: Path, most: int) -> None:
         num, _ = video_length(film)
-        frames = [_gray(frame) for _, frame in read_frames(film, max(num // NUM_BACKGROUND, 1))]
+        frames = [_gray(frame) for _, _, frame in read_frames(film, max(num // NUM_BACKGROUND, 1))]
         self.background = np.median(np.stack(frames), axis=0).astype(np.uint8)
         self.most = most
         self.share_moving = float(np.median([(self._mask(gray) > 0).mean() for gray in frames]))

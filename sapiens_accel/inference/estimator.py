@@ -7,7 +7,7 @@ people = pose("IMAGE.jpg", boxes="detector")
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 
 from sapiens_accel.config import parse as config
@@ -28,8 +28,9 @@ from sapiens_accel.evaluation.keypoint_csv import CsvShape, ImageRow, PersonRow
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector, prepare_batch
 from sapiens_accel.inference.keypoints import KeypointFinder, collect_boxes, find_whole
-from sapiens_accel.inference.outputs import Person, Piece, category_name, to_annotation, to_categories
+from sapiens_accel.inference.outputs import Person, Piece, category_name, to_annotation, to_categories, to_image
 from sapiens_accel.inference.predict_media import BY_DETECTOR, DETECTED_AT_ONCE, FRAMES, WHOLE
+from sapiens_accel.inference.tracking import Tracker
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime.device import choose_device
@@ -40,7 +41,8 @@ Image = str | Path | bytes | PIL.Image.Image | UInt8[Array, "h w 3"]
 GivenBoxes = str | Sequence[Any] | Array | None
 IMAGE_FORMS = "a path, the bytes of a file, a PIL image, or an array of uint8 [h, w, 3] in RGB order"
 OPTIONS = (
-    "flip", "scales", "batch_size", "score_threshold", "nms_threshold", "min_box_score", "detector_class",
+    "flip", "scales", "batch_size", "score_threshold", "nms_threshold", "min_box_score", "detector_class", "smooth",
+    "smooth_cutoff", "smooth_beta",
 )  # fmt: skip
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # of 8 bits
@@ -61,6 +63,8 @@ class PoseResult:
         image_name: the file's name; of a frame VIDEO_000012.jpg (frame 12, counted from 0); else image_0 and so on.
         image_hw: height and width of the image in px.
         threshold: keypoints with a score above it are drawn, and labeled (v is 2) in `to_coco`.
+        track_ids: [N], of a video: identities, the same number in all frames of a person, from 1.
+        time: of a video: when the frame is shown, in seconds.
     """
 
     keypoints: Float[Array, "n k 2"]
@@ -74,12 +78,16 @@ class PoseResult:
     image_hw: tuple[int, int]
     threshold: float
     skeleton: Skeleton
+    track_ids: Int[Array, "n"] | None = None
+    time: float | None = None
 
     def __len__(self) -> int:
         return len(self.keypoints)
 
     def draw(self, image: Image) -> UInt8[Array, "h w 3"]:
         """A copy of the image, RGB, with everybody's keypoints and bones; left in orange, right in blue.
+
+        Of a video, bones have the color of the person's identity, and its number is above the person.
 
         Raises:
             UserError: no image, or one of another size than these people are of.
@@ -90,7 +98,8 @@ class PoseResult:
                 f"draw: the image is not that of these people (expected {_size(self.image_hw)} px, found "
                 f"{_size(pixels.shape)})"
             )
-        return draw.draw_people(pixels, self.keypoints, self.scores > self.threshold, self.skeleton)
+        tracks = None if self.track_ids is None else self.track_ids.tolist()
+        return draw.draw_people(pixels, self.keypoints, self.scores > self.threshold, self.skeleton, tracks)
 
     def to_coco(self, image_id: int = 1, annotation_id: int = 1) -> dict[str, Any]:
         """The image as COCO's `images`, `annotations` and `categories`, as in keypoints.json of `eval.py --images`.
@@ -99,13 +108,12 @@ class PoseResult:
             image_id: id of the image.
             annotation_id: id of the first person; the next ones follow it.
         """
-        height, width = self.image_hw
         annotations = [
             {"id": number, "image_id": image_id, **to_annotation(person, self.threshold)}
-            for number, person in enumerate(self._people(), start=annotation_id)
+            for number, person in enumerate(self.to_people(), start=annotation_id)
         ]
         return {
-            "images": [{"id": image_id, "file_name": self.image_name, "width": width, "height": height}],
+            "images": [{"id": image_id, **to_image(self.image_name, self.image_hw, self.time)}],
             "annotations": annotations,
             "categories": to_categories(self.skeleton, {1: self.category}),
         }
@@ -119,8 +127,11 @@ class PoseResult:
         Raises:
             UserError: the file cannot be written.
         """
-        rows = [PersonRow(one.points_xy, one.scores, one.score, self.category) for one in self._people()]
-        text = keypoint_csv.format_csv(self.names, shape, [ImageRow(self.image_name, rows, 1)])
+        rows = [
+            PersonRow(one.points_xy, one.scores, one.score, self.category, track_id=one.track_id)
+            for one in self.to_people()
+        ]
+        text = keypoint_csv.format_csv(self.names, shape, [ImageRow(self.image_name, rows, 1, time=self.time)])
         if file is not None:
             try:
                 Path(file).write_text(text, encoding="utf-8", newline="")
@@ -128,9 +139,11 @@ class PoseResult:
                 raise UserError(f"to_csv: {file}: not written: {error.strerror}") from None
         return text
 
-    def _people(self) -> list[Person]:
+    def to_people(self) -> list[Person]:
+        """The people one by one."""
+        tracks = [None] * len(self) if self.track_ids is None else self.track_ids.tolist()
         parts = (self.keypoints, self.scores, self.person_scores.tolist(), self.boxes, self.box_scores.tolist())
-        return [Person(*row) for row in zip(*parts, strict=True)]
+        return [Person(*row, track_id=track) for *row, track in zip(*parts, tracks, strict=True)]
 
 
 class PoseEstimator:
@@ -161,8 +174,8 @@ class PoseEstimator:
             dtype: bfloat16 or float16: the arithmetic of the networks on a GPU; less memory.
                 Default: float32, as `eval.py` without a launcher.
             options: OPTIONS, as of eval.py: flip=False, scales=(0.7, 1.0), batch_size=8 (crops in a forward pass),
-                score_threshold=0.2, nms_threshold=0.9, min_box_score=0.5, detector_class="mouse". Default: those of
-                the run.
+                score_threshold=0.2, nms_threshold=0.9, min_box_score=0.5, detector_class="mouse"; of videos
+                smooth=True, smooth_cutoff=2.0, smooth_beta=10.0. Default: those of the run.
 
         Raises:
             UserError: no such weights, weights of unknown keypoints, no such device or option.
@@ -216,7 +229,8 @@ class PoseEstimator:
                 whom each is predicted, in this order. Of several images, a list of arrays.
 
         Returns:
-            A `PoseResult` for each image. People of a detector are sorted by their scores, each person once.
+            A `PoseResult` for each image. People of a detector are sorted by their scores, each person once. Those of
+            a video have `track_ids`, and are smoothed over time with the option `smooth`.
 
         Raises:
             UserError: no such file, an image that does not decode or is of another type, boxes of another shape,
@@ -233,13 +247,22 @@ class PoseEstimator:
         return self._predict(image, [_name(one, index) for index, one in enumerate(image)], boxes)
 
     def _predict_video(self, video: Path, boxes: str | None) -> Iterator[PoseResult]:
-        num_frames, decoded = 0, media.read_frames(video)
+        num_frames, decoded = 0, media.decode_ahead(video)
+        tracker = Tracker(self.finder.skeleton.sigmas, self.finder.run.eval)
         while frames := list(islice(decoded, FRAMES)):
-            names = [media.frame_name(video, index) for index, _ in frames]
-            yield from self._predict([pixels for _, pixels in frames], names, boxes)
+            names = [media.frame_name(video, frame.number) for frame in frames]
+            results = self._predict([frame.pixels for frame in frames], names, boxes)
+            for frame, result in zip(frames, results, strict=True):
+                yield self._track(tracker, result, frame.time)
             num_frames += len(frames)
         if line := media.describe_missing_frames(video, num_frames):
             raise UserError(line.removeprefix("warning: "))
+
+    def _track(self, tracker: Tracker, result: PoseResult, time: float) -> PoseResult:
+        people = tracker.update(result.to_people(), time)
+        points_xy = np.array([person.points_xy for person in people]).reshape(result.keypoints.shape)
+        track_ids = np.array([person.track_id for person in people], dtype=np.int64)
+        return replace(result, keypoints=points_xy, track_ids=track_ids, time=time)
 
     def _predict(self, images: Sequence[Image], names: list[str], boxes: Any) -> list[PoseResult]:
         set_image_bits(self.finder.run.data.image_bits)

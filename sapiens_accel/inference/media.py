@@ -1,10 +1,13 @@
 """A user's own images: what an image, a folder or a video holds, in a fixed order, and videos out again."""
 
 import os
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -22,6 +25,17 @@ VIDEOS = (
 )  # fmt: skip
 JPEG_QUALITY = 95
 USUAL_RATE = 25.0  # frames a second of a video that does not say it
+BYTES_AHEAD, MOST_AHEAD = 256 << 20, 64  # of frames that are decoded before they are needed
+Item = TypeVar("Item")
+
+# A loading process that is forked while another thread is inside of OpenCV would inherit its locks, and wait for ever.
+# The thread holds this lock while it works on a frame, and a fork waits for it: milliseconds.
+_NOT_WHILE_FORKING = threading.Lock()
+os.register_at_fork(
+    before=_NOT_WHILE_FORKING.acquire,
+    after_in_parent=_NOT_WHILE_FORKING.release,
+    after_in_child=_NOT_WHILE_FORKING.release,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +104,86 @@ def frame_index(name: str) -> int:
     return int(Path(name).stem.rsplit("_", 1)[1])
 
 
-def read_frames(video: Path, every: int = 1) -> Iterator[tuple[int, UInt8[Array, "h w 3"]]]:
-    """Every n-th frame, RGB, with its number from 0; one at a time is in memory.
+class Frame(NamedTuple):
+    """A frame of a video: its number from 0, when it is shown (s), and its pixels, RGB."""
+
+    number: int
+    time: float
+    pixels: UInt8[Array, "h w 3"]
+
+
+def read_frames(video: Path, every: int = 1) -> Generator[Frame]:
+    """Every n-th frame; one at a time is in memory.
+
+    Times are those of the video, and rise: where they do not, or it has none, a frame is 1/rate after the one before.
 
     Raises:
         UserError: nothing of it decodes.
     """
     capture = _opened(video)
-    index = -1
+    index, time, rate = -1, -float("inf"), _usable_rate(capture)
     try:
         while capture.grab():
             index += 1
+            own = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            time = own if np.isfinite(own) and own > time and own >= 0 else max(time, -1 / rate) + 1 / rate
             if index % every == 0:
                 read, frame = capture.retrieve()
                 if read:
-                    yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                    yield Frame(index, time, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()
     if index < 0:
         raise UserError(f"{video}: no frame of it decodes; expected a video that OpenCV (FFmpeg) reads")
+
+
+def read_ahead(items: Generator[Item], num: int) -> Iterator[Item]:
+    """The same items in the same order, made by a thread up to `num` ahead of those that are asked for.
+
+    Raises:
+        Exception: what making an item raises, in its place.
+    """
+    waiting: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=num)
+    stopped = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            while not stopped.is_set():
+                with _NOT_WHILE_FORKING:
+                    item = next(items)
+                put(item, None)
+            items.close()
+        except BaseException as error:
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="frames", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def decode_ahead(video: Path) -> Iterator[Frame]:
+    """`read_frames` by a thread, as many frames ahead as BYTES_AHEAD hold, so that the network does not wait."""
+    capture = _opened(video)
+    num_bytes = 3 * capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
+    capture.release()
+    return read_ahead(read_frames(video), int(np.clip(BYTES_AHEAD // max(num_bytes, 1), 1, MOST_AHEAD)))
 
 
 def video_length(video: Path) -> tuple[int, float]:
@@ -118,11 +193,15 @@ def video_length(video: Path) -> tuple[int, float]:
         UserError: it does not open; as `frames`.
     """
     capture = _opened(video)
-    num, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+    num, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), _usable_rate(capture)
     capture.release()
-    usual = np.isfinite(rate) and 0 < rate <= 1000
     known = np.isfinite(num) and num >= 1
-    return int(num) if known else sum(1 for _ in read_frames(video)), float(rate) if usual else USUAL_RATE
+    return int(num) if known else sum(1 for _ in read_frames(video)), rate
+
+
+def _usable_rate(capture: cv2.VideoCapture) -> float:
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    return float(rate) if np.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE
 
 
 def frame_times(video: Path) -> Float[Array, " n"]:
@@ -132,7 +211,7 @@ def frame_times(video: Path) -> Float[Array, " n"]:
         UserError: as `read_frames`.
     """
     capture, times = _opened(video), []
-    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = _usable_rate(capture)
     while capture.grab():
         times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     capture.release()
@@ -140,7 +219,7 @@ def frame_times(video: Path) -> Float[Array, " n"]:
         raise UserError(f"{video}: no frame of it decodes; expected a video that OpenCV (FFmpeg) reads")
     seconds = np.array(times)
     if (np.diff(seconds) <= 0).any():
-        seconds = np.arange(len(times)) / (rate if np.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE)
+        seconds = np.arange(len(times)) / rate
     return seconds
 
 
@@ -176,11 +255,11 @@ def write_frames(video: Path, folder: Path, every: int) -> ImageFiles:
     names = []
     total = -(-video_length(video)[0] // every)
     shown = tqdm(read_frames(video, every), total=total, desc="frames", unit="frame", disable=None, leave=False)
-    for index, frame in shown:
-        names.append(frame_name(video, index))
+    for frame in shown:
+        names.append(frame_name(video, frame.number))
         if not (folder / names[-1]).is_file():
             temporary = folder / f".{names[-1]}"
-            save_image(frame, temporary)
+            save_image(frame.pixels, temporary)
             temporary.replace(folder / names[-1])
     return ImageFiles(root=folder, names=names)
 

@@ -44,7 +44,11 @@ def _read_origin(file: Path) -> str | None:
 
 
 class Person(NamedTuple):
-    """A person of an image, in px of the image; `score` is the box's times the mean of keypoint scores."""
+    """A person of an image, in px of the image; `score` is the box's times the mean of keypoint scores.
+
+    Attributes:
+        track_id: of a video: the same number in all frames of a person, from 1.
+    """
 
     points_xy: Float[Array, "k 2"]
     scores: Float[Array, "k"]
@@ -52,6 +56,7 @@ class Person(NamedTuple):
     box_xywh: Float[Array, "4"]
     box_score: float
     category_id: Any = 1
+    track_id: int | None = None
 
 
 def category_name(skeleton: Skeleton) -> str:
@@ -69,6 +74,13 @@ def to_categories(skeleton: Skeleton, categories: Mapping[Any, str]) -> list[dic
     ]
 
 
+def to_image(name: str, size_hw: tuple[int, int], time: float | None = None) -> dict[str, Any]:
+    """An entry of COCO's `images` without its id; of a video with `time`, when the frame is shown (s)."""
+    height, width = size_hw
+    shown = {} if time is None else {"time": round(time, 6)}
+    return {"file_name": name, "width": width, "height": height, **shown}
+
+
 def to_annotation(person: Person, threshold: float) -> dict[str, Any]:
     """A COCO annotation without its ids: v of a keypoint is 2 where its score is above the threshold, else 0."""
     shown = np.where(person.scores > threshold, LABELED, 0)
@@ -77,7 +89,9 @@ def to_annotation(person: Person, threshold: float) -> dict[str, Any]:
         for (x, y), v in zip(person.points_xy.round(4).tolist(), shown.tolist(), strict=True)
         for number in (x, y, v)
     ]
+    track = {} if person.track_id is None else {"track_id": person.track_id}
     return {
+        **track,
         "category_id": person.category_id,
         "iscrowd": 0,
         "bbox": person.box_xywh.round(2).tolist(),
@@ -107,7 +121,7 @@ class KeypointsWriter:
     ) -> None:
         self.file, self.threshold = file, threshold
         self._part = file.with_name(f".{file.name}.part")
-        self._images: list[dict[str, Any]] = []
+        self._images: list[str] = []  # as JSON: of a long video, dictionaries would take several times the memory
         self._num = 0
         self._stream: TextIO | None = None  # nothing is written before there is something
         kinds = to_categories(skeleton, categories or {1: category_name(skeleton)})
@@ -115,11 +129,10 @@ class KeypointsWriter:
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
         self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps(kinds)},\n"annotations": ['
 
-    def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person]) -> None:
-        """An image and its people."""
+    def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person], time: float | None = None) -> None:
+        """An image and its people; of a video, a frame and when it is shown (s)."""
         number = len(self._images) + 1
-        height, width = size_hw
-        self._images.append({"id": number, "file_name": name, "width": width, "height": height})
+        self._images.append(json.dumps({"id": number, **to_image(name, size_hw, time)}))
         for person in people:
             self._written.write(",\n" if self._num else "\n")
             self._num += 1
@@ -141,7 +154,10 @@ class KeypointsWriter:
 
     def close(self) -> None:
         """Write the rest, and give the file its name."""
-        self._written.write(f'],\n"images": {json.dumps(self._images)}}}\n')
+        self._written.write('],\n"images": [')
+        for index, image in enumerate(self._images):
+            self._written.write(f", {image}" if index else image)
+        self._written.write("]}\n")
         self._written.close()
         self._part.replace(self.file)
 
@@ -162,6 +178,7 @@ class Piece:
         sizes: (height, width), px.
         bad: names of images that do not decode.
         pixels: the image of an index, RGB, where images are not files.
+        times: of frames of a video, when each is shown (s).
     """
 
     root: Path
@@ -170,6 +187,7 @@ class Piece:
     sizes: list[tuple[int, int]]
     bad: list[str]
     pixels: Callable[[int], UInt8[Array, "h w 3"]] | None = None
+    times: Sequence[float] | None = None
 
 
 class MediaWriter:
@@ -208,34 +226,40 @@ class MediaWriter:
 
     def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
         assert evaluation.csv is not None
-        return KeypointCsv(self.folder / "keypoints.csv", self.skeleton.names, evaluation.csv)
+        is_video = self.film is not None
+        return KeypointCsv(self.folder / "keypoints.csv", self.skeleton.names, evaluation.csv, is_video)
 
     def add(self, piece: Piece, everybody: Sequence[Sequence[Person]]) -> None:
         """The people of each image of a piece."""
         self.num_images += len(piece.files)
         self.num_people += sum(map(len, everybody))
         self.num_bad += len(piece.bad)
-        for file, name, size, people in zip(piece.files, piece.names, piece.sizes, everybody, strict=True):
-            self.file.add(name, size, people)
+        for index, (name, people) in enumerate(zip(piece.names, everybody, strict=True)):
+            time = piece.times[index] if piece.times is not None else None
+            self.file.add(name, piece.sizes[index], people, time)
             if self.table is not None:
-                self.table.add(self._table_row(name, people))
+                self.table.add(self._table_row(name, people, time))
             if self.draws:
-                self._draw(piece.root / file, name, people)
+                read = piece.pixels
+                self._draw(read_image(piece.root / piece.files[index]) if read is None else read(index), name, people)
 
-    def _table_row(self, name: str, people: Sequence[Person]) -> ImageRow:
-        rows = [PersonRow(one.points_xy, one.scores, one.score, self.categories[one.category_id]) for one in people]
+    def _table_row(self, name: str, people: Sequence[Person], time: float | None) -> ImageRow:
+        rows = [
+            PersonRow(one.points_xy, one.scores, one.score, self.categories[one.category_id], track_id=one.track_id)
+            for one in people
+        ]
         if self.film is None:
             return ImageRow(name, rows, self.file.num_images)
-        return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name))
+        return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name), time=time)
 
-    def _draw(self, file: Path, name: str, people: Sequence[Person]) -> None:
-        image = read_image(file)
+    def _draw(self, image: UInt8[Array, "h w 3"], name: str, people: Sequence[Person]) -> None:
         if people:
             points_xy = np.stack([person.points_xy for person in people])
             shown = np.stack([person.scores for person in people]) > self.threshold
             self.num_keypoints += shown.size
             self.num_drawn += int(shown.sum())
-            image = draw.draw_people(image, points_xy, shown, self.skeleton)
+            tracks = [person.track_id for person in people if person.track_id is not None]
+            image = draw.draw_people(image, points_xy, shown, self.skeleton, tracks or None)
         if self.film is not None:
             self.film.add(image)
         else:

@@ -2,16 +2,17 @@
 
     images -> where people are (a file, a detector, the whole image) -> predict -> OKS-NMS -> keypoints.json, drawn
 
-A video goes through in pieces of some frames, so that its length takes no memory.
+A video goes through in pieces of some frames, so that its length takes no memory; a thread decodes the next ones. Its
+people keep their identities from frame to frame (`tracking`).
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -27,6 +28,7 @@ from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
 from sapiens_accel.inference.keypoints import KeypointFinder, collect_boxes, find_whole
 from sapiens_accel.inference.outputs import MediaWriter, Piece, category_name, choose_folder
+from sapiens_accel.inference.tracking import Tracker
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import failures
 from sapiens_accel.sources.images import describe_bits, describe_fault, set_image_bits
@@ -75,6 +77,8 @@ def predict_media(accelerator: Accelerator, weights_list: Sequence[Candidate], r
     evaluation, path = run.eval, Path(str(run.eval.images)).expanduser()
     if evaluation.compare:
         raise UserError("--eval.compare: with --images nothing is measured; drop one of them")
+    if evaluation.smooth and path.exists() and not media.is_video(path):
+        raise UserError(f"--eval.smooth: {path} is no video (expected one, whose keypoints are smoothed over time)")
     if evaluation.save_predictions:
         raise UserError("--eval.save_predictions: --images writes keypoints.json beside the images; drop one of them")
     groups = _groups(weights_list, evaluation)
@@ -167,43 +171,67 @@ def _shared_out(
 # ---- Pieces
 
 
+class _SavedFrame(NamedTuple):
+    """A frame that is an image in the scratch folder."""
+
+    number: int
+    time: float
+    size_hw: tuple[int, int]
+
+
 def _pieces(accelerator: Accelerator, path: Path, scratch: Path) -> Iterator[Piece]:
     """All images of a folder at once, a video's frames some at a time, as images in `scratch`."""
     if not media.is_video(path):
         images = media.find_images(path)
-        yield _piece(accelerator, images.root, images.names, images.names)
+        yield _piece_of_images(accelerator, images.root, images.names)
         return
     # Every rank reads them from there: rank 0 alone decodes, and an image without loss is the frame.
-    frames = media.read_frames(path) if accelerator.is_main_process else iter(())
+    frames: Iterator[_SavedFrame] = iter(())
+    if accelerator.is_main_process:
+        frames = media.read_ahead(_save_frames(path, scratch), FRAMES)
     try:
-        while indices := _next_frames(path, frames, scratch):
-            files = [media.frame_name(path, index, ".png") for index in indices]
-            yield _piece(accelerator, scratch, files, [media.frame_name(path, index) for index in indices])
+        while piece_frames := broadcast_object_list([list(islice(frames, FRAMES))])[0]:
+            piece = _piece_of_frames(path, scratch, piece_frames)
+            yield piece
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                shutil.rmtree(scratch)
+                for file in piece.files:
+                    (scratch / file).unlink()
     finally:
+        if isinstance(frames, Generator):
+            frames.close()  # ends the thread, which writes into the folder
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _next_frames(path: Path, frames: Iterator[tuple[int, Any]], scratch: Path) -> list[int]:
-    indices = []
-    for index, frame in islice(frames, FRAMES):
-        media.save_image(frame, scratch / media.frame_name(path, index, ".png"))
-        indices.append(index)
-    return broadcast_object_list([indices])[0]
+def _save_frames(path: Path, scratch: Path) -> Generator[_SavedFrame]:
+    for frame in media.read_frames(path):
+        media.save_image(frame.pixels, scratch / media.frame_name(path, frame.number, ".png"))
+        height, width, _ = frame.pixels.shape
+        yield _SavedFrame(frame.number, frame.time, (height, width))
 
 
-def _piece(accelerator: Accelerator, root: Path, files: Sequence[str], names: Sequence[str]) -> Piece:
-    sizes = _shared_out(accelerator, files, partial(media.read_sizes, root))
-    rows = list(zip(files, names, sizes, strict=True))
+def _piece_of_frames(path: Path, scratch: Path, frames: Sequence[_SavedFrame]) -> Piece:
+    return Piece(
+        root=scratch,
+        files=[media.frame_name(path, frame.number, ".png") for frame in frames],
+        names=[media.frame_name(path, frame.number) for frame in frames],
+        sizes=[frame.size_hw for frame in frames],
+        bad=[],
+        times=[frame.time for frame in frames],
+    )
+
+
+def _piece_of_images(accelerator: Accelerator, root: Path, names: Sequence[str]) -> Piece:
+    sizes = _shared_out(accelerator, names, partial(media.read_sizes, root))
+    rows = list(zip(names, sizes, strict=True))
+    read = [name for name, size in rows if size is not None]
     return Piece(
         root=root,
-        files=[file for file, _, size in rows if size is not None],
-        names=[name for _, name, size in rows if size is not None],
+        files=read,
+        names=read,
         sizes=[size for size in sizes if size is not None],
-        bad=[name for _, name, size in rows if size is None],
+        bad=[name for name, size in rows if size is None],
     )
 
 
@@ -232,6 +260,7 @@ def _add_pieces(accelerator: Accelerator, task: Task, folder: Path, writer: Medi
     finder, keypoints = task.finder, task.keypoints
     num_images = num_outside = num_boxes = num_people = 0
     misfit = ""
+    tracker = Tracker(keypoints.skeleton.sigmas, keypoints.run.eval) if media.is_video(task.path) else None
     for piece in _pieces(accelerator, task.path, folder / ".frames"):
         num_images += len(piece.files)
         for name in piece.bad:
@@ -242,6 +271,8 @@ def _add_pieces(accelerator: Accelerator, task: Task, folder: Path, writer: Medi
             fix = "Give boxes as in training: --boxes detector, or a JSON of boxes"
             accelerator.print(f"warning: {misfit}. {fix}")
         people = keypoints.find_people(boxes, len(piece.files))
+        if tracker is not None and piece.times is not None:
+            people = [tracker.update(*row) for row in zip(people, piece.times, strict=True)]
         num_boxes += len(boxes) if boxes is not None else 0
         num_people += sum(map(len, people))
         if writer is not None:

@@ -16,6 +16,11 @@ NEAR, FAR = (60, 220, 60), (255, 40, 40)
 # Colors of scores 0, 0.5 and 1, distinguishable for the color-blind.
 UNSURE, HALF_SURE, SURE = (255, 50, 50), (255, 225, 90), (80, 170, 255)
 DARK = (20, 20, 20)
+# Of identities in a video: light enough for a dark number on them, and none is that of a side.
+TRACK_COLORS = (
+    (255, 225, 25), (70, 240, 240), (240, 50, 230), (170, 255, 60), (255, 120, 120), (190, 150, 255), (255, 190, 130),
+    (0, 200, 160), (250, 250, 250), (170, 170, 60),
+)  # fmt: skip
 SHORT = 8  # px: bones shorter than this have no outline, and their keypoints are dots
 SCALE_TO = 384  # px: small images are enlarged to about this height, so that keypoints do not overlap
 MANY = 40  # keypoints: skeletons with more are drawn with smaller ones
@@ -251,22 +256,51 @@ def draw_people(
     people_xy: Float[Array, "n k 2"],
     shown: Bool[Array, "n k"],
     skeleton: Skeleton,
+    tracks: Sequence[int] | None = None,
 ) -> UInt8[Array, "h w 3"]:
     """Draw all people on a copy, in the colors of `draw_person`; line width depends on the size of the person.
 
     Args:
         people_xy: px of `image`; the first person is drawn last, on top.
         shown: keypoints to draw.
+        tracks: identities in a video. Bones then have the color of the person (`track_color`), and the number is
+            above it; keypoints keep the colors of their sides.
     """
     canvas = image.copy()
-    for points_xy, shown_points in reversed(list(zip(people_xy, shown, strict=True))):
+    numbers = tracks if tracks is not None else [None] * len(people_xy)
+    for points_xy, shown_points, number in reversed(list(zip(people_xy, shown, numbers, strict=True))):
         if shown_points.any():
-            _draw_on(canvas, points_xy, shown_points, skeleton)
+            _draw_on(canvas, points_xy, shown_points, skeleton, None if number is None else track_color(number))
+            if number is not None:
+                _draw_number(canvas, points_xy[shown_points], number)
     return canvas
 
 
+def track_color(number: int) -> Color:
+    """The color of an identity: one of TRACK_COLORS."""
+    return TRACK_COLORS[(number - 1) % len(TRACK_COLORS)]
+
+
+def _draw_number(canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "n 2"], number: int) -> None:
+    """Write the number above a person on a plate of its color, inside of the image."""
+    scale = float(np.clip(max(canvas.shape[:2]) / 1100, 0.4, 2.0))
+    (width, height), base = cv2.getTextSize(str(number), FONT, scale, 1 + round(scale))
+    plate_w, plate_h = width + 6, height + base + 4
+    points = _drawable(points_xy)
+    left = round(float(points[:, 0].mean())) - plate_w // 2
+    top = round(float(points[:, 1].min())) - plate_h - round(18 * scale)
+    left, top = max(min(left, canvas.shape[1] - plate_w), 0), max(min(top, canvas.shape[0] - plate_h), 0)
+    cv2.rectangle(canvas, (left, top), (left + plate_w - 1, top + plate_h - 1), track_color(number), -1)
+    origin = (left + 3, top + height + 3)
+    cv2.putText(canvas, str(number), origin, FONT, scale, DARK, 1 + round(scale), cv2.LINE_AA)
+
+
 def _draw_on(
-    canvas: UInt8[Array, "h w 3"], points_xy: Float[Array, "k 2"], shown: Bool[Array, "k"], skeleton: Skeleton
+    canvas: UInt8[Array, "h w 3"],
+    points_xy: Float[Array, "k 2"],
+    shown: Bool[Array, "k"],
+    skeleton: Skeleton,
+    bone_color: Color | None = None,
 ) -> None:
     points_xy = _drawable(points_xy * 16) / 16
     extent = float(np.ptp(points_xy[shown], axis=0).max())
@@ -280,7 +314,7 @@ def _draw_on(
     for dark in (True, False):  # a dark outline first, for contrast on any background
         for a, b, length in bones:
             if not dark or length >= SHORT:
-                color, rim = (DARK, 2) if dark else (_color(skeleton, a, b), 0)
+                color, rim = (DARK, 2) if dark else (bone_color or _color(skeleton, a, b), 0)
                 cv2.line(canvas, fixed[a], fixed[b], color, _bone_width(length, thickest) + rim, cv2.LINE_AA, 4)
         for k, length in reach.items():
             # Keypoints of fingers and the face are dots: larger ones would cover a hand.
