@@ -22,13 +22,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, OptimConfig, StageConfig, StageName
+from sapiens_accel.config.schema import BaseDtype, Config, OptimConfig, StageConfig, StageName
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.estimate import Room, predict
 from sapiens_accel.memory.stages import measure_stage
 from sapiens_accel.memory.strategies import Way
-from sapiens_accel.models import adapters
+from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
@@ -65,12 +65,14 @@ class Case:
     checkpointed: int
     chunk: int
     rank: int | None = None  # of adapters
+    base_dtype: BaseDtype | None = None
 
 
 def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     """Bytes that two steps of a run take at most, everything but the batches counted, and what was predicted."""
     words = [f"--model.name={case.name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
     words += [f"--lora.rank={case.rank}"] if case.rank else []
+    words += [f"--model.base_dtype={case.base_dtype}"] if case.base_dtype else []
     run = config.load([*words, f"--{case.stage}.global_batch={case.micro_batch * case.accumulation}"])
     counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
     way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
@@ -92,6 +94,8 @@ def peak(
         stage = run.get_stage(name)
         model = SapiensPose(run.model.name, 17, INPUT_HW)
         model.freeze(stage.frozen)
+        if run.model.base_dtype:
+            quantized.replace_all(model, run.model.base_dtype)
         adapters.add(model, run.lora)
         half = distributed.autocast_dtype(accelerator)
         if run.lora.rank and half and not distributed.is_deepspeed(accelerator):

@@ -266,12 +266,26 @@ def _check_values(config: Config) -> None:
             f"--lora.{given} {getattr(config.lora, given)}: there are no adapters (expected --lora.rank with it, such "
             "as --lora.rank 16)"
         )
+    _check_base_dtype(config)
     scales, html = config.eval.scales, config.eval.html
     if not scales or len(set(scales)) < len(scales):
         shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"
         raise UserError(f"--eval.scales {shown}: expected different factors of 0.1 to 4, such as 0.5 1.0 1.5 2.0")
     if html is not None and (not html or Path(html).is_dir()):
         raise UserError(f"--eval.html {html or '(empty)'}: expected a file to write, such as eval.html")
+
+
+def _check_base_dtype(config: Config) -> None:
+    """Refuse a rounded base without adapters, or with options that need its matrices."""
+    if config.model.base_dtype is None:
+        return
+    given = f"--model.base_dtype {config.model.base_dtype}"
+    if config.lora.rank is None:
+        raise UserError(f"{given}: there are no adapters (expected --lora.rank with it, such as --lora.rank 16)")
+    if config.lora.dora:
+        raise UserError(f"{given}: not with --lora.dora, which needs the norms of the matrices. Leave one of them out")
+    if config.memory.compile_blocks:
+        raise UserError(f"{given}: not with --memory.compile_blocks. Leave one of them out")
 
 
 def read_transforms(value: Any) -> tuple[dict[str, Any], ...] | None:

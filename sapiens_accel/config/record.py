@@ -73,9 +73,11 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
     """The options whose value differs from the record; options that the record lacks are not compared.
 
-    Except `lora`: a run without it in its record had no adapters.
+    Except `lora` and `model.base_dtype`: a run without them in its record had no adapters, and no rounded base.
     """
     record = {"lora": dataclasses.asdict(LoraConfig()), **record}
+    if isinstance(model := record.get("model"), Mapping):
+        record["model"] = {"base_dtype": None, **model}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 
@@ -131,7 +133,7 @@ def _is_fixed(one: Difference, context: Continuation) -> bool:
         return bool(context.resumed or context.from_earlier)
     fixed = ("data.input_hw", "memory.adam_8bit", f"{context.resumed}.frozen", f"{context.resumed}.teacher")
     if not context.freezes_blocks:
-        fixed += ("lora.rank", "lora.alpha", "lora.target", "lora.dora")
+        fixed += ("lora.rank", "lora.alpha", "lora.target", "lora.dora", "model.base_dtype")
     return context.resumed is not None and one.key in fixed
 
 

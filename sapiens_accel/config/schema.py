@@ -19,6 +19,7 @@ TENSORBOARD = "tensorboard"
 TRACKERS = (TENSORBOARD, "wandb", "trackio", "mlflow", "comet_ml")  # of --report_to, by accelerate's names
 Preset = Literal["fast", "limited_memory"]
 TeacherPlacement = Literal["device", "sharded", "host"]
+BaseDtype = Literal["nf4", "int8"]
 BUILT_IN = "built_in"  # in augment.albumentations: the changes of pixels that there are without it
 
 
@@ -246,6 +247,10 @@ class ModelConfig:
 
     name: str = "sapiens_1b"
     """A key of `sapiens_accel.models.sapiens.SIZES`."""
+    base_dtype: BaseDtype | None = None
+    """With --lora.rank: round the frozen matrices that adapters are added to, to 4 bits (nf4, pip install bitsandbytes)
+    or 8 (int8). Exported weights hold the rounded values, since the adapters were trained beside them. Not with ZeRO-3,
+    --lora.dora or --memory.compile_blocks. Default: the precision of the launch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,7 @@ def check_machine(run: Config, launch: Launch, skeleton: Skeleton) -> list[Findi
     """What is there for this run, and what is missing."""
     return [
         _packages(),
+        *_needed_packages(run),
         *_devices(),
         *_precision(launch),
         *_attention(run, launch),
@@ -130,6 +131,19 @@ def _finding(level: Any, check: str, text: str, *culprits: str) -> Finding:
 def _packages() -> Finding:
     listed = ", ".join(f"{name} {package_version(name) or 'missing'}" for name in PACKAGES)
     return _finding("note", "packages", f"Python {sys.version.split()[0]}, {listed}")
+
+
+def _needed_packages(run: Config) -> Iterator[Finding]:
+    """What options need and is not installed."""
+    needed = {
+        "--lora.rank": ("peft", run.lora.rank),
+        "--model.base_dtype nf4": ("bitsandbytes", run.model.base_dtype == "nf4"),
+        "--memory.adam_8bit": ("torchao", run.memory.adam_8bit),
+    }
+    for option, (package, wanted) in needed.items():
+        if wanted and package_version(package) is None:
+            text = f"{option}: {package} is not installed. Run pip install {package}"
+            yield _finding("error", "packages", text)
 
 
 def _devices() -> Iterator[Finding]:

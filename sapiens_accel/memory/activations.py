@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_coordinates
 
-from sapiens_accel.config.schema import LoraConfig, StageConfig
+from sapiens_accel.config.schema import BaseDtype, LoraConfig, StageConfig
 from sapiens_accel.data.dataset import Batch, Labeled, View
-from sapiens_accel.models import adapters
+from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
@@ -76,6 +76,7 @@ class NetworkShape:
         sigma: of the target heatmaps, heatmap px.
         padded: attention is padded, as on GPUs without a flash kernel.
         lora: its adapters.
+        base_dtype: of the frozen matrices under them, if they are rounded.
     """
 
     name: str
@@ -84,6 +85,7 @@ class NetworkShape:
     sigma: float
     padded: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+    base_dtype: BaseDtype | None = None
 
 
 @lru_cache(maxsize=32)
@@ -128,6 +130,8 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
     if "block_*" in plan.frozen:  # other frozen groups save little and are counted as trained
         model.freeze(("embeddings", "block_*", "norm"))
     with torch.device("meta"):
+        if network.base_dtype and adapters.find_targets(model, network.lora):
+            quantized.replace_all(model, network.base_dtype)
         adapters.add(model, network.lora)
     base = {id(p) for p in adapters.frozen_matrices(model)} if network.lora.rank else set()
     model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
@@ -149,10 +153,13 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, base: set[int], half: bool) -> None:
-    """Replace meta tensors by fake tensors; parameters get this dtype, those of the base 16 bits if `half`."""
+    """Replace meta tensors by fake tensors; parameters get this dtype, those of the base 16 bits if `half`.
+
+    Rounded matrices keep theirs.
+    """
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            own = torch.bfloat16 if half and id(p) in base else dtype
+            own = torch.bfloat16 if half and id(p) in base else dtype if p.is_floating_point() else p.dtype
             fake = nn.Parameter(torch.empty(p.shape, dtype=own), requires_grad=p.requires_grad)
             if p.requires_grad:
                 fake.register_post_accumulate_grad_hook(_forget_gradient)

@@ -9,7 +9,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.stages import COCO_PEOPLE, Stage, measure_stage
-from sapiens_accel.memory.strategies import list_ways
+from sapiens_accel.memory.strategies import find_refusal, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import SIZES
 from sapiens_accel.runtime.files import GIB
@@ -50,8 +50,11 @@ class Setting:
         )
 
     def table(self) -> Table:
-        """Plan every stage for every way, in 16 bits."""
-        every = list_ways(self.gpus, self.precision)
+        """Plan every stage for every way that its options allow, in 16 bits."""
+        # The ways set 8-bit moments and offload of activations themselves.
+        memory = dataclasses.replace(self.run.memory, adam_8bit=False)
+        run = dataclasses.replace(self.run, memory=memory)
+        every = [way for way in list_ways(self.gpus, self.precision) if not find_refusal(run, way.strategy)]
         stages: dict[StageName, Stage] = {name: self.stage(name) for name in self.run.stages}
         return {name: [fit(stage, name, way, self.room) for way in every] for name, stage in stages.items()}
 
@@ -169,6 +172,17 @@ def _adapters(setting: Setting) -> Iterator[str]:
     adapted = dataclasses.replace(setting, run=dataclasses.replace(setting.run, lora=LoraConfig(rank=RANK)))
     if setting.run.lora.rank is None and (best := _choose_or_none(adapted)):
         yield f"--lora.rank {RANK} (by {best[0].way.name})"
+        return
+    for base_dtype in ("int8", "nf4"):
+        rank = f"--lora.rank {RANK} " if setting.run.lora.rank is None else ""
+        model = dataclasses.replace(setting.run.model, base_dtype=base_dtype)
+        lora = LoraConfig(rank=RANK) if rank else setting.run.lora
+        run = dataclasses.replace(setting.run, lora=lora, model=model)
+        if setting.run.model.base_dtype or lora.dora or run.memory.compile_blocks:
+            return
+        if best := _choose_or_none(dataclasses.replace(setting, run=run)):
+            yield f"{rank}--model.base_dtype {base_dtype} (by {best[0].way.name})"
+            return
 
 
 def _smaller_model(setting: Setting) -> Iterator[str]:

@@ -346,9 +346,9 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     beside = in_fp32 and strategy.zero == 1 and not strategy.offload
     summed = 6 if beside else 4 if in_fp32 else word
     part = learning / ranks
-    weights = word * everything / (ranks if strategy.zero == 3 else 1)
+    weights = word * (everything - stage.rounded) / (ranks if strategy.zero == 3 else 1) + stage.rounded_bytes
     if strategy.zero == 0 and strategy.half:
-        weights -= 2 * stage.base  # `adapters.keep_base_in`
+        weights -= 2 * (stage.base - stage.rounded)  # `adapters.keep_base_in`
     state = {
         "weights": 0.0 if strategy.offload_weights else weights,
         "gradients": summed * (part if strategy.zero >= 2 else learning),

@@ -82,14 +82,10 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
         UserError: a stage does not fit (unless --memory.force), or options contradict each other.
     """
     memory, strategy = run.memory, launch.strategy
-    if memory.adam_8bit and strategy.zero:
-        raise UserError("--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)")
+    if refusal := strategies.find_refusal(run, strategy):
+        raise UserError(refusal)
     if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
         raise UserError("--memory.adam_8bit: torchao is not installed. Run pip install torchao")
-    if run.lora.dora and strategy.zero == 3:
-        raise UserError("--lora.dora: not with ZeRO-3, which shards the matrices whose norms it needs. Use ZeRO-2")
-    if memory.compile_blocks and strategy.zero == 3:
-        raise UserError("--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs")
     offloads, eight_bit = memory.offload_activations, memory.adam_8bit
     way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
     padded = attention.needs_padding(launch.capability, half=strategy.half)

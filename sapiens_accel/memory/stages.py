@@ -10,7 +10,7 @@ import torch
 from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data import sampling
 from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
-from sapiens_accel.models import adapters
+from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.attention import padded_dim
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.training import optim
@@ -29,6 +29,8 @@ class Stage:
         tensors_learning: how many tensors are trained.
         adapted: adapters learn in place of the blocks' own matrices, which have no gradients.
         base: elements of the frozen matrices under adapters, which are kept in 16 bits in 16-bit arithmetic.
+        rounded: elements of those of them that are kept in 4 or 8 bits.
+        rounded_bytes: bytes of these.
         groups: elements of each parameter group.
         largest: elements of the largest parameter that is trained.
         queries: elements of the queries of a person over all heads, padded if attention pads them.
@@ -47,6 +49,8 @@ class Stage:
     tensors_learning: int
     adapted: bool
     base: int
+    rounded: int
+    rounded_bytes: float
     groups: tuple[int, ...]
     largest: int
     depth: int
@@ -89,7 +93,10 @@ def measure_stage(
     with torch.device("meta"):
         model = SapiensPose(run.model.name, num_keypoints, run.data.input_hw)
         model.freeze(plan.frozen)
+        matrices = [module for name, module in model.named_modules() if quantized.is_matrix(module, name)]
         adapted = adapters.add(model, run.lora) > 0
+    base_dtype = run.model.base_dtype if adapted else None
+    shapes = [tuple(module.weight.shape) for module in matrices if base_dtype]
     sizes = [p.numel() for p in model.parameters()]
     learning = [p for p in model.parameters() if p.requires_grad]
     layers = model.layer_groups()
@@ -103,6 +110,7 @@ def measure_stage(
         sigma=run.data.sigma,
         padded=padded,
         lora=run.lora,
+        base_dtype=base_dtype,
     )
     return Stage(
         plan=plan,
@@ -116,6 +124,8 @@ def measure_stage(
         tensors_learning=len(learning),
         adapted=adapted,
         base=sum(p.numel() for p in adapters.frozen_matrices(model)) if adapted else 0,
+        rounded=sum(map(math.prod, shapes)),
+        rounded_bytes=sum(quantized.num_bytes(shape, base_dtype) for shape in shapes) if base_dtype else 0.0,
         groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
         largest=max(p.numel() for p in learning),
         depth=model.size.depth,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapiens_accel.config.schema import TeacherPlacement
+from sapiens_accel.config.schema import Config, TeacherPlacement
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.launch import configs_folder
@@ -51,6 +51,21 @@ def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
         if launch.endswith("offload"):
             add(f"{launch}+activations", launch, offload_activations=True)
     return ways
+
+
+def find_refusal(run: Config, strategy: Strategy) -> str | None:
+    """Why a run's options cannot be trained by a launch; None if they can."""
+    if run.memory.adam_8bit and strategy.zero:
+        return "--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)"
+    if strategy.zero < 3:
+        return None
+    if run.lora.dora:
+        return "--lora.dora: not with ZeRO-3, which shards the matrices whose norms it needs. Use ZeRO-2"
+    if run.model.base_dtype:
+        return f"--model.base_dtype {run.model.base_dtype}: not with ZeRO-3, which would shard the matrices. Use ZeRO-2"
+    if run.memory.compile_blocks:
+        return "--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs"
+    return None
 
 
 def command(way: Way, words: Sequence[str]) -> str:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sapiens_accel.config.schema import LoraConfig
 from sapiens_accel.errors import UserError
+from sapiens_accel.models import quantized
 from sapiens_accel.models.export import published_key
+from sapiens_accel.models.quantized import QuantizedLinear
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.runtime import files
 
@@ -37,7 +39,7 @@ def find_targets(model: SapiensPose, lora: LoraConfig) -> list[str]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
         and ".layer." in name
-        and layer.weight.requires_grad
+        and (layer.gets_adapters if isinstance(layer, QuantizedLinear) else layer.weight.requires_grad)
         and (lora.target == "all" or ".attention." in name)
     ]
 
@@ -88,12 +90,13 @@ def keep_base_in(model: SapiensPose, dtype: torch.dtype) -> None:
 
 
 def frozen_matrices(model: SapiensPose) -> list[nn.Parameter]:
-    """The parameters of the frozen linear layers of an adapted network."""
+    """The parameters of the frozen linear layers of an adapted network, but rounded matrices."""
     return [
         parameter
         for module in model.backbone.modules()
         if isinstance(module, nn.Linear) and not module.weight.requires_grad
         for parameter in module.parameters()
+        if parameter.is_floating_point()
     ]
 
 
@@ -101,6 +104,7 @@ def _import_peft() -> Any:
     # Here: it takes seconds, and most runs have no adapters.
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora.rank: peft is not installed. Run pip install peft")
+    quantized.silence()  # peft imports bitsandbytes wherever it is installed
     import peft
 
     return peft

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapiens_accel.config.schema import STAGES, StageName
+from sapiens_accel.config.schema import STAGES, BaseDtype, StageName
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import checkpoint_formats as published
+from sapiens_accel.models import quantized
 from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
 from sapiens_accel.models.weights_file import MappedPages
@@ -65,10 +66,15 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """Where the parameters of a network are to be: a device, and a dtype (None: each in its own)."""
+    """Where the parameters of a network are to be: a device, and a dtype (None: each in its own).
+
+    Attributes:
+        base_dtype: the matrices of the blocks are rounded to this type.
+    """
 
     device: str | torch.device = "cpu"
     dtype: torch.dtype | None = None
+    base_dtype: BaseDtype | None = None
 
 
 def goes_to_device(zero: int, *, sixteen: bool, adapted: bool, teacher: bool, frozen: bool) -> bool:
@@ -229,6 +235,9 @@ def _put(model: SapiensPose, key: str, value: Tensor, home: Home | None) -> None
             own.copy_(value)
             return
         home = home or Home()
+        if home.base_dtype and name == "weight" and quantized.is_matrix(module, owner):
+            quantized.replace(model, owner, value.to(home.device), home.base_dtype)
+            return
         # A copy in any case: the value may be a view of the mapped file.
         there = value.to(device=home.device, dtype=home.dtype or own.dtype, copy=True)
     setattr(module, name, nn.Parameter(there, requires_grad=own.requires_grad))
@@ -238,7 +247,8 @@ def _put(model: SapiensPose, key: str, value: Tensor, home: Home | None) -> None
 def _move(model: SapiensPose, home: Home) -> None:
     """Move all that is not at home yet: parameters that the file lacks, and buffers, which keep their dtype."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(home.device, home.dtype or parameter.dtype)
+        dtype = home.dtype if parameter.is_floating_point() else None
+        parameter.data = parameter.data.to(home.device, dtype or parameter.dtype)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(home.device)

@@ -381,7 +381,8 @@ def _setting(facts: Facts, stage: str, name: str) -> str:
     tree, lora = facts.run[stage], facts.run.get("lora") or {}
     if name == "frozen" and lora.get("rank") and "block_*" not in tree["frozen"]:
         more = "".join(f", `{group}`" for group in tree["frozen"])
-        return _ADAPTED.format(rank=lora["rank"]) + more
+        base = (facts.run.get("model") or {}).get("base_dtype")
+        return _ADAPTED.format(rank=lora["rank"]) + (f"; matrices of the blocks in {base}" if base else "") + more
     return _SETTINGS[name](tree, last)
 
 

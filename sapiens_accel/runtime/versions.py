@@ -7,7 +7,7 @@ from pathlib import Path
 
 LIBRARIES = (
     "sapiens_accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "albumentations",
-    "opencv-python-headless", "nvidia-nvimgcodec-cu12", "numpy", "pycocotools", "torchao", "peft",
+    "opencv-python-headless", "nvidia-nvimgcodec-cu12", "numpy", "pycocotools", "torchao", "peft", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.errors import UserError, count, read_tree
+from sapiens_accel.models.quantized import num_values
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.runtime.files import (
     CORRUPT,
@@ -176,10 +177,8 @@ def estimate_size(
     fp32 copy if it is trained, 4 bytes in each folder of weights, and 4 in the teacher's state. Without the frozen ones
     these have no value in the state and none in the teacher's.
     """
-    num, learning = (
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_learning)
-        for only_learning in (False, True)
-    )
+    num = num_values(model)
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_deepspeed, half = distributed.is_deepspeed(accelerator), accelerator.mixed_precision != "no"
     value = 0 if distributed.zero_stage(accelerator) == 3 else 2 if is_deepspeed and half else 4
     optimizer = (2 if adam_8bit else 8) + 4 * is_deepspeed

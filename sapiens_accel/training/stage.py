@@ -19,7 +19,7 @@ from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.errors import Interrupted, UserError
-from sapiens_accel.models import adapters, checkpoint_formats, export
+from sapiens_accel.models import adapters, checkpoint_formats, export, quantized
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
@@ -262,7 +262,7 @@ def _estimate_sizes(context: StageContext, model: SapiensPose, *, adapted: bool)
     size = checkpoint.estimate_size(
         context.accelerator, model, teacher=has_teacher, adam_8bit=run.memory.adam_8bit, without_frozen=adapted
     )
-    num = sum(parameter.numel() for parameter in model.parameters())
+    num = quantized.num_values(model)
     base = 4 * num if adapted else 0
     if context.config.hand_over != "best":
         return size, base
@@ -340,14 +340,19 @@ def _load_model(context: StageContext, given: str | None) -> _Start:
     resume = checkpoint.find_checkpoint(accelerator, Path(run.output_dir), asked, context.name, dry_run=run.dry_run)
     model.freeze(config.frozen)
     adapted = bool(adapters.find_targets(model, run.lora))
+    base_dtype = run.model.base_dtype if adapted else None
     saved_base = resume.find_base(BASE) if resume and adapted else None
     start = str(saved_base) if saved_base else _find_weights(context, given, resume)
+    earlier = _find_earlier_adapters(start) if start and base_dtype and not saved_base else None
     if start:
-        loaded = weights.load(model, start, skeleton.names, _home(context, model, adapted=adapted))
+        source = str(earlier.base) if earlier else start
+        loaded = weights.load(model, source, skeleton.names, _home(context, model, adapted=adapted))
     else:
         set_seed(run.seed)  # the empty network has drawn random numbers
         model, loaded = SapiensPose(run.model.name, skeleton.num_keypoints, run.data.input_hw), None
         model.freeze(config.frozen)
+        if base_dtype:
+            quantized.replace_all(model, base_dtype)
     accelerator.print(f"\n{context.name}: {resume or loaded or weights.FROM_RANDOM}")
     if not adapted:
         if run.lora.rank:
@@ -356,21 +361,40 @@ def _load_model(context: StageContext, given: str | None) -> _Start:
     base = saved_base
     if base is None and accelerator.is_main_process:
         # Values of the file where it has them: the network's may be rounded.
-        base = {**model.state_dict(), **(loaded.values if loaded else {})}
+        base = quantized.PlainState(model, loaded.values if loaded else {})
     num = adapters.add(model, run.lora)
-    learning, total = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (True, False)
-    )
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accelerator.print(
         f"{context.name}: adapters of rank {run.lora.rank} on {num} matrices: with norms and head, {learning:,} "
-        f"parameters learn; {total - learning:,} are frozen"
+        f"parameters learn; {quantized.num_values(model) - learning:,} are frozen"
+        + (f", the matrices of the blocks in {base_dtype}" if base_dtype else "")
     )
+    if earlier:
+        adapters.load_folder(model, earlier.folder)
+        accelerator.print(f"{context.name}: continues the adapters of {earlier.folder}")
     if resume and resume.weights:
         adapters.load_folder(model, Path(resume.weights) / adapters.FOLDER)
     half = distributed.autocast_dtype(accelerator)
     if half and not distributed.is_deepspeed(accelerator):  # which casts all parameters itself
         adapters.keep_base_in(model, half)
     return _Start(model, resume, start, adapted=True, base=base)
+
+
+class _EarlierAdapters(NamedTuple):
+    """The adapters of an earlier stage and the weights that they were added to, as folders."""
+
+    folder: Path
+    base: Path
+
+
+def _find_earlier_adapters(start: str) -> _EarlierAdapters | None:
+    """The adapters that are merged into these weights; None if there are none.
+
+    A stage with a rounded base continues them: rounding the merged matrices would undo most of what they have learned,
+    which is less than the steps between rounded values.
+    """
+    found = _EarlierAdapters(folder=Path(start) / adapters.FOLDER, base=Path(start).parent / BASE)
+    return found if (found.folder / adapters.FILE).is_file() and found.base.is_dir() else None
 
 
 def _home(context: StageContext, model: SapiensPose, *, adapted: bool) -> weights.Home:
@@ -384,9 +408,10 @@ def _home(context: StageContext, model: SapiensPose, *, adapted: bool) -> weight
         teacher=context.config.teacher is not None,
         frozen=not all(p.requires_grad for p in model.parameters()),
     )
+    base_dtype = context.run.model.base_dtype if adapted else None
     if accelerator.device.type != "cuda" or not straight:
-        return weights.Home()
-    return weights.Home(device=accelerator.device, dtype=sixteen)
+        return weights.Home(base_dtype=base_dtype)
+    return weights.Home(device=accelerator.device, dtype=sixteen, base_dtype=base_dtype)
 
 
 def _write_base(context: StageContext, model: SapiensPose, base: Path | Mapping[str, Tensor] | None) -> None:

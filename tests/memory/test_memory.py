@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import forks
@@ -18,8 +19,8 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, MemoryConfig, StageName, TeacherPlacement
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
+from sapiens_accel.memory import choice, fitting, planner, stages, strategies
 from sapiens_accel.memory import estimate as plan
-from sapiens_accel.memory import fitting, planner, stages, strategies
 from sapiens_accel.memory import report as memory
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.planner import LaunchInfo
@@ -61,6 +62,7 @@ CASES = [
     {"stage": "ssl", "micro_batch": 4, "accumulation": 1, "checkpointed": 4, "chunk": 2},
 ]
 ADAPTED = [{**CASES[0], "rank": 8}, {**CASES[1], "rank": 8}]
+ROUNDED = [{**ADAPTED[0], "base_dtype": "int8"}, {**ADAPTED[1], "base_dtype": "nf4"}]
 
 
 def free_port() -> int:
@@ -82,6 +84,7 @@ def peaks(cases: list[dict], folder: Path, **env: str) -> list[dict[str, float]]
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: str, tmp_path: Path) -> None:
     cases = [{"name": "sapiens_tiny", **case} for case in [*CASES, *ADAPTED]] + [{"name": "sapiens2_tiny", **CASES[1]}]
+    cases += [{"name": "sapiens2_tiny", **case} for case in (ROUNDED if find_spec("bitsandbytes") else ROUNDED[:1])]
     if precision == "bf16":  # the CPU takes its time for it
         cases = [{"name": "sapiens_tiny", **case} for case in (CASES[0], ADAPTED[0])]
     found = peaks(cases, tmp_path, ACCELERATE_MIXED_PRECISION=precision)
@@ -395,6 +398,26 @@ def test_a_chunk_holds_no_more_people_than_there_are() -> None:
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_5b_with_a_rounded_base_fits_a_notebook_as_two_micro_batches(kind: str) -> None:
+    """A T4 in fp16 with 12.7 GB of host memory; ways that the options do not go with are not in the table."""
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    run = recipe("sapiens2_5b_coco_lora", "--stage=phase2", f"--model.base_dtype={kind}")
+    room = Room(device=13.75 * GIB, host=12.7e9)
+    table = choice.Setting(run=run, gpus=1, room=room, capability=(7, 5)).table()
+    assert not [found for found in table["phase2"] if found.way.strategy.zero == 3]
+    best = choice.choose(table)
+    assert best is not None and best[0].share.micro_batch == 16
+    assert best[0].gpu_peak < 13.5 * GIB and best[0].host_peak < 12 * GIB
+    stage = counted("sapiens2_5b_coco_lora", "phase2", f"--model.base_dtype={kind}")
+    values = stage.num_parameters - stage.rounded
+    each = {"nf4": 0.5 + 4 / 64, "int8": 1 + 4 / 2432}[kind]
+    assert stage.rounded > 0.97 * 5.0e9
+    assert best[0].gpu["weights"] == pytest.approx(2 * values + each * stage.rounded, rel=1e-3)
+
+
 def test_the_command_is_what_a_shell_takes() -> None:
     words = ["--stage", "phase2", "--memory.adam_8bit", "true", "--output_dir", "a b", "--memory.offload_activations"]
     kept = strategies.without(words, "--memory.offload_activations", "--memory.adam_8bit")
@@ -409,12 +432,14 @@ def test_the_command_is_what_a_shell_takes() -> None:
     [
         (Strategy(zero=2), "--memory.adam_8bit", "without DeepSpeed"),
         (Strategy(zero=3), "--memory.compile_blocks", "ZeRO-3"),
+        (Strategy(zero=3), "--lora.rank=4 --lora.dora", "--lora.dora: not with ZeRO-3"),
+        (Strategy(zero=3), "--lora.rank=4 --model.base_dtype=int8", "base_dtype int8: not with ZeRO-3"),
         (Strategy(), "--memory.checkpointed_blocks=99", "expected at most 4"),
     ],
 )
 def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        planned("demo", 15, "--stage", "phase2", option, strategy=strategy)
+        planned("demo", 15, "--stage", "phase2", *option.split(), strategy=strategy)
 
 
 @pytest.mark.slow

@@ -614,6 +614,10 @@ def test_the_card_says_which_stages_have_trained_adapters(run_folder: Path) -> N
     )
     own = "all but adapters (rank 16), norms and head"
     assert f"| frozen | `embeddings`, `block_*`, `norm` | {own} | {own} |" in text
+    tree["model"]["base_dtype"] = "nf4"
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    own += "; matrices of the blocks in nf4"
+    assert f"| frozen | `embeddings`, `block_*`, `norm` | {own} | {own} |" in _card(run_folder).text
     (folder / "adapter_config.json").write_text(json.dumps({"r": "<b>"}))
     with pytest.raises(UserError, match=r"adapter_config\.json: r: expected the rank of the adapters, found '<b>'"):
         _card(run_folder)

@@ -180,3 +180,73 @@ def test_a_resume_with_other_adapters_is_refused_before_anything_is_written(
 def test_options_without_a_rank_are_refused(train_here: Main, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--lora\.alpha 32.*no adapters \(expected --lora\.rank"):
         train_here([*WORDS, "--lora.alpha=32"], tmp_path / "run")
+
+
+# ---- A base in 4 bits
+
+NF4 = [*RANK, "--model.base_dtype=nf4"]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory, train_here: Main, run: Path) -> Path:
+    """phase2 and ssl on a base in nf4, from the head of `run`."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("nf4") / "run"
+    train_here([*WORDS, *NF4, "--stage=phase2,ssl", f"--weights={run / 'phase1' / 'weights'}"], folder)
+    return folder
+
+
+def test_a_rounded_base_is_written_as_it_was_trained_beside_and_ssl_continues_its_adapters(
+    rounded: Path, run: Path
+) -> None:
+    start, base = tensors(run / "phase1" / "weights"), tensors(rounded / "phase2" / "base")
+    changed = {key for key, value in base.items() if not torch.equal(value, start[key])}
+    assert changed == {key for key in base if ".layer." in key and key.endswith("weight") and "norm" not in key}
+    for key in changed:  # blocks of 64 values, each one of 16 times their largest
+        values = base[key].view(-1, 64)
+        assert (values / values.abs().amax(dim=1, keepdim=True)).round(decimals=5).unique().numel() <= 16, key
+    again = tensors(rounded / "ssl" / "base")
+    assert all(torch.equal(value, base[key]) for key, value in again.items() if key in changed)
+    first, last = (load_file(rounded / stage / "weights/adapter/adapter_model.safetensors") for stage in STAGES)
+    moved = torch.cat([(last[key] - value).flatten() for key, value in first.items() if "lora" in key])
+    assert 0 < moved.abs().max() < 0.1 * max(value.abs().max() for value in first.values())
+    losses = [_losses(folder, stage) for folder in (rounded, run) for stage in STAGES]
+    assert losses[0] == pytest.approx(losses[2], rel=0.1) and losses[0] != losses[2]
+
+
+STAGES = ("phase2", "ssl")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_on_a_rounded_base_is_resumed_to_the_same_bits(
+    rounded: Path, train_here: Main, tmp_path: Path, stage: str
+) -> None:
+    asked = rounded / stage / "checkpoints" / "step_3"
+    train_here([*WORDS, *NF4, f"--stage={stage}"], tmp_path / "run", f"--resume_from_checkpoint={asked}")
+    for part in ("weights", "weights/adapter", "base"):
+        file = next((rounded / stage / part).glob("*.safetensors")).name
+        found, expected = (load_file(folder / stage / part / file) for folder in (tmp_path / "run", rounded))
+        assert all(torch.equal(value, found[key]) for key, value in expected.items()), part
+    assert _losses(tmp_path / "run", stage)[-3:] == _losses(rounded, stage)[-3:]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.base_dtype=int8"], r"base_dtype int8: there are no adapters \(expected --lora\.rank"),
+        ([*NF4, "--lora.dora=true"], r"base_dtype nf4: not with --lora\.dora"),
+        ([*NF4, "--memory.compile_blocks=true"], r"base_dtype nf4: not with --memory\.compile_blocks"),
+    ],
+)
+def test_what_a_rounded_base_does_not_go_with_is_refused(
+    train_here: Main, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        train_here([*WORDS, *words], tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_resume_with_another_base_is_refused(rounded: Path, train_here: Main) -> None:
+    for words, now in (([*RANK], "null"), ([*RANK, "--model.base_dtype=int8"], "int8")):
+        with pytest.raises(UserError, match=f"model.base_dtype was nf4, is {now}"):
+            train_here([*WORDS, *words, "--stage=ssl", "--ssl.steps=9"], rounded, "--resume_from_checkpoint=latest")

@@ -224,6 +224,26 @@ def test_adapters_train_alike_under_every_stage_of_zero_and_are_resumed(cache, r
 
 
 @pytest.mark.slow
+def test_adapters_on_a_rounded_base_train_alike_under_zero_1_and_2(cache, reference):
+    """2 processes against a plain one; ZeRO-2 cut in two. ZeRO-3 is refused."""
+    pytest.importorskip("bitsandbytes")
+    start = [f"--weights={reference / 'phase1' / 'weights'}", "--lora.rank=4", "--model.base_dtype=nf4"]
+    start += ["--data.synthetic.num_val=2"]
+    plain = cache / "nf4"
+    launch([job(plain, stage="phase2", micro_batch=GLOBAL_BATCH, extra=start)], cache, processes=1, deepspeed=False)
+    folders = [cache / f"nf4-z{zero}" for zero in (1, 2)]
+    cut, again = ["--max_steps=8", "--save_every=8"], ["--resume_from_checkpoint=latest"]
+    jobs = [
+        job(folder, stage="phase2", micro_batch=2, zero=zero, extra=[*start, *extra])
+        for zero, folder in zip((1, 2), folders, strict=True)
+        for extra in (([],) if zero == 1 else (cut, again))
+    ]
+    launch(jobs, cache, processes=2, deepspeed=True)
+    for folder in folders:
+        assert_same(folder, plain, "phase2")
+
+
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_micro_batch(cache, reference):
     """A checkpoint stands between two optimizer steps of any accumulation."""
     folder, start = cache / "regrouped", [f"--weights={reference / 'phase1' / 'weights'}"]
