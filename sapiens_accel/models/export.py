@@ -20,12 +20,11 @@ from sapiens_accel.config.commands import export_parser
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import export_graph as graph
 from sapiens_accel.models import export_runtimes as runtimes
-from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose, weights_file
-from sapiens_accel.models.checkpoint_formats import SKELETON_FILE
+from sapiens_accel.models import image_processing_sapiens_pose, modeling_sapiens_pose
+from sapiens_accel.models.checkpoint_formats import SKELETON_FILE, Entry, MappedPages, save_one_by_one
 from sapiens_accel.models.load import FILE
 from sapiens_accel.models.modeling_sapiens_pose import SapiensPoseConfig
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SapiensPose, sapiens2_config
-from sapiens_accel.models.weights_file import Entry, MappedPages
 from sapiens_accel.pose import heatmap_numpy
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import files
@@ -87,7 +86,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FILE}.tmp"
     entries = {published_key(key, model): Entry(tuple(_source(state, key).shape), dtype) for key in state}
-    weights_file.save(temporary, entries, _tensors(state, model), {"format": "pt"})
+    save_one_by_one(temporary, entries, _tensors(state, model), {"format": "pt"})
     files.follow_umask(temporary)
     meaning = {**asdict(skeleton), "flip_pairs": _flip_pairs(skeleton)}
     for name in ("image_bits", "box_padding"):

@@ -14,9 +14,8 @@ from sapiens_accel.config.schema import STAGES, BaseDtype, StageName
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import checkpoint_formats as published
 from sapiens_accel.models import quantized
-from sapiens_accel.models.checkpoint_formats import FILE, State, Weights
+from sapiens_accel.models.checkpoint_formats import FILE, MappedPages, State, Weights
 from sapiens_accel.models.sapiens import SIZES, SapiensPose, resize_positions
-from sapiens_accel.models.weights_file import MappedPages
 
 FROM_RANDOM = "starts from RANDOM weights; to start from published weights, or from those of a run, give --weights"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sapiens_accel.models import load, weights_file
+from sapiens_accel.models import checkpoint_formats, load
+from sapiens_accel.models.checkpoint_formats import Entry
 from sapiens_accel.models.sapiens import SapiensPose
-from sapiens_accel.models.weights_file import Entry
 
 HW = (64, 48)
 
@@ -81,9 +81,9 @@ def test_a_file_written_tensor_by_tensor_is_that_of_safetensors(tmp_path: Path) 
     metadata = {"format": "pt"}
     save_file(tensors, tmp_path / "theirs", metadata=metadata)
     entries = {key: Entry(tuple(value.shape), value.dtype) for key, value in tensors.items()}
-    weights_file.save(tmp_path / "ours", entries, reversed(tensors.items()), metadata)
+    checkpoint_formats.save_one_by_one(tmp_path / "ours", entries, reversed(tensors.items()), metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     with pytest.raises(ValueError, match="no tensor for a"):
-        weights_file.save(tmp_path / "ours", entries, [], metadata)
+        checkpoint_formats.save_one_by_one(tmp_path / "ours", entries, [], metadata)
     with pytest.raises(ValueError, match="is not an entry that is still to be written"):
-        weights_file.save(tmp_path / "ours", entries, [("a", torch.zeros(4))], metadata)
+        checkpoint_formats.save_one_by_one(tmp_path / "ours", entries, [("a", torch.zeros(4))], metadata)
