@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ def prepare(
     accelerator.gradient_accumulation_steps = accumulation
     if is_deepspeed(accelerator):
         read_visible_devices()
+        # torch 2.13's, in each process, about the names of DeepSpeed's calls.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         config = deepspeed_config(accelerator)
         config.pop("train_batch_size", None)
         config["train_micro_batch_size_per_gpu"] = micro_batch
