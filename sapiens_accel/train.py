@@ -44,7 +44,7 @@ from sapiens_accel.runtime.launch import Precision
 from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.logger import StageContext
-from sapiens_accel.training.stage import Progress, TrainingStage, build_stage
+from sapiens_accel.training.stage import Progress, TrainingStage, build_stage, find_fixed_teacher
 
 
 def train(
@@ -111,6 +111,7 @@ def open_data(run: Config) -> tuple[str | None, Config, Sets, tuple[str, ...]]:
     """
     given = uploader.fetch(run.weights) if run.weights and run.weights != RANDOM else None
     skeleton, notes = build.open_skeleton(run.data)
+    find_fixed_teacher(run, skeleton.names)  # or refused, before the data are read
     run = run if skeleton.mirror_known else run.without_mirroring()
     try:
         sets = build.open_people(run.data, skeleton, unlabeled=learns_from_unlabeled(run))

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sapiens_accel.config import credentials, help
 from sapiens_accel.config.options import describe, is_group, options, range_faults, switches
-from sapiens_accel.config.schema import ALL, STAGES, TRACKERS, Config, LoraConfig, Preset
+from sapiens_accel.config.schema import ALL, STAGES, TRACKERS, Config, DistillConfig, LoraConfig, Preset
 from sapiens_accel.errors import UserError, end_on_interrupt, read_tree, run_main
 
 # benchmarks/results/ssl_cpu_2026-11-23_weight_1.json: means of 3 seeds.
@@ -267,6 +267,11 @@ def _check_values(config: Config) -> None:
             "as --lora.rank 16)"
         )
     _check_base_dtype(config)
+    if config.distill.teacher is None and config.distill != DistillConfig():
+        raise UserError(
+            f"--distill.weight {config.distill.weight:g}: there is no teacher (expected --distill.teacher too, such "
+            "as --distill.teacher RUN_DIR/phase2/weights)"
+        )
     scales, html = config.eval.scales, config.eval.html
     if not scales or len(set(scales)) < len(scales):
         shown = " ".join(f"{scale:g}" for scale in scales) or "(none)"

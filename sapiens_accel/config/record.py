@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sapiens_accel.config.parse import as_tree
-from sapiens_accel.config.schema import STAGES, Config, LoraConfig
+from sapiens_accel.config.schema import STAGES, Config, DistillConfig, LoraConfig
 from sapiens_accel.errors import UserError, read_tree
 
 FILE = "config.yaml"
@@ -73,9 +73,11 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
     """The options whose value differs from the record; options that the record lacks are not compared.
 
-    Except `lora` and `model.base_dtype`: a run without them in its record had no adapters, and no rounded base.
+    Except `lora`, `distill` and `model.base_dtype`: a run without them in its record had no adapters, no fixed teacher
+    and no rounded base.
     """
-    record = {"lora": dataclasses.asdict(LoraConfig()), **record}
+    absent = {"lora": dataclasses.asdict(LoraConfig()), "distill": dataclasses.asdict(DistillConfig())}
+    record = {**absent, **record}
     if isinstance(model := record.get("model"), Mapping):
         record["model"] = {"base_dtype": None, **model}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]

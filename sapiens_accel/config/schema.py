@@ -279,6 +279,18 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation: the network also learns the heatmaps of a fixed teacher, a trained and usually larger network."""
+
+    teacher: str | None = None
+    """The teacher: a weights folder, RUN_DIR/STAGE/weights, or a Hub repository of one, ORG/NAME[@REVISION]. Of any
+    size and family, with the run's keypoints, input_hw and sigma. Every stage learns its heatmaps of labeled people, of
+    all keypoints; in stage ssl its predictions are the pseudo-labels, in place of the mean teacher's. Default: none."""
+    weight: Positive = 1.0
+    """Weight of that loss of labeled people relative to the loss of the labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Options that trade time for memory; losses stay the same up to rounding. The memory plan sets their defaults."""
 
@@ -542,6 +554,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     phase1: StageConfig = field(
         default_factory=lambda: StageConfig(epochs=10, frozen=("embeddings", "block_*", "norm"))

@@ -71,7 +71,11 @@ def flops_of_step(stage: Stage, people: int, checkpointed_blocks: int) -> float:
     passes = (2 if stage.adapted else 3) if learns else 1
     recomputed = checkpointed_blocks * parts.block if learns else 0
     student = passes * parts.backbone + recomputed + 3 * parts.head
-    return people * ((1 + stage.ratio) * student + stage.ratio * parts.whole)
+    teacher = stage.ratio * parts.whole
+    if stage.fixed:  # of labeled people too
+        name, num_keypoints, input_hw = stage.fixed.name, stage.network.num_keypoints, stage.network.input_hw
+        teacher = (1 + stage.ratio) * part_flops(name, num_keypoints, input_hw).whole
+    return people * ((1 + stage.ratio) * student + teacher)
 
 
 def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Rates) -> float:

@@ -228,6 +228,8 @@ def _describe_step(
 def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, float]]:
     """Bytes by part in each phase of a step that can be its peak, in the order of forward and backward."""
     phases = {"head": _head_phase(step)}
+    if stage.fixed:  # its forward of a chunk, whose loss compares with its heatmaps
+        phases["head"]["fixed_teacher_forward"] = stage.fixed.forward(step.chunk)
     if step.whole and step.saved:
         phases["whole"] = _whole_blocks_phase(step)
     if step.checkpointed and step.kept:
@@ -325,9 +327,10 @@ def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
     """The teacher's forward on unlabeled people and the decoding of its heatmaps, before the student's step."""
     unlabeled = share.micro_batch * stage.ratio
     maps = unlabeled * stage.map_bytes
+    forward = (stage.fixed.forward if stage.fixed else step.footprint.forward)(unlabeled)
     # fp32 copies of the maps: cast, blurred along each axis, padded, and their logarithm.
     decoding = 5 * unlabeled * stage.map_bytes
-    return {"features": max(step.footprint.forward(unlabeled), maps + decoding), "gradients": step.gradients_forward}
+    return {"features": max(forward, maps + decoding), "gradients": step.gradients_forward}
 
 
 def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
@@ -355,6 +358,7 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
         "masters": 4 * part if strategy.zero else 0.0,
         "adam": 2 * (1 + 4 / 256) * learning if way.adam_8bit else 8 * (part if strategy.zero else learning),
         "ema_teacher": _teacher_bytes(stage, way),
+        "fixed_teacher": (2.0 if strategy.half else 4.0) * stage.fixed.num_parameters if stage.fixed else 0.0,
         "zero_buckets": 0.0,
         # ZeRO-1 puts fp32 sums into it.
         "backward_buckets": float(strategy.bucket * (4 if beside else word)),

@@ -2,20 +2,37 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from sapiens_accel.config.schema import Config, MemoryConfig, StageConfig, StageName
+from sapiens_accel.config.schema import Config, LoraConfig, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data import sampling
-from sapiens_accel.memory.activations import Footprint, NetworkShape, footprint
+from sapiens_accel.memory.activations import Footprint, Linear, NetworkShape, footprint
 from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.attention import padded_dim
+from sapiens_accel.models.load import description
 from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.training import optim
+from sapiens_accel.training.stage import find_fixed_teacher
 
 COCO_PEOPLE = 149_813  # with labeled keypoints in train2017
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedNetwork:
+    """The fixed teacher of a stage, whole on each device.
+
+    Attributes:
+        name: a key of `SIZES`.
+        num_parameters: elements of its parameters.
+        forward: peak of its forward; see `Footprint`.
+    """
+
+    name: str
+    num_parameters: int
+    forward: Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +52,7 @@ class Stage:
         largest: elements of the largest parameter that is trained.
         queries: elements of the queries of a person over all heads, padded if attention pads them.
         steps: optimizer steps of the stage.
+        fixed: the teacher of `--distill.teacher`.
         footprint_of: what a step takes; argument: whether autocast casts fp32 weights.
     """
 
@@ -60,6 +78,7 @@ class Stage:
     num_workers: int
     steps: int
     footprint_of: Callable[[bool], Footprint]
+    fixed: FixedNetwork | None = None
 
     @property
     def ratio(self) -> int:
@@ -135,4 +154,21 @@ def measure_stage(
         num_workers=run.data.num_workers,
         steps=sampling.num_steps(plan, num_people, run.max_steps),
         footprint_of=partial(footprint, network, plan, half),
+        fixed=_measure_fixed_teacher(run, network, half=half),
     )
+
+
+def _measure_fixed_teacher(run: Config, student: NetworkShape, *, half: bool) -> FixedNetwork | None:
+    """
+    Raises:
+        UserError: `--distill.teacher` is no weights folder.
+    """
+    folder = find_fixed_teacher(run)
+    if folder is None:
+        return None
+    shape = replace(student, name=description(folder)["name"], lora=LoraConfig(), base_dtype=None)
+    with torch.device("meta"):
+        network = SapiensPose(shape.name, shape.num_keypoints, shape.input_hw)
+    num = sum(p.numel() for p in network.parameters())
+    forward = footprint(shape, StageConfig(), half, False).forward
+    return FixedNetwork(name=shape.name, num_parameters=num, forward=forward)

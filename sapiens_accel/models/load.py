@@ -143,6 +143,18 @@ def load(model: SapiensPose, reference: str, names: Sequence[str] | None = None,
     )
 
 
+def load_fixed(folder: Path, home: Home) -> SapiensPose:
+    """The network of a weights folder, in evaluation mode and without gradients.
+
+    Raises:
+        UserError: as `description` and `load`.
+    """
+    about = description(folder)
+    model = SapiensPose(about["name"], about["num_keypoints"], tuple(about["input_hw"]), empty=True)
+    load(model, str(folder), home=home)
+    return model.eval().requires_grad_(False)
+
+
 def starting_point(run_folder: Path, stage: StageName) -> str | None:
     """The weights of the last stage before this one in the run directory, if there are any."""
     for earlier in reversed(STAGES[: STAGES.index(stage)]):

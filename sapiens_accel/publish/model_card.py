@@ -25,6 +25,7 @@ from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate, tables
 from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
 from sapiens_accel.evaluation.paired import MIN_ERRORS
+from sapiens_accel.hub.download import parse_reference
 from sapiens_accel.models import adapters, export
 from sapiens_accel.models.checkpoint_formats import read_config
 from sapiens_accel.pose import draw
@@ -243,11 +244,21 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
         image_name=IMAGE_NAME,
         training_people=_people(facts, "train"),
         teacher=run[facts.stage].get("teacher") if facts.stage == "ssl" else None,
+        distilled_from=_name_teacher(run),
         handed_over=_handed_over(facts),
         settings=_settings(facts) if own_settings else None,
         has_curve=has_curve,
         curve_name=CURVE_NAME,
     )
+
+
+def _name_teacher(run: Mapping[str, Any]) -> str | None:
+    """The fixed teacher by its repository on the Hub; a local path is nobody else's business."""
+    reference = run["distill"]["teacher"]
+    if not reference:
+        return None
+    wanted = None if Path(reference).exists() else parse_reference(reference)
+    return wanted.repo if wanted else "a network of this machine"
 
 
 def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:

@@ -21,7 +21,7 @@ from sapiens_accel.pose import geometry
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.objectives import Objective, Supervised, heatmap_kl, literal_kl
+from sapiens_accel.training.objectives import FixedTeacher, Objective, Supervised, heatmap_kl, literal_kl
 
 PEAK_RANGE = (0.3, 1.0)  # of the factor that sharpens a teacher's own map
 CONFIDENCE_MOMENTUM = 0.95
@@ -54,9 +54,15 @@ class TeacherSetup:
     mirrors: bool = False
 
 
-def build_objective(stage: StageConfig, codec: Codec, skeleton: Skeleton, setup: TeacherSetup | None) -> Objective:
-    """The objective of a stage; one with a teacher needs `setup`."""
-    supervised = Supervised(codec=codec, loss_weight=stage.loss_weight)
+def build_objective(
+    stage: StageConfig,
+    codec: Codec,
+    skeleton: Skeleton,
+    setup: TeacherSetup | None,
+    fixed: FixedTeacher | None = None,
+) -> Objective:
+    """The objective of a stage; one with a mean teacher needs `setup`."""
+    supervised = Supervised(codec=codec, loss_weight=stage.loss_weight, teacher=fixed)
     if stage.teacher is None or setup is None:
         return supervised
     return MeanTeacher(supervised, setup, stage.teacher, skeleton.mirror, skeleton.names)
@@ -142,7 +148,8 @@ class MeanTeacher:
     the codec (the sharpest target there is, without drift), and compared by a KL divergence of log-heatmap softmaxes.
 
     Args:
-        supervised: the labeled loss.
+        supervised: the labeled loss. If it has a fixed teacher, that one's heatmaps take the place of the average's;
+            the average is still the result.
         mirror: the skeleton's mirror order.
         names: of the keypoints, in the logs.
     """
@@ -299,6 +306,8 @@ class MeanTeacher:
         return *self.codec.decode(maps), maps if self.config.compares_maps else None
 
     def _forward(self, image: UInt8[Tensor, "u 3 H W"]) -> Float[Tensor, "u k h w"]:
+        if self.supervised.teacher is not None:
+            return self.supervised.teacher(image)
         with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.teacher(image)
 

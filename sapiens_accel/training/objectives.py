@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from sapiens_accel.data.dataset import Batch, Labeled
@@ -57,12 +57,35 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixedTeacher:
+    """A trained network that does not change, whose heatmaps are learned beside the labels (distillation).
+
+    Attributes:
+        network: in evaluation mode, without gradients, in the precision that it is to run in.
+        weight: of the loss that compares with it, relative to the labeled one.
+    """
+
+    network: nn.Module
+    weight: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, image: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n k h w"]:
+        with torch.autocast(image.device.type, enabled=False):
+            return self.network(image).float()
+
+
 @dataclass(kw_only=True)
 class Supervised:
-    """The published loss: mean over people, keypoints and pixels of weight * (heatmap - target)^2."""
+    """The published loss: mean over people, keypoints and pixels of weight * (heatmap - target)^2.
+
+    With a fixed teacher also the mean of (heatmap - its heatmap)^2, over all keypoints, labeled or not (Hinton et al.
+    2015, https://arxiv.org/abs/1503.02531, by heatmaps as in Zhang et al. 2019, https://arxiv.org/abs/1811.05419).
+    """
 
     codec: Codec
     loss_weight: float = 1.0
+    teacher: FixedTeacher | None = None
 
     def prepare(self, batches: Sequence[Batch], step: int) -> list[None]:
         return [None] * len(batches)
@@ -78,7 +101,11 @@ class Supervised:
         """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
         target, weights = self.codec.encode(labeled.points_xy[people], labeled.weights[people])
         error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        return self.loss_weight * (weights * error).sum() / labeled.weights.numel()
+        loss = (weights * error).sum()
+        if self.teacher is not None and len(heatmaps):
+            difference = heatmaps.float() - self.teacher(labeled.view.image[people])
+            loss = loss + self.teacher.weight * difference.square().mean(dim=(2, 3)).sum()
+        return self.loss_weight * loss / labeled.weights.numel()
 
     def after_step(self) -> None:
         pass

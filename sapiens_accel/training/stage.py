@@ -2,7 +2,7 @@
 
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +14,12 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from sapiens_accel.config.schema import RANDOM, STAGES
+from sapiens_accel.config.schema import RANDOM, STAGES, Config
 from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.errors import Interrupted, UserError
+from sapiens_accel.hub import download
 from sapiens_accel.models import adapters, checkpoint_formats, export, quantized
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.sapiens import SapiensPose
@@ -30,7 +31,7 @@ from sapiens_accel.training.checkpoint import Resume, Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
-from sapiens_accel.training.objectives import Objective
+from sapiens_accel.training.objectives import FixedTeacher, Objective
 
 BASE = "base"  # in a stage's folder: the network that its adapters are added to
 AGAIN = "Restart all machines with --resume_from_checkpoint latest"
@@ -256,6 +257,54 @@ class Progress:
         )
 
 
+def find_fixed_teacher(run: Config, names: Sequence[str] | None = None) -> Path | None:
+    """The weights folder of `--distill.teacher`, downloaded if it is a Hub repository; None without the option.
+
+    Args:
+        names: the run's keypoints; None: whatever they are.
+
+    Raises:
+        UserError: it is no weights folder, or a network of other keypoints, input size or sigma.
+    """
+    if run.distill.teacher is None:
+        return None
+    where = f"--distill.teacher {run.distill.teacher}"
+    try:
+        folder = Path(download.fetch(run.distill.teacher))
+        about = weights.description(folder)
+    except UserError as error:
+        reason = str(error).removeprefix(f"--weights {run.distill.teacher}: ").removeprefix(f"{run.distill.teacher}: ")
+        raise UserError(f"{where}: {reason}") from None
+    expected = {"input_hw": list(run.data.input_hw), "sigma": run.data.sigma}
+    if names is not None:
+        expected["keypoints"] = list(names)
+    for name, value in expected.items():
+        if about.get(name) != value:
+            shown, found = (_shorten(one) for one in (value, about.get(name)))
+            raise UserError(
+                f"{where}: not of the run's {name} (expected {shown}, found {found}). Give a teacher "
+                "that was trained with it"
+            )
+    return folder
+
+
+def _shorten(value: Any) -> str:
+    names = value if isinstance(value, list) and len(value) > 3 else None
+    return f"{len(names)}: {', '.join(map(str, names[:3]))}, ..." if names else str(value)
+
+
+def _load_fixed_teacher(context: StageContext) -> FixedTeacher | None:
+    """The teacher of `--distill.teacher`, whole on each device, in the precision of the launch."""
+    accelerator, run = context.accelerator, context.run
+    folder = find_fixed_teacher(run, context.sets.skeleton.names)
+    if folder is None:
+        return None
+    home = weights.Home(device=accelerator.device, dtype=distributed.autocast_dtype(accelerator) or torch.float32)
+    network = weights.load_fixed(folder, home)
+    accelerator.print(f"{context.name}: learns the heatmaps of {network.name}, {run.distill.teacher}, too")
+    return FixedTeacher(network=network, weight=run.distill.weight)
+
+
 def _estimate_sizes(context: StageContext, model: SapiensPose, *, adapted: bool) -> tuple[int, int]:
     """The bytes of a checkpoint, and of the weights that the stage writes before its first step."""
     run, has_teacher = context.run, context.config.teacher is not None
@@ -438,6 +487,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     """
     accelerator, run, config, plan = context.accelerator, context.run, context.config, context.plan
     skeleton = context.sets.skeleton
+    fixed = _load_fixed_teacher(context)
     set_seed(run.seed)
     model, resume, start, adapted, base = _load_model(context, given)
     model.lay_out(plan.layout)
@@ -449,7 +499,7 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     codec = Codec(input_hw=run.data.input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
     num_steps = sampling.num_steps(config, len(context.sets.train))
     setup = teacher and _set_up_teacher(context, teacher, network, num_steps=num_steps, adapted=adapted)
-    objective = build_objective(config, codec, skeleton, setup)
+    objective = build_objective(config, codec, skeleton, setup, fixed)
     trusted = run.trust_checkpoint
     first = resume.load(accelerator, objective, trusted=trusted, without_frozen=adapted) if resume else 0
     context = replace(context, start=start, first=first, last=first + 1 if run.dry_run else context.last)

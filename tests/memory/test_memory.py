@@ -14,18 +14,19 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, MemoryConfig, StageName, TeacherPlacement
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.memory import choice, fitting, planner, stages, strategies
+from sapiens_accel.memory import choice, duration, fitting, planner, stages, strategies
 from sapiens_accel.memory import estimate as plan
 from sapiens_accel.memory import report as memory
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.memory.strategies import Way
-from sapiens_accel.models.sapiens import Layout
+from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
 
@@ -180,6 +181,30 @@ def test_bytes_of_a_teacher(place: TeacherPlacement, strategy: Strategy, gpu: fl
     assert found.host.get("ema_teacher", 0.0) == pytest.approx(host * stage.num_parameters, rel=1e-9)
     without = plan.predict(counted("sapiens_0.3b_coco", "phase2"), by, share, Layout())
     assert "ema_teacher" not in without.gpu and "ema_teacher" not in without.host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("half", "word"), [(True, 2), (False, 4)])
+def test_a_fixed_teacher_is_whole_on_each_device_and_takes_a_forward(half: bool, word: int, tmp_path: Path) -> None:
+    """--distill.teacher, of another size and family: its weights, and time; config.json alone tells its size."""
+    about = {"name": "sapiens2_tiny", "num_keypoints": 17, "input_hw": [64, 48], "sigma": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps({"sapiens_accel": about}))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in SapiensPose("sapiens2_tiny", 17, (64, 48)).parameters())
+    share = Share(rank=0, num_ranks=2, micro_batch=4, accumulation=1)
+    by = Way(name="", launch="", strategy=Strategy(zero=2, num_ranks=2, num_local=2, half=half))
+    small = ["--data.input_hw=[64,48]", "--data.sigma=1"]
+    alone, taught = (
+        stages.measure_stage(recipe("demo", *small, *words), "phase2", half)
+        for words in ((), (f"--distill.teacher={tmp_path}",))
+    )
+    without, found = (plan.predict(stage, by, share, Layout(head_chunk=2)) for stage in (alone, taught))
+    assert found.gpu["fixed_teacher"] == word * size and "fixed_teacher" not in without.gpu
+    assert found.gpu_peak - without.gpu_peak >= word * size
+    forward, step = (duration.part_flops(name, 17, (64, 48)) for name in ("sapiens2_tiny", "sapiens_tiny"))
+    added = duration.flops_of_step(taught, 4, 0) - duration.flops_of_step(alone, 4, 0)
+    assert added == 4 * forward.whole and 0.1 < forward.whole / step.whole < 10
+    assert found.seconds > without.seconds
 
 
 @pytest.mark.parametrize(("name", "chunked", "whole"), [("0.3b", 2.88, 9.06), ("1b", 6.47, 12.36), ("2b", 10.09, None)])

@@ -623,6 +623,16 @@ def test_the_card_says_which_stages_have_trained_adapters(run_folder: Path) -> N
         _card(run_folder)
 
 
+def test_the_card_names_a_fixed_teacher_by_its_repository_alone(run_folder: Path) -> None:
+    assert "fixed teacher" not in _card(run_folder).text
+    tree = yaml.safe_load((run_folder / "config.yaml").read_text())
+    for reference, named in (("someone/pose-2b", "someone/pose-2b"), ("/home/me/secret", "a network of this machine")):
+        tree["distill"] = {"teacher": reference, "weight": 0.5}
+        (run_folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        text = _card(run_folder).text
+        assert f"heatmaps of a fixed teacher, {named} (distillation, weight 0.5)" in text and "secret" not in text
+
+
 def test_numbers_of_keypoints_have_a_table_of_their_own(run_folder: Path) -> None:
     file = run_folder / "ssl" / "eval.json"
     each = {name: k / 100 for k, name in enumerate(COCO17.names)}
