@@ -36,6 +36,7 @@ COMMANDS = {
         "sapiens_accel.formats.convert", (), "labels of another tool as a COCO folder, or such a folder as shards"
     ),
     "export": Command("sapiens_accel.models.export", (), "write weights for transformers, ONNX or torch.export"),
+    "app": Command("sapiens_accel.app.server", (), "a page to try a network on images and videos (pip: extra app)"),
     "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
     "selftest": Command("sapiens_accel.selftest.__main__", (), "test on this machine what training relies on"),
 }

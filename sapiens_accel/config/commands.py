@@ -135,6 +135,21 @@ def convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def app_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sapiens-accel app",
+        description="A page on this machine to try a network on images and videos, on a CPU too.",
+        allow_abbrev=False,
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("weights", help="a run directory, a weights folder or file, or ORG/NAME on the Hub")
+    add("--port", type=int, default=7860, help="port to listen on (7860)")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone; 0.0.0.0: all)")
+    add("--detector", default=DETECTOR, help=f"a folder, or a repository on the Hub ({DETECTOR})")
+    add("--device", help="cuda, cuda:1 or cpu (cuda if there is a GPU)")
+    return parser
+
+
 class _PushParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -160,6 +175,7 @@ PARSERS = {
     "memory": memory_parser,
     "detect": detect_parser,
     "export": export_parser,
+    "app": app_parser,
     "push": push_parser,
 }
 

@@ -56,6 +56,7 @@ EVALUATION = {
     "eval.save_predictions": "JSON to write the predictions to, in COCO's form",
     "eval.csv": "also as a CSV: long, or deeplabcut",
     "eval.html": "also a page of results: a file name, or auto",
+    "eval.smooth": "with a video: smooth keypoints over time",
     "eval.num_pictures": "people to draw",
     "eval.num_worst": "people of the lowest OKS to draw with their errors",
     "stage": "evaluate this stage of a run (default: every stage that has weights)",

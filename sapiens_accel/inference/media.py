@@ -277,10 +277,14 @@ def save_image(image: UInt8[Array, "h w 3"], path: Path) -> None:
 
 
 class Film:
-    """An mp4 that is written frame by frame, and appears under its name when it is whole."""
+    """A video that is written frame by frame, and appears under its name when it is whole.
 
-    def __init__(self, path: Path, rate: float) -> None:
-        self.path, self.rate = path, rate
+    Args:
+        codec: the four letters of one that OpenCV can write in a file with this ending.
+    """
+
+    def __init__(self, path: Path, rate: float, codec: str = "mp4v") -> None:
+        self.path, self.rate, self.codec = path, rate, codec
         self._writer: cv2.VideoWriter | None = None
         self._size_wh = (0, 0)
 
@@ -293,10 +297,10 @@ class Film:
         if self._writer is None:
             self._size_wh = (frame.shape[1], frame.shape[0])
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            code = cv2.VideoWriter.fourcc(*"mp4v")
+            code = cv2.VideoWriter.fourcc(*self.codec)
             self._writer = cv2.VideoWriter(str(self._part), code, self.rate, self._size_wh)
             if not self._writer.isOpened():
-                raise UserError(f"{self.path}: this OpenCV writes no mp4; --pictures 0 draws nothing")
+                raise UserError(f"{self.path}: this OpenCV writes no {self.codec} video; --pictures 0 draws nothing")
         if (frame.shape[1], frame.shape[0]) != self._size_wh:
             frame = cv2.resize(frame, self._size_wh, interpolation=cv2.INTER_AREA)
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

@@ -57,8 +57,9 @@ NOT_RUN = {
     "python docs/list_recipes.py": "plans every recipe, for minutes: tests/docs/test_recipes_page.py",
     "pip install {}": "the name of a backend: test_what_pip_installs knows both",
 }
-# They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest.
-NOT_RUN_PREFIX = ("python benchmarks/", "python -m sapiens_accel.selftest.")
+# They measure for minutes, or with a task that another process writes: tests/test_benchmarks.py and tests/selftest. The
+# page of `sapiens-accel app` does not end: tests/app.
+NOT_RUN_PREFIX = ("python benchmarks/", "python -m sapiens_accel.selftest.", "sapiens-accel app ")
 NOT_RUN_FILES = ("docs/laboratory_animal.md",)  # tests/docs/test_laboratory_animal.py runs it from top to bottom
 NAMES = ("accelerate launch", "python eval.py")  # of a program, in a sentence
 
