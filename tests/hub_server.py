@@ -24,7 +24,9 @@ import yaml
 
 TOKEN, USER = "hf_TestTokenThatMustNotLeak", "me"
 LFS_ENDINGS = (".safetensors", ".pth", ".png", ".jpg", ".parquet", ".tar")
-NAME = r"((?:datasets/)?[^/]+/[^/]+)"  # a data set's name here has the prefix that it has in addresses
+NAME = (
+    r"((?:datasets/|spaces/)?[^/]+/[^/]+)"  # names of datasets and Spaces have the prefix that they have in addresses
+)
 
 
 @dataclass
@@ -250,7 +252,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or token['name']}/{asked['name']}"
         if token["role"] != "write" or name.split("/")[0] != token["name"]:
             return self._error(403, "", "You don't have the rights to create a model under this namespace")
-        name = f"datasets/{name}" if asked.get("type") == "dataset" else name
+        if asked.get("type") == "space" and not asked.get("sdk"):
+            return self._error(400, "", "sdk is required")
+        name = {"dataset": "datasets/", "space": "spaces/"}.get(asked.get("type"), "") + name
         if name in self.hub.repos:
             told = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
             return self._json(told, status=409)

@@ -167,6 +167,7 @@ def push_parser() -> argparse.ArgumentParser:
         "--into", default="", metavar="FOLDER", help="folder of the repository, without a model card (its root)"
     )
     push.add_argument("--hub_private", action="store_true", help="make it private")
+    push.add_argument("--space", action="store_true", help="also a Space of that name: the page of sapiens-accel app")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Upload weights to the Hugging Face Hub in the background of the training, with a model card.
 
-python -m sapiens_accel.hub push RUN_DIR [--stage ssl] [--hub_model_id ORG/NAME] [--hub_private]
+python -m sapiens_accel.hub push RUN_DIR [--stage ssl] [--hub_model_id ORG/NAME] [--hub_private] [--space]
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from sapiens_accel.hub.download import FILE, fetch
 from sapiens_accel.hub.errors import explain, hide_token, is_final, status_of
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish.push import Push, prepare_push, publish, refuse_public, say
+from sapiens_accel.publish.space import publish_space
 
 __all__ = ["NoUploads", "Uploads", "fetch", "uploads"]  # fetch: one module for both directions
 
@@ -302,11 +303,19 @@ def main(words: Sequence[str]) -> None:
     if not repo_id:
         raise UserError(f"{asked.run_folder}: no repository to push to (expected --hub_model_id ORG/NAME)")
     config.check_model_id(repo_id)
+    if asked.space and asked.into:
+        raise UserError(f"--space: shows the weights at the root of {repo_id}, not those of --into {asked.into}")
+    private = asked.hub_private or bool(facts.run.get("hub_private"))
     with tempfile.TemporaryDirectory(prefix=".hub_", dir=asked.run_folder) as copy:
         folder, message = asked.run_folder / facts.stage / "weights", f"{facts.stage}: final weights"
         push = prepare_push(Path(copy), folder, message, (asked.into,), None if asked.into else facts)
         try:
-            url = publish(push, repo_id, asked.hub_private or bool(facts.run.get("hub_private")))
+            urls = [publish(push, repo_id, private)]
+            if asked.space:
+                urls.append(publish_space(repo_id, private))
         except Exception as error:
             raise UserError(f"the push to {repo_id} failed: {hide_token(explain(error, repo_id))}") from None
-    print(f"pushed: {url}")
+    for url in urls:
+        print(f"pushed: {url}")
+    if asked.space and private:
+        print("The Space reads a private repository: give it a secret HF_TOKEN in its settings")

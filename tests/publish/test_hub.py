@@ -19,6 +19,7 @@ from hub_server import TOKEN, Server, serve
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+from sapiens_accel import __version__
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import STAGES, Config, ModelConfig
 from sapiens_accel.errors import UserError, run_main
@@ -824,6 +825,30 @@ def test_a_run_is_pushed_by_hand(server: Server, run_folder: Path, tmp_path: Pat
     assert repo.private and repo.files["modeling_pose.py"] == b"# 3\n" and "README.md" in repo.files
     assert load_file(run_folder / "ssl" / "weights" / "model.safetensors")["w"][0] == 3
     assert not list(run_folder.glob(".hub*"))
+
+
+def test_a_space_of_the_page_is_pushed_beside_the_weights(
+    server: Server, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, which is the same; its program shows the weights that were pushed."""
+    for _ in range(2):
+        hub.main(["push", str(run_folder), "--hub_model_id", REPO, "--space"])
+        assert capsys.readouterr().out == f"pushed: {server.url}/{REPO}\npushed: {server.url}/spaces/{REPO}\n"
+    space = server.repos[f"spaces/{REPO}"]
+    assert set(space.files) == {"README.md", "app.py", "requirements.txt"} and not space.private
+    front = yaml.safe_load(space.files["README.md"].decode().split("---\n")[1])
+    assert front["sdk"] == "gradio" and front["app_file"] == "app.py" and front["models"] == [REPO]
+    assert space.files["requirements.txt"].decode() == f"sapiens_accel[app]=={__version__}\n"
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sapiens_accel.app.server.serve", lambda *words, **options: called.append((words, options)))
+        patch.setenv("GRADIO_SERVER_PORT", "7999")
+        exec(space.files["app.py"].decode(), {})
+    assert called == [((REPO,), {"host": "0.0.0.0", "port": 7999})]
+    hub.main(["push", str(run_folder), "--hub_model_id", "me/hidden", "--space", "--hub_private"])
+    assert server.repos["spaces/me/hidden"].private and "secret HF_TOKEN" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--space: shows the weights at the root"):
+        hub.main(["push", str(run_folder), "--hub_model_id", REPO, "--space", "--into", "ssl"])
 
 
 def test_a_push_by_hand_that_fails_is_one_line_and_an_exit_code(
