@@ -13,10 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import NamedTuple
 
-from sapiens_accel.config.commands import LAUNCH_OPTIONS, PARSERS, split_launch_options
+from sapiens_accel.config.commands import PARSERS, split_launch_options
 from sapiens_accel.errors import UserError, program_words, run_main
 
 
@@ -27,18 +26,18 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("sapiens_accel.train", (), "train the stages of a run; --launch zero2 --num_processes 2: how"),
+    "train": Command("sapiens_accel.train", (), "train; with --launch zero2 --num_processes 2 by DeepSpeed on 2 GPUs"),
     "eval": Command("sapiens_accel.eval", (), "evaluate a run or weights, or predict on your own images"),
     "doctor": Command("sapiens_accel.doctor.report", (), "check data, labels and the machine before training"),
-    "memory": Command("sapiens_accel.memory.report", (), "predict how a recipe fits a GPU, and its hours"),
+    "memory": Command("sapiens_accel.memory.report", (), "predict the GPU memory and the hours of a recipe"),
     "detect": Command("sapiens_accel.inference.detect_people", (), "detect people in images or a video, as boxes"),
     "convert": Command(
-        "sapiens_accel.formats.convert", (), "labels of another tool as a COCO folder, or such a folder as shards"
+        "sapiens_accel.formats.convert", (), "write labels of another tool as a COCO folder, or such a folder as shards"
     ),
-    "export": Command("sapiens_accel.models.export", (), "write weights for transformers, ONNX or torch.export"),
-    "app": Command("sapiens_accel.app.server", (), "a page to try a network on images and videos (pip: extra app)"),
+    "export": Command("sapiens_accel.models.export", (), "write weights as ONNX, torch.export or TensorRT"),
+    "app": Command("sapiens_accel.app.server", (), "open a page in the browser to try weights on images and videos"),
     "push": Command("sapiens_accel.publish.uploader", ("push",), "push a run or weights to the Hugging Face Hub"),
-    "selftest": Command("sapiens_accel.selftest.__main__", (), "test on this machine what training relies on"),
+    "selftest": Command("sapiens_accel.selftest.__main__", (), "test that training works on this machine"),
 }
 LAUNCHED = ("train", "eval")  # with the launcher's options; they answer --help themselves
 
@@ -54,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
         UserError: there is no such command.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: sapiens-accel COMMAND ...  (COMMAND --help: its options)\n")
+        print("usage: sapiens-accel COMMAND ...  (sapiens-accel COMMAND --help: its options)\n")
         print("\n".join(f"  {name:9} {command.help}" for name, command in COMMANDS.items()))
         return
     name, *words = argv
@@ -70,8 +69,9 @@ def start(name: str, words: Sequence[str]) -> None:
     """Run the main of a command. `--help` is answered before its imports, which take seconds."""
     if name in LAUNCHED:
         parse = importlib.import_module("sapiens_accel.config.parse")
-        parse.answer_help(words, f"{name}.py")
+        parse.answer_help(words, f"sapiens-accel {name}")
         launch_if_asked(name, words)
+        check_options(name, words)
     elif name in PARSERS and any(word in ("-h", "--help") for word in words):
         PARSERS[name]().parse_args(words)
     importlib.import_module(COMMANDS[name].module).main(words)
@@ -82,10 +82,28 @@ def start(name: str, words: Sequence[str]) -> None:
 # ---- sapiens-accel train --launch zero2 --num_processes 2
 
 
-def launch_program(name: str) -> None:
-    """`launch_if_asked` for `python train.py` and `eval.py`: before their imports, which take seconds."""
-    if any(word.partition("=")[0].removeprefix("--") in LAUNCH_OPTIONS for word in sys.argv[1:]):
-        run_main(partial(launch_if_asked, name))
+def prepare_program(name: str) -> None:
+    """`launch_if_asked` and `check_options` for `python train.py` and `eval.py`: before their imports."""
+
+    def prepare(words: Sequence[str]) -> None:
+        launch_if_asked(name, words)
+        check_options(name, words)
+
+    run_main(prepare)
+
+
+def check_options(name: str, words: Sequence[str]) -> None:
+    """Check the options of `train` or `eval` before torch is imported, which takes 40 s on a busy machine.
+
+    Raises:
+        UserError: an option that does not exist, or a value that it cannot have.
+    """
+    from sapiens_accel.config import commands, parse
+
+    if name == "train":
+        parse.refuse_drawn_people(parse.load(words), words)
+    else:
+        commands.parse_evaluation(words)
 
 
 def launch_if_asked(name: str, words: Sequence[str]) -> None:
@@ -98,13 +116,11 @@ def launch_if_asked(name: str, words: Sequence[str]) -> None:
     if not options:
         return
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
-    from sapiens_accel.config import parse
     from sapiens_accel.runtime import launch
 
     one = options.get("num_processes", "1") == "1"
     config = launch.find_launch(options.pop("launch", "single_gpu" if one else "multi_gpu"))
-    if name == "train":
-        parse.load(rest)  # here in seconds: the processes of a launch would take many more to come to it
+    check_options(name, rest)
     launch.announce([*(launch.words_before_script() or []), *program_words(), *given], config)
     logging.disable(logging.CRITICAL)  # of the launcher: its processes have said what happened
     _pass_signals_on()

@@ -19,7 +19,7 @@ from sapiens_accel.errors import UserError, run_main
 
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "eval.py", __doc__ or "")  # before imports that take seconds
-    cli.launch_program("eval")
+    cli.prepare_program("eval")
 
 from sapiens_accel.config.schema import Config, EvalConfig
 from sapiens_accel.data import build

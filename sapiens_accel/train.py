@@ -24,7 +24,7 @@ from sapiens_accel.errors import Interrupted, resume_command, run_main
 
 if __name__ == "__main__":
     config.answer_help(sys.argv[1:], "train.py")  # before imports that take seconds
-    cli.launch_program("train")
+    cli.prepare_program("train")
 
 from accelerate import Accelerator
 
@@ -87,6 +87,7 @@ def run_stages(run: Config, argv: Sequence[str]) -> dict[str, Metrics]:
         argv: the options on a command line, for messages that suggest another launch.
     """
     config.refuse_drawn_people(run, argv)
+    config.warn_of_harmful_options(run)
     accelerator = distributed.start()
     accelerator.print(f"{run.recipe}: {distributed.description(accelerator)}")
     if run.recipe == Config.recipe and run.data.root:

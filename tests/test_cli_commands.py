@@ -1,6 +1,7 @@
 """sapiens-accel: every command by its name, and nothing imported that it does not need."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,36 @@ def test_an_error_names_the_command_that_was_called() -> None:
 def test_each_command_is_a_main_that_takes_words() -> None:
     for name, command in cli.COMMANDS.items():
         assert callable(importlib.import_module(command.module).main), name
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_names_the_command_that_was_called(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sapiens-accel"])
+    with pytest.raises(SystemExit):
+        cli.run([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: sapiens-accel {command} ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--recipe", "sapiens_1b_coco"], "--data.root: no data"),
+        (["train", "--lr", "1"], "no such option --lr; did you mean --phase2.optim.lr"),
+        (["eval"], r"nothing to evaluate .* Example: sapiens-accel eval RUN_DIR"),
+    ],
+)
+def test_wrong_options_are_said_before_torch_is_imported(words: list[str], said: str) -> None:
+    script = (
+        "import sys; from sapiens_accel import cli; from sapiens_accel.errors import UserError\n"
+        f"try: cli.run({words!r})\n"
+        "except UserError as error: print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    message, imported = done.stdout.splitlines()
+    assert re.search(said, message) and imported == "False"
 
 
 def test_what_the_help_says_of_defaults_and_choices_is_so() -> None:

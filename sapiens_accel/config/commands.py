@@ -1,6 +1,7 @@
 """The command line of each command, apart from its implementation: `--help` is answered without importing torch."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,13 +16,21 @@ EXPORT_DTYPES = ("fp32", "fp16", "bf16")
 DETECTOR, DETECTOR_THRESHOLD, DETECTOR_MAX_IOU = "PekingU/rtdetr_v2_r50vd", 0.05, 0.7
 
 
+def program_name(module: str, command: str) -> str:
+    """The program as it was called, for its usage: `sapiens-accel` COMMAND, or `python -m` MODULE."""
+    installed = sys.argv[0].startswith("sapiens-accel ")
+    return f"sapiens-accel {command}" if installed else f"python -m sapiens_accel.{module}"
+
+
 def doctor_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.doctor",
-        description="Check a run before it starts. Options of train.py may follow: --recipe, --data.root, ...",
+        prog=program_name("doctor", "doctor"),
+        description="Check a run before it starts. All options of train may follow: --recipe NAME --data.root DIR ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--launch", help="the accelerate config to launch the run with")
+    parser.add_argument(
+        "--launch", help="how the run will be launched: zero2, zero2_offload, ..., or an accelerate YAML"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all findings as JSON; - prints them instead of text")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of crops.png (OUTPUT_DIR/doctor)")
     return parser
@@ -29,8 +38,9 @@ def doctor_parser() -> argparse.ArgumentParser:
 
 def memory_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.memory",
-        description="Predict the memory of a run by launch. Options of train.py may follow: --recipe, --stage, ...",
+        prog=program_name("memory", "memory"),
+        description="Predict the memory and the hours of a run for each way to launch it. All options of train may "
+        "follow: --recipe NAME --stage phase2 ...",
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of one machine (1)")
@@ -48,7 +58,7 @@ def memory_parser() -> argparse.ArgumentParser:
 
 def export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.export",
+        prog=program_name("export", "export"),
         description="Export a weights folder as a graph, pixel_values (float32, normalized) to heatmaps, and check it.",
         allow_abbrev=False,
     )
@@ -74,7 +84,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 def detect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.boxes",
+        prog=program_name("boxes", "detect"),
         description="Detect people or animals in images, and write their boxes for stage ssl and eval.py.",
         allow_abbrev=False,
     )
@@ -156,10 +166,10 @@ class _PushParser(argparse.ArgumentParser):
 
 
 def push_parser() -> argparse.ArgumentParser:
-    parser = _PushParser(
-        prog="python -m sapiens_accel.hub", description="Push a stage's weights to the Hugging Face Hub."
-    )
-    push = parser.add_subparsers(dest="command", required=True, metavar="push").add_parser("push", allow_abbrev=False)
+    text = "Push a stage's weights to the Hugging Face Hub."
+    parser = _PushParser(prog=program_name("hub", "push").removesuffix(" push"), description=text)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="push")
+    push = commands.add_parser("push", description=text, allow_abbrev=False)
     push.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="run directory of train.py")
     push.add_argument("--stage", choices=STAGES, help="stage of the weights (the last one that has any)")
     push.add_argument("--hub_model_id", metavar="ORG/NAME", help="repository (that of the run's config.yaml)")
@@ -234,8 +244,8 @@ def parse_evaluation(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     if not count:
         raise UserError(
-            "eval.py: nothing to evaluate (expected WEIGHTS, RUN_DIR or HUB_REPO first). Run python eval.py "
-            "WEIGHTS|RUN_DIR|HUB_REPO [--data.root DIR] [--boxes gt|FILE]"
+            "nothing to evaluate (expected first: a run directory, a weights folder or ORG/NAME on the Hub). Example: "
+            f"{'sapiens-accel eval' if sys.argv[0].startswith('sapiens-accel ') else 'python eval.py'} RUN_DIR"
         )
     words: list[str] = []
     items: list[str] | None = None  # of the list option that is being read

@@ -67,7 +67,7 @@ SHORT = {"eval.num_pictures": "pictures", "eval.num_worst": "worst"}
 
 def format_everyday(program: str, recipe: str, defaults: Config) -> str:
     """The options of most runs, a line each."""
-    evaluates = program.startswith("eval")
+    evaluates = program in ("eval.py", "sapiens-accel eval")
     lines = []
     for key, text in (EVALUATION if evaluates else TRAINING).items():
         name = SHORT.get(key, key.removeprefix("eval.")) if evaluates else key

@@ -33,8 +33,9 @@ LITERAL_WARNING = (
 )
 
 # What other programs call an option.
+BATCHES = "{stage}.global_batch (people in a step) or --memory.micro_batch (people on a GPU at a time)"
 OTHER_NAMES = {
-    "batch_size": "{stage}.global_batch", "batch": "{stage}.global_batch", "global_batch": "{stage}.global_batch",
+    "batch_size": BATCHES, "batch": BATCHES, "global_batch": "{stage}.global_batch",
     "per_device_train_batch_size": "memory.micro_batch", "micro_batch": "memory.micro_batch",
     "epochs": "{stage}.epochs", "num_epochs": "{stage}.epochs", "num_train_epochs": "{stage}.epochs",
     "lr": "{stage}.optim.lr", "lr0": "{stage}.optim.lr", "learning_rate": "{stage}.optim.lr",
@@ -94,7 +95,6 @@ def load(argv: Sequence[str], prog: str = "train.py", base: Path | Config | None
         raise UserError(f"{where}: out of its range (expected {limits}, found {value:.12g})")
     _check_stages(config, _locate("stage", words, path, tree))
     _check_values(config)
-    _warn(config)
     if show:
         print(_as_yaml(config), end="")
         sys.exit(0)
@@ -167,8 +167,8 @@ def _locate(key: str, words: Sequence[str], path: Path, tree: Mapping[str, Any])
     return f"{path}: {key}" if key in _flatten(tree) else f"--{key}"
 
 
-def _warn(config: Config) -> None:
-    """Warn once about options that are known to make a model worse."""
+def warn_of_harmful_options(config: Config) -> None:
+    """Warn about options that are known to make a model worse."""
     teachers = {name: config.get_stage(name).teacher for name in config.stages}
     literal = [name for name, teacher in teachers.items() if teacher and teacher.loss == "literal"]
     if literal and os.environ.get("RANK", "0") == "0":

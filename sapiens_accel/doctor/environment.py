@@ -26,7 +26,7 @@ from sapiens_accel.runtime import extensions, host
 from sapiens_accel.runtime.device import problem_of_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.runtime.files import GIB
-from sapiens_accel.runtime.launch import find_json
+from sapiens_accel.runtime.launch import find_json, find_launch
 from sapiens_accel.runtime.versions import package_version
 from sapiens_accel.sources.coco import parse_json, show_value
 
@@ -56,6 +56,9 @@ class Launch:
 def read_launch(file: str | None) -> Launch:
     """The launch of an accelerate config; without one, of the launch that this process is in.
 
+    Args:
+        file: its file, or as of `train --launch` the name of one of accelerate_configs/.
+
     Raises:
         UserError: there is no such file, it is none of accelerate's, or its DeepSpeed JSON is missing or none.
     """
@@ -66,7 +69,9 @@ def read_launch(file: str | None) -> Launch:
         zero = _zero(variables, "the launch") if with_deepspeed else {}
         ranks = _processes(os.environ.get("WORLD_SIZE", "1"), "WORLD_SIZE")
         return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
-    where = f"--launch {file}"
+    where, name = f"--launch {file}", f"accelerate launch --config_file {file}"
+    if Path(file).name == file and not Path(file).suffix:
+        name, file = f"sapiens-accel train {where}", str(find_launch(file))
     try:
         tree = yaml.safe_load(Path(file).read_text())
     except Exception as error:  # of an odd YAML also KeyError, AttributeError, RecursionError
@@ -77,7 +82,7 @@ def read_launch(file: str | None) -> Launch:
     if not isinstance(of_deepspeed, dict):
         raise UserError(f"{where}: deepspeed_config: expected keys as accelerate's, found {show_value(of_deepspeed)}")
     return Launch(
-        name=f"accelerate launch --config_file {file}",
+        name=name,
         precision=str(tree.get("mixed_precision") or "no"),  # an unquoted no is false to YAML
         num_processes=_processes(tree.get("num_processes", 1), f"{where}: num_processes"),
         deepspeed=tree["distributed_type"] == "DEEPSPEED",

@@ -86,6 +86,7 @@ class DoctorReport:
 def main(words: Sequence[str]) -> None:
     asked, rest = doctor_parser().parse_known_args(words)
     run = config.load(rest, prog="python -m sapiens_accel.doctor")
+    config.warn_of_harmful_options(run)
     try:
         report = examine(run, environment.read_launch(asked.launch), asked.out or Path(run.output_dir) / "doctor")
         as_json = json.dumps(report.as_json(), indent=2)

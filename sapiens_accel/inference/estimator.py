@@ -5,6 +5,7 @@ pose = PoseEstimator.from_pretrained("RUN_DIR")
 people = pose("IMAGE.jpg", boxes="detector")
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from numpy import ndarray as Array
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.data.detections import NOBODY, PersonBoxes
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.evaluation import keypoint_csv, networks
 from sapiens_accel.evaluation.keypoint_csv import CsvShape, ImageRow, PersonRow
 from sapiens_accel.inference import media
@@ -83,6 +84,11 @@ class PoseResult:
 
     def __len__(self) -> int:
         return len(self.keypoints)
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it; the arrays are attributes."""
+        num, size = len(self.names), _size(self.image_hw)
+        return f"PoseResult({self.image_name}, {size} px: {count(len(self), 'box')}, {num} keypoints each)"
 
     def draw(self, image: Image) -> UInt8[Array, "h w 3"]:
         """A copy of the image, RGB, with everybody's keypoints and bones; left in orange, right in blue.
@@ -313,6 +319,11 @@ class PoseEstimator:
         return found
 
     def _open_detector(self, name: str) -> Detector:
+        if name != DEFAULT and "/" not in name and not Path(name).exists():
+            raise UserError(
+                f"boxes {name}: no such folder (expected 'image', 'detector', the folder or ORG/NAME of a detector, or "
+                "an array [N, 4] of x y width height)"
+            )
         options = self.finder.run.eval
         return Detector(name, self.finder.device, options.min_box_score, knob="boxes", classes=options.detector_class)
 
@@ -358,13 +369,23 @@ def read_pixels(image: Any, index: int = 0) -> UInt8[Array, "h w 3"]:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(
                 f"image {index}: expected an array of uint8 [height, width, 3] in RGB order, found {image.dtype} "
-                f"{list(image.shape)}"
+                f"{list(image.shape)}{_fix_of_array(image)}"
             )
         return image
     raise UserError(f"image {index}: expected {IMAGE_FORMS}, found {type(image).__name__}")
 
 
+def _fix_of_array(image: Array) -> str:
+    if np.issubdtype(image.dtype, np.floating) and image.ndim == 3 and image.shape[2] == 3:
+        return ". Convert values of 0 to 1 by (255 * image).round().astype('uint8')"
+    return ". Give the images of a batch as a list" if image.ndim == 4 else ""
+
+
 def _read_file(path: Path) -> UInt8[Array, "h w 3"]:
+    if re.match(r"\w{2,}:/", str(path)):
+        raise UserError(f"{path}: an address (expected {IMAGE_FORMS}). Download it, and give its path or its bytes")
+    if media.is_video(path):
+        raise UserError(f"{path}: a video in a list (expected images). Give a video alone")
     if path.is_dir():
         raise UserError(f"{path}: a folder (expected an image or a video). Give a list of its images")
     media.find_images(path)  # refuses what is not there, or no image by its name
@@ -391,7 +412,10 @@ def _check_boxes(boxes: Any, name: str, image_hw: tuple[int, int]) -> Float[Arra
     if array.size == 0:
         return np.zeros((0, 4))
     if array.ndim != 2 or array.shape[1] != 4:
-        raise UserError(f"boxes of {name}: expected an array [N, 4] of x y width height, found {list(array.shape)}")
+        hint = ". Write one box as [[x, y, width, height]]" if array.shape == (4,) else ""
+        raise UserError(
+            f"boxes of {name}: expected an array [N, 4] of x y width height, found {list(array.shape)}{hint}"
+        )
     height, width = image_hw
     for number, (x, y, w, h) in enumerate(array.tolist()):
         shown = f"boxes of {name}: box {number}, {x:g} {y:g} {w:g} {h:g}"

@@ -194,6 +194,8 @@ def _tensors(file: Path) -> tuple[State, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())
         call = re.search(r"GLOBAL (\S+)", reason)
+        if reason.startswith("Weights only load failed"):  # goes on to advise what this package does not do
+            reason = "PyTorch cannot read it. It may be incomplete, or no weights"
         reason = f"it would call {call[1]!r}, and no code in it is run" if call else reason[:300]
         raise UserError(f"--weights {file}: not a file of plain tensors: {reason}") from None
     meta = tree.get("meta") if isinstance(tree, dict) else None

@@ -31,7 +31,9 @@ def choose_device(name: str | torch.device | None, option: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"{option} {name}: not here; expected cpu or, with a GPU, cuda") from None
+        raise UserError(
+            f"{option} {name}: not on this machine, or not for this PyTorch (expected cpu or, with a GPU, cuda)"
+        ) from None
 
 
 def problem_of_device(index: int) -> str | None:

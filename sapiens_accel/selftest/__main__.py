@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from sapiens_accel.config.commands import program_name
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.selftest import checks, launches
 from sapiens_accel.selftest.checks import Check, Machine
@@ -90,7 +91,7 @@ def _speed(machine: Machine, out: Path) -> list[Check]:
 def main(words: Sequence[str]) -> None:
     names = "".join(f"\n  {name:11}{text}" for name, text in GROUPS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m sapiens_accel.selftest",
+        prog=program_name("selftest", "selftest"),
         description=f"Test that training works on this machine. Nothing is downloaded.\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -257,7 +257,10 @@ def _error(words: list[str]) -> str:
         ("--dryrun", "--dry_run"),
         ("--phase2.layer_decay=0.9", "--phase2.optim.layer_decay"),
         ("--lr=1", "--phase2.optim.lr"),
-        ("--batch_size=8", "--phase2.global_batch"),
+        (
+            "--batch_size=8",
+            "--phase2.global_batch (people in a step) or --memory.micro_batch (people on a GPU at a time)",
+        ),
         ("--epochs=8", "--phase2.epochs"),
         ("--ssl.teacher.treshold=0.5", "--ssl.teacher.threshold"),
     ],

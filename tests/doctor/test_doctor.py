@@ -730,6 +730,15 @@ def test_a_launch_from_another_folder_has_the_json_that_train_finds(
         environment.read_launch(str(configs / "a.yaml"))
 
 
+def test_a_launch_may_be_named_as_train_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where an installed package has no accelerate_configs/
+    launch = environment.read_launch("zero2_offload")
+    assert launch.name == "sapiens-accel train --launch zero2_offload"
+    assert launch.zero["stage"] == 2 and launch.zero["offload_optimizer"]["device"] == "cpu"
+    with pytest.raises(UserError, match=r"--launch zero9: no such launch \(expected one of cpu, .*did you mean zero3"):
+        environment.read_launch("zero9")
+
+
 def test_fp16_without_a_gpu_is_a_note_as_train_runs_it_in_bf16() -> None:
     assert distributed.precision_of_device("fp16", False) == "bf16"
     (found,) = environment._precision(Launch(precision="fp16"))

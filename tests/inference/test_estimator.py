@@ -197,10 +197,12 @@ def test_bfloat16_is_near(weights: Path, files: list[Path], pose: PoseEstimator)
         (b"", r"image 0: its 0 bytes"),
         (
             np.zeros((4, 4, 3)),
-            r"uint8 \[height, width, 3\] in RGB order, found float64 \[4, 4, 3\]",
+            r"uint8 \[height, width, 3\] in RGB order, found float64 \[4, 4, 3\]\. Convert values of 0 to 1 by",
         ),
         (np.zeros((4, 4), np.uint8), r"found uint8 \[4, 4\]"),
         (np.zeros((3, 4, 4), np.uint8), r"found uint8 \[3, 4, 4\]"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"found uint8 \[1, 4, 4, 3\]\. Give the images of a batch as a list"),
+        ("https://example.org/a.jpg", r"example\.org/a\.jpg: an address .* Download it"),
         (np.zeros((0, 4, 3), np.uint8), r"found uint8 \[0, 4, 3\]"),
         (PIL.Image.new("I;16", (4, 4)), "a PIL image of mode I;16"),
         (torch.zeros(3, 4, 4), "expected a path, .* found Tensor"),
@@ -217,7 +219,10 @@ def test_what_is_no_image_is_one_line(pose: PoseEstimator, image: Any, message: 
 @pytest.mark.parametrize(
     ("boxes", "message"),
     [
-        ([1, 2, 3, 4], r"boxes of image_0: expected an array \[N, 4\] of x y width height, found \[4\]"),
+        (
+            [1, 2, 3, 4],
+            r"boxes of image_0: expected an array \[N, 4\] of x y width height, found \[4\]\. Write one box as \[\[",
+        ),
         (np.zeros((2, 5)), r"found \[2, 5\]"),
         ([[1, 2, 3, "x"]], r"expected an array \[N, 4\] of numbers, found list"),
         ([[1, 2, 3, 4], [1, 2, 0, 4]], r"box 1, 1 2 0 4, has no area"),
@@ -236,7 +241,9 @@ def test_boxes_of_another_number_of_images(pose: PoseEstimator, files: list[Path
         pose(files[:2], [np.zeros((1, 4))])
     with pytest.raises(UserError, match="boxes nothing/here: "):
         pose(files[0], "nothing/here")
-    with pytest.raises(UserError, match="boxes gt: "):  # labels, which an image has not
+    with pytest.raises(
+        UserError, match=r"boxes gt: no such folder \(expected 'image', 'detector', "
+    ):  # labels, which an image has not
         pose(files[0], "gt")
     _video(tmp_path / "clip.avi", files, 2)
     with pytest.raises(UserError, match="boxes: an array, for a video"):
@@ -268,6 +275,17 @@ def test_an_image_cut_short(pose: PoseEstimator, files: list[Path], tmp_path: Pa
         pose(buffer.getvalue()[:-200])
 
 
+def test_a_video_in_a_list_is_refused_as_one(pose: PoseEstimator, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(UserError, match=r"clip\.mp4: a video in a list .* Give a video alone"):
+        pose([files[0], tmp_path / "clip.mp4"])
+
+
+def test_a_notebook_shows_people_in_one_line(pose: PoseEstimator, files: list[Path]) -> None:
+    shown = repr(pose(files[0], [[10, 10, 90, 90], [20, 20, 90, 90]]))
+    assert shown == f"PoseResult({files[0].name}, 240x240 px: 2 boxes, 17 keypoints each)"
+
+
 def test_what_from_pretrained_refuses(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such option flp \(expected one of flip, scales"):
         PoseEstimator.from_pretrained(weights, flp=True)
@@ -277,7 +295,7 @@ def test_what_from_pretrained_refuses(weights: Path, tmp_path: Path) -> None:
         PoseEstimator.from_pretrained(weights, "cpu", "int8")
     with pytest.raises(UserError, match="dtype float16: not on a CPU"):
         PoseEstimator.from_pretrained(weights, "cpu", torch.float16)
-    with pytest.raises(UserError, match="device tpu9: not here"):
+    with pytest.raises(UserError, match="device tpu9: not on this machine"):
         PoseEstimator.from_pretrained(weights, "tpu9")
     with pytest.raises(UserError, match=r"no such run directory or weights here"):
         PoseEstimator.from_pretrained(tmp_path / "nothing")
