@@ -19,7 +19,7 @@ DETECTOR, DETECTOR_THRESHOLD, DETECTOR_MAX_IOU = "PekingU/rtdetr_v2_r50vd", 0.05
 def program_name(module: str, command: str) -> str:
     """The program as it was called, for its usage: `sapiens-accel` COMMAND, or `python -m` MODULE."""
     installed = sys.argv[0].startswith("sapiens-accel ")
-    return f"sapiens-accel {command}" if installed else f"python -m sapiens_accel.{module}"
+    return " ".join(("sapiens-accel", command) if installed else ("python", "-m", f"sapiens_accel.{module}"))
 
 
 def doctor_parser() -> argparse.ArgumentParser:

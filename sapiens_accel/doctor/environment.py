@@ -71,7 +71,7 @@ def read_launch(file: str | None) -> Launch:
         return Launch(precision=precision, num_processes=ranks, deepspeed=with_deepspeed, zero=zero)
     where, name = f"--launch {file}", f"accelerate launch --config_file {file}"
     if Path(file).name == file and not Path(file).suffix:
-        name, file = f"sapiens-accel train {where}", str(find_launch(file))
+        name, file = " ".join(("sapiens-accel", "train", where)), str(find_launch(file))
     try:
         tree = yaml.safe_load(Path(file).read_text())
     except Exception as error:  # of an odd YAML also KeyError, AttributeError, RecursionError
