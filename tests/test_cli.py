@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sapiens_accel.config.schema import STAGES
 from sapiens_accel.data import sampling
 from sapiens_accel.errors import UserError
-from sapiens_accel.evaluation.evaluate import DISTANCES, METRICS
+from sapiens_accel.evaluation.coco_metrics import METRICS, UNITS
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic
 from sapiens_accel.training import run_folder
@@ -333,9 +333,9 @@ def finished(cache: Path) -> tuple[Path, str]:
 
 
 def _table(said: str) -> dict[str, list[float]]:
-    """The rows of the printed table by stage: METRICS and DISTANCES, in percent or px."""
+    """The rows of the printed table by stage: of UNITS, in percent or px."""
     lines = said.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.split() == [*METRICS, *DISTANCES])
+    head = next(i for i, line in enumerate(lines) if line.split() == [*UNITS])
     rows = [line.split() for line in lines[head + 1 : head + 1 + len(STAGES)]]
     return {row[0]: [float(value) for value in row[1:]] for row in rows if row}
 
@@ -410,7 +410,7 @@ def test_every_step_has_a_line(finished: tuple[Path, str]) -> None:
         labels |= {f"pseudo_{share}/{name}" for share in ("precision", "coverage") for name in COCO17.names}
         ends = labels | {"student_AP", "oks_gain", "oks_gain_stderr"}
         beside = [set(), ends] if stage == "ssl" else [set()]  # where it begins, where it ends
-        assert [set(line) for line in scores] == [{"stage", "step", *METRICS, *DISTANCES} | more for more in beside]
+        assert [set(line) for line in scores] == [{"stage", "step", *UNITS} | more for more in beside]
     losses = [line["loss"] for line in lines if line["stage"] == "phase2" and "loss" in line]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), "it learns"
 
@@ -422,7 +422,7 @@ def test_the_table_is_what_the_files_say(finished: tuple[Path, str]) -> None:
     for stage in STAGES:
         saved = json.loads((folder / stage / "eval.json").read_text())
         assert (saved["split"], saved["boxes"], saved["flip"]) == ("train", "ground truth", False)
-        shown = [saved[name] * (1 if name.endswith("px") else 100) for name in (*METRICS, *DISTANCES)]
+        shown = [saved[name] * (100 if unit == "%" else 1) for name, unit in UNITS.items()]
         assert table[stage] == pytest.approx(shown, abs=0.0501)
     assert table["phase2"][0] > 5, "an AP of nothing would prove nothing"
 

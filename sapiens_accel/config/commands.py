@@ -106,11 +106,22 @@ def detect_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Of sapiens-accel convert; coco, the way out of that form, has options of its own (sources/convert.py).
-CONVERT_FORMATS = (
-    "deeplabcut", "lightning_pose", "sleap", "label_studio", "cvat", "yolo", "labelme", "mpii", "crowdpose", "ap10k",
-    "animalpose", "video",
-)  # fmt: skip
+# The FORMATs of sapiens-accel convert, and what messages call their files. coco, the way out of that form, has options
+# of its own (sources/convert.py).
+CONVERT_FORMATS = {
+    "deeplabcut": "a project of DeepLabCut",
+    "lightning_pose": "labels of DeepLabCut or lightning-pose",
+    "sleap": "labels of SLEAP",
+    "label_studio": "an export of Label Studio",
+    "cvat": "an export of CVAT",
+    "yolo": "a YOLO dataset",
+    "labelme": "labels of labelme",
+    "mpii": "annotations of MPII",
+    "crowdpose": "annotations of CrowdPose",
+    "ap10k": "annotations of AP-10K",
+    "animalpose": "annotations of AnimalPose",
+    "video": "a video",
+}
 FRAMES = 200  # of a video
 
 
@@ -122,7 +133,7 @@ def convert_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
-    add("format", metavar="FORMAT", choices=CONVERT_FORMATS, help=", ".join(CONVERT_FORMATS))
+    add("format", metavar="FORMAT", choices=tuple(CONVERT_FORMATS), help=", ".join(CONVERT_FORMATS))
     add("source", metavar="IN", type=Path, help="what the tool wrote: a file, or the folder of a project; a video")
     add("out", metavar="OUT", type=Path, help="a new folder; of a video: one that may be there")
     add("--images", type=Path, help="the folder of the images, where they are not where the labels say")

@@ -25,8 +25,8 @@ from sapiens_accel.pose.oks import AREA_OF_BOX
 from sapiens_accel.pose.person_boxes import ANNOTATED, FROM_KEYPOINTS, NO_BOX, PeopleBoxes
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.coco import BROKEN, NO_ANNOTATION, given_id, image_names, number_of_id, reason, show_value
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.schema import COLUMNS, FARTHEST, PLAIN, WHOLE_BODY, Fault, Reading, Source, count_people, pc
-from sapiens_accel.sources.source import open_source
 
 NUMBERS = {int, float, bool}
 NUM_WHOLE_BODY = sum(WHOLE_BODY.values())

@@ -25,9 +25,9 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources import discover, images, synthetic
 from sapiens_accel.sources.coco import release_large_trees, show_value
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import Reading
-from sapiens_accel.sources.source import open_source
 
 FILLED = 1.15  # an input of an aspect nearer to the image's than this has less than a seventh of itself left empty
 SIDE_UNIT = 32  # px of an input's sides: a multiple of all patches, and of the heatmap's quarter

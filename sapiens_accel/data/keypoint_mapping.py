@@ -11,8 +11,8 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.pose.infer_skeleton import SHOWN, Category, check_names, edge_names, is_numbered, nearest, short
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, words
 from sapiens_accel.sources.coco import show_value
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading, Source
-from sapiens_accel.sources.source import open_source
 
 SUMMARY_VERSION = 3
 NUMBERED = "; if they are numbers alone in the same order, give the names by --data.skeleton FILE"

@@ -39,9 +39,9 @@ from sapiens_accel.pose.person_boxes import (
 )
 from sapiens_accel.sources import images
 from sapiens_accel.sources.coco import HASHED_BIT, find_image_fault, show_value
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.foreign import suggest_conversion
 from sapiens_accel.sources.schema import PLAIN, Reading, Source
-from sapiens_accel.sources.source import open_source
 
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()

@@ -16,8 +16,8 @@ from sapiens_accel.doctor.labels import Finding, Labels, Level
 from sapiens_accel.errors import UserError
 from sapiens_accel.pose.person_boxes import ANNOTATED
 from sapiens_accel.sources import images
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.schema import FARTHEST, PLAIN, Fault, Reading
-from sapiens_accel.sources.source import open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Keypoints to COCO's results and its AP and AR, whole and by part of the body, by pycocotools or a drop-in for it.
+"""Keypoints to COCO's results and its AP and AR, whole and by part of the body, by pycocotools or a drop-in for it;
+KEYPOINT_METRICS are the other numbers.
 
 Scores and suppression as published (sapiens, pose/mmpose/evaluation/metrics/coco_metric.py): a person's score is the
 box score times the mean of the keypoint scores above 0.2, people with an OKS above 0.9 are one, 20 of an image count
@@ -11,11 +12,13 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -27,8 +30,9 @@ from sapiens_accel.evaluation.boxes import Boxes
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose import geometry
-from sapiens_accel.pose.oks import AREA_OF_BOX, oks_nms, person_scores
+from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality, is_predicted, oks_nms, person_scores
 from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
+from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.coco import given_id
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading
 
@@ -41,8 +45,6 @@ METRICS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "
 # (crowdposetools/cocoeval.py, get_type_result(0.2, 0.8)). Its paper (https://arxiv.org/abs/1812.00324) writes 0 to 0.1,
 # 0.1 to 0.8 and 0.8 to 1; published numbers are those of the code.
 CROWD_LEVELS = {"easy": (-np.inf, 0.2), "medium": (0.2, 0.8), "hard": (0.8, np.inf)}
-# How far keypoints are from their labels, of the people who are matched; see `pose.oks.Distances`.
-DISTANCES = {"mean_px": "mean_px", "median_px": "median_px", "PCK@0.1": "pck_10", "PCK@0.05": "pck_5"}
 # COCO-WholeBody's parts, each with its list in the JSON; its own evaluation scores them one by one.
 BODY = slice(0, 17)
 PARTS = {
@@ -52,6 +54,62 @@ PARTS = {
     "left_hand": (slice(91, 112), "lefthand_kpts"),
     "right_hand": (slice(112, 133), "righthand_kpts"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedPeople:
+    """Labeled people and the prediction that belongs to each of them; px of the image.
+
+    Attributes:
+        predicted_xy, scores: all 0 of a person without a prediction.
+        labels: x, y and v.
+        boxes_xywh: the people's own, as labeled.
+        quality: of each keypoint, over all people, and over all keypoints.
+    """
+
+    predicted_xy: Float[Array, "n k 2"]
+    scores: Float[Array, "n k"]
+    labels: Float[Array, "n k 3"]
+    boxes_xywh: Float[Array, "n 4"]
+    skeleton: Skeleton
+    quality: KeypointQuality
+
+    @property
+    def distance_px(self) -> Float[Array, "n k"]:
+        return np.linalg.norm(self.predicted_xy - self.labels[..., :2], axis=-1)
+
+    @property
+    def has_distance(self) -> Bool[Array, "n k"]:
+        """The labeled keypoints of people who have a prediction."""
+        return is_labeled(self.labels) & is_predicted(self.predicted_xy, self.scores)[:, None]
+
+
+class KeypointMetric(NamedTuple):
+    """A number over all labeled keypoints, beside COCO's.
+
+    Attributes:
+        measure: gives a number of at least 0, or nan if there is nobody to measure.
+        unit: %, of a share, which is shown x 100; or px of the image.
+    """
+
+    measure: Callable[[MatchedPeople], float]
+    unit: Literal["%", "px"]
+
+
+# Each is a column of the table, the page and the model card, and a value in eval.json, metrics.jsonl and TensorBoard.
+KEYPOINT_METRICS = {
+    "mean_px": KeypointMetric(attrgetter("quality.all_distances.mean_px"), "px"),
+    "median_px": KeypointMetric(attrgetter("quality.all_distances.median_px"), "px"),
+    "PCK@0.1": KeypointMetric(attrgetter("quality.all_distances.pck_10"), "%"),
+    "PCK@0.05": KeypointMetric(attrgetter("quality.all_distances.pck_5"), "%"),
+}
+UNITS = {**dict.fromkeys(METRICS, "%"), **{name: metric.unit for name, metric in KEYPOINT_METRICS.items()}}
+
+
+def measure_keypoint_metrics(people: MatchedPeople) -> Metrics:
+    """KEYPOINT_METRICS; -1 where there is nobody to measure."""
+    values = {name: metric.measure(people) for name, metric in KEYPOINT_METRICS.items()}
+    return {name: float(value) if value >= 0 else -1.0 for name, value in values.items()}
 
 
 class CountingRules(NamedTuple):

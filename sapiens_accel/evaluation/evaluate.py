@@ -26,7 +26,7 @@ from sapiens_accel.data.people import People, boxes_of, keypoints_of
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import coco_metrics, tables
 from sapiens_accel.evaluation.boxes import Boxes, describe_misfit, load_boxes
-from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, CountingRules, Metrics
+from sapiens_accel.evaluation.coco_metrics import METRICS, CountingRules, MatchedPeople, Metrics
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
 from sapiens_accel.evaluation.keypoint_csv import ImageRow, PersonRow
 from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
@@ -50,7 +50,7 @@ class EvaluationResult:
     """The outcome of an evaluation.
 
     Attributes:
-        metrics: METRICS, 0..1, and those of parts as PART/METRIC; DISTANCES; the same on all ranks.
+        metrics: METRICS, 0..1, and those of parts as PART/METRIC; KEYPOINT_METRICS; the same on all ranks.
         predictions: of the labeled people, in their order; with a detector's boxes, of the box nearest by OKS (all
             scores 0 where the image has none).
         boxes_xywh: those that the people's predictions were made in; 0 where the image has none.
@@ -126,7 +126,8 @@ def evaluate_networks(
         quality = measure_keypoints(matched, people, skeleton)
         notes = _collect_notes(metrics, matched, named, people, skeleton, config)
         area = describe_area(people, skeleton, config)
-        return (metrics | measure_distances(quality), curves, quality, notes, area), rows
+        metrics |= coco_metrics.measure_keypoint_metrics(match_people(matched, people, skeleton, quality))
+        return (metrics, curves, quality, notes, area), rows
 
     (metrics, curves, quality, notes, area), image_rows = _compute_on_main(accelerator, compute)
     return EvaluationResult(
@@ -213,10 +214,18 @@ def measure_keypoints(predictions: Predictions, people: People, skeleton: Skelet
     return measure_points(predictions.points_xy, predictions.scores, labels, areas, sizes, skeleton.sigmas)
 
 
-def measure_distances(quality: KeypointQuality) -> Metrics:
-    """DISTANCES over all labeled keypoints; -1 where there is nobody to measure."""
-    values = quality.all_distances._asdict()
-    return {name: float(values[field]) if values[field] >= 0 else -1.0 for name, field in DISTANCES.items()}
+def match_people(
+    predictions: Predictions, people: People, skeleton: Skeleton, quality: KeypointQuality
+) -> MatchedPeople:
+    """The people with predictions in the order of their rows."""
+    return MatchedPeople(
+        predicted_xy=predictions.points_xy,
+        scores=predictions.scores,
+        labels=keypoints_of(people.rows),
+        boxes_xywh=boxes_of(people.rows),
+        skeleton=skeleton,
+        quality=quality,
+    )
 
 
 def use_areas(people: People, config: EvalConfig) -> People:

@@ -131,6 +131,7 @@ def render_report(
         title=f"Evaluation of {'; '.join(rows)}",
         about=about.lines,
         metric_names=columns,
+        pixels=tables.PIXELS,
         metrics=[[name, *map(tables.format_metric, values, columns)] for name, values in lines.items()],
         settings=[_settings(name, rows[name], config) for name, config in configs.items()],
         lines=[*costs, *notes],

@@ -8,13 +8,13 @@ from typing import Any
 from sapiens_accel.config.schema import EvalConfig
 from sapiens_accel.errors import escape
 from sapiens_accel.evaluation.boxes import GROUND_TRUTH
-from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS, Metrics
+from sapiens_accel.evaluation.coco_metrics import KEYPOINT_METRICS, METRICS, UNITS, Metrics
 from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality
 from sapiens_accel.pose.person_boxes import BoxRule
 from sapiens_accel.pose.skeleton import Skeleton
 
 NOT_SHOWN = ("left_hand", "right_hand")  # but "hands", the mean of both
-PIXELS = ("mean_px", "median_px")
+PIXELS = " and ".join(name for name, unit in UNITS.items() if unit == "px")
 # Settings that an eval.json of version 0.1 does not have.
 ADDED_SETTINGS = {"area": EvalConfig.area, "max_people": EvalConfig.max_people, "people_boxes": "annotation"}
 PEOPLE_BOXES = {"keypoints": "people's boxes made from keypoints", "image": "whole images as people's boxes"}
@@ -121,8 +121,8 @@ def _width(column: str) -> int:
 
 
 def table_columns(rows: dict[str, Metrics]) -> list[str]:
-    """The table's columns: METRICS, and DISTANCES where they were measured."""
-    return [*METRICS, *(name for name in DISTANCES if any(name in row for row in rows.values()))]
+    """The table's columns: METRICS, and KEYPOINT_METRICS where they were measured."""
+    return [*METRICS, *(name for name in KEYPOINT_METRICS if any(name in row for row in rows.values()))]
 
 
 def table_rows(rows: dict[str, Metrics]) -> dict[str, list[float]]:
@@ -149,7 +149,7 @@ def format_metric(value: float, name: str = "AP") -> str:
     """In percent, or px; pycocotools says -1 where there is nobody to measure, as for AP_L without a large person."""
     if value < 0:
         return "-"
-    return f"{value:.2f}" if name in PIXELS else f"{100 * value:.1f}"
+    return f"{value:.2f}" if UNITS.get(name) == "px" else f"{100 * value:.1f}"
 
 
 def format_costs(metrics: dict[str, Metrics], seconds: dict[str, float]) -> list[str]:

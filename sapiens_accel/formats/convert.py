@@ -13,20 +13,19 @@ from pathlib import Path
 from sapiens_accel.config.commands import convert_parser
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats import (
+from sapiens_accel.formats import coco_folder, video
+from sapiens_accel.formats.coco_folder import WriteOptions
+from sapiens_accel.formats.dataset import ODD, PoseDataset
+from sapiens_accel.formats.tools import (
     coco_datasets,
-    coco_folder,
     cvat,
     deeplabcut,
     label_studio,
     labelme,
     mpii,
     sleap,
-    video,
     yolo,
 )  # fmt: skip
-from sapiens_accel.formats.coco_folder import WriteOptions
-from sapiens_accel.formats.dataset import ODD, PoseDataset
 from sapiens_accel.sources import convert as shards
 from sapiens_accel.sources.coco import load_json, reason
 from sapiens_accel.sources.foreign import find_tool, suggest_conversion

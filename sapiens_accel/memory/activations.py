@@ -25,9 +25,10 @@ from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
+from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherPrediction, TeacherSetup
-from sapiens_accel.training.objectives import Objective, Supervised
+from sapiens_accel.training.mean_teacher import PseudoLabels, TeacherPrediction, TeacherSetup, build_objective
+from sapiens_accel.training.objectives import Objective
 
 ALLOCATION_UNIT = 512  # bytes: the allocator rounds sizes up to a multiple of it
 
@@ -175,14 +176,13 @@ def _forget_gradient(parameter: Tensor) -> None:
 def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective:
     """The objective of a stage, with a placeholder for the teacher, whose forward is counted separately."""
     codec = Codec(input_hw=model.input_hw, heatmap_hw=model.heatmap_hw, sigma=sigma)
-    supervised = Supervised(codec=codec)
-    if plan.teacher is None:
-        return supervised
-    keypoints = range(model.num_keypoints)
+    keypoints = tuple(range(model.num_keypoints))
+    names, sigmas = tuple(map(str, keypoints)), (0.05,) * len(keypoints)  # of any value: losses do not read sigmas
+    skeleton = Skeleton(names=names, mirror=keypoints, sigmas=sigmas, upper=(), edges=())
     setup = TeacherSetup(
         average=MovingAverage(nn.Linear(1, 1)), student_parameters=list, num_steps=1, gather=lambda tensor: tensor
     )
-    return MeanTeacher(supervised, setup, plan.teacher, keypoints, [str(k) for k in keypoints])
+    return build_objective(plan, codec, skeleton, setup)
 
 
 def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:

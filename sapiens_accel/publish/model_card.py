@@ -23,7 +23,7 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import ALL, STAGES, EvalConfig
 from sapiens_accel.errors import UserError, read_tree
 from sapiens_accel.evaluation import evaluate, tables
-from sapiens_accel.evaluation.coco_metrics import DISTANCES, METRICS
+from sapiens_accel.evaluation.coco_metrics import KEYPOINT_METRICS, METRICS
 from sapiens_accel.evaluation.paired import MIN_ERRORS
 from sapiens_accel.hub.download import parse_reference
 from sapiens_accel.models import adapters, export
@@ -238,12 +238,13 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
         has_license=has_license,
         snippet=export.snippet(repo_id, run["model"]["name"].split("_")[0]).strip(),
         results=_results(facts),
+        pixels=tables.PIXELS,
         people_by_split={score["split"]: _people(facts, score["split"]) for score in facts.scores.values()},
         from_labeled_boxes=any(score["boxes"] == "ground truth" for score in facts.scores.values()),
         by_keypoint=_by_keypoint(facts, keypoints),
         image_name=IMAGE_NAME,
         training_people=_people(facts, "train"),
-        teacher=run[facts.stage].get("teacher") if facts.stage == "ssl" else None,
+        teacher=run[facts.stage].get("teacher"),
         distilled_from=_name_teacher(run),
         handed_over=_handed_over(facts),
         settings=_settings(facts) if own_settings else None,
@@ -312,8 +313,8 @@ def _handed_over(facts: Facts) -> str:
 def _results(facts: Facts) -> list[list[str]]:
     """The rows of the table of results: metrics of each stage, whole and by part, and how they were measured."""
     rows = []
-    distances = [name for name in DISTANCES if any(_measured(score, name) for score in facts.scores.values())]
-    columns = [*METRICS, *distances]
+    others = [name for name in KEYPOINT_METRICS if any(_measured(score, name) for score in facts.scores.values())]
+    columns = [*METRICS, *others]
     for stage, score in facts.scores.items():
         boxes = score["boxes"] + tables.describe_people_boxes(score.get("people_boxes"))
         protocol = [

@@ -27,8 +27,9 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.hub import download
 from sapiens_accel.hub.errors import explain, hide_token
 from sapiens_accel.sources import shards
-from sapiens_accel.sources.coco import load_json, show_value
+from sapiens_accel.sources.coco import CocoFile, load_json, show_value
 from sapiens_accel.sources.columns import ColumnMapping, infer_mapping, read_categories, read_metadata
+from sapiens_accel.sources.schema import Source
 from sapiens_accel.sources.shards import Kind, Manifest
 
 SPLITS = {
@@ -79,6 +80,11 @@ def find_folder(root: str, cache: Path, *, streaming: bool, columns: Mapping[str
             in_place = streaming and split != "val"
             shards.write_manifest(_make_manifest(split, files, file, cache, in_place, columns or {}), file)
     return folder
+
+
+def open_source(file: Path) -> Source:
+    """The source that a file of annotations stands for: a COCO JSON or the manifest of shards."""
+    return shards.ShardedSource(file) if file.suffix == shards.SUFFIX else CocoFile(file)
 
 
 def name_files(config: DataConfig, root: Path) -> DataConfig:

@@ -3,31 +3,35 @@
 import os
 import re
 import shlex
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+from sapiens_accel.config.commands import CONVERT_FORMATS
 
 HEAD = 4096  # bytes that are looked at
 MOST_FILES = 50  # of a folder
-JSON_SIGNS = (
-    ("labelme", re.compile(r'"shapes"\s*:\s*\[')),
-    ("label_studio", re.compile(r'^\s*\[\s*\{.*"(annotations|completions|keypointlabels)"\s*:\s*\[', re.DOTALL)),
-    ("animalpose", re.compile(r'"images"\s*:\s*\{\s*"[^"]*"\s*:\s*"')),  # a name for each id
-    ("v7", re.compile(r'"schema_ref"\s*:\s*"[^"]*darwin')),
-    ("datumaro", re.compile(r'"dm_format_version"')),
-    ("supervisely", re.compile(r'"objects"\s*:\s*\[.*"(geometryType|classTitle)"\s*:', re.DOTALL)),
-    ("via", re.compile(r'"_via_img_metadata"\s*:|"shape_attributes"\s*:')),
-    ("coco", re.compile(r'^\s*\{.*"(images|annotations|categories)"\s*:\s*\[', re.DOTALL)),
+# Tools by the name of a file and what is in its first bytes; the first line that fits counts.
+SIGNS = tuple(
+    (tool, name, re.compile(sign, re.MULTILINE | re.DOTALL))
+    for tool, name, sign in (
+        ("sleap", "*.slp", ""),
+        ("nwb", "*.nwb", ""),
+        ("deeplabcut", "CollectedData*.h5", ""),
+        ("mpii", "mpii*.mat", ""),
+        ("lightning_pose", "*.csv", r"^bodyparts,.*^coords,"),
+        ("cvat", "*.xml", r"<annotations>.*(<meta>|<image )"),
+        ("yolo", "*.yaml", r"^kpt_shape:"),
+        ("yolo", "*.yml", r"^kpt_shape:"),
+        ("labelme", "*.json", r'"shapes"\s*:\s*\['),
+        ("label_studio", "*.json", r'\A\s*\[\s*\{.*"(annotations|completions|keypointlabels)"\s*:\s*\['),
+        ("animalpose", "*.json", r'"images"\s*:\s*\{\s*"[^"]*"\s*:\s*"'),  # a name for each id
+        ("v7", "*.json", r'"schema_ref"\s*:\s*"[^"]*darwin'),
+        ("datumaro", "*.json", r'"dm_format_version"'),
+        ("supervisely", "*.json", r'"objects"\s*:\s*\[.*"(geometryType|classTitle)"\s*:'),
+        ("via", "*.json", r'"_via_img_metadata"\s*:|"shape_attributes"\s*:'),
+        ("coco", "*.json", r'\A\s*\{.*"(images|annotations|categories)"\s*:\s*\['),
+    )
 )
-TOOLS = {
-    "deeplabcut": "a project of DeepLabCut",
-    "lightning_pose": "labels of DeepLabCut or lightning-pose",
-    "sleap": "labels of SLEAP",
-    "label_studio": "an export of Label Studio",
-    "cvat": "an export of CVAT",
-    "yolo": "a YOLO dataset",
-    "labelme": "labels of labelme",
-    "mpii": "annotations of MPII",
-    "animalpose": "annotations of AnimalPose",
-}
 NOT_CONVERTED = {
     "zip": "It is a ZIP: unpack it, and name the folder or the file in it",
     "v7": "It is of V7 (darwin): export it there in COCO's form",
@@ -37,7 +41,7 @@ NOT_CONVERTED = {
     "nwb": "It is NWB: in SLEAP's or DeepLabCut's own form it can be converted",
 }
 SEVERAL_FILES = ("labelme", "yolo", "cvat", "lightning_pose")  # of which the folder is converted
-ENDINGS = (".slp", ".csv", ".h5", ".xml", ".yaml", ".yml", ".mat", ".json", ".nwb")
+ENDINGS = tuple({Path(name).suffix for _, name, _ in SIGNS})
 ZIP = b"PK\x03\x04"
 
 
@@ -64,7 +68,7 @@ def suggest_conversion(path: Path) -> str:
     if tool is None:
         return ""
     command = f"sapiens-accel convert {tool} {shlex.quote(str(path))} OUT"
-    return f". It is {TOOLS[tool]}: `{command}` makes it a folder for --data.root"
+    return f". It is {CONVERT_FORMATS[tool]}: `{command}` makes it a folder for --data.root"
 
 
 def find_tool(path: Path) -> tuple[str | None, Path]:
@@ -115,16 +119,5 @@ def _tool_of_file(file: Path) -> str | None:
         return "zip" if ending in (".zip", *ENDINGS) and ending != ".json" else None  # JSON: sources/coco names it
     if ending not in ENDINGS:
         return None
-    head = start.decode(errors="replace")
-    is_table = all(re.search(rf"^{word},", head, re.MULTILINE) for word in ("bodyparts", "coords"))
-    by_ending = {
-        ".slp": "sleap",
-        ".nwb": "nwb",
-        ".csv": "lightning_pose" if is_table else None,
-        ".h5": "deeplabcut" if file.name.startswith("CollectedData") else None,
-        ".xml": "cvat" if "<annotations>" in head and ("<meta>" in head or "<image " in head) else None,
-        ".mat": "mpii" if file.name.startswith("mpii") else None,
-        ".json": next((name for name, sign in JSON_SIGNS if sign.search(head)), None),
-    }
-    is_yolo = ending in (".yaml", ".yml") and re.search(r"^kpt_shape:", head, re.MULTILINE)
-    return "yolo" if is_yolo else by_ending.get(ending)
+    head, name = start.decode(errors="replace"), file.stem + ending
+    return next((tool for tool, names, sign in SIGNS if fnmatchcase(name, names) and sign.search(head)), None)

@@ -74,7 +74,7 @@ class Span(NamedTuple):
 
 class Source(Protocol):
     """One split of annotated images: a COCO JSON (`coco.CocoFile`), also of drawn people, or shards
-    (`shards.ShardedSource`) from a folder, an address or the Hub. `source.open_source` tells which.
+    (`shards.ShardedSource`) from a folder, an address or the Hub. `discover.open_source` tells which.
 
     Attributes:
         file: what messages name.

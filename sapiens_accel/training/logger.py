@@ -29,8 +29,9 @@ from sapiens_accel.data.people import read_given_ids
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation import evaluate, figures, paired, tables
+from sapiens_accel.evaluation.coco_metrics import UNITS
 from sapiens_accel.evaluation.error_analysis import Reliability, write_reliability
-from sapiens_accel.evaluation.evaluate import METRICS, Metrics, Predictions
+from sapiens_accel.evaluation.evaluate import Metrics, Predictions
 from sapiens_accel.evaluation.paired import PairedDifference
 from sapiens_accel.evaluation.predict import Diverged
 from sapiens_accel.models.sapiens import Layout
@@ -707,10 +708,9 @@ class StageLogger:
 
 
 def shown_value(name: str, value: float) -> float:
-    """A value in the unit that tables have: AP, AR and PCK x 100, -1 where nobody could be measured."""
+    """A value in the unit that tables have: shares x 100, -1 where nobody could be measured."""
     column = name.rsplit("/", 1)[-1].removeprefix("student_")
-    is_share = column in METRICS or column.startswith("PCK")
-    return 100 * value if is_share and value > 0 else value
+    return 100 * value if UNITS.get(column) == "%" and value > 0 else value
 
 
 def format_score(ap: float, before: float | None) -> str:

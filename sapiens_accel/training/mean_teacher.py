@@ -21,7 +21,13 @@ from sapiens_accel.pose import geometry
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.objectives import FixedTeacher, Objective, Supervised, heatmap_kl, literal_kl
+from sapiens_accel.training.objectives import (
+    FixedTeacher,
+    Objective,
+    Supervised,
+    heatmap_kl,
+    literal_kl,
+)  # fmt: skip
 
 PEAK_RANGE = (0.3, 1.0)  # of the factor that sharpens a teacher's own map
 CONFIDENCE_MOMENTUM = 0.95

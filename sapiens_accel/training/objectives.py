@@ -101,11 +101,19 @@ class Supervised:
         """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
         target, weights = self.codec.encode(labeled.points_xy[people], labeled.weights[people])
         error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        loss = (weights * error).sum()
+        loss = self.sum_errors(weights * error)
         if self.teacher is not None and len(heatmaps):
             difference = heatmaps.float() - self.teacher(labeled.view.image[people])
             loss = loss + self.teacher.weight * difference.square().mean(dim=(2, 3)).sum()
         return self.loss_weight * loss / labeled.weights.numel()
+
+    def sum_errors(self, errors: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+        """The labeled loss of some people times the micro-batch's number of keypoints.
+
+        Args:
+            errors: weighted, of each keypoint.
+        """
+        return errors.sum()
 
     def after_step(self) -> None:
         pass

@@ -138,7 +138,7 @@ def test_both_spellings_of_an_option_are_the_same() -> None:
 
 
 def test_stages() -> None:
-    assert load([]).stages == ("phase1", "phase2", "ssl")
+    assert load([]).stages == STAGES
     assert load(["--stage", "ssl"]).stages == ("ssl",)
 
 
@@ -322,7 +322,7 @@ def test_an_unknown_recipe_names_the_nearest_and_all(recipes: dict[str, Config])
 
 
 def test_a_stage_that_does_not_exist_lists_those_that_do() -> None:
-    expected = "--stage: no such value (expected one of phase1, phase2, ssl, all, found "
+    expected = f"--stage: no such value (expected one of {', '.join(STAGES)}, all, found "
     assert _error(["--stage", "phase3"]) in (f"{expected}phase3); did you mean phase{n}?" for n in (1, 2))
     assert _error(["--stage", "fine"]) == f"{expected}fine)"
 

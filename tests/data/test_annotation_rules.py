@@ -13,8 +13,8 @@ from sapiens_accel.data import annotation_rules
 from sapiens_accel.data.annotation_rules import PeopleReader
 from sapiens_accel.errors import UserError
 from sapiens_accel.sources import schema, shards
+from sapiens_accel.sources.discover import open_source
 from sapiens_accel.sources.schema import PLAIN, WHOLE_BODY, Reading
-from sapiens_accel.sources.source import open_source
 
 NAN, INF = float("nan"), float("inf")
 K = 3

@@ -18,8 +18,8 @@ from sapiens_accel.data import people as people_tables
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, TrainingPeople
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats.coco_datasets import CROWDPOSE_NAMES
-from sapiens_accel.formats.mpii import NAMES as MPII_NAMES
+from sapiens_accel.formats.tools.coco_datasets import CROWDPOSE_NAMES
+from sapiens_accel.formats.tools.mpii import NAMES as MPII_NAMES
 from sapiens_accel.pose import geometry, person_boxes
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import synthetic

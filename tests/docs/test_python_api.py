@@ -11,6 +11,7 @@ from networks import untrained
 from printed_commands import REPOSITORY
 
 import sapiens_accel
+from sapiens_accel.config.schema import STAGES
 from sapiens_accel.evaluation.evaluate import METRICS
 from sapiens_accel.inference.media import Film
 from sapiens_accel.sources import synthetic
@@ -43,7 +44,7 @@ def test_every_block_of_the_page_runs(
         exec(compile(block, str(PAGE), "exec"), space)
     said = capsys.readouterr().out
     assert "left_shoulder" in said and "2 0\n" in said and "clip_000003.jpg 1" in said
-    assert list(space["metrics"]) == ["phase1", "phase2", "ssl"] and space["metrics"]["ssl"].keys() >= set(METRICS)
+    assert list(space["metrics"]) == list(STAGES) and space["metrics"]["ssl"].keys() >= set(METRICS)
     assert (tmp_path / "keypoints.csv").is_file() and space["drawn"].shape == (240, 240, 3)
     # Both crops are of one person, so their mean is near each.
     assert np.isfinite(space["image_xy"]).all() and space["image_xy"].shape == (17, 2)

@@ -18,10 +18,18 @@ from sapiens_accel.data import people as coco
 from sapiens_accel.data.people import People
 from sapiens_accel.evaluation import boxes as detections
 from sapiens_accel.evaluation import coco_metrics, evaluate, tables
-from sapiens_accel.evaluation.coco_metrics import METRICS, CountingRules, Metrics
+from sapiens_accel.evaluation.coco_metrics import (
+    KEYPOINT_METRICS,
+    METRICS,
+    UNITS,
+    CountingRules,
+    MatchedPeople,
+    Metrics,
+)
 from sapiens_accel.evaluation.predict import Predictions
 from sapiens_accel.pose.oks import measure_points
 from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.training.logger import shown_value
 
 Array = np.ndarray
 DATA = DataConfig(input_hw=(256, 192), num_workers=0)
@@ -63,11 +71,27 @@ def test_distances_are_those_of_plain_loops() -> None:
     assert np.isnan([column[4] for column in quality.distances]).all()
     nobody = measure_points(found, scores, labels * [1, 1, 0], np.full(40, 900.0), sizes, (0.05,) * 5)
     assert np.isnan(nobody.all_distances).all()
-    assert set(evaluate.measure_distances(nobody).values()) == {-1.0}
-    assert "-" in tables.format_metric(-1.0, "mean_px")
     five = replace(COCO17, names=tuple("abcde"), mirror=(0, 1, 2, 3, 4), sigmas=(0.05,) * 5, upper=(), edges=())
+    people = MatchedPeople(
+        predicted_xy=found, scores=scores, labels=labels, boxes_xywh=sizes, skeleton=five, quality=quality
+    )
+    assert list(coco_metrics.measure_keypoint_metrics(people).values()) == pytest.approx(total, abs=1e-12)
+    assert people.has_distance.sum() == len(everywhere)
+    assert people.distance_px[people.has_distance].mean() == pytest.approx(np.mean(everywhere), abs=1e-12)
+    unlabeled = replace(people, labels=labels * [1, 1, 0], quality=nobody)
+    assert set(coco_metrics.measure_keypoint_metrics(unlabeled).values()) == {-1.0}
+    assert "-" in tables.format_metric(-1.0, "mean_px")
     each = tables.keypoint_statistics(quality, five)["keypoints"]
     assert each["b"]["mean_px"] == quality.distances.mean_px[1] and each["e"]["mean_px"] is None
+
+
+def test_each_column_has_its_unit_in_tables_and_on_boards() -> None:
+    assert set(UNITS) == {*METRICS, *KEYPOINT_METRICS}
+    for name, unit in UNITS.items():
+        assert tables.format_metric(0.5, name) == {"%": "50.0", "px": "0.50"}[unit]
+        for key in (name, f"student_{name}", f"body/{name}"):
+            assert shown_value(key, 0.5) == {"%": 50, "px": 0.5}[unit] and shown_value(key, -1.0) == -1
+    assert shown_value("oks_gain", 0.5) == shown_value("loss", 0.5) == 0.5
 
 
 def test_a_person_without_a_prediction_has_no_keypoint_right() -> None:

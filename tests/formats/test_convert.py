@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from foreign import EDGES, HEIGHT, NAMES, WIDTH
 
+from sapiens_accel.config.commands import CONVERT_FORMATS
 from sapiens_accel.errors import UserError
 from sapiens_accel.formats import convert
 from sapiens_accel.formats.coco_folder import WriteOptions, split_images
@@ -73,6 +74,15 @@ def check_mice(
             expected = mouse.box if boxes else box_of_keypoints(labeled)
             np.testing.assert_allclose(one["bbox"], expected, atol=0.02)
     return split_of
+
+
+def test_every_format_has_a_reader_a_name_and_a_line_in_the_docs() -> None:
+    page = Path(convert.__file__).parents[2] / "docs" / "own_data.md"
+    table = page.read_text().split("| format |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    described = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert set(convert.READERS) == described, "the table of docs/own_data.md"
+    assert set(CONVERT_FORMATS) == {*described, "video"}, "config/commands.py"
 
 
 # ---- Each tool

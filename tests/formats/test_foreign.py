@@ -15,7 +15,8 @@ from sapiens_accel import cli
 from sapiens_accel.config import parse
 from sapiens_accel.data import build
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats import convert, cvat, yolo
+from sapiens_accel.formats import convert
+from sapiens_accel.formats.tools import cvat, yolo
 
 Words = list[str]
 

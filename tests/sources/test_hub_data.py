@@ -32,7 +32,7 @@ from sapiens_accel.hub import download
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.sources import convert, shards, synthetic
 from sapiens_accel.sources import images as photo
-from sapiens_accel.sources.source import open_source
+from sapiens_accel.sources.discover import open_source
 
 ROOT = Path(__file__).parents[2]
 NAME, REPO = "me/people", "datasets/me/people"
