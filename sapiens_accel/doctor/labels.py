@@ -229,7 +229,7 @@ def _check_keypoints(labels: Labels, scored: bool) -> Iterator[Finding]:
     people = np.asarray(outside.any(axis=1))
     if people.any():
         text = f"{_count(outside, 'labeled keypoint')} outside of the image"
-        yield Finding(level="warning", check="joints", text=text, culprits=labels.names(people))
+        yield Finding(level="warning", check="keypoints", text=text, culprits=labels.names(people))
 
 
 def _check_visibility(labels: Labels, data: DataConfig) -> Iterator[Finding]:
@@ -273,7 +273,7 @@ def _find_never_labeled(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]
     never = [name for k, name in enumerate(skeleton.names) if not labels.labeled[:, k].any()]
     if never and len(labels):
         text = f"{len(never)} of {skeleton.num_keypoints} keypoints have no label in any person"
-        yield Finding(level="warning", check="joints", text=text, culprits=tuple(never))
+        yield Finding(level="warning", check="keypoints", text=text, culprits=tuple(never))
 
 
 def find_swapped_pairs(labels: Labels, skeleton: Skeleton) -> Iterator[Finding]:

@@ -112,7 +112,7 @@ def check_codec(labels: Labels, codec: Codec, padding: float) -> Finding:
     of_input, of_image = of_input[inside], of_image[inside]
     text = (
         f"to heatmaps and back, keypoints are off by {of_input.mean():.3f} px of the input in the mean and "
-        f"{of_input.max():.2f} at most ({of_image.mean():.3f} and {of_image.max():.2f} px of the image; "
+        f"{of_input.max():.3f} at most ({of_image.mean():.3f} and {of_image.max():.3f} px of the image; "
         f"{len(of_input)} keypoints)"
     )
     return Finding(level="warning" if of_input.mean() > MOST_CODEC_ERROR else "note", check="codec", text=text)

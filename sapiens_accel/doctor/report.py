@@ -108,7 +108,7 @@ def examine(run: Config, launch: environment.Launch, out: Path) -> DoctorReport:
     report, train, skeleton = check_data(run)
     if not skeleton.mirror_known:
         run = run.without_mirroring()
-        report.findings += _under("joints", [*label_checks.propose_pairs(train, skeleton)])
+        report.findings += _under("keypoints", [*label_checks.propose_pairs(train, skeleton)])
     if report.count("error"):
         text = "not looked at: what training would make of these data; mend the errors first"
         report.findings.append(Finding(level="note", check="crops/grid", text=text))
@@ -180,8 +180,8 @@ def _skeleton(config: DataConfig) -> tuple[Skeleton, list[Finding]]:
     try:
         skeleton, lines = build.open_skeleton(config)
     except UserError as error:
-        return COCO17, [Finding(level="error", check="joints/names", text=str(error))]
-    return skeleton, _under("joints", _findings_of_lines("names", lines))
+        return COCO17, [Finding(level="error", check="keypoints/names", text=str(error))]
+    return skeleton, _under("keypoints", _findings_of_lines("names", lines))
 
 
 def _findings_of_lines(check: str, lines: Sequence[str]) -> list[Finding]:

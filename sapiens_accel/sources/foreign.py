@@ -68,7 +68,7 @@ def suggest_conversion(path: Path) -> str:
     if tool is None:
         return ""
     command = f"sapiens-accel convert {tool} {shlex.quote(str(path))} OUT"
-    return f". It is {CONVERT_FORMATS[tool]}: `{command}` makes it a folder for --data.root"
+    return f". Found {CONVERT_FORMATS[tool]}: `{command}` writes a folder for --data.root"
 
 
 def find_tool(path: Path) -> tuple[str | None, Path]:

@@ -87,7 +87,7 @@ def test_drawn_people_are_fine(drawn: Path) -> None:
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images: {REAL} (SAPIENS_ACCEL_TEST_DATA)")
 def test_real_people_are_fine() -> None:
     report, _, _ = doctor.check_data(Config(data=DataConfig(root=str(REAL))))
-    expected = {(check, "note") for check in ("joints/names", "train/crowd", "val/crowd")}
+    expected = {(check, "note") for check in ("keypoints/names", "train/crowd", "val/crowd")}
     assert {(f.check, f.level) for f in report.findings} == expected
 
 
@@ -248,8 +248,8 @@ FAULTS: dict[str, tuple[Callable[[Labels], Labels], str, str]] = {
     "box outside above": (lambda b: _with(b, "boxes_xywh", 7, [5, -300, 40, 200]), "boxes", "error"),
     "area 0": (lambda b: _with(b, "areas", 7, 0), "area", "warning"),
     "area of more than the box": (lambda b: _with(b, "areas", 7, 9000), "area", "warning"),
-    "keypoint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
-    "keypoint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "joints", "warning"),
+    "keypoint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "keypoints", "warning"),
+    "keypoint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "keypoints", "warning"),
     "v of 3": (lambda b: _with(b, "keypoints", 7, [[9, 5, 3], *b.keypoints[7, 1:]]), "visibility", "warning"),
     "v of 1/2": (lambda b: _with(b, "keypoints", 7, [[9, 5, 0.5], *b.keypoints[7, 1:]]), "visibility", "warning"),
 }  # fmt: skip
@@ -327,7 +327,7 @@ def test_a_keypoint_that_nobody_has_is_named(root: Path) -> None:
             person["num_keypoints"] = sum(v > 0 for v in person["keypoints"][2::3])
 
     _change(root, unlabel)
-    (finding,) = _found(_run(root), "train/joints")
+    (finding,) = _found(_run(root), "train/keypoints")
     assert finding.culprits == ("left_wrist",)
 
 
@@ -395,7 +395,7 @@ def test_keypoints_of_other_names_are_reported_by_their_names(root: Path, tmp_pa
     assert skeleton.names == tuple(names) and labels.keypoints.shape == (120, 17, 3)
     (swapped,) = [finding for finding in report.findings if finding.level == "error"]
     assert swapped.check == "train/mirror" and swapped.text.startswith("L_11 and R_11 "), "in val, read by name, not"
-    sigmas = [f for f in report.findings if f.check == "joints/names" and f.level == "warning"]
+    sigmas = [f for f in report.findings if f.check == "keypoints/names" and f.level == "warning"]
     assert len(sigmas) == 1 and "sigma" in sigmas[0].text
     of_train, of_val = (report.people[name]["visible"] for name in ("train", "val"))
     tree = json.loads((root / VAL).read_text())["annotations"]
@@ -409,8 +409,8 @@ def test_keypoints_that_cannot_be_inferred_are_an_error_among_the_others(root: P
     missing.unlink()
     report, _, skeleton = doctor.check_data(_run(root))
     errors = {finding.check: finding.text for finding in report.findings if finding.level == "error"}
-    assert set(errors) == {"joints/names", "val/missing"} and skeleton is COCO17
-    assert "'nose' is there twice" in errors["joints/names"]
+    assert set(errors) == {"keypoints/names", "val/missing"} and skeleton is COCO17
+    assert "'nose' is there twice" in errors["keypoints/names"]
 
 
 def _of_21(tree: Tree) -> None:
@@ -428,8 +428,8 @@ def test_keypoints_without_names_are_one_error_and_no_fault_of_each_person(root:
         (root / file).write_text(json.dumps(tree))
     report, _, _ = doctor.check_data(_run(root))
     errors = {finding.check: finding for finding in report.findings if finding.level == "error"}
-    assert set(errors) == {"joints/names", "train/annotations", "val/annotations"}
-    assert "names its 21 keypoints" in errors["joints/names"].text
+    assert set(errors) == {"keypoints/names", "train/annotations", "val/annotations"}
+    assert "names its 21 keypoints" in errors["keypoints/names"].text
     (culprit,) = errors["train/annotations"].culprits
     assert culprit.startswith("annotation 5: ") and "bbox" in culprit
 
@@ -558,7 +558,7 @@ def test_each_set_of_a_mixture_is_looked_at(root: Path, drawn: Path, tmp_path: P
     told = {finding.check: finding for finding in report.findings if finding.level != "note"}
     leak = f"{other / 'train2017/000000000040.jpg'} is val2017/000020000003.jpg"
     assert told.pop("train 2 and val/leaks").culprits == (leak,)
-    assert told.pop("train 2/joints").culprits == ("left_wrist",)
+    assert told.pop("train 2/keypoints").culprits == ("left_wrist",)
     assert told.pop("train 2/area").culprits[0].startswith("annotation 5 (") and not told
     assert len(labels) == 240 and report.people["train 2"]["visible"]["left_wrist"] == 0
     assert report.people["train 2"]["visible"]["nose"] == report.people["train"]["visible"]["nose"] > 0

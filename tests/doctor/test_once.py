@@ -78,7 +78,7 @@ def test_text_ids_stand_in_findings_and_errors_as_the_file_has_them(run: Config,
     _spoil(root / VAL, spoil)
     found = {finding.check: finding for finding in _said(run, tmp_path)}
     assert found["val/ids"].culprits[0].startswith("annotation 'ann-1' (")
-    assert found["val/joints"].culprits[0].startswith("annotation 'ann-")
+    assert found["val/keypoints"].culprits[0].startswith("annotation 'ann-")
     said: list[object] = []
     skeleton, _ = build.open_skeleton(run.data)
     with pytest.raises(report.UserError, match=r"annotation 'ann-1' \("):
