@@ -99,7 +99,7 @@ def _why_not(plans: Sequence[Plan], best: Sequence[Plan] | None) -> str:
         return describe_shortage(short)
     assert best is not None  # it fits, so something is recommended
     time = sum(plan.hours for plan in plans) / max(sum(plan.hours for plan in best), 1e-12)
-    text = f"takes x {time:.2f} of the time"
+    text = f"takes {time:.2f} times as long"
     if is_tight(plans) and not is_tight(best):
         most = max(plans, key=lambda plan: plan.host_peak)
         assert most.host_room is not None

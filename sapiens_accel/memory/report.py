@@ -225,7 +225,7 @@ def _show(setting: Setting, table: Table, best: list[Plan] | None, words: Sequen
         for plan, reason in zip(plans, reasons, strict=True):
             print(f"  {_row(plan)}  {reason or 'RECOMMENDED'}")
     for name, plan in zip(table, best or [], strict=False):
-        print(f"\n{name} by {plan.way.name}: {plan}; about {plan.hours:.3g} hours")
+        print(f"\n{name} by {plan.way.name}: {plan}; about {plan.hours:,.{0 if plan.hours >= 100 else 1}f} hours")
         for where, parts in _parts(plan).items():
             print(f"  {where.replace('_', ' ')}")
             for part, size in parts.items():

@@ -130,7 +130,7 @@ def test_what_it_adds_is_trained_evaluated_planned_pushed_and_converted(tmp_path
         assert "stage `polish`" in card and "mean_torso" in card
         said = run("-c", CONVERT)
         assert "left out: points without coordinates (1)" in said
-        assert "It is labels of Dotter: `sapiens-accel convert dotter dots.csv OUT`" in said
+        assert "Found labels of Dotter: `sapiens-accel convert dotter dots.csv OUT`" in said
         assert "odd.csv: not as dotter writes it: " in said
         trees = [json.loads(file.read_text()) for file in (tmp_path / "dots" / "annotations").iterdir()]
         labels = sorted(one["keypoints"] for tree in trees for one in tree["annotations"])

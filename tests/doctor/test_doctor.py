@@ -248,7 +248,9 @@ FAULTS: dict[str, tuple[Callable[[Labels], Labels], str, str]] = {
     "box outside above": (lambda b: _with(b, "boxes_xywh", 7, [5, -300, 40, 200]), "boxes", "error"),
     "area 0": (lambda b: _with(b, "areas", 7, 0), "area", "warning"),
     "area of more than the box": (lambda b: _with(b, "areas", 7, 9000), "area", "warning"),
-    "keypoint outside": (lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "keypoints", "warning"),
+    "keypoint outside": (
+        lambda b: _with(b, "keypoints", 7, [[240.5, 5, 1], *b.keypoints[7, 1:]]), "keypoints", "warning",
+    ),
     "keypoint above": (lambda b: _with(b, "keypoints", 7, [[9, -1.5, 1], *b.keypoints[7, 1:]]), "keypoints", "warning"),
     "v of 3": (lambda b: _with(b, "keypoints", 7, [[9, 5, 3], *b.keypoints[7, 1:]]), "visibility", "warning"),
     "v of 1/2": (lambda b: _with(b, "keypoints", 7, [[9, 5, 0.5], *b.keypoints[7, 1:]]), "visibility", "warning"),

@@ -34,7 +34,7 @@ def test_what_nearly_fills_the_host_gives_way_to_8_bits_and_every_other_way_has_
     assert by_name["zero2_offload"].fits and by_name["zero2_offload"].seconds > best[0].seconds
     why = dict(zip(by_name, choice.reasons(table, best), strict=True))
     assert why.pop("8bit") is None and all(why.values())
-    reason = r"takes x 1\.\d\d of the time and 27\.\d of 28\.0 GiB of host memory"
+    reason = r"takes 1\.\d\d times as long and 27\.\d of 28\.0 GiB of host memory"
     assert re.fullmatch(reason, str(why["zero2_offload"]))
     assert re.fullmatch(r"needs \S+ GiB of GPU memory \(predicted\), 15\.0 GiB can be used", str(why["plain"]))
     ample = {"phase2": [replace(plan, host_room=64 * GIB) for plan in table["phase2"]]}
