@@ -4,6 +4,7 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -186,6 +187,27 @@ def test_an_error_comes_where_its_frame_would_and_the_thread_ends() -> None:
     next(endless)
     endless.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name == "frames"]
+
+
+def test_a_process_is_forked_between_frames_alone() -> None:
+    """A loading process that inherits a lock which the thread holds inside of OpenCV would wait for ever."""
+    entered, made = threading.Event(), []
+
+    def items() -> Generator[int]:
+        entered.set()
+        time.sleep(0.5)
+        made.append(1)
+        yield 1
+
+    ahead = media.read_ahead(items(), 1)
+    starting = threading.Thread(target=lambda: list(ahead))
+    starting.start()
+    assert entered.wait(20)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if made else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    starting.join()
 
 
 @pytest.fixture(scope="module")
