@@ -118,6 +118,8 @@ def _open_onnx(file: Path, device: str) -> Runner | _Missing:
         graph.remove(file)
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file}: onnxruntime cannot run it, and it was removed: {reason}") from None
+    if PROVIDERS[device] not in session.get_providers():  # it goes on with the CPU
+        return _Missing("onnxruntime could not start CUDA; its own message stands above")
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
@@ -170,10 +172,8 @@ def benchmark(folder: Path, dtype: torch.dtype, batches: Sequence[int] = BATCHES
     network = Network(folder, dtype)
     images = [network.example_images(num) for num in batches]
     with tempfile.TemporaryDirectory(prefix="sapiens_accel-") as temporary, torch.inference_mode():
-        onnx, engine = (
-            _write_and_open(network, Path(temporary), "onnx"),
-            _write_and_open(network, Path(temporary), "tensorrt"),
-        )
+        onnx = _write_and_open(network, Path(temporary), "onnx")
+        engine = _write_and_open(network, Path(temporary), "tensorrt")
         device = _device()
         on_device = network.to(device)
         runners: dict[str, Runner | _Missing] = {
