@@ -118,7 +118,7 @@ def boxes_of_images(folder: Path) -> None:
     run, images = config_of(folder, folder), folder / "val2017"
     found = media.find_images(images)
     file = detections.BoxesFile(folder / "boxes.json", found.names, 0.3, COCO17)
-    piece = predict_media._piece(accelerator(), images, found.names, found.names)
+    piece = predict_media._piece_of_images(accelerator(), images, found.names)
     boxes, _ = keypoints.collect_boxes([file.of(name) for name in piece.names], piece, "x", next(iter(file.categories)))
     finder = keypoints.KeypointFinder(networks=[pose_network()], skeleton=COCO17, run=run, device=torch.device("cpu"))
     everybody = finder.find_people(boxes, len(piece.files))
