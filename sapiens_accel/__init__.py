@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,9 +20,24 @@ if "torch" not in sys.modules:
     # 2 cores, of which another process used one, a step of the demo took 2.7 s; with threads that sleep, 0.4 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+EXACT_PINNED = "pinned_max_round_threshold_mb"  # a setting of torch's allocator
+
+
+def _has_exact_pinned_memory() -> bool:
+    """Whether torch knows that setting: 2.13 does, and an older one may refuse it."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (2, 13)
+
+
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     # Read once, when torch starts CUDA: blocks that can grow leave less memory in gaps that nothing fits in.
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if _has_exact_pinned_memory():
+        # Pinned memory of over 1 MiB is not rounded up to a power of two: 2 GiB of the host for an offloaded 1B.
+        os.environ["PYTORCH_ALLOC_CONF"] += f",{EXACT_PINNED}:1"
 
 # Read once, when OpenCV is loaded. 134 megapixels are 0.4 GB once decoded, in each loading process; OpenCV's own limit
 # is 8 times as many, which a file of a few MB can ask for.

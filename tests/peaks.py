@@ -73,10 +73,12 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     words = [f"--model.name={case.name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
     words += [f"--lora.rank={case.rank}"] if case.rank else []
     words += [f"--model.base_dtype={case.base_dtype}"] if case.base_dtype else []
-    run = config.load([*words, f"--{case.stage}.global_batch={case.micro_batch * case.accumulation}"])
+    ranks = accelerator.num_processes
+    people = case.micro_batch * case.accumulation * ranks
+    run = config.load([*words, f"--{case.stage}.global_batch={people}"])
     counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
     way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
-    share = Share(rank=0, num_ranks=1, micro_batch=case.micro_batch, accumulation=case.accumulation)
+    share = Share(rank=0, num_ranks=ranks, micro_batch=case.micro_batch, accumulation=case.accumulation)
     layout = Layout(checkpointed_blocks=case.checkpointed, head_chunk=case.chunk)
     predicted = predict(counted, way, share, layout, Room(cuda=False))
     batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]

@@ -45,6 +45,7 @@ class Footprint:
     """Memory of the phases of a micro-batch's forward and backward, without parameters and their gradients.
 
     Attributes:
+        entry: peak of the embeddings, from the images on.
         stem: stored by the embeddings, including the first block's input.
         kept: stored by a checkpointed block: the next block's input.
         saved: stored by a block without checkpoint, including the next block's input.
@@ -56,6 +57,7 @@ class Footprint:
         forward: peak of a forward without gradients, including the heatmaps.
     """
 
+    entry: Linear
     stem: Linear
     kept: Linear
     saved: Linear
@@ -106,7 +108,7 @@ def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) 
     small, large, chunked = (_probe(network, plan, precision, p * group, n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
         part: _line(small[part], large[part], chunked[part], 2 * group)
-        for part in ("stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
+        for part in ("entry", "stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
     }
     return Footprint(**parts)
 
@@ -235,9 +237,10 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
         hook.remove()
     if "gradient of first" not in at:  # frozen: each block's input is freed after its use
         head = {"head": peak["head"] - at["neck"], "gradient": at["head"] - at["neck"]}
-        backbone = {"stem": at["stem"] - start, "neck": at["neck"] - at["stem"]}
+        backbone = {"entry": peak["stem"] - start, "stem": at["stem"] - start, "neck": at["neck"] - at["stem"]}
         return {**dict.fromkeys(("kept", "saved", "whole", "again"), 0), **head, **backbone}
     return {
+        "entry": peak["stem"] - start,
         "stem": at["stem"] - start,
         "kept": at["first"] - at["stem"],
         "saved": at["second"] - at["first"],

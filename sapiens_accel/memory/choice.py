@@ -151,6 +151,8 @@ def changes_that_fit(setting: Setting, table: Table) -> Iterator[str]:
     if limited_by_host:
         yield from _fewer_workers(setting)
     yield from _adapters(setting)
+    if not limited_by_host:
+        yield from _rounded_base(setting)
     yield from _smaller_model(setting)
     if limited_by_host:
         yield from _more_host_memory(setting)
@@ -172,17 +174,22 @@ def _adapters(setting: Setting) -> Iterator[str]:
     adapted = dataclasses.replace(setting, run=dataclasses.replace(setting.run, lora=LoraConfig(rank=RANK)))
     if setting.run.lora.rank is None and (best := _choose_or_none(adapted)):
         yield f"--lora.rank {RANK} (by {best[0].way.name})"
+
+
+def _rounded_base(setting: Setting) -> Iterator[str]:
+    """For a run with adapters: a base in 8 bits if it fits, else in 4."""
+    run = setting.run
+    if run.lora.rank is None or run.model.base_dtype or run.lora.dora or run.memory.compile_blocks:
         return
-    for base_dtype in ("int8", "nf4"):
-        rank = f"--lora.rank {RANK} " if setting.run.lora.rank is None else ""
-        model = dataclasses.replace(setting.run.model, base_dtype=base_dtype)
-        lora = LoraConfig(rank=RANK) if rank else setting.run.lora
-        run = dataclasses.replace(setting.run, lora=lora, model=model)
-        if setting.run.model.base_dtype or lora.dora or run.memory.compile_blocks:
-            return
-        if best := _choose_or_none(dataclasses.replace(setting, run=run)):
-            yield f"{rank}--model.base_dtype {base_dtype} (by {best[0].way.name})"
-            return
+    found = None
+    for base_dtype in ("nf4", "int8"):  # what does not fit in 4 bits is not tried in 8
+        rounded = dataclasses.replace(run, model=dataclasses.replace(run.model, base_dtype=base_dtype))
+        best = _choose_or_none(dataclasses.replace(setting, run=rounded))
+        if best is None:
+            break
+        found = f"--model.base_dtype {base_dtype} (by {best[0].way.name})"
+    if found:
+        yield found
 
 
 def _smaller_model(setting: Setting) -> Iterator[str]:

@@ -5,9 +5,11 @@ DeepSpeed allocates; activations are measured on fake tensors (`footprint`).
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sapiens_accel import EXACT_PINNED
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.activations import Footprint
 from sapiens_accel.memory.duration import step_seconds
@@ -127,7 +129,7 @@ class _Step:
     Attributes:
         people: labeled and unlabeled people of the micro-batch; `chunk` of them go through the head at a time.
         on_device: number of checkpointed blocks whose input is on the device at a time.
-        stem, neck, kept, saved: see `Footprint`; for all people.
+        entry, stem, neck, kept, saved: see `Footprint`; for all people.
         attention: gradient of the queries, which both fused kernels sum in fp32.
         gradients: gradients of all trained parameters.
         gradients_forward: the part of them that exists during a forward.
@@ -143,6 +145,7 @@ class _Step:
     checkpointed: int
     whole: int
     on_device: int
+    entry: float
     stem: float
     neck: float
     kept: float
@@ -208,6 +211,7 @@ def _describe_step(
         checkpointed=checkpointed,
         whole=stage.depth - checkpointed,
         on_device=min(checkpointed, IN_FLIGHT) if way.offload_activations else checkpointed,
+        entry=footprint.entry(people),
         stem=footprint.stem(people),
         neck=footprint.neck(people),
         kept=footprint.kept(people),
@@ -227,7 +231,7 @@ def _describe_step(
 
 def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, float]]:
     """Bytes by part in each phase of a step that can be its peak, in the order of forward and backward."""
-    phases = {"head": _head_phase(step)}
+    phases = {"head": _head_phase(step), "entry": _entry_phase(step)}
     if stage.fixed:  # its forward of a chunk, whose loss compares with its heatmaps
         phases["head"]["fixed_teacher_forward"] = stage.fixed.forward(step.chunk)
     if step.whole and step.saved:
@@ -242,6 +246,11 @@ def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, floa
     if stage.ratio:
         phases["teacher"] = _teacher_phase(stage, share, step)
     return phases
+
+
+def _entry_phase(step: _Step) -> dict[str, float]:
+    """The begin of the forward: images become the first block's input."""
+    return {"features": step.entry, "gradients": step.gradients_forward}
 
 
 def _head_phase(step: _Step) -> dict[str, float]:
@@ -364,7 +373,9 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
         "backward_buckets": float(strategy.bucket * (4 if beside else word)),
     }
     if strategy.zero == 3:
-        state["zero_buckets"] = state.pop("backward_buckets") + word * min(strategy.live, everything)
+        # A single rank that has all weights on the device uses them where they are.
+        gathered = min(strategy.live, everything) if ranks > 1 or strategy.offload_weights else 0
+        state["zero_buckets"] = state.pop("backward_buckets") + word * gathered
         state["backward_buckets"] = 0.0
     if strategy.offload:
         state |= {"masters": 0.0, "adam": 0.0}
@@ -428,5 +439,6 @@ def _saving(stage: Stage, way: Way) -> float:
 
 
 def _pinned(sizes: Sequence[float]) -> float:
-    """Bytes of pinned memory: torch rounds each allocation up to a power of two."""
-    return float(sum(2 ** math.ceil(math.log2(size)) for size in sizes if size > 0))
+    """Bytes of pinned memory: torch rounds each allocation up to a power of two, unless it is set not to."""
+    least = 2**20 if EXACT_PINNED in os.environ.get("PYTORCH_ALLOC_CONF", "") else math.inf
+    return float(sum(size if size > least else 2 ** math.ceil(math.log2(size)) for size in sizes if size > 0))

@@ -284,9 +284,11 @@ def _group_of(parameter_name: str) -> str:
 
 def _normalize(image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
     # Per channel with Python numbers: a tensor of constants would be copied to the device, with a synchronization, in
-    # every step; a buffer would be rounded by an engine that casts the module.
-    channels = zip(image.float().unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+    # every step; a buffer would be rounded by an engine that casts the module. In place: one copy, not three.
+    pixels = image.to(torch.float32, copy=True)
+    for channel, mean, std in zip(pixels.unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True):
+        channel.sub_(mean).div_(std)
+    return pixels
 
 
 def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, BuildHead]:
