@@ -20,11 +20,9 @@ if "torch" not in sys.modules:
     # 2 cores, of which another process used one, a step of the demo took 2.7 s; with threads that sleep, 0.4 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-EXACT_PINNED = "pinned_max_round_threshold_mb"  # a setting of torch's allocator
-
 
 def _has_exact_pinned_memory() -> bool:
-    """Whether torch knows that setting: 2.13 does, and an older one may refuse it."""
+    """Whether torch's allocator has `pinned_max_round_threshold_mb`: 2.13 has, and an older one may refuse it."""
     try:
         major, minor = version("torch").split(".")[:2]
     except PackageNotFoundError:
@@ -37,7 +35,7 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if _has_exact_pinned_memory():
         # Pinned memory of over 1 MiB is not rounded up to a power of two: 2 GiB of the host for an offloaded 1B.
-        os.environ["PYTORCH_ALLOC_CONF"] += f",{EXACT_PINNED}:1"
+        os.environ["PYTORCH_ALLOC_CONF"] += ",pinned_max_round_threshold_mb:1"
 
 # Read once, when OpenCV is loaded. 134 megapixels are 0.4 GB once decoded, in each loading process; OpenCV's own limit
 # is 8 times as many, which a file of a few MB can ask for.

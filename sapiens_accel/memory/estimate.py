@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sapiens_accel import EXACT_PINNED
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.activations import Footprint
 from sapiens_accel.memory.duration import step_seconds
@@ -28,6 +27,7 @@ NCCL, NCCL_ALONE = 0.3 * GIB, 0.15 * GIB  # buffers of communication; DeepSpeed 
 FRAGMENTATION = 0.04  # as a fraction of what a step allocates and frees
 PROCESS = 3.0 * GIB  # host memory of Python, torch and CUDA in a process
 WORKER = 0.6 * GIB  # host memory of a data loading process
+EXACT_PINNED = "pinned_max_round_threshold_mb"  # of PYTORCH_ALLOC_CONF, which sapiens_accel/__init__.py sets
 IN_FLIGHT = 3  # offloaded block inputs that are on the GPU at a time
 
 
