@@ -23,12 +23,17 @@ PUBLISHED = {"sapiens_0.3b": 79.6, "sapiens_0.6b": 81.2, "sapiens_1b": 82.1, "sa
 
 ABOVE = f"""# Recipes
 
-Each is a YAML file in `sapiens_accel/recipes/`; `--print_config` shows all of its values, and `--preset fast` or
-`limited_memory` shortens or shrinks any of them ([Memory plan](memory_plan.md)). `docs/list_recipes.py`
+A recipe is a YAML file with the options of a run; `--recipe NAME` takes one. For a first run on one 16 GB GPU take
+`sapiens_0.3b_coco`, also for your own keypoints. `_coco` trains on COCO at 512x384, `_lora` by
+[adapters](lora.md), `_official` at the published 1024x768.
+
+The files are in `sapiens_accel/recipes/`; `--print_config` shows all values of one, and `--preset fast` or
+`limited_memory` shortens or shrinks any of them ([Memory plan](memory_plan.md#presets)). `docs/list_recipes.py`
 writes this page.
 
-Memory (GPU with its allowance, host) and hours are **predicted** for one RTX {GPU} (16 GB), {HOST[:-3]} GiB of host
-memory, COCO's 149,813 labeled people and the launch that the plan recommends; the speeds behind the hours are assumed.
+Memory (of the GPU with 1.6 GiB for CUDA and fragmentation; of the host) and hours are **predicted** for one
+RTX {GPU} (16 GB), {HOST[:-3]} GiB of host memory, COCO's 149,813 labeled people and the launch that the plan
+recommends; the speeds behind the hours are assumed.
 Nothing of it was measured on a GPU. For other GPUs: `sapiens-accel memory --recipe sapiens_0.3b_coco --gpu T4`.
 
 | recipe | parameters | input | stages (epochs) | launch of phase2 | GPU GiB | host GiB | hours of phase2 |

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from sapiens_accel.selftest.checks import REPOSITORY, Check, Machine, Row, folder_of
+from sapiens_accel.selftest.checks import Check, Machine, Row, configs_folder, folder_of
 
 SAVED, LAST = 2, 4  # steps of the first launch, and of the one that resumes it
 SMALL = (
@@ -34,14 +34,15 @@ BUILD_SECONDS = 120.0  # DeepSpeedCPUAdam is compiled on first use
 def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
     """For each launch a check that starts and saves, and one that resumes."""
     for name, (file, *options) in LAUNCHES.items():
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{file}"]
-        launch += [*fewer_processes(file, max(machine.num_gpus, 1)), *options, "train.py"]
+        in_clone = machine.has_repository
+        config = f"accelerate_configs/{file}" if in_clone else str(configs_folder() / file)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+        launch += [*fewer_processes(file, max(machine.num_gpus, 1)), *options]
+        launch += ["train.py"] if in_clone else ["-m", "sapiens_accel.train"]
         tail = [f"--output_dir={scratch / name}", *SMALL]
         seconds = SECONDS["cuda" if machine.gpu else "cpu"]
         skip = None
-        if not machine.has_repository:
-            skip = f"no train.py and accelerate_configs/ in {REPOSITORY}: run it in a clone of the repository"
-        elif not machine.gpu and name not in ON_CPU:
+        if not machine.gpu and name not in ON_CPU:
             skip = "needs a GPU: for its precision or its memory"
         shown = f"accelerate launch {' '.join(launch[3:])}"
         yield Check(
@@ -65,7 +66,7 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
 
 def fewer_processes(file: str, num_gpus: int) -> list[str]:
     """The option for a launch that has more processes than there are GPUs, as in the README."""
-    path = REPOSITORY / "accelerate_configs" / file
+    path = configs_folder() / file
     asked = yaml.safe_load(path.read_text())["num_processes"] if path.is_file() else 1
     return ["--num_processes", str(num_gpus)] if asked > num_gpus else []
 
