@@ -43,6 +43,9 @@ def run_folder(tmp_path: Path) -> Path:
     return _run_folder(tmp_path / "run")
 
 
+LAST = STAGES[-1]
+
+
 @functools.cache
 def _demo() -> Config:
     return config.load(["--push_to_hub", "--hub_model_id", REPO])
@@ -82,7 +85,7 @@ def _write_weights(folder: Path, seed: int) -> None:
 
 def _uploads(run_folder: Path, **how: Any) -> hub.Uploads:
     waits = how.pop("waits", SOON)
-    found = hub.Uploads(REPO, run_folder, **how)
+    found = hub.Uploads(REPO, run_folder, **{"last_stage": "ssl", **how})
     found.retry_seconds = waits
     return found
 
@@ -283,27 +286,27 @@ def test_what_is_pushed_is_what_is_pulled(server: Server, tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("strategy", "messages", "folders"),
     [
-        ("end", ["ssl: final weights"], {"": 3}),
+        ("end", [f"{LAST}: final weights"], {"": len(STAGES)}),
         ("best", ["phase1: step 5", "phase2: final weights"], {"": 2}),
         (
             "every_save",
             [f"{stage}: {when}" for stage in STAGES for when in ("step 5", "final weights")],
-            {"": 3},
+            {"": len(STAGES)},
         ),
         (
             "all",
-            [f"{stage}: final weights" for stage in (*STAGES, "ssl")],
-            {"phase1/": 1, "phase2/": 2, "ssl/": 3, "": 3},
+            [f"{stage}: final weights" for stage in (*STAGES, LAST)],
+            {f"{stage}/": number for number, stage in enumerate(STAGES, start=1)} | {"": len(STAGES)},
         ),
     ],
 )
 def test_when_what_is_pushed(
     server: Server, run_folder: Path, strategy: str, messages: list[str], folders: dict[str, int]
 ) -> None:
-    uploads = _uploads(run_folder, strategy=strategy)
-    scores = {"phase1": (0.1, 0.1), "phase2": (float("nan"), 0.3), "ssl": (0.2, 0.3)}
+    uploads = _uploads(run_folder, strategy=strategy, last_stage=LAST)
+    scores = {"phase1": (0.1, 0.1), "phase2": (float("nan"), 0.3)}
     for stage in STAGES:
-        for last, score in zip((False, True), scores[stage], strict=True):
+        for last, score in zip((False, True), scores.get(stage, (0.2, 0.3)), strict=True):
             uploads.saved(stage, step=10 if last else 5, score=score, last=last)
             with uploads.changed:  # so that no push takes the place of another
                 uploads.changed.wait_for(lambda: not uploads.running and not uploads.waiting, 30)
@@ -479,7 +482,7 @@ def test_only_the_first_rank_of_a_real_run_pushes(server: Server, tmp_path: Path
     run = _run(tmp_path / "run", hub_strategy="all", hub_private=True)
     uploads = hub.uploads(run, True)
     assert isinstance(uploads, hub.Uploads)
-    assert (uploads.repo_id, uploads.private, uploads.strategy, uploads.last_stage) == (REPO, True, "all", "ssl")
+    assert (uploads.repo_id, uploads.private, uploads.strategy, uploads.last_stage) == (REPO, True, "all", LAST)
     asked = len(server.requests)
     for other in (hub.uploads(run, False), hub.uploads(dataclasses.replace(run, push_to_hub=False), True)):
         with other:
@@ -493,7 +496,7 @@ def test_only_the_first_rank_of_a_real_run_pushes(server: Server, tmp_path: Path
 def test_a_resumed_run_knows_what_was_best(server: Server, run_folder: Path) -> None:
     run = _run(run_folder, resume_from_checkpoint="latest")
     uploads = hub.uploads(run, True)
-    assert isinstance(uploads, hub.Uploads) and uploads.best == pytest.approx(0.3)
+    assert isinstance(uploads, hub.Uploads) and uploads.best == pytest.approx(0.1 * len(STAGES))
     fresh = hub.uploads(_run(run_folder), True)
     assert isinstance(fresh, hub.Uploads) and fresh.best == float("-inf")
 
