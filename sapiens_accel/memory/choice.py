@@ -151,8 +151,7 @@ def changes_that_fit(setting: Setting, table: Table) -> Iterator[str]:
     if limited_by_host:
         yield from _fewer_workers(setting)
     yield from _adapters(setting)
-    if not limited_by_host:
-        yield from _rounded_base(setting)
+    yield from _rounded_base(setting)
     yield from _smaller_model(setting)
     if limited_by_host:
         yield from _more_host_memory(setting)

@@ -16,7 +16,7 @@ import yaml
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.config import schema
-from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, LoraConfig
+from sapiens_accel.config.schema import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig
 from sapiens_accel.data import build
 from sapiens_accel.data import dataset as data
 from sapiens_accel.data import people as coco
@@ -805,6 +805,15 @@ def _launch(folder: Path, text: str) -> str:
 def test_a_json_that_offloads_nothing_has_nothing_to_compile(tmp_path: Path, zero: str) -> None:
     launch = environment.read_launch(_launch(tmp_path, f'{{"zero_optimization": {zero}}}'))
     assert launch.deepspeed and environment.needed_operations(launch, cuda=True) == []
+
+
+def test_packages_that_options_need_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(Config(), lora=LoraConfig(rank=4), model=ModelConfig(base_dtype="nf4"))
+    monkeypatch.setattr(environment, "package_version", lambda name: None if name == "bitsandbytes" else "1.0")
+    (finding,) = environment._needed_packages(run)
+    assert finding.level == "error" and not [*environment._needed_packages(Config())]
+    said = "--model.base_dtype nf4: bitsandbytes is not installed. Run pip install bitsandbytes"
+    assert finding.text == said
 
 
 def test_what_accelerate_config_writes_itself_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

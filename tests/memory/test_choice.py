@@ -175,3 +175,16 @@ def test_a_card_brings_its_memory_and_precision(capsys: pytest.CaptureFixture) -
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(UserError, match=r"--gpu K80: not in the table \(expected one of T4, .*H100\)"):
         gpus.get_gpu("K80")
+
+
+@pytest.mark.slow
+def test_a_rounded_base_is_proposed_where_adapters_need_too_much_of_the_gpu() -> None:
+    words = ("--stage=phase2", "--lora.target=attention")
+    tight = setting("sapiens_1b_coco_lora", 9, 2.6, *words)
+    table = tight.table()
+    assert choice.choose(table) is None
+    (change,) = choice._rounded_base(tight)
+    option, value = change.split()[:2]
+    assert option == "--model.base_dtype" and value in ("nf4", "int8")
+    assert choice.choose(setting("sapiens_1b_coco_lora", 9, 2.6, *words, f"{option}={value}").table()) is not None
+    assert change in choice.describe_nothing_fits(tight, table)
