@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sapiens_accel.config.commands import PARSERS, split_launch_options
-from sapiens_accel.errors import UserError, program_words, run_main
+from sapiens_accel.errors import UserError, end_on_interrupt, program_words, run_main
 
 
 class Command(NamedTuple):
@@ -90,6 +90,7 @@ def prepare_program(name: str) -> None:
         check_options(name, words)
 
     run_main(prepare)
+    end_on_interrupt()  # which `run_main` has undone, and the imports are still to come
 
 
 def check_options(name: str, words: Sequence[str]) -> None:

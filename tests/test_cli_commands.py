@@ -113,6 +113,15 @@ def test_wrong_options_are_said_before_torch_is_imported(words: list[str], said:
     assert re.search(said, message) and imported == "False"
 
 
+def test_ctrl_c_during_the_imports_after_the_options_is_one_line() -> None:
+    script = (
+        "import os, signal, sys; from sapiens_accel import cli; sys.argv = ['eval.py', 'RUN_DIR']\n"
+        "cli.prepare_program('eval'); os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "eval.py: stopped by Ctrl-C\n")
+
+
 def test_what_the_help_says_of_defaults_and_choices_is_so() -> None:
     """commands.py does not import what it describes."""
     assert (DETECTOR, DETECTOR_THRESHOLD) == (detector.DEFAULT, detector.THRESHOLD)
