@@ -35,11 +35,11 @@ def save(cells: Sequence[dict[str, Any]], path: Path) -> Path:
     arms = list(dict.fromkeys(cell["arm"] for cell in shown))
     width = max(LEFT + GAP + len(shown) * COLUMN + len(cases) * GAP, 640)
     canvas = np.full((TOP + HEIGHT + BELOW, width, 3), 255, np.uint8)
-    gains = [gain for cell in shown for gain in cell["ap_gains"]]
-    low, high = math.floor(min([0.0, *gains])) - 1, math.ceil(max([0.0, *gains])) + 1
+    drawn = [value for cell in shown for value in (*cell["ap_gains"], *(cell["ap_interval"] or ()))]
+    low, high = math.floor(min([0.0, *drawn])) - 1, math.ceil(max([0.0, *drawn])) + 1
 
     def height(value: float) -> int:
-        return TOP + round(HEIGHT * (high - min(max(value, low), high)) / (high - low))
+        return TOP + round(HEIGHT * (high - value) / (high - low))
 
     for value in range(low, high + 1, max(1, (high - low) // 10)):
         cv2.line(canvas, (LEFT, height(value)), (width - 20, height(value)), (230, 230, 230), 1)
