@@ -1,4 +1,5 @@
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from sapiens_accel.sources import shards
 
 # One thread: the tests share the machine, and tiny tensors gain nothing from more.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sapiens-accel COMMAND` replaces sys.argv, from which later messages take the name of the program."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
 
 
 @pytest.fixture(params=["sapiens_tiny", "sapiens2_tiny"])

@@ -255,8 +255,9 @@ def parse_evaluation(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     if not count:
         raise UserError(
-            "nothing to evaluate (expected first: a run directory, a weights folder or ORG/NAME on the Hub). Example: "
-            f"{'sapiens-accel eval' if sys.argv[0].startswith('sapiens-accel ') else 'python eval.py'} RUN_DIR"
+            "nothing to evaluate (expected first: a run directory, a weights folder or HUB_REPO, ORG/NAME). Example: "
+            f"{'sapiens-accel eval' if sys.argv[0].startswith('sapiens-accel ') else 'python eval.py'} RUN_DIR "
+            "[--data.root DIR] [--boxes gt|FILE]"
         )
     words: list[str] = []
     items: list[str] | None = None  # of the list option that is being read

@@ -129,12 +129,13 @@ def _open_engine(file: Path) -> Runner:
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     context, stream = engine.create_execution_context(), torch.cuda.Stream()
+    device = torch.device("cuda", torch.cuda.current_device())
 
     def run(pixels: Tensor) -> Tensor:
         with torch.cuda.stream(stream):
-            images = pixels.cuda().contiguous()
+            images = pixels.to(device).contiguous()
             context.set_input_shape("pixel_values", tuple(images.shape))
-            heatmaps = torch.empty(tuple(context.get_tensor_shape("heatmaps")), device="cuda")
+            heatmaps = torch.empty(tuple(context.get_tensor_shape("heatmaps")), device=device)
             for name, tensor in (("pixel_values", images), ("heatmaps", heatmaps)):
                 context.set_tensor_address(name, tensor.data_ptr())
             context.execute_async_v3(stream.cuda_stream)

@@ -70,6 +70,8 @@ class Driver:
 class Stream:
     """A stream in which nothing is computed: what is put into it and waited for is noted."""
 
+    cuda_stream = 7  # its handle
+
     def __init__(self, driver: Driver, name: str) -> None:
         self.driver, self.name = driver, name
 

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import sys
 import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,12 @@ from gpu.pretended_driver import (
     Driver,
     pretend,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import sapiens_accel
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import OptimConfig
+from sapiens_accel.config.schema import Config, OptimConfig
 from sapiens_accel.data import loader as loading
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.doctor import environment
@@ -41,7 +43,7 @@ from sapiens_accel.inference import estimator
 from sapiens_accel.memory import gpus, planner
 from sapiens_accel.memory.estimate import Room
 from sapiens_accel.memory.planner import LaunchInfo
-from sapiens_accel.models import attention
+from sapiens_accel.models import attention, export_graph, export_runtimes
 from sapiens_accel.runtime import device, distributed, engine
 from sapiens_accel.training import activation_offload, optim, stage
 
@@ -66,6 +68,12 @@ COVERED = {
     "models/attention.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
     "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
+    "models/export_graph.py::problem_of_format": "test_an_engine_is_built_where_the_card_and_the_package_are",
+    "models/export_runtimes.py::": "test_exports_are_measured_on_the_card",  # PROVIDERS
+    "models/export_runtimes.py::_device": "test_exports_are_measured_on_the_card",
+    "models/export_runtimes.py::format_table": "test_exports_are_measured_on_the_card",
+    "models/export_runtimes.py::_open_engine": "test_an_engine_gets_its_images_before_it_runs",
+    "models/export_runtimes.py::_open_engine.run": "test_an_engine_gets_its_images_before_it_runs",
     "runtime/device.py::choose_device": "test_people_are_looked_for_on_the_gpu",
     "runtime/device.py::problem_of_device": "test_a_card_that_cannot_be_trained_on_is_refused_before_anything_is_built",
     "runtime/device.py::peak_bytes": "test_the_peak_is_the_allocators",
@@ -436,10 +444,80 @@ def test_weights_are_loaded_straight_onto_the_gpu(
         state=types.SimpleNamespace(deepspeed_plugin=plugin),
     )
     teacher = object() if options.get("teacher") else None
-    context: Any = types.SimpleNamespace(accelerator=accelerator, config=types.SimpleNamespace(teacher=teacher))
+    context: Any = types.SimpleNamespace(
+        accelerator=accelerator, config=types.SimpleNamespace(teacher=teacher), run=Config()
+    )
     model: Any = torch.nn.Linear(2, 2).requires_grad_(not options.get("frozen", False))
     home = stage._home(context, model, adapted=options.get("adapted", False))
     assert (torch.device(home.device), home.dtype) == expected
+
+
+# ---- Exports
+
+
+def test_exports_are_measured_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert export_runtimes._device() == "cpu"
+    timing = export_runtimes.Timing("PyTorch", (0.01, 0.04))
+    pretend(monkeypatch, T4)
+    assert export_runtimes._device() == "cuda"
+    assert export_runtimes.PROVIDERS[export_runtimes._device()] == "CUDAExecutionProvider"
+    head, _, row = export_runtimes.format_table([timing], "fp16").splitlines()
+    assert head.startswith("Tesla T4; fp16;") and row.split() == ["PyTorch", "10.0", "100.0", "40.0", "200.0"]
+
+
+def test_an_engine_is_built_where_the_card_and_the_package_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "pip install tensorrt" in str(export_graph.problem_of_format("tensorrt"))
+    monkeypatch.setitem(sys.modules, "tensorrt", _pretend_tensorrt([]))
+    assert "no CUDA GPU here" in str(export_graph.problem_of_format("tensorrt"))
+    pretend(monkeypatch, T4)
+    assert export_graph.problem_of_format("tensorrt") is None
+
+
+def test_an_engine_gets_its_images_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output's shape is asked for when the input's is set; both have an address in the stream that computes."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setitem(sys.modules, "tensorrt", _pretend_tensorrt(calls))
+    driver = pretend(monkeypatch, T4)
+    (tmp_path / "x.engine").write_bytes(b"engine")
+    run = export_runtimes._open_engine(tmp_path / "x.engine")
+    with FakeTensorMode():
+        monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: (str(tensor.device), tuple(tensor.shape)))
+        heatmaps = run(torch.empty(2, 3, 64, 48))
+    assert (heatmaps.device.type, tuple(heatmaps.shape)) == ("cpu", (2, 17, 16, 12))
+    assert calls == [
+        ("deserialize", b"engine"),
+        ("shape", "pixel_values", (2, 3, 64, 48)),
+        ("address", "pixel_values", ("cuda:0", (2, 3, 64, 48))),
+        ("address", "heatmaps", ("cuda:0", (2, 17, 16, 12))),
+        ("execute", 7),
+    ]
+    assert driver.done == ["in copies"]
+
+
+def _pretend_tensorrt(calls: list[tuple[Any, ...]]) -> Any:
+    """A package that notes what is asked of an engine; its outputs have 17 maps of a quarter of the input."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_input_shape(name: str, shape: tuple[int, ...]) -> None:
+        calls.append(("shape", name, shape))
+        shapes["heatmaps"] = (shape[0], 17, shape[2] // 4, shape[3] // 4)
+
+    context = types.SimpleNamespace(
+        set_input_shape=set_input_shape,
+        get_tensor_shape=shapes.__getitem__,
+        set_tensor_address=lambda name, address: calls.append(("address", name, address)),
+        execute_async_v3=lambda stream: calls.append(("execute", stream)),
+    )
+
+    def deserialize(data: bytes) -> Any:
+        calls.append(("deserialize", data))
+        return types.SimpleNamespace(create_execution_context=lambda: context)
+
+    module: Any = types.ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
+    module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
+    module.Runtime = lambda logger: types.SimpleNamespace(deserialize_cuda_engine=deserialize)
+    return module
 
 
 # ---- The doctor
