@@ -85,7 +85,12 @@ def find_stale_locks(operations: list[str] | None = None) -> dict[Path, float]:
     names = operations or [path.name for path in folder().glob("*") if path.is_dir()]
     locks = [lock for name in names if (lock := folder() / name / "lock").is_file()]
     held = _open_files() if locks else set()
-    return {lock: time.time() - lock.stat().st_mtime for lock in locks if str(lock.resolve()) not in held}
+    ages = {}
+    for lock in locks:
+        if str(lock.resolve()) not in held:
+            with suppress(FileNotFoundError):  # removed meanwhile, by the build that ended
+                ages[lock] = time.time() - lock.stat().st_mtime
+    return ages
 
 
 def _open_files() -> set[str]:

@@ -43,7 +43,7 @@ def test_every_block_of_the_page_runs(
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), space)
     said = capsys.readouterr().out
-    assert "left_shoulder" in said and "2 0\n" in said and "clip_000003.jpg 1" in said
+    assert "left_shoulder" in said and "2 0\n" in said and "clip_000002.jpg 0.2 [1]\nclip_000003.jpg" in said
     assert list(space["metrics"]) == list(STAGES) and space["metrics"]["ssl"].keys() >= set(METRICS)
     assert (tmp_path / "keypoints.csv").is_file() and space["drawn"].shape == (240, 240, 3)
     # Both crops are of one person, so their mean is near each.

@@ -36,6 +36,13 @@ def test_a_lock_is_stale_only_if_no_process_holds_it(lock: Path) -> None:
     assert extensions.find_stale_locks(["async_io"]) == {}
 
 
+def test_a_build_may_end_while_its_lock_is_looked_at(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another launch was building: this one ended with a traceback."""
+    lock.touch()
+    monkeypatch.setattr(extensions, "_open_files", lambda: lock.unlink() or set())
+    assert extensions.find_stale_locks() == {}
+
+
 def test_an_old_stale_lock_is_removed_and_a_new_one_is_named(
     lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
