@@ -15,9 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState
+from train_stage import train_stage
 
-from sapiens_accel import train
 from sapiens_accel.models.sapiens import SIZES, Size
 
 HERE = Path(__file__).parent
@@ -29,16 +28,6 @@ COMMON = [
     "--augment.strong_rotation=12.5", "--augment.strong_scale=0.25", "--augment.strong_shift=0.05",
 ]  # fmt: skip
 ARMS = {"labels": "phase2", "teacher": "phase2", "ssl_mean": "ssl", "ssl_teacher": "ssl"}
-
-
-def run(folder: Path, stage: str, words: Sequence[str]) -> float:
-    """AP of a stage; its weights are in the folder."""
-    try:
-        train.main([*COMMON, f"--stage={stage}", *words, f"--output_dir={folder}"])
-    finally:
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-    return 100 * json.loads((folder / stage / "eval.json").read_text())["AP"]
 
 
 def main() -> None:
@@ -77,9 +66,9 @@ def main() -> None:
 
 
 def finish(folder: Path, stage: str, words: Sequence[str]) -> float:
-    """`run`, unless it is finished."""
+    """`train_stage`, unless it is finished."""
     file = folder / stage / "eval.json"
-    return 100 * json.loads(file.read_text())["AP"] if file.is_file() else run(folder, stage, words)
+    return 100 * json.loads(file.read_text())["AP"] if file.is_file() else train_stage(folder, stage, [*COMMON, *words])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState
 from gain import mouse_frames
-
-from sapiens_accel import train
+from train_stage import train_stage
 
 HERE = Path(__file__).parent
 STEPS, FIRST = 200, 500  # of an arm, and of the training before it
@@ -41,14 +39,8 @@ def run(folder: Path, steps: int, words: Sequence[str]) -> float:
     """AP of a stage; its weights are in the folder."""
     stage = next(word.split("=")[1] for word in words if word.startswith("--stage="))
     plan = {**SAME, "steps": str(steps), "global_batch": "8", "optim.schedule": "cosine"}
-    try:
-        train.main(
-            [*COMMON, *words, *(f"--{stage}.{key}={value}" for key, value in plan.items()), f"--output_dir={folder}"]
-        )
-    finally:
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-    return 100 * json.loads((folder / stage / "eval.json").read_text())["AP"]
+    options = (f"--{stage}.{key}={value}" for key, value in plan.items())
+    return train_stage(folder, stage, [*COMMON, *words, *options])
 
 
 def main() -> None:

@@ -146,7 +146,7 @@ def _pass_signals_on() -> None:
         if not started:
             sys.exit(128 + number)
 
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals-to-handle: all but those
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals-to-handle, from torch 2.10 on: all but those
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)

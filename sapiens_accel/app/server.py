@@ -40,7 +40,7 @@ def serve(
     device: str | None = None,
     until: threading.Event | None = None,
 ) -> None:
-    """Show the page until the event is set, or for ever.
+    """Show the page until the event is set, or until the process ends.
 
     Args:
         weights: a run directory, a weights folder or file, or ORG/NAME.

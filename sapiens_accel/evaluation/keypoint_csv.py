@@ -4,8 +4,8 @@
 `pandas.read_csv(FILE, header=[0, 1, 2], index_col=0)`, or four (individuals after scorer) where an image has several
 people, as DeepLabCut's projects of several animals have; its rows are frames of a video, counted from 0, or images.
 
-Of a video, `long` has TRACK_COLUMNS too, and in `deeplabcut` a person keeps the same columns in all frames: those of
-somebody who does not appear again are given to the next new person.
+Of a video, `long` has TRACK_COLUMNS too, and in `deeplabcut` a person keeps the same columns in all frames. Those of a
+person who does not appear again are reused for the next new one.
 
 x and y are px of the image, with the center of its first pixel at (0, 0).
 """

@@ -28,7 +28,7 @@ USUAL_RATE = 25.0  # frames a second of a video that does not say it
 BYTES_AHEAD, MOST_AHEAD = 256 << 20, 64  # of frames that are decoded before they are needed
 Item = TypeVar("Item")
 
-# A loading process that is forked while another thread is inside of OpenCV would inherit its locks, and wait for ever.
+# A loading process that is forked while another thread is inside of OpenCV would inherit its locks, and hang.
 # The thread holds this lock while it works on a frame, and a fork waits for it: milliseconds.
 _NOT_WHILE_FORKING = threading.Lock()
 os.register_at_fork(

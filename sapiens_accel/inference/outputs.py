@@ -223,6 +223,7 @@ class MediaWriter:
         self.table = self._open_table(evaluation) if evaluation.csv else None
         self.num_images, self.num_people, self.num_bad = 0, 0, 0
         self.num_keypoints, self.num_drawn = 0, 0
+        self.track_ids: set[int] = set()
 
     def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
         assert evaluation.csv is not None
@@ -233,6 +234,7 @@ class MediaWriter:
         """The people of each image of a piece."""
         self.num_images += len(piece.files)
         self.num_people += sum(map(len, everybody))
+        self.track_ids |= {one.track_id for people in everybody for one in people if one.track_id is not None}
         self.num_bad += len(piece.bad)
         for index, (name, people) in enumerate(zip(piece.names, everybody, strict=True)):
             time = piece.times[index] if piece.times is not None else None
@@ -285,6 +287,9 @@ class MediaWriter:
         bad = f", {self.num_bad} skipped" if self.num_bad else ""
         images = count(self.num_images, "frame" if self.film is not None else "image")
         counted = f"{self.num_people} {'person' if self.num_people == 1 else 'people'} in {images} of {self.path}{bad}"
+        if self.film is not None:  # the same person in two frames is two people of one identity
+            num = len(self.track_ids)
+            counted += f", {num} {'identity' if num == 1 else 'identities'}"
         if self.draws:
             files.append(
                 f"of {self.num_keypoints} keypoints {self.num_drawn} are drawn (score above {self.threshold:g}, "

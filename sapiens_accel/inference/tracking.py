@@ -20,7 +20,7 @@ from sapiens_accel.pose.oks import similarities
 MIN_OKS, MIN_IOU = 0.1, 0.3  # of a pair
 SLACK = 2.0  # how much farther apart keypoints of two frames may be than a label and its prediction, in sigmas
 MIN_COMMON = 3  # keypoints above the threshold in both frames, for an OKS
-MAX_GAP = 1.0  # s: who was not detected for longer is a new person
+MAX_GAP = 1.0  # s: a person who was not detected for longer gets a new number
 SPEED_WEIGHT = 0.5  # of the newest frame in the velocity of a person
 DERIVATIVE_CUTOFF = 1.0  # Hz, of the speed of a keypoint: that of the paper
 
@@ -100,7 +100,8 @@ class Tracker:
 
     The people of a frame are paired with those of earlier ones, moved on by their velocity, so that the sum of OKS is
     largest (Hungarian method); those who remain, by the IoU of their boxes. Only people of one category are paired.
-    Who is in no pair is a new person; who was not seen for MAX_GAP is forgotten. Nobody is added or left out.
+    A person without a pair gets a new number, as does one who was not detected for more than MAX_GAP. Each person of a
+    frame is returned.
 
     Args:
         sigmas: of the keypoints.

@@ -1,11 +1,12 @@
 """The properties of a stage that determine its memory and its time: parameters, frozen or not, and its steps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from sapiens_accel.config.schema import Config, LoraConfig, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data import sampling
@@ -13,7 +14,7 @@ from sapiens_accel.memory.activations import Footprint, Linear, NetworkShape, fo
 from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.attention import padded_dim
 from sapiens_accel.models.load import description
-from sapiens_accel.models.sapiens import SapiensPose
+from sapiens_accel.models.sapiens import SapiensPose, Size
 from sapiens_accel.training import optim
 from sapiens_accel.training.stage import find_fixed_teacher
 
@@ -115,13 +116,8 @@ def measure_stage(
         matrices = [module for name, module in model.named_modules() if quantized.is_matrix(module, name)]
         adapted = adapters.add(model, run.lora) > 0
     base_dtype = run.model.base_dtype if adapted else None
-    shapes = [tuple(module.weight.shape) for module in matrices if base_dtype]
-    sizes = [p.numel() for p in model.parameters()]
-    learning = [p for p in model.parameters() if p.requires_grad]
+    rounded = [tuple(module.weight.shape) for module in matrices if base_dtype]
     layers = model.layer_groups()
-    groups = optim.param_groups(layers, plan.optim)
-    (height, width), size = run.data.input_hw, model.size
-    dim = size.width // size.heads
     network = NetworkShape(
         name=run.model.name,
         num_keypoints=num_keypoints,
@@ -135,27 +131,41 @@ def measure_stage(
         plan=plan,
         memory=run.memory,
         network=network,
-        num_parameters=sum(sizes),
-        num_learning=sum(p.numel() for p in learning),
-        head_learning=sum(p.numel() for p in model.head.parameters() if p.requires_grad),
-        block_learning=sum(p.numel() for p in model.blocks[-1].parameters() if p.requires_grad),
-        stem_learning=sum(p.numel() for part in ("embeddings", "block_0") for _, p in layers[part] if p.requires_grad),
-        tensors_learning=len(learning),
+        num_parameters=_count(model.parameters()),
+        num_learning=_count_learning(model.parameters()),
+        head_learning=_count_learning(model.head.parameters()),
+        block_learning=_count_learning(model.blocks[-1].parameters()),
+        stem_learning=_count_learning(p for part in ("embeddings", "block_0") for _, p in layers[part]),
+        tensors_learning=sum(p.requires_grad for p in model.parameters()),
         adapted=adapted,
-        base=sum(p.numel() for p in adapters.frozen_matrices(model)) if adapted else 0,
-        rounded=sum(map(math.prod, shapes)),
-        rounded_bytes=sum(quantized.num_bytes(shape, base_dtype) for shape in shapes) if base_dtype else 0.0,
-        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-        largest=max(p.numel() for p in learning),
+        base=_count(adapters.frozen_matrices(model)) if adapted else 0,
+        rounded=sum(map(math.prod, rounded)),
+        rounded_bytes=sum(quantized.num_bytes(shape, base_dtype) for shape in rounded) if base_dtype else 0.0,
+        groups=tuple(_count(group["params"]) for group in optim.param_groups(layers, plan.optim)),
+        largest=max(p.numel() for p in model.parameters() if p.requires_grad),
         depth=model.size.depth,
-        image_bytes=3 * height * width,
-        queries=(height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim),
+        image_bytes=3 * math.prod(run.data.input_hw),
+        queries=_count_queries(model.size, run.data.input_hw, padded),
         map_bytes=4 * num_keypoints * math.prod(model.heatmap_hw),
         num_workers=run.data.num_workers,
         steps=sampling.num_steps(plan, num_people, run.max_steps),
         footprint_of=partial(footprint, network, plan, half),
         fixed=_measure_fixed_teacher(run, network, half=half),
     )
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _count_learning(parameters: Iterable[Tensor]) -> int:
+    return _count(p for p in parameters if p.requires_grad)
+
+
+def _count_queries(size: Size, input_hw: tuple[int, int], padded: bool) -> int:
+    height, width = input_hw
+    dim = size.width // size.heads
+    return (height // size.patch) * (width // size.patch) * size.heads * (padded_dim(dim) if padded else dim)
 
 
 def _measure_fixed_teacher(run: Config, student: NetworkShape, *, half: bool) -> FixedNetwork | None:

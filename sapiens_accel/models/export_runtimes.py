@@ -118,7 +118,7 @@ def _open_onnx(file: Path, device: str) -> Runner | _Missing:
         graph.remove(file)
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file}: onnxruntime cannot run it, and it was removed: {reason}") from None
-    if PROVIDERS[device] not in session.get_providers():  # it goes on with the CPU
+    if PROVIDERS[device] not in session.get_providers():  # it has fallen back to the CPU
         return _Missing("onnxruntime could not start CUDA; its own message stands above")
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 

@@ -254,12 +254,12 @@ def render(facts: Facts, repo_id: str, *, has_license: bool, has_curve: bool) ->
 
 
 def _name_teacher(run: Mapping[str, Any]) -> str | None:
-    """The fixed teacher by its repository on the Hub; a local path is nobody else's business."""
+    """The fixed teacher by its repository on the Hub; a local path is not published."""
     reference = run["distill"]["teacher"]
     if not reference:
         return None
     wanted = None if Path(reference).exists() else parse_reference(reference)
-    return wanted.repo if wanted else "a network of this machine"
+    return wanted.repo if wanted else "a local network"
 
 
 def metadata(facts: Facts, repo_id: str, *, has_license: bool) -> ModelCardData:

@@ -287,11 +287,6 @@ def has_repository() -> bool:
     return all((REPOSITORY / name).exists() for name in ("train.py", "accelerate_configs", "ds_configs"))
 
 
-def configs_folder() -> Path:
-    """accelerate_configs/ of the clone, or that of the installed package."""
-    return (REPOSITORY if has_repository() else REPOSITORY / "sapiens_accel") / "accelerate_configs"
-
-
 def cpu_name() -> str:
     """The model name of the processor."""
     info = Path("/proc/cpuinfo")

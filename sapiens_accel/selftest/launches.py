@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from sapiens_accel.selftest.checks import Check, Machine, Row, configs_folder, folder_of
+from sapiens_accel.runtime.launch import configs_folder
+from sapiens_accel.selftest.checks import Check, Machine, Row, folder_of
 
 SAVED, LAST = 2, 4  # steps of the first launch, and of the one that resumes it
 SMALL = (
@@ -35,7 +36,7 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
     """For each launch a check that starts and saves, and one that resumes."""
     for name, (file, *options) in LAUNCHES.items():
         in_clone = machine.has_repository
-        config = f"accelerate_configs/{file}" if in_clone else str(configs_folder() / file)
+        config = f"accelerate_configs/{file}" if in_clone else str(configs_folder() / "accelerate_configs" / file)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         launch += [*fewer_processes(file, max(machine.num_gpus, 1)), *options]
         launch += ["train.py"] if in_clone else ["-m", "sapiens_accel.train"]
@@ -66,7 +67,7 @@ def checks(machine: Machine, out: Path, scratch: Path) -> Iterator[Check]:
 
 def fewer_processes(file: str, num_gpus: int) -> list[str]:
     """The option for a launch that has more processes than there are GPUs, as in the README."""
-    path = configs_folder() / file
+    path = configs_folder() / "accelerate_configs" / file
     asked = yaml.safe_load(path.read_text())["num_processes"] if path.is_file() else 1
     return ["--num_processes", str(num_gpus)] if asked > num_gpus else []
 

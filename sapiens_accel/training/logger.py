@@ -225,7 +225,11 @@ class StageLogger:
         if self.first and (folder / "weights").is_dir():
             good = f"in {folder / 'weights'}"
         self.alarms = Alarms(
-            good=good, num_steps=self.last, stops=teacher is None or teacher.on_alarm == "stop", first=earlier
+            good=good,
+            num_steps=self.last,
+            stops=teacher is None or teacher.on_alarm == "stop",
+            fixed_teacher=self.run.distill.teacher is not None,
+            first=earlier,
         )
 
     def _read_evaluated(self, name: str, latest: int) -> Evaluated | None:

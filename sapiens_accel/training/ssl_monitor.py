@@ -36,6 +36,7 @@ class Rule:
         share: of the stage's steps, those for which it must hold.
         stops: the rule stops the stage.
         harms: the weights that were exported earlier are better than the current ones.
+        of_mean_teacher: it is about a teacher that follows the student, not about a fixed one (`--distill.teacher`).
     """
 
     needs: tuple[str, ...]
@@ -45,6 +46,7 @@ class Rule:
     share: float = 0.0
     stops: bool = False
     harms: bool = False
+    of_mean_teacher: bool = False
 
 
 def _noise_of_precision(now: Mapping[str, float], first: Mapping[str, float]) -> float:
@@ -61,6 +63,7 @@ RULES = (
         "the background; lower --ssl.teacher.weight or raise --ssl.teacher.ramp",
         in_a_row=IN_A_ROW,
         stops=True,
+        of_mean_teacher=True,
     ),
     Rule(
         needs=("teacher_peak_p99",),
@@ -70,6 +73,7 @@ RULES = (
         "alone (--ssl.teacher.loss literal)",
         in_a_row=IN_A_ROW,
         stops=True,
+        of_mean_teacher=True,
     ),
     Rule(
         needs=("spread",),
@@ -78,6 +82,7 @@ RULES = (
         "predicts the same pose for everybody; lower --ssl.teacher.weight or --ssl.optim.lr",
         in_a_row=IN_A_ROW,
         stops=True,
+        of_mean_teacher=True,
     ),
     Rule(
         needs=("not_finite",),
@@ -148,12 +153,14 @@ class Alarms:
         good: where the last good weights are, for messages.
         num_steps: length of the stage.
         stops: whether rules that stop the stage do so, or only warn.
+        fixed_teacher: the pseudo-labels are those of a network that does not change.
         first: the first value of each name, of this run or of the one that it resumes.
     """
 
     good: str
     num_steps: int
     stops: bool = True
+    fixed_teacher: bool = False
     first: dict[str, float] = field(default_factory=dict)
     held: dict[Rule, tuple[int, int]] = field(default_factory=dict, init=False)  # since which step, how many times
     said: set[Rule] = field(default_factory=set, init=False)
@@ -180,7 +187,7 @@ class Alarms:
         self.first = known | self.first
         said = []
         for rule in RULES:
-            if not known.keys() >= set(rule.needs):
+            if not known.keys() >= set(rule.needs) or (rule.of_mean_teacher and self.fixed_teacher):
                 continue
             if not rule.holds(known, self.first):
                 self.held.pop(rule, None)

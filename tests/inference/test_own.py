@@ -213,7 +213,9 @@ def test_a_video_is_its_frames(main: Main, weights: Path, root: Path, detector: 
     words = ("--boxes", detector if by == "detector" else by, *ALL)
     pictures, _ = main(weights, folder, *words)
     video, said = main(weights, tmp_path / "clip.avi", *words)
-    assert f"{len(video['annotations'])} people in 8 frames" in said
+    num = len({one["track_id"] for one in video["annotations"]})
+    line = f"{len(video['annotations'])} people in 8 frames of "
+    assert line in said and f", {num} identit" in said.split(line)[1].splitlines()[0]
     visible = sum(v > 0 for one in video["annotations"] for v in one["keypoints"][2::3])
     assert f"of {17 * len(video['annotations'])} keypoints {visible} are drawn (score above 0, --eval.score" in said
     assert [one["file_name"] for one in video["images"]] == [f"clip_{index:06d}.jpg" for index in range(8)]

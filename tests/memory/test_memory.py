@@ -15,6 +15,7 @@ import forks
 import pytest
 import torch
 
+import sapiens_accel
 from sapiens_accel.config import parse as config
 from sapiens_accel.config.schema import Config, MemoryConfig, StageName, TeacherPlacement
 from sapiens_accel.data.sampling import Share
@@ -164,6 +165,18 @@ def test_host_memory_of_an_offloaded_parameter() -> None:
     state = sum(found[part] for part in ("masters", "gradients", "adam", "weights"))
     assert exact <= state <= 2 * exact
     assert found["adam"] == 8 * stage.num_parameters
+
+
+@pytest.mark.skipif(not sapiens_accel._has_exact_pinned_memory(), reason="this torch rounds pinned memory up")
+def test_torch_reads_the_setting_of_pinned_memory() -> None:
+    """A name that it does not know it would ignore on a CPU, and refuse when CUDA starts."""
+    torch._C._accelerator_setAllocatorSettings(f"{plan.EXACT_PINNED}:1")
+    with pytest.raises(ValueError, match="sto"):
+        torch._C._accelerator_setAllocatorSettings(f"{plan.EXACT_PINNED}:x")
+    code = "import os, sapiens_accel; print(os.environ['PYTORCH_ALLOC_CONF'])"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"expandable_segments:True,{plan.EXACT_PINNED}:1\n"
 
 
 def test_pinned_memory_is_of_the_size_asked_for_where_torch_is_set_so(monkeypatch: pytest.MonkeyPatch) -> None:

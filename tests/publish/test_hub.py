@@ -630,7 +630,7 @@ def test_the_card_says_which_stages_have_trained_adapters(run_folder: Path) -> N
 def test_the_card_names_a_fixed_teacher_by_its_repository_alone(run_folder: Path) -> None:
     assert "fixed teacher" not in _card(run_folder).text
     tree = yaml.safe_load((run_folder / "config.yaml").read_text())
-    for reference, named in (("someone/pose-2b", "someone/pose-2b"), ("/home/me/secret", "a network of this machine")):
+    for reference, named in (("someone/pose-2b", "someone/pose-2b"), ("runs/secret/phase2/weights", "a local network")):
         tree["distill"] = {"teacher": reference, "weight": 0.5}
         (run_folder / "config.yaml").write_text(yaml.safe_dump(tree))
         text = _card(run_folder).text

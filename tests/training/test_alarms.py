@@ -120,6 +120,16 @@ def test_one_overflow_is_no_end(name: str) -> None:
         assert alarms.check(step + 20, LOGGED | {"grad_norm": math.nan}) == [] and alarms.healthy
 
 
+def test_a_fixed_teacher_is_not_blamed_for_what_it_began_with() -> None:
+    """Its peaks are those of its own training: the stage was stopped for them."""
+    alarms = Alarms(good="", num_steps=100, fixed_teacher=True)
+    values = LOGGED | {"teacher_peak_p99": 1.5}
+    assert not any(alarms.check(step, values) for step in range(20, 200, 20)) and alarms.healthy
+    with pytest.raises(Stopped, match="not finite"):
+        for step in (200, 220, 240):
+            alarms.check(step, values | {"loss": math.nan})
+
+
 def test_warnings_alone_never_stop() -> None:
     alarms = Alarms(good="", num_steps=100, stops=False)
     said = [alarms.check(step, LOGGED | {"teacher_peak_p99": 7.5}) for step in range(20, 400, 20)]

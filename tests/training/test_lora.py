@@ -116,6 +116,14 @@ def test_checkpoints_hold_what_learns_alone(run: Path, stages: dict[str, Trainin
     assert (folder / "student" / "adapter").is_dir() and (folder / "weights" / "adapter").is_dir()
 
 
+def assert_same_files(stage: Path, expected: Path) -> None:
+    """Weights, adapters and base of two stages, bit by bit."""
+    for part in ("weights", "weights/adapter", "base"):
+        file = next((expected / part).glob("*.safetensors")).name
+        found, wanted = (load_file(folder / part / file) for folder in (stage, expected))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), part
+
+
 @pytest.mark.parametrize("stage", ["phase2", "ssl"])
 def test_a_stage_that_is_resumed_ends_with_the_same_bits(
     run: Path, train_here: Main, tmp_path: Path, stage: str
@@ -123,10 +131,7 @@ def test_a_stage_that_is_resumed_ends_with_the_same_bits(
     """In another run directory, whose base is linked to that of the checkpoint's; dropout is drawn again."""
     asked = run / stage / "checkpoints" / "step_3"
     train_here([*WORDS, *RANK, f"--stage={stage}"], tmp_path / "run", f"--resume_from_checkpoint={asked}")
-    for part in ("weights", "weights/adapter", "base"):
-        file = next((run / stage / part).glob("*.safetensors")).name
-        found, expected = (load_file(folder / stage / part / file) for folder in (tmp_path / "run", run))
-        assert all(torch.equal(value, found[key]) for key, value in expected.items()), part
+    assert_same_files(tmp_path / "run" / stage, run / stage)
     losses = [_losses(folder, stage)[-3:] for folder in (tmp_path / "run", run)]
     assert losses[0] == losses[1]
 
@@ -223,10 +228,7 @@ def test_a_stage_on_a_rounded_base_is_resumed_to_the_same_bits(
 ) -> None:
     asked = rounded / stage / "checkpoints" / "step_3"
     train_here([*WORDS, *NF4, f"--stage={stage}"], tmp_path / "run", f"--resume_from_checkpoint={asked}")
-    for part in ("weights", "weights/adapter", "base"):
-        file = next((rounded / stage / part).glob("*.safetensors")).name
-        found, expected = (load_file(folder / stage / part / file) for folder in (tmp_path / "run", rounded))
-        assert all(torch.equal(value, found[key]) for key, value in expected.items()), part
+    assert_same_files(tmp_path / "run" / stage, rounded / stage)
     assert _losses(tmp_path / "run", stage)[-3:] == _losses(rounded, stage)[-3:]
 
 

@@ -50,8 +50,42 @@ def start(words: list[str], cache: Path, folder: Path = ROOT, **environment: str
     )
 
 
+SAVES_SLOWLY = """
+import os, pathlib, signal, sys, time
+
+def save(number, _):
+    time.sleep(4)
+    pathlib.Path("saved" + os.environ["RANK"]).touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("started" + os.environ["RANK"]).touch()
+time.sleep(100)
+"""
+LAUNCHER = f"""
+import sys
+from sapiens_accel import cli
+
+config = {str(ROOT / "accelerate_configs" / "zero2.yaml")!r}
+cli._pass_signals_on()
+sys.exit(cli._launch(["--config_file", config, "--num_processes=2", "slow.py"]))
+"""
+
+
+def test_processes_may_save_for_longer_than_torchs_launcher_waits(tmp_path: Path) -> None:
+    """It waits 30 seconds by default, here one."""
+    (tmp_path / "slow.py").write_text(SAVES_SLOWLY)
+    run = start([sys.executable, "-c", LAUNCHER], tmp_path, tmp_path, PET_SHUTDOWN_TIMEOUT="1", PYTHONPATH=str(ROOT))
+    deadline = time.monotonic() + 100
+    while len(list(tmp_path.glob("started*"))) < 2 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(run.pid, signal.SIGTERM)
+    said = run.communicate(timeout=60)[0]
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"], said
+    assert run.returncode == 128 + signal.SIGTERM
+
+
 def test_a_signal_to_the_launcher_saves_and_its_line_resumes(tmp_path: Path) -> None:
-    """torch's launcher would kill after 30 s what saves, and end with a traceback."""
     number = signal.SIGTERM
     tail = [*SMALL, "--stage=phase1", f"--output_dir={tmp_path / 'run'}", "--phase1.steps=100000"]
     ways = ["--launch", "zero2", "--num_processes", "2"]
