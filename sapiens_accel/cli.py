@@ -16,7 +16,14 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sapiens_accel.config.commands import PARSERS, split_launch_options
-from sapiens_accel.errors import UserError, end_on_interrupt, program_words, run_main
+from sapiens_accel.errors import (
+    UserError,
+    end_on_interrupt,
+    pause_garbage_collection,
+    program_words,
+    resume_garbage_collection,
+    run_main,
+)
 
 
 class Command(NamedTuple):
@@ -74,7 +81,10 @@ def start(name: str, words: Sequence[str]) -> None:
         check_options(name, words)
     elif name in PARSERS and any(word in ("-h", "--help") for word in words):
         PARSERS[name]().parse_args(words)
-    importlib.import_module(COMMANDS[name].module).main(words)
+    pause_garbage_collection()
+    module = importlib.import_module(COMMANDS[name].module)
+    resume_garbage_collection()
+    module.main(words)
     if name in LAUNCHED:
         importlib.import_module("sapiens_accel.runtime.distributed").stop()
 
@@ -91,6 +101,7 @@ def prepare_program(name: str) -> None:
 
     run_main(prepare)
     end_on_interrupt()  # which `run_main` has undone, and the imports are still to come
+    pause_garbage_collection()  # until the program's own `run_main`
 
 
 def check_options(name: str, words: Sequence[str]) -> None:

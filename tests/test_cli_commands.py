@@ -161,3 +161,24 @@ def test_the_list_of_commands_imports_none_of_them() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_first_step_imports_what_it_needs_and_collects_no_garbage_among_it(tmp_path: Path) -> None:
+    """In a fresh process, to the end of a dry run; augmentations, ZeRO, adapters and trackers have libraries alone."""
+    script = (
+        "import atexit, gc, runpy, sys\n"
+        "sys.argv[0] = 'train.py'\n"
+        "libraries = {'transformers', 'albumentations', 'deepspeed', 'peft', 'torchvision', 'tensorboard', 'onnx',\n"
+        "             'matplotlib', 'sklearn', 'torchao', 'bitsandbytes', 'gradio'}\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 300_000, sorted(libraries & set(sys.modules)))"
+    )
+    words = (
+        "--dry_run --stage phase1 --phase1.global_batch 2 --data.input_hw [64,48] --data.num_workers 0 "
+        f"--output_dir {tmp_path / 'run'} --data.cache_dir {tmp_path / 'cache'} --data.synthetic.num_train 2"
+    )
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words.split()], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert done.stdout.splitlines()[-1] == "True True ['transformers']"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,12 +26,12 @@ from sapiens_accel.pose.infer_skeleton import nearest
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 
-# albumentations asks the network for its newest version on import.
+if TYPE_CHECKING:
+    from albumentations import BasicTransform
+
+# albumentations asks the network for its newest version on import. It is imported where transforms of it are asked for,
+# which most runs do not: that takes 0.7 s of CPU.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations
-from albumentations.augmentations.blur import functional as blur
-from albumentations.augmentations.dropout.transforms import BaseDropout
-from albumentations.core.transforms_interface import BasicTransform, ImageOnlyTransform
 
 HALF_BODY_MIN_KEYPOINTS = 9
 HALF_BODY_MIN_UPPER, HALF_BODY_MIN_LOWER = 2, 3
@@ -162,7 +162,7 @@ def change_pixels(changes: Sequence[Change], image: Pixels, rng: Generator) -> P
 # ---- The user's own changes of pixels
 
 
-def open_transforms(listed: Sequence[Mapping[str, Any] | str] | str) -> list[BasicTransform | None]:
+def open_transforms(listed: Sequence[Mapping[str, Any] | str] | str) -> "list[BasicTransform | None]":
     """The transforms of `augment.albumentations`; None stands for the built-in changes.
 
     Args:
@@ -188,21 +188,25 @@ def describe_transforms(config: AugmentConfig) -> list[str]:
     """Which changes of pixels are not the built-in ones, in a line; none where all are."""
     if config.albumentations is None:
         return []
+    import albumentations
+
     names = [name for one in config.albumentations if isinstance(one, dict) for name in one]
     instead = "" if BUILT_IN in names else f", in place of the built-in ones ({', '.join(BUILT_IN_OPTIONS)})"
     return [f"changes of pixels: {', '.join(names) or 'none'} (albumentations {albumentations.__version__}){instead}"]
 
 
-def _open_transform(name: str, arguments: Mapping[str, Any]) -> BasicTransform:
+def _open_transform(name: str, arguments: Mapping[str, Any]) -> "BasicTransform":
+    import albumentations
+
     where = f"--augment.albumentations: {name}"
     kind = getattr(albumentations, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, BasicTransform)):
+    if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
         is_group = isinstance(kind, type) and issubclass(kind, albumentations.BaseCompose)
         hint = (
             " but a group of them. List them, each with its own p" if is_group else nearest(name, _pixel_transforms())
         )
         raise UserError(f"{where}: no transform of albumentations {albumentations.__version__}{hint}")
-    if not issubclass(kind, ImageOnlyTransform | albumentations.DualTransform):
+    if not issubclass(kind, albumentations.ImageOnlyTransform | albumentations.DualTransform):
         raise UserError(f"{where}: makes no image of an image (expected a transform of colors or noise). Leave it out")
     if not _moves_nothing(kind):
         raise UserError(
@@ -232,16 +236,21 @@ def _arguments_of(kind: type) -> list[str]:
 
 def _moves_nothing(kind: type) -> bool:
     """Whether no pixel moves: transforms of the image alone, and those that put something over it."""
+    import albumentations
+    from albumentations.augmentations.dropout.transforms import BaseDropout
+
     over = (BaseDropout, albumentations.PixelDropout, albumentations.XYMasking)
-    return issubclass(kind, ImageOnlyTransform) or issubclass(kind, over)
+    return issubclass(kind, (albumentations.ImageOnlyTransform, *over))
 
 
 def _pixel_transforms() -> list[str]:
+    import albumentations
+
     every = vars(albumentations).items()
     return [name for name, kind in every if isinstance(kind, type) and _moves_nothing(kind)]
 
 
-def _try_out(where: str, transform: BasicTransform) -> None:
+def _try_out(where: str, transform: "BasicTransform") -> None:
     """Refuse what does not make another image of an image alone: it needs more, makes another type or changes none."""
     # From dark to bright as photographs are: noise of the whole range has neither contrast to gain nor a main color.
     image = np.linspace(40, 180, 96).astype(np.uint8)[:, None, None] + default_rng(0).integers(
@@ -278,7 +287,7 @@ def _reason(error: Exception) -> str:
     return " ".join(("; ".join(texts) or f"{type(error).__name__}: {error}").split())[:300]
 
 
-def _apply(transform: BasicTransform, image: Pixels, rng: Generator) -> Pixels:
+def _apply(transform: "BasicTransform", image: Pixels, rng: Generator) -> Pixels:
     """The transform with randomness of its own that follows from `rng`; it draws itself whether it does anything."""
     transform.set_random_seed(int(rng.integers(2**32)))
     return np.ascontiguousarray(transform(image=image)["image"])
@@ -318,13 +327,14 @@ def _turn(turns: float) -> Float[Array, "3 3"]:
 
 
 def _box_blur(image: Pixels, rng: Generator) -> Pixels:
-    return blur.box_blur(image, BLUR_SIDES[rng.integers(len(BLUR_SIDES))])
+    side = BLUR_SIDES[rng.integers(len(BLUR_SIDES))]
+    return cv2.blur(image, (side, side))
 
 
 def _median_blur(image: Pixels, rng: Generator) -> Pixels:
     """7 px as 5 and then 3, which reach as far: OpenCV's own takes 20 times as long, and a tenth of all this work."""
     for side in ((3,), (5,), (5, 3))[rng.integers(len(BLUR_SIDES))]:
-        image = blur.median_blur(image, side)
+        image = cv2.medianBlur(image, side)
     return image
 
 
