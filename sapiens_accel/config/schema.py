@@ -296,6 +296,9 @@ class MemoryConfig:
 
     micro_batch: PositiveCount | None = None
     """Labeled people in a forward and backward pass on a device. Default: the largest that is predicted to fit."""
+    max_micro_batch: PositiveCount | None = None
+    """The largest that this default may be. Smaller ones are accumulated to the same batch: less memory, 2 to 3 % more
+    time where 16 people are enough to occupy a GPU."""
     checkpointed_blocks: Count | None = None
     """Number of transformer blocks, from the first on, with activation checkpointing: they keep only their input and
     recompute the rest in the backward pass. Default: as few as fit."""

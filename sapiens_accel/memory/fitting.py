@@ -34,7 +34,8 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
         raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: expected at most {stage.depth}")
     placements = _placements(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
-    sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(part, 0, -1) if part % n == 0]
+    largest = min(part, asked.max_micro_batch or part)
+    sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(largest, 0, -1) if part % n == 0]
     # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
     all_or_none = way.offload_activations or way.strategy.zero == 3
     all_blocks = [stage.depth] if all_or_none and room.device is not None else list(range(stage.depth + 1))

@@ -301,6 +301,37 @@ def test_batch_32_fits_a_16_gb_card_as_one_micro_batch(name: str, by: str, most:
     assert found.gpu_peak <= 1.15 * (state + kept + working)
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "device", "host"),
+    [
+        ("sapiens_1b_coco_lora", "phase2", 6.5, 8),
+        ("sapiens_2b_coco_lora", "phase2", 10, 10),
+        pytest.param("sapiens_2b_coco_lora", "ssl", 13, 11, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_of_the_recipes_fit_a_notebook(name: str, stage: StageName, device: float, host: float) -> None:
+    """On a T4 in fp16 with 12.7 GB of host memory; GiB. The 5B's bounds: `test_the_5b_with_a_rounded_base...`."""
+    run = recipe(name, f"--stage={stage}")
+    setting = choice.Setting(run=run, gpus=1, room=Room(device=13.75 * GIB, host=12.7e9), capability=(7, 5))
+    (by,) = (one for one in strategies.list_ways(1, setting.precision) if one.name == "zero2")
+    found = fitting.fit(setting.stage(stage), stage, by, setting.room)
+    assert found.fits and found.share.global_batch == 32 and found.share.micro_batch == 16
+    assert found.gpu_peak <= device * GIB and found.host_peak <= host * GIB
+
+
+def test_the_1b_in_full_fits_a_desktop() -> None:
+    found = fitted("sapiens_1b_coco", "phase2", "zero2_offload")
+    assert found.gpu_peak <= 9.5 * GIB and found.host_peak <= 26 * GIB
+
+
+@pytest.mark.parametrize(("ranks", "asked", "micro_batch"), [(1, 16, 16), (1, 12, 8), (4, 16, 8), (2, 1, 1)])
+def test_a_largest_micro_batch_suits_any_number_of_gpus(ranks: int, asked: int, micro_batch: int) -> None:
+    """Of 32 people: unlike a micro-batch it need not divide what a process has of them."""
+    stage = counted("sapiens_0.3b_coco", "phase2", f"--memory.max_micro_batch={asked}")
+    found = fitting.fit(stage, "phase2", way("plain", ranks))
+    assert found.share.micro_batch == micro_batch and found.share.global_batch == 32
+
+
 def test_ssl_of_the_1b_fits_a_16_gb_card() -> None:
     found = fitted("sapiens_1b_coco", "ssl", "zero2_offload+activations")
     assert found.fits and found.share.global_batch == 32
