@@ -22,6 +22,7 @@ from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.objectives import (
+    LABELED_PARTS,
     FixedTeacher,
     Objective,
     Supervised,
@@ -224,7 +225,7 @@ class MeanTeacher:
         border = len(labeled)
         squares = torch.zeros(2, device=labeled.device)  # of the gradients of both losses by the heatmaps
 
-        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "2"]:
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "t"]:
             """The labeled people come first; a chunk may hold some of both."""
             first, last = (
                 slice(min(people.start, border), min(people.stop, border)),
@@ -233,16 +234,17 @@ class MeanTeacher:
             num = first.stop - first.start
             supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labeled, first)
             unsupervised = self._agreement(heatmaps[num:], prepared, last)
+            teacher = self.supervised.teacher_losses(heatmaps[:num], batch.labeled, first)
             if heatmaps.requires_grad:
                 heatmaps.register_hook(partial(_add_squares, squares, num))
-            return torch.stack([supervised, unsupervised])
+            return torch.stack([unsupervised, supervised, *teacher])
 
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
-        loss, (supervised, unsupervised) = model(torch.cat([labeled, prepared.image]), terms)
+        loss, (unsupervised, *labeled_parts) = model(torch.cat([labeled, prepared.image]), terms)
         self.limit.add(squares)
         ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         return loss, {
-            "loss_labelled": supervised,
+            **dict(zip(LABELED_PARTS, labeled_parts, strict=False)),
             "loss_unlabelled": unsupervised,
             "grad_ratio": ratio,
             **prepared.logs,

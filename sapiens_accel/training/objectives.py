@@ -18,6 +18,7 @@ from sapiens_accel.data.dataset import Batch, Labeled
 from sapiens_accel.pose.heatmap import Codec
 
 LOG_FLOOR = 0.02  # eps of `log_linear`
+LABELED_PARTS = ("loss_labelled", "loss_distill")  # of labeled people: by their labels, by a fixed teacher's heatmaps
 
 
 class Objective(Protocol):
@@ -91,21 +92,30 @@ class Supervised:
         return [None] * len(batches)
 
     def loss(self, model: nn.Module, batch: Batch, prepared: None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "1"]:
-            return self.heatmap_loss(heatmaps, batch.labeled, people).reshape(1)
+        def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "t"]:
+            labeled = self.heatmap_loss(heatmaps, batch.labeled, people)
+            return torch.stack([labeled, *self.teacher_losses(heatmaps, batch.labeled, people)])
 
-        loss, _ = model(batch.labeled.view.image, terms)
-        return loss, {}
+        loss, parts = model(batch.labeled.view.image, terms)
+        return loss, dict(zip(LABELED_PARTS, parts, strict=False)) if self.teacher else {}
 
     def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice) -> Float[Tensor, ""]:
-        """What these people of the micro-batch add to its loss. Their targets are drawn here, and only theirs."""
+        """What the labels of these people add to the micro-batch's loss. Only their targets are drawn here."""
         target, weights = self.codec.encode(labeled.points_xy[people], labeled.weights[people])
         error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        loss = self.sum_errors(weights * error)
-        if self.teacher is not None and len(heatmaps):
-            difference = heatmaps.float() - self.teacher(labeled.view.image[people])
-            loss = loss + self.teacher.weight * difference.square().mean(dim=(2, 3)).sum()
-        return self.loss_weight * loss / labeled.weights.numel()
+        return self.loss_weight * self.sum_errors(weights * error) / labeled.weights.numel()
+
+    def teacher_losses(
+        self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice
+    ) -> list[Float[Tensor, ""]]:
+        """What the fixed teacher's heatmaps add to the loss for these people; empty without a fixed teacher."""
+        if self.teacher is None:
+            return []
+        if not len(heatmaps):  # of a chunk of unlabeled people
+            return [heatmaps.new_zeros((), dtype=torch.float32)]
+        difference = heatmaps.float() - self.teacher(labeled.view.image[people])
+        weight = self.loss_weight * self.teacher.weight / labeled.weights.numel()
+        return [weight * difference.square().mean(dim=(2, 3)).sum()]
 
     def sum_errors(self, errors: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
         """The labeled loss of some people times the micro-batch's number of keypoints.

@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_the_loss_adds_the_error_to_the_heatmaps_of_all_keypoints(chunk: int | N
     student, network = _network("sapiens_tiny", 1), _network("sapiens2_tiny", 2).eval().requires_grad_(False)
     student.head.chunk = chunk
     teacher = FixedTeacher(network=network, weight=weight)
-    loss, _ = Supervised(codec=CODEC, loss_weight=10.0, teacher=teacher).loss(student, Batch(labeled, None), None)
+    loss, logs = Supervised(codec=CODEC, loss_weight=10.0, teacher=teacher).loss(student, Batch(labeled, None), None)
     loss.backward()
     with torch.no_grad():
         ours, theirs = student(labeled.view.image).double(), network(labeled.view.image).double()
@@ -77,6 +78,8 @@ def test_the_loss_adds_the_error_to_the_heatmaps_of_all_keypoints(chunk: int | N
     labels = (labeled.weights.double() * (ours - target).square().mean(dim=(2, 3))).mean()
     expected = 10 * (labels + weight * (ours - theirs).square().mean())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logs["loss_labelled"].item() == pytest.approx(10 * labels.item(), rel=1e-5)
+    assert logs["loss_distill"].item() == pytest.approx(10 * weight * (ours - theirs).square().mean().item(), rel=1e-5)
     assert all(parameter.grad is None for parameter in network.parameters())
     gradient = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
@@ -122,9 +125,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _losses(folder: Path, stage: str) -> list[float]:
+def _logged(folder: Path, stage: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+    return [line for line in lines if line["stage"] == stage and "loss" in line]
+
+
+def _losses(folder: Path, stage: str) -> list[float]:
+    return [line["loss"] for line in _logged(folder, stage)]
 
 
 @pytest.mark.slow
@@ -140,6 +147,9 @@ def test_a_run_learns_from_a_fixed_teacher_and_resumes_with_the_same_bits(
     assert recorded == {"teacher": str(teacher), "weight": 1.0}
     train_here([*WORDS, f"--stage={stage}"], tmp_path / "alone")
     assert _losses(tmp_path / "run", stage)[0] > 1.01 * _losses(tmp_path / "alone", stage)[0]
+    for line in _logged(tmp_path / "run", stage):
+        parts = (line[name] for name in ("loss_labelled", "loss_distill", "loss_unlabelled") if name in line)
+        assert line["loss_distill"] > 0 and line["loss"] == pytest.approx(sum(parts), rel=1e-4)
     asked = tmp_path / "run" / stage / "checkpoints" / "step_2"
     train_here(words, tmp_path / "resumed", f"--resume_from_checkpoint={asked}")
     assert _losses(tmp_path / "resumed", stage)[-2:] == _losses(tmp_path / "run", stage)[-2:]
