@@ -120,6 +120,7 @@ CONVERT_FORMATS = {
     "crowdpose": "annotations of CrowdPose",
     "ap10k": "annotations of AP-10K",
     "animalpose": "annotations of AnimalPose",
+    "coco_json": "one COCO JSON",
     "video": "a video",
 }
 FRAMES = 200  # of a video
@@ -129,7 +130,8 @@ def convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sapiens-accel convert",
         description="Labels of another tool as a folder in COCO's form, which --data.root reads; or frames of a video, "
-        "without labels, into such a folder. FORMAT coco writes shards: sapiens-accel convert coco --help",
+        "without labels, into such a folder. FORMAT coco_json splits one COCO JSON into training and validation; "
+        "FORMAT coco writes shards: sapiens-accel convert coco --help",
         allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
@@ -138,7 +140,7 @@ def convert_parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", type=Path, help="a new folder; of a video: one that may be there")
     add("--images", type=Path, help="the folder of the images, where they are not where the labels say")
     add("--category", help="what is annotated: mouse, hand, ... (default: the tool's name, else animal or person)")
-    add("--val", type=float, help="share of the images that validate, where the tool has no split (0.2)")
+    add("--val", type=float, help="share of the images for validation, where the tool has no split (0.2)")
     add("--seed", type=int, default=0, help="of what is drawn at random (0)")
     add(
         "--boxes", choices=("annotation", "keypoints", "image", "motion"), default=None,

@@ -170,14 +170,14 @@ def split_images(images: list[PoseImage], options: WriteOptions) -> ImageSplits:
     groups = sorted({image.group for image in images if image.group is not None})
     if not groups or any(image.group is None for image in images):
         chosen = set(order.permutation(num)[:wanted].tolist())
-        rule = f"{count(wanted, 'image')} validate, drawn with seed {options.seed}"
+        rule = f"{count(wanted, 'image')} for validation, drawn with seed {options.seed}"
     elif len(groups) == 1:
         last = sorted(range(num), key=lambda index: images[index].name)[num - wanted :]
-        chosen, rule = set(last), f"the last {count(wanted, 'image')} of {groups[0]} validate"
+        chosen, rule = set(last), f"the last {count(wanted, 'image')} of {groups[0]} for validation"
     else:
         names = _choose_groups(Counter(image.group for image in images), list(order.permutation(groups)), wanted)
         chosen = {index for index, image in enumerate(images) if image.group in names}
-        rule = f"{len(names)} of {len(groups)} videos or sessions validate: {', '.join(sorted(names)[:5])}"
+        rule = f"{len(names)} of {len(groups)} videos or sessions for validation: {', '.join(sorted(names)[:5])}"
     return ImageSplits(splits=["val" if index in chosen else "train" for index in range(num)], rule=rule)
 
 

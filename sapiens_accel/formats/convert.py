@@ -1,7 +1,7 @@
 """The command convert, with FORMAT, IN and OUT: labels of another tool as a folder in COCO's form.
 
-FORMAT coco is the way out of that form: a folder as parquet or tar shards (sources/convert.py). FORMAT video takes
-frames without labels for stage ssl.
+FORMAT coco_json splits one COCO JSON into training and validation (split.py). FORMAT coco is the way out of that form:
+a folder as parquet or tar shards (sources/convert.py). FORMAT video takes frames without labels for stage ssl.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from pathlib import Path
 from sapiens_accel.config.commands import convert_parser
 from sapiens_accel.config.schema import DataConfig
 from sapiens_accel.errors import UserError
-from sapiens_accel.formats import coco_folder, video
+from sapiens_accel.formats import coco_folder, split, video
 from sapiens_accel.formats.coco_folder import WriteOptions
 from sapiens_accel.formats.dataset import ODD, PoseDataset
 from sapiens_accel.formats.tools import (
@@ -68,11 +68,17 @@ def main(argv: Sequence[str]) -> None:
     val = WriteOptions.val if asked.val is None else asked.val
     if not 0 < val < 1:
         raise UserError(f"--val {val:g}: expected a share between 0 and 1, such as 0.2")
-    dataset = read(asked.format, asked.source, asked.images)
-    if asked.category:
-        dataset = rename(dataset, asked.category)
     options = WriteOptions(val=val, seed=asked.seed, boxes=asked.boxes or "annotation", link=asked.link)
-    summary = coco_folder.write(dataset, asked.out, options)
+    if asked.format == "coco_json":
+        split.refuse_options(asked)
+        if hint := _suggest_other_format(asked.format, asked.source):
+            raise UserError(f"{asked.source}: no COCO JSON{hint}")
+        summary = split.write(asked.source, asked.out, asked.images, options)
+    else:
+        dataset = read(asked.format, asked.source, asked.images)
+        if asked.category:
+            dataset = rename(dataset, asked.category)
+        summary = coco_folder.write(dataset, asked.out, options)
     print(*summary, f"written: {asked.out}; train with", describe_training(asked.out, options), sep="\n")
 
 
@@ -132,7 +138,8 @@ def _refuse_coco(source: Path) -> None:
             raise UserError(
                 f"{file}: this is a COCO JSON, which is read as it is: train with --data.root {root} "
                 f"--data.train_annotations {file.relative_to(root)} --data.train_images FOLDER, and the same of "
-                f"validation by --data.val_annotations and --data.val_images"
+                f"validation by --data.val_annotations and --data.val_images. One file of all images is split by "
+                f"{shlex.join(['sapiens-accel', 'convert', 'coco_json', str(file), 'OUT'])}"
             )
 
 

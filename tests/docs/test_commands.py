@@ -130,7 +130,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(coco / "val2017")
     images = sorted((coco / "val2017").iterdir())
     shutil.copy(images[0], folder / "IMAGE.jpg")
-    shutil.copy(validation, folder / "boxes.json")
+    for name in ("boxes.json", "all.json"):
+        shutil.copy(validation, folder / name)
     people = json.loads(validation.read_text())["annotations"]
     boxes = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in people]
     (folder / "DETECTIONS.json").write_text(json.dumps(boxes))

@@ -82,7 +82,7 @@ def test_every_format_has_a_reader_a_name_and_a_line_in_the_docs() -> None:
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     described = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert set(convert.READERS) == described, "the table of docs/own_data.md"
-    assert set(CONVERT_FORMATS) == {*described, "video"}, "config/commands.py"
+    assert set(CONVERT_FORMATS) == {*described, "coco_json", "video"}, "config/commands.py"
 
 
 # ---- Each tool
@@ -300,7 +300,7 @@ def test_images_of_both_splits_of_yolo_are_said(tmp_path: Path, capsys: pytest.C
     file.write_text(written.replace("val: images/val\n", ""))
     run("yolo", folder, tmp_path / "drawn")
     said = capsys.readouterr().out
-    assert "warning" not in said and "split: 1 image validate, drawn with seed 0\n" in said
+    assert "warning" not in said and "split: 1 image for validation, drawn with seed 0\n" in said
 
 
 def test_yolo_as_sleap_io_writes_it(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""convert coco_json: one COCO JSON as training and validation, with every field as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from sapiens_accel.errors import UserError
+from sapiens_accel.formats import convert
+
+FILES = {split: (f"annotations/person_keypoints_{split}2017.json", f"{split}2017") for split in ("train", "val")}
+
+
+def _export(folder: Path, names: list[str], **changes: Any) -> Path:
+    """One JSON with an animal in each image but the last, as a tool exports it: text ids, fields of its own."""
+    for number, name in enumerate(names):
+        file = folder / "images" / Path(name.replace("\\", "/")).as_posix().removeprefix("../")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.full((40, 60, 3), number, np.uint8))
+    tree = {
+        "info": {"made_by": "a tool"},
+        "images": [
+            {"id": f"i{n}", "file_name": name, "width": 60, "height": 40, "session": n} for n, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": n, "image_id": f"i{n}", "category_id": 7, "bbox": [1.5, 2, 30, 20], "area": 77.25, "track": n,
+             "keypoints": [5.125, 6, 2, 0, 0, 0]}
+            for n in range(len(names) - 1)
+        ],
+        "categories": [{"id": 7, "name": "mouse", "keypoints": ["nose", "tail"], "color": "red"}],
+    }  # fmt: skip
+    (folder / "export.json").write_text(json.dumps(tree | changes))
+    return folder / "export.json"
+
+
+def _run(*words: object) -> None:
+    convert.main(["coco_json", *map(str, words)])
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_every_image_annotation_and_field_is_in_one_of_the_two(
+    link: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"sub\\{n}.png" for n in range(10)] + ["../10.png"]
+    file, out = _export(tmp_path, names), tmp_path / "out"
+    whole = json.loads(file.read_text())
+    _run(file, out, "--val", "0.3", *["--link"] * link)
+    parts = {split: json.loads((out / annotations).read_text()) for split, (annotations, _) in FILES.items()}
+    for key in ("images", "annotations"):
+        together = sorted((one for part in parts.values() for one in part[key]), key=lambda one: str(one["id"]))
+        expected = sorted(whole[key], key=lambda one: str(one["id"]))
+        if key == "images":
+            expected = [one | {"file_name": one["file_name"].replace("\\", "/").strip("./")} for one in expected]
+        assert together == expected
+    assert all(part[key] == whole[key] for part in parts.values() for key in ("info", "categories"))
+    for split, part in parts.items():
+        ids = {image["id"] for image in part["images"]}
+        assert {one["image_id"] for one in part["annotations"]} <= ids
+        for image in part["images"]:
+            shown = out / FILES[split][1] / image["file_name"]
+            assert shown.is_symlink() == link
+            assert np.asarray(cv2.imread(str(shown)))[0, 0, 0] == int(image["id"][1:])
+    assert len(parts["val"]["images"]) == 3 and "i10" not in {image["id"] for image in parts["val"]["images"]}
+    said = capsys.readouterr().out
+    assert "split: 3 images for validation, drawn with seed 0; 1 image without a labeled keypoint for training" in said
+
+
+def test_folders_of_images_stay_together(tmp_path: Path) -> None:
+    file = _export(tmp_path, [f"day{n % 3}/{n}.png" for n in range(13)])
+    _run(file, tmp_path / "out")
+    days = [
+        {Path(image["file_name"]).parent for image in json.loads((tmp_path / "out" / name).read_text())["images"]}
+        for name, _ in FILES.values()
+    ]
+    assert len(days[1]) == 1 and len(days[0]) == 2
+    assert not days[0] & days[1]
+
+
+def test_a_run_reads_the_folder(tmp_path: Path) -> None:
+    from sapiens_accel.sources.coco import read_json
+
+    _run(_export(tmp_path, [f"{n}.png" for n in range(6)]), tmp_path / "out")
+    for annotations, _ in FILES.values():
+        assert read_json(tmp_path / "out" / annotations)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "said"),
+    [
+        ({"images": {}}, [], r"export\.json: no COCO JSON \(expected lists of images, annotations, categories\)"),
+        ({"annotations": []}, [], r"none of its annotations has a labeled keypoint"),
+        ({"annotations": [{"id": 3, "image_id": 9}]}, [], r"annotation 3: its image 9 is not among 'images'"),
+        ({}, ["--category", "rat"], r"^--category: not of coco_json"),
+        ({}, ["--boxes", "image"], r"^--boxes: not of coco_json"),
+        ({}, ["--images", "nowhere"], r"4 images not found .* Name their folder: --images FOLDER"),
+        ({"images": [{"id": 1, "file_name": n} for n in ("a.png", "b.png")]}, [], r"two images have the id 1"),
+    ],
+)
+def test_refused(changes: dict[str, Any], words: list[str], said: str, tmp_path: Path) -> None:
+    file = _export(tmp_path, [f"{n}.png" for n in range(4)], **changes)
+    with pytest.raises(UserError, match=said):
+        _run(file, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
