@@ -16,7 +16,7 @@ API = ("train", "eval", "errors", "inference")  # where the names are that `from
 ROWS = (
     ("errors",),
     ("config", "pose"),
-    ("hub", "runtime"),
+    ("hub", "runtime", "visibility"),
     ("sources", "models"),
     ("data",),
     ("evaluation",),

@@ -12,11 +12,11 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError, count
-from sapiens_accel.evaluation.keypoint_csv import ImageRow, KeypointCsv, PersonRow
+from sapiens_accel.evaluation.keypoint_csv import ImageRow, KeypointCsv
 from sapiens_accel.inference import media
 from sapiens_accel.inference.estimator import PoseEstimator, PoseResult, read_pixels
 from sapiens_accel.inference.media import Film
-from sapiens_accel.inference.outputs import KeypointsWriter
+from sapiens_accel.inference.outputs import HAS_VISIBILITY, KeypointsWriter
 
 DETECTOR, WHOLE, BY_HAND = "detector", "image", "hand"  # where people are
 COLUMNS = ("person", "keypoint", "x", "y", "score")  # of the rows of an answer
@@ -192,10 +192,13 @@ class _Files:
 
     def __init__(self, first: PoseResult, request: Request, folder: Path, is_video: bool) -> None:
         self.name, self.category, self.threshold = request.path.name, first.category, first.threshold
-        about = {"boxes": request.boxes, "pictures": self.name}
+        about: dict[str, Any] = {"boxes": request.boxes, "pictures": self.name}
+        if first.present is not None:
+            about[HAS_VISIBILITY] = True
         kinds = {1: first.category}
         self.writer = KeypointsWriter(folder / "keypoints.json", first.skeleton, first.threshold, about, kinds)
-        self.table = KeypointCsv(folder / "keypoints.csv", first.names, "long", is_video)
+        has_visibility = first.present is not None
+        self.table = KeypointCsv(folder / "keypoints.csv", first.names, "long", is_video, has_visibility)
         self.is_video = is_video
         self.num_people = self.num_images = self.num_keypoints = self.num_shown = 0
 
@@ -206,7 +209,7 @@ class _Files:
         self.num_keypoints += result.scores.size
         self.num_shown += int((result.scores > result.threshold).sum())
         self.writer.add(result.image_name, result.image_hw, people, result.time)
-        rows = [PersonRow(one.points_xy, one.scores, one.score, self.category, track_id=one.track_id) for one in people]
+        rows = [one.to_row(self.category) for one in people]
         frame = media.frame_index(result.image_name) if self.is_video else None
         self.table.add(ImageRow(self.name, rows, self.num_images, frame, result.time))
 

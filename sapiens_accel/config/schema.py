@@ -251,6 +251,9 @@ class ModelConfig:
     """With --lora.rank: round the frozen matrices that adapters are added to, to 4 bits (nf4, pip install bitsandbytes)
     or 8 (int8). Exported weights hold the rounded values, since the adapters were trained beside them. Not with ZeRO-3,
     --lora.dora or --memory.compile_blocks. Default: the precision of the launch."""
+    visibility: bool = False
+    """Export a second output with the weights: the probabilities that each keypoint is present (labeled) and that it is
+    visible. It is fitted on labeled people after the network is trained, which it does not change."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from sapiens_accel.pose.skeleton import WHOLEBODY133, Skeleton
 from sapiens_accel.pose.visibility import is_labeled
 from sapiens_accel.sources.coco import given_id
 from sapiens_accel.sources.schema import WHOLE_BODY, Reading
+from sapiens_accel.visibility.output import name_columns
 
 Metrics = dict[str, float]
 # Precision (0..1, -1 where nobody is measured) at OKS of 0.50, 0.55, ... 0.95 and recalls of 0.00, 0.01, ... 1.00.
@@ -164,6 +165,8 @@ def coco_results(
         for index in indices[kept][: config.max_people].tolist():
             points = np.concatenate([predictions.points_xy[index], predictions.scores[index, :, None]], axis=1)
             person = {"keypoints": points.round(3).ravel().tolist(), "score": float(scores[index])}
+            if predictions.visibility is not None:
+                person |= name_columns(predictions.visibility[index])
             results.append({"image_id": image_id, "category_id": category, **person})
             chosen.append(index)
     return results, np.array(chosen, dtype=int)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Float, Int
@@ -29,19 +30,24 @@ from sapiens_accel.evaluation.boxes import Boxes, describe_misfit, load_boxes
 from sapiens_accel.evaluation.coco_metrics import METRICS, CountingRules, MatchedPeople, Metrics
 from sapiens_accel.evaluation.ground_truth import evaluated_categories, read_ground_truth, read_images
 from sapiens_accel.evaluation.keypoint_csv import ImageRow, PersonRow
-from sapiens_accel.evaluation.predict import PoseNetwork, Predictions, PredictionSetup, Processes, predict
+from sapiens_accel.evaluation.predict import Diverged, PoseNetwork, Predictions, PredictionSetup, Processes, predict
 from sapiens_accel.evaluation.tables import format_protocol, format_table, protocol_settings
+from sapiens_accel.models.sapiens import SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.oks import AREA_OF_BOX, KeypointQuality, is_predicted, measure_points, oks
 from sapiens_accel.pose.person_boxes import BoxRule
 from sapiens_accel.pose.skeleton import Skeleton
-from sapiens_accel.pose.visibility import is_labeled
+from sapiens_accel.pose.visibility import is_labeled, is_visible
 from sapiens_accel.runtime import distributed, engine
 from sapiens_accel.sources.coco import given_id
+from sapiens_accel.visibility.output import NUM_SHAPE, OUTPUTS, VisibilityOutput, describe
+from sapiens_accel.visibility.quality import format_quality, measure_output
+from sapiens_accel.visibility.regression import DescribedPeople, learn
 
 __all__ = ["METRICS", "Metrics", "Predictions", "format_protocol", "format_table", "oks", "protocol_settings"]
 
 MAX_SHOWN_KEYPOINTS = 40
+MAX_DESCRIBED_PEOPLE, DESCRIBED_BYTES = 2048, 128 * 2**20  # of the fit of visibility; in float32 twice this, twice
 NO_NUMBER = "nothing to measure: '-' in tables, and, as by pycocotools, -1 in files"
 
 
@@ -61,6 +67,7 @@ class EvaluationResult:
         notes: what was left out, and why a number is 0 or not there.
         seconds: what predicting took on this rank.
         image_rows: predictions as `--eval.csv` writes them; on rank 0 alone, and only where that is asked for.
+        visibility: how good the network's second output is (`visibility.quality.measure_output`); None without it.
     """
 
     metrics: Metrics
@@ -73,6 +80,7 @@ class EvaluationResult:
     area: str = ""
     people_boxes: BoxRule = "annotation"
     image_rows: tuple[ImageRow, ...] = ()
+    visibility: dict[str, Any] | None = None
 
 
 def wrap_network(accelerator: Accelerator, model: nn.Module, codec: Codec) -> PoseNetwork:
@@ -141,7 +149,59 @@ def evaluate_networks(
         area=area,
         people_boxes=people.reading.boxes,
         image_rows=image_rows,
+        visibility=measure_visibility(matched, people),
     )
+
+
+def fit_visibility(
+    accelerator: Accelerator, network: PoseNetwork, people: People, others: People, setup: PredictionSetup
+) -> VisibilityOutput | None:
+    """The second output of a network that is trained: fitted on some people, calibrated on others.
+
+    The others' labels enter by four numbers, a slope and an intercept of each probability. All ranks must call it.
+
+    Returns:
+        The output on rank 0, None on the others and for a network that diverged.
+
+    Raises:
+        UserError: as `predict`.
+        EvaluationStopped: on all ranks: a stop was asked for.
+    """
+    try:
+        first, second = (describe_people(accelerator, network, some, setup) for some in (people, others))
+    except Diverged as error:
+        accelerator.print(f"warning: visibility is not fitted: {error}")
+        return None
+    return distributed.run_on_main(accelerator, lambda check: learn(first, second, setup.skeleton.names, check))
+
+
+def describe_people(
+    accelerator: Accelerator, network: PoseNetwork, people: People, setup: PredictionSetup
+) -> DescribedPeople:
+    """The keypoints of at most `MAX_DESCRIBED_PEOPLE` people, evenly spread, in plain crops. All ranks must call it.
+
+    Raises:
+        UserError: as `predict`.
+    """
+    setup = replace(setup, config=replace(setup.config, flip=False, scales=(1.0,)))
+    reader = replace(network, visibility=lambda features, maps: describe(features, maps).half())
+    some = spread_people(people, network, setup.skeleton.num_keypoints)
+    boxes = Boxes(
+        root=some.root, file_names=list(some.rows["file_name"][:]), image_ids=np.arange(len(some)),
+        boxes_xywh=boxes_of(some.rows), scores=np.ones(len(some)), source="labeled people", labeled=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # a loader draws from the generator, whose state checkpoints have
+        predictions = predict([reader], boxes, setup, processes_of(accelerator))
+    return DescribedPeople.of(predictions.visibility, predictions.scores, keypoints_of(some.rows))
+
+
+def spread_people(people: People, network: PoseNetwork, num_keypoints: int) -> People:
+    """At most `MAX_DESCRIBED_PEOPLE`, and so many that their descriptions fit into `DESCRIBED_BYTES`; evenly spread."""
+    model = next(module for module in network.model.modules() if isinstance(module, SapiensPose))
+    most = DESCRIBED_BYTES // (2 * num_keypoints * (model.size.width + NUM_SHAPE))
+    num = min(len(people), MAX_DESCRIBED_PEOPLE, max(1, most))
+    chosen = np.linspace(0, len(people) - 1, num).round().astype(int)
+    return replace(people, rows=people.rows.select(chosen))
 
 
 def _compute_on_main(
@@ -201,6 +261,9 @@ def list_image_rows(
         _, category = categories.get(result["category_id"], next(iter(categories.values()))) if is_known else ("", "")
         ann_id = ann_ids[index] if boxes.labeled else ""
         person = PersonRow(points[:, :2], points[:, 2], result["score"], category, given_ids.get(ann_id, ann_id))
+        if "keypoint_present" in result:
+            outputs = [result[f"keypoint_{name}"] for name in OUTPUTS]
+            person = person._replace(visibility=np.array(outputs).T)
         persons_of[result["image_id"]].append(person)
     for image_id, image in read_images(people).items():
         persons = sorted(persons_of[image_id], key=lambda person: -person.score)
@@ -212,6 +275,15 @@ def measure_keypoints(predictions: Predictions, people: People, skeleton: Skelet
     areas = np.asarray(people.rows["area"][:], dtype=np.float64)
     labels, sizes = keypoints_of(people.rows), boxes_of(people.rows)
     return measure_points(predictions.points_xy, predictions.scores, labels, areas, sizes, skeleton.sigmas)
+
+
+def measure_visibility(predictions: Predictions, people: People) -> dict[str, Any] | None:
+    """How good the second output is, of predictions in the order of the people's rows; None where there is none."""
+    if predictions.visibility is None:
+        return None
+    labels = keypoints_of(people.rows)
+    masks = {"present": is_labeled(labels), "visible": is_visible(labels)}
+    return measure_output(predictions.visibility, predictions.scores, masks)
 
 
 def match_people(
@@ -284,9 +356,11 @@ def match_boxes(predictions: Predictions, boxes: Boxes, people: People, skeleton
 
 def _select(predictions: Predictions, chosen: Int[Array, "n"]) -> Predictions:
     is_predicted_box = chosen >= 0
+    visibility = predictions.visibility
     return Predictions(
         points_xy=predictions.points_xy[chosen] * is_predicted_box[:, None, None],
         scores=predictions.scores[chosen] * is_predicted_box[:, None],
+        visibility=None if visibility is None else visibility[chosen] * is_predicted_box[:, None, None],
     )
 
 
@@ -348,6 +422,9 @@ def format_summary(rows: dict[str, EvaluationResult], config: EvalConfig, skelet
     if skeleton.num_keypoints <= MAX_SHOWN_KEYPOINTS:
         name, result = list(rows.items())[-1]
         parts.append(f"{name}: {tables.format_keypoints(result.keypoints, skeleton)}")
+    for name, result in rows.items():
+        if result.visibility:
+            parts.append(f"{name}: present (v > 0) and visible (v 2) keypoints\n{format_quality(result.visibility)}")
     notes = [f"{name}: {note}" for name, result in rows.items() for note in result.notes]
     return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
 
@@ -367,6 +444,8 @@ def save_metrics(
         raise UserError(f"{error}; move it away") from None
     for name, result in rows.items():
         more = {"seconds": result.seconds, "joints": tables.keypoint_statistics(result.keypoints, skeleton)}
+        if result.visibility:
+            more["visibility"] = tables.without_nan(result.visibility)
         settings = protocol_settings(configs[name], result.people_boxes)
         tree[name] = {**result.metrics, **settings, "area_used": result.area, **more}
     file.write_text(json.dumps(tree, indent=2))

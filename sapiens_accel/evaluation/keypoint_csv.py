@@ -4,6 +4,8 @@
 `pandas.read_csv(FILE, header=[0, 1, 2], index_col=0)`, or four (individuals after scorer) where an image has several
 people, as DeepLabCut's projects of several animals have; its rows are frames of a video, counted from 0, or images.
 
+`long` also has OUTPUTS at its end where the weights have a visibility output.
+
 Of a video, `long` has TRACK_COLUMNS too, and in `deeplabcut` a person keeps the same columns in all frames. Those of a
 person who does not appear again are reused for the next new one.
 
@@ -22,6 +24,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from sapiens_accel.errors import UserError
+from sapiens_accel.visibility.output import OUTPUTS
 
 CsvShape = Literal["long", "deeplabcut"]
 COLUMNS = (
@@ -40,6 +43,7 @@ class PersonRow(NamedTuple):
         score: of the person.
         annotation_id: of the labeled person whose box it is; "" for a detector's.
         track_id: of a video: the same number in all frames of a person.
+        visibility: probabilities of OUTPUTS; None where the weights have none.
     """
 
     points_xy: Float[Array, "k 2"]
@@ -48,6 +52,7 @@ class PersonRow(NamedTuple):
     category: str = ""
     annotation_id: Cell = ""
     track_id: int | None = None
+    visibility: Float[Array, "k 2"] | None = None
 
 
 class ImageRow(NamedTuple):
@@ -73,9 +78,17 @@ class KeypointCsv:
 
     Args:
         is_video: rows have a time, and people a track_id.
+        has_visibility: people have it.
     """
 
-    def __init__(self, file: Path, keypoints: Sequence[str], shape: CsvShape, is_video: bool = False) -> None:
+    def __init__(
+        self,
+        file: Path,
+        keypoints: Sequence[str],
+        shape: CsvShape,
+        is_video: bool = False,
+        has_visibility: bool = False,
+    ) -> None:
         self.file, self.keypoints, self.shape = file, keypoints, shape
         self._part = file.with_name(f".{file.name}.part")
         self._wide: list[_WideRow] = []
@@ -86,7 +99,7 @@ class KeypointCsv:
             raise UserError(f"--eval.csv: {file}: not written: {error.strerror}") from None
         self._write = csv.writer(self._stream, lineterminator="\n").writerow
         if shape == "long":
-            self._write(_long_header(is_video))
+            self._write(_long_header(is_video, has_visibility))
 
     def add(self, row: ImageRow) -> None:
         """Add an image and its people.
@@ -137,7 +150,8 @@ def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Itera
     Raises:
         UserError: it cannot be written.
     """
-    table = KeypointCsv(file, keypoints, shape)
+    rows = list(rows)
+    table = KeypointCsv(file, keypoints, shape, has_visibility=_have_visibility(rows))
     try:
         for row in rows:
             table.add(row)
@@ -152,7 +166,7 @@ def format_csv(keypoints: Sequence[str], shape: CsvShape, rows: Sequence[ImageRo
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerows
     if shape == "long":
-        header = _long_header(any(row.time is not None for row in rows))
+        header = _long_header(any(row.time is not None for row in rows), _have_visibility(rows))
         write([header, *(line for row in rows for line in _long_lines(row, keypoints))])
     else:
         write(_wide_lines([_wide_row(row) for row in rows], keypoints))
@@ -200,8 +214,12 @@ def _assign_places(rows: Sequence[_WideRow]) -> dict[int, int]:
     return place_of
 
 
-def _long_header(is_video: bool) -> tuple[str, ...]:
-    return COLUMNS + TRACK_COLUMNS if is_video else COLUMNS
+def _have_visibility(rows: Sequence[ImageRow]) -> bool:
+    return any(person.visibility is not None for row in rows for person in row.people)
+
+
+def _long_header(is_video: bool, has_visibility: bool) -> tuple[str, ...]:
+    return COLUMNS + TRACK_COLUMNS * is_video + OUTPUTS * has_visibility
 
 
 def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]:
@@ -211,8 +229,11 @@ def _long_lines(row: ImageRow, keypoints: Sequence[str]) -> Iterable[list[Cell]]
         end: list[Cell] = []
         if row.time is not None:
             end = [round(row.time, 6), "" if person.track_id is None else person.track_id]
-        for keypoint, cells in zip(keypoints, _coordinates(person).tolist(), strict=True):
-            yield [row.image, frame, row.image_id, *about, keypoint, *cells, *end]
+        outputs: list[list[float]] = [[]] * len(keypoints)
+        if person.visibility is not None:
+            outputs = person.visibility.astype(np.float64).round(5).tolist()
+        for keypoint, cells, last in zip(keypoints, _coordinates(person).tolist(), outputs, strict=True):
+            yield [row.image, frame, row.image_id, *about, keypoint, *cells, *end, *last]
 
 
 def _coordinates(person: PersonRow) -> Float[Array, "k 3"]:

@@ -26,6 +26,7 @@ from sapiens_accel.pose.person_boxes import PeopleSizes
 from sapiens_accel.pose.skeleton import COCO17, PUBLISHED, Skeleton, skeleton_from_tree, words
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.files import read_json
+from sapiens_accel.visibility import output as visibility
 
 PUBLISHED_HW = (1024, 768)  # of Meta's pose networks, whose files do not name it
 
@@ -305,8 +306,12 @@ def build_network(
     if anew:
         raise UserError(f"{candidate.weights}: incomplete for {skeleton.num_keypoints} keypoints: no {anew[0]!r} in it")
     codec = Codec(input_hw=input_hw, heatmap_hw=model.heatmap_hw, sigma=run.data.sigma)
-    network = model.eval()
-    return PoseNetwork(model=network, codec=codec, autocast=autocast, name=str(candidate.weights)), str(report)
+    output = visibility.read(published_weights.file.parent, names) if published_weights.file.name == FILE else None
+    network = PoseNetwork(
+        model=model.eval(), codec=codec, autocast=autocast, name=str(candidate.weights),
+        visibility=output and output.to(device),
+    )  # fmt: skip
+    return network, str(report)
 
 
 def build_networks(

@@ -8,7 +8,7 @@ Shape letters: n boxes, b of them at a time, k keypoints, H W the input, h w the
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,21 +24,29 @@ from sapiens_accel.config.schema import DataConfig, EvalConfig
 from sapiens_accel.data.loader import begin_worker, unwrap_errors
 from sapiens_accel.errors import UserError
 from sapiens_accel.evaluation.boxes import Boxes
-from sapiens_accel.models.sapiens import use_input_size
+from sapiens_accel.models.sapiens import SapiensPose, use_input_size
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.averaging import View, average_flip, average_views, resize_matrices, scale_sizes
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.visibility.output import watch_head
 
 PATCH = 16
+VisibilityReader = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """Keypoints of all people, in the order of their rows: image px, and scores."""
+    """Keypoints of all people, in the order of their rows: image px, and scores.
+
+    Attributes:
+        visibility: float32; what `PoseNetwork.visibility` gives, the mean of the networks that have it; None if none
+            has.
+    """
 
     points_xy: Float[Array, "n k 2"]
     scores: Float[Array, "n k"]
+    visibility: Float[Array, "n k m"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +56,15 @@ class PoseNetwork:
     Attributes:
         autocast: the dtype of mixed precision; None where the module sees to its own.
         name: what messages call it.
+        visibility: the features and heatmaps [b, k, h, w] of a crop to numbers of each keypoint [b, k, m], usually a
+            `VisibilityOutput`; None: nothing.
     """
 
     model: nn.Module
     codec: Codec
     autocast: torch.dtype | None = None
     name: str = "the network"
+    visibility: VisibilityReader | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +189,22 @@ def predict(
     with _evaluating([network.model for network in networks]), _progress(len(mine), rank) as progress:
         for batch in unwrap_errors(loader):
             crops = [NetworkInput(*crop) for crop in batch]
-            maps = _mean_maps(views, crops, setup)
+            maps, visibility = _mean_maps(views, crops, setup)
             points_xy, scores = networks[0].codec.decode(maps)
-            decoded.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix))
+            decoded.append((points_xy.cpu().double(), scores.cpu().double(), crops[0].matrix, visibility.cpu()))
             progress.update(len(points_xy))
-    points_xy, scores, matrices = (torch.cat(parts) for parts in zip(*decoded, strict=True))
+    points_xy, scores, matrices, visibility = (torch.cat(parts) for parts in zip(*decoded, strict=True))
     # The frame of the maps is the first network's own crop, whatever its first view was.
     frames = resize_matrices(matrices, views[0].input_hw, networks[0].codec.input_hw)
     image_xy = torch.stack([_to_image(m, p) for m, p in zip(frames, points_xy, strict=True)])
     rows = torch.cat([image_xy, scores[..., None]], dim=-1).to(device)
     index = torch.tensor(mine, device=device)
     gather = processes.gather
-    predictions = _assemble(gather(index).cpu().numpy(), gather(rows).cpu().numpy(), len(boxes))
+    order = gather(index).cpu().numpy()
+    predictions = _assemble(order, gather(rows).cpu().numpy(), len(boxes))
+    if visibility.shape[-1]:
+        values = gather(visibility.to(device)).cpu().numpy()
+        predictions = replace(predictions, visibility=_in_order(order, values, len(boxes)))
     _check_finite(predictions, boxes, networks)
     return predictions
 
@@ -207,23 +222,47 @@ def predict_heatmaps(networks: Sequence[PoseNetwork], boxes: Boxes, setup: Predi
         for first in range(0, len(boxes), batch_size):
             several = [crops[index] for index in range(first, min(first + batch_size, len(boxes)))]
             batch = [NetworkInput(*crop) for crop in default_collate(several)]
-            maps.append(_mean_maps(views, batch, setup).cpu().numpy())
+            maps.append(_mean_maps(views, batch, setup)[0].cpu().numpy())
     return np.concatenate(maps)
 
 
 def _mean_maps(
     views: Sequence[ScaledNetwork], crops: Sequence[NetworkInput], setup: PredictionSetup
-) -> Float[Tensor, "b k h w"]:
-    """The average of all views, in the frame of the first network's own crop."""
+) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k m"]]:
+    """The average of all views, in the frame of the first network's own crop; and of their visibility (m 0: none)."""
+    judged: list[Tensor] = []
 
     def predict_views() -> Iterator[View]:
-        for view, crop in zip(views, crops, strict=True):
+        for index, (view, crop) in enumerate(zip(views, crops, strict=True)):
             image, network = crop.image.to(setup.device, non_blocking=True), partial(_maps, view)
-            maps = average_flip(network, image, setup.skeleton.mirror) if setup.config.flip else network(image)
+            with _watch_visibility(views, index) as passes:
+                maps = average_flip(network, image, setup.skeleton.mirror) if setup.config.flip else network(image)
+            if passes:  # those of the mirror image come last
+                judged.append(torch.cat(passes)[: len(image)])
             yield View(maps, crop.matrix, view.input_hw)
 
     codec = views[0].network.codec
-    return average_views(predict_views(), codec.input_hw, codec.heatmap_hw)
+    maps = average_views(predict_views(), codec.input_hw, codec.heatmap_hw)
+    return maps, torch.stack(judged).mean(dim=0) if judged else maps.new_zeros(*maps.shape[:2], 0)
+
+
+@contextmanager
+def _watch_visibility(views: Sequence[ScaledNetwork], index: int) -> Iterator[list[Tensor]]:
+    """Collect the visibility of one view: of each network that has it, at its own size or else its first one."""
+    network = views[index].network
+    sizes = {place: view.input_hw for place, view in enumerate(views) if view.network is network}
+    best = next((place for place, size in sizes.items() if size == network.codec.input_hw), min(sizes))
+    if network.visibility is None or index != best:
+        yield []
+        return
+    head = next(module for module in network.model.modules() if isinstance(module, SapiensPose)).head
+    with watch_head(head, partial(_in_float32, network.visibility)) as passes:
+        yield passes
+
+
+def _in_float32(visibility: VisibilityReader, features: Tensor, heatmaps: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return visibility(features, heatmaps)
 
 
 def _maps(view: ScaledNetwork, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
@@ -272,6 +311,11 @@ def _check_finite(predictions: Predictions, boxes: Boxes, networks: Sequence[Pos
 def _assemble(index: Int[Array, "m"], rows: Float[Array, "m k 3"], num_boxes: int) -> Predictions:
     """By each box's own index: what was predicted twice to fill a rank's share counts once."""
     assert set(index.tolist()) == set(range(num_boxes)), "a person was lost between the ranks"
-    whole = np.zeros((num_boxes, *rows.shape[1:]))
-    whole[index] = rows
+    whole = _in_order(index, rows, num_boxes)
     return Predictions(points_xy=whole[..., :2], scores=whole[..., 2])
+
+
+def _in_order(index: Int[Array, "m"], rows: Float[Array, "m k c"], num_boxes: int) -> Float[Array, "n k c"]:
+    whole = np.zeros((num_boxes, *rows.shape[1:]), rows.dtype)
+    whole[index] = rows
+    return whole

@@ -215,5 +215,10 @@ def keypoint_statistics(values: KeypointQuality, skeleton: Skeleton) -> dict[str
     return {**{name: _number(value) for name, value in means.items()}, "keypoints": of_keypoints}
 
 
+def without_nan(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of numbers for a JSON: what is no number is null."""
+    return {key: without_nan(one) if isinstance(one, Mapping) else _number(one) for key, one in tree.items()}
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value

@@ -30,7 +30,8 @@ if not sys.stderr.isatty():
 
 FILE = "model.safetensors"
 INDEX = f"{FILE}.index.json"
-BESIDE = ("config.json", "preprocessor_config.json", "skeleton.json", "README.md", "LICENSE*", "*.py")
+BESIDE = ("config.json", "preprocessor_config.json", "skeleton.json", "README.md", "LICENSE*", "*.py",
+          "visibility.safetensors")  # fmt: skip
 NOT_TRAINABLE = ("torchscript", "bfloat16")  # programs, and copies of lower precision
 LISTING_SECONDS = 30
 LICENSE_FILES = ("LICENSE.md", "LICENSE", "LICENSE.txt")

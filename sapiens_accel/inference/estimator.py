@@ -25,7 +25,7 @@ from sapiens_accel.config import parse as config
 from sapiens_accel.data.detections import NOBODY, PersonBoxes
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.evaluation import keypoint_csv, networks
-from sapiens_accel.evaluation.keypoint_csv import CsvShape, ImageRow, PersonRow
+from sapiens_accel.evaluation.keypoint_csv import CsvShape, ImageRow
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector, prepare_batch
 from sapiens_accel.inference.keypoints import KeypointFinder, collect_boxes, find_whole
@@ -37,6 +37,7 @@ from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime.device import choose_device
 from sapiens_accel.runtime.distributed import BF16_CAPABILITY
 from sapiens_accel.sources.images import BadImageError, decode_image, describe_fault, set_image_bits, whole_image
+from sapiens_accel.visibility.output import OUTPUTS
 
 Image = str | Path | bytes | PIL.Image.Image | UInt8[Array, "h w 3"]
 GivenBoxes = str | Sequence[Any] | Array | None
@@ -66,6 +67,8 @@ class PoseResult:
         threshold: keypoints with a score above it are drawn, and labeled (v is 2) in `to_coco`.
         track_ids: [N], of a video: identities, the same number in all frames of a person, from 1.
         time: of a video: when the frame is shown, in seconds.
+        present, visible: [N, K], the probabilities that a keypoint is there (v > 0 in labels) and that it is not hidden
+            either (v 2); None where the weights were trained without `--model.visibility`.
     """
 
     keypoints: Float[Array, "n k 2"]
@@ -81,6 +84,8 @@ class PoseResult:
     skeleton: Skeleton
     track_ids: Int[Array, "n"] | None = None
     time: float | None = None
+    present: Float[Array, "n k"] | None = None
+    visible: Float[Array, "n k"] | None = None
 
     def __len__(self) -> int:
         return len(self.keypoints)
@@ -133,10 +138,7 @@ class PoseResult:
         Raises:
             UserError: the file cannot be written.
         """
-        rows = [
-            PersonRow(one.points_xy, one.scores, one.score, self.category, track_id=one.track_id)
-            for one in self.to_people()
-        ]
+        rows = [one.to_row(self.category) for one in self.to_people()]
         text = keypoint_csv.format_csv(self.names, shape, [ImageRow(self.image_name, rows, 1, time=self.time)])
         if file is not None:
             try:
@@ -149,7 +151,11 @@ class PoseResult:
         """The people one by one."""
         tracks = [None] * len(self) if self.track_ids is None else self.track_ids.tolist()
         parts = (self.keypoints, self.scores, self.person_scores.tolist(), self.boxes, self.box_scores.tolist())
-        return [Person(*row, track_id=track) for *row, track in zip(*parts, tracks, strict=True)]
+        people = [Person(*row, track_id=track) for *row, track in zip(*parts, tracks, strict=True)]
+        if self.present is None or self.visible is None:
+            return people
+        visibility = np.stack([self.present, self.visible], axis=-1)
+        return [one._replace(visibility=values) for one, values in zip(people, visibility, strict=True)]
 
 
 class PoseEstimator:
@@ -329,13 +335,17 @@ class PoseEstimator:
 
     def _to_result(self, people: list[Person], name: str, image_hw: tuple[int, int], category: str) -> PoseResult:
         num = self.finder.skeleton.num_keypoints
+        outputs: dict[str, Any] = {}
+        if any(network.visibility is not None for network in self.finder.networks):
+            values = np.array([one.visibility for one in people]).reshape(-1, num, len(OUTPUTS))
+            outputs = {name: values[..., index] for index, name in enumerate(OUTPUTS)}
         return PoseResult(
             keypoints=np.array([one.points_xy for one in people]).reshape(-1, num, 2),
             scores=np.array([one.scores for one in people]).reshape(-1, num),
             boxes=np.array([one.box_xywh for one in people]).reshape(-1, 4),
             names=self.names, category=category, person_scores=np.array([one.score for one in people]),
             box_scores=np.array([one.box_score for one in people]), image_name=name, image_hw=image_hw,
-            threshold=self.finder.run.eval.score_threshold, skeleton=self.finder.skeleton,
+            threshold=self.finder.run.eval.score_threshold, skeleton=self.finder.skeleton, **outputs,
         )  # fmt: skip
 
 

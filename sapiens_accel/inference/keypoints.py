@@ -47,7 +47,10 @@ class KeypointFinder:
         predictions = predict(self.networks, boxes, setup, self.processes)
         scores = boxes.scores * person_scores(predictions.scores, self.run.eval.score_threshold)
         parts = (predictions.points_xy, predictions.scores, scores.tolist(), boxes.boxes_xywh, boxes.scores.tolist())
-        return [Person(*row) for row in zip(*parts, boxes.category_ids or [1] * len(boxes), strict=True)]
+        people = [Person(*row) for row in zip(*parts, boxes.category_ids or [1] * len(boxes), strict=True)]
+        if predictions.visibility is None:
+            return people
+        return [one._replace(visibility=values) for one, values in zip(people, predictions.visibility, strict=True)]
 
     def find_people(self, boxes: Boxes | None, num_images: int) -> list[list[Person]]:
         """The people of each image, each person once, the surest first. `image_ids` are indices of the images."""

@@ -18,8 +18,10 @@ from sapiens_accel.inference.media import Film
 from sapiens_accel.pose import draw
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.sources.images import read_image
+from sapiens_accel.visibility.output import name_columns
 
 LABELED = 2  # COCO's v of a keypoint that is there
+HAS_VISIBILITY = "visibility"  # in the JSON's info
 
 
 def choose_folder(folder: Path, path: Path) -> Path:
@@ -48,6 +50,8 @@ class Person(NamedTuple):
 
     Attributes:
         track_id: of a video: the same number in all frames of a person, from 1.
+        visibility: the probabilities that each keypoint is present and that it is visible; None where the weights have
+            no such output.
     """
 
     points_xy: Float[Array, "k 2"]
@@ -57,6 +61,13 @@ class Person(NamedTuple):
     box_score: float
     category_id: Any = 1
     track_id: int | None = None
+    visibility: Float[Array, "k 2"] | None = None
+
+    def to_row(self, category: str) -> PersonRow:
+        """The person for a CSV."""
+        return PersonRow(
+            self.points_xy, self.scores, self.score, category, track_id=self.track_id, visibility=self.visibility
+        )
 
 
 def category_name(skeleton: Skeleton) -> str:
@@ -99,6 +110,7 @@ def to_annotation(person: Person, threshold: float) -> dict[str, Any]:
         "num_keypoints": int((shown > 0).sum()),
         "keypoints": points,
         "keypoint_scores": person.scores.round(4).tolist(),
+        **name_columns(person.visibility),
         "score": round(person.score, 5),
         "box_score": round(person.box_score, 5),
     }
@@ -127,6 +139,8 @@ class KeypointsWriter:
         kinds = to_categories(skeleton, categories or {1: category_name(skeleton)})
         third = f"v: 2 where the score is above {threshold:g}, else 0"
         about = {**info, "keypoints": f"x, y (px), {third}; keypoint_scores: of each keypoint"}
+        if info.get(HAS_VISIBILITY):
+            about[HAS_VISIBILITY] = "keypoint_present, keypoint_visible: probabilities of v > 0 and of v = 2"
         self._head = f'{{"info": {json.dumps(about)},\n"categories": {json.dumps(kinds)},\n"annotations": ['
 
     def add(self, name: str, size_hw: tuple[int, int], people: Sequence[Person], time: float | None = None) -> None:
@@ -228,7 +242,8 @@ class MediaWriter:
     def _open_table(self, evaluation: EvalConfig) -> KeypointCsv:
         assert evaluation.csv is not None
         is_video = self.film is not None
-        return KeypointCsv(self.folder / "keypoints.csv", self.skeleton.names, evaluation.csv, is_video)
+        file, names = self.folder / "keypoints.csv", self.skeleton.names
+        return KeypointCsv(file, names, evaluation.csv, is_video, HAS_VISIBILITY in self.about)
 
     def add(self, piece: Piece, everybody: Sequence[Sequence[Person]]) -> None:
         """The people of each image of a piece."""
@@ -246,10 +261,7 @@ class MediaWriter:
                 self._draw(read_image(piece.root / piece.files[index]) if read is None else read(index), name, people)
 
     def _table_row(self, name: str, people: Sequence[Person], time: float | None) -> ImageRow:
-        rows = [
-            PersonRow(one.points_xy, one.scores, one.score, self.categories[one.category_id], track_id=one.track_id)
-            for one in people
-        ]
+        rows = [one.to_row(self.categories[one.category_id]) for one in people]
         if self.film is None:
             return ImageRow(name, rows, self.file.num_images)
         return ImageRow(self.path.name, rows, self.file.num_images, frame=media.frame_index(name), time=time)

@@ -27,7 +27,7 @@ from sapiens_accel.evaluation.networks import Candidate
 from sapiens_accel.inference import media
 from sapiens_accel.inference.detector import DEFAULT, Detector
 from sapiens_accel.inference.keypoints import KeypointFinder, collect_boxes, find_whole
-from sapiens_accel.inference.outputs import MediaWriter, Piece, category_name, choose_folder
+from sapiens_accel.inference.outputs import HAS_VISIBILITY, MediaWriter, Piece, category_name, choose_folder
 from sapiens_accel.inference.tracking import Tracker
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import failures
@@ -237,7 +237,14 @@ def _piece_of_images(accelerator: Accelerator, root: Path, names: Sequence[str])
 
 def _predict_pieces(accelerator: Accelerator, task: Task, folder: Path, weights: str) -> None:
     evaluation = task.keypoints.run.eval
-    about = {"weights": weights, "boxes": task.finder.about, "flip": evaluation.flip, "scales": list(evaluation.scales)}
+    about: dict[str, Any] = {
+        "weights": weights,
+        "boxes": task.finder.about,
+        "flip": evaluation.flip,
+        "scales": list(evaluation.scales),
+    }
+    if any(network.visibility is not None for network in task.keypoints.networks):
+        about[HAS_VISIBILITY] = True
     writer = None
     if accelerator.is_main_process:
         writer = MediaWriter(task.path, folder, task.keypoints.skeleton, evaluation, about, task.finder.categories)

@@ -1,8 +1,10 @@
 """Export a weights folder as a graph: ONNX, torch.export, or a TensorRT engine that is built from the ONNX graph.
 
 In: `pixel_values`, float32 [b, 3, H, W], RGB, normalized as preprocessor_config.json says. Out: `heatmaps`, float32
-[b, K, h, w], in any precision of the weights. skeleton.json and preprocessor_config.json are in the file: ONNX has them
-as metadata, torch.export as extra files; an engine has no place for them. `export_runtimes` runs the written files.
+[b, K, h, w], in any precision of the weights; and where the weights have it `visibility`, float32 [b, K, 2], the
+probabilities that a keypoint is present and that it is visible. skeleton.json and preprocessor_config.json are in the
+file: ONNX has them as metadata, torch.export as extra files; an engine has no place for them. `export_runtimes` runs
+the written files.
 """
 
 import logging
@@ -20,6 +22,7 @@ from transformers import Sapiens2ForPoseEstimation
 from sapiens_accel.errors import UserError
 from sapiens_accel.models import load as weights
 from sapiens_accel.models.modeling_sapiens_pose import SapiensForPoseEstimation
+from sapiens_accel.visibility import output as visibility
 
 Format = Literal["onnx", "torch_export", "tensorrt"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch_export": ".pt2", "tensorrt": ".engine"}
@@ -33,11 +36,16 @@ PACKAGES: dict[Format, tuple[str, ...]] = {
 OPSET = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 ENGINE_BATCHES = (1, 8, 32)  # of a TensorRT engine: the least, the one that it is tuned for, and the most
 EXTERNAL_BEYOND = 1_500_000_000  # bytes of weights; protobuf is limited to 2 GiB, graph included
+OUTPUTS = ("heatmaps", "visibility")
 ATTACHED_FILES = ("skeleton.json", "preprocessor_config.json")
 
 
 class Network(nn.Module):
-    """The network of a weights folder as transformers builds it: normalized images to float32 heatmaps."""
+    """The network of a weights folder as transformers builds it: normalized images to float32 heatmaps.
+
+    Attributes:
+        outputs: the names of what it returns: heatmaps, or a tuple of heatmaps and visibility.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """
@@ -59,14 +67,23 @@ class Network(nn.Module):
         self.input_hw: tuple[int, int] = tuple(about["input_hw"])
         self.sigma = float(about["sigma"])
         self.notes = {name: (folder / name).read_text() for name in ATTACHED_FILES if (folder / name).is_file()}
+        self.visibility = visibility.read(folder)
+        self.outputs = OUTPUTS if self.visibility is not None else OUTPUTS[:1]
         self.eval().requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
-    def forward(self, pixel_values: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k h w"]:
-        return self.network(pixel_values=pixel_values).heatmaps.float()
+    def forward(
+        self, pixel_values: Float[Tensor, "b 3 H W"]
+    ) -> Float[Tensor, "b k h w"] | tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k 2"]]:
+        if self.visibility is None:
+            return self.network(pixel_values=pixel_values).heatmaps.float()
+        head = self.network.get_submodule("head" if hasattr(self.network, "head") else "decode_head")
+        with visibility.watch_head(head, self.visibility) as passes:
+            heatmaps = self.network(pixel_values=pixel_values).heatmaps
+        return heatmaps.float(), passes[0]
 
     def example_images(self, num: int) -> Float[Tensor, "b 3 H W"]:
         """Noise in the range of normalized images, the same in every call."""
@@ -141,7 +158,7 @@ def _write_onnx(network: Network, file: Path, opset: int | None = None, *, dynam
         network,
         (example,),
         input_names=["pixel_values"],
-        output_names=["heatmaps"],
+        output_names=list(network.outputs),
         opset_version=opset,
         dynamic_shapes=shapes,
         dynamo=True,

@@ -18,9 +18,12 @@ from sapiens_accel.models.export_graph import SUFFIX, Network
 from sapiens_accel.pose.heatmap_numpy import NumpyCodec
 from sapiens_accel.runtime.versions import package_version
 
-Runner = Callable[[Tensor], Tensor]  # pixel_values to heatmaps, both in host memory
+# pixel_values to heatmaps, or to a tuple of heatmaps and visibility, all in host memory
+Runner = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 # Maximum absolute difference of heatmaps; relative to the largest value where heatmaps exceed 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# Of probabilities, whose logits have slopes of some units.
+TOLERANCE_VISIBILITY = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 TOLERANCE_PX = {torch.float32: 0.1, torch.float16: 0.1}  # of keypoints, px of the network's input
 # Of heatmaps whose keypoints are compared: peak, and cosine to the Gaussian that is encoded at the decoded keypoint.
 MIN_PEAK, MIN_LIKENESS = 0.2, 0.8
@@ -51,14 +54,15 @@ def check(reference: Network, file: Path, batches: tuple[int, ...], dtype: torch
     run = _open(file)
     if isinstance(run, _Missing):
         return run.reason
-    worst, largest, far = 0.0, 0.0, np.zeros(0)
+    worst, largest, far, differences = 0.0, 0.0, np.zeros(0), [0.0]
     with torch.no_grad():
         for num in batches:
             pixels = reference.example_images(num)
-            expected, actual = reference(pixels), run(pixels)
-            worst = max(worst, float((actual - expected).abs().max().nan_to_num(float("inf"))))
+            (expected, *others), (actual, *their_others) = _as_tuple(reference(pixels)), _as_tuple(run(pixels))
+            worst = max(worst, _largest_difference(actual, expected))
             largest = max(largest, float(expected.abs().max()))
             far = np.append(far, distances(reference, expected, actual))
+            differences += [_largest_difference(*pair) for pair in zip(their_others, others, strict=True)]
     compared = f"differs from PyTorch by {worst:.1e} at most, of heatmaps up to {largest:.2g}"
     if worst > TOLERANCE[dtype] * max(1.0, largest):
         graph.remove(file)
@@ -67,7 +71,20 @@ def check(reference: Network, file: Path, batches: tuple[int, ...], dtype: torch
     if far.max(initial=0.0) > TOLERANCE_PX.get(dtype, float("inf")):
         graph.remove(file)
         raise UserError(f"{file}: {points} from PyTorch's, more than {TOLERANCE_PX[dtype]}; it was removed")
-    return f"{compared}; {points} (batches of {', '.join(map(str, batches))})"
+    visible = f"probabilities of visibility by {max(differences):.1e}"
+    if max(differences) > TOLERANCE_VISIBILITY[dtype]:
+        graph.remove(file)
+        raise UserError(f"{file}: {visible}, more than {TOLERANCE_VISIBILITY[dtype]:.0e}; it was removed")
+    parts = [compared, points, visible][: 1 + len(reference.outputs)]
+    return f"{'; '.join(parts)} (batches of {', '.join(map(str, batches))})"
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _largest_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max().nan_to_num(float("inf")))
 
 
 def distances(network: Network, expected: Tensor, actual: Tensor) -> np.ndarray:
@@ -120,7 +137,11 @@ def _open_onnx(file: Path, device: str) -> Runner | _Missing:
         raise UserError(f"{file}: onnxruntime cannot run it, and it was removed: {reason}") from None
     if PROVIDERS[device] not in session.get_providers():  # it has fallen back to the CPU
         return _Missing("onnxruntime could not start CUDA; its own message stands above")
-    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(values) for values in session.run(None, {"pixel_values": pixels.numpy()}))
+
+    return run
 
 
 def _open_engine(file: Path) -> Runner:
@@ -131,15 +152,21 @@ def _open_engine(file: Path) -> Runner:
     context, stream = engine.create_execution_context(), torch.cuda.Stream()
     device = torch.device("cuda", torch.cuda.current_device())
 
-    def run(pixels: Tensor) -> Tensor:
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
         with torch.cuda.stream(stream):
             images = pixels.to(device).contiguous()
             context.set_input_shape("pixel_values", tuple(images.shape))
-            heatmaps = torch.empty(tuple(context.get_tensor_shape("heatmaps")), device=device)
-            for name, tensor in (("pixel_values", images), ("heatmaps", heatmaps)):
+            outputs = {
+                name: torch.empty(tuple(context.get_tensor_shape(name)), device=device)
+                for name in graph.OUTPUTS
+                if name in names
+            }
+            for name, tensor in {"pixel_values": images, **outputs}.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             context.execute_async_v3(stream.cuda_stream)
-            return heatmaps.cpu()
+            return tuple(output.cpu() for output in outputs.values())
 
     return run
 
@@ -178,7 +205,7 @@ def benchmark(folder: Path, dtype: torch.dtype, batches: Sequence[int] = BATCHES
         device = _device()
         on_device = network.to(device)
         runners: dict[str, Runner | _Missing] = {
-            f"PyTorch {torch.__version__}": lambda pixels: on_device(pixels.to(device)).cpu(),
+            f"PyTorch {torch.__version__}": lambda pixels: _to_host(on_device(pixels.to(device))),
             f"ONNX Runtime {package_version('onnxruntime') or ''}".rstrip(): onnx,
             f"TensorRT {package_version('tensorrt') or ''}".rstrip(): engine,
         }
@@ -189,6 +216,10 @@ def benchmark(folder: Path, dtype: torch.dtype, batches: Sequence[int] = BATCHES
         else Timing(name, tuple(map(median, seconds[name])))
         for name, run in runners.items()
     ]
+
+
+def _to_host(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(output.cpu() for output in _as_tuple(outputs))
 
 
 def _measure(runners: Mapping[str, Runner], images: Sequence[Tensor]) -> dict[str, list[list[float]]]:

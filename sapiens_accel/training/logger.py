@@ -50,6 +50,7 @@ from sapiens_accel.training.objectives import Objective
 from sapiens_accel.training.pseudo_label_quality import Holdout, Judged, ProbeResult
 from sapiens_accel.training.run_folder import digest_people
 from sapiens_accel.training.ssl_monitor import KEEP_RANGE, Alarms, StageResult, Stopped, describe_result
+from sapiens_accel.visibility.regression import fit_calibration
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -734,7 +735,7 @@ def format_duration(seconds: float) -> str:
 
 def _fit(objective: Objective, judged: Judged) -> None:
     if isinstance(objective, MeanTeacher) and objective.config.calibrates:
-        objective.calibrate(holdout.fit_calibration(judged.scores, judged.right, judged.counted))
+        objective.calibrate(fit_calibration(judged.scores, judged.right, judged.counted))
 
 
 def _is_writer(thread: threading.Thread | None) -> bool:

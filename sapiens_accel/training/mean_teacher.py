@@ -298,7 +298,7 @@ class MeanTeacher:
         self.sample = self.average.sample()
 
     def calibrate(self, calibration: Float[Tensor, "2+k"]) -> None:
-        """Use a fit of `pseudo_label_quality.fit_calibration`, that of the first rank. All ranks must call it."""
+        """Use a fit of `visibility.regression.fit_calibration`, that of the first rank. All ranks must call it."""
         self.calibration.copy_(self.gather(calibration.to(self.calibration)[None])[0])
 
     def _predict(self, pair: Pair) -> tuple[Float[Tensor, "u k 2"], Float[Tensor, "u k"], Tensor | None]:

@@ -33,9 +33,6 @@ from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherPrediction, 
 NUM_HOLDOUT = 256  # some 3,000 keypoints: a precision of 0.9 is known to +-0.01, in seconds
 NUM_SHOWN = 6
 CURVE_PX = 400
-OFFSET_RIDGE = 1.0  # keypoints' offsets have a standard deviation of about 1 in log-odds
-SLOPE_RIDGE = 1e-3  # none to speak of: it makes Newton's matrix invertible
-NEWTON_STEPS = 50  # it takes about 8
 NEAR = 0.05  # of the crop's diagonal: a pseudo-label that is no farther from its keypoint counts as right
 
 
@@ -235,50 +232,6 @@ def _similarity(labeled_pair: LabeledPair, prediction: TeacherPrediction, holdou
         if counted.any()
     ]
     return torch.tensor([float(sum(similarities)), float(len(similarities))], dtype=torch.float64)
-
-
-def fit_calibration(
-    scores: Float[Array, "n k"], right: Bool[Array, "n k"], counted: Bool[Array, "n k"]
-) -> Float[Tensor, "2+k"]:
-    """Fit P(right) = sigmoid(slope * score + intercept + offset of the keypoint); returned in this order.
-
-    A logistic regression by Newton's method, with a ridge on the offsets, and with the targets of Platt 1999
-    (Probabilistic Outputs for Support Vector Machines, section 2.2): (N+ + 1) / (N+ + 2) and 1 / (N- + 2) in place of 1
-    and 0. So a few people whose keypoints are all right give no certainty. A higher score never means a lower
-    probability: a negative slope is 0.
-    """
-    k = np.nonzero(counted)[1]
-    x, is_right = scores[counted].astype(np.float64), right[counted]
-    num = scores.shape[1]
-    positive, negative = int(is_right.sum()), int((~is_right).sum())
-    target = np.where(is_right, (positive + 1) / (positive + 2), 1 / (negative + 2))
-    common, offsets = np.zeros(2), np.zeros(num)
-
-    def loss(common: Float[Array, "2"], offsets: Float[Array, "k"]) -> float:
-        logit = common[0] * x + common[1] + offsets[k]
-        ridge = SLOPE_RIDGE * common @ common + OFFSET_RIDGE * offsets @ offsets
-        return float((np.logaddexp(0, logit) - target * logit).sum() + ridge / 2)
-
-    for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(-(common[0] * x + common[1] + offsets[k])))
-        weight, error = p * (1 - p), p - target
-        by_keypoint = np.bincount(k, error, num) + OFFSET_RIDGE * offsets
-        gradient = np.array([error @ x, error.sum()]) + SLOPE_RIDGE * common
-        diagonal = np.bincount(k, weight, num) + OFFSET_RIDGE
-        mixed = np.stack([np.bincount(k, weight * x, num), np.bincount(k, weight, num)])
-        whole = np.array([[weight @ x**2, weight @ x], [weight @ x, weight.sum()]]) + SLOPE_RIDGE * np.eye(2)
-        # The offsets' part of the Hessian is diagonal, so 2 equations are left.
-        step = np.linalg.solve(whole - (mixed / diagonal) @ mixed.T, gradient - (mixed / diagonal) @ by_keypoint)
-        further, length = (by_keypoint - step @ mixed) / diagonal, 1.0
-        before = loss(common, offsets)
-        while length > 1e-6 and loss(common - length * step, offsets - length * further) > before:
-            length /= 2
-        common, offsets = common - length * step, offsets - length * further
-        if max(abs(step).max(), abs(further).max(initial=0)) < 1e-9:
-            break
-    if common[0] < 0:
-        return fit_calibration(np.zeros_like(scores), right, counted)
-    return torch.from_numpy(np.concatenate([common, offsets]))
 
 
 def is_near(

@@ -19,6 +19,8 @@ from sapiens_accel.data import loader, sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import TrainingPeople
 from sapiens_accel.errors import Interrupted, UserError
+from sapiens_accel.evaluation import evaluate
+from sapiens_accel.evaluation.predict import PredictionSetup
 from sapiens_accel.hub import download
 from sapiens_accel.models import adapters, checkpoint_formats, export, quantized
 from sapiens_accel.models import load as weights
@@ -29,9 +31,11 @@ from sapiens_accel.runtime.signals import EvaluationStopped, StopRequest
 from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Resume, Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
-from sapiens_accel.training.loop import Step, StepConfig, steps
+from sapiens_accel.training.loop import Step, StepConfig, steps, stop_between_batches
 from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
 from sapiens_accel.training.objectives import FixedTeacher, Objective
+from sapiens_accel.visibility import output as visibility
+from sapiens_accel.visibility.quality import format_quality
 
 BASE = "base"  # in a stage's folder: the network that its adapters are added to
 AGAIN = "Restart all machines with --resume_from_checkpoint latest"
@@ -147,9 +151,30 @@ class TrainingStage:
     def _export(self, *, needed: bool) -> None:
         """Write the weights that were just evaluated to STAGE/weights. All ranks must call it."""
         folder, dtype = self.context.folder, getattr(torch, self.context.run.weights_dtype)
-        action = partial(self._write, folder, self._collect(), dtype=dtype)
-        if files.write_on_main(self.context.accelerator, action, folder / "weights", needed=needed):
+        output, collected = self._fit_visibility(), self._collect()
+
+        def write() -> None:
+            visibility.save(folder / "weights", None)  # that of the weights before
+            self._write(folder, collected, dtype)
+            visibility.save(folder / "weights", output)
+
+        if files.write_on_main(self.context.accelerator, write, folder / "weights", needed=needed):
             self.logger.mark_kept(folder / "weights")
+
+    def _fit_visibility(self) -> visibility.VisibilityOutput | None:
+        """Return the second output of the weights that were just evaluated, on rank 0. All ranks must call it."""
+        context, run = self.context, self.context.run
+        if not run.model.visibility:
+            return None
+        network = evaluate.wrap_network(context.accelerator, self.objective.result(self.network), self.objective.codec)
+        sets, device = context.sets, context.accelerator.device
+        setup = PredictionSetup(skeleton=sets.skeleton, data=run.data, config=run.eval, device=device)
+        with stop_between_batches(context.accelerator, network.model):
+            output = evaluate.fit_visibility(context.accelerator, network, sets.train, sets.val, setup)
+        if output is not None:
+            table = format_quality(output.about["quality"])
+            print(f"{context.name}: {output.description}\n{table}", flush=True)
+        return output
 
     def _collect(self) -> checkpoint.Weights:
         """Return the weights to export, by folder, on rank 0. All ranks must call it."""

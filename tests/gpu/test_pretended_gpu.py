@@ -482,13 +482,14 @@ def test_an_engine_gets_its_images_before_it_runs(tmp_path: Path, monkeypatch: p
     run = export_runtimes._open_engine(tmp_path / "x.engine")
     with FakeTensorMode():
         monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: (str(tensor.device), tuple(tensor.shape)))
-        heatmaps = run(torch.empty(2, 3, 64, 48))
-    assert (heatmaps.device.type, tuple(heatmaps.shape)) == ("cpu", (2, 17, 16, 12))
+        outputs = run(torch.empty(2, 3, 64, 48))
+    assert [(one.device.type, tuple(one.shape)) for one in outputs] == [("cpu", (2, 17, 16, 12)), ("cpu", (2, 17, 2))]
     assert calls == [
         ("deserialize", b"engine"),
         ("shape", "pixel_values", (2, 3, 64, 48)),
         ("address", "pixel_values", ("cuda:0", (2, 3, 64, 48))),
         ("address", "heatmaps", ("cuda:0", (2, 17, 16, 12))),
+        ("address", "visibility", ("cuda:0", (2, 17, 2))),
         ("execute", 7),
     ]
     assert driver.done == ["in copies"]
@@ -501,6 +502,7 @@ def _pretend_tensorrt(calls: list[tuple[Any, ...]]) -> Any:
     def set_input_shape(name: str, shape: tuple[int, ...]) -> None:
         calls.append(("shape", name, shape))
         shapes["heatmaps"] = (shape[0], 17, shape[2] // 4, shape[3] // 4)
+        shapes["visibility"] = (shape[0], 17, 2)
 
     context = types.SimpleNamespace(
         set_input_shape=set_input_shape,
@@ -511,7 +513,10 @@ def _pretend_tensorrt(calls: list[tuple[Any, ...]]) -> Any:
 
     def deserialize(data: bytes) -> Any:
         calls.append(("deserialize", data))
-        return types.SimpleNamespace(create_execution_context=lambda: context)
+        names = ["visibility", "pixel_values", "heatmaps"]  # in any order
+        return types.SimpleNamespace(
+            create_execution_context=lambda: context, num_io_tensors=len(names), get_tensor_name=names.__getitem__
+        )
 
     module: Any = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)

@@ -30,6 +30,7 @@ from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, SIZES, HeatmapHe
 from sapiens_accel.pose import geometry
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, Skeleton
+from sapiens_accel.visibility import output as visibility
 
 # Unlike each other, and one of them not 4:3.
 INPUT_HW = {"sapiens_tiny": (64, 48), "sapiens2_tiny": (96, 64)}
@@ -409,6 +410,51 @@ def test_a_graph_of_other_weights_is_found_out_and_removed(tmp_path: Path) -> No
     assert "differs from PyTorch by 0.0e+00" in runtimes.check(wrong, file, (1, 3))
     with pytest.raises(UserError, match=r"pose\.pt2: differs from PyTorch by .* more than 1e-04; it was removed"):
         runtimes.check(right, file, (1,))
+    assert not file.exists()
+
+
+def _add_visibility(folder: Path, model: SapiensPose) -> visibility.VisibilityOutput:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 17, model.size.width + visibility.NUM_SHAPE, generator=generator) * 0.1
+    written = visibility.VisibilityOutput(COCO17.names, weight, torch.randn(2, 17, generator=generator))
+    visibility.save(folder, written)
+    return written
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_has_the_visibility_output_of_its_weights(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal to our own network's, which reads features and maps inside of the head; transformers loads the folder."""
+    import onnxruntime
+
+    model = _model(name, depth=1)
+    folder, file = _export(model, tmp_path / "weights"), tmp_path / "pose.onnx"
+    written = _add_visibility(folder, model)
+    export.main([str(folder), "--to", "onnx", str(file)])
+    assert "probabilities of visibility by" in capsys.readouterr().out
+    pixels, normalized = _pictures(3, model.input_hw)
+    with torch.no_grad(), visibility.watch_head(model.head, written) as passes:
+        maps = model(pixels)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_outputs()] == ["heatmaps", "visibility"]
+    theirs = session.run(None, {"pixel_values": normalized.numpy()})
+    assert _far(maps, torch.from_numpy(theirs[0])) < 1e-4
+    assert passes[0].std() > 0.05
+    assert _far(passes[0], torch.from_numpy(theirs[1])) < 1e-3
+
+
+def test_a_graph_of_another_visibility_output_is_found_out_and_removed(tmp_path: Path) -> None:
+    model = _model("sapiens_tiny", depth=1)
+    folder, file = _export(model, tmp_path / "weights"), tmp_path / "pose.pt2"
+    written = _add_visibility(folder, model)
+    network = graph.Network(folder)
+    graph.write(network, file, "torch_export")
+    assert "probabilities of visibility by 0.0e+00" in runtimes.check(network, file, (1, 3))
+    visibility.save(folder, visibility.VisibilityOutput(COCO17.names, written.weight, written.bias + 0.1))
+    with pytest.raises(UserError, match=r"pose\.pt2: probabilities of visibility .* more than 1e-03; it was removed"):
+        runtimes.check(graph.Network(folder), file, (1,))
     assert not file.exists()
 
 

@@ -16,7 +16,8 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup
 from sapiens_accel.training.objectives import Supervised
-from sapiens_accel.training.pseudo_label_quality import Judged, ProbeResult, draw_calibration, fit_calibration
+from sapiens_accel.training.pseudo_label_quality import Judged, ProbeResult, draw_calibration
+from sapiens_accel.visibility.regression import fit_calibration
 
 OFFSETS = np.linspace(-2.5, 2.5, 17)  # from a keypoint that the teacher is bad at to one that it is good at
 SLOPE, INTERCEPT = 9.0, -4.0
