@@ -4,7 +4,7 @@
 
 The tiny network, trained on drawn people, whose occlusion is known, and then on 80 images of COCO, whose v people gave
 (--coco FOLDER). Of present (v > 0) and visible (v 2): average precision, that of the others by 1 - score, and expected
-calibration error, x 100, of the output; of the peak; and of the best monotone use of the peak that we know: a logistic
+calibration error, x 100, of the output; of the peak; and of the best use of the peak alone that we know: a logistic
 regression with an offset for each keypoint. Output and regression are fitted on the people that were trained on; both
 are calibrated on one half of the validation people and measured on the other half, and the other way round.
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sapiens_accel.pose.visibility import is_labeled, is_visible
 from sapiens_accel.visibility import quality
-from sapiens_accel.visibility.output import OUTPUTS, VisibilityOutput
+from sapiens_accel.visibility.output import NUM_SHAPE, OUTPUTS, VisibilityOutput
 
 OFFSET_RIDGE = 1.0  # keypoints' offsets have a standard deviation of about 1 in log-odds
 SLOPE_RIDGE = 1e-3  # none to speak of: it makes Newton's matrix invertible
 NEWTON_STEPS = 50  # it takes about 8
-RIDGE = 1e-2  # on the weights of standardized numbers, beside a mean of log losses
-BIAS_RIDGE = 1e-3  # where a kind of keypoint is always there, its bias would grow without end
+RIDGES = (1e-2, 1e-1, 1.0)
+BIAS_RIDGE = 1e-3  # of about one person, where there are a thousand keypoints
+LEVEL_RIDGE = 1e-5  # none to speak of: where all keypoints are there, the level would grow without end
 STEPS = 200
 
 
@@ -69,6 +70,9 @@ def fit_calibration(
     return torch.from_numpy(np.concatenate([common, offsets]))
 
 
+Fit = tuple[Float[Tensor, "2 k d"], Float[Tensor, "2 k"]]
+
+
 class DescribedPeople(NamedTuple):
     """People's keypoints: descriptions, heatmap peaks, and what their labels say."""
 
@@ -96,45 +100,42 @@ class DescribedPeople(NamedTuple):
 def learn(
     people: DescribedPeople, others: DescribedPeople, names: Sequence[str], check: Callable[[], None] = lambda: None
 ) -> VisibilityOutput:
-    """Fit on some people, calibrate on others.
+    """Fit on some people; choose the ridge, or the peak alone, and calibrate on others.
 
     `about` of the output has the numbers of people, and `quality` (see `quality.measure_output`) on the others: each
-    half of them is judged by what was calibrated on the other half.
+    half of them is judged by what was chosen and calibrated on the other half.
     """
-    fitted = fit_output(people.descriptions, people.present, people.visible, check)
+    fits = [*(fit_output(people, ridge, check) for ridge in RIDGES), fit_peak(people)]
     halves = [others.take(slice(start, None, 2)) for start in (0, 1)] if len(others.peaks) > 1 else [others, others]
     judged = [
-        VisibilityOutput(names, *calibrate_output(*fitted, calibrating)).judge(half.descriptions.float())
+        VisibilityOutput(names, *calibrate_best(fits, calibrating)).judge(half.descriptions.float())
         for half, calibrating in zip(halves, halves[::-1], strict=True)
     ]
     peaks = np.concatenate([half.peaks for half in halves])
     labels = {name: torch.cat([getattr(half, name) for half in halves]).numpy() for name in OUTPUTS}
     measured = quality.measure_output(torch.cat(judged).numpy(), peaks, labels)
     about = {"people": len(people.peaks), "calibration_people": len(others.peaks), "quality": measured}
-    return VisibilityOutput(names, *calibrate_output(*fitted, others), about)
+    return VisibilityOutput(names, *calibrate_best(fits, others), about)
 
 
-def fit_output(
-    descriptions: Float[Tensor, "n k d"],
-    present: Bool[Tensor, "n k"],
-    visible: Bool[Tensor, "n k"],
-    check: Callable[[], None] = lambda: None,
-) -> tuple[Float[Tensor, "2 k d"], Float[Tensor, "2 k"]]:
+def fit_output(people: DescribedPeople, ridge: float, check: Callable[[], None] = lambda: None) -> Fit:
     """Weights and biases of `VisibilityOutput`: of present, and of visible among those present.
 
     Each keypoint has its own weights, which are those of all keypoints plus a difference, and a ridge on both holds
     rare kinds to the common ones (Evgeniou and Pontil 2004, Regularized multi-task learning). Convex; by L-BFGS.
 
     Args:
+        ridge: of standardized numbers, beside a mean of log losses.
         check: called in each step; what it raises ends the fit.
     """
-    width = descriptions.shape[-1]
-    x = descriptions.transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [k, n, d]
+    width = people.descriptions.shape[-1]
+    # [k, n, d]
+    x = people.descriptions.transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     variance, mean = torch.var_mean(x, dim=(0, 1), correction=0)
     scale = variance.sqrt().clamp_min(1e-6)
     x.sub_(mean).div_(scale)
-    target = torch.stack([present, visible], dim=-1).transpose(0, 1).float()
-    counted = torch.stack([torch.ones_like(present), present], dim=-1).transpose(0, 1).float()
+    target = torch.stack([people.present, people.visible], dim=-1).transpose(0, 1).float()
+    counted = torch.stack([torch.ones_like(people.present), people.present], dim=-1).transpose(0, 1).float()
     common = torch.zeros(width, 2, requires_grad=True)
     own = torch.zeros(len(x), width, 2, requires_grad=True)
     level = torch.zeros(2, requires_grad=True)
@@ -153,9 +154,10 @@ def fit_output(
         logits = torch.baddbmm(level + offset, x, common + own)
         losses = F.binary_cross_entropy_with_logits(logits, target, weight=counted, reduction="none")
         loss = (losses.sum(dim=(0, 1)) / counted.sum(dim=(0, 1)).clamp_min(1)).sum()
-        ridge = RIDGE * (common.square().sum() + own.square().sum()) + BIAS_RIDGE * offset.square().sum()
-        (loss + ridge / 2).backward()
-        return loss.detach() + ridge.detach() / 2
+        loss = loss + ridge / 2 * (common.square().sum() + own.square().sum())
+        loss = loss + (LEVEL_RIDGE * level.square().sum() + BIAS_RIDGE * offset.square().sum()) / 2
+        loss.backward()
+        return loss.detach()
 
     optimizer.step(closure)
     weight = ((common + own).detach() / scale[:, None]).permute(2, 0, 1)
@@ -163,17 +165,47 @@ def fit_output(
     return weight.contiguous(), bias.contiguous()
 
 
-def calibrate_output(
-    weight: Float[Tensor, "2 k d"],
-    bias: Float[Tensor, "2 k"],
-    people: DescribedPeople,
-) -> tuple[Float[Tensor, "2 k d"], Float[Tensor, "2 k"]]:
-    """The same regressions with a slope and an intercept each, so that these people's probabilities are right."""
-    logits = torch.einsum("nkd,okd->onk", people.descriptions.float(), weight) + bias[:, None]
-    weight, bias = weight.clone(), bias.clone()
+def fit_peak(people: DescribedPeople) -> Fit:
+    """The same of the peak alone: a slope for all, a level for each keypoint. A network that has memorized a few people
+    describes others so differently that nothing else carries over.
+    """
+    weight, biases = torch.zeros(2, *people.descriptions.shape[1:]), []
+    peaks = people.descriptions[..., -NUM_SHAPE].float().numpy()
     masks = ((people.present, torch.ones_like(people.present)), (people.visible, people.present))
     for index, (right, counted) in enumerate(masks):
-        rows = (one.reshape(-1, 1).numpy() for one in (logits[index], right, counted))
-        slope, intercept, offset = fit_calibration(*rows).float()
-        weight[index], bias[index] = slope * weight[index], slope * bias[index] + intercept + offset
-    return weight, bias
+        slope, intercept, *offsets = fit_calibration(peaks, right.numpy(), counted.numpy()).float()
+        weight[index, :, -NUM_SHAPE] = slope
+        biases.append(intercept + torch.stack(offsets))
+    return weight, torch.stack(biases)
+
+
+def calibrate_best(fits: Sequence[Fit], people: DescribedPeople) -> Fit:
+    """Of each output the fit whose log loss on these people is least, with a slope and an intercept.
+
+    So that these people's probabilities are right; six numbers are learned of them.
+    """
+    weights, biases = [], []
+    masks = ((people.present, torch.ones_like(people.present)), (people.visible, people.present))
+    for index, (right, counted) in enumerate(masks):
+        calibrated = [_calibrate(weight[index], bias[index], people, right, counted) for weight, bias in fits]
+        _, weight, bias = min(calibrated, key=lambda one: one[0])
+        weights.append(weight)
+        biases.append(bias)
+    return torch.stack(weights), torch.stack(biases)
+
+
+def _calibrate(
+    weight: Float[Tensor, "k d"],
+    bias: Float[Tensor, "k"],
+    people: DescribedPeople,
+    right: Bool[Tensor, "n k"],
+    counted: Bool[Tensor, "n k"],
+) -> tuple[float, Float[Tensor, "k d"], Float[Tensor, "k"]]:
+    """Log loss, weight and bias after the calibration."""
+    logits = torch.einsum("nkd,kd->nk", people.descriptions.float(), weight) + bias
+    rows = (one.reshape(-1, 1).numpy() for one in (logits, right, counted))
+    slope, intercept, offset = fit_calibration(*rows).float()
+    logits = slope * logits + intercept + offset
+    losses = F.binary_cross_entropy_with_logits(logits, right.float(), reduction="none")
+    loss = float((losses * counted).sum() / counted.sum().clamp_min(1))
+    return loss, slope * weight, slope * bias + intercept + offset

@@ -53,12 +53,13 @@ def test_half_precision_changes_descriptions_by_its_rounding_alone() -> None:
     torch.testing.assert_close(described, output.describe(features.float(), heatmaps.float()), rtol=0, atol=0)
 
 
-def _planted(num: int, seed: int, num_keypoints: int = 3, width: int = 4) -> tuple[DescribedPeople, Tensor]:
+def _planted(num: int, seed: int, num_keypoints: int = 3) -> tuple[DescribedPeople, Tensor]:
     """People whose labels are drawn from known regressions, and the probabilities of these."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, num_keypoints, width, generator=generator) * 3 + 1
+    x = torch.randn(num, num_keypoints, 4 + output.NUM_SHAPE, generator=generator) * 3 + 1
     weight = torch.tensor([[1.0, -0.5, 0.0, 0.3], [0.0, 0.8, -0.4, 0.0]])
-    weight = weight[:, None] + 0.2 * torch.randn(2, num_keypoints, width, generator=torch.Generator().manual_seed(7))
+    weight = weight[:, None] + 0.2 * torch.randn(2, num_keypoints, 4, generator=torch.Generator().manual_seed(7))
+    weight = torch.nn.functional.pad(weight, (0, output.NUM_SHAPE))
     truth = VisibilityOutput(
         ["a", "b", "c"][:num_keypoints], weight, torch.tensor([[1.0], [0.5]]).repeat(1, num_keypoints)
     )
@@ -85,7 +86,8 @@ def test_planted_probabilities_are_found() -> None:
 def test_a_fit_is_the_minimum_of_its_loss() -> None:
     """Its gradient, written out for one kind of keypoint: there, weights of its own and of all share one ridge."""
     people, _ = _planted(500, seed=2, num_keypoints=1)
-    weight, bias = regression.fit_output(people.descriptions, people.present, people.visible)
+    ridge = 0.05
+    weight, bias = regression.fit_output(people, ridge)
     x = people.descriptions[:, 0].double()
     scale = x.std(dim=0, correction=0)
     for index, (target, counted) in enumerate(
@@ -94,7 +96,7 @@ def test_a_fit_is_the_minimum_of_its_loss() -> None:
         error = (x @ weight[index, 0].double() + bias[index, 0]).sigmoid() - target[:, 0].double()
         error = error * counted[:, 0] / counted.sum()
         centered = (x - x.mean(dim=0)) / scale
-        gradient = centered.T @ error + regression.RIDGE / 2 * weight[index, 0].double() * scale
+        gradient = centered.T @ error + ridge / 2 * weight[index, 0].double() * scale
         assert gradient.abs().max() < 1e-4
         assert abs(error.sum()) < 1e-4
 
@@ -114,11 +116,26 @@ def test_a_keypoint_that_is_always_there_is_probable_and_not_certain() -> None:
 def test_calibration_makes_the_mean_probability_the_share() -> None:
     """Of the people that it is calibrated on, whatever the regressions' level and slope were."""
     people, _ = _planted(3000, seed=4)
-    weight, bias = regression.fit_output(people.descriptions, people.present, people.visible)
-    weight, bias = regression.calibrate_output(3 * weight, bias - 4, people)
+    weight, bias = regression.fit_output(people, 0.01)
+    weight, bias = regression.calibrate_best([(3 * weight, bias - 4)], people)
     judged = VisibilityOutput(["a", "b", "c"], weight, bias).judge(people.descriptions)
     assert float(judged[..., 0].mean()) == pytest.approx(float(people.present.float().mean()), abs=1e-3)
     assert float(judged[..., 1].mean()) == pytest.approx(float(people.visible.float().mean()), abs=1e-2)
+
+
+def test_the_peak_alone_is_chosen_where_nothing_else_carries_over() -> None:
+    """Of people whose other numbers mean the opposite."""
+    people, _ = _planted(2000, seed=5)
+    people.descriptions[..., -output.NUM_SHAPE] += people.present * 3.0
+    others, _ = _planted(2000, seed=6)
+    others.descriptions[..., :4] *= -1
+    others.descriptions[..., -output.NUM_SHAPE] += others.present * 3.0
+    weight = regression.learn(people, others, ["a", "b", "c"]).weight[0]
+    is_peak = torch.arange(weight.shape[-1]) == 4
+    assert (weight[:, is_peak] > 0).all()
+    assert not weight[:, ~is_peak].any()
+    weight = regression.learn(people, people, ["a", "b", "c"]).weight[0]
+    assert weight[:, ~is_peak].any()
 
 
 def test_average_precision_is_that_of_a_plain_loop() -> None:
