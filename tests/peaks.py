@@ -64,6 +64,7 @@ class Case:
     accumulation: int
     checkpointed: int
     chunk: int
+    selective: int = 0
     rank: int | None = None  # of adapters
     base_dtype: BaseDtype | None = None
 
@@ -79,7 +80,7 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
     way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
     share = Share(rank=0, num_ranks=ranks, micro_batch=case.micro_batch, accumulation=case.accumulation)
-    layout = Layout(checkpointed_blocks=case.checkpointed, head_chunk=case.chunk)
+    layout = Layout(checkpointed_blocks=case.checkpointed, selective_blocks=case.selective, head_chunk=case.chunk)
     predicted = predict(counted, way, share, layout, Room(cuda=False))
     batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]
     # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.

@@ -8,7 +8,7 @@ Shape letters: p people of a micro-batch (labeled and unlabeled), n people of on
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any
 
@@ -48,11 +48,13 @@ class Footprint:
         entry: peak of the embeddings, from the images on.
         stem: stored by the embeddings, including the first block's input.
         kept: stored by a checkpointed block: the next block's input.
-        saved: stored by a block without checkpoint, including the next block's input.
+        selected: stored by a selectively checkpointed block, likewise.
+        saved: stored by a block without checkpoint, likewise.
         neck: stored between the last block and the head.
         head: peak of the head and the loss, above what is stored before them.
         gradient: left by the head: the gradients of the features and of the head's parameters.
         whole: peak of the backward of a block without checkpoint, above what is stored when it begins.
+        partly: peak of recomputation and backward of a selectively checkpointed block, likewise.
         again: peak of recomputation and backward of a checkpointed block, above what is stored before that block.
         forward: peak of a forward without gradients, including the heatmaps.
     """
@@ -60,11 +62,13 @@ class Footprint:
     entry: Linear
     stem: Linear
     kept: Linear
+    selected: Linear
     saved: Linear
     neck: Linear
     head: Linear
     gradient: Linear
     whole: Linear
+    partly: Linear
     again: Linear
     forward: Linear
 
@@ -107,8 +111,8 @@ def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) 
     group = 1 + plan.ratio
     small, large, chunked = (_probe(network, plan, precision, p * group, n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
-        part: _line(small[part], large[part], chunked[part], 2 * group)
-        for part in ("entry", "stem", "kept", "saved", "neck", "head", "gradient", "whole", "again", "forward")
+        field.name: _line(small[field.name], large[field.name], chunked[field.name], 2 * group)
+        for field in fields(Footprint)
     }
     return Footprint(**parts)
 
@@ -126,9 +130,9 @@ class _Precision:
 
 
 def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: int, n: int) -> dict[str, float]:
-    """Measure a step of p people in chunks of n, with two blocks of which only the first is checkpointed."""
+    """Measure a step of p people in chunks of n, with three blocks: checkpointed, selectively so, and not."""
     with torch.device("meta"):
-        model = SapiensPose(network.name, network.num_keypoints, network.input_hw, depth=2).train()
+        model = SapiensPose(network.name, network.num_keypoints, network.input_hw, depth=3).train()
     model.backbone.config._attn_implementation = PADDED if network.padded else "sdpa"
     if "block_*" in plan.frozen:  # other frozen groups save little and are counted as trained
         model.freeze(("embeddings", "block_*", "norm"))
@@ -137,7 +141,7 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
             quantized.replace_all(model, network.base_dtype)
         adapters.add(model, network.lora)
     base = {id(p) for p in adapters.frozen_matrices(model)} if network.lora.rank else set()
-    model.lay_out(Layout(checkpointed_blocks=1, head_chunk=n))
+    model.lay_out(Layout(checkpointed_blocks=1, selective_blocks=1, head_chunk=n))
     objective = _objective(model, plan, network.sigma)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fill(model, torch.bfloat16 if precision.half and not precision.cast else torch.float32, base, precision.half)
@@ -218,12 +222,13 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(note, f"gradient of {name}"))
 
-    first, second = model.blocks
+    first, second, third = model.blocks
     hooks = [
         model.backbone.embeddings.register_forward_hook(_require_gradient),
         first.register_forward_pre_hook(partial(note, "stem")),
         first.register_forward_hook(partial(note_output, "first")),
         second.register_forward_hook(partial(note_output, "second")),
+        third.register_forward_hook(partial(note_output, "third")),
         model.head.register_forward_pre_hook(partial(note, "neck")),
         model.head.register_forward_hook(partial(note, "head")),
     ]
@@ -238,16 +243,18 @@ def _phases(model: SapiensPose, live: "LiveBytes", step: Callable[[], Tensor], a
     if "gradient of first" not in at:  # frozen: each block's input is freed after its use
         head = {"head": peak["head"] - at["neck"], "gradient": at["head"] - at["neck"]}
         backbone = {"entry": peak["stem"] - start, "stem": at["stem"] - start, "neck": at["neck"] - at["stem"]}
-        return {**dict.fromkeys(("kept", "saved", "whole", "again"), 0), **head, **backbone}
+        return {**dict.fromkeys(("kept", "selected", "saved", "whole", "partly", "again"), 0), **head, **backbone}
     return {
         "entry": peak["stem"] - start,
         "stem": at["stem"] - start,
         "kept": at["first"] - at["stem"],
-        "saved": at["second"] - at["first"],
-        "neck": at["neck"] - at["second"],
+        "selected": at["second"] - at["first"],
+        "saved": at["third"] - at["second"],
+        "neck": at["neck"] - at["third"],
         "head": peak["head"] - at["neck"],
         "gradient": at["head"] - at["neck"],
-        "whole": max(peak["gradient of second"], peak["gradient of first"]) - at["head"],
+        "whole": max(peak["gradient of third"], peak["gradient of second"]) - at["head"],
+        "partly": peak["gradient of first"] - at["second"],
         "again": peak["end"] - at["stem"],
     }
 

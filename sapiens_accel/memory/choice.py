@@ -9,7 +9,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.stages import COCO_PEOPLE, Stage, measure_stage
-from sapiens_accel.memory.strategies import find_refusal, list_ways
+from sapiens_accel.memory.strategies import Way, find_refusal, list_ways
 from sapiens_accel.models import attention
 from sapiens_accel.models.sapiens import SIZES
 from sapiens_accel.runtime.files import GIB
@@ -51,12 +51,16 @@ class Setting:
 
     def table(self) -> Table:
         """Plan every stage for every way that its options allow, in 16 bits."""
-        # The ways set 8-bit moments and offload of activations themselves.
-        memory = dataclasses.replace(self.run.memory, adam_8bit=False)
-        run = dataclasses.replace(self.run, memory=memory)
-        every = [way for way in list_ways(self.gpus, self.precision) if not find_refusal(run, way.strategy)]
+        every = [
+            way for way in list_ways(self.gpus, self.precision) if not find_refusal(self._run_by(way), way.strategy)
+        ]
         stages: dict[StageName, Stage] = {name: self.stage(name) for name in self.run.stages}
         return {name: [fit(stage, name, way, self.room) for way in every] for name, stage in stages.items()}
+
+    def _run_by(self, way: Way) -> Config:
+        """The run with the options that a way sets itself."""
+        options = {"adam_8bit": way.adam_8bit, "offload_activations": way.offload_activations}
+        return dataclasses.replace(self.run, memory=dataclasses.replace(self.run.memory, **options))
 
 
 def columns(table: Table) -> list[list[Plan]]:

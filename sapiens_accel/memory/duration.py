@@ -19,6 +19,10 @@ SELFTEST = Path("selftest", "selftest.json")  # where `python -m sapiens_accel.s
 
 # Of memory that AdamW on the host moves for a parameter: 28 for the step, 8 to unscale and clip, 6 to cast.
 HOST_BYTES = 42
+# Of a block's forward: norms, activations and residuals, which a selectively checkpointed block recomputes. By the
+# bytes that they read and write: 0.09 (T4) to 0.13 (A100) of a block of the 1B, 0.2 to 0.3 with Sapiens2's norms. On a
+# CPU in fp32 0.12 (0.3B, 256x192).
+SELECTIVE = 0.15
 WAIT = 3e-5  # seconds, of a wait of the host for the device
 
 
@@ -60,7 +64,7 @@ def _forward_flops(name: str, num_keypoints: int, input_hw: tuple[int, int], dep
     return counter.get_total_flops() - head, head
 
 
-def flops_of_step(stage: Stage, people: int, checkpointed_blocks: int) -> float:
+def flops_of_step(stage: Stage, people: int, recomputed_blocks: float) -> float:
     """Operations for a number of labeled people, and the unlabeled ones that come with them.
 
     A backward computes the gradients of inputs and of weights, each of which takes as much as the forward; a frozen
@@ -69,7 +73,7 @@ def flops_of_step(stage: Stage, people: int, checkpointed_blocks: int) -> float:
     parts = part_flops(stage.network.name, stage.network.num_keypoints, stage.network.input_hw)
     learns = stage.num_learning > stage.head_learning
     passes = (2 if stage.adapted else 3) if learns else 1
-    recomputed = checkpointed_blocks * parts.block if learns else 0
+    recomputed = recomputed_blocks * parts.block if learns else 0
     student = passes * parts.backbone + recomputed + 3 * parts.head
     teacher = stage.ratio * parts.whole
     if stage.fixed:  # of labeled people too
@@ -82,7 +86,8 @@ def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Ra
     """Seconds of an optimizer step."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     people = share.micro_batch * (1 + stage.ratio)
-    flops = flops_of_step(stage, share.micro_batch, layout.checkpointed_blocks)
+    recomputed = layout.checkpointed_blocks + SELECTIVE * layout.selective_blocks
+    flops = flops_of_step(stage, share.micro_batch, recomputed)
     # Casts between fp32 and 16 bits (ZeRO 0), hooks at every layer (ZeRO-3).
     overhead = {0: 1.1, 3: 1.05}.get(strategy.zero, 1.0)
     small_batch = 1 + 1 / people  # kernel launches and small matrices

@@ -94,6 +94,7 @@ class Plan:
 
     def __str__(self) -> str:
         blocks = f"{self.layout.checkpointed_blocks} blocks checkpointed"
+        blocks += f", {self.layout.selective_blocks} selectively" if self.layout.selective_blocks else ""
         chunk = f", head in chunks of {self.layout.head_chunk}" if self.layout.head_chunk else ""
         teacher = {"device": "", "sharded": ", teacher sharded across ranks", "host": ", teacher in host memory"}
         limit = "" if self.room is None else f"; {self.gpu_peak / GIB:.1f} of {self.room / GIB:.1f} GiB (predicted)"
@@ -124,12 +125,13 @@ UNLIMITED = Room()
 class _Step:
     """The sizes from which the phases of a step are counted, in bytes on a device.
 
-    The first `checkpointed` blocks store only their input, the `whole` ones after them store everything.
+    The first `checkpointed` blocks store only their input, the `selective` ones after them their products too, and the
+    `whole` last ones everything.
 
     Attributes:
         people: labeled and unlabeled people of the micro-batch; `chunk` of them go through the head at a time.
         on_device: number of checkpointed blocks whose input is on the device at a time.
-        entry, stem, neck, kept, saved: see `Footprint`; for all people.
+        entry, stem, neck, kept, selected, saved: see `Footprint`; for all people.
         attention: gradient of the queries, which both fused kernels sum in fp32.
         gradients: gradients of all trained parameters.
         gradients_forward: the part of them that exists during a forward.
@@ -143,12 +145,14 @@ class _Step:
     chunk: int
     footprint: Footprint
     checkpointed: int
+    selective: int
     whole: int
     on_device: int
     entry: float
     stem: float
     neck: float
     kept: float
+    selected: float
     saved: float
     attention: float
     gradients: float
@@ -203,18 +207,21 @@ def _describe_step(
     plain, accumulates = way.strategy.zero == 0, share.accumulation > 1
     footprint = stage.footprint_of(plain and way.strategy.half)
     people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
+    selective = layout.selective_blocks
     fills_late = stage.num_learning <= way.strategy.bucket or way.strategy.zero == 1
     return _Step(
         people=people,
         chunk=min(people, layout.head_chunk or people),
         footprint=footprint,
         checkpointed=checkpointed,
-        whole=stage.depth - checkpointed,
+        selective=selective,
+        whole=stage.depth - checkpointed - selective,
         on_device=min(checkpointed, IN_FLIGHT) if way.offload_activations else checkpointed,
         entry=footprint.entry(people),
         stem=footprint.stem(people),
         neck=footprint.neck(people),
         kept=footprint.kept(people),
+        selected=footprint.selected(people),
         saved=footprint.saved(people),
         attention=4.0 * people * stage.queries if cuda else 0.0,
         gradients=gradients,
@@ -236,6 +243,8 @@ def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, floa
         phases["head"]["fixed_teacher_forward"] = stage.fixed.forward(step.chunk)
     if step.whole and step.saved:
         phases["whole"] = _whole_blocks_phase(step)
+    if step.selective and step.selected:
+        phases |= _selective_phases(stage, step)
     if step.checkpointed and step.kept:
         phases["first"] = _first_recomputed_phase(stage, step)
         phases["last"] = _last_recomputed_phase(stage, step)
@@ -261,6 +270,7 @@ def _head_phase(step: _Step) -> dict[str, float]:
     return {
         "features": step.stem + step.neck,
         "block_checkpoints": step.on_device * step.kept,
+        "selective_blocks": step.selective * step.selected,
         "whole_blocks": step.whole * step.saved,
         "head_chunk": step.footprint.head(step.people, step.chunk),
         "gradients": step.gradients_forward,
@@ -272,6 +282,7 @@ def _whole_blocks_phase(step: _Step) -> dict[str, float]:
     return {
         "features": step.stem + step.neck + step.footprint.gradient(step.people),
         "block_checkpoints": step.on_device * step.kept,
+        "selective_blocks": step.selective * step.selected,
         "whole_blocks": step.whole * step.saved,
         "block_working_set": step.footprint.whole(step.people) + step.attention,
         "gradients": step.gradients_early,
@@ -279,19 +290,46 @@ def _whole_blocks_phase(step: _Step) -> dict[str, float]:
     }
 
 
+def _selective_phases(stage: Stage, step: _Step) -> dict[str, dict[str, float]]:
+    """The backward of the last selectively checkpointed block, and of the first one if that begins the network."""
+    features, working = {"features": step.stem}, step.footprint.partly(step.people) + step.attention
+    last = {
+        **features,
+        "block_checkpoints": step.on_device * step.kept,
+        "selective_blocks": step.selective * step.selected,
+        "block_working_set": working,
+        "gradients": _gradients_after(stage, step, step.whole),
+        "zero_buckets": step.buckets,
+    }
+    if step.checkpointed:
+        return {"selective": last}
+    first = {
+        **features,
+        "selective_blocks": step.selected,
+        "block_working_set": working,
+        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients_early,
+        "zero_buckets": step.buckets,
+    }
+    return {"selective": last, "selective_first": first}
+
+
+def _gradients_after(stage: Stage, step: _Step, blocks: int) -> float:
+    """Gradients once the backward of the head and of so many blocks is done."""
+    if not step.alone:
+        return step.gradients_early
+    return float(step.footprint.gradient[0]) + 4.0 * blocks * stage.block_learning
+
+
 def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
     """The first recomputed block: blocks without checkpoints are freed, most inputs of checkpointed ones are not.
 
     A process alone has the gradients of the head and of the blocks without checkpoints by now.
     """
-    gradients = step.gradients_early
-    if step.alone:
-        gradients = float(step.footprint.gradient[0]) + 4.0 * step.whole * stage.block_learning
     return {
         "features": step.stem,
         "block_working_set": step.footprint.again(step.people) + step.attention,
         "block_checkpoints": max(0, step.on_device - 1) * step.kept,
-        "gradients": gradients,
+        "gradients": _gradients_after(stage, step, step.selective + step.whole),
         "zero_buckets": step.buckets,
     }
 

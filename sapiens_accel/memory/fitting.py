@@ -15,10 +15,6 @@ from sapiens_accel.models.sapiens import Layout
 
 MAX_CHUNK, MIN_CHUNK = 16, 4  # people of a head chunk: larger chunks gain nothing, smaller ones leave the GPU idle
 
-# Blocks go without checkpoints, which saves time, only up to this fraction of the memory: the rest is a reserve for
-# errors of the prediction.
-UNCHECKPOINTED_LIMIT = 0.5
-
 
 def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0) -> Plan:
     """Plan the largest micro-batch that fits, with the fewest checkpointed blocks; if none fits, the smallest memory.
@@ -30,19 +26,14 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
             has; a sharded teacher with one process.
     """
     asked, ranks = stage.memory, way.strategy.num_ranks
-    if asked.checkpointed_blocks is not None and not 0 <= asked.checkpointed_blocks <= stage.depth:
-        raise UserError(f"--memory.checkpointed_blocks {asked.checkpointed_blocks}: expected at most {stage.depth}")
     placements = _placements(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     largest = min(part, asked.max_micro_batch or part)
     sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(largest, 0, -1) if part % n == 0]
-    # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
-    all_or_none = way.offload_activations or way.strategy.zero == 3
-    all_blocks = [stage.depth] if all_or_none and room.device is not None else list(range(stage.depth + 1))
-    blocks = all_blocks if asked.checkpointed_blocks is None else [asked.checkpointed_blocks]
+    blocks = _blocks(stage, way, limited=room.device is not None)
     if room.device is None:  # memory is not a limit: no recomputation
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
-        layout = Layout(checkpointed_blocks=blocks[0], head_chunk=asked.head_chunk, compiled=asked.compile_blocks)
+        layout = replace(blocks[0], head_chunk=asked.head_chunk)
         way = replace(way, teacher=placements[0])
         seconds = step_seconds(stage, way, share, layout, room.rates)
         return Plan(way=way, share=share, layout=layout, seconds=seconds, steps=stage.steps)
@@ -50,16 +41,42 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
     for size, placement in product(sizes, placements):
         way = replace(way, teacher=placement)
         share = Share(rank=rank, num_ranks=ranks, micro_batch=size, accumulation=part // size)
-        for checkpointed in blocks:
-            last = checkpointed == blocks[-1]
-            for chunk in _chunks(stage, way, share, checkpointed, cuda=room.cuda, smallest=last):
-                layout = Layout(checkpointed_blocks=checkpointed, head_chunk=chunk, compiled=asked.compile_blocks)
-                plan = predict(stage, way, share, layout, room)
-                is_tight = not last and plan.gpu_peak + plan.allowance > UNCHECKPOINTED_LIMIT * room.device
+        for layout in blocks:
+            last = layout == blocks[-1]
+            for chunk in _chunks(stage, way, share, layout, cuda=room.cuda, smallest=last):
+                plan = predict(stage, way, share, replace(layout, head_chunk=chunk), room)
+                is_tight = not last and plan.gpu_peak + plan.allowance > asked.kept_share * room.device
                 if plan.fits and not is_tight:
                     return plan
                 tried.append(plan)
     return min(tried, key=lambda plan: plan.gpu_peak + plan.allowance)
+
+
+def _blocks(stage: Stage, way: Way, *, limited: bool) -> list[Layout]:
+    """What the blocks may store, fastest first: the first that fits is taken.
+
+    A selectively checkpointed block saves most of the time of a whole one for half of its memory (of Sapiens2 a third),
+    so that no block is checkpointed in full before all are selectively.
+
+    Raises:
+        UserError: more blocks are asked for than the network has.
+    """
+    asked, depth = stage.memory, stage.depth
+    first, then = asked.checkpointed_blocks, asked.selective_blocks
+    if (first or 0) + (then or 0) > depth:
+        of_first = f"--memory.checkpointed_blocks {first}" if first else ""
+        both = " + ".join(filter(None, [of_first, f"--memory.selective_blocks {then}" if then else ""]))
+        raise UserError(f"{both}: expected at most {depth}")
+    # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
+    all_or_none = (way.offload_activations or way.strategy.zero == 3) and limited
+    if first is None and all_or_none:
+        return [Layout(checkpointed_blocks=depth, compiled=asked.compile_blocks)]
+    if first is not None or then is not None or asked.compile_blocks or all_or_none:
+        every = range(depth - (then or 0) + 1) if first is None else [first]
+        pairs = [(num, then or 0) for num in every]
+    else:
+        pairs = [(0, num) for num in range(depth)] + [(num, depth - num) for num in range(depth + 1)]
+    return [Layout(checkpointed_blocks=a, selective_blocks=b, compiled=asked.compile_blocks) for a, b in pairs]
 
 
 def _placements(stage: Stage, ranks: int) -> list[TeacherPlacement]:
@@ -72,7 +89,7 @@ def _placements(stage: Stage, ranks: int) -> list[TeacherPlacement]:
     return [asked] if asked else ["device", "sharded", "host"] if ranks > 1 else ["device", "host"]
 
 
-def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, *, cuda: bool, smallest: bool) -> Sequence[int]:
+def _chunks(stage: Stage, way: Way, share: Share, blocks: Layout, *, cuda: bool, smallest: bool) -> Sequence[int]:
     """Head chunks to try: the largest that does not raise the peak, but at least MIN_CHUNK.
 
     Args:
@@ -83,8 +100,7 @@ def _chunks(stage: Stage, way: Way, share: Share, checkpointed: int, *, cuda: bo
     p = share.micro_batch * (1 + stage.ratio)
     largest = 1
     for n in range(1, min(p, MAX_CHUNK) + 1):
-        layout = Layout(checkpointed_blocks=checkpointed, head_chunk=n)
-        plan = predict(stage, way, share, layout, Room(cuda=cuda))
+        plan = predict(stage, way, share, replace(blocks, head_chunk=n), Room(cuda=cuda))
         if "head_chunk" in plan.gpu:
             break
         largest = n

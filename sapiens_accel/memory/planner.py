@@ -109,7 +109,9 @@ def _smaller_options(stage: Stage, plan: Plan) -> str:
         share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
         if plan.room is None or predict(stage, plan.way, share, plan.layout).gpu_peak < 0.95 * plan.gpu_peak:
             # Without this option the next plan would use the freed memory for blocks without checkpoints ...
-            blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {plan.layout.checkpointed_blocks}"
+            layout = plan.layout
+            blocks = "" if plan.room is None else f" --memory.checkpointed_blocks {layout.checkpointed_blocks}"
+            blocks += f" --memory.selective_blocks {layout.selective_blocks}" if layout.selective_blocks else ""
             # ... and without this one it would move the teacher back to the device.
             teacher = "" if plan.way.teacher == "device" else f" --memory.teacher {plan.way.teacher}"
             return f"--memory.micro_batch {size}{blocks}{teacher}"
@@ -122,7 +124,8 @@ def _suggest_launch(run: Config, plan: Plan, launch: LaunchInfo, num_keypoints: 
     """The recommended launch on the same GPUs, as a command; what would fit if none does."""
     if plan.way.strategy.num_local < plan.way.strategy.num_ranks:
         return "use a launch with a higher ZeRO stage or with offload"
-    asked = dataclasses.replace(run.memory, checkpointed_blocks=None, head_chunk=None, micro_batch=None, teacher=None)
+    plain = {"checkpointed_blocks": None, "selective_blocks": None, "head_chunk": None, "micro_batch": None}
+    asked = dataclasses.replace(run.memory, **plain, teacher=None)
     setting = Setting(
         run=dataclasses.replace(run, memory=asked),
         gpus=plan.way.strategy.num_ranks,

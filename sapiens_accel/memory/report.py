@@ -29,8 +29,9 @@ from sapiens_accel.runtime.files import GIB
 
 COLUMNS = """
 way: ZeRO stage and what is kept in host memory; micro-batch: labeled people in a forward pass; checkpointed: blocks
-that are recomputed in the backward pass, to save memory; head chunk: people in the head at a time; GPU peak: of each
-GPU; host: memory of the machine; people/s: labeled people in a second; hours: of the stage, without evaluations."""
+that are recomputed in the backward pass, to save memory; selectively: blocks of which only norms and activations are;
+head chunk: people in the head at a time; GPU peak: of each GPU; host: memory of the machine; people/s: labeled people
+in a second; hours: of the stage, without evaluations."""
 
 UNITS = {
     "B": 1,
@@ -180,6 +181,7 @@ def _plan_json(plan: Plan, words: Sequence[str], reason: str | None) -> dict[str
         "micro_batch": plan.share.micro_batch,
         "accumulation": plan.share.accumulation,
         "checkpointed_blocks": plan.layout.checkpointed_blocks,
+        "selective_blocks": plan.layout.selective_blocks,
         "head_chunk": plan.layout.head_chunk,
         "teacher": plan.way.teacher if "ema_teacher" in plan.gpu else None,
         "gpu_peak_gib": round(plan.gpu_peak / GIB, 4),
@@ -220,7 +222,7 @@ def _show(setting: Setting, table: Table, best: list[Plan] | None, words: Sequen
     reasons = choice.reasons(table, best)
     for name, plans in table.items():
         print(f"\n{name}, global batch {run.get_stage(name).global_batch}")
-        layout = f"{'micro-batch':>12}{'checkpointed':>14}{'head chunk':>12}"
+        layout = f"{'micro-batch':>12}{'checkpointed':>14}{'selectively':>13}{'head chunk':>12}"
         print(f"  {'way':26}{layout}{'GPU peak':>10}{'host':>8}{'people/s':>10}{'hours':>8}")
         for plan, reason in zip(plans, reasons, strict=True):
             print(f"  {_row(plan)}  {reason or 'RECOMMENDED'}")
@@ -236,6 +238,7 @@ def _show(setting: Setting, table: Table, best: list[Plan] | None, words: Sequen
 
 def _row(plan: Plan) -> str:
     layout, peak, host_peak = plan.layout, plan.gpu_peak / GIB, plan.host_peak / GIB
-    sizes = f"{plan.share.micro_batch:12}{layout.checkpointed_blocks:14}{layout.head_chunk or 0:12}"
+    blocks = f"{layout.checkpointed_blocks:14}{layout.selective_blocks:13}"
+    sizes = f"{plan.share.micro_batch:12}{blocks}{layout.head_chunk or 0:12}"
     speed = f"{plan.people_per_second:10.2f}{plan.hours:8.{0 if plan.hours >= 100 else 1}f}"
     return f"{plan.way.name:26}{sizes}{peak:10.2f}{host_peak:8.1f}{speed}"

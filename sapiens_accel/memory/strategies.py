@@ -57,6 +57,8 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
     """Why a run's options cannot be trained by a launch; None if they can."""
     if run.memory.adam_8bit and strategy.zero:
         return "--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)"
+    if run.memory.selective_blocks and (other := _find_other(run, strategy)):
+        return f"--memory.selective_blocks: not with {other}"
     if strategy.zero < 3:
         return None
     if run.lora.dora:
@@ -65,6 +67,17 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
         return f"--model.base_dtype {run.model.base_dtype}: not with ZeRO-3, which would shard the matrices. Use ZeRO-2"
     if run.memory.compile_blocks:
         return "--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs"
+    return None
+
+
+def _find_other(run: Config, strategy: Strategy) -> str | None:
+    """What selectively checkpointed blocks do not go with."""
+    if strategy.zero == 3:
+        return "ZeRO-3, which gathers the weights of a block while it runs. Use --memory.checkpointed_blocks"
+    if run.memory.compile_blocks:
+        return "--memory.compile_blocks, whose compiler chooses what it recomputes. Remove one of them"
+    if run.memory.offload_activations:
+        return "--memory.offload_activations, which moves block inputs alone. Remove one of them"
     return None
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation, VitPoseBackbone, VitPoseBackboneConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
@@ -30,6 +31,14 @@ from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 # Of ImageNet, as in the training of Sapiens (RGB, 0..255).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+
+# torch's fused kernels of attention.
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +95,14 @@ class Layout:
     Attributes:
         checkpointed_blocks: number of blocks, from the first on, that store only their input. The last blocks are the
             ones to store whole: the backward pass frees them before it recomputes the others.
+        selective_blocks: number of blocks after these that store their matrix products and attention too, and
+            recompute norms and activations.
         head_chunk: people whose heatmaps and loss are computed at a time; None is all of them.
         compiled: the blocks are compiled.
     """
 
     checkpointed_blocks: int = 0
+    selective_blocks: int = 0
     head_chunk: int | None = None
     compiled: bool = False
 
@@ -196,9 +208,15 @@ class SapiensPose(nn.Module):
         # Non-reentrant: reentrant checkpoints give no gradients if their input needs none. Without dropout (of
         # adapters) blocks draw no random numbers, so the generators need not be restored for the recomputation.
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.backbone.modules())
-        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": draws})
+        settings = {"use_reentrant": False, "preserve_rng_state": draws}
+        self.backbone.activation_checkpointing_enable(settings)
+        adapted = any(".lora_" in name for name, _ in self.backbone.named_parameters())
+        contexts = partial(create_selective_checkpoint_contexts, partial(_choose_stored, adapted=adapted))
         for index, block in enumerate(self.blocks):
-            block.gradient_checkpointing = index < layout.checkpointed_blocks
+            block.gradient_checkpointing = index < layout.checkpointed_blocks + layout.selective_blocks
+            if index >= layout.checkpointed_blocks:
+                func: Any = partial(checkpoint, **settings, context_fn=contexts)
+                block._gradient_checkpointing_func = func
             if layout.compiled:
                 block.compile()
         self.head.chunk = layout.head_chunk
@@ -270,6 +288,22 @@ class SapiensPose(nn.Module):
         """The description of this network for config.json, from which it can be rebuilt."""
         shape = {"num_keypoints": self.num_keypoints, "input_hw": list(self.input_hw), "size": asdict(self.size)}
         return {"name": self.name, **shape}
+
+
+def _choose_stored(_context: Any, operation: Any, *args: Any, adapted: bool, **_: Any) -> CheckpointPolicy:
+    """Whether a selectively checkpointed block stores the result of an operation.
+
+    Not of products that cost little for their size (those of adapters, whose rank is small), nor of the MLP's last
+    matrix: nothing needs it, so that its recomputation is never reached; with adapters, whose products follow it, it
+    is. Maps of attention (bmm, of the MATH kernel) are too large.
+    """
+    if operation in ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        inputs, outputs = args[-1].shape
+        if outputs <= 4 * inputs and inputs <= (4 if adapted else 2) * outputs:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _group_of(parameter_name: str) -> str:

@@ -238,7 +238,7 @@ def layouts_to_time(run: Config, plan: Plan) -> dict[str, Layout]:
     other = {"ours_one_chunk": None} if chunked else {"ours_chunked": MIN_CHUNK if num > MIN_CHUNK else 1}
     wanted = {
         "ours": plan.layout,
-        "ours_checkpointed": replace(plan.layout, checkpointed_blocks=stage.depth),
+        "ours_checkpointed": replace(plan.layout, checkpointed_blocks=stage.depth, selective_blocks=0),
         **{key: replace(plan.layout, head_chunk=chunk) for key, chunk in other.items()},
     }
     if plan.room is None:

@@ -62,6 +62,11 @@ CASES = [
     {"stage": "phase1", "micro_batch": 8, "accumulation": 1, "checkpointed": 4, "chunk": 4},
     {"stage": "ssl", "micro_batch": 4, "accumulation": 1, "checkpointed": 4, "chunk": 2},
 ]
+SELECTIVE = [
+    {**CASES[0], "checkpointed": 0, "selective": 4},
+    {**CASES[0], "checkpointed": 1, "selective": 2},
+    {**CASES[1], "selective": 2},
+]
 ADAPTED = [{**CASES[0], "rank": 8}, {**CASES[1], "rank": 8}]
 ROUNDED = [{**ADAPTED[0], "base_dtype": "int8"}, {**ADAPTED[1], "base_dtype": "nf4"}]
 
@@ -79,10 +84,11 @@ def peaks(cases: list[dict], folder: Path, processes: int = 0, **env: str) -> li
 @pytest.mark.launch
 @pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: str, tmp_path: Path) -> None:
-    cases = [{"name": "sapiens_tiny", **case} for case in [*CASES, *ADAPTED]] + [{"name": "sapiens2_tiny", **CASES[1]}]
+    cases = [{"name": "sapiens_tiny", **case} for case in [*CASES, *ADAPTED, *SELECTIVE]]
+    cases += [{"name": "sapiens2_tiny", **case} for case in (CASES[1], SELECTIVE[0], {**SELECTIVE[1], "rank": 8})]
     cases += [{"name": "sapiens2_tiny", **case} for case in (ROUNDED if find_spec("bitsandbytes") else ROUNDED[:1])]
     if precision == "bf16":  # the CPU takes its time for it
-        cases = [{"name": "sapiens_tiny", **case} for case in (CASES[0], ADAPTED[0])]
+        cases = [{"name": "sapiens_tiny", **case} for case in (CASES[0], ADAPTED[0], SELECTIVE[1])]
     found = peaks(cases, tmp_path, ACCELERATE_MIXED_PRECISION=precision)
     for case, result in zip(cases, found, strict=True):
         assert result["predicted"] == pytest.approx(result["measured"], rel=0.03), case
@@ -93,7 +99,7 @@ def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: st
     ("zero", "cases", "processes"),
     [
         (2, CASES[:1], 1),
-        pytest.param(2, [*CASES[1:], *ADAPTED], 1, marks=pytest.mark.slow),
+        pytest.param(2, [*CASES[1:], *ADAPTED, SELECTIVE[1]], 1, marks=pytest.mark.slow),
         pytest.param(1, [CASES[1], ADAPTED[1]], 1, marks=pytest.mark.slow),
         pytest.param(3, [CASES[1]], 1, marks=pytest.mark.slow),
         pytest.param(1, ADAPTED[1:], 2, marks=pytest.mark.slow),
@@ -396,6 +402,20 @@ def test_a_large_gpu_computes_nothing_twice() -> None:
         found = fitted("sapiens_0.3b_coco", "phase2", "zero2", room=room * GIB)
         assert found.fits
         assert found.layout.checkpointed_blocks == 24 or found.gpu_peak + found.allowance <= room * GIB / 2
+        # No block stores everything where another is recomputed in full.
+        layout = found.layout
+        assert layout.checkpointed_blocks == 0 or layout.checkpointed_blocks + layout.selective_blocks == 24
+    assert fitted("sapiens_0.3b_coco", "phase2", "zero2", room=24 * GIB).layout.selective_blocks > 0
+
+
+def test_the_share_of_memory_for_what_could_be_recomputed_is_an_option() -> None:
+    found = {}
+    for share in (0.0, 0.5, 0.9):
+        stage = counted("sapiens_0.3b_coco", "phase2", f"--memory.kept_share={share}")
+        found[share] = fitting.fit(stage, "phase2", way("zero2"), Room(device=24 * GIB))
+        assert found[share].gpu_peak + found[share].allowance <= max(share, 0.35) * 24 * GIB
+    assert found[0.0].layout.checkpointed_blocks == 24
+    assert found[0.9].seconds < found[0.5].seconds < found[0.0].seconds
 
 
 def test_more_room_is_never_worse() -> None:
@@ -518,6 +538,10 @@ def test_the_command_is_what_a_shell_takes() -> None:
         (Strategy(zero=3), "--lora.rank=4 --lora.dora", "--lora.dora: not with ZeRO-3"),
         (Strategy(zero=3), "--lora.rank=4 --model.base_dtype=int8", "base_dtype int8: not with ZeRO-3"),
         (Strategy(), "--memory.checkpointed_blocks=99", "expected at most 4"),
+        (Strategy(), "--memory.checkpointed_blocks=3 --memory.selective_blocks=2", "expected at most 4"),
+        (Strategy(zero=3), "--memory.selective_blocks=2", "not with ZeRO-3"),
+        (Strategy(), "--memory.selective_blocks=2 --memory.compile_blocks", "not with --memory.compile_blocks"),
+        (Strategy(), "--memory.selective_blocks=2 --memory.offload_activations", "offload_activations, which moves"),
     ],
 )
 def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: str) -> None:

@@ -5,10 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sapiens2Config, Sapiens2ForPoseEstimation
 
-from sapiens_accel.config.schema import STAGES, Config, OptimConfig
+from sapiens_accel.config.schema import STAGES, Config, LoraConfig, OptimConfig
 from sapiens_accel.errors import UserError
+from sapiens_accel.memory.activations import LiveBytes
+from sapiens_accel.models import adapters
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.training import optim
 
@@ -227,6 +230,30 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same_gradients(
     for name, gradient in gradients.items():
         assert gradient is not None and gradient.any(), name
         torch.testing.assert_close(same[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_selectively_checkpointed_blocks_compute_no_large_product_twice(
+    tiny: SapiensPose, picture: Tensor, rank: int | None
+) -> None:
+    """The same loss and gradients to the bit; of adapters only their small products are computed again."""
+    adapters.add(tiny, LoraConfig(rank=rank))
+    flops, gradients = {}, {}
+    layouts = {"whole": Layout(), "selective": Layout(selective_blocks=4), "full": Layout(checkpointed_blocks=4)}
+    for name, layout in {**layouts, "mixed": Layout(checkpointed_blocks=1, selective_blocks=2)}.items():
+        tiny.lay_out(layout)
+        tiny.zero_grad()
+        with FlopCounterMode(display=False) as counter, LiveBytes(tiny.parameters(), tiny.buffers()) as live:
+            loss = tiny.train()(picture).square().sum()
+            stored = live.now
+            loss.backward()
+        flops[name], gradients[name] = counter.get_total_flops(), [loss, *(p.grad for p in tiny.parameters())]
+        layouts[name] = stored
+    for others in (gradients[name] for name in ("selective", "full", "mixed")):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients["whole"], others, strict=True))
+    assert flops["whole"] <= flops["selective"] <= flops["whole"] * (1 if rank is None else 1.05)
+    assert flops["full"] > 1.1 * flops["whole"]
+    assert layouts["full"] < layouts["mixed"] and layouts["selective"] < 0.85 * layouts["whole"]
 
 
 @pytest.mark.slow
