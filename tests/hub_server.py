@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,9 +46,10 @@ class Repo:
     def messages(self) -> list[str]:
         return [message for _, message, _ in self.commits]
 
-    def commit(self, files: dict[str, bytes], message: str = "by hand") -> str:
+    def commit(self, files: dict[str, bytes], message: str = "by hand", deleted: Sequence[str] = ()) -> str:
         name = hashlib.sha1(f"{id(self)} {len(self.commits)} {message}".encode()).hexdigest()
-        self.commits.append((name, message, {**self.files, **files}))
+        kept = {path: content for path, content in self.files.items() if path not in deleted}
+        self.commits.append((name, message, kept | files))
         return name
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -372,7 +373,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, name: str, revision: str) -> None:
         if not (repo := self._writable(name)):
             return
-        message, files = "", {}
+        message, files, deleted = "", {}, []
         for line in self.body.decode().splitlines():
             entry = json.loads(line)
             key, value = entry["key"], entry["value"]
@@ -382,9 +383,11 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif key == "deletedFile":
+                deleted.append(value["path"])
             else:
                 return self._error(400, "", f"unknown operation {key}")
-        oid = repo.commit(files, message)
+        oid = repo.commit(files, message, deleted)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
 
     # ---- Answers

@@ -32,6 +32,8 @@ from sapiens_accel.pose import draw
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish.license import SAPIENS2, Origin
 from sapiens_accel.publish.markdown import literal
+from sapiens_accel.visibility import output as visibility
+from sapiens_accel.visibility.output import VisibilityOutput
 
 LICENSE_NAME, CURVE_NAME, IMAGE_NAME = "LICENSE.md", "training.png", "predictions.jpg"
 TEMPLATE = "card.md.jinja"
@@ -59,6 +61,7 @@ class Facts:
         num_labeled: number of labeled training people.
         has_code: there are Python files (of ours) beside the weights.
         adapter: rank of the adapters that the stage has trained, which are beside the weights; None without any.
+        visibility: the second output beside the weights; None without any.
     """
 
     run: Mapping[str, Any]
@@ -71,6 +74,7 @@ class Facts:
     has_code: bool
     origin: Origin
     adapter: int | None = None
+    visibility: VisibilityOutput | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -114,6 +118,7 @@ def collect(run_folder: Path, stage: str, step: int | None = None, folder: Path 
         has_code=any(weights.parent.glob("*.py")),
         origin=origin.find_origin(run, stage),
         adapter=_rank(weights.parent / adapters.FOLDER / adapters.CONFIG),
+        visibility=visibility.read(weights.parent),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from tqdm import tqdm
 
 from sapiens_accel.errors import UserError, escape
@@ -16,6 +16,7 @@ from sapiens_accel.hub.download import WEIGHTS_ENDINGS
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish.model_card import Facts
+from sapiens_accel.visibility import output as visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,17 @@ def publish(push: Push, repo_id: str, private: bool) -> str:
         card.write(push.folder / "card", push.facts, repo_id, license)
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
+    info = api.model_info(repo_id)
     if private:
-        refuse_public(api.model_info(repo_id), repo_id)
+        refuse_public(info, repo_id)
+    present = {file.rfilename for file in info.siblings or ()}
     for into in push.into:  # one commit each: the Hub takes a file that it has already without a second upload
         adds = {f"{into}/{name}".lstrip("/"): path for name, path in _files(push.folder / "files").items()}
         if into == push.into[-1]:
             adds |= _files(push.folder / "card")
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in adds.items()]
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in adds.items()]
+        stale = f"{into}/{visibility.FILE}".lstrip("/")  # of earlier weights
+        operations += [CommitOperationDelete(stale)] if stale in present - adds.keys() else []
         api.create_commit(repo_id, operations=operations, commit_message=push.message)
     return f"{api.endpoint}/{repo_id}"
 

@@ -9,6 +9,7 @@ Shape letters: b people, k keypoints, c channels of the features, d numbers of a
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 from sapiens_accel.errors import UserError
 
-FILE = "visibility.safetensors"
+FILE, WEIGHTS = "visibility.safetensors", "model.safetensors"
+NUM_PIECES, PIECE = 64, 4096  # of a fingerprint
 OUTPUTS = ("present", "visible")
 NUM_SHAPE = 7  # numbers of a description that are of the heatmap
 LOG_FLOOR = 0.01  # peaks below it are alike
@@ -105,12 +107,13 @@ class VisibilityOutput(nn.Module):
 
 
 def save(folder: Path, output: VisibilityOutput | None) -> None:
-    """Write a weights folder's file; without an output, remove that of earlier weights."""
+    """Write a weights folder's file, after its weights; without an output, remove that of earlier weights."""
     if output is None:
         (folder / FILE).unlink(missing_ok=True)
         return
     temporary = folder / f".{FILE}.tmp"
     about = {"keypoints": json.dumps(output.names), "about": json.dumps(output.about)}
+    about["weights"] = _fingerprint(folder / WEIGHTS)
     tensors = {name: tensor.contiguous() for name, tensor in output.state_dict().items()}
     temporary.write_bytes(safetensors.torch.save(tensors, about))  # `save_file` gives others no access
     temporary.replace(folder / FILE)
@@ -123,7 +126,7 @@ def read(folder: Path, names: Sequence[str] | None = None) -> VisibilityOutput |
         names: the keypoints that are wanted. Default: all, in the file's order.
 
     Raises:
-        UserError: the file is damaged, or lacks one of the keypoints.
+        UserError: the file is damaged, of other weights than those beside it, or lacks one of the keypoints.
     """
     file = folder / FILE
     if not file.is_file():
@@ -140,10 +143,24 @@ def read(folder: Path, names: Sequence[str] | None = None) -> VisibilityOutput |
         raise UserError(
             f"{file}: not the visibility output of weights ({reason}). Remove it, or copy it again"
         ) from None
+    if metadata.get("weights") != _fingerprint(folder / WEIGHTS):
+        raise UserError(f"{file}: made for other weights than {WEIGHTS} beside it. Remove it, or copy both again")
     lacking = [name for name in names or () if name not in output.names]
     if lacking:
         raise UserError(f"{file}: lacks the keypoint {lacking[0]!r}. Remove it to predict without visibility")
     return output if names is None else output.select(names)
+
+
+def _fingerprint(file: Path) -> str:
+    """Size, and CRC-32 of pieces spread over the file: a step of training changes all tensors that learn."""
+    if not file.is_file():
+        return ""
+    size, checksum = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        for index in range(NUM_PIECES):
+            stream.seek(max(0, size - PIECE) * index // (NUM_PIECES - 1))
+            checksum = zlib.crc32(stream.read(PIECE), checksum)
+    return f"{size}-{checksum:08x}"
 
 
 def name_columns(visibility: Float[Array, "k 2"] | None, decimals: int = 4) -> dict[str, list[float]]:

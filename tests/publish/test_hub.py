@@ -31,6 +31,7 @@ from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish import uploader as hub
+from sapiens_accel.visibility import output as visibility
 
 ROOT = Path(__file__).parents[2]
 REPO = "me/pose"
@@ -111,6 +112,7 @@ OURS = {
     "config.json": b"{}",
     "skeleton.json": b"{}",
     "modeling_sapiens_pose.py": b"code",
+    "visibility.safetensors": b"visibility",
     "training.png": b"picture",
     "phase1/model.safetensors": b"phase1",
     "phase1/config.json": b"{1}",
@@ -125,7 +127,7 @@ OURS = {
         (V2 | {"model.safetensors": b"new"}, "a/b", "", {"model.safetensors", "LICENSE.md", "README.md"}),
         (POSE, f"a/b:{DEEP}", DEEP, {DEEP, "LICENSE"}),
         (SHARDS | INDEX, "a/b", "", {*SHARDS, *INDEX}),
-        (OURS, "a/b", "", {"model.safetensors", "config.json", "skeleton.json", "modeling_sapiens_pose.py"}),
+        (OURS, "a/b", "", {name for name in OURS if "/" not in name} - {"training.png"}),
         (OURS, "a/b:phase1", "phase1", {"phase1/model.safetensors", "phase1/config.json"}),
         ({"x.pth": b"one", "x_bfloat16.pth": b"two"}, "a/b", "x.pth", {"x.pth"}),
     ],
@@ -281,6 +283,27 @@ def test_what_is_pushed_is_what_is_pulled(server: Server, tmp_path: Path, name: 
     again = SapiensPose(name, 17, (64, 48))
     weights.load(again, hub.fetch(REPO))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_visibility_output_goes_with_its_weights_and_leaves_with_them(server: Server, run_folder: Path) -> None:
+    """A push of weights without it, those of a checkpoint, removes that of the weights before."""
+    weights = run_folder / "ssl" / "weights"
+    output = visibility.VisibilityOutput(COCO17.names, torch.rand(2, 17, 9), torch.rand(2, 17), {"people": 300})
+    visibility.save(weights, output)
+    uploads = _uploads(run_folder)
+    with uploads:
+        uploads.saved("ssl", last=True)
+    pulled = visibility.read(Path(hub.fetch(REPO)))
+    assert pulled is not None
+    assert torch.equal(pulled.weight, output.weight)
+    assert "Fitted on 300 training people" in server.repos[REPO].files["README.md"].decode()
+    visibility.save(weights, None)
+    uploads = _uploads(run_folder)
+    with uploads:
+        uploads.saved("ssl", last=True)
+    assert visibility.FILE not in server.repos[REPO].files
+    assert "model.safetensors" in server.repos[REPO].files
+    assert "visibility" not in server.repos[REPO].files["README.md"].decode()
 
 
 @pytest.mark.parametrize(

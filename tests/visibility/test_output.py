@@ -183,3 +183,14 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     output.save(tmp_path, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """One changed byte, in a file that the pieces of the fingerprint cover."""
+    model = tmp_path / output.WEIGHTS
+    model.write_bytes(bytes(100_000))
+    output.save(tmp_path, VisibilityOutput(["a"], torch.ones(2, 1, 4), torch.ones(2, 1)))
+    assert output.read(tmp_path) is not None
+    model.write_bytes(bytes(50_000) + b"x" + bytes(49_999))
+    with pytest.raises(UserError, match=r"made for other weights than model.safetensors beside it\. Remove it"):
+        output.read(tmp_path)
