@@ -37,6 +37,7 @@ from sapiens_accel.data.dataset import Key, Sets, TrainingPeople
 from sapiens_accel.data.people import People
 from sapiens_accel.errors import UserError, run_main
 from sapiens_accel.pose.skeleton import COCO17
+from sapiens_accel.runtime import host
 from sapiens_accel.selftest.throughput import spread, spread_of_ratios
 from sapiens_accel.sources import jpeg_region
 
@@ -55,7 +56,7 @@ def main(words: Sequence[str]) -> None:
     asked = options(words)
     one_core()
     cv2.setNumThreads(0)
-    loader.keep_freed_memory()  # as every loading process does
+    host.keep_freed_memory()  # as every loading process does
     settings = DataConfig(root=asked.root, input_hw=asked.input_hw, check_images="ends")
     sets = build.open_people(settings, COCO17, unlabeled=False)
     path = record.place("data", "cpu", record.cpu_name(), asked.out)

@@ -4,11 +4,9 @@ order (seed, stage, step) -> keys of one global batch -> this rank's micro-batch
 """
 
 import atexit
-import ctypes
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -30,9 +28,8 @@ from sapiens_accel.config import credentials
 from sapiens_accel.data.dataset import Batch, Key, Labeled, Pair, TrainingPeople
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime import signals
+from sapiens_accel.runtime import host, signals
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SHARED = Path("/dev/shm")
 CHECK_SECONDS = 5.0  # between two checks of the loading processes
 PAUSED_SECONDS = 300.0  # without a batch, after which a loading process that was suspended counts as lost
@@ -222,17 +219,9 @@ def _begin_worker(known: credentials.Known, _: int) -> None:
     """Start a worker with one decoding thread: the workers are the parallelism. Signals are the training's to hear."""
     credentials.known.update(known)
     cv2.setNumThreads(0)
-    keep_freed_memory()
+    host.keep_freed_memory()
     signals.leave_to_parent()
 
 
 # The dictionary itself: a worker that is no fork gets what it holds when the worker is started.
 begin_worker = partial(_begin_worker, credentials.known)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next image: new pages from the system cost 5 % of a batch's time."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc and hasattr(libc, "mallopt"):  # not every Linux has glibc
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(option, 2**30)

@@ -1,7 +1,9 @@
 """What this process may take of its machine: CPU cores and memory, as cgroups (containers, SLURM) limit them."""
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")  # of version 2
 OWN_GROUP = Path("/proc/self/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def usable_cores() -> int:
@@ -57,3 +60,15 @@ def _read(file: Path) -> str:
         return file.read_text().strip()
     except OSError:
         return ""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees for its next arrays, up to 1 GiB each: new pages come zeroed, one by one.
+
+    They cost 5 % of the time of a batch of images. In a step on a CPU, instance norm and SiLU of a published head
+    (38 MB for 4 people) took 111 ms with new pages and 35 without; by itself glibc keeps arrays below 32 MiB at most.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and hasattr(libc, "mallopt"):  # not every Linux has glibc
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**30)

@@ -3,19 +3,22 @@
     python -m sapiens_accel.selftest.throughput RESULT.json MODEL [--hw 512 384] [--batch 32] [--compile]
 
 The peer is a plain training loop: bf16 autocast over fp32 weights, AdamW, checkpointed blocks. It uses nothing of this
-package but the head of Sapiens v1, which transformers does not have. Both take turns in one process.
+package but the head of Sapiens v1, which transformers does not have. Both take turns, on a GPU in one process.
 """
 
 import argparse
 import gc
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +197,15 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
 
 def start_peer(
     accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch
-) -> tuple[Iterator[Tensor] | None, float | None]:
-    """The peer after its first step, and the loss of that step; None if it runs out of memory."""
+) -> tuple[Iterator[Any] | None, float | None]:
+    """The peer after its first step, and the loss of that step; None if it runs out of memory.
+
+    On a CPU it has a process of its own: how a process's memory is allocated is a setting of ours that a plain loop
+    does not have. On a GPU both share the memory of one.
+    """
+    if accelerator.device.type == "cpu":
+        stream = _steps_of_another_process(run, len(batch.labeled.ann_id), distributed.autocast_dtype(accelerator))
+        return stream, next(stream)
     try:
         return _started(accelerator, run, model, batch)
     except torch.OutOfMemoryError:
@@ -205,10 +215,37 @@ def start_peer(
 
 
 def _started(accelerator: Accelerator, run: Config, model: SapiensPose, batch: Batch) -> tuple[Iterator[Tensor], float]:
-    plan, autocast = run.get_stage("phase2"), distributed.autocast_dtype(accelerator)
-    network = peer_of(model, accelerator.device)
-    stream = plain_steps(network, batch, codec_of(run), plan.loss_weight, plan.optim.lr, autocast)
+    stream = _plain_stream(run, model, batch, distributed.autocast_dtype(accelerator))
     return stream, float(next(stream))
+
+
+def _plain_stream(run: Config, model: SapiensPose, batch: Batch, autocast: torch.dtype | None) -> Iterator[Tensor]:
+    plan, network = run.get_stage("phase2"), peer_of(model, batch.labeled.ann_id.device)
+    return plain_steps(network, batch, codec_of(run), plan.loss_weight, plan.optim.lr, autocast)
+
+
+def _steps_of_another_process(run: Config, num: int, autocast: torch.dtype | None) -> Iterator[float]:
+    """The losses of a plain loop, which takes a step for each that is asked for."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    settings = (run, num, autocast, torch.get_num_threads())
+    context.Process(target=_take_plain_steps, args=(there, *settings), daemon=True).start()
+    there.close()  # so that an end of that process is an EOFError here
+    while True:
+        here.send(None)
+        yield here.recv()
+
+
+def _take_plain_steps(asked: Connection, run: Config, num: int, autocast: torch.dtype | None, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    # From the same seed and in the same order as ours: the same weights and people.
+    model, batch = build_network(run, "phase2"), random_batch(num, 0, run.data.input_hw, torch.device("cpu"))
+    stream = _plain_stream(run, model, batch, autocast)
+    del model
+    with suppress(EOFError):  # the end of the process that asks
+        while True:
+            asked.recv()
+            asked.send(float(next(stream)))
 
 
 def plan_ours(accelerator: Accelerator, run: Config) -> Plan:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sapiens_accel.config.schema import OptimConfig
 from sapiens_accel.data.dataset import Batch
 from sapiens_accel.errors import UserError
-from sapiens_accel.runtime import distributed, engine, failures
+from sapiens_accel.runtime import distributed, engine, failures, host
 from sapiens_accel.runtime.signals import EvaluationStopped, is_stop_asked
 from sapiens_accel.training.activation_offload import offloaded
 from sapiens_accel.training.objectives import Objective
@@ -76,6 +76,8 @@ def steps(
     Args:
         batches: this rank's micro-batches from step `config.first` on; training ends with them.
     """
+    if accelerator.device.type == "cpu":
+        host.keep_freed_memory()
     step = config.first
     while micro_batches := _fetch(accelerator, batches, config.accumulation):
         model.train()

@@ -196,8 +196,8 @@ def test_a_loading_process_keeps_the_memory_of_its_images() -> None:
     code = """
 import resource, sys
 import numpy as np
-from sapiens_accel.data import loader
-if sys.argv[1] == "kept": loader.keep_freed_memory()
+from sapiens_accel.runtime import host
+if sys.argv[1] == "kept": host.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     images = [np.ones(589824, np.uint8) for _ in range(32)]

@@ -1,6 +1,10 @@
 import math
+import os
+import sys
 from itertools import pairwise
+from statistics import median
 
+import forks
 import pytest
 import torch
 
@@ -139,3 +143,40 @@ def test_cosine_and_linear_start_at_the_peak_and_end_near_0() -> None:
     for plan in (cosine, linear):
         rates = [optim.lr_at(step, 1100, plan) for step in range(100, 1100)]
         assert all(later < earlier for earlier, later in pairwise(rates))
+
+
+STEPS_OF_LARGE_ARRAYS = """
+import resource, sys
+from itertools import repeat
+from types import SimpleNamespace
+import torch
+from sapiens_accel.config.schema import OptimConfig
+from sapiens_accel.runtime import distributed
+from sapiens_accel.selftest.training_step import random_batch
+from sapiens_accel.training.loop import StepConfig, steps
+
+def loss(model, batch, prepared):
+    return (torch.ones(1 << 24) * model.weight).mean(), {}
+
+accelerator, model = distributed.start(), torch.nn.Linear(1, 1)
+objective = SimpleNamespace(prepare=lambda batches, step: [None], loss=loss, after_step=lambda: None)
+optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=1.0)
+batches = repeat(random_batch(1, 0, (32, 32), accelerator.device))
+faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+config = StepConfig(accumulation=1, optim=OptimConfig(), num_steps=9)
+for step in steps(accelerator, model, optimizer, objective, batches, config):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    if step.number == 9:
+        break
+print(*[after - before for before, after in zip(faults, faults[1:])])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_steps_on_a_cpu_keep_the_memory_of_their_activations() -> None:
+    """Page faults of each step, which makes arrays of 64 MiB, each of 16,384 pages of 4 kB."""
+    done = forks.run(["-c", STEPS_OF_LARGE_ARRAYS], env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"})
+    assert done.returncode == 0, done.stderr
+    faults = [int(word) for word in done.stdout.split()]
+    # Each step makes three or four such arrays at once; where they lie settles within the first steps.
+    assert faults[0] > 40_000 and median(faults[4:]) < 10_000, faults
