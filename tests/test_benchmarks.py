@@ -340,3 +340,13 @@ def test_the_numbers_of_a_campaign_of_faults_follow_from_its_rows(
         save_file({"head": torch.tensor([1.0]), "norm": torch.tensor([0.5, last])}, tmp_path / "weights")
         digests.append(faults.digest_weights(tmp_path / "weights"))
     assert [name for name in digests[0] if digests[0][name] != digests[1][name]] == ["norm"]
+
+
+@pytest.mark.slow
+def test_the_output_of_visibility_is_measured_beside_the_peak(tmp_path: Path) -> None:
+    found = benchmark("visibility", tmp_path / "visibility.json", "--steps", "2")
+    (row,) = found["rows"]
+    assert set(row["scores"]) == {"present", "visible"}
+    for scores in row["scores"].values():
+        assert scores["output"]["ECE"] < scores["peak"]["ECE"]  # an untrained network's peaks say nothing
+        assert scores["peak, calibrated"]["ECE"] < 0.1

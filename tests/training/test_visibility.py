@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -115,3 +116,21 @@ def test_it_is_in_the_results_of_images(trained: Path, tmp_path: Path) -> None:
     assert annotation["keypoint_present"] == result.present[0].astype(np.float64).round(4).tolist()
     assert annotation["keypoint_visible"] == result.visible[0].astype(np.float64).round(4).tolist()
     assert result.to_csv().splitlines()[0].endswith("score,present,visible")
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_fits(tmp_path: Path) -> None:
+    """Each describes its part of the people, an odd number of whom are validated."""
+    words = [*SMALL, "--stage=phase2", "--weights=random", ON, "--data.synthetic.num_val=13"]
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = forks.run(["train.py", *words, f"--output_dir={folder}"], processes=processes)
+        assert done.returncode == 0, done.stderr
+        found.append(_output(folder / "phase2" / "weights").about)
+    one, two = found
+    assert (one["people"], one["calibration_people"]) == (two["people"], two["calibration_people"]) == (24, 13)
+    for name in output.OUTPUTS:
+        assert one["quality"][name]["share"] == two["quality"][name]["share"]
+        for score in ("output", "peak"):
+            assert two["quality"][name][score] == pytest.approx(one["quality"][name][score], abs=0.02)
