@@ -67,6 +67,7 @@ class Case:
     selective: int = 0
     rank: int | None = None  # of adapters
     base_dtype: BaseDtype | None = None
+    in_bf16: bool = False  # matrices, with moments in 8 bits
 
 
 def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
@@ -74,11 +75,18 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     words = [f"--model.name={case.name}", f"--data.input_hw=[{INPUT_HW[0]},{INPUT_HW[1]}]"]
     words += [f"--lora.rank={case.rank}"] if case.rank else []
     words += [f"--model.base_dtype={case.base_dtype}"] if case.base_dtype else []
+    words += ["--memory.adam_8bit", "--memory.bf16_weights"] if case.in_bf16 else []
     ranks = accelerator.num_processes
     people = case.micro_batch * case.accumulation * ranks
     run = config.load([*words, f"--{case.stage}.global_batch={people}"])
     counted = measure_stage(run, case.stage, accelerator.mixed_precision != "no")
-    way = Way(name="here", launch="", strategy=distributed.strategy(accelerator))
+    way = Way(
+        name="here",
+        launch="",
+        strategy=distributed.strategy(accelerator),
+        adam_8bit=case.in_bf16,
+        bf16_weights=case.in_bf16,
+    )
     share = Share(rank=0, num_ranks=ranks, micro_batch=case.micro_batch, accumulation=case.accumulation)
     layout = Layout(checkpointed_blocks=case.checkpointed, selective_blocks=case.selective, head_chunk=case.chunk)
     predicted = predict(counted, way, share, layout, Room(cuda=False))
@@ -105,8 +113,11 @@ def peak(
             adapters.keep_base_in(model, half)
         model.lay_out(layout)
         teacher = MovingAverage(deepcopy(model)) if stage.teacher else None
+        if run.memory.bf16_weights:
+            optim.keep_in_bf16(optim.list_matrices(model.layer_groups()))
         groups = optim.param_groups(model.layer_groups(), stage.optim)
-        optimizer = optim.adamw(groups, stage.optim, torch.device("cpu"))
+        in_bf16 = run.memory.bf16_weights
+        optimizer = optim.adamw(groups, stage.optim, torch.device("cpu"), eight_bit=in_bf16, stochastic=in_bf16)
         network, optimizer = engine.prepare(
             accelerator, model, optimizer, micro_batch=share.micro_batch, accumulation=share.accumulation, clip_norm=1.0
         )

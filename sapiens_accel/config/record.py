@@ -133,7 +133,13 @@ def _is_fixed(one: Difference, context: Continuation) -> bool:
     """Whether the state to continue depends on the option: on its parameters, parameter groups or Adam moments."""
     if one.key == "model.name":
         return bool(context.resumed or context.from_earlier)
-    fixed = ("data.input_hw", "memory.adam_8bit", f"{context.resumed}.frozen", f"{context.resumed}.teacher")
+    fixed = (
+        "data.input_hw",
+        "memory.adam_8bit",
+        "memory.bf16_weights",
+        f"{context.resumed}.frozen",
+        f"{context.resumed}.teacher",
+    )
     if not context.freezes_blocks:
         fixed += ("lora.rank", "lora.alpha", "lora.target", "lora.dora", "model.base_dtype")
     return context.resumed is not None and one.key in fixed

@@ -26,6 +26,7 @@ from sapiens_accel.models.attention import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton
+from sapiens_accel.training import optim
 from sapiens_accel.training.ema import MovingAverage
 from sapiens_accel.training.mean_teacher import PseudoLabels, TeacherPrediction, TeacherSetup, build_objective
 from sapiens_accel.training.objectives import Objective
@@ -96,18 +97,21 @@ class NetworkShape:
 
 
 @lru_cache(maxsize=32)
-def footprint(network: NetworkShape, plan: StageConfig, half: bool, cast: bool) -> Footprint:
+def footprint(
+    network: NetworkShape, plan: StageConfig, half: bool, cast: bool, bf16_matrices: bool = False
+) -> Footprint:
     """Measure the step of a stage.
 
     Args:
         half: computation is in 16 bits ...
         cast: ... by autocast over fp32 weights; else the weights have 16 bits.
+        bf16_matrices: the matrices that learn have them under autocast too.
     """
     # transformers caches patch coordinates in their first computation: the cache must not hold fake tensors.
     size = SIZES[network.name]
     grid = [pixels // size.patch for pixels in network.input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
-    precision = _Precision(half=half, cast=cast)
+    precision = _Precision(half=half, cast=cast, bf16_matrices=bf16_matrices)
     group = 1 + plan.ratio
     small, large, chunked = (_probe(network, plan, precision, p * group, n) for p, n in ((2, 1), (4, 1), (4, 2)))
     parts = {
@@ -127,6 +131,7 @@ def _line(small: float, large: float, chunked: float, p: int) -> Linear:
 class _Precision:
     half: bool
     cast: bool
+    bf16_matrices: bool
 
 
 def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: int, n: int) -> dict[str, float]:
@@ -141,6 +146,8 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
             quantized.replace_all(model, network.base_dtype)
         adapters.add(model, network.lora)
     base = {id(p) for p in adapters.frozen_matrices(model)} if network.lora.rank else set()
+    if precision.bf16_matrices:
+        base |= {id(p) for p in optim.list_matrices(model.layer_groups())}
     model.lay_out(Layout(checkpointed_blocks=1, selective_blocks=1, head_chunk=n))
     objective = _objective(model, plan, network.sigma)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -18,7 +18,7 @@ Table = Mapping[StageName, Sequence[Plan]]
 
 RANK = 16  # of the adapters that are proposed
 TIGHT = 0.9  # of the host memory: a way that takes more leaves no room for an error of the prediction
-TIGHT_COST, EIGHT_BIT_COST = 2.0, 1.5  # factors on the time, in the comparison of ways
+TIGHT_COST, EIGHT_BIT_COST, BF16_COST = 2.0, 1.5, 1.2  # factors on the time, in the comparison of ways
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Setting:
 
     def _run_by(self, way: Way) -> Config:
         """The run with the options that a way sets itself."""
-        options = {"adam_8bit": way.adam_8bit, "offload_activations": way.offload_activations}
+        options = {name: getattr(way, name) for name in ("adam_8bit", "bf16_weights", "offload_activations")}
         return dataclasses.replace(self.run, memory=dataclasses.replace(self.run.memory, **options))
 
 
@@ -75,9 +75,10 @@ def choose(table: Table) -> list[Plan] | None:
 
 
 def cost(plans: Sequence[Plan]) -> float:
-    """The time of all stages; more for what nearly fills the host, and for 8-bit moments, which change the losses."""
-    hours = sum(plan.seconds * max(plan.steps, 1) for plan in plans)
-    return hours * (TIGHT_COST if is_tight(plans) else 1.0) * (EIGHT_BIT_COST if plans[0].way.adam_8bit else 1.0)
+    """The time of all stages; more for what nearly fills the host, and for what changes the losses."""
+    hours, way = sum(plan.seconds * max(plan.steps, 1) for plan in plans), plans[0].way
+    inexact = (EIGHT_BIT_COST if way.adam_8bit else 1.0) * (BF16_COST if way.bf16_weights else 1.0)
+    return hours * (TIGHT_COST if is_tight(plans) else 1.0) * inexact
 
 
 def is_tight(plans: Sequence[Plan]) -> bool:
@@ -108,6 +109,8 @@ def _why_not(plans: Sequence[Plan], best: Sequence[Plan] | None) -> str:
         most = max(plans, key=lambda plan: plan.host_peak)
         assert most.host_room is not None
         text += f" and {most.host_peak / GIB:.1f} of {most.host_room / GIB:.1f} GiB of host memory"
+    if plans[0].way.bf16_weights:
+        return text + ", and bf16 weights with 8-bit moments change the losses more than the other ways"
     if plans[0].way.adam_8bit and not best[0].way.adam_8bit:
         text += ", and 8-bit moments change the losses a little"
     return text

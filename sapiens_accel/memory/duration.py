@@ -96,7 +96,7 @@ def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Ra
     if strategy.zero == 3:
         copies += share.accumulation * 3 * 2 * stage.num_parameters / rates.bus * 0.5
     if way.offload_activations:
-        kept = stage.footprint_of(strategy.zero == 0 and strategy.half).kept(people)
+        kept = stage.footprint_of(strategy.zero == 0 and strategy.half, way.bf16_weights).kept(people)
         copies += share.accumulation * 2 * layout.checkpointed_blocks * kept / rates.bus * 0.3
     if ranks > 1:
         copies += (4 if strategy.zero else 8) * stage.num_learning / rates.bus * 0.5
@@ -142,4 +142,6 @@ def measured_flops(device: str | None, folder: Path = Path()) -> float | None:
 
 def _flops_of_row(row: dict[str, Any]) -> float:
     parts = part_flops(row["model"], 17, tuple(row["input_hw"]))
-    return row["phase2_rate"] * (3 * parts.whole + row["comparison"]["checkpointed_blocks"] * parts.block)
+    layout = row["comparison"]
+    recomputed = layout["checkpointed_blocks"] + SELECTIVE * layout.get("selective_blocks", 0)
+    return row["phase2_rate"] * (3 * parts.whole + recomputed * parts.block)

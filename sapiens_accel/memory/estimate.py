@@ -166,7 +166,7 @@ class _Step:
 def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = UNLIMITED) -> Plan:
     """Predict the memory of one way with a micro-batch and a layout."""
     strategy, accumulates = way.strategy, share.accumulation > 1
-    footprint = stage.footprint_of(strategy.zero == 0 and strategy.half)
+    footprint = stage.footprint_of(strategy.zero == 0 and strategy.half, way.bf16_weights)
     state = state_bytes(stage, way, accumulates)
     gradients, buckets = state.pop("gradients"), state.pop("backward_buckets")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
@@ -205,7 +205,7 @@ def _describe_step(
     """Args: `sizes` are those of all gradients and of the buckets of a backward."""
     gradients, buckets = sizes
     plain, accumulates = way.strategy.zero == 0, share.accumulation > 1
-    footprint = stage.footprint_of(plain and way.strategy.half)
+    footprint = stage.footprint_of(plain and way.strategy.half, way.bf16_weights)
     people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
     selective = layout.selective_blocks
     fills_late = stage.num_learning <= way.strategy.bucket or way.strategy.zero == 1
@@ -399,9 +399,11 @@ def state_bytes(stage: Stage, way: Way, accumulates: bool) -> dict[str, float]:
     weights = word * (everything - stage.rounded) / (ranks if strategy.zero == 3 else 1) + stage.rounded_bytes
     if strategy.zero == 0 and strategy.half:
         weights -= 2 * (stage.base - stage.rounded)  # `adapters.keep_base_in`
+    in_bf16 = stage.matrices if way.bf16_weights else 0
+    weights -= 2 * in_bf16
     state = {
         "weights": 0.0 if strategy.offload_weights else weights,
-        "gradients": summed * (part if strategy.zero >= 2 else learning),
+        "gradients": summed * (part if strategy.zero >= 2 else learning) - 2 * in_bf16,
         "masters": 4 * part if strategy.zero else 0.0,
         "adam": 2 * (1 + 4 / 256) * learning if way.adam_8bit else 8 * (part if strategy.zero else learning),
         "ema_teacher": _teacher_bytes(stage, way),

@@ -86,8 +86,8 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
         raise UserError(refusal)
     if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
         raise UserError("--memory.adam_8bit: torchao is not installed. Run pip install torchao")
-    offloads, eight_bit = memory.offload_activations, memory.adam_8bit
-    way = Way(name="this launch", launch="", strategy=strategy, offload_activations=offloads, adam_8bit=eight_bit)
+    options = {name: getattr(memory, name) for name in ("offload_activations", "adam_8bit", "bf16_weights")}
+    way = Way(name="this launch", launch="", strategy=strategy, **options)
     padded = attention.needs_padding(launch.capability, half=strategy.half)
     chosen = {}
     for name in run.stages:

@@ -66,7 +66,9 @@ def main(words: Sequence[str]) -> None:
     table = setting.table()
     best = choice.choose(table)
     # The printed commands add these options themselves.
-    words = _with_placeholders(run, without(rest, "--memory.offload_activations", "--memory.adam_8bit"))
+    words = _with_placeholders(
+        run, without(rest, *(f"--memory.{name}" for name in ("offload_activations", "adam_8bit", "bf16_weights")))
+    )
     if asked.json:
         print(json.dumps(_as_json(table, best, words), indent=2))
     else:

@@ -47,6 +47,7 @@ class Stage:
         tensors_learning: how many tensors are trained.
         adapted: adapters learn in place of the blocks' own matrices, which have no gradients.
         base: elements of the frozen matrices under adapters, which are kept in 16 bits in 16-bit arithmetic.
+        matrices: elements of the learning matrices, which `--memory.bf16_weights` keeps in bf16.
         rounded: elements of those of them that are kept in 4 or 8 bits.
         rounded_bytes: bytes of these.
         groups: elements of each parameter group.
@@ -54,7 +55,8 @@ class Stage:
         queries: elements of the queries of a person over all heads, padded if attention pads them.
         steps: optimizer steps of the stage.
         fixed: the teacher of `--distill.teacher`.
-        footprint_of: what a step takes; argument: whether autocast casts fp32 weights.
+        footprint_of: what a step takes; arguments: whether autocast casts fp32 weights, and whether matrices are in
+            bf16 already.
     """
 
     plan: StageConfig
@@ -68,6 +70,7 @@ class Stage:
     tensors_learning: int
     adapted: bool
     base: int
+    matrices: int
     rounded: int
     rounded_bytes: float
     groups: tuple[int, ...]
@@ -78,7 +81,7 @@ class Stage:
     map_bytes: int
     num_workers: int
     steps: int
-    footprint_of: Callable[[bool], Footprint]
+    footprint_of: Callable[..., Footprint]
     fixed: FixedNetwork | None = None
 
     @property
@@ -139,6 +142,7 @@ def measure_stage(
         tensors_learning=sum(p.requires_grad for p in model.parameters()),
         adapted=adapted,
         base=_count(adapters.frozen_matrices(model)) if adapted else 0,
+        matrices=_count(optim.list_matrices(layers)),
         rounded=sum(map(math.prod, rounded)),
         rounded_bytes=sum(quantized.num_bytes(shape, base_dtype) for shape in rounded) if base_dtype else 0.0,
         groups=tuple(_count(group["params"]) for group in optim.param_groups(layers, plan.optim)),

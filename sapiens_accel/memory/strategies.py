@@ -22,11 +22,12 @@ class Way:
     strategy: Strategy
     offload_activations: bool = False
     adam_8bit: bool = False
+    bf16_weights: bool = False
     teacher: TeacherPlacement = "device"
 
     def options(self) -> list[str]:
         """The options of train.py of this way."""
-        flags = {"offload_activations": self.offload_activations, "adam_8bit": self.adam_8bit}
+        flags = {name: getattr(self, name) for name in ("offload_activations", "adam_8bit", "bf16_weights")}
         return [f"--memory.{name}" for name, wanted in flags.items() if wanted]
 
 
@@ -45,6 +46,8 @@ def list_ways(num_ranks: int, precision: str = "bf16") -> list[Way]:
     add("plain", plain)
     add("8bit", plain, adam_8bit=True)
     add("8bit+activations", plain, adam_8bit=True, offload_activations=True)
+    if precision == "bf16":
+        add("8bit+bf16", plain, adam_8bit=True, bf16_weights=True)
     for launch in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
         if launch != "zero1" or num_ranks > 1:
             add(launch, launch)
@@ -57,6 +60,13 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
     """Why a run's options cannot be trained by a launch; None if they can."""
     if run.memory.adam_8bit and strategy.zero:
         return "--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)"
+    if run.memory.bf16_weights:
+        if not run.memory.adam_8bit:
+            return "--memory.bf16_weights: only with --memory.adam_8bit"
+        if not strategy.bf16:
+            return "--memory.bf16_weights: only where a launch computes in bf16 (expected a GPU that has it)"
+        if run.lora.rank:
+            return "--memory.bf16_weights: not with --lora.rank, whose few learning parameters stay in fp32"
     if run.memory.selective_blocks and (other := _find_other(run, strategy)):
         return f"--memory.selective_blocks: not with {other}"
     if strategy.zero < 3:

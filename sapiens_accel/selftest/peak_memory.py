@@ -78,9 +78,11 @@ def case_of_plan(model: str, stage: StageName, hw: tuple[int, int], plan: Plan) 
         micro_batch=share.micro_batch,
         accumulation=share.accumulation,
         checkpointed_blocks=layout.checkpointed_blocks,
+        selective_blocks=layout.selective_blocks,
         head_chunk=layout.head_chunk,
         offload_activations=way.offload_activations,
         adam_8bit=way.adam_8bit,
+        bf16_weights=way.bf16_weights,
         teacher=way.teacher,
     )
 
@@ -129,8 +131,7 @@ def compare_on_gpu(case: TrainingCase, plan: Plan, limit: int) -> Row:
 
 def compare_on_cpu(stage: Stage, case: TrainingCase) -> Row:
     """As `compare_on_gpu` for a tiny network on the CPU, measured by torch's profiler."""
-    layout = Layout(checkpointed_blocks=case.checkpointed_blocks, head_chunk=case.head_chunk)
-    plan = predict(stage, way_of(case.way, "no"), case.share, layout, Room(cuda=False))
+    plan = predict(stage, way_of(case.way, "no"), case.share, case.layout, Room(cuda=False))
     measurement = measure_on_cpu(start_accelerator("no"), case)
     return compare(f"{case.model} {case.stage}, fp32 on the CPU", plan.gpu_peak - bytes_made_before(case), measurement)
 

@@ -65,7 +65,16 @@ PEAK_TFLOPS = {
     "V100-SXM2": 125.0,
     "Tesla T4": 65.0,
 }
-SETTINGS = ("model", "stage", "way", "precision", "micro_batch", "checkpointed_blocks", "head_chunk")
+SETTINGS = (
+    "model",
+    "stage",
+    "way",
+    "precision",
+    "micro_batch",
+    "checkpointed_blocks",
+    "selective_blocks",
+    "head_chunk",
+)
 Runner = tuple[Callable[[], None], Iterator[Any]]  # a function that sets the layout, and the steps
 
 
@@ -189,7 +198,9 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
     taken = seconds_of({**runners, **others}, timing, device)
     yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
     if timing.compiled:
-        compiled = partial(model.lay_out, replace(plan.layout, compiled=True))
+        # The compiler chooses itself what it recomputes.
+        recomputed = {"checkpointed_blocks": plan.layout.checkpointed_blocks + plan.layout.selective_blocks}
+        compiled = partial(model.lay_out, replace(plan.layout, **recomputed, selective_blocks=0, compiled=True))
         again = seconds_of({"ours_compiled": (compiled, ours), **others}, timing, device)
         taken |= {"ours_compiled": again["ours_compiled"], "peer_again": again.get("peer", [])}
         yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}

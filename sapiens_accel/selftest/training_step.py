@@ -51,7 +51,7 @@ class TrainingCase:
         precision: "no", "bf16" or "fp16", as in the launch files.
         input_hw: of the crop, px.
         micro_batch: labeled people in a forward and backward pass.
-        checkpointed_blocks, head_chunk: see `Layout`.
+        checkpointed_blocks, selective_blocks, head_chunk: see `Layout`.
         teacher: where the fp32 average of the teacher is in stage ssl.
     """
 
@@ -65,8 +65,10 @@ class TrainingCase:
     accumulation: int
     checkpointed_blocks: int
     head_chunk: int | None
+    selective_blocks: int = 0
     offload_activations: bool = False
     adam_8bit: bool = False
+    bf16_weights: bool = False
     teacher: TeacherPlacement = "device"
 
     @property
@@ -75,7 +77,11 @@ class TrainingCase:
 
     @property
     def layout(self) -> Layout:
-        return Layout(checkpointed_blocks=self.checkpointed_blocks, head_chunk=self.head_chunk)
+        return Layout(
+            checkpointed_blocks=self.checkpointed_blocks,
+            selective_blocks=self.selective_blocks,
+            head_chunk=self.head_chunk,
+        )
 
     @property
     def run(self) -> Config:
@@ -144,8 +150,11 @@ def take_steps(
     plan = case.run.get_stage(case.stage)
     model.lay_out(case.layout)
     teacher = ema.moving_average(accelerator, model, case.teacher) if plan.teacher else None
+    if case.bf16_weights:
+        optim.keep_in_bf16(optim.list_matrices(model.layer_groups()))
     groups = optim.param_groups(model.layer_groups(), plan.optim)
-    optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, eight_bit=case.adam_8bit)
+    options = {"eight_bit": case.adam_8bit, "stochastic": case.bf16_weights}
+    optimizer: Any = optim.adamw(groups, plan.optim, accelerator.device, **options)
     network, optimizer = engine.prepare(
         accelerator,
         model,

@@ -53,6 +53,7 @@ class StepConfig:
         offload: activations are kept in host memory until the backward.
         dropout_key: numbers from which, with step, rank and micro-batch, the dropout of adapters is drawn; None: there
             is none, and the generators are left alone.
+        rounding_key: likewise for the stochastic rounding of weights, which must be equal on all ranks.
     """
 
     accumulation: int
@@ -61,6 +62,7 @@ class StepConfig:
     num_steps: int
     offload: bool = False
     dropout_key: tuple[int, ...] | None = None
+    rounding_key: tuple[int, ...] | None = None
 
 
 def steps(
@@ -97,6 +99,8 @@ def steps(
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     logs[name] = logs.get(name, 0.0) + value / config.accumulation
                 accelerator.backward(loss)
+        if config.rounding_key:
+            torch.manual_seed(_seed(*config.rounding_key, step))
         with failures.changing_weights():
             grad_norm, taken = engine.take_step(accelerator, model, optimizer, config.optim.clip_norm)
             optimizer.zero_grad()

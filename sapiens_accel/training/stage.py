@@ -77,6 +77,7 @@ class TrainingStage:
             first=context.first,
             num_steps=self.num_steps,
             offload=run.memory.offload_activations,
+            rounding_key=(run.seed, STAGES.index(context.name)) if run.memory.bf16_weights else None,
             dropout_key=(run.seed, STAGES.index(context.name)) if self.base and run.lora.dropout else None,
         )
         return steps(accelerator, self.network, self.optimizer, self.objective, batches, config)
@@ -346,8 +347,13 @@ def _estimate_sizes(context: StageContext, model: SapiensPose, *, adapted: bool)
 def _prepare(context: StageContext, model: SapiensPose) -> tuple[nn.Module, Any]:
     """Create the optimizer, and wrap both for the launch."""
     config, accelerator, share = context.config.optim, context.accelerator, context.plan.share
+    memory = context.run.memory
+    if memory.bf16_weights:
+        optim.keep_in_bf16(optim.list_matrices(model.layer_groups()))
     groups = optim.param_groups(model.layer_groups(), config)
-    optimizer = optim.adamw(groups, config, accelerator.device, eight_bit=context.run.memory.adam_8bit)
+    optimizer = optim.adamw(
+        groups, config, accelerator.device, eight_bit=memory.adam_8bit, stochastic=memory.bf16_weights
+    )
     return engine.prepare(
         accelerator,
         model,

@@ -347,7 +347,7 @@ def test_recipes_own_no_topology_and_no_precision() -> None:
     # The one option of memory that suits any number of processes.
     assert {key for tree in trees for key in tree.get("memory", {})} == {"max_micro_batch"}
     # What train.py does with any launch, so that a recipe does not say it; the rank of adapters.
-    own = {"offload_activations", "rank"}
+    own = {"offload_activations", "bf16_weights", "rank"}
     for key in {key for tree in [*trees, dataclasses.asdict(Config())] for key in _keys(tree)} - own:
         assert not any(word in key.lower() for word in foreign), key
 

@@ -291,7 +291,16 @@ def test_a_printed_command_runs(printed: Printed, request: pytest.FixtureRequest
     assert OUTCOMES[printed.text] is None, f"{printed.name}: {printed.text}"
 
 
-WAYS = ["plain", "8bit", "8bit+activations", "zero2", "zero2_offload", "zero2_offload+activations", "zero3"]
+WAYS = [
+    "plain",
+    "8bit",
+    "8bit+activations",
+    "8bit+bf16",
+    "zero2",
+    "zero2_offload",
+    "zero2_offload+activations",
+    "zero3",
+]
 WAYS += ["zero3_offload", "zero3_offload+activations"]
 
 

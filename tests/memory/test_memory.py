@@ -95,6 +95,15 @@ def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: st
 
 
 @pytest.mark.launch
+@pytest.mark.slow
+def test_the_predicted_peak_of_bf16_weights_with_moments_of_8_bits_is_the_allocators(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
+    cases = [{"name": "sapiens_tiny", **case, "in_bf16": True} for case in (CASES[0], SELECTIVE[2])]
+    for case, result in zip(cases, peaks(cases, tmp_path, ACCELERATE_MIXED_PRECISION="bf16"), strict=True):
+        assert result["predicted"] == pytest.approx(result["measured"], rel=0.03), case
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("zero", "cases", "processes"),
     [
@@ -161,6 +170,18 @@ def test_bytes_of_a_parameter(strategy: Strategy, options: dict, accumulation: i
     found = plan.state_bytes(stage, Way(name="", launch="", strategy=strategy, **options), accumulation > 1)
     everything = sum(found[part] for part in ("weights", "gradients", "masters", "adam"))
     assert everything == pytest.approx(per_parameter * stage.num_parameters, rel=1e-9)
+
+
+def test_bytes_of_bf16_weights_with_moments_of_8_bits() -> None:
+    """6 bytes of a learning matrix of blocks and head, 10 of all else: norms, biases, embeddings."""
+    stage = counted("sapiens_0.3b_coco", "phase2")
+    assert 0.99 * stage.num_learning < stage.matrices < stage.num_learning
+    (by,) = (one for one in strategies.list_ways(1) if one.name == "8bit+bf16")
+    assert by.bf16_weights and not [one for one in strategies.list_ways(1, "fp16") if one.bf16_weights]
+    found = plan.state_bytes(stage, by, False)
+    rest = stage.num_learning - stage.matrices
+    assert found["weights"] == found["gradients"] == 2 * stage.matrices + 4 * rest
+    assert found["adam"] == 2 * (1 + 4 / 256) * stage.num_learning
 
 
 def test_host_memory_of_an_offloaded_parameter() -> None:
@@ -535,6 +556,9 @@ def test_the_command_is_what_a_shell_takes() -> None:
     [
         (Strategy(zero=2), "--memory.adam_8bit", "without DeepSpeed"),
         (Strategy(zero=3), "--memory.compile_blocks", "ZeRO-3"),
+        (Strategy(), "--memory.bf16_weights", "only with --memory.adam_8bit"),
+        (Strategy(bf16=False), "--memory.adam_8bit --memory.bf16_weights", "computes in bf16"),
+        (Strategy(), "--memory.adam_8bit --memory.bf16_weights --lora.rank=4", "not with --lora.rank"),
         (Strategy(zero=3), "--lora.rank=4 --lora.dora", "--lora.dora: not with ZeRO-3"),
         (Strategy(zero=3), "--lora.rank=4 --model.base_dtype=int8", "base_dtype int8: not with ZeRO-3"),
         (Strategy(), "--memory.checkpointed_blocks=99", "expected at most 4"),

@@ -187,6 +187,31 @@ def test_moments_of_8_bits_come_back_with_the_settings_that_are_asked_for(eight_
     torch.testing.assert_close(run.network.weight.detach(), weight * (1 - 0.04 * 0.3) - 0.04 * change)
 
 
+@pytest.mark.slow
+def test_weights_of_bf16_with_moments_of_8_bits_move_as_fp32_ones_do_on_average() -> None:
+    """5 steps of a constant gradient, each change far less than half the distance of two bf16 numbers."""
+    pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
+    step, rate, num = 2.0**-7, 2.0**-12, 2**16  # of bf16 numbers from 1 on; of AdamW's steps; of weights
+    found = {}
+    for stochastic in (True, False):
+        weight = nn.Parameter(torch.ones(256, num // 256, dtype=torch.bfloat16))
+        groups = [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0}]
+        config = OptimConfig(lr=rate)
+        optimizer = optim.adamw(groups, config, torch.device("cpu"), eight_bit=True, stochastic=stochastic)
+        torch.manual_seed(0)
+        for _ in range(5):
+            weight.grad = torch.full_like(weight, -0.01)
+            optimizer.step()
+        assert weight.dtype == optimizer.state[weight]["exp_avg"].dtype == torch.bfloat16
+        found[stochastic] = weight.detach().float()
+    assert (found[False] == 1).all()  # to the nearest, every change is lost
+    moved = (found[True] - 1) / step
+    assert set(moved.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    expected = 5 * rate / step
+    standard_error = (expected * (1 - rate / step) / num) ** 0.5
+    assert abs(moved.mean() - expected) < 4 * standard_error + 0.01 * expected  # moments of 8 bits: within 1 %
+
+
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
 def test_a_planted_pickle_is_not_executed(run: Run, tmp_path: Path, file: str) -> None:
     saved, trace = run.save(1), tmp_path / "trace"
