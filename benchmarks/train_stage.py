@@ -1,12 +1,19 @@
 """A stage trained in this process, as often as a benchmark likes."""
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
 from sapiens_accel.train import main
+
+
+def list_options(asked: Namespace) -> dict[str, Any]:
+    """The options of a benchmark for its record, without folders, which are of one machine."""
+    return {name: value for name, value in vars(asked).items() if name not in ("work", "out", "coco")}
 
 
 def train_stage(folder: Path, stage: str, words: Sequence[str]) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from train_stage import train_stage
+from train_stage import list_options, train_stage
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.data import build
@@ -63,7 +63,7 @@ def main() -> None:
                 folder = work / f"{case}_{seed}"
                 rows.append({"people": case, "seed": seed, "AP": finish(folder, words), "scores": measure(folder)})
                 print("RESULT", json.dumps(rows[-1]), flush=True)
-                Path(asked.out).write_text(json.dumps({"options": vars(asked), "rows": rows}, indent=1))
+                Path(asked.out).write_text(json.dumps({"options": list_options(asked), "rows": rows}, indent=1))
     print(format_rows(rows))
 
 

@@ -350,3 +350,8 @@ def test_the_output_of_visibility_is_measured_beside_the_peak(tmp_path: Path) ->
     for scores in row["scores"].values():
         assert scores["output"]["ECE"] < scores["peak"]["ECE"]  # an untrained network's peaks say nothing
         assert scores["peak, calibrated"]["ECE"] < 0.1
+
+
+def test_results_name_no_folder_of_the_machine_that_made_them() -> None:
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        assert '"/' not in file.read_text(), file.name
