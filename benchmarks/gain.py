@@ -22,9 +22,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -75,12 +75,15 @@ class Data:
     Attributes:
         options: of (folder to write into, labels, seed, the data set's folder).
         folder: name of that folder; None: the data are made.
+        start_steps: of the supervised start by number of labels, where they differ from the recipe's: more labels
+            take more steps until further ones bring little.
     """
 
     recipe: Path
     labels: tuple[int, ...]
     options: Callable[[Path, int, int, Path], list[str]]
     folder: str | None = None
+    start_steps: Mapping[int, int] = field(default_factory=dict)
 
 
 def drawn(folder: Path, labels: int, seed: int, real: Path) -> list[str]:
@@ -128,7 +131,7 @@ def mouse_frames(folder: Path, labels: int, seed: int, mouse: Path) -> list[str]
 
 HERE = Path(__file__).parent
 DATA = {
-    "drawn": Data(recipe=HERE / "ssl.yaml", labels=(30, 100, 300), options=drawn),
+    "drawn": Data(recipe=HERE / "ssl.yaml", labels=(30, 100, 300), options=drawn, start_steps={100: 4000, 300: 6000}),
     "mouse": Data(recipe=HERE / "ssl_mouse.yaml", labels=(10, 30, 60), options=mouse_frames, folder="mirror_mouse"),
     "coco": Data(recipe=HERE / "ssl_coco.yaml", labels=(40,), options=coco, folder="coco_mini"),
 }
@@ -157,7 +160,8 @@ class Runner:
         """The supervised stage that all arms begin with."""
         folder = self.folder / strength
         if not (folder / "phase2" / "eval.json").is_file():
-            self.train(folder, "phase2", strength, [])
+            steps = DATA[self.data].start_steps.get(self.labels, self.recipe["phase2"]["steps"])
+            self.train(folder, "phase2", strength, [f"--phase2.steps={steps}"])
         return folder / "phase2"
 
     def arm(self, arm: str, strength: str, rate: float) -> Row:
@@ -219,6 +223,7 @@ def main(words: Sequence[str]) -> None:
     settings = {
         "recipes": {name: yaml.safe_load(data.recipe.read_text()) for name, data in DATA.items()},
         "strengths": STRENGTHS,
+        "start_steps": {name: {str(k): v for k, v in data.start_steps.items()} for name, data in DATA.items()},
         "options": asked.options,
     }
     # Choices that were not made for a case, but carried over from another.
