@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -354,4 +355,4 @@ def test_the_output_of_visibility_is_measured_beside_the_peak(tmp_path: Path) ->
 
 def test_results_name_no_folder_of_the_machine_that_made_them() -> None:
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        assert '"/' not in file.read_text(), file.name
+        assert not re.search(r"/(work|tmp|home|root|mnt|Users)/", file.read_text()), file.name
