@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sapiens_accel.errors import UserError, escape
 from sapiens_accel.hub.download import WEIGHTS_ENDINGS
+from sapiens_accel.models import adapters
 from sapiens_accel.publish import license as origin
 from sapiens_accel.publish import model_card as card
 from sapiens_accel.publish.model_card import Facts
@@ -71,8 +72,9 @@ def publish(push: Push, repo_id: str, private: bool) -> str:
         if into == push.into[-1]:
             adds |= _files(push.folder / "card")
         operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in adds.items()]
-        stale = f"{into}/{visibility.FILE}".lstrip("/")  # of earlier weights
-        operations += [CommitOperationDelete(stale)] if stale in present - adds.keys() else []
+        optional = tuple(f"{into}/{name}".lstrip("/") for name in (visibility.FILE, f"{adapters.FOLDER}/"))
+        stale = sorted(name for name in present - adds.keys() if name.startswith(optional))  # of earlier weights
+        operations += [CommitOperationDelete(name) for name in stale]
         api.create_commit(repo_id, operations=operations, commit_message=push.message)
     return f"{api.endpoint}/{repo_id}"
 

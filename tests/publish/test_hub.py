@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,23 @@ def test_a_visibility_output_goes_with_its_weights_and_leaves_with_them(server: 
     assert visibility.FILE not in server.repos[REPO].files
     assert "model.safetensors" in server.repos[REPO].files
     assert "visibility" not in server.repos[REPO].files["README.md"].decode()
+
+
+def test_adapters_of_earlier_weights_are_removed(server: Server, run_folder: Path) -> None:
+    """They would be read as those of the merged weights beside them; what others have added stays."""
+    adapter = run_folder / "ssl" / "weights" / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_model.safetensors", "notes.txt"):
+        (adapter / name).write_text("of rank 4")
+    with _uploads(run_folder) as uploads:
+        uploads.saved("ssl", last=True)
+    server.repos[REPO].files["adapters_of_mine.txt"] = b"mine"
+    assert {"adapter/adapter_model.safetensors", "adapter/notes.txt"} <= set(server.repos[REPO].files)
+    shutil.rmtree(adapter)
+    with _uploads(run_folder) as uploads:
+        uploads.saved("ssl", last=True)
+    left = [name for name in server.repos[REPO].files if name.startswith("adapter")]
+    assert left == ["adapters_of_mine.txt"]
 
 
 @pytest.mark.parametrize(
