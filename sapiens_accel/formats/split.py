@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sapiens_accel.errors import UserError, count
 from sapiens_accel.formats.coco_folder import FILES, ImageSplits, WriteOptions, split_images
 from sapiens_accel.formats.dataset import ODD, ImageFinder, PoseImage
-from sapiens_accel.sources.coco import load_json, reason
+from sapiens_accel.sources.coco import load_json, number_of_id, reason
 
 IMAGE_FOLDERS = ("", "images", "../images", "data", "../data")  # from the folder of the JSON
 LISTS = ("images", "annotations", "categories")
@@ -45,11 +45,12 @@ def write(file: Path, out: Path, images: Path | None, options: WriteOptions) -> 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already (expected a new folder). Name another one, or remove it")
+    file = _find_json(file)
     tree = _load(file)
     folders = [images] if images else [file.parent / folder for folder in IMAGE_FOLDERS]
     finder = ImageFinder([folder.resolve() for folder in folders])
     try:
-        split_of, rule = _choose(tree, options)
+        split_of, rule = _choose(file, tree, options)
         sources = [finder.find(str(image["file_name"])) for image in tree["images"]]
         finder.check(file)
         parts = {split: _part(tree, split_of, split) for split in FILES}
@@ -60,9 +61,8 @@ def write(file: Path, out: Path, images: Path | None, options: WriteOptions) -> 
         pairs = zip(tree["images"], sources, strict=True)
         for image, source in tqdm(pairs, desc="images", total=len(sources), unit="image", disable=None, leave=False):
             if source:
-                _place(
-                    source, temporary / FILES[split_of[image["id"]]][1] / _name(image["file_name"]), link=options.link
-                )
+                folder = temporary / FILES[split_of[number_of_id(image["id"])]][1]
+                _place(source, folder / _name(image["file_name"]), link=options.link)
         for split, (annotations, folder) in FILES.items():
             (temporary / annotations).parent.mkdir(parents=True, exist_ok=True)
             (temporary / folder).mkdir(exist_ok=True)
@@ -78,54 +78,70 @@ def write(file: Path, out: Path, images: Path | None, options: WriteOptions) -> 
     return [*lines, f"split: {rule}"]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    file = path
-    if path.is_dir():
-        files = sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json"))
-        if len(files) != 1:
-            raise UserError(f"{path}: holds {count(len(files), 'JSON file')} (expected one). Name the file to split")
-        file = files[0]
-    load_json(file)  # says in a line what is no JSON
-    tree = json.loads(file.read_text(encoding="utf-8-sig"))  # with ids as they are
+def _find_json(path: Path) -> Path:
+    """
+    Raises:
+        UserError: a folder with none or several.
+    """
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.json")) or sorted(path.glob("annotations/*.json"))
+    if len(files) != 1:
+        raise UserError(f"{path}: holds {count(len(files), 'JSON file')} (expected one). Name the file to split")
+    return files[0]
+
+
+def _load(file: Path) -> dict[str, Any]:
+    tree = load_json(file)  # with ids as they are written
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), list) for key in LISTS):
         raise UserError(f"{file}: no COCO JSON (expected lists of {', '.join(LISTS)}). Export the labels as COCO")
     return tree
 
 
-def _choose(tree: dict[str, Any], options: WriteOptions) -> tuple[dict[Any, str], str]:
-    """The split of each image's id, and the rule."""
-    names: dict[Any, str] = {}
+def _choose(file: Path, tree: dict[str, Any], options: WriteOptions) -> tuple[dict[int, str], str]:
+    """The split of each image, by the number of its id, and the rule.
+
+    Ids are compared as training compares them: 1 is "1". What has one file name is one image, whatever its ids.
+    """
+    names: dict[int, str] = {}
     for image in tree["images"]:
-        if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
+        name = _name(image["file_name"])
+        if names.setdefault(number_of_id(image["id"]), name) != name:
             raise ValueError(f"two images have the id {image['id']}")
     labeled = set()
     for annotation in tree["annotations"]:
-        if annotation["image_id"] not in names:
+        number = number_of_id(annotation["image_id"])
+        if number not in names:
             where = f"annotation {annotation.get('id')}"
             raise ValueError(f"{where}: its image {annotation['image_id']} is not among 'images'")
-        if any(annotation.get("keypoints", [])[2::3]):
-            labeled.add(annotation["image_id"])
+        if any((annotation.get("keypoints") or [])[2::3]):
+            labeled.add(names[number])
     if not labeled:
         raise ValueError("none of its annotations has a labeled keypoint")
-    folders = {number: str(PurePosixPath(_name(name)).parent) for number, name in names.items() if number in labeled}
+    folders = {name: str(PurePosixPath(name).parent) for name in dict.fromkeys(names.values()) if name in labeled}
     several = len(set(folders.values())) > 1
     shots = [
-        PoseImage(name=names[number], source=b"", instances=[], group=folder if several else None)
-        for number, folder in folders.items()
+        PoseImage(name=name, source=b"", instances=[], group=folder if several else None)
+        for name, folder in folders.items()
     ]
-    chosen: ImageSplits = split_images(shots, options)
-    split_of = dict.fromkeys(names, "train") | dict(zip(folders, chosen.splits, strict=True))
+    try:
+        chosen: ImageSplits = split_images(shots, options)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    split_of_name = dict(zip(folders, chosen.splits, strict=True))
     rule = chosen.rule
-    if num := len(names) - len(labeled):
+    if num := len(set(names.values())) - len(labeled):
         rule += f"; {count(num, 'image')} without a labeled keypoint for training"
-    return split_of, rule
+    return {number: split_of_name.get(name, "train") for number, name in names.items()}, rule
 
 
-def _part(tree: dict[str, Any], split_of: dict[Any, str], split: str) -> dict[str, Any]:
+def _part(tree: dict[str, Any], split_of: dict[int, str], split: str) -> dict[str, Any]:
     images = [
-        {**image, "file_name": _name(image["file_name"])} for image in tree["images"] if split_of[image["id"]] == split
+        {**image, "file_name": _name(image["file_name"])}
+        for image in tree["images"]
+        if split_of[number_of_id(image["id"])] == split
     ]
-    annotations = [one for one in tree["annotations"] if split_of[one["image_id"]] == split]
+    annotations = [one for one in tree["annotations"] if split_of[number_of_id(one["image_id"])] == split]
     return {**tree, "images": images, "annotations": annotations}
 
 

@@ -79,6 +79,46 @@ def test_folders_of_images_stay_together(tmp_path: Path) -> None:
     assert not days[0] & days[1]
 
 
+def test_a_folder_with_one_json_is_that_json(tmp_path: Path) -> None:
+    """Its images are looked for beside the JSON, wherever in the folder that is."""
+    file = _export(tmp_path / "whole", [f"{n}.png" for n in range(4)])
+    _run(tmp_path / "whole", tmp_path / "first")
+    (tmp_path / "whole" / "annotations").mkdir()
+    file.rename(tmp_path / "whole" / "annotations" / "all.json")
+    _run(tmp_path / "whole", tmp_path / "second")
+    for out in (tmp_path / "first", tmp_path / "second"):
+        assert len(list(out.glob("*2017/*.png"))) == 4
+    (tmp_path / "whole" / "annotations" / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"whole: holds 2 JSON files \(expected one\)\. Name the file"):
+        _run(tmp_path / "whole", tmp_path / "third")
+
+
+def test_ids_are_equal_as_in_training_and_stay_as_they_are(tmp_path: Path) -> None:
+    names = [f"{n}.png" for n in range(4)]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    annotations: list[dict[str, Any]] = [{"id": n, "image_id": str(n), "keypoints": [5, 6, 2]} for n in range(3)]
+    annotations.append({"id": 3, "image_id": 3.0, "keypoints": None})
+    _run(_export(tmp_path, names, images=images, annotations=annotations), tmp_path / "out")
+    parts = [json.loads((tmp_path / "out" / file).read_text()) for file, _ in FILES.values()]
+    assert sorted((one for part in parts for one in part["annotations"]), key=lambda one: one["id"]) == annotations
+    for part in parts:
+        assert {int(one["image_id"]) for one in part["annotations"]} == {image["id"] for image in part["images"]}
+
+
+def test_images_of_one_file_are_in_one_of_the_two(tmp_path: Path) -> None:
+    """However many ids they have, with and without labels: what validates is not trained."""
+    names = [f"{n}.png" for n in range(12)]
+    images = [{"id": n, "file_name": f"./{names[n % 12]}" if n > 11 else names[n]} for n in range(36)]
+    annotations = [{"id": n, "image_id": n, "keypoints": [5, 6, 2]} for n in range(24)]
+    _run(_export(tmp_path, names, images=images, annotations=annotations), tmp_path / "out", "--val", "0.5")
+    shown = [
+        {image["file_name"] for image in json.loads((tmp_path / "out" / file).read_text())["images"]}
+        for file, _ in FILES.values()
+    ]
+    assert len(shown[0]) == len(shown[1]) == 6
+    assert not shown[0] & shown[1]
+
+
 def test_a_run_reads_the_folder(tmp_path: Path) -> None:
     from sapiens_accel.sources.coco import read_json
 
@@ -97,6 +137,11 @@ def test_a_run_reads_the_folder(tmp_path: Path) -> None:
         ({}, ["--boxes", "image"], r"^--boxes: not of coco_json"),
         ({}, ["--images", "nowhere"], r"4 images not found .* Name their folder: --images FOLDER"),
         ({"images": [{"id": 1, "file_name": n} for n in ("a.png", "b.png")]}, [], r"two images have the id 1"),
+        (
+            {"annotations": [{"id": 3, "image_id": "i0", "keypoints": [5, 6, 2]}]},
+            [],
+            r"export\.json: 1 labeled image alone \(expected 2 or more",
+        ),
     ],
 )
 def test_refused(changes: dict[str, Any], words: list[str], said: str, tmp_path: Path) -> None:
