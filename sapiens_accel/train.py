@@ -45,6 +45,7 @@ from sapiens_accel.runtime.signals import StopRequest
 from sapiens_accel.training import run_folder
 from sapiens_accel.training.logger import StageContext
 from sapiens_accel.training.stage import Progress, TrainingStage, build_stage, find_fixed_teacher
+from sapiens_accel.visibility import output as visibility
 
 
 def train(
@@ -180,6 +181,11 @@ def train_stages(accelerator: Accelerator, run: Config, argv: Sequence[str]) -> 
         print(f"\n{format_results(run, sets, table, done)}")
         if images := sorted(list_images(Path(run.output_dir)).items() - images_before.items()):
             print("\nimages:", *(path for path, _ in images), sep="\n  ")
+        for folder in list_without_visibility(run):
+            print(
+                f"\nwarning: {folder}: no {visibility.FILE} (expected one by --model.visibility): these weights were "
+                "exported without the option, or a warning above says why. Train the stage in a new --output_dir"
+            )
         print(f"\n{format_next_steps(run, argv)}")
     run_folder.refuse_unwritten(Path(run.output_dir), unwritten)
     return table
@@ -196,6 +202,12 @@ def count_later_steps(
 def list_images(folder: Path) -> dict[str, int]:
     """The images of a run directory with the times (ns) of their files: those that a program wrote have another one."""
     return {str(path): path.stat().st_mtime_ns for path in folder.glob("pictures/*.*")}
+
+
+def list_without_visibility(run: Config) -> list[Path]:
+    """The weights folders of the stages that have no second output although it is asked for."""
+    folders = [Path(run.output_dir) / stage / "weights" for stage in run.stages if run.model.visibility]
+    return [folder for folder in folders if folder.is_dir() and not (folder / visibility.FILE).is_file()]
 
 
 def format_results(run: Config, sets: Sets, table: dict[str, Metrics], done: Mapping[str, Metrics]) -> str:

@@ -158,7 +158,8 @@ def fit_visibility(
 ) -> VisibilityOutput | None:
     """The second output of a network that is trained: fitted on some people, calibrated on others.
 
-    The others' labels enter by four numbers, a slope and an intercept of each probability. All ranks must call it.
+    The others' labels choose among four fits of each probability, and give it a slope and an intercept. All ranks must
+    call it.
 
     Returns:
         The output on rank 0, None on the others and for a network that diverged.

@@ -161,12 +161,14 @@ def write_csv(file: Path, keypoints: Sequence[str], shape: CsvShape, rows: Itera
         raise
 
 
-def format_csv(keypoints: Sequence[str], shape: CsvShape, rows: Sequence[ImageRow]) -> str:
+def format_csv(
+    keypoints: Sequence[str], shape: CsvShape, rows: Sequence[ImageRow], has_visibility: bool = False
+) -> str:
     """The text of a whole CSV."""
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerows
     if shape == "long":
-        header = _long_header(any(row.time is not None for row in rows), _have_visibility(rows))
+        header = _long_header(any(row.time is not None for row in rows), has_visibility)
         write([header, *(line for row in rows for line in _long_lines(row, keypoints))])
     else:
         write(_wide_lines([_wide_row(row) for row in rows], keypoints))

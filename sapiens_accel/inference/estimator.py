@@ -139,7 +139,8 @@ class PoseResult:
             UserError: the file cannot be written.
         """
         rows = [one.to_row(self.category) for one in self.to_people()]
-        text = keypoint_csv.format_csv(self.names, shape, [ImageRow(self.image_name, rows, 1, time=self.time)])
+        image = ImageRow(self.image_name, rows, 1, time=self.time)
+        text = keypoint_csv.format_csv(self.names, shape, [image], has_visibility=self.present is not None)
         if file is not None:
             try:
                 Path(file).write_text(text, encoding="utf-8", newline="")

@@ -155,8 +155,8 @@ class TrainingStage:
         output, collected = self._fit_visibility(), self._collect()
 
         def write() -> None:
-            visibility.save(folder / "weights", None)  # that of the weights before
-            self._write(folder, collected, dtype)
+            with visibility.replacing_weights(folder / "weights"):
+                self._write(folder, collected, dtype)
             visibility.save(folder / "weights", output)
 
         if files.write_on_main(self.context.accelerator, write, folder / "weights", needed=needed):

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from sapiens_accel.errors import UserError
 
 FILE, WEIGHTS = "visibility.safetensors", "model.safetensors"
-NUM_PIECES, PIECE = 64, 4096  # of a fingerprint
+NUM_PIECES, PIECE = 256, 4096  # of a fingerprint
 OUTPUTS = ("present", "visible")
 NUM_SHAPE = 7  # numbers of a description that are of the heatmap
 LOG_FLOOR = 0.01  # peaks below it are alike
 EMPTY = 1e-12  # the mass of a heatmap that is nowhere above 0
+LARGEST = 65504.0  # of a description: what fp16 holds, in which those of many people are kept
 
 
 def describe(
@@ -56,7 +57,7 @@ def describe(
     mean_peak = peak.mean(dim=1, keepdim=True).expand_as(peak)
     outside = center_x.square() + center_y.square()
     shape = (peak, peak.clamp_min(LOG_FLOOR).log(), mean_peak, center_x, center_y, outside, spread)
-    return torch.cat([pooled, torch.stack(shape, dim=-1)], dim=-1)
+    return torch.cat([pooled, torch.stack(shape, dim=-1)], dim=-1).clamp(-LARGEST, LARGEST)
 
 
 class VisibilityOutput(nn.Module):
@@ -107,7 +108,7 @@ class VisibilityOutput(nn.Module):
 
 
 def save(folder: Path, output: VisibilityOutput | None) -> None:
-    """Write a weights folder's file, after its weights; without an output, remove that of earlier weights."""
+    """Write a weights folder's file, after its weights; without an output, remove the file that is there."""
     if output is None:
         (folder / FILE).unlink(missing_ok=True)
         return
@@ -117,6 +118,26 @@ def save(folder: Path, output: VisibilityOutput | None) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in output.state_dict().items()}
     temporary.write_bytes(safetensors.torch.save(tensors, about))  # `save_file` gives others no access
     temporary.replace(folder / FILE)
+
+
+@contextmanager
+def replacing_weights(folder: Path) -> Iterator[None]:
+    """Write other weights into a folder: what is of the weights before is removed once they are replaced, not sooner.
+
+    Meanwhile it has another name, so that a process that is killed leaves no weights with the output of others.
+    """
+    file, aside = folder / FILE, folder / f".{FILE}.before"
+    if file.is_file():
+        file.replace(aside)
+    try:
+        yield
+    finally:
+        if aside.is_file():
+            aside.replace(file)
+            try:
+                read(folder)
+            except UserError:
+                file.unlink()
 
 
 def read(folder: Path, names: Sequence[str] | None = None) -> VisibilityOutput | None:
@@ -143,16 +164,25 @@ def read(folder: Path, names: Sequence[str] | None = None) -> VisibilityOutput |
         raise UserError(
             f"{file}: not the visibility output of weights ({reason}). Remove it, or copy it again"
         ) from None
-    if metadata.get("weights") != _fingerprint(folder / WEIGHTS):
-        raise UserError(f"{file}: made for other weights than {WEIGHTS} beside it. Remove it, or copy both again")
+    expected, found = metadata.get("weights"), _fingerprint(folder / WEIGHTS)
+    if found != expected:
+        raise UserError(
+            f"{file}: made for other weights than {WEIGHTS} beside it (expected size and checksum {expected}, found "
+            f"{found or 'no file'}). Remove it, or copy both again"
+        )
     lacking = [name for name in names or () if name not in output.names]
     if lacking:
-        raise UserError(f"{file}: lacks the keypoint {lacking[0]!r}. Remove it to predict without visibility")
+        found = f"found {len(output.names)} of other names"
+        raise UserError(f"{file}: lacks the keypoint {lacking[0]!r} ({found}). Remove it to predict without visibility")
     return output if names is None else output.select(names)
 
 
 def _fingerprint(file: Path) -> str:
-    """Size, and CRC-32 of pieces spread over the file: a step of training changes all tensors that learn."""
+    """Size, and CRC-32 of pieces spread over the file.
+
+    A step changes all that learns. Where that is the head alone, it is more than the file between two pieces: with 64
+    of them that of Sapiens2 5B would not be.
+    """
     if not file.is_file():
         return ""
     size, checksum = file.stat().st_size, 0

@@ -50,8 +50,13 @@ def _output(folder: Path) -> output.VisibilityOutput:
     return read
 
 
-def test_training_is_the_same_with_and_without_it(main: Main, trained: Path, tmp_path: Path) -> None:
-    """Losses, metrics, weights and checkpoints, random states included, in a stage with a teacher too."""
+def test_training_is_the_same_with_and_without_it(
+    main: Main, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses, metrics, weights and checkpoints, random states included, in a stage with a teacher too.
+
+    A finished run that is resumed with the option says that its weights have no such output.
+    """
     main(tmp_path, "--stage=phase2,ssl", "--weights=random")
     assert _lines(trained) == _lines(tmp_path)
     for stage in ("phase2", "ssl"):
@@ -66,6 +71,11 @@ def test_training_is_the_same_with_and_without_it(main: Main, trained: Path, tmp
         assert torch.equal(ours["torch_manual_seed"], theirs["torch_manual_seed"])
         assert not (tmp_path / stage / "weights" / output.FILE).exists()
         assert (trained / stage / "weights" / output.FILE).is_file()
+    assert "no visibility.safetensors" not in capsys.readouterr().out
+    main(tmp_path, "--stage=phase2,ssl", "--weights=random", ON, "--resume_from_checkpoint=latest")
+    said = capsys.readouterr().out
+    for stage in ("phase2", "ssl"):
+        assert f"warning: {tmp_path / stage / 'weights'}: no visibility.safetensors (expected one by " in said
 
 
 @pytest.mark.slow
@@ -107,7 +117,8 @@ def test_it_is_in_predictions_and_in_evaluations(
 
 def test_it_is_in_the_results_of_images(trained: Path, tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
-    result = PoseEstimator.from_pretrained(trained / "ssl" / "weights", device="cpu")(image)
+    estimator = PoseEstimator.from_pretrained(trained / "ssl" / "weights", device="cpu")
+    result = estimator(image)
     assert result.present is not None
     assert result.visible is not None
     assert result.present.shape == result.scores.shape
@@ -116,6 +127,8 @@ def test_it_is_in_the_results_of_images(trained: Path, tmp_path: Path) -> None:
     assert annotation["keypoint_present"] == result.present[0].astype(np.float64).round(4).tolist()
     assert annotation["keypoint_visible"] == result.visible[0].astype(np.float64).round(4).tolist()
     assert result.to_csv().splitlines()[0].endswith("score,present,visible")
+    nobody = estimator(image, boxes=np.zeros((0, 4)))
+    assert nobody.to_csv() == result.to_csv().splitlines()[0] + "\n"
 
 
 @pytest.mark.slow
