@@ -73,13 +73,15 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
     """The options whose value differs from the record; options that the record lacks are not compared.
 
-    Except `lora`, `distill`, `model.base_dtype` and `model.visibility`: a run without them in its record had no
-    adapters, no fixed teacher, no rounded base and no second output.
+    Except `lora`, `distill`, `model.base_dtype`, `model.visibility` and `memory.bf16_weights`: a run without them in
+    its record had no adapters, no fixed teacher, no rounded base, no second output and weights in fp32.
     """
     absent = {"lora": dataclasses.asdict(LoraConfig()), "distill": dataclasses.asdict(DistillConfig())}
     record = {**absent, **record}
-    if isinstance(model := record.get("model"), Mapping):
-        record["model"] = {"base_dtype": None, "visibility": False, **model}
+    later = {"model": {"base_dtype": None, "visibility": False}, "memory": {"bf16_weights": False}}
+    for name, values in later.items():
+        if isinstance(recorded := record.get(name), Mapping):
+            record[name] = {**values, **recorded}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 

@@ -134,6 +134,8 @@ class _Step:
         entry, stem, neck, kept, selected, saved: see `Footprint`; for all people.
         attention: gradient of the queries, which both fused kernels sum in fp32.
         gradients: gradients of all trained parameters.
+        head_gradient, block_gradient, stem_gradient: those of the head, of one block, and of the embeddings and the
+            first block, as a process alone has them.
         gradients_forward: the part of them that exists during a forward.
         gradients_early: the part of them that exists during the backward of the last blocks.
         buckets: DeepSpeed's gradient buffers, from the first gradient of a backward to its end.
@@ -156,6 +158,9 @@ class _Step:
     saved: float
     attention: float
     gradients: float
+    head_gradient: float
+    block_gradient: float
+    stem_gradient: float
     gradients_forward: float
     gradients_early: float
     buckets: float
@@ -171,7 +176,8 @@ def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = U
     gradients, buckets = state.pop("gradients"), state.pop("backward_buckets")
     state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
     if strategy.zero == 0 and strategy.num_ranks > 1:
-        state["zero_buckets"] = 4.0 * stage.num_learning  # DistributedDataParallel's
+        in_bf16 = stage.matrices if way.bf16_weights else 0
+        state["zero_buckets"] = 4.0 * stage.num_learning - 2.0 * in_bf16  # DistributedDataParallel's
     step = _describe_step(stage, way, share, layout, (gradients, buckets), cuda=room.cuda)
     phases = _phases(stage, share, step)
     name = max(phases, key=lambda phase: sum(phases[phase].values()))
@@ -208,6 +214,7 @@ def _describe_step(
     footprint = stage.footprint_of(plain and way.strategy.half, way.bf16_weights)
     people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
     selective = layout.selective_blocks
+    saved = 2.0 if way.bf16_weights else 0.0  # bytes of a gradient of a matrix
     fills_late = stage.num_learning <= way.strategy.bucket or way.strategy.zero == 1
     return _Step(
         people=people,
@@ -225,6 +232,10 @@ def _describe_step(
         saved=footprint.saved(people),
         attention=4.0 * people * stage.queries if cuda else 0.0,
         gradients=gradients,
+        # The head sums its own in fp32, until the backward of the blocks begins.
+        head_gradient=float(footprint.gradient[0]) - saved * stage.head_matrices,
+        block_gradient=4.0 * stage.block_learning - saved * stage.block_matrices,
+        stem_gradient=4.0 * stage.stem_learning - saved * stage.stem_matrices,
         # A gradient exists from its backward to the optimizer's step. ZeRO-3 holds its gradient buffer all the time;
         # ZeRO-1 and 2 allocate theirs for all gradients when the first bucket is full: early in the backward, or at its
         # end where one bucket holds them all.
@@ -244,10 +255,10 @@ def _phases(stage: Stage, share: Share, step: _Step) -> dict[str, dict[str, floa
     if step.whole and step.saved:
         phases["whole"] = _whole_blocks_phase(step)
     if step.selective and step.selected:
-        phases |= _selective_phases(stage, step)
+        phases |= _selective_phases(step)
     if step.checkpointed and step.kept:
-        phases["first"] = _first_recomputed_phase(stage, step)
-        phases["last"] = _last_recomputed_phase(stage, step)
+        phases["first"] = _first_recomputed_phase(step)
+        phases["last"] = _last_recomputed_phase(step)
     if not step.saved:
         phases["forward"] = _forward_phase(step)
         phases["backward"] = _head_backward_phase(step)
@@ -290,7 +301,7 @@ def _whole_blocks_phase(step: _Step) -> dict[str, float]:
     }
 
 
-def _selective_phases(stage: Stage, step: _Step) -> dict[str, dict[str, float]]:
+def _selective_phases(step: _Step) -> dict[str, dict[str, float]]:
     """The backward of the last selectively checkpointed block, and of the first one if that begins the network."""
     features, working = {"features": step.stem}, step.footprint.partly(step.people) + step.attention
     last = {
@@ -298,7 +309,7 @@ def _selective_phases(stage: Stage, step: _Step) -> dict[str, dict[str, float]]:
         "block_checkpoints": step.on_device * step.kept,
         "selective_blocks": step.selective * step.selected,
         "block_working_set": working,
-        "gradients": _gradients_after(stage, step, step.whole),
+        "gradients": _gradients_after(step, step.whole),
         "zero_buckets": step.buckets,
     }
     if step.checkpointed:
@@ -307,20 +318,20 @@ def _selective_phases(stage: Stage, step: _Step) -> dict[str, dict[str, float]]:
         **features,
         "selective_blocks": step.selected,
         "block_working_set": working,
-        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients_early,
+        "gradients": step.gradients - step.stem_gradient if step.alone else step.gradients_early,
         "zero_buckets": step.buckets,
     }
     return {"selective": last, "selective_first": first}
 
 
-def _gradients_after(stage: Stage, step: _Step, blocks: int) -> float:
+def _gradients_after(step: _Step, blocks: int) -> float:
     """Gradients once the backward of the head and of so many blocks is done."""
     if not step.alone:
         return step.gradients_early
-    return float(step.footprint.gradient[0]) + 4.0 * blocks * stage.block_learning
+    return step.head_gradient + blocks * step.block_gradient
 
 
-def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
+def _first_recomputed_phase(step: _Step) -> dict[str, float]:
     """The first recomputed block: blocks without checkpoints are freed, most inputs of checkpointed ones are not.
 
     A process alone has the gradients of the head and of the blocks without checkpoints by now.
@@ -329,12 +340,12 @@ def _first_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
         "features": step.stem,
         "block_working_set": step.footprint.again(step.people) + step.attention,
         "block_checkpoints": max(0, step.on_device - 1) * step.kept,
-        "gradients": _gradients_after(stage, step, step.selective + step.whole),
+        "gradients": _gradients_after(step, step.selective + step.whole),
         "zero_buckets": step.buckets,
     }
 
 
-def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
+def _last_recomputed_phase(step: _Step) -> dict[str, float]:
     """The last recomputed block, the first of the network: no other block input is stored, and gradients are complete.
 
     A process alone lacks the gradients of this block and of the embeddings.
@@ -342,7 +353,7 @@ def _last_recomputed_phase(stage: Stage, step: _Step) -> dict[str, float]:
     return {
         "features": step.stem,
         "block_working_set": step.footprint.again(step.people) + step.attention,
-        "gradients": step.gradients - 4.0 * stage.stem_learning if step.alone else step.gradients_early,
+        "gradients": step.gradients - step.stem_gradient if step.alone else step.gradients_early,
         "zero_buckets": step.buckets,
     }
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import importlib.util
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,10 +83,10 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
     memory, strategy = run.memory, launch.strategy
     if refusal := strategies.find_refusal(run, strategy):
         raise UserError(refusal)
-    if memory.adam_8bit and importlib.util.find_spec("torchao") is None:
-        raise UserError("--memory.adam_8bit: torchao is not installed. Run pip install torchao")
     options = {name: getattr(memory, name) for name in ("offload_activations", "adam_8bit", "bf16_weights")}
     way = Way(name="this launch", launch="", strategy=strategy, **options)
+    if missing := strategies.missing_package(way):
+        raise UserError(f"--memory.adam_8bit: torchao is not installed. Run {missing}")
     padded = attention.needs_padding(launch.capability, half=strategy.half)
     chosen = {}
     for name in run.stages:
@@ -115,7 +114,7 @@ def _smaller_options(stage: Stage, plan: Plan) -> str:
             # ... and without this one it would move the teacher back to the device.
             teacher = "" if plan.way.teacher == "device" else f" --memory.teacher {plan.way.teacher}"
             return f"--memory.micro_batch {size}{blocks}{teacher}"
-    if not plan.way.offload_activations:
+    if not (plan.way.offload_activations or stage.memory.selective_blocks):
         return "--memory.offload_activations"
     return "another launch: `python -m sapiens_accel.memory` lists them"
 
@@ -138,7 +137,9 @@ def _suggest_launch(run: Config, plan: Plan, launch: LaunchInfo, num_keypoints: 
     best = choice.choose(table)
     if best is None:
         return choice.describe_nothing_fits(setting, table)
-    return f"launch it by {strategies.command(best[0].way, strategies.without(launch.words, '--memory.'))}"
+    missing = strategies.missing_package(best[0].way)
+    first = f"{missing}, and " if missing else ""
+    return f"{first}launch it by {strategies.command(best[0].way, strategies.without(launch.words, '--memory.'))}"
 
 
 # ---- Out of memory in spite of the plan

@@ -21,7 +21,7 @@ from sapiens_accel.memory import choice, duration, gpus
 from sapiens_accel.memory.choice import Setting, Table
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Room
 from sapiens_accel.memory.stages import COCO_PEOPLE
-from sapiens_accel.memory.strategies import command, without
+from sapiens_accel.memory.strategies import command, missing_package, without
 from sapiens_accel.models.load import starting_point
 from sapiens_accel.runtime import host
 from sapiens_accel.runtime.device import LEAST_CAPABILITY
@@ -235,7 +235,9 @@ def _show(setting: Setting, table: Table, best: list[Plan] | None, words: Sequen
             for part, size in parts.items():
                 print(f"    {part.replace('_', ' '):32}{size / GIB:8.2f}")
     if best:
-        print(f"\nRecommended:\n  {command(best[0].way, words)}")
+        missing = missing_package(best[0].way)
+        first = f"  {missing}\n" if missing else ""
+        print(f"\nRecommended:\n{first}  {command(best[0].way, words)}")
 
 
 def _row(plan: Plan) -> str:

@@ -44,6 +44,8 @@ class Stage:
         num_parameters, num_learning: elements of all parameters, and of those that are trained.
         head_learning, block_learning: the same of the head, and of one block.
         stem_learning: of the embeddings and the first block.
+        head_matrices, block_matrices, stem_matrices: of `matrices`, those of the head, of one block, and of the
+            embeddings and the first block.
         tensors_learning: how many tensors are trained.
         adapted: adapters learn in place of the blocks' own matrices, which have no gradients.
         base: elements of the frozen matrices under adapters, which are kept in 16 bits in 16-bit arithmetic.
@@ -67,6 +69,9 @@ class Stage:
     head_learning: int
     block_learning: int
     stem_learning: int
+    head_matrices: int
+    block_matrices: int
+    stem_matrices: int
     tensors_learning: int
     adapted: bool
     base: int
@@ -121,6 +126,7 @@ def measure_stage(
     base_dtype = run.model.base_dtype if adapted else None
     rounded = [tuple(module.weight.shape) for module in matrices if base_dtype]
     layers = model.layer_groups()
+    last = f"block_{model.size.depth - 1}"
     network = NetworkShape(
         name=run.model.name,
         num_keypoints=num_keypoints,
@@ -139,6 +145,9 @@ def measure_stage(
         head_learning=_count_learning(model.head.parameters()),
         block_learning=_count_learning(model.blocks[-1].parameters()),
         stem_learning=_count_learning(p for part in ("embeddings", "block_0") for _, p in layers[part]),
+        head_matrices=_count(optim.list_matrices({"head": layers["head"]})),
+        block_matrices=_count(optim.list_matrices({last: layers[last]})),
+        stem_matrices=_count(optim.list_matrices({"block_0": layers["block_0"]})),
         tensors_learning=sum(p.requires_grad for p in model.parameters()),
         adapted=adapted,
         base=_count(adapters.frozen_matrices(model)) if adapted else 0,

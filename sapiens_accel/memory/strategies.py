@@ -1,5 +1,6 @@
 """The ways to launch a stage: the launches of `accelerate_configs/`, combined with memory options."""
 
+import importlib.util
 import json
 import shlex
 from collections.abc import Sequence
@@ -62,11 +63,15 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
         return "--memory.adam_8bit: only without DeepSpeed (expected a launch such as single_gpu.yaml)"
     if run.memory.bf16_weights:
         if not run.memory.adam_8bit:
-            return "--memory.bf16_weights: only with --memory.adam_8bit"
+            return "--memory.bf16_weights: only with 8-bit moments. Add --memory.adam_8bit"
         if not strategy.bf16:
-            return "--memory.bf16_weights: only where a launch computes in bf16 (expected a GPU that has it)"
+            found = "fp16" if strategy.half else "fp32"
+            return (
+                f"--memory.bf16_weights: only with a launch in bf16 (expected bf16, found {found}; GPUs before "
+                "Ampere do not have it). Remove it, or launch with --mixed_precision bf16"
+            )
         if run.lora.rank:
-            return "--memory.bf16_weights: not with --lora.rank, whose few learning parameters stay in fp32"
+            return "--memory.bf16_weights: not with --lora.rank, whose few parameters stay in fp32. Remove one of them"
     if run.memory.selective_blocks and (other := _find_other(run, strategy)):
         return f"--memory.selective_blocks: not with {other}"
     if strategy.zero < 3:
@@ -98,6 +103,11 @@ def command(way: Way, words: Sequence[str]) -> str:
     if not Path("train.py").is_file():
         launch = f"sapiens-accel train --launch {way.launch} --num_processes {ranks}"
     return " ".join([launch, shlex.join(words), *way.options()])
+
+
+def missing_package(way: Way) -> str | None:
+    """How to install the package that a way needs beyond the dependencies; None if it needs none, or has it."""
+    return "pip install torchao" if way.adam_8bit and importlib.util.find_spec("torchao") is None else None
 
 
 def without(words: Sequence[str], *options: str) -> list[str]:

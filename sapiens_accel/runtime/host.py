@@ -12,6 +12,8 @@ import psutil
 CGROUPS = Path("/sys/fs/cgroup")  # of version 2
 OWN_GROUP = Path("/proc/self/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# Of the user: the same settings in the environment.
+SETTINGS_OF_MALLOC = re.compile(r"^MALLOC_(MMAP|TRIM)_THRESHOLD_=|glibc\.malloc\.(mmap|trim)_threshold=")
 
 
 def usable_cores() -> int:
@@ -67,8 +69,13 @@ def keep_freed_memory() -> None:
 
     They cost 5 % of the time of a batch of images. In a step on a CPU, instance norm and SiLU of a published head
     (38 MB for 4 people) took 111 ms with new pages and 35 without; by itself glibc keeps arrays below 32 MiB at most.
+    Before version 2.35 it can be set to no more than that, either. What a user has set in the environment stays.
     """
+    if any(SETTINGS_OF_MALLOC.search(f"{name}={value}") for name, value in os.environ.items()):
+        return
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc and hasattr(libc, "mallopt"):  # not every Linux has glibc
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(option, 2**30)
+    if not libc or not hasattr(libc, "mallopt"):  # not every Linux has glibc
+        return
+    # One that is refused stays at 128 KiB as soon as the other is set: every array would have new pages.
+    if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)

@@ -182,6 +182,17 @@ def test_bytes_of_bf16_weights_with_moments_of_8_bits() -> None:
     rest = stage.num_learning - stage.matrices
     assert found["weights"] == found["gradients"] == 2 * stage.matrices + 4 * rest
     assert found["adam"] == 2 * (1 + 4 / 256) * stage.num_learning
+    share = Share(rank=0, num_ranks=1, micro_batch=1, accumulation=1)
+    with torch.device("meta"):
+        layers = SapiensPose("sapiens_0.3b", 17, (512, 384)).layer_groups()
+    late = sum(4 * p.numel() for _, p in layers["embeddings"])
+    late += sum((2 if p.ndim > 1 else 4) * p.numel() for _, p in layers["block_0"])
+    for checkpointed in (12, 24):  # the peak of one person is the backward of the first block, the last of all
+        layout = Layout(checkpointed_blocks=checkpointed, selective_blocks=24 - checkpointed, head_chunk=1)
+        assert plan.predict(stage, by, share, layout).gpu["gradients"] == found["gradients"] - late
+    (by,) = (one for one in strategies.list_ways(2) if one.name == "8bit+bf16")
+    peak = plan.predict(stage, by, replace(share, num_ranks=2), Layout(head_chunk=1))
+    assert peak.gpu["zero_buckets"] == found["gradients"]  # of DistributedDataParallel, in the gradients' types
 
 
 def test_host_memory_of_an_offloaded_parameter() -> None:
@@ -556,8 +567,8 @@ def test_the_command_is_what_a_shell_takes() -> None:
     [
         (Strategy(zero=2), "--memory.adam_8bit", "without DeepSpeed"),
         (Strategy(zero=3), "--memory.compile_blocks", "ZeRO-3"),
-        (Strategy(), "--memory.bf16_weights", "only with --memory.adam_8bit"),
-        (Strategy(bf16=False), "--memory.adam_8bit --memory.bf16_weights", "computes in bf16"),
+        (Strategy(), "--memory.bf16_weights", "Add --memory.adam_8bit"),
+        (Strategy(bf16=False), "--memory.adam_8bit --memory.bf16_weights", "expected bf16, found fp16"),
         (Strategy(), "--memory.adam_8bit --memory.bf16_weights --lora.rank=4", "not with --lora.rank"),
         (Strategy(zero=3), "--lora.rank=4 --lora.dora", "--lora.dora: not with ZeRO-3"),
         (Strategy(zero=3), "--lora.rank=4 --model.base_dtype=int8", "base_dtype int8: not with ZeRO-3"),

@@ -1,6 +1,8 @@
 """Limits of cgroups, version 2, on files as the kernel writes them."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,39 @@ def test_a_container_that_mounts_its_own_group_only(own: str | None, write: Writ
         (tmp_path / "own").write_text(own)
     write("", cpu_max="200000 100000", memory_max=8 * GIB, memory_current=GIB)
     assert host.usable_cores() == 2 and host.free_bytes() == 7 * GIB
+
+
+@pytest.mark.parametrize(
+    ("most", "variable", "expected"),
+    [
+        (2**30, None, [(host.M_MMAP_THRESHOLD, 2**30), (host.M_TRIM_THRESHOLD, 2**30)]),
+        (2**25, None, [(host.M_MMAP_THRESHOLD, 2**25), (host.M_TRIM_THRESHOLD, 2**30)]),  # glibc before 2.35
+        (0, None, []),
+        (2**30, ("MALLOC_TRIM_THRESHOLD_", "131072"), []),
+        (2**30, ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072"), []),
+        (2**30, ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2"), [(-3, 2**30), (-1, 2**30)]),
+    ],
+)
+def test_the_allocator_is_set_as_far_as_it_can_be_and_the_user_has_not(
+    most: int, variable: tuple[str, str] | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A threshold of trimming alone would fix that of new pages at 128 KiB."""
+    accepted: list[tuple[int, int]] = []
+
+    def mallopt(option: int, value: int) -> int:
+        if option == host.M_MMAP_THRESHOLD and value > most:
+            return 0
+        accepted.append((option, value))
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(*variable)
+    host.keep_freed_memory()
+    assert accepted == expected
 
 
 @pytest.mark.parametrize(("quota", "ranks", "threads"), [("max", 2, 16), ("800000", 2, 4), ("800000", 1, 8)])

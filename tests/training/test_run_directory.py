@@ -334,6 +334,16 @@ def test_a_record_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
         record.read_record(tmp_path / "config.yaml")
 
 
+def test_a_record_without_the_option_of_bf16_weights_had_those_of_fp32(tmp_path: Path) -> None:
+    """An earlier version wrote it: the moments and weights of its checkpoint are not rounded without a word."""
+    tree = parse.as_tree(parse.load(["--memory.adam_8bit"]))
+    del tree["memory"]["bf16_weights"]
+    asked = parse.load(["--memory.adam_8bit", "--memory.bf16_weights"])
+    context = record.Continuation(file=tmp_path / "config.yaml", trained=["phase2"], resumed="phase2", step=2)
+    with pytest.raises(UserError, match=r"memory\.bf16_weights was False, is True"):
+        record.check_differences(record.find_differences(tree, asked), context)
+
+
 def test_images_of_earlier_programs_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     program = importlib.import_module("sapiens_accel.train")
