@@ -82,8 +82,10 @@ def start(name: str, words: Sequence[str]) -> None:
     elif name in PARSERS and any(word in ("-h", "--help") for word in words):
         PARSERS[name]().parse_args(words)
     pause_garbage_collection()
-    module = importlib.import_module(COMMANDS[name].module)
-    resume_garbage_collection()
+    try:
+        module = importlib.import_module(COMMANDS[name].module)
+    finally:
+        resume_garbage_collection()
     module.main(words)
     if name in LAUNCHED:
         importlib.import_module("sapiens_accel.runtime.distributed").stop()

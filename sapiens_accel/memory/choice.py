@@ -50,10 +50,16 @@ class Setting:
         )
 
     def table(self) -> Table:
-        """Plan every stage for every way that its options allow, in 16 bits."""
-        every = [
-            way for way in list_ways(self.gpus, self.precision) if not find_refusal(self._run_by(way), way.strategy)
-        ]
+        """Plan every stage for every way that its options allow, in 16 bits.
+
+        Raises:
+            UserError: they allow none.
+        """
+        ways = list_ways(self.gpus, self.precision)
+        refusals = [find_refusal(self._run_by(way), way.strategy) for way in ways]
+        if all(refusals):
+            raise UserError(str(refusals[0]))
+        every = [way for way, refusal in zip(ways, refusals, strict=True) if not refusal]
         stages: dict[StageName, Stage] = {name: self.stage(name) for name in self.run.stages}
         return {name: [fit(stage, name, way, self.room) for way in every] for name, stage in stages.items()}
 

@@ -195,6 +195,12 @@ def test_bytes_of_bf16_weights_with_moments_of_8_bits() -> None:
     assert peak.gpu["zero_buckets"] == found["gradients"]  # of DistributedDataParallel, in the gradients' types
 
 
+def test_options_that_no_launch_allows_are_one_line() -> None:
+    run = recipe("sapiens_0.3b_coco", "--memory.selective_blocks=2", "--memory.compile_blocks")
+    with pytest.raises(UserError, match=r"selective_blocks: not with --memory\.compile_blocks"):
+        choice.Setting(run=run, gpus=1, room=Room(device=ROOM), capability=(8, 0)).table()
+
+
 def test_host_memory_of_an_offloaded_parameter() -> None:
     """fp32 master, fp32 gradient, two moments and 16-bit weights; the pinned ones in powers of two."""
     stage = counted("sapiens_1b_coco", "phase2")
