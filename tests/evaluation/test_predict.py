@@ -23,6 +23,7 @@ from sapiens_accel.pose import geometry, heatmap
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17, WHOLEBODY133, Skeleton
 from sapiens_accel.sources import images as photo
+from sapiens_accel.visibility.output import NUM_SHAPE, describe, watch_head
 
 Array = np.ndarray
 K = 17
@@ -254,6 +255,31 @@ def test_none_is_without_effect(boxes: Boxes, name: str) -> None:
     # A scale of 1 is no augmentation, and neither is a network beside itself.
     for same in (_predict([network], boxes, replace(CONFIG, scales=(1.0,))), _predict([network, network], boxes)):
         assert np.array_equal(same.points_xy, plain.points_xy) and np.array_equal(same.scores, plain.scores)
+
+
+@pytest.mark.parametrize("name", ["sapiens_tiny", "sapiens2_tiny"])
+def test_visibility_is_of_the_plain_crop_whatever_the_views_are(boxes: Boxes, name: str) -> None:
+    """Of the person's own row, not of the mirror image or another scale; of two networks it is the mean."""
+    first, second = (replace(_tiny(name, seed), visibility=describe) for seed in (0, 1))
+    plain, other = (_predict([network], boxes).visibility for network in (first, second))
+    assert plain is not None and other is not None
+    assert plain.shape == (NUM, K, 128 + NUM_SHAPE)
+    for index in range(NUM):
+        matrix = geometry.crop_around_box(boxes.boxes_xywh[index], 1.25, (64, 48)).matrix((64, 48))
+        image = geometry.warp(photo.read_image(boxes.root / boxes.file_names[index]), matrix, (64, 48))
+        model = first.model.eval()
+        assert isinstance(model, SapiensPose)
+        with torch.no_grad(), watch_head(model.head, describe) as passes:
+            model(torch.from_numpy(image).permute(2, 0, 1)[None])
+        np.testing.assert_allclose(plain[index], passes[0][0].numpy(), rtol=1e-4, atol=1e-4)
+    for changes in ({"flip": True}, {"scales": (2.0, 1.0)}, {"flip": True, "scales": (1.5, 1.0, 2.0), "batch_size": 3}):
+        found = _predict([first], boxes, replace(CONFIG, **changes)).visibility
+        np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
+    scaled = _predict([first], boxes, replace(CONFIG, scales=(2.0, 1.5))).visibility
+    assert scaled is not None and np.abs(scaled - plain).max() > 0.01
+    both = _predict([first, replace(second, visibility=None), second], boxes, replace(CONFIG, flip=True)).visibility
+    np.testing.assert_allclose(both, (plain + other) / 2, rtol=1e-4, atol=1e-4)
+    assert _predict([replace(first, visibility=None)], boxes).visibility is None
 
 
 def test_scales_of_one_size_are_refused() -> None:

@@ -123,8 +123,8 @@ def test_a_run_reads_the_folder(tmp_path: Path) -> None:
     from sapiens_accel.sources.coco import read_json
 
     _run(_export(tmp_path, [f"{n}.png" for n in range(6)]), tmp_path / "out")
-    for annotations, _ in FILES.values():
-        assert read_json(tmp_path / "out" / annotations)
+    read = [read_json(tmp_path / "out" / annotations) for annotations, _ in FILES.values()]
+    assert [(len(one["images"]), len(one["annotations"])) for one in read] == [(5, 4), (1, 1)]
 
 
 @pytest.mark.parametrize(
