@@ -257,12 +257,17 @@ def test_none_is_without_effect(boxes: Boxes, name: str) -> None:
         assert np.array_equal(same.points_xy, plain.points_xy) and np.array_equal(same.scores, plain.scores)
 
 
+def _visibility(networks: list[PoseNetwork], boxes: Boxes, config: EvalConfig = CONFIG) -> Array:
+    values = _predict(networks, boxes, config).visibility
+    assert values is not None
+    return values
+
+
 @pytest.mark.parametrize("name", ["sapiens_tiny", "sapiens2_tiny"])
 def test_visibility_is_of_the_plain_crop_whatever_the_views_are(boxes: Boxes, name: str) -> None:
     """Of the person's own row, not of the mirror image or another scale; of two networks it is the mean."""
     first, second = (replace(_tiny(name, seed), visibility=describe) for seed in (0, 1))
-    plain, other = (_predict([network], boxes).visibility for network in (first, second))
-    assert plain is not None and other is not None
+    plain, other = (_visibility([network], boxes) for network in (first, second))
     assert plain.shape == (NUM, K, 128 + NUM_SHAPE)
     for index in range(NUM):
         matrix = geometry.crop_around_box(boxes.boxes_xywh[index], 1.25, (64, 48)).matrix((64, 48))
@@ -273,11 +278,11 @@ def test_visibility_is_of_the_plain_crop_whatever_the_views_are(boxes: Boxes, na
             model(torch.from_numpy(image).permute(2, 0, 1)[None])
         np.testing.assert_allclose(plain[index], passes[0][0].numpy(), rtol=1e-4, atol=1e-4)
     for changes in ({"flip": True}, {"scales": (2.0, 1.0)}, {"flip": True, "scales": (1.5, 1.0, 2.0), "batch_size": 3}):
-        found = _predict([first], boxes, replace(CONFIG, **changes)).visibility
+        found = _visibility([first], boxes, replace(CONFIG, **changes))
         np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
-    scaled = _predict([first], boxes, replace(CONFIG, scales=(2.0, 1.5))).visibility
-    assert scaled is not None and np.abs(scaled - plain).max() > 0.01
-    both = _predict([first, replace(second, visibility=None), second], boxes, replace(CONFIG, flip=True)).visibility
+    scaled = _visibility([first], boxes, replace(CONFIG, scales=(2.0, 1.5)))
+    assert np.abs(scaled - plain).max() > 0.01
+    both = _visibility([first, replace(second, visibility=None), second], boxes, replace(CONFIG, flip=True))
     np.testing.assert_allclose(both, (plain + other) / 2, rtol=1e-4, atol=1e-4)
     assert _predict([replace(first, visibility=None)], boxes).visibility is None
 
