@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -689,3 +689,32 @@ def test_weights_in_a_checkpoint_start_another_run(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], value) for name, value in kept.items())
     rounded = load_file(tmp_path / "two" / "phase2" / "weights" / "model.safetensors")
     assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["phase2", "ssl"])
+def test_a_run_of_bf16_weights_with_moments_of_8_bits_resumes_with_the_same_bits(
+    stage: str, train_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its random rounding too; a run without bf16 weights is another."""
+    pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    words = [
+        "--data.synthetic.num_train=12", "--data.synthetic.num_unlabelled=8", "--data.synthetic.num_val=4",
+        "--data.num_workers=0", "--data.input_hw=[64,48]", "--report_to=none", "--eval.num_pictures=0",
+        "--eval.num_worst=0", "--save_every=2", "--keep_checkpoints=3", "--weights=random", f"--stage={stage}",
+        f"--{stage}.steps=4", f"--{stage}.global_batch=4", "--ssl.teacher.threshold=-1", "--ssl.hand_over=last",
+        "--ssl.teacher.on_alarm=warn", "--memory.adam_8bit=true",
+    ]  # fmt: skip
+    bf16 = "--memory.bf16_weights=true"
+    train_here(words, tmp_path / "whole", bf16)
+    asked = tmp_path / "whole" / stage / "checkpoints" / "step_2"
+    train_here(words, tmp_path / "resumed", bf16, f"--resume_from_checkpoint={asked}")
+    train_here(words, tmp_path / "fp32")
+    whole, resumed, fp32 = (
+        load_file(tmp_path / run / stage / "weights" / "model.safetensors") for run in ("whole", "resumed", "fp32")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, fp32[name]) for name, value in whole.items())
+    with pytest.raises(UserError, match=r"memory\.bf16_weights was True, is False"):
+        train_here(words, tmp_path / "other", f"--resume_from_checkpoint={asked}")
