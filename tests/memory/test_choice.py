@@ -49,20 +49,20 @@ def test_what_nearly_fills_the_host_gives_way_to_8_bits_and_every_other_way_has_
 
 @pytest.mark.slow
 def test_the_limit_that_binds_is_named_with_changes_that_fit() -> None:
-    """The 2B in full: what fits the GPU keeps its state on the host."""
-    tight = setting("sapiens_2b_coco", 12, 15, "--stage", "phase2")
+    """The 2B in full: what fits the GPU keeps its state on the host. With 15 GiB its bf16 weights would fit."""
+    tight = setting("sapiens_2b_coco", 12, 13, "--stage", "phase2")
     table = tight.table()
     assert choice.choose(table) is None
     text = choice.describe_nothing_fits(tight, table)
     start = r"phase2: no launch fits: host memory is the limit: zero\d_offload\S* needs \S+ GiB of host memory"
     assert re.match(start, text)
-    changes = dict(re.findall(r"(--[a-z_.]+) (\S+) \(by \w+\)", text))
+    changes = dict(re.findall(r"(--[a-z_.]+) (\S+) \(by [\w+]+\)", text))
     assert list(changes) == ["--lora.rank", "--model.name"]
     for option, value in changes.items():
-        found = choice.choose(setting("sapiens_2b_coco", 12, 15, "--stage=phase2", f"{option}={value}").table())
+        found = choice.choose(setting("sapiens_2b_coco", 12, 13, "--stage=phase2", f"{option}={value}").table())
         assert found is not None, option
     needed = re.search(r"(\S+) GiB of free host memory", text)
-    assert needed and choice.choose(setting("sapiens_2b_coco", float(needed[1]) + 0.06, 15, "--stage=phase2").table())
+    assert needed and choice.choose(setting("sapiens_2b_coco", float(needed[1]) + 0.06, 13, "--stage=phase2").table())
 
 
 def test_the_most_loading_processes_that_fit_are_proposed() -> None:
