@@ -116,6 +116,7 @@ def test_wrong_options_are_said_before_torch_is_imported(words: list[str], said:
 def test_ctrl_c_during_the_imports_after_the_options_is_one_line() -> None:
     script = (
         "import os, signal, sys; from sapiens_accel import cli; sys.argv = ['eval.py', 'RUN_DIR']\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "cli.prepare_program('eval'); os.kill(os.getpid(), signal.SIGINT); print('went on')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
