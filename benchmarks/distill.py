@@ -13,10 +13,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from train_stage import list_options, train_stage
+from train_stage import finish_stage, list_options
 
 from sapiens_accel.models.sapiens import SIZES, Size
 
@@ -49,7 +48,7 @@ def main() -> None:
         drawn = [f"--data.synthetic.num_train={asked.people}", "--data.synthetic.num_unlabelled=0"]
         people = [*drawn, f"--data.labels={asked.labels}"]
         wide = [f"--model.name={WIDE}", f"--phase2.steps={asked.teacher_steps}", "--phase2.optim.lr=1e-3"]
-        of_teacher = finish(work / "wide", "phase2", [*drawn, *wide, "--seed=100"])
+        of_teacher = finish_stage(work / "wide", "phase2", [*COMMON, *drawn, *wide, "--seed=100"])
         distill = [f"--distill.teacher={work / 'wide' / 'phase2' / 'weights'}", f"--distill.weight={asked.weight}"]
         for seed in asked.seeds:
             start = f"--weights={work / f'labels_{seed}' / 'phase2' / 'weights'}"
@@ -58,7 +57,7 @@ def main() -> None:
                 words = [*people, f"--seed={seed}", f"--{stage}.steps={asked.steps}", "--ssl.teacher.on_alarm=warn"]
                 words += distill if arm.endswith("teacher") else []
                 words += [start] if stage == "ssl" else []
-                ap = finish(work / f"{arm}_{seed}", stage, words)
+                ap = finish_stage(work / f"{arm}_{seed}", stage, [*COMMON, *words])
                 rows.append({"seed": seed, "arm": arm, "AP": ap})
                 print(f"RESULT {arm} seed {seed}: AP {ap:.1f} (of the teacher {of_teacher:.1f})", flush=True)
                 tree = {"options": list_options(asked), "AP_of_teacher": of_teacher, "rows": rows}
@@ -66,12 +65,6 @@ def main() -> None:
     for arm in asked.arms:
         values = [float(str(row["AP"])) for row in rows if row["arm"] == arm]
         print(f"{arm:<12} {statistics.mean(values):5.1f}  ({', '.join(f'{value:.1f}' for value in values)})")
-
-
-def finish(folder: Path, stage: str, words: Sequence[str]) -> float:
-    """`train_stage`, unless it is finished."""
-    file = folder / stage / "eval.json"
-    return 100 * json.loads(file.read_text())["AP"] if file.is_file() else train_stage(folder, stage, [*COMMON, *words])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from train_stage import list_options, train_stage
+from train_stage import finish_stage, list_options
 
 from sapiens_accel.config import parse as config
 from sapiens_accel.data import build
@@ -61,17 +61,17 @@ def main() -> None:
                 cases["coco"] = [f"--seed={seed}", start, root, f"--phase2.steps={asked.coco_steps}"]
             for case, words in cases.items():
                 folder = work / f"{case}_{seed}"
-                rows.append({"people": case, "seed": seed, "AP": finish(folder, words), "scores": measure(folder)})
+                rows.append(
+                    {
+                        "people": case,
+                        "seed": seed,
+                        "AP": finish_stage(folder, "phase2", [*COMMON, *words]),
+                        "scores": measure(folder),
+                    }
+                )
                 print("RESULT", json.dumps(rows[-1]), flush=True)
                 Path(asked.out).write_text(json.dumps({"options": list_options(asked), "rows": rows}, indent=1))
     print(format_rows(rows))
-
-
-def finish(folder: Path, words: Sequence[str]) -> float:
-    """The AP of `train_stage`, unless it is finished."""
-    file = folder / "phase2" / "eval.json"
-    words = [*COMMON, *words]
-    return 100 * json.loads(file.read_text())["AP"] if file.is_file() else train_stage(folder, "phase2", words)
 
 
 def measure(folder: Path) -> dict[str, dict[str, dict[str, float]]]:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,32 +78,47 @@ def write(dataset: PoseDataset, out: Path, options: WriteOptions) -> list[str]:
     Raises:
         UserError: no labeled keypoint, an invalid keypoint, an `out` that exists, an image that cannot be read.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already (expected a new folder). Name another one, or remove it")
+    check_new(out)
     if not any(one.keypoints[:, 2].any() for image in dataset.images for one in image.instances):
         raise UserError(
             f"no labeled keypoint in the {count(len(dataset.images), 'image')} that were read (expected some)"
         )
     _check(dataset)
     lines = split_images(dataset.images, options)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     boxes: Counter[str] = Counter()
-    try:
+    with whole_folder(out) as temporary:
         for split in FILES:
             images = [image for image, one in zip(dataset.images, lines.splits, strict=True) if one == split]
             boxes += _write_split(temporary, split, images, dataset.categories, options)
         if mirror := _mirror_pairs(dataset.categories):
             (temporary / SKELETON).write_text(yaml.safe_dump({"mirror": mirror}, default_flow_style=None, width=120))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     summary = [_describe(split, dataset, lines) for split in FILES]
     summary += [f"split: {lines.rule}", "boxes: " + ", ".join(f"{number} {what}" for what, number in boxes.items())]
     left_out = [f"{what} ({number})" for what, number in dataset.left_out.items() if number]
     summary += [f"left out: {', '.join(left_out)}"] * bool(left_out) + list(dataset.notes)
     summary += [f"left and right as the tool has them: --data.skeleton {SKELETON}"] * bool(mirror)
     return summary
+
+
+def check_new(out: Path) -> None:
+    """
+    Raises:
+        UserError: there is something of this name, other than an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already (expected a new folder). Name another one, or remove it")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name at the end; an exception removes it."""
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(dataset: PoseDataset) -> None:

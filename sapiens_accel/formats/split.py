@@ -5,7 +5,6 @@ is named by what reads the folder afterwards.
 """
 
 import json
-import os
 import shutil
 from argparse import Namespace
 from pathlib import Path, PurePosixPath
@@ -14,11 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from sapiens_accel.errors import UserError, count
-from sapiens_accel.formats.coco_folder import FILES, ImageSplits, WriteOptions, split_images
+from sapiens_accel.formats.coco_folder import FILES, WriteOptions, check_new, split_images, whole_folder
 from sapiens_accel.formats.dataset import ODD, ImageFinder, PoseImage
+from sapiens_accel.formats.tools.coco_datasets import IMAGE_FOLDERS
 from sapiens_accel.sources.coco import load_json, number_of_id, reason
 
-IMAGE_FOLDERS = ("", "images", "../images", "data", "../data")  # from the folder of the JSON
 LISTS = ("images", "annotations", "categories")
 
 
@@ -43,8 +42,7 @@ def write(file: Path, out: Path, images: Path | None, options: WriteOptions) -> 
     Raises:
         UserError: no COCO JSON, an annotation without its image, an image that is not there, an `out` that exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already (expected a new folder). Name another one, or remove it")
+    check_new(out)
     file = _find_json(file)
     tree = _load(file)
     folders = [images] if images else [file.parent / folder for folder in IMAGE_FOLDERS]
@@ -56,21 +54,16 @@ def write(file: Path, out: Path, images: Path | None, options: WriteOptions) -> 
         parts = {split: _part(tree, split_of, split) for split in FILES}
     except ODD as error:
         raise UserError(f"{file}: not as COCO has it: {reason(error)}") from None
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(out) as temporary:
         pairs = zip(tree["images"], sources, strict=True)
         for image, source in tqdm(pairs, desc="images", total=len(sources), unit="image", disable=None, leave=False):
+            folder = temporary / FILES[split_of[number_of_id(image["id"])]][1]
             if source:
-                folder = temporary / FILES[split_of[number_of_id(image["id"])]][1]
                 _place(source, folder / _name(image["file_name"]), link=options.link)
         for split, (annotations, folder) in FILES.items():
             (temporary / annotations).parent.mkdir(parents=True, exist_ok=True)
             (temporary / folder).mkdir(exist_ok=True)
             (temporary / annotations).write_text(json.dumps(parts[split]))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     lines = [
         f"{split}: {count(len(part['images']), 'image')}, {count(len(part['annotations']), 'annotation')}"
         for split, part in parts.items()
@@ -125,7 +118,7 @@ def _choose(file: Path, tree: dict[str, Any], options: WriteOptions) -> tuple[di
         for name, folder in folders.items()
     ]
     try:
-        chosen: ImageSplits = split_images(shots, options)
+        chosen = split_images(shots, options)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     split_of_name = dict(zip(folders, chosen.splits, strict=True))
