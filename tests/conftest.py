@@ -25,6 +25,18 @@ def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [*sys.argv])
 
 
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state a process: a test that makes an Accelerator would give the next its precision."""
+    yield
+    _forget_accelerator()
+
+
+def _forget_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(params=["sapiens_tiny", "sapiens2_tiny"])
 def tiny(request: pytest.FixtureRequest) -> SapiensPose:
     """A tiny network of each family for 64x48 images, with weights that make every layer matter."""
@@ -101,8 +113,7 @@ def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
             try:
                 train([*words, f"--output_dir={folder}", *more])
             finally:
-                AcceleratorState._reset_state()
-                GradientState._reset_state()
+                _forget_accelerator()
 
         yield run
         torch.set_num_threads(threads)

@@ -1,13 +1,12 @@
 """Plain fp16 launches leave out the steps whose gradients overflowed, with AdamW fused and torch's own GradScaler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from sapiens_accel import train
@@ -23,16 +22,13 @@ SCALE = 2.0**10
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
+def accelerator() -> Accelerator:
     """As on a T4 without DeepSpeed: fp16 and a GradScaler, which Accelerate itself only gives to GPUs."""
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-    yield accelerator
-    AcceleratorState._reset_state(reset_partial_state=False)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    return accelerator
 
 
 def copy_of(model: nn.Module, optimizer: Any) -> list[Any]:

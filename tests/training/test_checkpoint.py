@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import forks
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from planted import Planted, redescribe
 from safetensors.torch import load_file
 from torch import nn
@@ -79,10 +78,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    yield Run(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +136,9 @@ def test_a_resumed_optimizer_has_the_settings_that_are_asked_for(run: Run) -> No
 
 
 @pytest.fixture
-def eight_bit(tmp_path: Path) -> Iterator[Run]:
+def eight_bit(tmp_path: Path) -> Run:
     pytest.importorskip("torchao", reason="an extra: pip install sapiens_accel[8bit]")
-    yield Run(tmp_path, eight_bit=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return Run(tmp_path, eight_bit=True)
 
 
 @pytest.mark.slow
