@@ -8,7 +8,7 @@ from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.estimate import IN_FLIGHT, Plan, Room, predict
 from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.stages import Stage, measure_stage
-from sapiens_accel.models import attention
+from sapiens_accel.models import kernels
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import host
 from sapiens_accel.runtime.files import GIB
@@ -85,7 +85,7 @@ class Wanted:
 def on_gpu(wanted: Wanted, limit: int, capability: tuple[int, int]) -> Iterator[Planned]:
     """Planned for `limit` bytes of a device of this compute capability, as train.py would."""
     precision = half_precision(capability)
-    for model, name, stage in wanted.stage_by_stage(padded=attention.needs_padding(capability)):
+    for model, name, stage in wanted.stage_by_stage(padded=kernels.needs_padding(capability)):
         for way in wanted.ways:
             plan = fit(stage, name, way_of(way, precision), Room(device=limit, host=host.free_bytes()))
             yield Planned(case=case_of_plan(model, name, wanted.input_hw, plan), stage=stage, plan=plan, on_gpu=True)

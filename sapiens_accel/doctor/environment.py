@@ -19,7 +19,7 @@ from huggingface_hub import get_token
 from sapiens_accel.config.schema import Config
 from sapiens_accel.doctor.labels import Finding
 from sapiens_accel.errors import UserError
-from sapiens_accel.models import adapters, attention
+from sapiens_accel.models import adapters, kernels
 from sapiens_accel.models.sapiens import SIZES, SapiensPose
 from sapiens_accel.pose.skeleton import Skeleton
 from sapiens_accel.runtime import extensions, host
@@ -144,6 +144,7 @@ def _needed_packages(run: Config) -> Iterator[Finding]:
         "--lora.rank": ("peft", run.lora.rank),
         "--model.base_dtype nf4": ("bitsandbytes", run.model.base_dtype == "nf4"),
         "--memory.adam_8bit": ("torchao", run.memory.adam_8bit),
+        "--memory.fused_kernels": ("liger-kernel", run.memory.fused_kernels),
     }
     for option, (package, wanted) in needed.items():
         if wanted and package_version(package) is None:
@@ -192,9 +193,9 @@ def _attention(run: Config, launch: Launch) -> Iterator[Finding]:
         cards.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
     for name, device in cards.items():
         dtype = _dtype(launch, torch.cuda.get_device_capability(device))
-        padded = attention.needs_padding(attention.capability_on(device), half=dtype in attention.HALF)
-        kernel = attention.kernel_on(device, size.heads, size.kv_heads, dim, dtype)
-        filled = f", heads of {dim} channels padded to {attention.padded_dim(dim)}" if padded and dim % 8 else ""
+        padded = kernels.needs_padding(kernels.capability_on(device), half=dtype in kernels.HALF)
+        kernel = kernels.kernel_on(device, size.heads, size.kv_heads, dim, dtype)
+        filled = f", heads of {dim} channels padded to {kernels.padded_dim(dim)}" if padded and dim % 8 else ""
         repeated = ", keys and values repeated for every head" if padded and size.kv_heads < size.heads else ""
         text = f"{run.model.name} on {name}: torch's {kernel} kernel{filled}{repeated}"
         if kernel == "math":

@@ -22,7 +22,7 @@ from transformers.models.sapiens2.modeling_sapiens2 import get_patches_center_co
 from sapiens_accel.config.schema import BaseDtype, LoraConfig, StageConfig
 from sapiens_accel.data.dataset import Batch, Labeled, View
 from sapiens_accel.models import adapters, quantized
-from sapiens_accel.models.attention import PADDED
+from sapiens_accel.models.kernels import PADDED
 from sapiens_accel.models.sapiens import SIZES, Layout, SapiensPose
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import Skeleton

@@ -10,7 +10,7 @@ from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.stages import COCO_PEOPLE, Stage, measure_stage
 from sapiens_accel.memory.strategies import Way, find_refusal, list_ways
-from sapiens_accel.models import attention
+from sapiens_accel.models import kernels
 from sapiens_accel.models.sapiens import SIZES
 from sapiens_accel.runtime.files import GIB
 
@@ -41,10 +41,10 @@ class Setting:
     @property
     def precision(self) -> str:
         """GPUs without a flash kernel have no bf16 either."""
-        return "fp16" if attention.needs_padding(self.capability) else "bf16"
+        return "fp16" if kernels.needs_padding(self.capability) else "bf16"
 
     def stage(self, name: StageName) -> Stage:
-        padded = attention.needs_padding(self.capability)
+        padded = kernels.needs_padding(self.capability)
         return measure_stage(
             self.run, name, num_keypoints=self.num_keypoints, padded=padded, num_people=self.num_people
         )

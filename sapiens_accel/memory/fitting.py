@@ -69,14 +69,15 @@ def _blocks(stage: Stage, way: Way, *, limited: bool) -> list[Layout]:
         raise UserError(f"{both}: expected at most {depth}")
     # Without a checkpoint a block would keep its gathered weights under ZeRO-3, and offload more than its input.
     all_or_none = (way.offload_activations or way.strategy.zero == 3) and limited
+    how = {"compiled": asked.compile_blocks, "fused": asked.fused_kernels}
     if first is None and all_or_none:
-        return [Layout(checkpointed_blocks=depth, compiled=asked.compile_blocks)]
+        return [Layout(checkpointed_blocks=depth, **how)]
     if first is not None or then is not None or asked.compile_blocks or all_or_none:
         every = range(depth - (then or 0) + 1) if first is None else [first]
         pairs = [(num, then or 0) for num in every]
     else:
         pairs = [(0, num) for num in range(depth)] + [(num, depth - num) for num in range(depth + 1)]
-    return [Layout(checkpointed_blocks=a, selective_blocks=b, compiled=asked.compile_blocks) for a, b in pairs]
+    return [Layout(checkpointed_blocks=a, selective_blocks=b, **how) for a, b in pairs]
 
 
 def _placements(stage: Stage, ranks: int) -> list[TeacherPlacement]:

@@ -20,7 +20,7 @@ from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.gpus import Rates
 from sapiens_accel.memory.stages import COCO_PEOPLE, Stage, measure_stage
 from sapiens_accel.memory.strategies import Way
-from sapiens_accel.models import attention
+from sapiens_accel.models import kernels
 from sapiens_accel.runtime import distributed, failures, host
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
@@ -60,7 +60,7 @@ def plan_run(
         room=Room(device=free, host=free_host, rates=_rates(accelerator)),
         words=words,
         rank=accelerator.process_index,
-        capability=attention.capability_on(accelerator.device),
+        capability=kernels.capability_on(accelerator.device),
         num_people=num_people,
     )
     return plan_stages(run, launch, num_keypoints)
@@ -87,7 +87,11 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
     way = Way(name="this launch", launch="", strategy=strategy, **options)
     if missing := strategies.missing_package(way):
         raise UserError(f"--memory.adam_8bit: torchao is not installed. Run {missing}")
-    padded = attention.needs_padding(launch.capability, half=strategy.half)
+    if memory.fused_kernels and launch.capability is None:
+        raise UserError("--memory.fused_kernels: only on GPUs (expected CUDA, found none). Remove it")
+    if memory.fused_kernels and not kernels.has_fused():
+        raise UserError("--memory.fused_kernels: liger-kernel is not installed. Run pip install liger-kernel")
+    padded = kernels.needs_padding(launch.capability, half=strategy.half)
     chosen = {}
     for name in run.stages:
         stage = measure_stage(run, name, strategy.half, num_keypoints, padded=padded, num_people=launch.num_people)

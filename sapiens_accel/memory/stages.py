@@ -12,7 +12,7 @@ from sapiens_accel.config.schema import Config, LoraConfig, MemoryConfig, StageC
 from sapiens_accel.data import sampling
 from sapiens_accel.memory.activations import Footprint, Linear, NetworkShape, footprint
 from sapiens_accel.models import adapters, quantized
-from sapiens_accel.models.attention import padded_dim
+from sapiens_accel.models.kernels import padded_dim
 from sapiens_accel.models.load import description
 from sapiens_accel.models.sapiens import SapiensPose, Size
 from sapiens_accel.training import optim
@@ -111,7 +111,7 @@ def measure_stage(
     """Count a stage's parameters and measure its step.
 
     Args:
-        padded: attention is padded (`models.attention.needs_padding`).
+        padded: attention is padded (`models.kernels.needs_padding`).
         num_people: labeled people of training; they decide how many steps the stage has.
 
     Raises:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sapiens_accel.config.schema import Config, TeacherPlacement
+from sapiens_accel.models.sapiens import get_size
 from sapiens_accel.runtime import distributed
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.launch import configs_folder
@@ -74,6 +75,8 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
             return "--memory.bf16_weights: not with --lora.rank, whose few parameters stay in fp32. Remove one of them"
     if run.memory.selective_blocks and (other := _find_other(run, strategy)):
         return f"--memory.selective_blocks: not with {other}"
+    if run.memory.fused_kernels and (reason := _why_not_fused(run, strategy)):
+        return f"--memory.fused_kernels: {reason}"
     if strategy.zero < 3:
         return None
     if run.lora.dora:
@@ -82,6 +85,17 @@ def find_refusal(run: Config, strategy: Strategy) -> str | None:
         return f"--model.base_dtype {run.model.base_dtype}: not with ZeRO-3, which would shard the matrices. Use ZeRO-2"
     if run.memory.compile_blocks:
         return "--memory.compile_blocks: not with ZeRO-3, which gathers the weights of a block while it runs"
+    return None
+
+
+def _why_not_fused(run: Config, strategy: Strategy) -> str | None:
+    """Why a run cannot have fused kernels; None if it can."""
+    if get_size(run.model.name).family != "sapiens2":
+        return f"only for Sapiens2, whose norms and gated MLP they are (found {run.model.name}). Remove it"
+    if run.memory.compile_blocks:
+        return "not with --memory.compile_blocks, which fuses the same operations. Remove one of them"
+    if strategy.zero == 3:
+        return "not with ZeRO-3, where they have not been tried. Use ZeRO-2, or remove it"
     return None
 
 

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2Head
 
 from sapiens_accel.errors import UserError
-from sapiens_accel.models.attention import BY_DEVICE
+from sapiens_accel.models import kernels
 from sapiens_accel.models.chunked_head import ChunkedHead, Criterion
 
 # Of ImageNet, as in the training of Sapiens (RGB, 0..255).
@@ -99,12 +99,14 @@ class Layout:
             recompute norms and activations.
         head_chunk: people whose heatmaps and loss are computed at a time; None is all of them.
         compiled: the blocks are compiled.
+        fused: norms and gated MLPs of Sapiens2 run by fused kernels (`models.kernels`), on GPUs.
     """
 
     checkpointed_blocks: int = 0
     selective_blocks: int = 0
     head_chunk: int | None = None
     compiled: bool = False
+    fused: bool = False
 
 
 BuildHead = Callable[[], ChunkedHead]
@@ -219,6 +221,7 @@ class SapiensPose(nn.Module):
                 block._gradient_checkpointing_func = func
             if layout.compiled:
                 block.compile()
+        kernels.use_fused(self.backbone, layout.fused)
         self.head.chunk = layout.head_chunk
 
     def forward(
@@ -334,7 +337,7 @@ def _build_sapiens(size: Size, num_keypoints: int, input_hw: tuple[int, int]) ->
         num_attention_heads=size.heads,
         layer_norm_eps=1e-6,
     )
-    config._attn_implementation = BY_DEVICE
+    config._attn_implementation = kernels.BY_DEVICE
     backbone = VitPoseBackbone(config)
     positions = backbone.embeddings.position_embeddings
     grid_hw = (input_hw[0] // size.patch, input_hw[1] // size.patch)
@@ -361,7 +364,7 @@ def _without_first_slot(gradient: Float[Tensor, "1 n c"]) -> Float[Tensor, "1 n 
 
 def _build_sapiens2(size: Size, num_keypoints: int, input_hw: tuple[int, int]) -> tuple[nn.Module, BuildHead]:
     config = sapiens2_config(size, num_keypoints, input_hw)
-    config._attn_implementation = BY_DEVICE
+    config._attn_implementation = kernels.BY_DEVICE
     pose = Sapiens2ForPoseEstimation(config)
     return pose.model, partial(_build_sapiens2_head, config, pose)
 

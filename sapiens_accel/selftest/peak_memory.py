@@ -25,7 +25,7 @@ from sapiens_accel.memory.estimate import Plan, Room, predict
 from sapiens_accel.memory.fitting import fit
 from sapiens_accel.memory.stages import Stage, measure_stage
 from sapiens_accel.memory.strategies import Way, list_ways
-from sapiens_accel.models import attention
+from sapiens_accel.models import kernels
 from sapiens_accel.models.sapiens import Layout
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
@@ -61,7 +61,7 @@ def half_precision(capability: tuple[int, int]) -> str:
 
 def plan_for_gpu(run: Config, name: StageName, way: str, limit: float, capability: tuple[int, int]) -> Plan:
     """Plan a stage for `limit` bytes of a GPU of this compute capability, as train.py would."""
-    stage = measure_stage(run, name, padded=attention.needs_padding(capability))
+    stage = measure_stage(run, name, padded=kernels.needs_padding(capability))
     return fit(stage, name, way_of(way, half_precision(capability)), Room(device=limit, host=host.free_bytes()))
 
 

@@ -36,7 +36,7 @@ from sapiens_accel.memory.estimate import Plan, Room, predict
 from sapiens_accel.memory.fitting import MIN_CHUNK, fit
 from sapiens_accel.memory.stages import measure_stage
 from sapiens_accel.memory.strategies import Way
-from sapiens_accel.models import attention
+from sapiens_accel.models import kernels
 from sapiens_accel.models.sapiens import PIXEL_MEAN, PIXEL_STD, Layout, SapiensPose, sapiens2_config
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17 as SKELETON
@@ -172,7 +172,7 @@ class Timing:
 
 
 def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | None) -> Iterator[Row]:
-    """Build ours and the peer with equal weights and time them in turns: a row, and one more with compiled blocks.
+    """Build ours and the peer with equal weights and time them in turns: a row, and one more for each kind of kernels.
 
     Raises:
         UserError: ours does not fit into the memory that the peer leaves.
@@ -197,13 +197,25 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
     settings = {key: value for key, value in case.as_json().items() if key in SETTINGS}
     taken = seconds_of({**runners, **others}, timing, device)
     yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+    for key, layout in layouts_of_kernels(timing, plan, device, model).items():
+        again = seconds_of({key: (partial(model.lay_out, layout), ours), **others}, timing, device)
+        taken |= {key: again[key], f"peer_beside_{key}": again.get("peer", [])}
+        yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+
+
+def layouts_of_kernels(timing: Timing, plan: Plan, device: torch.device, model: SapiensPose) -> dict[str, Layout]:
+    """The planned layout with other kernels: fused ones where they run and are installed, and compiled blocks.
+
+    Those come last: a block stays compiled.
+    """
+    layouts = {}
+    if device.type == "cuda" and model.size.family == "sapiens2" and kernels.has_fused():
+        layouts["ours_fused"] = replace(plan.layout, fused=True)
     if timing.compiled:
         # The compiler chooses itself what it recomputes.
         recomputed = {"checkpointed_blocks": plan.layout.checkpointed_blocks + plan.layout.selective_blocks}
-        compiled = partial(model.lay_out, replace(plan.layout, **recomputed, selective_blocks=0, compiled=True))
-        again = seconds_of({"ours_compiled": (compiled, ours), **others}, timing, device)
-        taken |= {"ours_compiled": again["ours_compiled"], "peer_again": again.get("peer", [])}
-        yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
+        layouts["ours_compiled"] = replace(plan.layout, **recomputed, selective_blocks=0, compiled=True)
+    return layouts
 
 
 def start_peer(
@@ -267,7 +279,7 @@ def plan_ours(accelerator: Accelerator, run: Config) -> Plan:
     """
     strategy, room = distributed.strategy(accelerator), distributed.free_bytes(accelerator)
     name = "plain" if strategy.zero == 0 else f"zero{strategy.zero}" + "_offload" * strategy.offload
-    padded = attention.needs_padding(attention.capability_on(accelerator.device), half=strategy.half)
+    padded = kernels.needs_padding(kernels.capability_on(accelerator.device), half=strategy.half)
     stage = measure_stage(run, "phase2", strategy.half, padded=padded)
     plan = fit(stage, "phase2", Way(name=name, launch="", strategy=strategy), Room(device=room))
     if not plan.fits:
@@ -332,7 +344,8 @@ def free_memory() -> None:
 def summarize(taken: Mapping[str, list[float]], batch: int, flops: int, peak: float | None) -> Row:
     """People a second, their ratios to the peer's (repetition by repetition) and the utilization."""
     rates = {name: spread([batch / t for t in times]) for name, times in taken.items() if times}
-    pairs = {name: "peer_again" if name == "ours_compiled" else "peer" for name in taken if name.startswith("ours")}
+    beside = {name: f"peer_beside_{name}" for name in taken if name.startswith("ours")}
+    pairs = {name: peer if peer in taken else "peer" for name, peer in beside.items()}
     ratios = {key: spread_of_ratios(taken[peer], taken[key]) for key, peer in pairs.items() if taken.get(peer)}
     chunked = taken.get("ours_chunked", taken["ours"])
     whole = taken["ours"] if "ours_chunked" in taken else taken.get("ours_one_chunk")
@@ -361,8 +374,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
-    """The result of `compare`: a row for ours as planned, one for compiled blocks."""
-    for key, name in (("ours", row["model"]), ("ours_compiled", f"{row['model']}, compiled blocks")):
+    """The result of `compare`: a row for ours as planned, one for each kind of kernels."""
+    for key, added in (("ours", ""), ("ours_compiled", ", compiled blocks"), ("ours_fused", ", fused kernels")):
+        name = row["model"] + added
         if key not in row["people_per_second"]:
             continue
         rate, ratio, mfu = row["people_per_second"][key]["median"], (row["ratio"] or {}).get(key), row["mfu"]

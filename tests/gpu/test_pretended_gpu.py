@@ -43,7 +43,7 @@ from sapiens_accel.inference import estimator
 from sapiens_accel.memory import gpus, planner
 from sapiens_accel.memory.estimate import Room
 from sapiens_accel.memory.planner import LaunchInfo
-from sapiens_accel.models import attention, export_graph, export_runtimes
+from sapiens_accel.models import export_graph, export_runtimes, kernels
 from sapiens_accel.runtime import device, distributed, engine
 from sapiens_accel.training import activation_offload, optim, stage
 
@@ -65,9 +65,9 @@ COVERED = {
     "inference/estimator.py::_choose_autocast": "test_the_estimator_has_the_precisions_of_the_card",
     "memory/planner.py::_rates": "test_hours_are_those_of_the_card",
     "memory/planner.py::explain_out_of_memory": "test_running_out_of_memory_frees_what_torch_keeps",
-    "models/attention.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
-    "models/attention.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
-    "models/attention.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
+    "models/kernels.py::capability_on": "test_heads_are_padded_only_where_the_card_needs_it",
+    "models/kernels.py::_capability": "test_heads_are_padded_only_where_the_card_needs_it",
+    "models/kernels.py::kernel_on": "test_the_kernel_is_what_torch_says_of_what_it_will_get",
     "models/export_graph.py::problem_of_format": "test_an_engine_is_built_where_the_card_and_the_package_are",
     "models/export_runtimes.py::": "test_exports_are_measured_on_the_card",  # PROVIDERS
     "models/export_runtimes.py::_device": "test_exports_are_measured_on_the_card",
@@ -335,15 +335,15 @@ def test_heads_are_padded_only_where_the_card_needs_it(
 ) -> None:
     """Flash attention needs capability 8.0 and 16 bits, which autocast makes of queries in fp32 as well."""
     pretend(monkeypatch, card)
-    attention._capability.cache_clear()
+    kernels._capability.cache_clear()
     taken: list[str] = []
-    monkeypatch.setattr(attention, "padded_attention", lambda *_, **__: taken.append("padded"))
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **__: taken.append("plain"))
+    monkeypatch.setattr(kernels, "padded_attention", lambda *_, **__: taken.append("padded"))
+    monkeypatch.setattr(kernels, "sdpa_attention_forward", lambda *_, **__: taken.append("plain"))
     states: Any = types.SimpleNamespace(device=where, dtype=dtype)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: cast and kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
-    attention.attention_by_device(torch.nn.Identity(), states, states, states, None)
-    attention._capability.cache_clear()
+    kernels.attention_by_device(torch.nn.Identity(), states, states, states, None)
+    kernels._capability.cache_clear()
     flash = card.capability >= (8, 0) and (cast or dtype == torch.bfloat16)
     assert taken == ["plain" if flash else "padded"]
 
@@ -373,7 +373,7 @@ def test_the_kernel_is_what_torch_says_of_what_it_will_get(
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: flash)
     monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: efficient)
     with FakeTensorMode():
-        assert attention.kernel_on(CUDA_0, heads=32, kv_heads=16, dim=60, dtype=dtype) == kernel
+        assert kernels.kernel_on(CUDA_0, heads=32, kv_heads=16, dim=60, dtype=dtype) == kernel
     assert asked == [(CUDA_0, 32, kv_heads, kv_heads, dim, dim, dtype, kv_heads == 16)]
 
 
@@ -567,11 +567,11 @@ def test_the_doctor_says_which_kernel_attention_gets(
     run: Any = types.SimpleNamespace(model=types.SimpleNamespace(name="sapiens_2b"))
     assert not list(environment._attention(run, Launch(precision="bf16")))
     pretend(monkeypatch, card, card)
-    attention._capability.cache_clear()
+    kernels._capability.cache_clear()
     asked: list[Any] = []
-    monkeypatch.setattr(attention, "kernel_on", lambda *arguments: asked.append(arguments) or kernel)
+    monkeypatch.setattr(kernels, "kernel_on", lambda *arguments: asked.append(arguments) or kernel)
     (found,) = environment._attention(run, Launch(precision="bf16"))
-    attention._capability.cache_clear()
+    kernels._capability.cache_clear()
     assert asked == [(CUDA_0, 32, 32, 60, torch.float16 if card is T4 else torch.bfloat16)]
     assert found.level == level and said in found.text
 
@@ -585,11 +585,11 @@ def test_the_doctor_asks_for_attention_as_the_launch_calls_it(
 ) -> None:
     run: Any = types.SimpleNamespace(model=types.SimpleNamespace(name="sapiens2_0.4b"))
     pretend(monkeypatch, A100)
-    attention._capability.cache_clear()
+    kernels._capability.cache_clear()
     calls: list[Any] = []
-    monkeypatch.setattr(attention, "kernel_on", lambda *arguments: calls.append(arguments) or "memory-efficient")
+    monkeypatch.setattr(kernels, "kernel_on", lambda *arguments: calls.append(arguments) or "memory-efficient")
     (found,) = environment._attention(run, Launch(precision=asked))
-    attention._capability.cache_clear()
+    kernels._capability.cache_clear()
     assert calls == [(CUDA_0, 16, 8, 64, dtype)]
     assert ("keys and values repeated" in found.text) == repeated
 

@@ -26,6 +26,7 @@ from sapiens_accel.memory import report as memory
 from sapiens_accel.memory.estimate import Plan, Room
 from sapiens_accel.memory.planner import LaunchInfo
 from sapiens_accel.memory.strategies import Way
+from sapiens_accel.models import kernels
 from sapiens_accel.models.sapiens import Layout, SapiensPose
 from sapiens_accel.runtime.distributed import Strategy
 from sapiens_accel.runtime.files import GIB
@@ -588,6 +589,43 @@ def test_the_command_is_what_a_shell_takes() -> None:
 def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         planned("demo", 15, "--stage", "phase2", *option.split(), strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("words", "capability", "installed", "said"),
+    [
+        ("--recipe sapiens_0.3b_coco", (8, 0), True, "only for Sapiens2, .*found sapiens_0.3b"),
+        ("--recipe sapiens2_0.4b_coco --memory.compile_blocks", (8, 0), True, "not with --memory.compile_blocks"),
+        ("--recipe sapiens2_0.4b_coco", None, True, "only on GPUs"),
+        ("--recipe sapiens2_0.4b_coco", (8, 0), False, "pip install liger-kernel"),
+    ],
+)
+def test_fused_kernels_are_refused_where_there_are_none(
+    words: str, capability: tuple[int, int] | None, installed: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config.load([*words.split(), "--stage=phase2", "--data.root=/", "--memory.fused_kernels"])
+    launch = LaunchInfo(strategy=Strategy(), room=Room(device=int(40 * GIB)), words=[], capability=capability)
+    monkeypatch.setattr(kernels, "has_fused", lambda: installed)
+    with pytest.raises(UserError, match=f"^--memory.fused_kernels: .*{said}") as refused:
+        planner.plan_stages(run, launch)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="not with ZeRO-3"):
+        planner.plan_stages(
+            config.load(["--recipe=sapiens2_0.4b_coco", "--stage=phase2", "--data.root=/", "--memory.fused_kernels"]),
+            replace(launch, strategy=Strategy(zero=3)),
+        )
+
+
+def test_fused_kernels_are_in_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config.load(["--recipe=sapiens2_0.4b_coco", "--data.root=/", "--memory.fused_kernels"])
+    monkeypatch.setattr(kernels, "has_fused", lambda: True)
+    launch = LaunchInfo(strategy=Strategy(), room=Room(device=int(40 * GIB)), words=[], capability=(8, 0))
+    chosen = planner.plan_stages(run, launch)
+    assert {plan.layout.fused for plan in chosen.values()} == {True}
+    without = planner.plan_stages(replace(run, memory=replace(run.memory, fused_kernels=False)), launch)
+    assert {name: replace(plan.layout, fused=False) for name, plan in chosen.items()} == {
+        name: plan.layout for name, plan in without.items()
+    }
 
 
 @pytest.mark.slow

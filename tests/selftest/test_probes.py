@@ -15,10 +15,12 @@ from gpu.pretended_driver import A100, T4, Card, pretend
 from sapiens_accel.memory import planner
 from sapiens_accel.memory.estimate import Room
 from sapiens_accel.memory.planner import LaunchInfo
+from sapiens_accel.models import kernels
+from sapiens_accel.models.sapiens import SIZES, Layout
 from sapiens_accel.runtime import distributed, host
 from sapiens_accel.runtime.files import GIB
 from sapiens_accel.selftest import __main__ as selftest
-from sapiens_accel.selftest import checks, epochs, launches, peak_memory, probes, training_step
+from sapiens_accel.selftest import checks, epochs, launches, peak_memory, probes, throughput, training_step
 from sapiens_accel.selftest.checks import Skipped
 from sapiens_accel.selftest.training_step import TrainingCase
 
@@ -247,3 +249,21 @@ def test_the_selftest_of_a_cpu(tmp_path: Path) -> None:
     assert all(check["text"] for check in tree["checks"] if check["status"] == "skipped")
     assert sum(check["seconds"] for check in tree["checks"]) <= time.monotonic() - since
     assert f"{len(by_status) - len(ran)} skipped" in done.stdout.splitlines()[-2]
+
+
+def test_kernels_are_timed_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused ones on a GPU, of Sapiens2, and before blocks are compiled, which stay so."""
+    plan: Any = SimpleNamespace(layout=Layout(checkpointed_blocks=1, selective_blocks=2))
+    timing = throughput.Timing(input_hw=(64, 48), batch=2, compiled=True)
+    fused = Layout(checkpointed_blocks=1, selective_blocks=2, fused=True)
+    compiled = Layout(checkpointed_blocks=3, compiled=True)
+    for installed, device, name, expected in (
+        (True, "cuda", "sapiens2_tiny", {"ours_fused": fused, "ours_compiled": compiled}),
+        (True, "cpu", "sapiens2_tiny", {"ours_compiled": compiled}),
+        (True, "cuda", "sapiens_tiny", {"ours_compiled": compiled}),
+        (False, "cuda", "sapiens2_tiny", {"ours_compiled": compiled}),
+    ):
+        monkeypatch.setattr(kernels, "has_fused", lambda installed=installed: installed)
+        model: Any = SimpleNamespace(size=SIZES[name])
+        found = throughput.layouts_of_kernels(timing, plan, torch.device(device), model)
+        assert list(found.items()) == list(expected.items())

@@ -1,14 +1,20 @@
-"""An attention function for transformers' blocks that avoids torch's MATH kernel on GPUs without a flash kernel.
+"""Kernels of the blocks on GPUs: which one torch's attention gets, and fused ones for Sapiens2's norms and gated MLP.
 
-Below compute capability 8.0, and in fp32 on every GPU, torch has only its memory-efficient kernel. In 16 bits it
-requires head dimensions that are multiples of 8 (sapiens_2b has 60, sapiens2_5b 76), and in every precision as many
-heads of keys as of queries (every sapiens2 has half as many). Otherwise torch falls back to its MATH kernel, which
-stores whole attention maps of tokens x tokens in fp32: for a checkpointed block of sapiens_2b with 32 people, 7.5 GiB
-in place of 1.8.
+An attention function for transformers' blocks avoids torch's MATH kernel on GPUs without a flash kernel. Below compute
+capability 8.0, and in fp32 on every GPU, torch has only its memory-efficient kernel. In 16 bits it requires head
+dimensions that are multiples of 8 (sapiens_2b has 60, sapiens2_5b 76), and in every precision as many heads of keys as
+of queries (every sapiens2 has half as many). Otherwise torch falls back to its MATH kernel, which stores whole
+attention maps of tokens x tokens in fp32: for a checkpointed block of sapiens_2b with 32 people, 7.5 GiB in place of
+1.8.
 
-Shape letters: b people, h heads, g heads of keys and values, n tokens, d channels of a head.
+The fused kernels are Liger's (Hsu et al. 2024, https://arxiv.org/abs/2410.10989; pip install liger-kernel), in Triton,
+for GPUs alone: a norm keeps its input and one number a token for the backward, the gated MLP the outputs of its two
+matrices and no more.
+
+Shape letters: b people, h heads, g heads of keys and values, n tokens, d channels of a head, c channels.
 """
 
+import importlib.util
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2GatedMLP, Sapiens2RMSNorm
 
 FLASH_CAPABILITY = (8, 0)
 HALF = (torch.float16, torch.bfloat16)
@@ -118,3 +125,45 @@ def kernel_on(device: torch.device, heads: int, kv_heads: int, dim: int, dtype: 
     if torch.backends.cuda.can_use_flash_attention(params):
         return "flash"
     return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "math"
+
+
+# ---- Sapiens2's norms and gated MLP
+
+
+class FusedNorm(Sapiens2RMSNorm):
+    """transformers' norm by one kernel; of an input in 16 bits the output is in 16 bits, with fp32 weights too."""
+
+    def forward(self, hidden_states: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
+
+        # As transformers rounds: only the root mean square is fp32. Not in place: the gradient of the output may be
+        # another tensor's too.
+        return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
+
+
+class FusedGatedMLP(Sapiens2GatedMLP):
+    """transformers' MLP, whose activation and product are one kernel."""
+
+    def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
+
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {Sapiens2RMSNorm: FusedNorm, Sapiens2GatedMLP: FusedGatedMLP}
+
+
+def use_fused(model: nn.Module, wanted: bool = True) -> None:
+    """Let Sapiens2's norms and gated MLPs run by fused kernels, or by torch's operations again.
+
+    The class of a module changes, not the module: its parameters, hooks and copies stay what they are.
+    """
+    replaced = FUSED if wanted else {fused: plain for plain, fused in FUSED.items()}
+    for module in model.modules():
+        if type(module) in replaced:
+            module.__class__ = replaced[type(module)]
+
+
+def has_fused() -> bool:
+    """Whether the package of the fused kernels is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
