@@ -1,6 +1,6 @@
 """People a second that one CPU core decodes, crops and changes into batches, and mmpose's as Sapiens trains.
 
-    python benchmarks/data.py [--peer_python PATH] [--root FOLDER] [--input_hw 512 384]
+    python benchmarks/data.py [--peer_python PATH] [--root FOLDER] [--megapixels 12] [--input_hw 512 384]
 
 PATH is the Python of an environment with mmpose and albumentations 1.x (README.md tells how to make one); without it
 only ours is timed. Both get the same images and people and take turns, each in a process of its own on one core. Time
@@ -8,6 +8,7 @@ is what a process spent on the core, so that its neighbors count little; the wal
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -23,6 +24,7 @@ from unittest import mock
 os.environ["OMP_NUM_THREADS"] = "1"
 import sapiens_accel  # isort: skip  # noqa: F401  (before torch: it sets how threads wait)
 import cv2
+import numpy as np
 import record
 from codec import one_core
 from codec_peer import seconds
@@ -49,6 +51,8 @@ BARS = {"ratio_mmpose": 2.5}
 PUBLISHED = AugmentConfig(coarse_dropout_p=1.0)  # as the peer's recipe; the rest of ours is the same
 PARTS = ("read_reduced_image", "geometry.warp", "change_pixels", "_channels_first", "collate")
 LIBRARIES = ("numpy", "opencv-python-headless", "nvidia-nvimgcodec-cu12", "albumentations", "datasets")
+# Of enlarged images, which would be smaller files than a camera's: what the eye takes for noise, in levels.
+NOISE = 11.0
 GPUS = (5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
@@ -57,12 +61,18 @@ def main(words: Sequence[str]) -> None:
     one_core()
     cv2.setNumThreads(0)
     host.keep_freed_memory()  # as every loading process does
-    settings = DataConfig(root=asked.root, input_hw=asked.input_hw, check_images="ends")
+    with tempfile.TemporaryDirectory() as folder:
+        root = enlarge(Path(asked.root), asked.megapixels, Path(folder)) if asked.megapixels else asked.root
+        measure(asked, DataConfig(root=str(root), input_hw=asked.input_hw, check_images="ends"))
+
+
+def measure(asked: argparse.Namespace, settings: DataConfig) -> None:
     sets = build.open_people(settings, COCO17, unlabeled=False)
     path = record.place("data", "cpu", record.cpu_name(), asked.out)
     names = ("input_hw", "batch", "rounds")
     heading = record.heading("data", "cpu", record.cpu_name(), **{name: getattr(asked, name) for name in names})
-    heading["command"] = f"python benchmarks/data.py{' --peer_python PATH' if asked.peer_python else ''}"
+    larger = f" --megapixels {asked.megapixels:g}" if asked.megapixels else ""
+    heading["command"] = f"python benchmarks/data.py{' --peer_python PATH' if asked.peer_python else ''}{larger}"
     heading["versions"] |= record.versions(*LIBRARIES)
     heading |= {"pinned": hasattr(os, "sched_setaffinity"), "unit": "people a second of one core", "bars": BARS}
     heading |= pictures(sets.train)
@@ -83,6 +93,7 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     shared = os.environ.get("SAPIENS_ACCEL_TEST_DATA")
     default = f"{shared}/coco_mini" if shared else None
     parser.add_argument("--root", default=default, help="a folder in COCO's form (drawn people)")
+    parser.add_argument("--megapixels", type=float, default=0.0, help="enlarge the images of --root to so many (no)")
     parser.add_argument("--input_hw", nargs=2, type=int, default=(512, 384), help="(512 384)")
     parser.add_argument("--batch", type=int, default=32, help="people of a batch (32)")
     parser.add_argument("--rounds", type=int, default=9, help="timed passes of each over all people (9)")
@@ -90,8 +101,38 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     asked = parser.parse_args(words)
     if min(asked.batch, asked.rounds, *asked.input_hw) < 1 or any(side % 4 for side in asked.input_hw):
         raise UserError("--batch, --rounds: expected 1 or more; --input_hw: multiples of 4, like 512 384")
+    if asked.megapixels < 0 or (asked.megapixels and not asked.root):
+        raise UserError("--megapixels: expected a number above 0, and a folder in COCO's form in --root")
     asked.input_hw = tuple(asked.input_hw)
     return asked
+
+
+def enlarge(root: Path, megapixels: float, folder: Path) -> Path:
+    """The training images of a COCO folder as a camera has them: each of so many pixels, with noise."""
+    file = "annotations/person_keypoints_{}2017.json"
+    (folder / "annotations").mkdir()
+    (folder / file.format("val")).symlink_to((root / file.format("val")).resolve())
+    (folder / "val2017").symlink_to((root / "val2017").resolve())
+    labels = json.loads((root / file.format("train")).read_text())
+    scales = {image["id"]: math.sqrt(megapixels * 1e6 / image["width"] / image["height"]) for image in labels["images"]}
+    for image in labels["images"]:
+        image |= {side: round(image[side] * scales[image["id"]]) for side in ("width", "height")}
+    for person in labels["annotations"]:
+        scale = scales[person["image_id"]]
+        person["bbox"] = [scale * value for value in person["bbox"]]
+        person["area"] *= scale**2
+        person["keypoints"] = (np.reshape(person["keypoints"], (-1, 3)) * (scale, scale, 1)).ravel().tolist()
+        person.pop("segmentation", None)
+    (folder / file.format("train")).write_text(json.dumps(labels))
+    cv2.setRNGSeed(0)
+    (folder / "train2017").mkdir()
+    for image in labels["images"]:
+        path = root / "train2017" / image["file_name"]
+        if path.exists():
+            larger = cv2.resize(cv2.imread(str(path)), (image["width"], image["height"]), interpolation=cv2.INTER_CUBIC)
+            noise = cv2.randn(np.empty(larger.shape, np.int16), 0, NOISE)
+            cv2.imwrite(str(folder / "train2017" / path.name), cv2.add(larger, noise, dtype=cv2.CV_8U))
+    return folder
 
 
 # ---- Whose passes are timed
@@ -125,7 +166,8 @@ def ours(
             default_collate(found) if pairs else loader.collate(found)
 
     def run(step: int) -> tuple[float, float]:
-        with nullcontext() if reduced_decode else mock.patch.object(jpeg_region, "find_package", lambda: None):
+        whole: Any = {"find_package": lambda: None, "cut_below": lambda *_: None}
+        with nullcontext() if reduced_decode else mock.patch.multiple(jpeg_region, **whole):
             return seconds(lambda: batches(step))
 
     return run

@@ -183,6 +183,14 @@ def test_the_data_is_timed_alone_where_there_is_no_peer(tmp_path: Path, few_peop
     assert not [key for key in found if "ratio" in key]
 
 
+def test_the_data_is_timed_on_enlarged_images(tmp_path: Path, few_people: Path) -> None:
+    cache = {"SAPIENS_ACCEL_CACHE": str(tmp_path / "cache")}
+    words = [*SMALL, "--root", str(few_people), "--megapixels", "0.5"]
+    found = benchmark("data", tmp_path / "data.json", *words, **cache)
+    assert found["people"] == 5 and found["median_megapixels"] == 0.5
+    assert found["command"] == "python benchmarks/data.py --megapixels 0.5"
+
+
 def test_the_datas_peer_runs_in_another_python_on_the_same_people(tmp_path: Path, few_people: Path) -> None:
     """mmpose is not installed: packages of those names hold steps that note what they get."""
     for module, content in STEPS.items():

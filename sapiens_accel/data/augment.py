@@ -43,7 +43,9 @@ BRIGHTNESS, HUE = 32.0, 0.1
 CONTRAST = SATURATION = (0.5, 1.5)
 BLUR_SIDES = (3, 5, 7)
 HOLE = (0.2, 0.4)
+IDENTITY, NO_OFFSET = np.eye(3), np.zeros(3)
 AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of grays, as a cross product
+AXIS_TWICE = AXIS @ AXIS
 GRAY = np.full((3, 1), 1.0) * (0.299, 0.587, 0.114)  # ITU-R BT.601
 BUILT_IN_OPTIONS = ("photometric_p", "blur_p", "coarse_dropout_p")
 TRIES = 16  # draws of a transform, of which one must change a pixel
@@ -80,19 +82,21 @@ class Augmenter:
         flip = bool(rng.random() < config.flip_p)
         half = self._half_body(keypoints, rng) if rng.random() < config.half_body_p else None
         crop = half or base
-        shift = _truncated_normal(rng, 1.0, 2) * config.shift * (rng.random() < config.shift_p)
+        moves = _truncated_normal(rng, 1.0, 2)
+        shift_x, shift_y = (move * config.shift for move in moves) if rng.random() < config.shift_p else (0.0, 0.0)
         if config.shift_of == "box" and crop.box_wh is not None:
-            shift = shift * np.divide(crop.box_wh, crop.size_wh)
+            shift_x *= crop.box_wh[0] / crop.size_wh[0]
+            shift_y *= crop.box_wh[1] / crop.size_wh[1]
         scale = 1 + config.scale * _truncated_normal(rng, 1.0, 1)[0]
         degrees = config.rotation * _truncated_normal(rng, 1.0, 1)[0] * (rng.random() < config.rotation_p)
-        return replace(_moved(crop, shift, scale, degrees), flip=flip)
+        return _moved(crop, (shift_x, shift_y), scale, degrees, flip=flip)
 
     def weak_crop(self, base: Crop, rng: Generator) -> Crop:
         """The teacher's view: a little turned and scaled, mirrored or not."""
         config = self.config
         degrees = config.weak_rotation * _truncated_normal(rng, 2.0, 1)[0]
         scale = rng.uniform(1 - config.weak_scale, 1 + config.weak_scale)
-        return replace(_moved(base, np.zeros(2), scale, degrees), flip=bool(rng.random() < config.flip_p))
+        return _moved(base, (0.0, 0.0), scale, degrees, flip=bool(rng.random() < config.flip_p))
 
     def strong_crop(self, weak: Crop, rng: Generator) -> Crop:
         """The student's view: the teacher's or a half of it, turned, scaled, shifted and mirrored further."""
@@ -102,10 +106,10 @@ class Augmenter:
         scale_of_half = rng.uniform(*STRONG_HALF_BODY_SCALE)
         has_halves = bool(self.skeleton.upper and self.skeleton.lower)
         weak = _half(weak, scale_of_half, upper=is_upper) if is_half and has_halves else weak
-        shift = rng.uniform(-config.strong_shift, config.strong_shift, 2)
+        shift = rng.uniform(-config.strong_shift, config.strong_shift, 2).tolist()
         scale = rng.uniform(1 - config.strong_scale, 1 + config.strong_scale)
         degrees = config.strong_rotation * _truncated_normal(rng, 2.0, 1)[0] * (rng.random() < 0.8)
-        return replace(_moved(weak, shift, scale, degrees), flip=weak.flip ^ bool(rng.random() < config.flip_p))
+        return _moved(weak, shift, scale, degrees, flip=weak.flip ^ bool(rng.random() < config.flip_p))
 
     def pixel_changes(self) -> tuple[Change, ...]:
         """Photometric changes, blurs and one black rectangle, or the transforms of `augment.albumentations`.
@@ -301,7 +305,7 @@ def _colors(image: Pixels, rng: Generator, p: float) -> Pixels:
 
     Hue turns colors about the axis of grays, which leaves grays alone, as Paeth and Haeberli do it.
     """
-    scale, offset = np.eye(3), np.zeros(3)
+    scale, offset = IDENTITY, NO_OFFSET
     if rng.random() < p:
         scale, offset = scale * rng.uniform(*CONTRAST), offset + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
     if rng.random() < p:
@@ -310,20 +314,22 @@ def _colors(image: Pixels, rng: Generator, p: float) -> Pixels:
     if rng.random() < p:
         order = rng.permutation(3)
         scale, offset = scale[order], offset[order]
-    if not offset.any() and (scale == np.eye(3)).all():
+    if not offset.any() and (scale == IDENTITY).all():
         return image
-    return cv2.transform(image, np.column_stack([scale, offset]), image)
+    matrix = np.empty((3, 4))
+    matrix[:, :3], matrix[:, 3] = scale, offset
+    return cv2.transform(image, matrix)  # into the image itself would take a copy of it
 
 
 def _saturation(factor: float) -> Float[Array, "3 3"]:
     """Takes a color away from its gray, or to it."""
-    return factor * np.eye(3) + (1 - factor) * GRAY
+    return factor * IDENTITY + (1 - factor) * GRAY
 
 
 def _turn(turns: float) -> Float[Array, "3 3"]:
     """Rotates about the axis of grays (Rodrigues): red goes to green by a third of a turn."""
     angle = 2 * math.pi * turns
-    return np.eye(3) + math.sin(angle) * AXIS + (1 - math.cos(angle)) * (AXIS @ AXIS)
+    return IDENTITY + math.sin(angle) * AXIS + (1 - math.cos(angle)) * AXIS_TWICE
 
 
 def _box_blur(image: Pixels, rng: Generator) -> Pixels:
@@ -356,23 +362,24 @@ def _half(crop: Crop, scale: float, *, upper: bool) -> Crop:
     return replace(crop, center_xy=center_xy, size_wh=(w * scale, h * scale))
 
 
-def _moved(crop: Crop, shift: Float[Array, "2"], scale: float, degrees: float) -> Crop:
-    """The crop shifted by a fraction of its size, scaled and turned further."""
+def _moved(crop: Crop, shift: Sequence[float], scale: float, degrees: float, *, flip: bool) -> Crop:
+    """The crop shifted by a fraction of its size, scaled and turned further, then mirrored or not."""
     (x, y), (w, h) = crop.center_xy, crop.size_wh
     # What is seen mirrored turns the other way round.
     turn = -degrees if crop.flip else degrees
-    return replace(
-        crop,
-        center_xy=(x + float(shift[0]) * w, y + float(shift[1]) * h),
+    return Crop(
+        center_xy=(x + shift[0] * w, y + shift[1] * h),
         size_wh=(w * float(scale), h * float(scale)),
         degrees=crop.degrees + float(turn),
+        flip=flip,
+        box_wh=crop.box_wh,
     )
 
 
-def _truncated_normal(rng: Generator, limit: float, num: int) -> Float[Array, "num"]:
+def _truncated_normal(rng: Generator, limit: float, num: int) -> list[float]:
     """Standard normal draws within +-limit, by drawing again: the number of draws never depends on scipy's version."""
     values = [rng.standard_normal() for _ in range(num)]  # one by one, so few are sooner drawn
     while outside := [index for index, value in enumerate(values) if abs(value) > limit]:
         for index in outside:
             values[index] = rng.standard_normal()
-    return np.array(values)
+    return values

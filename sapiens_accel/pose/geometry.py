@@ -46,17 +46,14 @@ class Crop:
         input_h, input_w = input_hw
         (center_x, center_y), (width, height) = self.center_xy, self.size_wh
         scale_x, scale_y = (input_w - 1) / width, (input_h - 1) / height
-        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
-        matrix = np.array(
-            [
-                [scale_x * cos, -scale_x * sin, scale_x * (-center_x * cos + center_y * sin + 0.5 * width)],
-                [scale_y * sin, scale_y * cos, scale_y * (-center_x * sin - center_y * cos + 0.5 * height)],
-            ]
-        )
+        angle = math.radians(self.degrees)
+        cos, sin = math.cos(angle), math.sin(angle)
+        across, down = scale_x * cos, -scale_x * sin
+        offset = scale_x * (-center_x * cos + center_y * sin + 0.5 * width)
         if self.flip:
-            matrix[0] = -matrix[0]
-            matrix[0, 2] += input_w - 1
-        return matrix
+            across, down, offset = -across, -down, input_w - 1 - offset
+        below = scale_y * (-center_x * sin - center_y * cos + 0.5 * height)
+        return np.array([[across, down, offset], [scale_y * sin, scale_y * cos, below]])
 
 
 def crop_around_box(box_xywh: Float[Array, "4"], padding: float, input_hw: tuple[int, int]) -> Crop:

@@ -99,7 +99,8 @@ def read_reduced_image(path: Path, at_most: int = 1, region: Region | None = Non
 
     Args:
         at_most: the largest reduction that may be made, 1, 2, 4 or 8.
-        region: the part that is needed (image px; it may reach beyond the image). Default: all.
+        region: the part that is needed (image px; it may reach beyond the image). Default: all. What is returned has
+            that part at least.
 
     Raises:
         UserError: the file does not decode, or has more than MAX_PIXELS.
@@ -108,8 +109,11 @@ def read_reduced_image(path: Path, at_most: int = 1, region: Region | None = Non
     frame = _find_jpeg_frame(content)
     reduction = at_most if at_most > 1 and frame and frame.is_reducible(at_most) else 1
     try:
-        check_size(content)
-        part = _decode_part(content, frame, region) if region and frame and reduction == 1 else None
+        if frame is None:
+            check_size(content)
+        else:
+            _refuse_too_large(frame.height, frame.width)
+        part = _decode_part(content, frame, region, reduction) if region and frame else None
         if part is not None:
             return part
         pixels = _decode_rgb(content, REDUCED[reduction])
@@ -118,9 +122,12 @@ def read_reduced_image(path: Path, at_most: int = 1, region: Region | None = Non
     return DecodedImage(pixels, reduction)
 
 
-def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region) -> DecodedImage | None:
-    """Decode a region of a JPEG; None where all of it is decoded as soon, or must be (one cut short is refused)."""
-    if jpeg_region.find_package() is None or frame.channels != 3 or JPEG_END not in bytes(content[-TAIL:]):
+def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region, reduction: int) -> DecodedImage | None:
+    """Decode a region of a JPEG, or all above its bottom where the image is reduced or no package decodes regions.
+
+    None where all of it is decoded as soon, or must be (one cut short is refused).
+    """
+    if frame.channels != 3 or JPEG_END not in bytes(content[-TAIL:]):
         return None
     left, top, right, bottom = region
     seen = Region(max(0, left), max(0, top), min(frame.width, right), min(frame.height, bottom))
@@ -129,8 +136,11 @@ def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region) -> D
         return None
     if frame.may_turn and not _is_upright(content):
         return None
-    pixels = jpeg_region.decode(bytes(content), seen, frame.width)
-    return None if pixels is None else DecodedImage(pixels, 1, (seen.left, seen.top))
+    if reduction == 1 and jpeg_region.find_package() is not None:
+        pixels = jpeg_region.decode(bytes(content), seen, frame.width)
+        return None if pixels is None else DecodedImage(pixels, 1, (seen.left, seen.top))
+    upper = jpeg_region.cut_below(bytes(content), frame.at, seen.bottom)
+    return None if upper is None else DecodedImage(_decode_rgb(upper, REDUCED[reduction]), reduction)
 
 
 def _is_upright(content: shards.Bytes) -> bool:
@@ -142,7 +152,7 @@ def _is_upright(content: shards.Bytes) -> bool:
     return exif.get(EXIF_ORIENTATION) == 1
 
 
-def _decode_rgb(content: shards.Bytes, size: int) -> UInt8[Array, "h w 3"]:
+def _decode_rgb(content: shards.Bytes | bytearray, size: int) -> UInt8[Array, "h w 3"]:
     image = _decode(content, size | (RGB or cv2.IMREAD_COLOR))
     return image if RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -196,7 +206,7 @@ def _largest_deep_value(path: Path) -> int:
     return int(deep[..., :3].max(initial=0)) if deep is not None and deep.dtype == np.uint16 else 0
 
 
-def _decode(content: shards.Bytes, flags: int) -> Array:
+def _decode(content: shards.Bytes | bytearray, flags: int) -> Array:
     """The 8-bit image. OpenCV divides 16 bits by 256, which makes the 12 bits of a microscope or a camera black."""
     bits = int(os.environ.get(IMAGE_BITS, 16))
     if bits < 16 and bytes(content[:4]) in DEEP_STARTS:
@@ -206,7 +216,7 @@ def _decode(content: shards.Bytes, flags: int) -> Array:
     return _decode_by_opencv(content, flags)
 
 
-def _decode_by_opencv(content: shards.Bytes, flags: int) -> Array:
+def _decode_by_opencv(content: shards.Bytes | bytearray, flags: int) -> Array:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:  # of more pixels than OpenCV may read; before 5.0 it returned None
@@ -217,12 +227,14 @@ def _decode_by_opencv(content: shards.Bytes, flags: int) -> Array:
 
 
 class JpegFrame(NamedTuple):
-    """What the header of a JPEG says; `may_turn`: EXIF data may have it turned round afterwards."""
+    """What the header of a JPEG says; `may_turn`: EXIF data may have it turned round afterwards; `at`: the position of
+    the segment that says so."""
 
     height: int
     width: int
     channels: int
     may_turn: bool
+    at: int
 
     def is_reducible(self, reduction: int) -> bool:
         """Whether the pixels of an image that the decoder itself reduces lie amid those that they stand for.
@@ -239,7 +251,7 @@ def _find_jpeg_frame(content: shards.Bytes) -> JpegFrame | None:
         marker = content[at + 1]
         if marker in JPEG_START_OF_FRAME:
             sides = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
-            return JpegFrame(*sides, content[at + 9], may_turn)
+            return JpegFrame(*sides, content[at + 9], may_turn, at)
         may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return None
@@ -317,7 +329,10 @@ def read_unchecked_image(path: Path, flags: int) -> Array | None:
 def _read_if_file(path: Path) -> shards.Bytes:
     """An image's bytes; none of what cannot be read."""
     try:
-        return read_bytes(path) if exists(path) else b""
+        record = shards.find_record(path)
+        if record is not None:
+            return shards.read_record(*record)
+        return path.read_bytes() if path.is_file() else b""
     except OSError:
         return b""
 

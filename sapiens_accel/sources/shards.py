@@ -138,7 +138,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def find_record(path: Path) -> tuple[Path, int] | None:
     """The manifest and the number of an image in shards; None for the path of a file."""
-    match = INSIDE.fullmatch(str(path))
+    name = str(path)
+    match = INSIDE.fullmatch(name) if SUFFIX in name else None
     return (Path(match[1]), int(match[2])) if match else None
 
 

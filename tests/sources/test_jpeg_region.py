@@ -1,4 +1,4 @@
-"""A region of a JPEG is the bytes that the whole image has there, or all of it is decoded."""
+"""A region of a JPEG, or all above its bottom, is the bytes that the whole image has there, or all of it is decoded."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.sources import images, jpeg_region
 from sapiens_accel.sources.jpeg_region import Region
 
-pytestmark = pytest.mark.skipif(jpeg_region.find_package() is None, reason='pip install "sapiens_accel[jpeg]"')
+needs_package = pytest.mark.skipif(jpeg_region.find_package() is None, reason='pip install "sapiens_accel[jpeg]"')
 SUBSAMPLINGS = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
@@ -42,6 +42,7 @@ def oriented(orientation: int) -> bytes:
     return struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, orientation, 0, 0)
 
 
+@needs_package
 @settings(max_examples=200, deadline=None)
 @given(
     st.tuples(st.integers(17, 231), st.integers(17, 131)), st.sampled_from([*SUBSAMPLINGS]), st.booleans(),
@@ -60,6 +61,56 @@ def test_a_region_has_the_bytes_of_the_whole_image(
     assert part is not None and np.array_equal(part, whole[top : bottom + 1, left : right + 1])
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(17, 131), st.integers(40, 391)), st.sampled_from([*SUBSAMPLINGS]), st.integers(30, 100),
+    st.sampled_from([1, 2, 4, 8]), st.floats(0, 1),
+)  # fmt: skip
+def test_the_rows_above_a_cut_have_the_bytes_of_the_whole_image(
+    size_wh: tuple[int, int], subsampling: str, quality: int, reduction: int, height: float
+) -> None:
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SUBSAMPLINGS[subsampling], cv2.IMWRITE_JPEG_QUALITY, quality]
+    content = jpeg(size_wh, *options)
+    whole, bottom = images._decode_rgb(content, images.REDUCED[reduction]), 1 + int(height * (size_wh[1] - 1))
+    upper = jpeg_region.cut_below(content, frame_at(content), bottom)
+    if upper is None:
+        assert bottom + jpeg_region.MARGIN_BELOW > 0.9 * size_wh[1] - 16
+        return
+    part = images._decode_rgb(upper, images.REDUCED[reduction])
+    # A row beyond, and one more, which a bilinear warp mixes with it.
+    rows = min(len(whole), -(-bottom // reduction) + 2)
+    assert rows <= len(part) < len(whole) and np.array_equal(part[:rows], whole[:rows])
+
+
+def frame_at(content: bytes) -> int:
+    frame = images._find_jpeg_frame(content)
+    assert frame is not None
+    return frame.at
+
+
+def test_what_cannot_be_cut() -> None:
+    content = jpeg((120, 300))
+    with_several = content[:2] + b"\xff\xe2\x00\x06MPF\0" + content[2:]
+    assert jpeg_region.cut_below(content, frame_at(content), 224) is not None
+    for whole in (with_several, with_several + content, content + b"from the camera"):
+        upper = jpeg_region.cut_below(whole, frame_at(whole), 100)
+        assert upper is not None and len(upper) == len(whole) - len(whole[whole.index(b"\xff\xd9") :])
+    damaged, at = bytearray(with_several + content), content.index(b"\xff\xda") + 100
+    damaged[at : at + 2] = b"\xff\xd9"
+    refused = [
+        jpeg((120, 300), cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
+        jpeg((120, 300), cv2.IMWRITE_JPEG_RST_INTERVAL, 4),
+        bytes(damaged),
+        *(content[:length] for length in range(frame_at(content) + 10, content.index(b"\xff\xda") + 4)),
+    ]
+    for whole in refused:
+        assert jpeg_region.cut_below(whole, frame_at(whole), 100) is None
+    assert jpeg_region.cut_below(content, frame_at(content), 225) is None, (
+        "more than nine tenths of its rows are needed"
+    )
+
+
+@needs_package
 def test_where_all_of_an_image_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, plain = tmp_path / "image", jpeg((120, 100))
     gray = cv2.imencode(".jpg", cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_GRAYSCALE))[1].tobytes()
@@ -81,11 +132,16 @@ def test_where_all_of_an_image_is_decoded(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(content)
         part = images.read_reduced_image(path, 1, some)
         assert part.corner_xy == (30, 0) and np.array_equal(part.pixels, images.read_image(path)[:40, 30:60])
-    assert images.read_reduced_image(path, 2, some).pixels.shape == (50, 60, 3)
+    assert images.read_reduced_image(path, 2, some).pixels.shape == (40, 60, 3)
+    assert images.read_reduced_image(path, 2, some._replace(bottom=65)).pixels.shape == (50, 60, 3)
     monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
-    assert np.array_equal(images.read_reduced_image(path, 1, some).pixels, images.read_image(path))
+    assert np.array_equal(images.read_reduced_image(path, 1, some).pixels[:72], images.read_image(path)[:72])
+    path.write_bytes(exif(plain, oriented(3)))
+    for reduction in (1, 2):
+        assert images.read_reduced_image(path, reduction, some).pixels.shape == (100 // reduction, 120 // reduction, 3)
 
 
+@needs_package
 @pytest.mark.parametrize("progressive", [False, True])
 def test_damaged_images_give_what_they_gave(tmp_path: Path, progressive: bool) -> None:
     """Cut short, or with bytes changed: the same pixels as by OpenCV, gray where it has gray."""
@@ -109,6 +165,35 @@ def test_damaged_images_give_what_they_gave(tmp_path: Path, progressive: bool) -
     assert num_parts > 4
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+def test_damaged_images_give_above_a_cut_what_they_gave(
+    tmp_path: Path, reduction: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
+    content, rng = jpeg((120, 300)), np.random.default_rng(1)
+    path, num_parts, rows = tmp_path / "image.jpg", 0, 100 // reduction + 2
+    path.write_bytes(content)
+    assert len(images.read_reduced_image(path, reduction, Region(20, 30, 100, 100)).pixels) == 144 // reduction
+    assert capfd.readouterr().err == "", "no decoder warns of what has been cut"
+    for trial in range(60):
+        damaged = bytearray(content[: rng.integers(700, len(content))] if trial % 4 == 1 else content)
+        for at in rng.integers(700, len(damaged), 3 * (trial % 4 > 1)):
+            damaged[at] = rng.integers(0, 256)
+        if trial % 4 == 2:  # a marker amid the data
+            at = rng.integers(700, len(damaged) // 2)
+            damaged[at : at + 2] = bytes((0xFF, [0xD9, 0xD0, 0xDA, 0xFE][trial // 4 % 4]))
+        path.write_bytes(damaged)
+        try:
+            whole = images.read_reduced_image(path, reduction).pixels
+        except UserError:  # an image whose fault lies below decodes
+            continue
+        found = images.read_reduced_image(path, reduction, Region(20, 30, 100, 100)).pixels
+        num_parts += len(found) < len(whole)
+        assert np.array_equal(found[:rows], whole[:rows]), trial
+    assert num_parts > 40
+
+
+@needs_package
 def test_a_forked_process_has_a_decoder_of_its_own() -> None:
     content, region = jpeg((120, 100)), Region(20, 30, 100, 90)
     expected = jpeg_region.decode(content, region, 120)
