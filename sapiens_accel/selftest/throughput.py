@@ -199,7 +199,7 @@ def compare(accelerator: Accelerator, name: str, timing: Timing, peak: float | N
     yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
     for key, layout in layouts_of_kernels(timing, plan, device, model).items():
         again = seconds_of({key: (partial(model.lay_out, layout), ours), **others}, timing, device)
-        taken |= {key: again[key], f"peer_beside_{key}": again.get("peer", [])}
+        taken |= {key: again[key], f"peer_of_{key.removeprefix('ours_')}": again.get("peer", [])}
         yield {**settings, "losses": losses, **summarize(taken, timing.batch, flops, peak)}
 
 
@@ -344,7 +344,7 @@ def free_memory() -> None:
 def summarize(taken: Mapping[str, list[float]], batch: int, flops: int, peak: float | None) -> Row:
     """People a second, their ratios to the peer's (repetition by repetition) and the utilization."""
     rates = {name: spread([batch / t for t in times]) for name, times in taken.items() if times}
-    beside = {name: f"peer_beside_{name}" for name in taken if name.startswith("ours")}
+    beside = {name: f"peer_of_{name.removeprefix('ours_')}" for name in taken if name.startswith("ours")}
     pairs = {name: peer if peer in taken else "peer" for name, peer in beside.items()}
     ratios = {key: spread_of_ratios(taken[peer], taken[key]) for key, peer in pairs.items() if taken.get(peer)}
     chunked = taken.get("ours_chunked", taken["ours"])
