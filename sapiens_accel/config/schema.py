@@ -327,8 +327,8 @@ class MemoryConfig:
     compile_blocks: bool = False
     """Compile the transformer blocks with torch.compile: faster steps after minutes at the start. Not with ZeRO-3."""
     fused_kernels: bool = False
-    """Run the norms and the gated MLPs of Sapiens2 by fused kernels (pip install liger-kernel), which keep less memory
-    than torch's own operations. On GPUs, without ZeRO-3. Losses differ by rounding."""
+    """Run the norms and the gated MLPs of Sapiens2 by fused kernels (pip install liger-kernel), which should take less
+    memory and time than torch's own operations; untried. On GPUs, without ZeRO-3. Losses differ by rounding."""
     teacher: TeacherPlacement | None = None
     """Where the fp32 weights of the mean teacher are kept: device, a whole copy on each GPU; sharded, a shard on each
     GPU; host, a shard in the host memory of each process. The last two run a 16-bit copy. Default: the plan chooses."""

@@ -87,10 +87,8 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
     way = Way(name="this launch", launch="", strategy=strategy, **options)
     if missing := strategies.missing_package(way):
         raise UserError(f"--memory.adam_8bit: torchao is not installed. Run {missing}")
-    if memory.fused_kernels and launch.capability is None:
-        raise UserError("--memory.fused_kernels: only on GPUs (expected CUDA, found none). Remove it")
-    if memory.fused_kernels and not kernels.has_fused():
-        raise UserError("--memory.fused_kernels: liger-kernel is not installed. Run pip install liger-kernel")
+    if memory.fused_kernels:
+        _check_fused_kernels(launch.capability)
     padded = kernels.needs_padding(launch.capability, half=strategy.half)
     chosen = {}
     for name in run.stages:
@@ -103,6 +101,18 @@ def plan_stages(run: Config, launch: LaunchInfo, num_keypoints: int = 17) -> dic
                 f"{name}: {choice.describe_shortage(plan, with_parts=True)}; {suggestion}, or --memory.force to try"
             )
     return chosen
+
+
+def _check_fused_kernels(capability: tuple[int, int] | None) -> None:
+    """Refuse fused kernels where they do not run."""
+    where = "--memory.fused_kernels"
+    if capability is None:
+        raise UserError(f"{where}: only on GPUs (expected CUDA, found none). Remove it")
+    if capability < kernels.TRITON_CAPABILITY:
+        least, found = (".".join(map(str, numbers)) for numbers in (kernels.TRITON_CAPABILITY, capability))
+        raise UserError(f"{where}: this GPU is too old (expected compute capability {least}, found {found}). Remove it")
+    if not kernels.has_fused():
+        raise UserError(f"{where}: liger-kernel or triton is not installed. Run pip install liger-kernel")
 
 
 def _smaller_options(stage: Stage, plan: Plan) -> str:

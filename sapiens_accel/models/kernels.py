@@ -27,6 +27,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.sapiens2.modeling_sapiens2 import Sapiens2GatedMLP, Sapiens2RMSNorm
 
 FLASH_CAPABILITY = (8, 0)
+TRITON_CAPABILITY = (7, 0)
 HALF = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements of 16 bits: tensor cores load 16 bytes at a time
 
@@ -145,6 +146,7 @@ class FusedGatedMLP(Sapiens2GatedMLP):
     """transformers' MLP, whose activation and product are one kernel."""
 
     def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
+        # Its backward writes the gradients over both products, so that nothing else may need them.
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 
         return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
@@ -165,5 +167,5 @@ def use_fused(model: nn.Module, wanted: bool = True) -> None:
 
 
 def has_fused() -> bool:
-    """Whether the package of the fused kernels is installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
+    """Whether the packages of the fused kernels are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))

@@ -374,8 +374,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def rows_of(row: Row, hw: tuple[int, int]) -> Iterator[Row]:
-    """The result of `compare`: a row for ours as planned, one for each kind of kernels."""
-    for key, added in (("ours", ""), ("ours_compiled", ", compiled blocks"), ("ours_fused", ", fused kernels")):
+    """The result of `compare`: a row for ours as planned, one for each kind of kernels, in its order."""
+    for key, added in (("ours", ""), ("ours_fused", ", fused kernels"), ("ours_compiled", ", compiled blocks")):
         name = row["model"] + added
         if key not in row["people_per_second"]:
             continue

@@ -140,7 +140,12 @@ def _decode_part(content: shards.Bytes, frame: "JpegFrame", region: Region, redu
         pixels = jpeg_region.decode(bytes(content), seen, frame.width)
         return None if pixels is None else DecodedImage(pixels, 1, (seen.left, seen.top))
     upper = jpeg_region.cut_below(bytes(content), frame.at, seen.bottom)
-    return None if upper is None else DecodedImage(_decode_rgb(upper, REDUCED[reduction]), reduction)
+    if upper is None:
+        return None
+    try:
+        return DecodedImage(_decode_rgb(upper, REDUCED[reduction]), reduction)
+    except BadImageError:  # the decoder reads 8 bytes ahead, which a narrow plain image or a damaged one does not have
+        return None
 
 
 def _is_upright(content: shards.Bytes) -> bool:
@@ -227,8 +232,7 @@ def _decode_by_opencv(content: shards.Bytes | bytearray, flags: int) -> Array:
 
 
 class JpegFrame(NamedTuple):
-    """What the header of a JPEG says; `may_turn`: EXIF data may have it turned round afterwards; `at`: the position of
-    the segment that says so."""
+    """What the header of a JPEG says; `at`: its start of frame; `may_turn`: EXIF data may turn the image round."""
 
     height: int
     width: int
@@ -246,15 +250,19 @@ class JpegFrame(NamedTuple):
 
 
 def _find_jpeg_frame(content: shards.Bytes) -> JpegFrame | None:
-    at, may_turn = 2, False
+    at, may_turn, start = 2, False, None
     while content[:2] == b"\xff\xd8" and at + 10 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
-        if marker in JPEG_START_OF_FRAME:
-            sides = int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
-            return JpegFrame(*sides, content[at + 9], may_turn, at)
-        may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"
+        if marker == JPEG_START_OF_SCAN:
+            break
+        if marker in JPEG_START_OF_FRAME and start is None:
+            start = at
+        may_turn |= marker == JPEG_APP1 and content[at + 4 : at + 8] == b"Exif"  # after the start of frame too
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return None
+    if start is None:
+        return None
+    height, width = (int.from_bytes(content[start + shift : start + shift + 2], "big") for shift in (5, 7))
+    return JpegFrame(height, width, content[start + 9], may_turn, start)
 
 
 def check_size(content: shards.Bytes) -> None:

@@ -1,7 +1,7 @@
 """A part of a JPEG, decoded sooner than all of it: what is below it is not read, and no pixel beside it is made.
 
-The first by a header that ends the image there, for any decoder. Both by libjpeg-turbo in nvImageCodec, on the CPU; an
-extra: pip install "sapiens_accel[jpeg]".
+What is below is left out by a header that ends the image there, for any decoder. A region is decoded by libjpeg-turbo
+in nvImageCodec, on the CPU; an extra: pip install "sapiens_accel[jpeg]".
 """
 
 import math
@@ -80,26 +80,29 @@ def cut_below(content: bytes, frame_at: int, bottom: int) -> bytearray | None:
         frame_at: position of the start of frame, whose header has the height.
 
     Returns:
-        None if that saves too little, or the file is not one scan of rows of blocks of all colors, in one piece.
+        None if that saves too little, or the file is not one scan of rows of blocks of all colors, in one piece. It may
+        still not decode: a decoder reads up to 8 bytes ahead.
     """
     height = int.from_bytes(content[frame_at + 5 : frame_at + 7], "big")
     block_h = 8 * max((sampling & 15 for sampling in content[frame_at + 11 : frame_at + 18 : 3]), default=0)
     kept = block_h * math.ceil((bottom + MARGIN_BELOW) / block_h) if block_h else 0
     if content[frame_at + 1] not in SEQUENTIAL or not 0 < kept <= LARGEST_CUT * height:
         return None
-    at = frame_at
+    at = len(START)
     while at + 6 <= len(content) and content[at] == 0xFF and content[at + 1] != START_OF_SCAN:
         if content[at + 1] == RESTART_INTERVAL and content[at + 4 : at + 6] != b"\0\0":
             return None
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     if content[at + 1 : at + 5 : 3] != bytes((START_OF_SCAN, 3)):
         return None
-    if SEVERAL in content[:frame_at]:  # to look for the first end takes 3 ms of 3 MB, so only here
+    if SEVERAL in content[:at]:  # to look for the first end takes 3 ms of 3 MB, so only here
         end = content.find(END, at)
         if content[end + 2 : end + 4] not in (b"", START):  # of damaged data
             return None
     else:
         end = content.rfind(END)
+        while content[end - 2 : end] == END:
+            end -= 2
     upper = bytearray(memoryview(content)[:end])
     upper[frame_at + 5 : frame_at + 7] = kept.to_bytes(2, "big")
     return upper

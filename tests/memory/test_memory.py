@@ -597,6 +597,7 @@ def test_options_that_do_not_go_together(strategy: Strategy, option: str, said: 
         ("--recipe sapiens_0.3b_coco", (8, 0), True, "only for Sapiens2, .*found sapiens_0.3b"),
         ("--recipe sapiens2_0.4b_coco --memory.compile_blocks", (8, 0), True, "not with --memory.compile_blocks"),
         ("--recipe sapiens2_0.4b_coco", None, True, "only on GPUs"),
+        ("--recipe sapiens2_0.4b_coco", (6, 1), True, r"expected compute capability 7\.0, found 6\.1"),
         ("--recipe sapiens2_0.4b_coco", (8, 0), False, "pip install liger-kernel"),
     ],
 )

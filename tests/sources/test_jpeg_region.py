@@ -193,6 +193,51 @@ def test_damaged_images_give_above_a_cut_what_they_gave(
     assert num_parts > 40
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+def test_what_does_not_decode_without_its_end_is_decoded_whole(
+    tmp_path: Path, reduction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder reads 8 bytes ahead, which a narrow plain image and one that was cut short do not have."""
+    monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
+    black, long = np.zeros((96, 48, 3), np.uint8), jpeg((120, 300))
+    plain = cv2.imencode(".jpg", black, [cv2.IMWRITE_JPEG_QUALITY, 30, cv2.IMWRITE_JPEG_OPTIMIZE, 1])[1].tobytes()
+    for name, content in (("plain.jpg", plain), ("short.jpg", long[: len(long) // 4] + b"\xff\xd9")):
+        path, num_whole = tmp_path / name, 0
+        path.write_bytes(content)
+        whole = images.read_reduced_image(path, reduction).pixels
+        for bottom in range(8, 200, 4):
+            found = images.read_reduced_image(path, reduction, Region(0, 0, 16, bottom)).pixels
+            is_cut = jpeg_region.cut_below(content, images._find_jpeg_frame(content).at, min(bottom, 300)) is not None
+            num_whole += is_cut and found.shape == whole.shape
+            rows = bottom // reduction + 2
+            assert np.array_equal(found[:rows], whole[:rows]), bottom
+        assert num_whole, name
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_segments_between_the_header_and_the_scan_count(
+    tmp_path: Path, reduction: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """EXIF data that turn the image, restart intervals before the header, and an end that is there twice."""
+    monkeypatch.setattr(jpeg_region, "find_package", lambda: None)
+    plain, path, region = jpeg((144, 400)), tmp_path / "image.jpg", Region(10, 20, 90, 100)
+    scan, turned = plain.index(b"\xff\xda"), exif(b"\xff\xd8", oriented(6))[2:]
+    restarts = jpeg((144, 400), cv2.IMWRITE_JPEG_RST_INTERVAL, 4)
+    interval = restarts.index(b"\xff\xdd")
+    moved = restarts[:2] + restarts[interval : interval + 6] + restarts[2:interval] + restarts[interval + 6 :]
+    for content, cut in (
+        (plain[:scan] + turned + plain[scan:], False),
+        (moved, False),
+        (plain + b"\xff\xd9", True),
+    ):
+        path.write_bytes(content)
+        whole = images.read_reduced_image(path, reduction).pixels
+        found = images.read_reduced_image(path, reduction, region).pixels
+        assert (len(found) < len(whole)) == cut
+        assert np.array_equal(found[: 100 // reduction], whole[: 100 // reduction])
+        assert capfd.readouterr().err == ""
+
+
 @needs_package
 def test_a_forked_process_has_a_decoder_of_its_own() -> None:
     content, region = jpeg((120, 100)), Region(20, 30, 100, 90)
