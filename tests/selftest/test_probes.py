@@ -267,3 +267,16 @@ def test_kernels_are_timed_where_they_run(monkeypatch: pytest.MonkeyPatch) -> No
         model: Any = SimpleNamespace(size=SIZES[name])
         found = throughput.layouts_of_kernels(timing, plan, torch.device(device), model)
         assert list(found.items()) == list(expected.items())
+
+
+def test_rows_are_in_the_order_in_which_kernels_are_timed() -> None:
+    """Each result of a comparison repeats the rows before: the selftest adds what is new at their end."""
+    settings = {"model": "m", "micro_batch": 2, "checkpointed_blocks": 0, "precision": "bf16", "tflops_per_person": 1.0}
+    keys, before = ("ours", "ours_fused", "ours_compiled"), []
+    for num in (1, 2, 3):
+        rates = {key: {"median": 1.0} for key in keys[:num]}
+        row = {**settings, "people_per_second": rates, "ratio": None, "mfu": None}
+        names = [found["name"] for found in throughput.rows_of(row, (64, 48))]
+        assert names[:-1] == before
+        before = names
+    assert before == ["m", "m, fused kernels", "m, compiled blocks"]
