@@ -142,7 +142,9 @@ def test_given_boxes_keep_their_order(pose: PoseEstimator, files: list[Path]) ->
     boxes = np.array([[100, 20, 60, 150], [10, 30, 90, 180], [100, 20, 60, 150], [-20, -10, 100, 300]])
     result = pose(files[0], boxes)
     assert result.keypoints.shape == (4, 17, 2) and result.scores.shape == (4, 17) and result.names == COCO17.names
-    assert (result.boxes == boxes).all() and (result.keypoints[0] == result.keypoints[2]).all()
+    assert (result.boxes == boxes).all()
+    # Of equal crops in a batch some kernels of a CPU round differently.
+    assert result.keypoints[0] == pytest.approx(result.keypoints[2], abs=1e-3)
     assert result.person_scores.shape == result.box_scores.shape == (4,)
     for number, box in enumerate(boxes):
         alone = pose(files[0], [box])
