@@ -136,7 +136,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
 
     def __getitem__(self, key: Key) -> Labeled | Pair:
         name = f"{self.stage}/unlabelled" if key.unlabeled else self.stage
-        rng = _seeded(self.seed, zlib.crc32(name.encode()), key.step, key.position)
+        rng = default_rng([self.seed, zlib.crc32(name.encode()), key.step, key.position])
         if not key.unlabeled:
             chosen = self._order(self.labeled, name, key.step, self.global_batch)
             return self._labeled(int(chosen[key.position]), rng)
@@ -169,12 +169,6 @@ class TrainingPeople(Dataset[Labeled | Pair]):
 
     def _base(self, row: dict) -> Crop:
         return geometry.crop_around_box(np.asarray(row["box_xywh"]), self.config.box_padding, self.config.input_hw)
-
-
-def _seeded(*numbers: int) -> Generator:
-    """`default_rng` of a list of numbers, which takes an array of them in two thirds of the time."""
-    fits = min(numbers) >= 0 and max(numbers) < 1 << 32
-    return default_rng(np.array(numbers, np.uint32) if fits else numbers)
 
 
 def _rows_of(people: People) -> Rows | StreamRows:
@@ -214,8 +208,6 @@ def read_for_crops(crops: Sequence[Crop], path: Path, config: DataConfig) -> Dec
 
 def _visible_region(crops: Sequence[Crop], input_hw: tuple[int, int]) -> Region:
     """The part of the image that any of the crops shows; of an image of any size."""
-    if len(crops) == 1:
-        return Region(*geometry.visible_rectangle(crops[0].matrix(input_hw), input_hw, (LARGE, LARGE)))
     seen = [geometry.visible_rectangle(crop.matrix(input_hw), input_hw, (LARGE, LARGE)) for crop in crops]
     left, top, right, bottom = zip(*seen, strict=True)
     return Region(min(left), min(top), max(right), max(bottom))

@@ -111,8 +111,8 @@ def _check_fused_kernels(capability: tuple[int, int] | None) -> None:
     if capability < kernels.TRITON_CAPABILITY:
         least, found = (".".join(map(str, numbers)) for numbers in (kernels.TRITON_CAPABILITY, capability))
         raise UserError(f"{where}: this GPU is too old (expected compute capability {least}, found {found}). Remove it")
-    if not kernels.has_fused():
-        raise UserError(f"{where}: liger-kernel or triton is not installed. Run pip install liger-kernel")
+    if missing := kernels.missing_package():
+        raise UserError(f"{where}: liger-kernel or triton is not installed. Run {missing}")
 
 
 def _smaller_options(stage: Stage, plan: Plan) -> str:

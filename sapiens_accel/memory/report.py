@@ -22,6 +22,7 @@ from sapiens_accel.memory.choice import Setting, Table
 from sapiens_accel.memory.estimate import CONTEXT, Plan, Room
 from sapiens_accel.memory.stages import COCO_PEOPLE
 from sapiens_accel.memory.strategies import command, missing_package, without
+from sapiens_accel.models import kernels
 from sapiens_accel.models.load import starting_point
 from sapiens_accel.runtime import host
 from sapiens_accel.runtime.device import LEAST_CAPABILITY
@@ -235,9 +236,8 @@ def _show(setting: Setting, table: Table, best: list[Plan] | None, words: Sequen
             for part, size in parts.items():
                 print(f"    {part.replace('_', ' '):32}{size / GIB:8.2f}")
     if best:
-        missing = missing_package(best[0].way)
-        first = f"  {missing}\n" if missing else ""
-        print(f"\nRecommended:\n{first}  {command(best[0].way, words)}")
+        missing = [missing_package(best[0].way), kernels.missing_package() if run.memory.fused_kernels else None]
+        print("\nRecommended:", *filter(None, missing), command(best[0].way, words), sep="\n  ")
 
 
 def _row(plan: Plan) -> str:

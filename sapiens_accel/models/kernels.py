@@ -146,9 +146,9 @@ class FusedGatedMLP(Sapiens2GatedMLP):
     """transformers' MLP, whose activation and product are one kernel."""
 
     def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
-        # Its backward writes the gradients over both products, so that nothing else may need them.
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 
+        # Its backward writes the gradients over both products: nothing else may need them.
         return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -166,6 +166,7 @@ def use_fused(model: nn.Module, wanted: bool = True) -> None:
             module.__class__ = replaced[type(module)]
 
 
-def has_fused() -> bool:
-    """Whether the packages of the fused kernels are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))
+def missing_package() -> str | None:
+    """How to install the fused kernels; None if they are."""
+    is_there = all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))
+    return None if is_there else "pip install liger-kernel"

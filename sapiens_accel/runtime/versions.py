@@ -8,6 +8,7 @@ from pathlib import Path
 LIBRARIES = (
     "sapiens_accel", "torch", "accelerate", "deepspeed", "transformers", "datasets", "albumentations",
     "opencv-python-headless", "nvidia-nvimgcodec-cu12", "numpy", "pycocotools", "torchao", "peft", "bitsandbytes",
+    "liger-kernel",
 )  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def layouts_of_kernels(timing: Timing, plan: Plan, device: torch.device, model: 
     Those come last: a block stays compiled.
     """
     layouts = {}
-    if device.type == "cuda" and model.size.family == "sapiens2" and kernels.has_fused():
+    if device.type == "cuda" and model.size.family == "sapiens2" and not kernels.missing_package():
         layouts["ours_fused"] = replace(plan.layout, fused=True)
     if timing.compiled:
         # The compiler chooses itself what it recomputes.

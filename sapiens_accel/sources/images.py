@@ -337,10 +337,7 @@ def read_unchecked_image(path: Path, flags: int) -> Array | None:
 def _read_if_file(path: Path) -> shards.Bytes:
     """An image's bytes; none of what cannot be read."""
     try:
-        record = shards.find_record(path)
-        if record is not None:
-            return shards.read_record(*record)
-        return path.read_bytes() if path.is_file() else b""
+        return read_bytes(path) if exists(path) else b""
     except OSError:
         return b""
 

@@ -606,7 +606,7 @@ def test_fused_kernels_are_refused_where_there_are_none(
 ) -> None:
     run = config.load([*words.split(), "--stage=phase2", "--data.root=/", "--memory.fused_kernels"])
     launch = LaunchInfo(strategy=Strategy(), room=Room(device=int(40 * GIB)), words=[], capability=capability)
-    monkeypatch.setattr(kernels, "has_fused", lambda: installed)
+    monkeypatch.setattr(kernels, "missing_package", lambda: None if installed else "pip install liger-kernel")
     with pytest.raises(UserError, match=f"^--memory.fused_kernels: .*{said}") as refused:
         planner.plan_stages(run, launch)
     assert "\n" not in str(refused.value)
@@ -617,9 +617,21 @@ def test_fused_kernels_are_refused_where_there_are_none(
         )
 
 
+def test_a_recommended_command_says_that_fused_kernels_are_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "missing_package", lambda: "pip install the_kernels")
+    words = ["--recipe=sapiens2_0.4b_coco", "--stage=phase2", "--gpu=4090"]
+    for more, missing in (([], []), (["--memory.fused_kernels"], ["  pip install the_kernels"])):
+        memory.main([*words, *more])
+        lines = capsys.readouterr().out.splitlines()
+        recommended = lines[lines.index("Recommended:") + 1 :]
+        assert recommended[:-1] == missing and "train.py" in recommended[-1]
+
+
 def test_fused_kernels_are_in_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     run = config.load(["--recipe=sapiens2_0.4b_coco", "--data.root=/", "--memory.fused_kernels"])
-    monkeypatch.setattr(kernels, "has_fused", lambda: True)
+    monkeypatch.setattr(kernels, "missing_package", lambda: None)
     launch = LaunchInfo(strategy=Strategy(), room=Room(device=int(40 * GIB)), words=[], capability=(8, 0))
     chosen = planner.plan_stages(run, launch)
     assert {plan.layout.fused for plan in chosen.values()} == {True}

@@ -263,7 +263,7 @@ def test_kernels_are_timed_where_they_run(monkeypatch: pytest.MonkeyPatch) -> No
         (True, "cuda", "sapiens_tiny", {"ours_compiled": compiled}),
         (False, "cuda", "sapiens2_tiny", {"ours_compiled": compiled}),
     ):
-        monkeypatch.setattr(kernels, "has_fused", lambda installed=installed: installed)
+        monkeypatch.setattr(kernels, "missing_package", lambda installed=installed: None if installed else "pip")
         model: Any = SimpleNamespace(size=SIZES[name])
         found = throughput.layouts_of_kernels(timing, plan, torch.device(device), model)
         assert list(found.items()) == list(expected.items())
