@@ -103,9 +103,9 @@ def peak(
 ) -> float:
     """What the allocator had given out at most, from before the network is built to the end of two steps.
 
-    The profiler sees what its own thread frees alone. Of gloo's threads and this one, the last to let go of a collective
-    frees its buffers: gloo's on a busy machine, so that buffers long gone were counted to the end (14 % of a peak under
-    ZeRO-3 in the worst run). Waiting therefore lasts until gloo's thread is done too.
+    The profiler sees only what its own thread frees. Of gloo's threads and this one, the last to let go of a collective
+    frees its buffers: gloo's on a busy machine, so that buffers long gone were counted to the end (14 % of a peak
+    under ZeRO-3 in the worst run). Waiting therefore lasts until gloo's thread is done too.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stage = run.get_stage(name)
