@@ -375,9 +375,12 @@ class TeacherConfig:
     """Weight of the unlabeled loss relative to the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
-    ramp_down: Fraction = 0.7
-    """Fraction of the stage, at its end, over which that weight, and its limit, fall to 0: pseudo-labels are less exact
-    than labels, which have the last word. 0: it does not fall."""
+    labeled_end: BelowOne = 0.2
+    """Fraction of the stage, at its end, whose steps have labeled people alone: labels are more exact than
+    pseudo-labels, and have the last word. Such a step takes half the time."""
+    ramp_down: Fraction = 0.625
+    """Fraction of the steps with unlabeled people, at their end, over which that weight, and its limit, fall to 0.
+    0: they do not fall."""
     ratio: Annotated[int, Range(0, 64)] = 1
     """Unlabeled people for each labeled one in a batch. 0: labeled people alone; the teacher is still averaged."""
     loss: Literal["kl", "mse", "literal"] = "kl"
@@ -453,8 +456,17 @@ class StageConfig:
 
     @property
     def ratio(self) -> int:
-        """Unlabeled people for each labeled one."""
+        """Unlabeled people for each labeled one, in the steps that have any."""
         return self.teacher.ratio if self.teacher else 0
+
+    @property
+    def mean_ratio(self) -> float:
+        """Unlabeled people for each labeled one, over all steps."""
+        return self.ratio * (1 - self.teacher.labeled_end) if self.teacher else 0.0
+
+    def unlabeled_steps(self, num_steps: int) -> int:
+        """Number of steps, from the first on, that have unlabeled people."""
+        return math.ceil((1 - self.teacher.labeled_end) * num_steps) if self.teacher and self.teacher.ratio else 0
 
 
 @dataclass(frozen=True, kw_only=True)

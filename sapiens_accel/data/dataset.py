@@ -125,7 +125,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         self.unlabeled_rows = _rows_of(sets.unlabeled) if sets.unlabeled else None
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
-        self.ratio = plan.ratio
+        self.ratio, self.unlabeled_steps = plan.ratio, plan.unlabeled_steps(sampling.num_steps(plan, len(sets.train)))
         self.num_cutouts = plan.teacher.num_cutouts(augmenter.skeleton.num_keypoints) if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
         if self.mixture and 0 in (shares := self.mixture.shares(self.global_batch)):

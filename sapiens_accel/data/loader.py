@@ -186,16 +186,17 @@ class _Keys:
     """One list of keys for each micro-batch of this rank."""
 
     def __init__(self, people: TrainingPeople, share: Share, steps: range) -> None:
-        self.ratio, self.share, self.steps = people.ratio, share, steps
+        self.people, self.share, self.steps = people, share, steps
 
     def __len__(self) -> int:
         return len(self.steps) * self.share.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in self.steps:
+            ratio = self.people.ratio if step < self.people.unlabeled_steps else 0
             for micro_step in range(self.share.accumulation):
                 positions = self.share.positions(micro_step)
-                pairs = range(positions.start * self.ratio, positions.stop * self.ratio)
+                pairs = range(positions.start * ratio, positions.stop * ratio)
                 yield [Key(step, p, False) for p in positions] + [Key(step, p, True) for p in pairs]
 
 

@@ -65,7 +65,7 @@ def _forward_flops(name: str, num_keypoints: int, input_hw: tuple[int, int], dep
 
 
 def flops_of_step(stage: Stage, people: int, recomputed_blocks: float) -> float:
-    """Operations for a number of labeled people, and the unlabeled ones that come with them.
+    """Operations for a number of labeled people, and the unlabeled ones that come with them in the mean of all steps.
 
     A backward computes the gradients of inputs and of weights, each of which takes as much as the forward; a frozen
     matrix (under adapters) has the first alone, and a frozen backbone has no backward.
@@ -75,15 +75,16 @@ def flops_of_step(stage: Stage, people: int, recomputed_blocks: float) -> float:
     passes = (2 if stage.adapted else 3) if learns else 1
     recomputed = recomputed_blocks * parts.block if learns else 0
     student = passes * parts.backbone + recomputed + 3 * parts.head
-    teacher = stage.ratio * parts.whole
+    ratio = stage.plan.mean_ratio
+    teacher = ratio * parts.whole
     if stage.fixed:  # of labeled people too
         name, num_keypoints, input_hw = stage.fixed.name, stage.network.num_keypoints, stage.network.input_hw
-        teacher = (1 + stage.ratio) * part_flops(name, num_keypoints, input_hw).whole
-    return people * ((1 + stage.ratio) * student + teacher)
+        teacher = (1 + ratio) * part_flops(name, num_keypoints, input_hw).whole
+    return people * ((1 + ratio) * student + teacher)
 
 
 def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Rates) -> float:
-    """Seconds of an optimizer step."""
+    """Seconds of an optimizer step, in the mean of the stage."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
     people = share.micro_batch * (1 + stage.ratio)
     recomputed = layout.checkpointed_blocks + SELECTIVE * layout.selective_blocks

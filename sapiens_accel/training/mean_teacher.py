@@ -120,7 +120,7 @@ class GradientLimit:
         self.share, self.gather = share, gather
         self.ratio = torch.zeros((), device=device)  # of the norms at weight 1; 0: not measured yet
         self.squares = torch.zeros(2, device=device)  # of this step's micro-batches on this rank
-        self.weight: Tensor | float = 0.0
+        self.weight: Tensor | float | None = None  # of this step; None without unlabeled people
 
     def begin_step(self, wanted: float, part: float = 1.0) -> Tensor | float:
         """The weight of this step: the given part of what is wanted, or of what the limit allows."""
@@ -132,6 +132,10 @@ class GradientLimit:
             self.weight = allowed * part
         return self.weight
 
+    def skip_step(self) -> None:
+        """This step has no unlabeled people: nothing will be measured."""
+        self.weight = None
+
     def add(self, squares: Float[Tensor, "2"]) -> None:
         """Count the squared norms of a micro-batch, labeled and unlabeled."""
         if self.share is not None:
@@ -139,7 +143,7 @@ class GradientLimit:
 
     def end_step(self) -> None:
         """Measure the step that was taken. All ranks must call it."""
-        if self.share is None:
+        if self.share is None or self.weight is None:
             return
         labeled, unlabeled = self.gather(self.squares[None]).sum(dim=0).sqrt()
         now = unlabeled / labeled / self.weight
@@ -190,7 +194,8 @@ class MeanTeacher:
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: int) -> list[PseudoLabels | None]:
         """Pseudo-labels of all micro-batches of a step: their weights share one denominator over all ranks."""
-        if self.config.ratio == 0:
+        if batches[0].pair is None:
+            self.limit.skip_step()
             return [None] * len(batches)
         views = [(batch.pair, *self._predict(batch.pair)) for batch in batches if batch.pair]
         self._update_reference(self.gather(torch.cat([scores for _, _, scores, _ in views])))
@@ -375,9 +380,9 @@ class MeanTeacher:
         return self.config.weight * math.exp(-5 * (1 - done) ** 2)
 
     def _ramp_down(self, step: int) -> float:
-        """The part of the weight that is left: a line to 0 at the end of the stage."""
-        num_steps = self.config.ramp_down * self.num_steps
-        return min(1.0, (self.num_steps - step) / num_steps) if num_steps else 1.0
+        """The part of the weight that is left: a line to 0 at the end of the steps with unlabeled people."""
+        last = (1 - self.config.labeled_end) * self.num_steps
+        return min(1.0, (last - step) / (self.config.ramp_down * last)) if self.config.ramp_down else 1.0
 
     def _logs(self, predictions: Sequence[TeacherPrediction], labeled: Sequence[Labeled]) -> dict[str, Tensor]:
         scores, kept = (

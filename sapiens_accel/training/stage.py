@@ -542,7 +542,9 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
         files.write_on_main(accelerator, write, context.folder / BASE, needed=True)
         accelerator.wait_for_everyone()
     del base
-    accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}")
+    mixed = config.unlabeled_steps(num_steps)
+    alone = f"; from step {mixed + 1} on labeled people alone" if 0 < mixed < context.last else ""
+    accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}{alone}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)
     logger = StageLogger(context, augmenter)

@@ -122,6 +122,19 @@ def test_shapes_and_types_of_a_batch(run: Run, reference: list[Batch]) -> None:
     assert supervised.pair is None
 
 
+@pytest.mark.parametrize("end", [0.0, 0.3, 0.5])
+def test_the_last_steps_have_labeled_people_alone(run: Run, end: float) -> None:
+    """Of 6 steps those before 6 * (1 - end) have pairs: 6, 5 and 3. What they have depends on no other step."""
+    assert run.plan.teacher
+    whole, cut = (
+        _batches(run.people(steps=STEPS, teacher=replace(run.plan.teacher, labeled_end=part))) for part in (0.0, end)
+    )
+    num = {0.0: 6, 0.3: 5, 0.5: 3}[end] * 2  # micro-batches
+    assert [batch.pair is not None for batch in cut] == [True] * num + [False] * (STEPS * 2 - num)
+    assert _bytes(cut[:num]) == _bytes(whole[:num])
+    assert _bytes([batch.labeled for batch in cut]) == _bytes([batch.labeled for batch in whole])
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_no_byte(run: Run, reference: list[Batch], workers: int) -> None:

@@ -217,7 +217,7 @@ def test_a_perfect_student_has_no_loss() -> None:
     assert loss.item() == pytest.approx(logs["loss_labelled"].item() + logs["loss_unlabelled"].item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (650, 0.5)])
+@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (550, 0.5)])
 def test_unlabeled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ramp: float) -> None:
     """With a ramp over the first 50 of 1000 steps, and another over the last 700."""
     points_xy = _points(4, CODEC)
@@ -566,6 +566,17 @@ def _gradients(objective: MeanTeacher, student: nn.Module, batch: Batch, step: i
     return torch.stack(norms)
 
 
+class CountedGather:
+    """Gathers over one rank, and counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.times += 1
+        return tensor
+
+
 @pytest.mark.parametrize("weight", [1.0, 50.0])
 def test_the_unlabeled_gradient_is_held_to_its_share_from_the_second_step_on(tiny: SapiensPose, weight: float) -> None:
     """The batch and the student stand still, so that what one step measures is exact in the next."""
@@ -584,18 +595,37 @@ def test_the_unlabeled_gradient_is_held_to_its_share_from_the_second_step_on(tin
     assert free_unlabeled > 0.25 * free_labeled
 
 
-def test_the_labels_have_the_last_word(tiny: SapiensPose) -> None:
-    """Over the last part of the stage the weight falls to 0 in a line, and the limit with it."""
+@pytest.mark.parametrize(
+    ("end", "lefts"),
+    [(0.0, {199: 1.0, 600: 0.5, 999: 1 / 800}), (0.2, {159: 1.0, 480: 0.5, 799: 1 / 640})],
+)
+def test_the_labels_have_the_last_word(tiny: SapiensPose, end: float, lefts: dict[int, float]) -> None:
+    """Over the last of the steps with unlabeled people the weight falls to 0 in a line, and the limit with it."""
     (batch, teacher), student = _tiny_batch(), tiny.float()
     for share in (None, 0.25):
         ratios = {}
         for part in (0.0, 0.8):
-            objective = _mean_teacher(teacher, TINY_CODEC, weight=50.0, max_grad_ratio=share, ramp_down=part)
-            for step in (100, 199, 600, 999):  # of 1000
+            options: dict = {"weight": 50.0, "max_grad_ratio": share, "ramp_down": part, "labeled_end": end}
+            objective = _mean_teacher(teacher, TINY_CODEC, **options)
+            for step in (100, *lefts):  # of 1000
                 labeled, unlabeled = _gradients(objective, student, batch, step)
                 ratios[part, step] = unlabeled / labeled
-        for step, left in ((199, 1.0), (600, 0.5), (999, 1 / 800)):
+        for step, left in lefts.items():
             torch.testing.assert_close(ratios[0.8, step], left * ratios[0.0, step], rtol=1e-3, atol=0)
+
+
+def test_a_step_of_labeled_people_alone_is_supervised_and_leaves_the_measured_ratio_alone(tiny: SapiensPose) -> None:
+    batch, teacher = _tiny_batch()
+    alone, student = Batch(batch.labeled, None), tiny.float()
+    objective = _mean_teacher(teacher, TINY_CODEC, max_grad_ratio=0.25)
+    objective.gather = objective.limit.gather = asked = CountedGather()
+    _gradients(objective, student, batch)
+    ratio, times = objective.limit.ratio.clone(), asked.times
+    assert objective.prepare([alone, alone], 900) == [None, None]
+    loss, logs = objective.loss(student, alone, None)
+    objective.limit.end_step()
+    assert torch.equal(loss, Supervised(codec=TINY_CODEC).loss(student, alone, None)[0]) and logs == {}
+    assert ratio > 0 and objective.limit.ratio == ratio and asked.times == times
 
 
 def test_a_step_without_a_kept_keypoint_leaves_the_measured_ratio_alone(tiny: SapiensPose) -> None:
