@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,6 +35,7 @@ import yaml
 from scipy import stats
 from tqdm import tqdm
 
+from sapiens_accel.config.schema import TeacherConfig
 from sapiens_accel.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +228,9 @@ def main(words: Sequence[str]) -> None:
         "strengths": STRENGTHS,
         "start_steps": {name: {str(k): v for k, v in data.start_steps.items()} for name, data in DATA.items()},
         "options": asked.options,
+        "arms": {name: list(words) for name, words in ARMS.items()},
+        "longer": LONGER,
+        "teacher": asdict(TeacherConfig()),  # the defaults of the arms
     }
     # Choices that were not made for a case, but carried over from another.
     given = [[*case, *opponent] for case, opponent in asked.opponents.items()]

@@ -270,7 +270,7 @@ def train_stage(
         for step in stage.steps():
             done = progress.done = step.number
             log.step(step)
-            if done % run.log_every == 0 or done == last:
+            if done % run.log_every == 0 or done in (stage.people.unlabeled_steps, last):
                 log.scalars(done, {**step.logs, **stage.objective.health(), "skipped": float(step.skipped)})
             saved = progress.save_if_due()
             progress.stop_if_asked(stop)

@@ -73,8 +73,9 @@ def read_record(file: Path) -> Mapping[str, Any] | None:
 def find_differences(record: Mapping[str, Any], config: Config) -> list[Difference]:
     """The options whose value differs from the record; options that the record lacks are not compared.
 
-    Except `lora`, `distill`, `model.base_dtype`, `model.visibility` and `memory.bf16_weights`: a run without them in
-    its record had no adapters, no fixed teacher, no rounded base, no second output and weights in fp32.
+    Except `lora`, `distill`, `model.base_dtype`, `model.visibility`, `memory.bf16_weights` and a teacher's
+    `labeled_end`: a run without them in its record had no adapters, no fixed teacher, no rounded base, no second
+    output, weights in fp32, and unlabeled people to the end.
     """
     absent = {"lora": dataclasses.asdict(LoraConfig()), "distill": dataclasses.asdict(DistillConfig())}
     record = {**absent, **record}
@@ -82,6 +83,10 @@ def find_differences(record: Mapping[str, Any], config: Config) -> list[Differen
     for name, values in later.items():
         if isinstance(recorded := record.get(name), Mapping):
             record[name] = {**values, **recorded}
+    for name in STAGES:
+        stage = record.get(name)
+        if isinstance(stage, Mapping) and isinstance(teacher := stage.get("teacher"), Mapping):
+            record[name] = {**stage, "teacher": {"labeled_end": 0.0, **teacher}}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 

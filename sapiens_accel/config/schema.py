@@ -375,14 +375,15 @@ class TeacherConfig:
     """Weight of the unlabeled loss relative to the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
-    labeled_end: BelowOne = 0.2
+    labeled_end: Annotated[float, Range(0, 0.9)] = 0.2
     """Fraction of the stage, at its end, whose steps have labeled people alone: labels are more exact than
-    pseudo-labels, and have the last word. Such a step takes half the time."""
+    pseudo-labels, and have the last word. With as many unlabeled as labeled people such a step takes half the time."""
     ramp_down: Fraction = 0.625
     """Fraction of the steps with unlabeled people, at their end, over which that weight, and its limit, fall to 0.
     0: they do not fall."""
     ratio: Annotated[int, Range(0, 64)] = 1
-    """Unlabeled people for each labeled one in a batch. 0: labeled people alone; the teacher is still averaged."""
+    """Unlabeled people for each labeled one in a batch, before labeled_end. 0: labeled people alone; the teacher is
+    still averaged."""
     loss: Literal["kl", "mse", "literal"] = "kl"
     """Loss between student and teacher: kl (of softmaxes of log-heatmaps), mse, or literal: softmaxes of raw heatmaps,
     with only the teacher's sharpened. literal makes a model worse (README) and is there for comparison."""
@@ -415,6 +416,11 @@ class TeacherConfig:
         """Number of squares for a skeleton."""
         few = max(1, round(CUTOUTS_PER_KEYPOINT * num_keypoints))
         return min(MAX_CUTOUTS, few) if self.cutout is None else self.cutout
+
+    def unlabeled_steps(self, num_steps: int) -> int:
+        """Number of steps of a stage, from the first on, that have unlabeled people."""
+        # 0.7 * 10 is 7 but for its last bit.
+        return num_steps - math.floor(self.labeled_end * num_steps + 1e-9) if self.ratio else 0
 
     @property
     def compares_maps(self) -> bool:
@@ -466,7 +472,7 @@ class StageConfig:
 
     def unlabeled_steps(self, num_steps: int) -> int:
         """Number of steps, from the first on, that have unlabeled people."""
-        return math.ceil((1 - self.teacher.labeled_end) * num_steps) if self.teacher and self.teacher.ratio else 0
+        return self.teacher.unlabeled_steps(num_steps) if self.teacher else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ def epoch_rows(rates: Mapping[str, float], hw: tuple[int, int], recipes: Mapping
 
     From the measured phase2 rate of the most similar size, assuming equal FLOP/s. With F and H operations in a forward
     of backbone and head, an epoch takes F + 3 H a person in phase1, 3 (F + H) in phase2, and in ssl 3 (F + H) for each
-    labeled and unlabeled person and F + H for the teacher. Recomputation is assumed to be proportional.
+    labeled and unlabeled person and F + H for the teacher, in the mean of its steps. Recomputation is assumed to be
+    proportional.
 
     Args:
         rates: people a second in phase2 by model, measured with crops of `hw` px.
@@ -38,7 +39,7 @@ def epoch_rows(rates: Mapping[str, float], hw: tuple[int, int], recipes: Mapping
         work = {
             "phase1": parts.backbone + 3 * parts.head,
             "phase2": 3 * whole,
-            "ssl": (3 + 4 * run.ssl.ratio) * whole,
+            "ssl": (3 + 4 * run.ssl.mean_ratio) * whole,
         }
         hours = {stage: round(COCO_PEOPLE * flop / per_second / 3600, 2) for stage, flop in work.items()}
         text = ", ".join(f"{stage} {value:g} h" for stage, value in hours.items())

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sapiens_accel.config.help import leaves, value_of
 from sapiens_accel.config.schema import TENSORBOARD, Config, StageConfig, StageName, TeacherPlacement
+from sapiens_accel.data import sampling
 from sapiens_accel.data.augment import Augmenter
 from sapiens_accel.data.dataset import Key, Labeled, Sets, TrainingPeople
 from sapiens_accel.data.people import read_given_ids
@@ -322,7 +323,8 @@ class StageLogger:
             means["gpu_peak_gib"] = peak / GIB
             means["gpu_peak_predicted_gib"] = self.context.plan.gpu_peak / GIB
         self.write(step, means, "train")
-        if peak and step - self.first <= self.run.log_every:
+        of_the_plan = "keep" in means or not self.context.config.ratio  # not a step of labeled people alone
+        if peak and step - self.first <= self.run.log_every and of_the_plan:
             measured, predicted = means["gpu_peak_gib"], means["gpu_peak_predicted_gib"]
             self.accelerator.print(
                 f"{self.stage}: GPU memory {measured:.2f} GiB measured, {predicted:.2f} GiB predicted"
@@ -428,10 +430,17 @@ class StageLogger:
 
     def _time_left(self, step: int) -> str:
         """The time until the end of the run, if the plan is as wrong about later stages as about this one until now."""
-        done, left = step - self.first, self.last - step + self.context.later
+        done, left = self._work(self.first, step), self._work(step, self.last) + self.context.later
         if not (done and left):
             return ""
         return f"about {format_duration((time.perf_counter() - self.opened) / done * left)} left in the run"
+
+    def _work(self, first: int, last: int) -> float:
+        """The steps between, those of labeled people alone as the part that they have of the people of the others."""
+        config = self.context.config
+        mixed = config.unlabeled_steps(sampling.num_steps(config, len(self.context.sets.train)))
+        alone = max(last - max(first, mixed), 0) if mixed else 0
+        return last - first - alone * config.ratio / (1 + config.ratio)
 
     def _warn(self, step: int, warning: str) -> None:
         self._line(step, {"warning": warning})

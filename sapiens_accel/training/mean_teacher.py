@@ -381,7 +381,7 @@ class MeanTeacher:
 
     def _ramp_down(self, step: int) -> float:
         """The part of the weight that is left: a line to 0 at the end of the steps with unlabeled people."""
-        last = (1 - self.config.labeled_end) * self.num_steps
+        last = self.config.unlabeled_steps(self.num_steps)
         return min(1.0, (last - step) / (self.config.ramp_down * last)) if self.config.ramp_down else 1.0
 
     def _logs(self, predictions: Sequence[TeacherPrediction], labeled: Sequence[Labeled]) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ MIN_ERRORS = 2.0  # standard errors by which a share must differ: with few valid
 STUDENT_AHEAD = 0.01  # AP: an average that follows is at least as good as what it averages
 AP_LOST = 0.005
 
+# Values of steps with unlabeled people; a stage may end with steps without.
+OF_UNLABELED = {"teacher_peak", "teacher_peak_p99", "spread", "keep", "grad_ratio", "not_finite"}
+
 
 class Stopped(UserError):  # noqa: N818  (not an error of the program)
     """An alarm stops the stage: more steps would make its weights worse."""
@@ -185,6 +188,8 @@ class Alarms:
         if "teacher_peak" in values and not values.get("skipped"):  # skipped steps have a warning of their own
             known["not_finite"] = float(not {"loss", "teacher_peak"} <= known.keys())
         self.first = known | self.first
+        if "loss" in values and "teacher_peak" not in values:  # a step of labeled people alone: no more of them come
+            self.held = {rule: held for rule, held in self.held.items() if not OF_UNLABELED & set(rule.needs)}
         said = []
         for rule in RULES:
             if not known.keys() >= set(rule.needs) or (rule.of_mean_teacher and self.fixed_teacher):
@@ -223,7 +228,8 @@ class StageResult:
         aps: the AP of those weights, of what the stage began with and of the last evaluation, by step.
         began: the step of what it began with; None where that was not evaluated.
         gain: how much higher the OKS of the validation people is than with what it began with.
-        keep: the mean share of unlabeled keypoints that were learned from; None without unlabeled people.
+        keep: the mean share of unlabeled keypoints that were learned from, over the logged steps with unlabeled people;
+            None without any.
         precision, precision_absent_wrong: the share of such labels that are right on validation people; the second
             counts keypoints without a label as wrong. nan where nothing was kept.
     """

@@ -51,6 +51,17 @@ def test_a_stop_comes_with_the_third_log_in_a_row(sick: dict, well: dict, knob: 
 
 
 @pytest.mark.parametrize(("sick", "well", "knob"), STOPS)
+def test_an_alarm_ends_with_the_steps_that_have_unlabeled_people(sick: dict, well: dict, knob: str) -> None:
+    """One odd log before the steps of labeled people alone would keep their weights from being saved and exported."""
+    alarms = _alarms()
+    alarms.check(20, LOGGED | sick)
+    assert alarms.check(30, JUDGED) == [] and not alarms.healthy
+    assert alarms.check(40, {"loss": 0.1, "lr": 1e-4, "ema_moved": 1.0}) == [] and alarms.healthy
+    assert alarms.check(60, JUDGED | {"AP": 0.49}) and not alarms.healthy, "the evaluations' rules still hold"
+    assert alarms.check(80, {"loss": 0.1, "lr": 1e-4, "ema_moved": 0.0}) == [] and not alarms.healthy
+
+
+@pytest.mark.parametrize(("sick", "well", "knob"), STOPS)
 def test_no_stop_just_inside_or_of_what_is_not_known(sick: dict, well: dict, knob: str) -> None:
     alarms = _alarms()
     (name,) = sick

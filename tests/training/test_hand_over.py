@@ -120,6 +120,19 @@ def test_weights_that_got_worse_are_not(
     assert "hands over the weights of step 1 of 1" in capsys.readouterr().out
 
 
+def test_what_was_learned_from_unlabeled_people_is_logged_before_the_end_without_them(
+    main: Main, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a stage shorter than `log_every`, whose last step has labeled people alone."""
+    run = tmp_path / "run"
+    main(run, "--stage=ssl", f"--weights={begun}", *GOOD, "--log_every=20")
+    logged = [line for line in lines(run) if "loss" in line]
+    assert [(line["step"], "keep" in line) for line in logged] == [(5, True), (6, False)]
+    said = capsys.readouterr().out
+    assert "0 blocks checkpointed; from step 6 on labeled people alone" in said
+    assert f"it learned from {100 * logged[0]['keep']:.1f} % of the unlabeled keypoints" in said
+
+
 def test_a_stage_that_was_stopped_in_an_evaluation_makes_it_again(
     whole: Path, main: Main, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

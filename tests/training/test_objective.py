@@ -614,6 +614,15 @@ def test_the_labels_have_the_last_word(tiny: SapiensPose, end: float, lefts: dic
             torch.testing.assert_close(ratios[0.8, step], left * ratios[0.0, step], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("end", "num_steps", "mixed"), [(0.0, 10, 10), (0.2, 10, 8), (0.2, 4, 4), (0.2, 5, 4), (0.7, 10, 3), (0.9, 1, 1)]
+)
+def test_the_number_of_steps_with_unlabeled_people_is_exact(end: float, num_steps: int, mixed: int) -> None:
+    config = TeacherConfig(labeled_end=end)
+    assert config.unlabeled_steps(num_steps) == mixed
+    assert TeacherConfig(labeled_end=end, ratio=0).unlabeled_steps(num_steps) == 0
+
+
 def test_a_step_of_labeled_people_alone_is_supervised_and_leaves_the_measured_ratio_alone(tiny: SapiensPose) -> None:
     batch, teacher = _tiny_batch()
     alone, student = Batch(batch.labeled, None), tiny.float()

@@ -344,6 +344,15 @@ def test_a_record_without_the_option_of_bf16_weights_had_those_of_fp32(tmp_path:
         record.check_differences(record.find_differences(tree, asked), context)
 
 
+def test_a_record_without_a_labeled_end_had_unlabeled_people_to_the_end(tmp_path: Path) -> None:
+    """An earlier version wrote it: that its stage now ends otherwise is said."""
+    tree = parse.as_tree(parse.load([]))
+    del tree["ssl"]["teacher"]["labeled_end"]
+    context = record.Continuation(file=tmp_path / "config.yaml", trained=["ssl"], begun=["ssl"], resumed="ssl", step=2)
+    (line,) = record.check_differences(record.find_differences(tree, parse.load([])), context)
+    assert "ssl.teacher.labeled_end was 0.0, is 0.2: applied from step 3 of ssl on" in line
+
+
 def test_images_of_earlier_programs_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     program = importlib.import_module("sapiens_accel.train")
