@@ -44,7 +44,7 @@ import forks  # noqa: E402  (of a run of two minutes, a quarter are imports)
 
 BASELINE, LONG = "supervised", "supervised_long"
 CHOICE_SEED = 100  # of the choice of the opponent; no arm is compared on it
-LONGER = 1.8  # steps of supervised training in the time of one of stage ssl: CPU seconds, drawn people, see docs
+LONGER = 2.0  # steps of supervised training in the time of one of stage ssl: CPU seconds, drawn people, see docs
 # Options of the labeled images' augmentation; the student's view is as strong (its t reaches twice as far, hence half).
 STRENGTHS = {
     "weak": {"rotation": 13, "scale": 0.14, "shift": 0.08, "photometric_p": 0, "coarse_dropout_p": 0},
@@ -52,21 +52,20 @@ STRENGTHS = {
     "strong": {"rotation": 45, "scale": 0.4, "shift": 0.16, "photometric_p": 0.5, "coarse_dropout_p": 0.5},
 }
 RATES = (1.0, 0.3)  # of the supervised continuation, as shares of the start's
-CONSTANT = ("--ssl.teacher.ramp_down=0", "--ssl.teacher.labeled_end=0")
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: ("--ssl.teacher.ratio=0",),
     LONG: ("--ssl.teacher.ratio=0",),
     "defaults": (),  # what a user gets who gives no --ssl.teacher option
-    "version_0.1": ("--ssl.teacher.max_grad_ratio=null", *CONSTANT),
+    "version_0.1": ("--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.ramp_down=0"),
     "limit_0.5": ("--ssl.teacher.max_grad_ratio=0.5",),
-    "constant_weight": CONSTANT,
-    "to_the_end": ("--ssl.teacher.labeled_end=0", "--ssl.teacher.ramp_down=0.7"),
+    "constant_weight": ("--ssl.teacher.ramp_down=0",),
+    "labeled_end": ("--ssl.teacher.labeled_end=0.2", "--ssl.teacher.ramp_down=0.625"),
     "three_views": ("--ssl.teacher.views=3",),
     "calibrated": ("--ssl.teacher.confidence=calibrated",),
     "no_cutout": ("--ssl.teacher.cutout=0",),
     "ratio_2": ("--ssl.teacher.ratio=2",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),
-    "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null", *CONSTANT),
+    "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.ramp_down=0"),
 }
 Row = dict[str, Any]
 

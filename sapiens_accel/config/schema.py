@@ -375,12 +375,12 @@ class TeacherConfig:
     """Weight of the unlabeled loss relative to the labeled one, after the ramp."""
     ramp: Fraction = 0.05
     """Fraction of the stage over which that weight rises from 0.007 to 1 of itself."""
-    labeled_end: Annotated[float, Range(0, 0.9)] = 0.2
-    """Fraction of the stage, at its end, whose steps have labeled people alone: labels are more exact than
-    pseudo-labels, and have the last word. With as many unlabeled as labeled people such a step takes half the time."""
-    ramp_down: Fraction = 0.625
-    """Fraction of the steps with unlabeled people, at their end, over which that weight, and its limit, fall to 0.
-    0: they do not fall."""
+    labeled_end: Annotated[float, Range(0, 0.9)] = 0.0
+    """Fraction of the stage, at its end, whose steps have labeled people alone. With as many unlabeled as labeled
+    people such a step takes half the time."""
+    ramp_down: Fraction = 0.7
+    """Fraction of the steps with unlabeled people, at their end, over which that weight, and its limit, fall to 0:
+    pseudo-labels are less exact than labels, which have the last word. 0: they do not fall."""
     ratio: Annotated[int, Range(0, 64)] = 1
     """Unlabeled people for each labeled one in a batch, before labeled_end. 0: labeled people alone; the teacher is
     still averaged."""

@@ -30,7 +30,12 @@ SMALL = [
 ]  # fmt: skip
 LATEST = "--resume_from_checkpoint=latest"
 # With a confidence that is fitted at each evaluation, so that a resumed stage needs that too.
-GOOD = "--ssl.optim.lr=1e-3", "--ssl.teacher.confidence=calibrated", "--ssl.teacher.threshold=0.2"
+GOOD = (
+    "--ssl.optim.lr=1e-3",
+    "--ssl.teacher.confidence=calibrated",
+    "--ssl.teacher.threshold=0.2",
+    "--ssl.teacher.labeled_end=0.2",
+)  # fmt: skip  (the last of its 6 steps has labeled people alone)
 HARM = "--ssl.optim.lr=4e-3", "--ssl.optim.warmup_steps=0"  # Adam's first steps, at their full size
 Main = Callable[..., None]
 

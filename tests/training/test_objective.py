@@ -217,7 +217,7 @@ def test_a_perfect_student_has_no_loss() -> None:
     assert loss.item() == pytest.approx(logs["loss_labelled"].item() + logs["loss_unlabelled"].item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (550, 0.5)])
+@pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1.0), (650, 0.5)])
 def test_unlabeled_loss_is_the_weighted_kl_over_the_kept_keypoints(step: int, ramp: float) -> None:
     """With a ramp over the first 50 of 1000 steps, and another over the last 700."""
     points_xy = _points(4, CODEC)

@@ -346,10 +346,11 @@ def test_a_record_without_the_option_of_bf16_weights_had_those_of_fp32(tmp_path:
 
 def test_a_record_without_a_labeled_end_had_unlabeled_people_to_the_end(tmp_path: Path) -> None:
     """An earlier version wrote it: that its stage now ends otherwise is said."""
+    asked = parse.load(["--ssl.teacher.labeled_end=0.2"])
     tree = parse.as_tree(parse.load([]))
     del tree["ssl"]["teacher"]["labeled_end"]
     context = record.Continuation(file=tmp_path / "config.yaml", trained=["ssl"], begun=["ssl"], resumed="ssl", step=2)
-    (line,) = record.check_differences(record.find_differences(tree, parse.load([])), context)
+    (line,) = record.check_differences(record.find_differences(tree, asked), context)
     assert "ssl.teacher.labeled_end was 0.0, is 0.2: applied from step 3 of ssl on" in line
 
 
