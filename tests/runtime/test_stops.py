@@ -227,18 +227,26 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves_the_step(
     assert not (started.folder / run.stage / "eval.json").exists()
 
 
-def measure_for_minutes(_: int) -> None:
-    """Let the metrics of each image take a second, and say so."""
+def measure_for_minutes(_: int, after_steps: bool = False) -> None:
+    """Let the metrics of each image take a second, and say so; `after_steps`: once a teacher has followed a step."""
     from pycocotools.cocoeval import COCOeval
 
-    known = COCOeval.evaluateImg
+    from sapiens_accel.training.mean_teacher import MeanTeacher
+
+    known, follow, followed = COCOeval.evaluateImg, MeanTeacher.after_step, []
 
     def slow(*args: Any) -> Any:
-        os.write(1, b"measures\n")  # what is printed meanwhile is not shown
-        time.sleep(1)
+        if followed or not after_steps:
+            os.write(1, b"measures\n")  # what is printed meanwhile is not shown
+            time.sleep(1)
         return known(*args)
 
+    def after_step(teacher: MeanTeacher) -> None:
+        followed.append(1)
+        follow(teacher)
+
     COCOeval.evaluateImg = slow  # pyright: ignore[reportAttributeAccessIssue]
+    MeanTeacher.after_step = after_step  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +261,11 @@ def test_a_signal_while_metrics_are_computed_ends_that_and_saves_the_step(
 ) -> None:
     """Rank 0 computed them to the end, 51 s for COCO-WholeBody; of two ranks the other one gets the signal."""
     words = ("--max_steps=3",) if last else ("--eval_every=3", "--max_steps=6")
-    evaluated = 3  # stage ssl measures before its first step too
+    evaluated = 3
     words = ("--data.synthetic.num_val=80", "--eval.flip=false", *words)
-    started = begin(run, *words, before=measure_for_minutes, step=evaluated)
+    # Stage ssl measures before its first step too: that 80 people take 80 times a second there would show nothing.
+    slow = partial(measure_for_minutes, after_steps=run.stage == "ssl")
+    started = begin(run, *words, before=slow, step=evaluated)
     wait_for_text(started, "measures")
     os.kill(started.ranks[-1], signal.SIGTERM)
     text = stopped(started, 128 + signal.SIGTERM)
