@@ -62,7 +62,8 @@ def test_the_page_as_printed(tmp_path: Path) -> None:
     assert len(commands) == 6
     scripts = test_commands._scripts(tmp_path / "bin")
     path = os.pathsep.join([str(Path(sys.executable).parent), str(scripts), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    # One thread: other tests run beside this one.
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     environment["SAPIENS_ACCEL_CACHE"] = str(tmp_path / "cache")
     said = [test_commands._bash(command, tmp_path, environment, seconds=3000) for command in commands]
     assert "60 annotations (60 mouse)" in said[0] and "100 frames" in said[1]
