@@ -92,11 +92,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, by their times on two idle cores: both workers then end at about the same time.
 
     A file runs in one worker. In alphabetical order test_launches.py came last, and one worker was idle for 4 minutes.
+    Of the slow tests (`--dist load`) each runs where there is time: those that take minutes must not be the last ones.
     """
     longest = (
-        "test_stops.py", "test_zero.py", "test_launches.py", "test_checkpoint.py", "test_run_directory.py",
-        "test_cli.py", "test_fuzz.py", "test_hub.py", "test_memory.py", "test_custom.py", "test_data.py",
-        "test_holdout.py", "test_hub_data.py", "test_export.py", "test_checks.py", "test_benchmarks.py",
+        "test_laboratory_animal.py", "test_real_people.py", "test_stops.py", "test_probes.py", "test_zero.py",
+        "test_launches.py", "test_checkpoint.py", "test_run_directory.py", "test_cli.py", "test_fuzz.py", "test_hub.py",
+        "test_memory.py", "test_custom.py", "test_data.py", "test_holdout.py", "test_hub_data.py", "test_export.py",
+        "test_checks.py", "test_benchmarks.py",
     )  # fmt: skip
     order = {name: index for index, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(longest)))
