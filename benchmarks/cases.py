@@ -56,7 +56,7 @@ class Planned:
         """
         layout = Layout(checkpointed_blocks=self.stage.depth, head_chunk=self.plan.layout.head_chunk)
         plan = predict(self.stage, self.plan.way, self.plan.share, layout, Room(cuda=self.on_gpu))
-        strategy, people = plan.way.strategy, plan.share.micro_batch * (1 + self.stage.ratio)
+        strategy, people = plan.way.strategy, self.stage.people(self.plan.share)
         parts = {**plan.later, **plan.gpu}
         if "block_working_set" not in parts:
             return None

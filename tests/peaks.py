@@ -69,6 +69,7 @@ class Case:
     rank: int | None = None  # of adapters
     base_dtype: BaseDtype | None = None
     in_bf16: bool = False  # matrices, with moments in 8 bits
+    ratio: float = 1.0  # of unlabeled people in stage ssl
 
 
 def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
@@ -77,6 +78,7 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     words += [f"--lora.rank={case.rank}"] if case.rank else []
     words += [f"--model.base_dtype={case.base_dtype}"] if case.base_dtype else []
     words += ["--memory.adam_8bit", "--memory.bf16_weights"] if case.in_bf16 else []
+    words += [f"--ssl.teacher.ratio={case.ratio}"] if case.stage == "ssl" else []
     ranks = accelerator.num_processes
     people = case.micro_batch * case.accumulation * ranks
     run = config.load([*words, f"--{case.stage}.global_batch={people}"])
@@ -91,9 +93,9 @@ def measure(accelerator: Accelerator, case: Case) -> dict[str, float]:
     share = Share(rank=0, num_ranks=ranks, micro_batch=case.micro_batch, accumulation=case.accumulation)
     layout = Layout(checkpointed_blocks=case.checkpointed, selective_blocks=case.selective, head_chunk=case.chunk)
     predicted = predict(counted, way, share, layout, Room(cuda=False))
-    batches = [batch(case.micro_batch, case.micro_batch * counted.ratio) for _ in range(2 * case.accumulation)]
-    # The images with cutouts are made in a step: a quarter of an unlabeled person's and its labeled one's data.
-    outside = predicted.gpu["data"] * (3 / 4 if counted.ratio else 1)
+    batches = [batch(case.micro_batch, counted.num_unlabeled(share)) for _ in range(2 * case.accumulation)]
+    # The images with cutouts are made in a step: one in three of an unlabeled person's.
+    outside = predicted.gpu["data"] * (1 + 2 * counted.ratio) / (1 + 3 * counted.ratio)
     most = peak(accelerator, run, case.stage, share, layout, batches)
     return {"predicted": predicted.gpu_peak - outside, "measured": most}
 

@@ -381,9 +381,9 @@ class TeacherConfig:
     ramp_down: Fraction = 0.7
     """Fraction of the steps with unlabeled people, at their end, over which that weight, and its limit, fall to 0:
     pseudo-labels are less exact than labels, which have the last word. 0: they do not fall."""
-    ratio: Annotated[int, Range(0, 64)] = 1
-    """Unlabeled people for each labeled one in a batch, before labeled_end. 0: labeled people alone; the teacher is
-    still averaged."""
+    ratio: Annotated[float, Range(0, 64)] = 1.0
+    """Unlabeled people for each labeled one in a batch, before labeled_end. A micro-batch has a whole number of them:
+    with 0.5 it has an even number of labeled people. 0: labeled people alone; the teacher is still averaged."""
     loss: Literal["kl", "mse", "literal"] = "kl"
     """Loss between student and teacher: kl (of softmaxes of log-heatmaps), mse, or literal: softmaxes of raw heatmaps,
     with only the teacher's sharpened. literal makes a model worse (README) and is there for comparison."""
@@ -461,9 +461,19 @@ class StageConfig:
     """If set, the stage also learns from unlabeled people."""
 
     @property
-    def ratio(self) -> int:
+    def ratio(self) -> float:
         """Unlabeled people for each labeled one, in the steps that have any."""
-        return self.teacher.ratio if self.teacher else 0
+        return self.teacher.ratio if self.teacher else 0.0
+
+    def num_unlabeled(self, num_labeled: int) -> int:
+        """Unlabeled people that come with so many labeled ones, in the steps that have any: a whole number."""
+        return round(num_labeled * self.ratio)
+
+    def pairs_with(self, num_labeled: int) -> bool:
+        """Whether a whole number of unlabeled people comes with so many labeled ones."""
+        num = self.num_unlabeled(num_labeled)
+        # A third as 0.33333 is meant to be one.
+        return not self.ratio or (num > 0 and math.isclose(num_labeled * self.ratio, num, rel_tol=1e-4))
 
     @property
     def mean_ratio(self) -> float:

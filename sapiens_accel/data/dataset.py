@@ -125,7 +125,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
         self.unlabeled_rows = _rows_of(sets.unlabeled) if sets.unlabeled else None
         self.augmenter, self.config = augmenter, config
         self.seed, self.stage, self.global_batch = seed, stage, plan.global_batch
-        self.ratio, self.unlabeled_steps = plan.ratio, plan.unlabeled_steps(sampling.num_steps(plan, len(sets.train)))
+        self.plan, self.unlabeled_steps = plan, plan.unlabeled_steps(sampling.num_steps(plan, len(sets.train)))
         self.num_cutouts = plan.teacher.num_cutouts(augmenter.skeleton.num_keypoints) if plan.teacher else 0
         self.changes = partial(change_pixels, augmenter.pixel_changes())
         if self.mixture and 0 in (shares := self.mixture.shares(self.global_batch)):
@@ -141,7 +141,7 @@ class TrainingPeople(Dataset[Labeled | Pair]):
             chosen = self._order(self.labeled, name, key.step, self.global_batch)
             return self._labeled(int(chosen[key.position]), rng)
         assert self.unlabeled is not None
-        chosen = self._order(self.unlabeled, name, key.step, self.global_batch * self.ratio)
+        chosen = self._order(self.unlabeled, name, key.step, self.plan.num_unlabeled(self.global_batch))
         return self._pair(int(chosen[key.position]), rng)
 
     def _order(self, people: People, name: str, step: int, global_batch: int) -> Int[Array, "global_batch"]:

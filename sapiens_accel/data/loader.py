@@ -193,10 +193,11 @@ class _Keys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in self.steps:
-            ratio = self.people.ratio if step < self.people.unlabeled_steps else 0
+            each = self.people.plan.num_unlabeled(self.share.micro_batch) if step < self.people.unlabeled_steps else 0
             for micro_step in range(self.share.accumulation):
                 positions = self.share.positions(micro_step)
-                pairs = range(positions.start * ratio, positions.stop * ratio)
+                first = positions.start // self.share.micro_batch * each
+                pairs = range(first, first + each)
                 yield [Key(step, p, False) for p in positions] + [Key(step, p, True) for p in pairs]
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -112,11 +113,11 @@ def footprint(
     grid = [pixels // size.patch for pixels in network.input_hw]
     get_patches_center_coordinates(*grid, dtype=torch.float32, device=torch.device("cpu"))
     precision = _Precision(half=half, cast=cast, bf16_matrices=bf16_matrices)
-    group = 1 + plan.ratio
-    small, large, chunked = (_probe(network, plan, precision, p * group, n) for p, n in ((2, 1), (4, 1), (4, 2)))
+    few = next(b for b in count(2) if plan.pairs_with(b))
+    p = few + plan.num_unlabeled(few)
+    small, large, chunked = (_probe(network, plan, precision, b, n) for b, n in ((few, 1), (2 * few, 1), (2 * few, 2)))
     parts = {
-        field.name: _line(small[field.name], large[field.name], chunked[field.name], 2 * group)
-        for field in fields(Footprint)
+        field.name: _line(small[field.name], large[field.name], chunked[field.name], p) for field in fields(Footprint)
     }
     return Footprint(**parts)
 
@@ -134,8 +135,11 @@ class _Precision:
     bf16_matrices: bool
 
 
-def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: int, n: int) -> dict[str, float]:
-    """Measure a step of p people in chunks of n, with three blocks: checkpointed, selectively so, and not."""
+def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, b: int, n: int) -> dict[str, float]:
+    """Measure a step of b labeled people and their unlabeled ones in chunks of n.
+
+    With three blocks: checkpointed, selectively so, and not.
+    """
     with torch.device("meta"):
         model = SapiensPose(network.name, network.num_keypoints, network.input_hw, depth=3).train()
     model.backbone.config._attn_implementation = PADDED if network.padded else "sdpa"
@@ -155,11 +159,11 @@ def _probe(network: NetworkShape, plan: StageConfig, precision: _Precision, p: i
         live = LiveBytes(model.parameters(), model.buffers())
         casts = precision.half and precision.cast
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts, cache_enabled=False)
-        step = _step(model, objective, plan, p)
+        step = _step(model, objective, plan, b)
         with live:
             sizes = _phases(model, live, step, autocast)
         with live, autocast, torch.no_grad():
-            image = torch.zeros(p, 3, *network.input_hw, dtype=torch.uint8)
+            image = torch.zeros(b + plan.num_unlabeled(b), 3, *network.input_hw, dtype=torch.uint8)
             before = live.mark()
             model(image)
             sizes["forward"] = live.peak - before
@@ -198,17 +202,16 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
     return build_objective(plan, codec, skeleton, setup)
 
 
-def _step(model: SapiensPose, objective: Objective, plan: StageConfig, p: int) -> Callable[[], Tensor]:
-    """A function that computes the loss of a micro-batch of p people."""
-    (height, width), k = model.input_hw, model.num_keypoints
-    b = p // (1 + plan.ratio)
+def _step(model: SapiensPose, objective: Objective, plan: StageConfig, b: int) -> Callable[[], Tensor]:
+    """A function that computes the loss of a micro-batch of b labeled people and their unlabeled ones."""
+    (height, width), k, u = model.input_hw, model.num_keypoints, plan.num_unlabeled(b)
     view = View(torch.zeros(b, 3, height, width, dtype=torch.uint8), torch.zeros(b, 2, 3), torch.zeros(b))
     batch = Batch(Labeled(view, torch.zeros(b, k, 2), torch.ones(b, k), torch.zeros(b)), None)
-    if not plan.ratio:
+    if not u:
         return lambda: objective.loss(model, batch, None)[0]
-    image = torch.zeros(p - b, 3, height, width, dtype=torch.uint8)
-    points_xy, ones = torch.zeros(p - b, k, 2), torch.ones(p - b, k)
-    maps = torch.zeros(p - b, k, *model.heatmap_hw) if plan.teacher and plan.teacher.compares_maps else None
+    image = torch.zeros(u, 3, height, width, dtype=torch.uint8)
+    points_xy, ones = torch.zeros(u, k, 2), torch.ones(u, k)
+    maps = torch.zeros(u, k, *model.heatmap_hw) if plan.teacher and plan.teacher.compares_maps else None
     labels = PseudoLabels(
         TeacherPrediction(points_xy, ones, ones, ones > 0, points_xy, maps), ones, image, torch.ones(()), {}
     )

@@ -86,7 +86,7 @@ def flops_of_step(stage: Stage, people: int, recomputed_blocks: float) -> float:
 def step_seconds(stage: Stage, way: Way, share: Share, layout: Layout, rates: Rates) -> float:
     """Seconds of an optimizer step; its operations are the mean of the stage's steps."""
     strategy, ranks = way.strategy, way.strategy.num_ranks
-    people = share.micro_batch * (1 + stage.ratio)
+    people = stage.people(share)
     recomputed = layout.checkpointed_blocks + SELECTIVE * layout.selective_blocks
     flops = flops_of_step(stage, share.micro_batch, recomputed)
     # Casts between fp32 and 16 bits (ZeRO 0), hooks at every layer (ZeRO-3).

@@ -174,7 +174,7 @@ def predict(stage: Stage, way: Way, share: Share, layout: Layout, room: Room = U
     footprint = stage.footprint_of(strategy.zero == 0 and strategy.half, way.bf16_weights)
     state = state_bytes(stage, way, accumulates)
     gradients, buckets = state.pop("gradients"), state.pop("backward_buckets")
-    state["data"] = share.accumulation * share.micro_batch * (1 + 3 * stage.ratio) * stage.image_bytes
+    state["data"] = share.accumulation * (share.micro_batch + 3 * stage.num_unlabeled(share)) * stage.image_bytes
     if strategy.zero == 0 and strategy.num_ranks > 1:
         in_bf16 = stage.matrices if way.bf16_weights else 0
         state["zero_buckets"] = 4.0 * stage.num_learning - 2.0 * in_bf16  # DistributedDataParallel's
@@ -212,7 +212,7 @@ def _describe_step(
     gradients, buckets = sizes
     plain, accumulates = way.strategy.zero == 0, share.accumulation > 1
     footprint = stage.footprint_of(plain and way.strategy.half, way.bf16_weights)
-    people, checkpointed = share.micro_batch * (1 + stage.ratio), layout.checkpointed_blocks
+    people, checkpointed = stage.people(share), layout.checkpointed_blocks
     selective = layout.selective_blocks
     saved = 2.0 if way.bf16_weights else 0.0  # bytes of a gradient of a matrix
     fills_late = stage.num_learning <= way.strategy.bucket or way.strategy.zero == 1
@@ -383,7 +383,7 @@ def _end_bytes(stage: Stage, way: Way, accumulates: bool) -> float:
 
 def _teacher_phase(stage: Stage, share: Share, step: _Step) -> dict[str, float]:
     """The teacher's forward on unlabeled people and the decoding of its heatmaps, before the student's step."""
-    unlabeled = share.micro_batch * stage.ratio
+    unlabeled = stage.num_unlabeled(share)
     maps = unlabeled * stage.map_bytes
     forward = (stage.fixed.forward if stage.fixed else step.footprint.forward)(unlabeled)
     # fp32 copies of the maps: cast, blurred along each axis, padded, and their logarithm.

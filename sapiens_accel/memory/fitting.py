@@ -6,7 +6,7 @@ from itertools import product
 
 from sapiens_accel.config.schema import StageConfig, TeacherPlacement
 from sapiens_accel.data.sampling import Share
-from sapiens_accel.errors import UserError
+from sapiens_accel.errors import UserError, count
 from sapiens_accel.memory.duration import step_seconds
 from sapiens_accel.memory.estimate import UNLIMITED, Plan, Room, predict
 from sapiens_accel.memory.stages import Stage
@@ -22,14 +22,19 @@ def fit(stage: Stage, name: str, way: Way, room: Room = UNLIMITED, rank: int = 0
     A larger micro-batch with the teacher off the device is preferred to a smaller one with the teacher on it.
 
     Raises:
-        UserError: the global batch is no multiple of processes x micro-batch; more checkpointed blocks than the network
-            has; a sharded teacher with one process.
+        UserError: the global batch is no multiple of processes x micro-batch, or no micro-batch has a whole number of
+            unlabeled people; more checkpointed blocks than the network has; a sharded teacher with one process.
     """
     asked, ranks = stage.memory, way.strategy.num_ranks
     placements = _placements(stage, ranks)
     part = people_of_a_rank(name, stage.plan, ranks, asked.micro_batch)
     largest = min(part, asked.max_micro_batch or part)
-    sizes = [asked.micro_batch] if asked.micro_batch else [n for n in range(largest, 0, -1) if part % n == 0]
+    sizes = [asked.micro_batch] if asked.micro_batch else divide(stage.plan, part, largest)
+    if not sizes:
+        raise UserError(
+            f"--memory.max_micro_batch {largest}: no whole number of unlabeled people comes with so few labeled ones "
+            f"(expected at least {min(divide(stage.plan, part, part))}, for --{name}.teacher.ratio {stage.ratio:g})"
+        )
     blocks = _blocks(stage, way, limited=room.device is not None)
     if room.device is None:  # memory is not a limit: no recomputation
         share = Share(rank=rank, num_ranks=ranks, micro_batch=sizes[0], accumulation=part // sizes[0])
@@ -98,7 +103,7 @@ def _chunks(stage: Stage, way: Way, share: Share, blocks: Layout, *, cuda: bool,
     """
     if stage.memory.head_chunk:
         return [stage.memory.head_chunk]
-    p = share.micro_batch * (1 + stage.ratio)
+    p = stage.people(share)
     largest = 1
     for n in range(1, min(p, MAX_CHUNK) + 1):
         plan = predict(stage, way, share, replace(blocks, head_chunk=n), Room(cuda=cuda))
@@ -113,11 +118,26 @@ def people_of_a_rank(name: str, plan: StageConfig, ranks: int, micro_batch: int 
     """Labeled people of a process in an optimizer step.
 
     Raises:
-        UserError: the global batch is not a multiple of processes x micro-batch.
+        UserError: the global batch is not a multiple of processes x micro-batch; no whole number of unlabeled people
+            comes with that many labeled ones.
     """
     if plan.global_batch % (ranks * (micro_batch or 1)):
         raise UserError(
             f"--{name}.global_batch {plan.global_batch} is not divisible by {ranks} processes"
             + (f" x micro-batch {micro_batch} (--memory.micro_batch)" if micro_batch else "")
         )
+    if not plan.pairs_with(num := micro_batch or plan.global_batch // ranks):
+        spread = f"--{name}.global_batch on {count(ranks, 'process')}"
+        where = "micro-batches (--memory.micro_batch)" if micro_batch else spread
+        fits = [n for n in range(1, plan.global_batch + 1) if plan.pairs_with(n)]
+        change = f"Make that number a multiple of {fits[0]}" if fits else "Use 0.5, 0.25 or a whole number"
+        raise UserError(
+            f"--{name}.teacher.ratio {plan.ratio:g}: no whole number of unlabeled people comes with {num} labeled ones "
+            f"in {where}. {change}"
+        )
     return plan.global_batch // ranks
+
+
+def divide(plan: StageConfig, part: int, largest: int) -> list[int]:
+    """Micro-batches that a process's part of a step can be made of, in labeled people, from `largest` down."""
+    return [n for n in range(largest, 0, -1) if part % n == 0 and plan.pairs_with(n)]

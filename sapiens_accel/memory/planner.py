@@ -16,7 +16,7 @@ from sapiens_accel.errors import UserError
 from sapiens_accel.memory import choice, duration, gpus, strategies
 from sapiens_accel.memory.choice import Setting
 from sapiens_accel.memory.estimate import Plan, Room, predict
-from sapiens_accel.memory.fitting import fit
+from sapiens_accel.memory.fitting import divide, fit
 from sapiens_accel.memory.gpus import Rates
 from sapiens_accel.memory.stages import COCO_PEOPLE, Stage, measure_stage
 from sapiens_accel.memory.strategies import Way
@@ -118,7 +118,7 @@ def _check_fused_kernels(capability: tuple[int, int] | None) -> None:
 def _smaller_options(stage: Stage, plan: Plan) -> str:
     """The smallest change of options that needs less memory than this plan, as far as it can be predicted."""
     part = plan.share.micro_batch * plan.share.accumulation
-    for size in (n for n in range(plan.share.micro_batch - 1, 0, -1) if part % n == 0):
+    for size in divide(stage.plan, part, plan.share.micro_batch - 1):
         share = dataclasses.replace(plan.share, micro_batch=size, accumulation=part // size)
         if plan.room is None or predict(stage, plan.way, share, plan.layout).gpu_peak < 0.95 * plan.gpu_peak:
             # Without this option the next plan would use the freed memory for blocks without checkpoints ...

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sapiens_accel.config.schema import Config, LoraConfig, MemoryConfig, StageConfig, StageName
 from sapiens_accel.data import sampling
+from sapiens_accel.data.sampling import Share
 from sapiens_accel.memory.activations import Footprint, Linear, NetworkShape, footprint
 from sapiens_accel.models import adapters, quantized
 from sapiens_accel.models.kernels import padded_dim
@@ -90,8 +91,16 @@ class Stage:
     fixed: FixedNetwork | None = None
 
     @property
-    def ratio(self) -> int:
+    def ratio(self) -> float:
         return self.plan.ratio
+
+    def num_unlabeled(self, share: Share) -> int:
+        """Of a micro-batch."""
+        return self.plan.num_unlabeled(share.micro_batch)
+
+    def people(self, share: Share) -> int:
+        """Of a micro-batch, labeled and unlabeled."""
+        return share.micro_batch + self.num_unlabeled(share)
 
     @property
     def averaged(self) -> int:

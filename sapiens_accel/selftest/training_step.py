@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from torch.profiler import ProfilerActivity, profile
 
 from sapiens_accel.config import parse as config
-from sapiens_accel.config.schema import Config, StageConfig, StageName, TeacherPlacement
+from sapiens_accel.config.schema import Config, StageName, TeacherPlacement
 from sapiens_accel.data.dataset import Batch, Labeled, Pair, View
 from sapiens_accel.data.sampling import Share
 from sapiens_accel.errors import UserError, run_main
@@ -90,7 +90,7 @@ class TrainingCase:
     @property
     def num_unlabeled(self) -> int:
         """Unlabeled people in a micro-batch."""
-        return num_unlabeled(self.run.get_stage(self.stage), self.micro_batch)
+        return self.run.get_stage(self.stage).num_unlabeled(self.micro_batch)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,11 +127,6 @@ def random_batch(num: int, unlabeled: int, input_hw: tuple[int, int], device: to
     labeled = Labeled(view(num), points_xy, torch.ones(num, k, device=device), torch.arange(num, device=device))
     pair = Pair(view(unlabeled), view(unlabeled), torch.rand(unlabeled, 5, 4, device=device)) if unlabeled else None
     return Batch(labeled, pair)
-
-
-def num_unlabeled(plan: StageConfig, num: int) -> int:
-    """Number of unlabeled people for a number of labeled ones."""
-    return num * plan.ratio
 
 
 def build_network(run: Config, stage: StageName, device: str = "cpu") -> SapiensPose:

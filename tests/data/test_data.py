@@ -253,6 +253,23 @@ def test_ranks_together_hold_the_global_batch_in_content(
             assert torch.equal(torch.cat(tensors[:-1]), tensors[-1])
 
 
+@pytest.mark.parametrize(("num_ranks", "micro_batch", "accumulation"), [(1, 6, 1), (1, 2, 3), (3, 2, 1)])
+def test_half_as_many_unlabeled_people_are_divided_among_micro_batches_and_ranks(
+    run: Run, num_ranks: int, micro_batch: int, accumulation: int
+) -> None:
+    """Three in a step of 6, the same however they are divided."""
+    assert run.plan.teacher
+    people = run.people(steps=5, teacher=replace(run.plan.teacher, ratio=0.5))
+    whole = list(loader.batches(people, _share(0, 1, 6, 1), range(5), 0, CPU))
+    shares = [_share(rank, num_ranks, micro_batch, accumulation) for rank in range(num_ranks)]
+    ranks = [list(loader.batches(people, share, range(5), 0, CPU)) for share in shares]
+    for step, expected in enumerate(whole):
+        parts = [ranks[r][step * accumulation + m] for m in range(accumulation) for r in range(num_ranks)]
+        assert all(len(part.pair.cutout) == micro_batch // 2 for part in parts if part.pair) and expected.pair
+        for tensors in zip(*(list(_tensors(batch)) for batch in (*parts, expected)), strict=True):
+            assert torch.equal(torch.cat(tensors[:-1]), tensors[-1])
+
+
 # ---- Order
 
 

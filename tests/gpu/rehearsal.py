@@ -100,7 +100,7 @@ def rehearse(
     objective = build_objective(stage, codec, COCO17, setup)
     config = StepConfig(accumulation=accumulation, optim=stage.optim, num_steps=100)
     engine: Any = Engine(accumulation)
-    batches = repeat(batch(MICRO_BATCH, MICRO_BATCH * stage.ratio))
+    batches = repeat(batch(MICRO_BATCH, stage.num_unlabeled(MICRO_BATCH)))
     stepping = steps(engine, model, optimizer, objective, batches, config)
     return Rehearsal(model=model, engine=engine, objective=objective, stepping=stepping)
 

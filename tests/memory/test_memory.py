@@ -87,6 +87,7 @@ def peaks(cases: list[dict], folder: Path, processes: int = 0, **env: str) -> li
 def test_the_predicted_peak_is_the_allocators_within_three_percent(precision: str, tmp_path: Path) -> None:
     cases = [{"name": "sapiens_tiny", **case} for case in [*CASES, *ADAPTED, *SELECTIVE]]
     cases += [{"name": "sapiens2_tiny", **case} for case in (CASES[1], SELECTIVE[0], {**SELECTIVE[1], "rank": 8})]
+    cases += [{"name": "sapiens2_tiny", **CASES[4], "micro_batch": 6, "ratio": 0.5}]
     cases += [{"name": "sapiens2_tiny", **case} for case in (ROUNDED if find_spec("bitsandbytes") else ROUNDED[:1])]
     if precision == "bf16":  # the CPU takes its time for it
         cases = [{"name": "sapiens_tiny", **case} for case in (CASES[0], ADAPTED[0], SELECTIVE[1])]
@@ -745,6 +746,34 @@ def test_bad_input_is_one_line(words: list[str], expected: str, capsys: pytest.C
         memory.main(words)
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert not capsys.readouterr().out
+
+
+def test_a_micro_batch_has_a_whole_number_of_unlabeled_people() -> None:
+    """Of 12 labeled people with half as many unlabeled ones: micro-batches of 12, 6, 4 and 2, not of 3 and 1."""
+    half = counted("demo", "ssl", "--ssl.teacher.ratio=0.5", "--ssl.global_batch=12")
+    assert fitting.divide(half.plan, 12, 12) == [12, 6, 4, 2] and fitting.divide(half.plan, 12, 5) == [4, 2]
+    for rooms in (None, 1.0):  # too little for any: the smallest
+        room = Room(device=rooms, host=1000 * GIB)
+        assert fitting.fit(half, "ssl", way("plain"), room).share.micro_batch == (2 if rooms else 12)
+    assert [half.plan.num_unlabeled(n) for n in (0, 2, 12)] == [0, 1, 6]
+    words = ["--ssl.teacher.ratio=0.5", "--ssl.global_batch=12"]
+    with pytest.raises(UserError, match=r"max_micro_batch 1: no whole number of .* at least 2, for --ssl"):
+        fitting.fit(counted("demo", "ssl", *words, "--memory.max_micro_batch=1"), "ssl", way("plain"))
+    with pytest.raises(UserError, match=r"teacher.ratio 1e-07: no whole .* Use 0\.5, 0\.25 or a whole number$"):
+        fitting.fit(counted("demo", "ssl", "--ssl.teacher.ratio=1e-7"), "ssl", way("plain"))
+    third = counted("demo", "ssl", "--ssl.teacher.ratio=0.33333").plan
+    assert [n for n in (1, 2, 3, 48, 50) if third.pairs_with(n)] == [3, 48] and third.num_unlabeled(48) == 16
+    for more, ranks, expected in (
+        (
+            ["--memory.micro_batch=3"],
+            1,
+            "with 3 labeled ones in micro-batches (--memory.micro_batch). Make that number",
+        ),
+        ([], 4, "with 3 labeled ones in --ssl.global_batch on 4 processes. Make that number a multiple of 2"),
+    ):
+        with pytest.raises(UserError) as error:
+            fitting.fit(counted("demo", "ssl", *words, *more), "ssl", way("zero2", ranks))
+        assert f"--ssl.teacher.ratio 0.5: no whole number of unlabeled people comes {expected}" in str(error.value)
 
 
 @pytest.mark.parametrize(
