@@ -74,8 +74,8 @@ def find_differences(record: Mapping[str, Any], config: Config) -> list[Differen
     """The options whose value differs from the record; options that the record lacks are not compared.
 
     Except `lora`, `distill`, `model.base_dtype`, `model.visibility`, `memory.bf16_weights` and a teacher's
-    `labeled_end`: a run without them in its record had no adapters, no fixed teacher, no rounded base, no second
-    output, weights in fp32, and unlabeled people to the end.
+    `labeled_end` and `learned`: a run without them in its record had no adapters, no fixed teacher, no rounded base, no
+    second output, weights in fp32, and unlabeled people to the end with the whole limit.
     """
     absent = {"lora": dataclasses.asdict(LoraConfig()), "distill": dataclasses.asdict(DistillConfig())}
     record = {**absent, **record}
@@ -86,7 +86,7 @@ def find_differences(record: Mapping[str, Any], config: Config) -> list[Differen
     for name in STAGES:
         stage = record.get(name)
         if isinstance(stage, Mapping) and isinstance(teacher := stage.get("teacher"), Mapping):
-            record[name] = {**stage, "teacher": {"labeled_end": 0.0, **teacher}}
+            record[name] = {**stage, "teacher": {"labeled_end": 0.0, "learned": 1.0, **teacher}}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 

@@ -60,6 +60,7 @@ NUM_CROPS = 8
 MAX_SKIPPED = 20  # steps in a row: a network that diverged that far does not recover
 SCALE_SEARCH = 5  # steps in a row that fp16 may skip without a warning, while the loss scale is searched
 NOTHING_KEPT = 0.005  # shown as 0.00
+HARDLY_OPEN = 0.05
 MAX_SHOWN_IDS = 40
 BEGIN, KEPT = "begin.json", "kept.json"
 PRINT_SECONDS = 30
@@ -647,8 +648,8 @@ class StageLogger:
         config, began = self.context.config, self.began
         if self.kept is None or self.evaluated is None or (config.teacher is None and config.hand_over == "last"):
             return ""
-        entries = _entries(self.run_folder / "metrics.jsonl", self.stage) if self.holdout else ()
-        keeps = [entry["keep"] for entry in entries if isinstance(entry.get("keep"), float)]
+        entries = list(_entries(self.run_folder / "metrics.jsonl", self.stage)) if self.holdout else []
+        keep, limit_open = (_mean_of(entries, name) for name in ("keep", "limit_open"))
         labels = self.kept.metrics if "pseudo_precision" in self.kept.metrics else self.alarms.first
         return describe_result(
             StageResult(
@@ -657,7 +658,8 @@ class StageLogger:
                 aps={one.step: one.metrics["AP"] for one in (began, self.kept, self.evaluated) if one},
                 began=began.step if began else None,
                 gain=gain,
-                keep=sum(keeps) / len(keeps) if keeps else None,
+                keep=keep,
+                limit_open=limit_open,
                 precision=labels.get("pseudo_precision", math.nan),
                 precision_absent_wrong=labels.get("pseudo_precision_absent_wrong", math.nan),
             )
@@ -674,7 +676,16 @@ class StageLogger:
                 f"the stage made them worse. Lower --{self.stage}.optim.lr, or leave this stage out",
                 flush=True,
             )
-        keeps = [entry["keep"] for entry in _entries(self.run_folder / "metrics.jsonl", self.stage) if "keep" in entry]
+        entries = list(_entries(self.run_folder / "metrics.jsonl", self.stage))
+        limit_open, errors = (_mean_of(entries, name) for name in ("limit_open", "error_ratio"))
+        if limit_open is not None and limit_open < HARDLY_OPEN:
+            print(
+                f"{self.stage}: warning: next to nothing was learned from unlabeled people, since the labels have more "
+                f"to teach (mean error_ratio {errors:.2f}, limit_open {limit_open:.2f}). Train longer before this "
+                f"stage, or set --{self.stage}.teacher.learned 1",
+                flush=True,
+            )
+        keeps = [entry["keep"] for entry in entries if "keep" in entry]
         mean = sum(keep or 0.0 for keep in keeps) / max(len(keeps), 1)
         if keeps and mean < KEEP_RANGE[0]:
             how_much = "nothing" if max(keep or 0.0 for keep in keeps) < NOTHING_KEPT else "next to nothing"
@@ -794,6 +805,12 @@ def _first_values(file: Path, stage: str) -> dict[str, float]:
     for entry in _entries(file, stage):
         values = {name: value for name, value in entry.items() if isinstance(value, float)} | values
     return values
+
+
+def _mean_of(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The mean of a logged value; None where no line has it."""
+    values = [entry[name] for entry in entries if isinstance(entry.get(name), float)]
+    return sum(values) / len(values) if values else None
 
 
 def _entries(file: Path, stage: str) -> Iterator[dict[str, Any]]:

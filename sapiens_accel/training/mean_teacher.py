@@ -36,6 +36,8 @@ CONFIDENCE_QUANTILE = 0.9
 # The teacher's further views, in this order: degrees, scale, and whether mirrored where the run mirrors.
 FURTHER_VIEWS = ((0.0, 1.0, True), (12.0, 1.08, False), (-12.0, 0.93, True))
 GRADIENT_MOMENTUM = 0.9  # of the measured ratio: it moves slowly, one batch of it by a third
+ERROR_MOMENTUM = 0.98  # of the measured errors: one batch of 8 people has up to half more than the next
+LEAST_OPEN = 0.01  # of the limit: as good as nothing, and the errors can still be measured
 CUTOUT_NOISE = 0.05  # of the input's width
 CUTOUT_HALF_SIDE = (0.05, 0.10)  # of the input's width
 
@@ -112,23 +114,49 @@ class GradientLimit:
     A step's own gradients are known only when its chunks have been differentiated, so the weight follows the ratio
     that the steps before had, as a moving average: it changes slowly, as labeled people are learned by heart.
 
+    That share is whole once they have been: where the student errs `learned` times as much at pseudo-labels as at
+    labels. Until then the labels have more to teach than a teacher that learns from them, and the share falls in a
+    line, to a hundredth half-way to equal errors.
+
     Args:
         share: the largest ratio of the norms; None: no limit, and nothing is measured.
+        learned: the ratio of the errors from which on the share is whole; 1: always, and they are not measured.
     """
 
-    def __init__(self, share: float | None, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self.share, self.gather = share, gather
+    def __init__(
+        self, share: float | None, learned: float, gather: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        self.share, self.learned, self.gather = share, learned, gather
         self.ratio = torch.zeros((), device=device)  # of the norms at weight 1; 0: not measured yet
-        self.squares = torch.zeros(2, device=device)  # of this step's micro-batches on this rank
+        self.errors = torch.zeros(2, device=device)  # a labeled and a pseudo-labeled keypoint's mean; 0: not yet
+        self.sums = torch.zeros(3, 2, device=device)  # of this step's micro-batches on this rank: see `add`
         self.weight: Tensor | float | None = None  # of this step; None without unlabeled people
+
+    @property
+    def measures_errors(self) -> bool:
+        return self.share is not None and self.learned > 1
+
+    @property
+    def error_ratio(self) -> Float[Tensor, ""]:
+        """The error at pseudo-labels as a multiple of that at labels; 0 before the first step."""
+        labeled, unlabeled = self.errors
+        return torch.where(labeled > 0, unlabeled / labeled, labeled)
+
+    @property
+    def open_part(self) -> Tensor | float:
+        """The part of the share that the unlabeled gradient may have now."""
+        if not self.measures_errors:
+            return 1.0
+        part = (2 * (self.error_ratio - 1) / (self.learned - 1) - 1).clamp(LEAST_OPEN, 1)
+        return torch.where(self.errors[0] > 0, part, 1.0)
 
     def begin_step(self, wanted: float, part: float = 1.0) -> Tensor | float:
         """The weight of this step: the given part of what is wanted, or of what the limit allows."""
-        self.squares = torch.zeros_like(self.squares)
+        self.sums = torch.zeros_like(self.sums)
         self.weight = wanted * part
         if self.share is not None:
             # Nothing is measured at ratio 0: the first step is the ramp's.
-            allowed = torch.where(self.ratio > 0, self.share / self.ratio, wanted).clamp(max=wanted)
+            allowed = torch.where(self.ratio > 0, self.share * self.open_part / self.ratio, wanted).clamp(max=wanted)
             self.weight = allowed * part
         return self.weight
 
@@ -136,20 +164,30 @@ class GradientLimit:
         """This step has no unlabeled people: nothing will be measured."""
         self.weight = None
 
-    def add(self, squares: Float[Tensor, "2"]) -> None:
-        """Count the squared norms of a micro-batch, labeled and unlabeled."""
+    def add(self, squares: Float[Tensor, "2"], errors: Float[Tensor, "2 2"]) -> None:
+        """Count a micro-batch, labeled and unlabeled.
+
+        Args:
+            squares: of the gradients' norms.
+            errors: of keypoints, weighted and summed; and the sums of those weights.
+        """
         if self.share is not None:
-            self.squares = self.squares + squares
+            self.sums = self.sums + torch.cat([squares[None], errors])
 
     def end_step(self) -> None:
         """Measure the step that was taken. All ranks must call it."""
         if self.share is None or self.weight is None:
             return
-        labeled, unlabeled = self.gather(self.squares[None]).sum(dim=0).sqrt()
+        squares, errors, weights = self.gather(self.sums[None]).sum(dim=0)
+        labeled, unlabeled = squares.sqrt()
         now = unlabeled / labeled / self.weight
         # Without a kept or a labeled keypoint, or at weight 0, there is nothing to measure.
         now = torch.where(now.isfinite() & (now > 0), now, self.ratio)
         self.ratio = torch.where(self.ratio > 0, torch.lerp(now, self.ratio, GRADIENT_MOMENTUM), now)
+        if self.measures_errors:
+            means = errors / weights
+            means = torch.where((means.isfinite() & (means > 0)).all(), means, self.errors)
+            self.errors = torch.where(self.errors > 0, torch.lerp(means, self.errors, ERROR_MOMENTUM), means)
 
 
 class MeanTeacher:
@@ -184,7 +222,7 @@ class MeanTeacher:
         self.reference = torch.zeros(len(self.mirror), device=device)
         self.calibration = torch.zeros(2 + len(self.mirror), device=device)  # slope, intercept, offsets; 0: not fitted
         self.sample = self.average.sample()
-        self.limit = GradientLimit(config.max_grad_ratio, self.gather, device)
+        self.limit = GradientLimit(config.max_grad_ratio, config.learned_at, self.gather, device)
         self.min_kept = math.ceil(config.min_kept * len(self.mirror))
         self.further_views = [
             (geometry.about_center(degrees, scale, self.codec.input_hw).to(device), flip and setup.mirrors)
@@ -229,6 +267,7 @@ class MeanTeacher:
         labeled = batch.labeled.view.image
         border = len(labeled)
         squares = torch.zeros(2, device=labeled.device)  # of the gradients of both losses by the heatmaps
+        learned = torch.zeros(2, device=labeled.device)  # errors at labels, weighted, and the sum of their weights
 
         def terms(heatmaps: Float[Tensor, "n k h w"], people: slice) -> Float[Tensor, "t"]:
             """The labeled people come first; a chunk may hold some of both."""
@@ -237,7 +276,11 @@ class MeanTeacher:
                 slice(max(people.start, border) - border, max(people.stop, border) - border),
             )
             num = first.stop - first.start
-            supervised = self.supervised.heatmap_loss(heatmaps[:num], batch.labeled, first)
+            errors, weights = self.supervised.keypoint_errors(heatmaps[:num], batch.labeled, first)
+            supervised = self.supervised.labeled_loss(weights * errors, batch.labeled)
+            # Where v=0 means absent, a keypoint's label is an empty map, which is no error to compare with.
+            present = weights.detach() * (batch.labeled.weights[first] > 0)
+            learned.add_(torch.stack([(present * errors.detach()).sum(), present.sum()]))
             unsupervised = self._agreement(heatmaps[num:], prepared, last)
             teacher = self.supervised.teacher_losses(heatmaps[:num], batch.labeled, first)
             if heatmaps.requires_grad:
@@ -246,7 +289,8 @@ class MeanTeacher:
 
         # One forward for both, so that there is one backward: two would be two micro-steps to DeepSpeed.
         loss, (unsupervised, *labeled_parts) = model(torch.cat([labeled, prepared.image]), terms)
-        self.limit.add(squares)
+        pseudo = torch.stack([unsupervised / prepared.scale, prepared.weights.sum()])
+        self.limit.add(squares, torch.stack([learned, pseudo], dim=1))
         ratio = (squares[1] / squares[0].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
         return loss, {
             **dict(zip(LABELED_PARTS, labeled_parts, strict=False)),
@@ -277,9 +321,17 @@ class MeanTeacher:
         self.average.update(self.student_parameters(), self.decay)
 
     def health(self) -> dict[str, Tensor]:
-        """ema_moved: the share of a sample of the average's values that changed since the last call."""
+        """What the training of the teacher looks like.
+
+        ema_moved: the share of a sample of the average's values that changed since the last call. Of steps with
+        unlabeled people, see `GradientLimit`: error_ratio, and limit_open, its `open_part`.
+        """
         before, self.sample = self.sample, self.average.sample()
-        return {"ema_moved": (self.sample != before).float().mean()}
+        moved = {"ema_moved": (self.sample != before).float().mean()}
+        if not self.limit.measures_errors or self.limit.weight is None or not self.limit.errors[0] > 0:
+            return moved
+        opened = torch.as_tensor(self.limit.open_part)
+        return {**moved, "error_ratio": self.limit.error_ratio, "limit_open": opened}
 
     def result(self, model: nn.Module) -> nn.Module:
         return self.teacher
@@ -289,13 +341,16 @@ class MeanTeacher:
 
     def state_dict(self) -> dict[str, Tensor]:
         teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
+        measured = {"grad_ratio": self.limit.ratio, "errors": self.limit.errors}
         fitted = {"calibration": self.calibration} if self.config.calibrates else {}
-        return {"reference": self.reference, "grad_ratio": self.limit.ratio, **fitted, **teacher}
+        return {"reference": self.reference, **measured, **fitted, **teacher}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.reference.copy_(state["reference"])
         if "grad_ratio" in state:  # checkpoints of version 0.1 have none
             self.limit.ratio.copy_(state["grad_ratio"])
+        if "errors" in state:  # checkpoints from before `learned` have none
+            self.limit.errors.copy_(state["errors"])
         if self.config.calibrates and "calibration" in state:  # else it is fitted when the stage is resumed
             self.calibration.copy_(state["calibration"])
         teacher = {name: value for name, value in state.items() if name.startswith("teacher.")}

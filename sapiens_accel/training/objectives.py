@@ -101,9 +101,19 @@ class Supervised:
 
     def heatmap_loss(self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice) -> Float[Tensor, ""]:
         """What the labels of these people add to the micro-batch's loss. Only their targets are drawn here."""
+        errors, weights = self.keypoint_errors(heatmaps, labeled, people)
+        return self.labeled_loss(weights * errors, labeled)
+
+    def keypoint_errors(
+        self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """The mean squared errors of these people's keypoints, and their weights: 0 for those without a target."""
         target, weights = self.codec.encode(labeled.points_xy[people], labeled.weights[people])
-        error = (heatmaps.float() - target).square().mean(dim=(2, 3))
-        return self.loss_weight * self.sum_errors(weights * error) / labeled.weights.numel()
+        return (heatmaps.float() - target).square().mean(dim=(2, 3)), weights
+
+    def labeled_loss(self, errors: Float[Tensor, "n k"], labeled: Labeled) -> Float[Tensor, ""]:
+        """What weighted errors of some people add to the loss of the micro-batch `labeled`."""
+        return self.loss_weight * self.sum_errors(errors) / labeled.weights.numel()
 
     def teacher_losses(
         self, heatmaps: Float[Tensor, "n k h w"], labeled: Labeled, people: slice

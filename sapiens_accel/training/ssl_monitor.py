@@ -215,6 +215,7 @@ class Alarms:
 
 # ---- The end
 
+NEARLY_OPEN = 0.95
 ENOUGH_PEOPLE = 100  # with 30 validation people a choice by AP was little better than chance, with 300 always right
 
 
@@ -230,6 +231,8 @@ class StageResult:
         gain: how much higher the OKS of the validation people is than with what it began with.
         keep: the mean share of unlabeled keypoints that were learned from, over the logged steps with unlabeled people;
             None without any.
+        limit_open: the mean share of their gradient's limit that was open, over the same steps; None where it is
+            always whole.
         precision, precision_absent_wrong: the share of such labels that are right on validation people; the second
             counts keypoints without a label as wrong. nan where nothing was kept.
     """
@@ -240,6 +243,7 @@ class StageResult:
     began: int | None
     gain: PairedDifference | None
     keep: float | None
+    limit_open: float | None
     precision: float
     precision_absent_wrong: float
 
@@ -256,6 +260,11 @@ def describe_result(result: StageResult) -> str:
         parts = [f"hands over the weights of step {result.step} of {result.last}: {found}{_judge(result.gain)}"]
     if result.keep is not None:
         parts.append(_describe_labels(result.keep, result.precision, result.precision_absent_wrong))
+    if result.limit_open is not None and result.limit_open < NEARLY_OPEN:
+        parts.append(
+            f"the limit of the gradient of unlabeled people was {100 * result.limit_open:.0f} % open, since the labels "
+            "were not learned yet"
+        )
     return "; ".join(parts)
 
 

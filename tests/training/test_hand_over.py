@@ -203,8 +203,8 @@ def test_best_weights_that_were_measured_otherwise_are_not_compared(
 
 
 def _result(**values: Any) -> StageResult:
-    known = {"step": 4, "last": 8, "aps": {0: 0.5, 4: 0.6, 8: 0.55}, "began": 0, "keep": 0.4, "precision": 0.9,
-             "precision_absent_wrong": 0.8, "gain": PairedDifference(0.02, 0.005, 300)}  # fmt: skip
+    known = {"step": 4, "last": 8, "aps": {0: 0.5, 4: 0.6, 8: 0.55}, "began": 0, "keep": 0.4, "limit_open": None,
+             "precision": 0.9, "precision_absent_wrong": 0.8, "gain": PairedDifference(0.02, 0.005, 300)}  # fmt: skip
     return StageResult(**known | values)
 
 
@@ -223,6 +223,9 @@ def test_the_last_line_says_what_is_known() -> None:
     assert "worse than what it began with" in describe_result(_result(gain=PairedDifference(-0.02, 0.005, 300)))
     nothing = describe_result(_result(keep=None, gain=PairedDifference(0.3, float("nan"), 1)))
     assert "not known" in nothing and "learned from" not in nothing
+    closed, opened = (describe_result(_result(limit_open=part)) for part in (0.321, 0.96))
+    assert closed.endswith("; the limit of the gradient of unlabeled people was 32 % open, since the labels were not "
+                           "learned yet") and opened == describe_result(_result())  # fmt: skip
     began = describe_result(_result(step=0))
     assert began.startswith("hands over the weights that it began with: no later ones are better (AP 50.0 -> 55.0 "
                             "at step 8), nothing was gained; it learned from 40.0 %")  # fmt: skip

@@ -20,7 +20,7 @@ from sapiens_accel.pose.geometry import Crop, apply
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, cut_out, ema_decay
+from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherSetup, cut_out, ema_decay
 from sapiens_accel.training.objectives import Supervised, heatmap_kl, literal_kl
 
 SIZES = [((64, 48), 2), ((128, 96), 3), ((256, 192), 6)]
@@ -375,6 +375,7 @@ def _step(objective: MeanTeacher, student: nn.Module, batches: Sequence[Batch]) 
         loss = objective.loss(student, batch, prepared)[0] / len(batches)
         loss.backward()
         total += loss.item()
+    objective.limit.end_step()
     return total, torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
 
 
@@ -382,8 +383,12 @@ def test_two_micro_batches_are_one_batch(tiny: SapiensPose) -> None:
     """Also where one half keeps far fewer keypoints than the other."""
     batch, teacher = _tiny_batch()
     student = tiny.double()
-    whole, gradient = _step(_mean_teacher(teacher, TINY_CODEC), student, [batch])
-    halves, same = _step(_mean_teacher(teacher, TINY_CODEC), student, _halves(batch))
+    objectives = [_mean_teacher(teacher, TINY_CODEC, learned=1.5) for _ in range(2)]
+    whole, gradient = _step(objectives[0], student, [batch])
+    halves, same = _step(objectives[1], student, _halves(batch))
+    errors = [objective.limit.errors for objective in objectives]
+    assert errors[0].all()
+    torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
     kept = [(p.weights > 0).sum().item() for p in _mean_teacher(teacher, TINY_CODEC).prepare(_halves(batch), 300)]
     assert kept[0] < kept[1] and min(kept) > 0
     assert halves == pytest.approx(whole, rel=1e-6)
@@ -400,10 +405,11 @@ def test_two_ranks_are_one_batch(tiny: SapiensPose, unsure: list[int]) -> None:
     batch, teacher = _tiny_batch()
     teacher.heights[unsure] = 0.1
     student = tiny.double()
-    whole, gradient = _step(_mean_teacher(teacher, TINY_CODEC), student, [batch])
+    alone = _mean_teacher(teacher, TINY_CODEC, learned=1.5)
+    whole, gradient = _step(alone, student, [batch])
     barrier, slots = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
 
-    def rank(r: int) -> tuple[float, Tensor, Tensor]:
+    def rank(r: int) -> tuple[tuple[float, Tensor], MeanTeacher]:
         def gather(tensor: Tensor) -> Tensor:
             slots[r] = tensor
             barrier.wait()
@@ -411,12 +417,14 @@ def test_two_ranks_are_one_batch(tiny: SapiensPose, unsure: list[int]) -> None:
             barrier.wait()
             return gathered
 
-        objective = _mean_teacher(copy.deepcopy(teacher), TINY_CODEC, gather)
-        return *_step(objective, copy.deepcopy(student), [_halves(batch)[r]]), objective.reference
+        objective = _mean_teacher(copy.deepcopy(teacher), TINY_CODEC, gather, learned=1.5)
+        return _step(objective, copy.deepcopy(student), [_halves(batch)[r]]), objective
 
     with ThreadPoolExecutor(2) as ranks:
-        (loss_0, gradient_0, reference_0), (loss_1, gradient_1, reference_1) = ranks.map(rank, range(2))
-    assert torch.equal(reference_0, reference_1)
+        ((loss_0, gradient_0), one), ((loss_1, gradient_1), other) = ranks.map(rank, range(2))
+    assert torch.equal(one.reference, other.reference) and torch.equal(one.limit.errors, other.limit.errors)
+    torch.testing.assert_close(one.limit.errors, alone.limit.errors, rtol=1e-6, atol=0)
+    assert alone.limit.errors.all() == (len(unsure) < 4)
     assert (loss_0 + loss_1) / 2 == pytest.approx(whole, rel=1e-6)
     average = (gradient_0 + gradient_1) / 2
     # The copies of a v1 network have no hook on their positions: the slot that Sapiens does not have is left out.
@@ -605,8 +613,8 @@ def test_the_labels_have_the_last_word(tiny: SapiensPose, end: float, lefts: dic
     for share in (None, 0.25):
         ratios = {}
         for part in (0.0, 0.8):
-            options: dict = {"weight": 50.0, "max_grad_ratio": share, "ramp_down": part, "labeled_end": end}
-            objective = _mean_teacher(teacher, TINY_CODEC, **options)
+            options: dict = {"max_grad_ratio": share, "ramp_down": part, "labeled_end": end}
+            objective = _mean_teacher(teacher, TINY_CODEC, weight=50.0, **options)
             for step in (100, *lefts):  # of 1000
                 labeled, unlabeled = _gradients(objective, student, batch, step)
                 ratios[part, step] = unlabeled / labeled
@@ -646,6 +654,90 @@ def test_a_step_without_a_kept_keypoint_leaves_the_measured_ratio_alone(tiny: Sa
     _gradients(objective, student, batch)
     assert ratio > 0 and objective.limit.ratio == ratio
     assert _mean_teacher(teacher, TINY_CODEC).limit.ratio == 0
+
+
+def _errors(student: nn.Module, batch: Batch, prepared: PseudoLabels) -> Tensor:
+    """The mean errors of a keypoint with a label in the image, and of a pseudo-labeled one, by their definition."""
+    num = len(batch.labeled.view.image)
+    with torch.no_grad():
+        heatmaps = student(torch.cat([batch.labeled.view.image, prepared.image]))
+    points_xy, labels = batch.labeled.points_xy, batch.labeled.weights
+    target, weights = TINY_CODEC.encode(points_xy, labels)
+    labeled = (heatmaps[:num] - target).square().mean(dim=(2, 3))
+    weights = weights * ((labels > 0) & (points_xy.abs().amax(dim=-1) < 1000))
+    target, pseudo = TINY_CODEC.encode(prepared.prediction.points_xy, prepared.weights)
+    unlabeled = heatmap_kl(heatmaps[num:], target, TINY_CODEC.sigma, TeacherConfig().temperature)
+    return torch.stack([(weights * labeled).sum() / weights.sum(), (pseudo * unlabeled).sum() / pseudo.sum()])
+
+
+@pytest.mark.parametrize("factor", [1.0, 10.0])
+def test_the_errors_are_means_over_the_keypoints_that_count(tiny: SapiensPose, factor: float) -> None:
+    """Not over those without a label, known to be absent, or outside the image; whatever weights both losses have."""
+    (first, teacher), student = _tiny_batch(), tiny.float()
+    labels, points_xy = first.labeled.weights.clone(), first.labeled.points_xy.clone()
+    labels[0, 3], labels[1, 5], labels[:, 9], labels[2:, 10] = 0.0, 0.5, -1.0, -1.0
+    points_xy[1:, 12:15] = 4000.0
+    second = first._replace(labeled=first.labeled._replace(weights=labels, points_xy=points_xy))
+    for chunk in (None, 3):
+        student.head.chunk = chunk
+        objective = _mean_teacher(teacher, TINY_CODEC, weight=factor, learned=1.5)
+        objective.supervised.loss_weight = 3 * factor
+        seen = []
+        for step, batch in ((300, first), (500, second), (600, second)):
+            (prepared,) = objective.prepare([batch], step)
+            objective.loss(student, batch, prepared)
+            objective.limit.end_step()
+            seen.append(_errors(student, batch, prepared))
+        assert (seen[0][0] - seen[1][0]).abs() > 0.01 * seen[0][0]
+        expected = 0.98 * (0.98 * seen[0] + 0.02 * seen[1]) + 0.02 * seen[2]
+        torch.testing.assert_close(objective.limit.errors, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(objective.health()["error_ratio"], expected[1] / expected[0], rtol=1e-5, atol=0)
+
+
+def test_a_step_without_an_error_to_compare_leaves_the_measured_ones_alone(tiny: SapiensPose) -> None:
+    """Nothing is kept; no label; a loss is not finite. Before the first measurement nothing is logged of them."""
+    (batch, teacher), student = _tiny_batch(), tiny.float()
+    objective = _mean_teacher(teacher, TINY_CODEC, learned=1.5)
+    assert objective.limit.open_part == 1 and "limit_open" not in objective.health()
+    _gradients(objective, student, batch)
+    errors, heights = objective.limit.errors.clone(), teacher.heights
+    assert errors.all() and objective.health().keys() >= {"error_ratio", "limit_open"}
+    teacher.heights = objective.teacher.heights = torch.zeros_like(heights)
+    _gradients(objective, student, batch)
+    assert torch.equal(objective.limit.errors, errors)
+    teacher.heights = objective.teacher.heights = heights
+    none = batch.labeled._replace(weights=torch.zeros_like(batch.labeled.weights))
+    _gradients(objective, student, batch._replace(labeled=none))
+    assert torch.equal(objective.limit.errors, errors)
+    for value in (math.nan, math.inf):
+        objective.prepare([batch], 300)
+        objective.limit.add(torch.ones(2), torch.tensor([[value, 1.0], [1.0, 1.0]]))
+        objective.limit.end_step()
+        assert torch.equal(objective.limit.errors, errors)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "part"), [(0.5, 0.01), (1.25, 0.01), (1.3, 0.2), (1.45, 0.8), (1.5, 1.0), (4.0, 1.0)]
+)
+def test_the_limit_is_whole_once_the_labels_are_learned(tiny: SapiensPose, ratio: float, part: float) -> None:
+    """The share of the labeled gradient that is left to the unlabeled one, where they err `ratio` times as much."""
+    (batch, teacher), student = _tiny_batch(), tiny.float()
+    found = {}
+    for learned in (1.0, 1.5):
+        objective = _mean_teacher(teacher, TINY_CODEC, weight=50.0, max_grad_ratio=0.25, learned=learned)
+        _gradients(objective, student, batch)
+        objective.limit.errors = torch.tensor([0.02, 0.02 * ratio])
+        found[learned] = _gradients(objective, student, batch)
+    torch.testing.assert_close(found[1.5][1], part * found[1.0][1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found[1.5][0], found[1.0][0])
+
+
+def test_errors_are_measured_only_where_they_can_be_compared(tiny: SapiensPose) -> None:
+    (batch, teacher), student = _tiny_batch(), tiny.float()
+    for off in ({"max_grad_ratio": None}, {"learned": 1.0}, {"loss": "literal", "threshold": -1.0}):
+        objective = _mean_teacher(teacher, TINY_CODEC, **{"learned": 1.5, **off})
+        _gradients(objective, student, batch)
+        assert not objective.limit.errors.any() and "error_ratio" not in objective.health()
 
 
 class _Colors(ChunkedHead):
@@ -791,8 +883,11 @@ def test_state_round_trip_is_exact(tiny: SapiensPose) -> None:
         objective.prepare([batch], step)
         objective.after_step()
     state = copy.deepcopy(objective.state_dict())
-    assert set(state) == {"reference", "grad_ratio", "teacher.gain"} and state["reference"].all()
+    assert set(state) == {"reference", "grad_ratio", "errors", "teacher.gain"} and state["reference"].all()
     resumed = _mean_teacher(_tiny_batch()[1], TINY_CODEC, student=[torch.tensor(0.7)], ema_decay=0.9)
+    resumed.load_state_dict({name: value for name, value in state.items() if name != "errors"})
+    assert not resumed.limit.errors.any(), "an earlier version's: they are measured anew"
+    state["errors"] = torch.tensor([0.1, 0.3])
     resumed.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
     for one, other in zip(objective.prepare([batch], 3), resumed.prepare([batch], 3), strict=True):

@@ -232,6 +232,13 @@ def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsy
     main(run, "--stage=ssl", "--max_steps=2", "--ssl.teacher.threshold=1", "--ssl.teacher.confidence=raw")
     said = capsys.readouterr().out
     assert "ssl: warning: keep was 0.00 in the whole stage" in said and "initial weights" not in said
+    assert "limit_open" not in said
+    main(run, "--stage=ssl", "--max_steps=2", "--ssl.teacher.learned=1e6", "--ssl.teacher.threshold=-1")
+    said = capsys.readouterr().out
+    assert (
+        "ssl: warning: next to nothing was learned from unlabeled people, since the labels have more to teach" in said
+    )
+    assert "limit_open 0.01). Train longer before this stage, or set --ssl.teacher.learned 1" in said
 
 
 def test_by_default_a_run_is_saved_at_the_end_of_its_first_epoch(run: Path, main: Main) -> None:
@@ -344,14 +351,17 @@ def test_a_record_without_the_option_of_bf16_weights_had_those_of_fp32(tmp_path:
         record.check_differences(record.find_differences(tree, asked), context)
 
 
-def test_a_record_without_a_labeled_end_had_unlabeled_people_to_the_end(tmp_path: Path) -> None:
-    """An earlier version wrote it: that its stage now ends otherwise is said."""
-    asked = parse.load(["--ssl.teacher.labeled_end=0.2"])
+@pytest.mark.parametrize(("option", "was", "new"), [("labeled_end", 0.0, 0.2), ("learned", 1.0, 1.5)])
+def test_a_record_without_an_option_of_the_teacher_had_what_it_did_before(
+    option: str, was: float, new: float, tmp_path: Path
+) -> None:
+    """An earlier version wrote it: that its stage now goes on otherwise is said."""
+    asked = parse.load([f"--ssl.teacher.{option}={new}"])
     tree = parse.as_tree(parse.load([]))
-    del tree["ssl"]["teacher"]["labeled_end"]
+    del tree["ssl"]["teacher"][option]
     context = record.Continuation(file=tmp_path / "config.yaml", trained=["ssl"], begun=["ssl"], resumed="ssl", step=2)
     (line,) = record.check_differences(record.find_differences(tree, asked), context)
-    assert "ssl.teacher.labeled_end was 0.0, is 0.2: applied from step 3 of ssl on" in line
+    assert f"ssl.teacher.{option} was {was}, is {new}: applied from step 3 of ssl on" in line
 
 
 def test_images_of_earlier_programs_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
