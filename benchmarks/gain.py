@@ -64,6 +64,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "calibrated": ("--ssl.teacher.confidence=calibrated",),
     "no_cutout": ("--ssl.teacher.cutout=0",),
     "ratio_2": ("--ssl.teacher.ratio=2",),
+    "ratio_0.5": ("--ssl.teacher.ratio=0.5",),
+    "learned_1.5": ("--ssl.teacher.learned=1.5",),
+    "soft": ("--ssl.teacher.target=heatmap",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),
     "literal": ("--ssl.teacher.loss=literal", "--ssl.teacher.max_grad_ratio=null", "--ssl.teacher.ramp_down=0"),
 }
