@@ -267,6 +267,7 @@ def _check_values(config: Config) -> None:
             "as --lora.rank 16)"
         )
     _check_base_dtype(config)
+    _check_learned(config)
     if config.distill.teacher is None and config.distill != DistillConfig():
         raise UserError(
             f"--distill.weight {config.distill.weight:g}: there is no teacher (expected --distill.teacher too, such "
@@ -291,6 +292,19 @@ def _check_base_dtype(config: Config) -> None:
         raise UserError(f"{given}: not with --lora.dora, which needs the norms of the matrices. Leave one of them out")
     if config.memory.compile_blocks:
         raise UserError(f"{given}: not with --memory.compile_blocks. Leave one of them out")
+
+
+def _check_learned(config: Config) -> None:
+    """Refuse a part of a limit that there is not, or by errors of different units."""
+    for name in config.stages:
+        teacher = config.get_stage(name).teacher
+        if teacher is None or teacher.learned == 1:
+            continue
+        given = f"--{name}.teacher.learned {teacher.learned:g}"
+        if teacher.max_grad_ratio is None:
+            raise UserError(f"{given}: not with max_grad_ratio null, which is no limit. Leave one of them out")
+        if teacher.loss == "literal":
+            raise UserError(f"{given}: not with loss literal, whose errors have another unit. Leave one of them out")
 
 
 def read_transforms(value: Any) -> tuple[dict[str, Any], ...] | None:

@@ -413,8 +413,8 @@ class TeacherConfig:
     """Above 1: the limit is whole only once the labels are learned, which is where the student's mean error at
     pseudo-labels is at least this many times that at labels. It falls to a hundredth half-way to where both are equal
     (of 1.5: at 1.25), for until then the labels have more to teach. Labels that are off by chance are never learned:
-    with them it may stay closed. Errors are those of the losses, of pseudo-labels that of `loss`. Without effect with
-    max_grad_ratio null, and with loss literal, whose errors have another unit."""
+    with them it may stay closed. Errors are those of the losses, of pseudo-labels that of `loss`. Not with
+    max_grad_ratio null, and not with loss literal, whose errors have another unit."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 
@@ -427,11 +427,6 @@ class TeacherConfig:
         """Number of steps of a stage, from the first on, that have unlabeled people."""
         # 0.7 * 10 is 7 but for its last bit.
         return num_steps - math.floor(self.labeled_end * num_steps + 1e-9) if self.ratio else 0
-
-    @property
-    def learned_at(self) -> float:
-        """`learned`, and 1 for losses whose errors cannot be compared with the labeled ones."""
-        return 1.0 if self.loss == "literal" else self.learned
 
     @property
     def compares_maps(self) -> bool:

@@ -222,7 +222,7 @@ class MeanTeacher:
         self.reference = torch.zeros(len(self.mirror), device=device)
         self.calibration = torch.zeros(2 + len(self.mirror), device=device)  # slope, intercept, offsets; 0: not fitted
         self.sample = self.average.sample()
-        self.limit = GradientLimit(config.max_grad_ratio, config.learned_at, self.gather, device)
+        self.limit = GradientLimit(config.max_grad_ratio, config.learned, self.gather, device)
         self.min_kept = math.ceil(config.min_kept * len(self.mirror))
         self.further_views = [
             (geometry.about_center(degrees, scale, self.codec.input_hw).to(device), flip and setup.mirrors)

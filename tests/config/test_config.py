@@ -395,3 +395,23 @@ def test_every_ds_config_is_used() -> None:
         for path in (ROOT / "accelerate_configs").glob("*.yaml")
     }
     assert {f"ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")} == used - {None}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["--ssl.teacher.max_grad_ratio=null"],
+            "not with max_grad_ratio null, which is no limit. Leave one of them out",
+        ),
+        (
+            ["--ssl.teacher.loss=literal"],
+            "not with loss literal, whose errors have another unit. Leave one of them out",
+        ),
+    ],
+)
+def test_a_part_of_a_limit_that_there_is_not_is_refused(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load([*words, "--ssl.teacher.learned=1.5"])
+    assert str(error.value) == f"--ssl.teacher.learned 1.5: {expected}"
+    assert config.load(words).ssl.teacher

@@ -178,6 +178,30 @@ def test_a_resumed_stage_hands_over_the_same(whole: Path, main: Main, begun: Pat
     assert found == expected and len({keep for _, keep in found if keep}) > 1, "what is kept follows the calibration"
 
 
+def test_a_half_open_limit_and_half_as_many_unlabeled_people_go_on_where_they_were(
+    main: Main, begun: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--stage=ssl",
+        f"--weights={begun}",
+        "--ssl.steps=4",
+        "--ssl.teacher.threshold=-1",
+        "--memory.micro_batch=2",
+    ]
+    words += ["--ssl.teacher.weight=50", "--ssl.teacher.max_grad_ratio=0.1", "--ssl.teacher.ramp=0"]
+    words += ["--ssl.teacher.ratio=0.5", "--ssl.teacher.temperature=1", "--ssl.teacher.learned=1.15"]
+    main(tmp_path / "whole", *words)
+    main(tmp_path / "cut", *words, "--max_steps=2")
+    main(tmp_path / "cut", *words, LATEST)
+    whole, cut = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "cut"))
+    names = ("loss", "grad_ratio", "weight_unlabelled", "error_ratio", "limit_open")
+    assert [[line[name] for name in names] for line in cut] == [[line[name] for name in names] for line in whole]
+    assert all(0.02 < line["limit_open"] < 0.98 for line in whole), "else nothing is proven"
+    assert all(
+        same(tmp_path / "cut" / "ssl" / name, tmp_path / "whole" / "ssl" / name) for name in ("weights", "student")
+    )
+
+
 def test_a_stage_resumed_without_its_record_compares_with_what_it_resumes(
     whole: Path, main: Main, begun: Path, tmp_path: Path
 ) -> None:

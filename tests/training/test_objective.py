@@ -732,12 +732,11 @@ def test_the_limit_is_whole_once_the_labels_are_learned(tiny: SapiensPose, ratio
     torch.testing.assert_close(found[1.5][0], found[1.0][0])
 
 
-def test_errors_are_measured_only_where_they_can_be_compared(tiny: SapiensPose) -> None:
-    (batch, teacher), student = _tiny_batch(), tiny.float()
-    for off in ({"max_grad_ratio": None}, {"learned": 1.0}, {"loss": "literal", "threshold": -1.0}):
-        objective = _mean_teacher(teacher, TINY_CODEC, **{"learned": 1.5, **off})
-        _gradients(objective, student, batch)
-        assert not objective.limit.errors.any() and "error_ratio" not in objective.health()
+def test_errors_are_measured_only_where_the_limit_depends_on_them(tiny: SapiensPose) -> None:
+    batch, teacher = _tiny_batch()
+    objective = _mean_teacher(teacher, TINY_CODEC)
+    _gradients(objective, tiny.float(), batch)
+    assert objective.limit.ratio > 0 and not objective.limit.errors.any() and "error_ratio" not in objective.health()
 
 
 class _Colors(ChunkedHead):
