@@ -65,6 +65,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "no_cutout": ("--ssl.teacher.cutout=0",),
     "ratio_2": ("--ssl.teacher.ratio=2",),
     "ratio_0.5": ("--ssl.teacher.ratio=0.5",),
+    "learned_1": ("--ssl.teacher.learned=1",),
     "learned_1.5": ("--ssl.teacher.learned=1.5",),
     "soft": ("--ssl.teacher.target=heatmap",),
     "mse": ("--ssl.teacher.loss=mse", "--ssl.teacher.target=heatmap"),

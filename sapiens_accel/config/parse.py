@@ -298,7 +298,7 @@ def _check_learned(config: Config) -> None:
     """Refuse a part of a limit that there is not, or by errors of different units."""
     for name in config.stages:
         teacher = config.get_stage(name).teacher
-        if teacher is None or teacher.learned == 1:
+        if teacher is None or teacher.learned in (None, 1):
             continue
         given = f"--{name}.teacher.learned {teacher.learned:g}"
         if teacher.max_grad_ratio is None:

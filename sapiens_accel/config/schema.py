@@ -409,12 +409,13 @@ class TeacherConfig:
     max_grad_ratio: NonNegative | None = 1.0
     """Upper limit of the unlabeled loss's gradient norm at the heatmaps, as a multiple of the labeled loss's. The
     weight is lowered to hold it, by the ratio that the steps before had. null: no limit."""
-    learned: Annotated[float, Range(1, 1e6)] = 1.0
+    learned: Annotated[float, Range(1, 1e6)] | None = None
     """Above 1: the limit is whole only once the labels are learned, which is where the student's mean error at
     pseudo-labels is at least this many times that at labels. It falls to a hundredth half-way to where both are equal
     (of 1.5: at 1.25), for until then the labels have more to teach. Labels that are off by chance are never learned:
     with them it may stay closed. Errors are those of the losses, of pseudo-labels that of `loss`. Not with
-    max_grad_ratio null, and not with loss literal, whose errors have another unit."""
+    max_grad_ratio null, and not with loss literal, whose errors have another unit. Default: 1.5 where there are fewer
+    than 5 unlabeled people for each labeled one, since they have less to add; else 1. 1 too with a fixed teacher."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 

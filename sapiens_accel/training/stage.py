@@ -32,7 +32,7 @@ from sapiens_accel.training import checkpoint, ema, optim
 from sapiens_accel.training.checkpoint import Resume, Saver, SaveSchedule
 from sapiens_accel.training.logger import SCALE_SEARCH, StageContext, StageLogger
 from sapiens_accel.training.loop import Step, StepConfig, steps, stop_between_batches
-from sapiens_accel.training.mean_teacher import TeacherSetup, build_objective
+from sapiens_accel.training.mean_teacher import MeanTeacher, TeacherSetup, build_objective
 from sapiens_accel.training.objectives import FixedTeacher, Objective
 from sapiens_accel.visibility import output as visibility
 from sapiens_accel.visibility.quality import format_quality
@@ -375,6 +375,21 @@ def _set_up_teacher(
         gather=partial(distributed.gather, accelerator),
         autocast=distributed.autocast_dtype(accelerator),
         mirrors=context.run.augment.flip_p > 0,
+        unlabeled_each=len(context.sets.unlabeled or ()) / len(context.sets.train),
+    )
+
+
+def _describe_few_unlabeled(context: StageContext, objective: Objective) -> str:
+    """That labels come first by default, since there are few unlabeled people; else empty."""
+    teacher, unlabeled = context.config.teacher, context.sets.unlabeled
+    if not (isinstance(objective, MeanTeacher) and teacher and teacher.ratio and unlabeled):
+        return ""
+    learned = objective.limit.learned
+    if teacher.learned is not None or learned == 1:
+        return ""
+    return (
+        f"{len(unlabeled)} unlabeled people for {len(context.sets.train)} labeled ones are few: they count once the "
+        f"labels are learned (--{context.name}.teacher.learned {learned:g})"
     )
 
 
@@ -545,6 +560,8 @@ def build_stage(context: StageContext, given: str | None) -> TrainingStage:
     mixed = config.unlabeled_steps(num_steps)
     alone = f"; from step {mixed + 1} on labeled people alone" if 0 < mixed < context.last else ""
     accelerator.print(f"{context.name}: steps {first + 1} to {context.last}, {plan}{alone}")
+    if note := _describe_few_unlabeled(context, objective):
+        accelerator.print(f"{context.name}: {note}")
     augmenter = Augmenter(config=run.augment, skeleton=skeleton, input_hw=run.data.input_hw)
     people = TrainingPeople(context.sets, augmenter, run.data, config, seed=run.seed, stage=context.name)
     logger = StageLogger(context, augmenter)

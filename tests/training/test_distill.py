@@ -96,8 +96,9 @@ def test_pseudo_labels_are_those_of_the_fixed_teacher_and_the_average_is_the_res
     view = _labeled(4).view
     pair = Pair(view, view, torch.zeros(4, 0, 4))
     setup = TeacherSetup(
-        average=MovingAverage(average), student_parameters=list, num_steps=10, gather=lambda tensor: tensor
-    )
+        average=MovingAverage(average), student_parameters=list, num_steps=10, gather=lambda tensor: tensor,
+        unlabeled_each=0.1,
+    )  # fmt: skip
     supervised = Supervised(codec=CODEC, teacher=FixedTeacher(network=fixed))
     objective = MeanTeacher(supervised, setup, TeacherConfig(), COCO17.mirror, COCO17.names)
     labels = objective.pseudo_labels(pair)
@@ -106,6 +107,7 @@ def test_pseudo_labels_are_those_of_the_fixed_teacher_and_the_average_is_the_res
         others_xy, _ = CODEC.decode(average(view.image))
     assert torch.equal(labels.weak_xy, points_xy) and torch.equal(labels.scores, scores)
     assert (others_xy - points_xy).abs().max() > 1
+    assert not objective.limit.measures_errors, "what it knows does not come from the labels"
     assert objective.result(nn.Identity()) is average
     assert set(objective.results({})["weights"]) == set(average.state_dict())
 

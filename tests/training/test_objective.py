@@ -20,7 +20,14 @@ from sapiens_accel.pose.geometry import Crop, apply
 from sapiens_accel.pose.heatmap import Codec
 from sapiens_accel.pose.skeleton import COCO17
 from sapiens_accel.training.ema import MovingAverage
-from sapiens_accel.training.mean_teacher import MeanTeacher, PseudoLabels, TeacherSetup, cut_out, ema_decay
+from sapiens_accel.training.mean_teacher import (
+    MeanTeacher,
+    PseudoLabels,
+    TeacherSetup,
+    cut_out,
+    ema_decay,
+    learned_ratio,
+)
 from sapiens_accel.training.objectives import Supervised, heatmap_kl, literal_kl
 
 SIZES = [((64, 48), 2), ((128, 96), 3), ((256, 192), 6)]
@@ -730,6 +737,27 @@ def test_the_limit_is_whole_once_the_labels_are_learned(tiny: SapiensPose, ratio
         found[learned] = _gradients(objective, student, batch)
     torch.testing.assert_close(found[1.5][1], part * found[1.0][1], rtol=1e-3, atol=0)
     torch.testing.assert_close(found[1.5][0], found[1.0][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "unlabeled_each", "fixed", "expected"),
+    [
+        ({}, 4.99, False, 1.5),
+        ({}, 5.0, False, 1.0),
+        ({}, math.inf, False, 1.0),
+        ({"learned": 1.0}, 0.1, False, 1.0),
+        ({"learned": 3.0}, 100.0, True, 3.0),
+        ({}, 0.1, True, 1.0),
+        ({"max_grad_ratio": None}, 0.1, False, 1.0),
+        ({"loss": "literal"}, 0.1, False, 1.0),
+        ({"loss": "mse"}, 0.1, False, 1.5),
+    ],
+)
+def test_by_default_labels_come_first_where_unlabeled_people_are_few(
+    options: dict[str, float | str | None], unlabeled_each: float, fixed: bool, expected: float
+) -> None:
+    config = TeacherConfig(**options)  # pyright: ignore[reportArgumentType]
+    assert learned_ratio(config, unlabeled_each, fixed=fixed) == expected
 
 
 def test_errors_are_measured_only_where_the_limit_depends_on_them(tiny: SapiensPose) -> None:

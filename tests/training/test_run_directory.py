@@ -241,6 +241,25 @@ def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsy
     assert "limit_open 0.01). Train longer before this stage, or set --ssl.teacher.learned 1" in said
 
 
+@pytest.mark.parametrize(("unlabeled", "are_few"), [(39, True), (40, False)])
+def test_few_unlabeled_people_count_once_the_labels_are_learned(
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str], unlabeled: int, are_few: bool
+) -> None:
+    """Fewer than 5 for each of the 8 labeled ones. The first line says it, and each step measures how far they are."""
+    main(
+        tmp_path / "run", "--stage=ssl", "--weights=random", "--max_steps=1", "--ssl.teacher.learned=null",
+        "--ssl.teacher.threshold=-1", f"--data.synthetic.num_unlabelled={unlabeled}",
+    )  # fmt: skip
+    note = (
+        f"ssl: {unlabeled} unlabeled people for 8 labeled ones are few: they count once the labels are learned "
+        "(--ssl.teacher.learned 1.5)"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [note in capsys.readouterr().out, *("limit_open" in line for line in lines if "loss" in line)] == [
+        are_few
+    ] * 2
+
+
 def test_by_default_a_run_is_saved_at_the_end_of_its_first_epoch(run: Path, main: Main) -> None:
     """8 people in batches of 4. Later ones are saved if saving costs little against the time that they take."""
     main(run, "--stage=ssl", "--max_steps=3", "--save_every=null", "--keep_checkpoints=9")
