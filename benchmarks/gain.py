@@ -52,6 +52,7 @@ STRENGTHS = {
     "strong": {"rotation": 45, "scale": 0.4, "shift": 0.16, "photometric_p": 0.5, "coarse_dropout_p": 0.5},
 }
 RATES = (1.0, 0.3)  # of the supervised continuation, as shares of the start's
+# Where unlabeled people are few, `learned` is 1.5 in all arms but learned_1 and version_0.1; until 2026-11-30 it was 1.
 ARMS: dict[str, tuple[str, ...]] = {
     BASELINE: ("--ssl.teacher.ratio=0",),
     LONG: ("--ssl.teacher.ratio=0",),

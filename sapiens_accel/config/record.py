@@ -86,7 +86,10 @@ def find_differences(record: Mapping[str, Any], config: Config) -> list[Differen
     for name in STAGES:
         stage = record.get(name)
         if isinstance(stage, Mapping) and isinstance(teacher := stage.get("teacher"), Mapping):
-            record[name] = {**stage, "teacher": {"labeled_end": 0.0, "learned": 1.0, **teacher}}
+            # By default a stage that has begun keeps the 1 of then.
+            by_default = (asked := config.get_stage(name).teacher) is None or asked.learned is None
+            before = {"labeled_end": 0.0} if by_default else {"labeled_end": 0.0, "learned": 1.0}
+            record[name] = {**stage, "teacher": {**before, **teacher}}
     return [one for one in _walk(record, as_tree(config), "") if one.key not in NOT_COMPARED]
 
 

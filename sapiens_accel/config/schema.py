@@ -415,7 +415,8 @@ class TeacherConfig:
     (of 1.5: at 1.25), for until then the labels have more to teach. Labels that are off by chance are never learned:
     with them it may stay closed. Errors are those of the losses, of pseudo-labels that of `loss`. Not with
     max_grad_ratio null, and not with loss literal, whose errors have another unit. Default: 1.5 where there are fewer
-    than 5 unlabeled people for each labeled one, since they have less to add; else 1. 1 too with a fixed teacher."""
+    than 5 unlabeled people for each labeled one as the stage begins, else 1; and 1 with a fixed teacher, without a
+    limit and with loss literal."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 

@@ -197,8 +197,9 @@ def _objective(model: SapiensPose, plan: StageConfig, sigma: float) -> Objective
     names, sigmas = tuple(map(str, keypoints)), (0.05,) * len(keypoints)  # of any value: losses do not read sigmas
     skeleton = Skeleton(names=names, mirror=keypoints, sigmas=sigmas, upper=(), edges=())
     setup = TeacherSetup(
-        average=MovingAverage(nn.Linear(1, 1)), student_parameters=list, num_steps=1, gather=lambda tensor: tensor
-    )
+        average=MovingAverage(nn.Linear(1, 1)), student_parameters=list, num_steps=1, gather=lambda tensor: tensor,
+        unlabeled_each=1.0,
+    )  # fmt: skip
     return build_objective(plan, codec, skeleton, setup)
 
 

@@ -163,6 +163,7 @@ def take_steps(
         student_parameters=partial(engine.full_values, accelerator, network),
         num_steps=SCHEDULE,
         gather=lambda tensor: tensor,
+        unlabeled_each=1.0,
         autocast=distributed.autocast_dtype(accelerator),
     )
     objective = build_objective(plan, codec_of(case.run), SKELETON, setup)

@@ -649,7 +649,7 @@ class StageLogger:
         if self.kept is None or self.evaluated is None or (config.teacher is None and config.hand_over == "last"):
             return ""
         entries = list(_entries(self.run_folder / "metrics.jsonl", self.stage)) if self.holdout else []
-        keep, limit_open = (_mean_of(entries, name) for name in ("keep", "limit_open"))
+        keep, limit_open = _mean_of(entries, "keep"), _mean_limit_open(entries)
         labels = self.kept.metrics if "pseudo_precision" in self.kept.metrics else self.alarms.first
         return describe_result(
             StageResult(
@@ -677,7 +677,7 @@ class StageLogger:
                 flush=True,
             )
         entries = list(_entries(self.run_folder / "metrics.jsonl", self.stage))
-        limit_open, errors = (_mean_of(entries, name) for name in ("limit_open", "error_ratio"))
+        limit_open, errors = _mean_limit_open(entries), _mean_of(entries, "error_ratio")
         if limit_open is not None and limit_open < HARDLY_OPEN:
             print(
                 f"{self.stage}: warning: next to nothing was learned from unlabeled people, since the labels have more "
@@ -811,6 +811,15 @@ def _mean_of(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """The mean of a logged value; None where no line has it."""
     values = [entry[name] for entry in entries if isinstance(entry.get(name), float)]
     return sum(values) / len(values) if values else None
+
+
+def _mean_limit_open(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of the lines with unlabeled people; None where it was whole in all of them.
+
+    A line without it had the whole limit: it was logged before the stage was resumed with another `learned`.
+    """
+    values = [entry.get("limit_open", 1.0) for entry in entries if "keep" in entry]
+    return sum(values) / len(values) if any("limit_open" in entry for entry in entries) else None
 
 
 def _entries(file: Path, stage: str) -> Iterator[dict[str, Any]]:

@@ -37,8 +37,8 @@ CONFIDENCE_QUANTILE = 0.9
 FURTHER_VIEWS = ((0.0, 1.0, True), (12.0, 1.08, False), (-12.0, 0.93, True))
 GRADIENT_MOMENTUM = 0.9  # of the measured ratio: it moves slowly, one batch of it by a third
 ERROR_MOMENTUM = 0.98  # of the measured errors: one batch of 8 people has up to half more than the next
-# 300 drawn people with 3.3 unlabeled ones each lost 1.0 to 1.3 AP, and 0.0 to 0.1 with this ratio of the errors; 100
-# with 12 each lost nothing, and gained as 30 do, with 42 (docs/semi_supervised.md).
+# By default, between what was measured: 300 drawn people, 3.3 unlabeled ones each, lost 1.0 and 1.3 AP with 1, and 0.1
+# and 0.0 with 1.5 (6,000 steps, then 1,600); 100, with 12 each, changed by -0.2 to 0.8 AP, and 30, with 42, gained.
 FEW_UNLABELED, LEARNED_WITH_FEW = 5, 1.5
 LEAST_OPEN = 0.01  # of the limit: as good as nothing, and the errors can still be measured
 CUTOUT_NOISE = 0.05  # of the input's width
@@ -56,7 +56,7 @@ class TeacherSetup:
         gather: concatenates a tensor over all ranks along its first dimension.
         autocast: dtype of the teacher's forward; None for fp32.
         mirrors: whether the run mirrors images; the teacher's further views then do too.
-        unlabeled_each: how many unlabeled people there are for each labeled one.
+        unlabeled_each: how many unlabeled people there are for each labeled one, whatever the weights of a mixture.
     """
 
     average: MovingAverage
@@ -348,6 +348,8 @@ class MeanTeacher:
     def state_dict(self) -> dict[str, Tensor]:
         teacher = {f"teacher.{name}": value for name, value in self.average.state_dict().items()}
         measured = {"grad_ratio": self.limit.ratio, "errors": self.limit.errors}
+        # 0: an option says it.
+        measured["learned"] = torch.tensor(self.limit.learned if self.config.learned is None else 0.0)
         fitted = {"calibration": self.calibration} if self.config.calibrates else {}
         return {"reference": self.reference, **measured, **fitted, **teacher}
 
@@ -357,6 +359,9 @@ class MeanTeacher:
             self.limit.ratio.copy_(state["grad_ratio"])
         if "errors" in state:  # checkpoints from before `learned` have none
             self.limit.errors.copy_(state["errors"])
+        began = float(state.get("learned", 1.0))  # checkpoints from before its default have none, and 1
+        if began and self.config.learned is None and _can_wait(self.config, fixed=self.supervised.teacher is not None):
+            self.limit.learned = began  # a stage that is resumed keeps it, however many people there are now
         if self.config.calibrates and "calibration" in state:  # else it is fitted when the stage is resumed
             self.calibration.copy_(state["calibration"])
         teacher = {name: value for name, value in state.items() if name.startswith("teacher.")}
@@ -493,9 +498,13 @@ def learned_ratio(config: TeacherConfig, unlabeled_each: float, *, fixed: bool) 
     """
     if config.learned is not None:
         return config.learned
-    # Nothing to lower, errors of another unit, or a teacher that knows more than the labels.
-    never = config.max_grad_ratio is None or config.loss == "literal" or fixed
-    return 1.0 if never or unlabeled_each >= FEW_UNLABELED else LEARNED_WITH_FEW
+    return LEARNED_WITH_FEW if unlabeled_each < FEW_UNLABELED and _can_wait(config, fixed=fixed) else 1.0
+
+
+def _can_wait(config: TeacherConfig, *, fixed: bool) -> bool:
+    """Whether unlabeled people can wait for the labels: not without a gradient or a limit of it, by errors of another
+    unit, or for a teacher that does not learn from them."""
+    return bool(config.weight and config.max_grad_ratio) and config.loss != "literal" and not fixed
 
 
 def cut_out(pair: Pair, points_xy: Float[Tensor, "u k 2"]) -> UInt8[Tensor, "u 3 H W"]:

@@ -259,7 +259,7 @@ def describe_result(result: StageResult) -> str:
         found = "nobody could be measured" if ap < 0 else f"AP {before}{ap:.1f}"
         parts = [f"hands over the weights of step {result.step} of {result.last}: {found}{_judge(result.gain)}"]
     if result.keep is not None:
-        parts.append(_describe_labels(result.keep, result.precision, result.precision_absent_wrong))
+        parts.append(_describe_labels(result))
     if result.limit_open is not None and result.limit_open < NEARLY_OPEN:
         parts.append(
             f"the limit of the gradient of unlabeled people was {100 * result.limit_open:.0f} % open, since the labels "
@@ -279,8 +279,11 @@ def _judge(gain: PairedDifference | None) -> str:
     return f"{measured}: {'better' if gain.mean > 0 else 'worse'} than what it began with"
 
 
-def _describe_labels(keep: float, precision: float, absent_wrong: float) -> str:
-    learned = f"it learned from {100 * keep:.1f} % of the unlabeled keypoints"
+def _describe_labels(result: StageResult) -> str:
+    assert result.keep is not None
+    whole = result.limit_open is None or result.limit_open >= NEARLY_OPEN
+    learned = f"it {'learned from' if whole else 'kept'} {100 * result.keep:.1f} % of the unlabeled keypoints"
+    precision, absent_wrong = result.precision, result.precision_absent_wrong
     if not math.isfinite(precision):
         return f"{learned}; none of the validation people's is kept, so it is not known how right they are"
     right, counted = f"{100 * precision:.1f}", f"{100 * absent_wrong:.1f}"

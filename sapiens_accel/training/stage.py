@@ -380,16 +380,16 @@ def _set_up_teacher(
 
 
 def _describe_few_unlabeled(context: StageContext, objective: Objective) -> str:
-    """That labels come first by default, since there are few unlabeled people; else empty."""
+    """That labels come first in a stage that begins, since there are few unlabeled people; else empty."""
     teacher, unlabeled = context.config.teacher, context.sets.unlabeled
-    if not (isinstance(objective, MeanTeacher) and teacher and teacher.ratio and unlabeled):
+    if context.first or not (isinstance(objective, MeanTeacher) and teacher and teacher.ratio and unlabeled):
         return ""
     learned = objective.limit.learned
     if teacher.learned is not None or learned == 1:
         return ""
     return (
         f"{len(unlabeled)} unlabeled people for {len(context.sets.train)} labeled ones are few: they count once the "
-        f"labels are learned (--{context.name}.teacher.learned {learned:g})"
+        f"labels are learned (--{context.name}.teacher.learned {learned:g}; 1: from the first step on)"
     )
 
 

@@ -749,6 +749,8 @@ def test_the_limit_is_whole_once_the_labels_are_learned(tiny: SapiensPose, ratio
         ({"learned": 3.0}, 100.0, True, 3.0),
         ({}, 0.1, True, 1.0),
         ({"max_grad_ratio": None}, 0.1, False, 1.0),
+        ({"max_grad_ratio": 0.0}, 0.1, False, 1.0),
+        ({"weight": 0.0}, 0.1, False, 1.0),
         ({"loss": "literal"}, 0.1, False, 1.0),
         ({"loss": "mse"}, 0.1, False, 1.5),
     ],
@@ -758,6 +760,31 @@ def test_by_default_labels_come_first_where_unlabeled_people_are_few(
 ) -> None:
     config = TeacherConfig(**options)  # pyright: ignore[reportArgumentType]
     assert learned_ratio(config, unlabeled_each, fixed=fixed) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "expected"),
+    [
+        ({}, {"learned": torch.tensor(1.5)}, 1.5),
+        ({}, {"learned": torch.tensor(0.0)}, 1.0),  # an option said it
+        ({}, {}, 1.0),
+        ({"learned": 2.0}, {"learned": torch.tensor(1.5)}, 2.0),
+        ({"loss": "literal"}, {"learned": torch.tensor(1.5)}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("unlabeled_each", [0.1, 9.0])
+def test_a_resumed_stage_keeps_its_default_whatever_people_there_are(
+    tiny: SapiensPose, options: dict[str, float | str], state: dict[str, Tensor], expected: float, unlabeled_each: float
+) -> None:
+    """A state without it is from before that default, which was 1."""
+    earlier = _mean_teacher(copy.deepcopy(tiny), TINY_CODEC)
+    objective = _mean_teacher(tiny, TINY_CODEC, **options)
+    objective.limit.learned = by_people = learned_ratio(objective.config, unlabeled_each, fixed=False)
+    objective.load_state_dict({k: v for k, v in earlier.state_dict().items() if k != "learned"} | state)
+    said_by_option = "learned" in state and not state["learned"]
+    assert objective.limit.learned == (by_people if said_by_option else expected)
+    asked = {"learned": torch.tensor(0.0 if "learned" in options else objective.limit.learned)}
+    torch.testing.assert_close(objective.state_dict()["learned"], asked["learned"])
 
 
 def test_errors_are_measured_only_where_the_limit_depends_on_them(tiny: SapiensPose) -> None:

@@ -8,9 +8,10 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,23 +242,68 @@ def test_a_stage_says_at_its_end_what_it_did_not_do(run: Path, main: Main, capsy
     assert "limit_open 0.01). Train longer before this stage, or set --ssl.teacher.learned 1" in said
 
 
-@pytest.mark.parametrize(("unlabeled", "are_few"), [(39, True), (40, False)])
+FEW = ("--stage=ssl", "--weights=random", "--ssl.teacher.threshold=-1")
+BY_DEFAULT = "--ssl.teacher.learned=null"  # the demo's recipe says 1
+
+
+def lines_of_ssl(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "keep" in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "are_few"),
+    [
+        ((BY_DEFAULT, "--data.synthetic.num_unlabelled=39"), True),
+        ((BY_DEFAULT, "--data.synthetic.num_unlabelled=40"), False),
+        ((BY_DEFAULT, "--ssl.teacher.ratio=0"), False),
+        ((BY_DEFAULT, "--ssl.teacher.weight=0"), False),
+        (("--ssl.teacher.learned=1.5",), False),
+    ],
+)
 def test_few_unlabeled_people_count_once_the_labels_are_learned(
-    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str], unlabeled: int, are_few: bool
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str], options: Sequence[str], are_few: bool
 ) -> None:
-    """Fewer than 5 for each of the 8 labeled ones. The first line says it, and each step measures how far they are."""
-    main(
-        tmp_path / "run", "--stage=ssl", "--weights=random", "--max_steps=1", "--ssl.teacher.learned=null",
-        "--ssl.teacher.threshold=-1", f"--data.synthetic.num_unlabelled={unlabeled}",
-    )  # fmt: skip
+    """Fewer than 5 for each of the 8 labeled ones, said as the stage begins, and not where an option asks for it."""
+    main(tmp_path / "run", *FEW, "--max_steps=1", *options)
+    said = capsys.readouterr().out
     note = (
-        f"ssl: {unlabeled} unlabeled people for 8 labeled ones are few: they count once the labels are learned "
-        "(--ssl.teacher.learned 1.5)"
+        "ssl: 39 unlabeled people for 8 labeled ones are few: they count once the labels are learned "
+        "(--ssl.teacher.learned 1.5; 1: from the first step on)\n"
     )
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [note in capsys.readouterr().out, *("limit_open" in line for line in lines if "loss" in line)] == [
-        are_few
-    ] * 2
+    assert note in said if are_few else "ones are few" not in said
+    measured = are_few or "--ssl.teacher.learned=1.5" in options
+    assert all(("limit_open" in line) == measured for line in lines_of_ssl(tmp_path / "run"))
+
+
+def test_a_resumed_stage_keeps_what_followed_from_its_people(
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More unlabeled people do not change what a step learns. An option does, from there on, and the record says it."""
+    run, many = tmp_path / "run", ("--data.synthetic.num_unlabelled=60", "--data.allow_other")
+    main(run, *FEW, BY_DEFAULT, "--max_steps=2")
+    capsys.readouterr()
+    main(run, *FEW, BY_DEFAULT, LATEST, "--max_steps=3", *many)
+    said = capsys.readouterr().out
+    assert "learned was" not in said and "ones are few" not in said
+    assert ["limit_open" in line for line in lines_of_ssl(run)] == [True] * 3
+    main(run, *FEW, "--ssl.teacher.learned=1", LATEST, "--max_steps=4", *many)
+    assert "ssl.teacher.learned was null, is 1.0: applied from step 4 of ssl on" in capsys.readouterr().out
+    main(run, *FEW, BY_DEFAULT, LATEST, "--max_steps=5", "--data.allow_other")
+    assert "ssl.teacher.learned was 1.0, is null: applied from step 5 of ssl on" in capsys.readouterr().out
+    assert ["limit_open" in line for line in lines_of_ssl(run)] == [True, True, True, False, True]
+
+
+def test_the_end_of_a_stage_counts_steps_before_another_limit_as_whole_ones(
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main(run, *FEW, "--max_steps=3")
+    main(run, *FEW, "--ssl.teacher.learned=1e6", LATEST, "--max_steps=4")
+    said = capsys.readouterr().out
+    (opened,) = [line["limit_open"] for line in lines_of_ssl(run) if "limit_open" in line]
+    assert f"the limit of the gradient of unlabeled people was {100 * (3 + opened) / 4:.0f} % open" in said
+    assert "next to nothing was learned" not in said
 
 
 def test_by_default_a_run_is_saved_at_the_end_of_its_first_epoch(run: Path, main: Main) -> None:
