@@ -134,6 +134,11 @@ def launch_if_asked(name: str, words: Sequence[str]) -> None:
 
     one = options.get("num_processes", "1") == "1"
     config = launch.find_launch(options.pop("launch", "single_gpu" if one else "multi_gpu"))
+    if not one and launch.is_of_one_process(config):  # accelerate would start one without a word
+        raise UserError(
+            f"--num_processes {options['num_processes']}: --launch {config.stem} starts one (distributed_type NO). "
+            "Take another, such as --launch multi_gpu or zero2, which runs on CPUs too"
+        )
     check_options(name, rest)
     launch.announce([*(launch.words_before_script() or []), *program_words(), *given], config)
     logging.disable(logging.CRITICAL)  # of the launcher: its processes have said what happened

@@ -52,6 +52,7 @@ def test_options_of_the_launcher_are_told_from_those_of_the_run() -> None:
     [
         (["--launch", "zero4"], r"--launch zero4: no such launch \(expected one of cpu, .*\); did you mean zero3\?"),
         (["--launch", "mine.yaml"], r"--launch mine\.yaml: no such file"),
+        (["--launch", "cpu", "--num_processes", "2"], r"--num_processes 2: --launch cpu starts one \(distributed_type"),
         (["--num_processes", "2", "--stage", "phase9"], r"--stage: no such value .*found phase9"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
+import yaml
 from accelerate.commands.config.config_args import default_config_file
 
 from sapiens_accel.errors import UserError, program_words
@@ -146,6 +147,15 @@ def find_launch(name: str) -> Path:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--launch {name}: no such launch (expected one of {', '.join(names)}, or a file){hint}")
     return folder / f"{name}.yaml"
+
+
+def is_of_one_process(config: Path) -> bool:
+    """Whether accelerate starts one process by this file, whatever `--num_processes` says."""
+    try:
+        tree = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return False  # accelerate says what is wrong with it
+    return isinstance(tree, dict) and tree.get("distributed_type") in ("NO", False)  # NO without quotes is False
 
 
 def _user_set_threads() -> bool:
