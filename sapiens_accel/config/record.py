@@ -75,7 +75,8 @@ def find_differences(record: Mapping[str, Any], config: Config) -> list[Differen
 
     Except `lora`, `distill`, `model.base_dtype`, `model.visibility`, `memory.bf16_weights` and a teacher's
     `labeled_end` and `learned`: a run without them in its record had no adapters, no fixed teacher, no rounded base, no
-    second output, weights in fp32, and unlabeled people to the end with the whole limit.
+    second output, weights in fp32, and unlabeled people to the end with the whole limit, which a resumed stage keeps
+    where `learned` is not given.
     """
     absent = {"lora": dataclasses.asdict(LoraConfig()), "distill": dataclasses.asdict(DistillConfig())}
     record = {**absent, **record}

@@ -37,8 +37,8 @@ CONFIDENCE_QUANTILE = 0.9
 FURTHER_VIEWS = ((0.0, 1.0, True), (12.0, 1.08, False), (-12.0, 0.93, True))
 GRADIENT_MOMENTUM = 0.9  # of the measured ratio: it moves slowly, one batch of it by a third
 ERROR_MOMENTUM = 0.98  # of the measured errors: one batch of 8 people has up to half more than the next
-# By default, between what was measured: 300 drawn people, 3.3 unlabeled ones each, lost 1.0 and 1.3 AP with 1, and 0.1
-# and 0.0 with 1.5 (6,000 steps, then 1,600); 100, with 12 each, changed by -0.2 to 0.8 AP, and 30, with 42, gained.
+# By default, between what was measured (docs/semi_supervised.md): 300 drawn people, 3.3 unlabeled ones each, lost 1.0
+# and 1.3 AP with 1, and had -0.1 to +0.3 with 1.5; 100, 12 each, had -0.2 to +2.0 AP with 1, and 30, 42 each, gained.
 FEW_UNLABELED, LEARNED_WITH_FEW = 5, 1.5
 LEAST_OPEN = 0.01  # of the limit: as good as nothing, and the errors can still be measured
 CUTOUT_NOISE = 0.05  # of the input's width
