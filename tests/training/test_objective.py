@@ -937,7 +937,8 @@ def test_state_round_trip_is_exact(tiny: SapiensPose) -> None:
         objective.prepare([batch], step)
         objective.after_step()
     state = copy.deepcopy(objective.state_dict())
-    assert set(state) == {"reference", "grad_ratio", "errors", "teacher.gain"} and state["reference"].all()
+    assert set(state) == {"reference", "grad_ratio", "errors", "learned", "teacher.gain"}
+    assert state["reference"].all() and state["learned"] == 1
     resumed = _mean_teacher(_tiny_batch()[1], TINY_CODEC, student=[torch.tensor(0.7)], ema_decay=0.9)
     resumed.load_state_dict({name: value for name, value in state.items() if name != "errors"})
     assert not resumed.limit.errors.any(), "an earlier version's: they are measured anew"
