@@ -35,6 +35,7 @@ import yaml
 from scipy import stats
 from tqdm import tqdm
 
+from sapiens_accel.config.parse import load
 from sapiens_accel.config.schema import TeacherConfig
 from sapiens_accel.errors import UserError
 
@@ -175,14 +176,12 @@ class Runner:
         """One arm's result; the supervised ones at `rate` times the start's."""
         start, since = self.start(strength), time.perf_counter()
         more = [f"--weights={start / 'weights'}", "--ssl.teacher.on_alarm=warn", *ARMS[arm]]
-        stage = self.recipe["ssl"]
         if arm in (BASELINE, LONG):
             more.append(f"--ssl.optim.lr={rate * self.recipe['phase2']['optim']['lr']}")
-        if arm == LONG:
-            more.append(f"--ssl.steps={round(LONGER * stage['steps'])}")
+        last = [f"--ssl.steps={round(LONGER * self.stage_steps)}"] if arm == LONG else []
         name = f"{strength}_{arm}_{rate}"
         if not (self.folder / name / "ssl" / "eval.json").is_file():
-            self.train(self.folder / name, "ssl", strength, more)
+            self.train(self.folder / name, "ssl", strength, more, last)
         logs = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         seen = {key: [line[key] for line in logs if line.get(key) is not None] for key in ("keep", "teacher_peak_p99")}
         return {
@@ -194,8 +193,19 @@ class Runner:
             "seconds": round(time.perf_counter() - since),
         }  # fmt: skip
 
-    def train(self, folder: Path, stage: str, strength: str, more: Sequence[str]) -> None:
+    @property
+    def stage_steps(self) -> int:
+        """Steps of stage ssl, of the recipe or of an option."""
+        steps = load([f"--recipe={DATA[self.data].recipe}", *self.options]).ssl.steps
+        assert steps is not None
+        return steps
+
+    def train(self, folder: Path, stage: str, strength: str, more: Sequence[str], last: Sequence[str] = ()) -> None:
         """One run of train.py.
+
+        Args:
+            more: options before those of the command line, which so have the last word.
+            last: options that have it.
 
         Raises:
             UserError: it failed; with the end of its output.
@@ -212,7 +222,7 @@ class Runner:
         run = [f"--recipe={data.recipe}", f"--stage={stage}", f"--seed={self.seed}", f"--output_dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"ACCELERATE_MIXED_PRECISION": "no"}
-        words = ["train.py", *run, *augment, *people, *more, *self.options]
+        words = ["train.py", *run, *augment, *people, *more, *self.options, *last]
         done = forks.run(words, cwd=ROOT, env=environment, timeout=7200)
         if done.returncode:
             raise UserError(f"{folder}: {(done.stderr or done.stdout).strip()[-2000:]}")

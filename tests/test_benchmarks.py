@@ -289,10 +289,17 @@ def test_arms_are_held_against_the_strongest_supervised_one(tmp_path: Path) -> N
     again = benchmark("ssl", out, *words, option="--json", **cache)
     assert again["rows"] == json.loads(json.dumps(found["rows"]).replace('"px": ', '"px": 5'))
     # An opponent that is carried over is not chosen, and the file says so.
-    given = ["--opponent", "drawn:6=weak:0.3", "--seeds", "3", "--arms", "supervised"]
+    given = ["--opponent", "drawn:6=weak:0.3", "--seeds", "3", "--arms", "supervised", "supervised_long"]
+    given += ["--work", str(tmp_path / "work")]
     carried = benchmark("ssl", tmp_path / "given.json", *words, *given, option="--json", **cache)
     assert carried["choices"] == [] and carried["opponents_given"] == [["drawn", 6, "weak", 0.3]]
-    assert [(row["strength"], row["rate"]) for row in carried["rows"]] == [("weak", 0.3)]
+    assert [(row["strength"], row["rate"]) for row in carried["rows"]] == [("weak", 0.3)] * 2
+    # The arm of equal time takes twice the steps that the command line gives the stage.
+    lengths = [
+        json.loads((tmp_path / "work" / "drawn_6_3" / f"weak_{arm}_0.3" / "ssl" / "eval.json").read_text())["step"]
+        for arm in ("supervised", "supervised_long")
+    ]
+    assert lengths == [2, 4]
 
 
 def test_an_interval_of_paired_gains_is_students(monkeypatch: pytest.MonkeyPatch) -> None:
