@@ -183,12 +183,13 @@ class Runner:
         if not (self.folder / name / "ssl" / "eval.json").is_file():
             self.train(self.folder / name, "ssl", strength, more, last)
         logs = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        seen = {key: [line[key] for line in logs if line.get(key) is not None] for key in ("keep", "teacher_peak_p99")}
+        names = ("keep", "limit_open", "error_ratio", "teacher_peak_p99")
+        seen = {name: [line[name] for line in logs if line.get(name) is not None] for name in names}
         return {
             "data": self.data, "labels": self.labels, "seed": self.seed, "arm": arm, "strength": strength,
             "rate": rate if arm in (BASELINE, LONG) else None,
             **scores(self.folder / name / "ssl" / "eval.json"), **scores(start / "eval.json", "start_"),
-            "keep": round(mean(seen["keep"]), 3) if seen["keep"] else None,
+            **{name: round(mean(seen[name]), 3) if seen[name] else None for name in names[:3]},
             "peak_p99": round(max(seen["teacher_peak_p99"]), 3) if seen["teacher_peak_p99"] else None,
             "seconds": round(time.perf_counter() - since),
         }  # fmt: skip
