@@ -416,7 +416,7 @@ class TeacherConfig:
     with them it may stay closed. Errors are those of the losses, of pseudo-labels that of `loss`. Not with
     max_grad_ratio null, and not with loss literal, whose errors have another unit. Default: 1.5 where there are fewer
     than 5 unlabeled people for each labeled one as the stage begins, else 1; and 1 with a fixed teacher, without a
-    limit and with loss literal."""
+    limit or a weight, and with loss literal."""
     on_alarm: Literal["stop", "warn"] = "stop"
     """If the teacher's predictions collapse or inflate: stop the stage and keep its last good weights, or only warn."""
 

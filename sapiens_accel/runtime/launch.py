@@ -260,6 +260,7 @@ def check() -> None:
     """
     where = config_file() or "the launch"
     _check_environment(where)
+    _check_processes(where)
     if not uses_deepspeed():
         return
     if not uses_cuda():
@@ -324,6 +325,17 @@ def _check_environment(where: Path | str) -> None:
             raise UserError(
                 f"{where}: {key}: {value} has no effect here (expected no such key). Take it out, and use {OURS[key]}"
             )
+
+
+def _check_processes(where: Path | str) -> None:
+    """Refuse several processes of a configuration file by which accelerate has started one, without a word."""
+    asked = re.search(r"--num[_-]processes[ =](\d+)", " ".join(words_before_script() or []))
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # else flags such as --multi_gpu had the last word
+    if asked and int(asked[1]) > 1 and alone and isinstance(where, Path) and is_of_one_process(where):
+        raise UserError(
+            f"{where}: --num_processes {asked[1]} has started one process, as distributed_type NO does (expected "
+            f"{asked[1]}, found 1). Take another file, such as accelerate_configs/zero2.yaml, which runs on CPUs too"
+        )
 
 
 def find_json(name: str, where: Path | str) -> Path:

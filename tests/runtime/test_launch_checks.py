@@ -161,3 +161,14 @@ def test_a_launch_by_an_option_is_repeated_with_its_interpreter(tmp_path: Path) 
     )
     command = launch.OwnLaunch(*json.loads(done.stdout)).command
     assert Path(command[0]).name.startswith("python") and command[1:] == words[:5]
+
+
+def test_processes_that_accelerate_does_not_start_are_refused(tmp_path: Path) -> None:
+    root = Path(launch.__file__).parents[2]
+    words = ["--config_file", "accelerate_configs/cpu.yaml", "--num_processes", "2", "train.py", "--dry_run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, f"--output_dir={tmp_path}"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = "accelerate_configs/cpu.yaml: --num_processes 2 has started one process"
+    assert done.returncode and said in done.stderr and "demo: 1 process" not in done.stdout
